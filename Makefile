@@ -1,0 +1,56 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`. Each makes .venv when it is missing.
+PYTHON ?= python3
+TORCH  ?= 2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: help run test test-all lint format bench docs clean
+
+help:
+	@echo "make run       train AW-Net and its static twins on digits, attack them, print the table (about 5 minutes)"
+	@echo "make test      the test suite     make test-all  with the slow tests     make lint  ruff, mypy, import rules"
+	@echo "make bench     benchmark the layer on this machine                       make clean remove what was built"
+
+# A Python that already has a torch (a GPU machine, say) keeps it; elsewhere the pinned one is installed.
+$(READY): pyproject.toml setup.py constraints.txt
+	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV); \
+		$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja pybind11; \
+		$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"; \
+	else \
+		test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+		$(BIN)/python -m pip install --quiet -c constraints.txt "torch==$(TORCH)" "setuptools>=77" wheel ninja pybind11; \
+		$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"; \
+	fi
+	@touch $@
+
+run: $(READY)
+	$(BIN)/awnet reproduce digits --out runs/digits --resume
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m ""
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/awnet bench run
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]" --no-build-isolation
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,66 @@
+"""Random numbers keyed by the sample, not by the order of drawing.
+
+Sample ``i`` of a data set gets the same noise whichever batch, rank, worker or device it lands on, and a run
+that is resumed draws what it would have drawn. The generator is counter-based: a 64-bit mix of
+(key, sample index, position), so any value can be made alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio in 64 bits, as a signed integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def key(*parts: int | str) -> int:
+    """A 64-bit key from any parts (seed, epoch, purpose, …); the same on every machine and Python."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: int64's own shift copies the sign
+
+
+def _mix(x: Tensor) -> Tensor:
+    # the finaliser of SplitMix64; int64 products wrap, as the algorithm wants
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def bits(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """64 random bits a value: int64 ``[B, *shape]`` for sample indices ``index`` int64 ``[B]``."""
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise ValueError(f"index must be int64 [B], got {index.dtype} {list(index.shape)}")
+    count = math.prod(shape)
+    position = torch.arange(count, device=index.device)
+    stream = _mix(_mix(index * _GAMMA + key))  # [B]
+    return _mix(stream[:, None] + (position + 1) * _GAMMA).reshape(len(index), *shape)
+
+
+def uniform(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """float32 ``[B, *shape]`` in [0, 1), on ``index``'s device; bitwise the same on every device."""
+    return _shift(bits(key, index, shape), 40).to(torch.float32) * 2.0**-24
+
+
+def normal(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """float32 ``[B, *shape]`` of N(0, 1), by Box and Muller's transform."""
+    raw = bits(key, index, shape)
+    radius = torch.sqrt(-2.0 * torch.log1p(-_shift(raw, 40).to(torch.float32) * 2.0**-24))
+    angle = (raw & 0xFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-24)
+    return radius * torch.cos(angle)
+
+
+def integers(key: int, index: Tensor, shape: Sequence[int], high: int) -> Tensor:
+    """int64 ``[B, *shape]`` in [0, high)."""
+    if not 0 < high < 2**24:
+        raise ValueError(f"high must be in [1, 2**24), got {high}")
+    return (_shift(bits(key, index, shape), 40) * high) >> 24

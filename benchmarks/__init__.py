@@ -1,0 +1,1 @@
+"""Benchmarks of the layer and the networks; installed as ``awnet.benchmarks``."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the layer's passes; installed as ``awnet.kernels``."""
