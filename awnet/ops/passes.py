@@ -1,0 +1,91 @@
+"""The passes over [B, C, H, W] that a backend brings, and the eager backend's: plain torch operations.
+
+Four functions are all that a native backend has to provide; the convolution is the library's and the rest is
+``algebra.py``. ``[B, C]`` arguments are float32 (float64 for float64 images); images keep their dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from awnet.ops.algebra import Propagation
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, statistics and the [B, C] algebra for images of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Passes(Protocol):
+    """What a backend implements. Outputs keep the memory format of ``u``."""
+
+    def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-sample mean [B, C] and centred sum of squares M2 [B, C]."""
+        ...
+
+    def apply(self, u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """y = act(u · scale + shift + residual), [B, C, H, W]."""
+        ...
+
+    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """G1 = Σ g and Gc = Σ g (u − centre), [B, C]; g is ``grad`` where y > 0 (y None: no activation)."""
+        ...
+
+    def propagate(
+        self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """∂u by ``how``, and ∂residual = g where asked for."""
+        ...
+
+
+def _image(x: Tensor) -> Tensor:
+    return x[:, :, None, None]
+
+
+def _masked(grad: Tensor, y: Tensor | None) -> Tensor:
+    return grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
+
+
+@dataclass(frozen=True)
+class EagerPasses:
+    """The passes in plain torch: any device and dtype."""
+
+    def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        wide = u.to(wide_dtype(u.dtype))
+        mean = wide.mean((2, 3))
+        return mean, (wide - _image(mean)).square_().sum((2, 3))
+
+    def apply(self, u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        wide = u.to(wide_dtype(u.dtype))
+        y = torch.empty_like(wide)
+        torch.addcmul(_image(shift), wide, _image(scale), out=y)
+        if residual is not None:
+            y.add_(residual)
+        if relu:
+            y.relu_()
+        return y.to(u.dtype)
+
+    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        wide = wide_dtype(u.dtype)
+        g = _masked(grad, y).to(wide)
+        return g.sum((2, 3)), (u.to(wide) - _image(centre)).mul_(g).sum((2, 3))
+
+    def propagate(
+        self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        wide = wide_dtype(u.dtype)
+        g = _masked(grad, y)
+        d_u = torch.empty_like(u, dtype=wide)
+        if how.by_input is None or how.constant is None:
+            torch.mul(g.to(wide), _image(how.by_grad), out=d_u)
+        else:
+            torch.sub(u.to(wide), _image(centre), out=d_u)
+            d_u.mul_(_image(how.by_input)).add_(_image(how.constant))
+            d_u.addcmul_(g.to(wide), _image(how.by_grad))
+        if not residual:
+            return d_u.to(u.dtype), None
+        return d_u.to(u.dtype), g.clone() if y is None else g

@@ -1,0 +1,125 @@
+"""The layer as the paper writes it: the specification that every other path is tested against.
+
+Wei, Zhao and Li, "Revisiting the Trade-off between Accuracy and Robustness via Weight Distribution of
+Filters", Section 4. Equation numbers are the paper's. Nothing here is clever; run it in float64 to judge
+another backend. Shapes and arguments are those of :mod:`awnet.ops`, which checks them first.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size2 = int | tuple[int, int]
+
+
+def filter_scaled_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    filter_scale: Tensor | None,
+    *,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+) -> Tensor:
+    """π = Ŵ * ψ: every sample is convolved with filters of its own, Eq. 11 and 12."""
+    batch, c_in, height, width = input.shape
+    if filter_scale is None or batch == 0:
+        return F.conv2d(input, weight, None, stride, padding, dilation, groups)
+    own_weight = filter_scale[:, :, None, None, None] * weight  # Eq. 11, [B, C_out, C_in/groups, k, k]
+    folded = F.conv2d(  # Eq. 12: the batch folded into the groups
+        input.reshape(1, batch * c_in, height, width),
+        own_weight.flatten(0, 1).to(input.dtype),
+        None,
+        stride,
+        padding,
+        dilation,
+        batch * groups,
+    )
+    return folded.reshape(batch, len(weight), *folded.shape[2:])
+
+
+def mix_batch_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    p_clean: Tensor | None = None,
+    is_clean: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """BN_mix: Eq. 13 in training, Eq. 14 in testing. Row 0 of each parameter is BN_adv, row 1 BN_nat."""
+    affine_rows, statistics_rows = len(weight), len(running_mean)
+    if not training:
+        output = torch.zeros((), dtype=input.dtype, device=input.device)
+        for k in range(max(affine_rows, statistics_rows)):
+            a, s = min(k, affine_rows - 1), min(k, statistics_rows - 1)
+            normal = F.batch_norm(input, running_mean[s], running_var[s], weight[a], bias[a], False, 0.0, eps)
+            if max(affine_rows, statistics_rows) == 1:
+                return normal
+            assert p_clean is not None
+            probability = p_clean if k == 1 else 1 - p_clean
+            output = output + probability[:, None, None, None] * normal  # Eq. 14
+        return output.to(input.dtype)
+
+    normalised = torch.zeros_like(input)
+    branch = torch.zeros(len(input), dtype=torch.long, device=input.device)
+    if is_clean is not None:
+        branch = is_clean.long()
+    for s in range(statistics_rows):  # Eq. 13: each branch by the statistics of its own samples
+        own = branch == s if statistics_rows == 2 else torch.ones_like(branch, dtype=torch.bool)
+        if own.any():
+            rate = float(momentum[s]) if isinstance(momentum, Tensor) else momentum
+            normal = F.batch_norm(input[own], running_mean[s], running_var[s], None, None, True, rate, eps)
+            normalised = normalised.index_put((own,), normal)
+    row = branch if affine_rows == 2 else torch.zeros_like(branch)
+    output = weight[row][:, :, None, None] * normalised + bias[row][:, :, None, None]
+    return output.to(input.dtype)
+
+
+def aw_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    filter_scale: Tensor | None,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    p_clean: Tensor | None = None,
+    is_clean: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    stride: Size2 = 1,
+    padding: Size2 = 0,
+    dilation: Size2 = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
+    """σ(F(ψ) + residual) with F(ψ) = BN_mix(Ŵ * ψ), Eq. 15: one half of the block of Eq. 16."""
+    scaled = filter_scaled_conv2d(
+        input, weight, filter_scale, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
+    output = mix_batch_norm(  # Eq. 15
+        scaled,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        p_clean=p_clean,
+        is_clean=is_clean,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+    )
+    if residual is not None:
+        output = output + residual  # Eq. 16
+    return torch.relu(output) if activation == "relu" else output
