@@ -1,55 +1,50 @@
-"""Checks of values, for the package's public edge: attacks, evaluation and data.
-
-They read values back to the host, so they run once a call and never inside a compiled or captured op.
-"""
+"""Value checks at the public edge: attacks and evaluation call them once a batch, the layers never do."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch import int64 as torch_int64
 
 
 def check_images(x: Tensor, name: str = "x") -> None:
-    """Raises unless ``x`` is a batch of images: float32 or float64 ``[B, C, H, W]``, finite, in [0, 1]."""
+    """Raises unless ``x`` is a floating-point tensor ``[B, C, H, W]`` of finite values in [0, 1].
+
+    TypeError for something that is not a floating-point tensor, ValueError for its shape or values.
+    """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor of images [B, C, H, W], got {type(x).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor [B, C, H, W], got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point in [0, 1], got {x.dtype}; for uint8: x.float() / 255")
     if x.dim() != 4:
-        raise ValueError(f"{name} must have shape [B, C, H, W], got {list(x.shape)}")
-    if x.dtype not in (torch.float32, torch.float64):
-        hint = (
-            "divide 8-bit images by 255" if not x.is_floating_point() else "use torch.autocast to save time"
-        )
-        raise TypeError(f"{name} must be float32 or float64 in [0, 1], got {x.dtype}: {hint}")
+        raise ValueError(f"{name} must be [B, C, H, W], got {list(x.shape)}; one image is x[None]")
     if x.numel() == 0:
         return
-    low, high = torch.stack(x.detach().aminmax()).tolist()  # NaN comes through as NaN
-    if not (low >= 0 and high <= 1):
-        if torch.isfinite(x).all():
-            raise ValueError(
-                f"{name} must hold images in [0, 1], got values from {low:g} to {high:g}: "
-                "scale them, and leave normalisation to the model"
-            )
-        raise ValueError(
-            f"{name} must be finite, got NaN or infinite values: look at how the images are made"
-        )
+    low, high = (float(v) for v in x.detach().aminmax())  # a NaN anywhere makes both NaN
+    if low >= 0.0 and high <= 1.0:
+        return
+    if not bool(x.detach().isfinite().all()):
+        raise ValueError(f"{name} has NaN or infinite values; images must be finite and in [0, 1]")
+    raise ValueError(
+        f"{name} must be in [0, 1], got values from {low:g} to {high:g}; "
+        "divide by 255, or undo a normalisation (it belongs inside the model)"
+    )
 
 
-def check_labels(y: Tensor, num_classes: int | None = None, name: str = "y") -> int:
-    """Raises unless ``y`` is int64 ``[B]`` with labels from 0 to ``num_classes - 1``; returns the largest.
-
-    Without ``num_classes`` only negative labels are refused. An empty batch gives -1.
-    """
+def check_labels(y: Tensor, num_classes: int | None = None, name: str = "y") -> None:
+    """Raises unless ``y`` is int64 ``[B]`` with values in [0, num_classes); None: not below 0, no upper limit."""
     if not isinstance(y, Tensor):
-        raise TypeError(f"{name} must be a Tensor of labels [B], got {type(y).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor of class numbers [B], got {type(y).__name__}")
+    if y.dtype != torch_int64:
+        raise TypeError(f"{name} must be int64 class numbers, got {y.dtype}")
     if y.dim() != 1:
-        raise ValueError(f"{name} must have shape [B], one label an image, got {list(y.shape)}")
-    if y.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {y.dtype}: call {name}.long()")
+        raise ValueError(f"{name} must be [B], got {list(y.shape)}; one-hot labels become that by .argmax(1)")
     if y.numel() == 0:
-        return -1
-    low, high = torch.stack(y.aminmax()).tolist()
-    if low < 0:
-        raise ValueError(f"{name} must hold labels from 0 on, got {low}")
-    if num_classes is not None and high >= num_classes:
-        raise ValueError(f"{name} must hold labels below num_classes = {num_classes}, got {high}")
-    return int(high)
+        return
+    low, high = (int(v) for v in y.aminmax())
+    if low < 0 and num_classes is None:
+        raise ValueError(f"{name} must hold class numbers from 0 on, got {low}")
+    if num_classes is not None and (low < 0 or high >= num_classes):
+        raise ValueError(
+            f"{name} must be in [0, {num_classes}), got labels from {low} to {high}; "
+            "the labels and the model's number of classes don't belong together"
+        )
