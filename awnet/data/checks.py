@@ -31,7 +31,7 @@ def check_images(x: Tensor, name: str = "x") -> None:
 
 
 def check_labels(y: Tensor, num_classes: int | None = None, name: str = "y") -> None:
-    """Raises unless ``y`` is int64 ``[B]`` with values in [0, num_classes); None: not below 0, no upper limit."""
+    """Raises unless ``y`` is int64 ``[B]`` with values in [0, num_classes), or from 0 on if None."""
     if not isinstance(y, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of class numbers [B], got {type(y).__name__}")
     if y.dtype != torch_int64:

@@ -1,0 +1,329 @@
+"""A data set is one uint8 tensor with its labels, its threat model and its augmentation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from awnet import rng
+from awnet.data.checks import check_labels
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """L-infinity: each pixel may move by at most ``eps``, in image units ([0, 1]), and stays in [0, 1].
+
+    The step sizes are the paper's for eps = 8/255 and scale with eps.
+    """
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.eps <= 1.0:
+            raise ValueError(f"eps must be in (0, 1], in image units (8/255, say), got {self.eps}")
+
+    @property
+    def train_step_size(self) -> float:
+        """Step of the inner maximisation in training: eps/4 (2/255 at 8/255)."""
+        return self.eps / 4
+
+    @property
+    def trades_train_step_size(self) -> float:
+        """Step of TRADES' inner maximisation: 0.007 at 8/255."""
+        return self.eps * 0.007 / (8 / 255)
+
+    @property
+    def pgd_sat_step_size(self) -> float:
+        """eps/4 (2/255 at 8/255)."""
+        return self.eps / 4
+
+    @property
+    def pgd_trades_step_size(self) -> float:
+        """0.003 at 8/255."""
+        return self.eps * 0.003 / (8 / 255)
+
+    @property
+    def cw_step_size(self) -> float:
+        """eps/4 (2/255 at 8/255)."""
+        return self.eps / 4
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What a training image may undergo without changing its class.
+
+    shift: the image moves by a whole number of pixels in [-shift, shift] along each axis, zeros coming in
+        (the usual random crop after zero padding by ``shift``).
+    flip: it is mirrored left to right with probability ½.
+    """
+
+    shift: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shift < 0:
+            raise ValueError(f"shift must be 0 or more pixels, got {self.shift}")
+
+
+class Batch(NamedTuple):
+    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B]; index: int64 [B], the samples' global indices."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split of a data set, on one device.
+
+    images: uint8 [N, C, H, W]; the image is ``images / max_value``.
+    labels: int64 [N], in [0, len(classes)).
+    index: int64 [N], each sample's global index: its place in the published order, whatever split it is in.
+        Shuffling, augmentation and an attack's noise are keyed by it.
+    source: where the images came from, in words, for reports.
+    """
+
+    name: str
+    split: str
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    classes: tuple[str, ...]
+    max_value: int
+    threat_model: ThreatModel
+    augmentation: Augmentation
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise ValueError(
+                f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}"
+            )
+        if not 1 <= self.max_value <= 255:
+            raise ValueError(f"max_value must be in [1, 255], got {self.max_value}")
+        n = len(self.images)
+        for what, value in (("labels", self.labels), ("index", self.index)):
+            if value.dtype != torch.int64 or value.shape != (n,):
+                raise ValueError(f"{what} must be int64 [{n}], got {value.dtype} {list(value.shape)}")
+            if value.device != self.images.device:
+                raise ValueError(
+                    f"{what} is on {value.device}, images on {self.images.device}; use one device"
+                )
+        if n and int(self.images.max()) > self.max_value:
+            raise ValueError(
+                f"images has pixels up to {int(self.images.max())}, above max_value {self.max_value}"
+            )
+        check_labels(self.labels, len(self.classes), "labels")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        shape = "×".join(str(size) for size in self.images.shape)
+        return f"Dataset({self.name!r}, {self.split!r}, {shape}, {self.num_classes} classes, {self.device})"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def in_channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def to(self, device: str | torch.device) -> Dataset:
+        """The same data set on ``device``."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            index=self.index.to(device),
+        )
+
+    def take(self, rows: Tensor, split: str | None = None) -> Dataset:
+        """The samples at ``rows``, int64 ``[M]``: row numbers of this data set, not global indices."""
+        rows = rows.to(self.device)
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows],
+            index=self.index[rows],
+            split=self.split if split is None else split,
+        )
+
+    def subset(self, n: int, seed: int = 0) -> Dataset:
+        """At most ``n`` samples with the classes in proportion; the same ones for the same seed."""
+        if n < 1:
+            raise ValueError(f"n must be 1 or more, got {n}")
+        if n >= len(self):
+            return self
+        rows, _ = stratified(self.labels, self.index, n, rng.key(seed, "subset"))
+        return self.take(rows)
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits of the content: pixels, labels, indices, class names and pixel range."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(repr((tuple(self.images.shape), self.max_value, self.classes)).encode())
+        for values in (self.images, self.labels, self.index):
+            digest.update(values.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: bool = False,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """The batches of one epoch, made on the data set's device.
+
+        Order (``shuffle``) and augmentation (``augment``) are functions of (seed, epoch, global index) alone:
+        a sample is cropped in the same way whatever batch it lands in, and ``start`` = number of batches to
+        skip goes on exactly where an interrupted epoch stopped. The last batch may be smaller, unless
+        ``drop_last``.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        if start < 0:
+            raise ValueError(f"start must be 0 or more batches, got {start}")
+        return self._batches(batch_size, shuffle, augment, seed, epoch, start, drop_last)
+
+    def _batches(
+        self,
+        batch_size: int,
+        shuffle: bool,
+        augment: bool,
+        seed: int,
+        epoch: int,
+        start: int,
+        drop_last: bool,
+    ) -> Iterator[Batch]:
+        order = torch.arange(len(self), device=self.device)
+        if shuffle:
+            order = rng.bits(rng.key(seed, "shuffle", epoch), self.index, ()).argsort(stable=True)
+        stop = len(self) - batch_size + 1 if drop_last else len(self)
+        # a tensor on the device: CUDA divides by a Python number as a product with its reciprocal, which
+        # differs from the CPU's quotient in the last bit
+        scale = torch.tensor(float(self.max_value), device=self.device)
+        for first in range(start * batch_size, stop, batch_size):
+            rows = order[first : first + batch_size]
+            images, index = self.images[rows], self.index[rows]
+            if augment:
+                images = augmented(images, index, self.augmentation, seed=seed, epoch=epoch)
+            yield Batch(images.to(torch.float32) / scale, self.labels[rows], index)
+
+
+class Splits(NamedTuple):
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+
+def augmented(
+    images: Tensor, index: Tensor, augmentation: Augmentation, *, seed: int = 0, epoch: int = 0
+) -> Tensor:
+    """``images`` [B, C, H, W] of any dtype, each shifted and flipped as (seed, epoch, ``index`` [B]) says."""
+    size, (height, width) = augmentation.shift, images.shape[2:]
+    if size == 0 and not augmentation.flip:
+        return images
+    span = 2 * size + 1
+    corner = rng.integers(rng.key(seed, "shift", epoch), index, (2,), span)  # [B, 2], within the padded image
+    row = corner[:, :1] + torch.arange(height, device=images.device)  # [B, H]
+    column = torch.arange(width, device=images.device).expand(len(images), -1)  # [B, W]
+    if augmentation.flip:
+        mirrored = rng.integers(rng.key(seed, "flip", epoch), index, (1,), 2) == 1  # [B, 1]
+        column = torch.where(mirrored, width - 1 - column, column)
+    column = corner[:, 1:] + column
+    padded = torch.nn.functional.pad(images, (size,) * 4)  # [B, C, H + 2·shift, W + 2·shift]
+    pixel = (row[:, :, None] * padded.shape[3] + column[:, None, :]).flatten(1)  # [B, H·W]
+    flat = padded.flatten(2)
+    return flat.gather(2, pixel[:, None, :].expand(-1, flat.shape[1], -1)).view_as(images)
+
+
+def stratified(labels: Tensor, index: Tensor, n: int, key: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of ``n`` samples and of the others, both ascending, int64.
+
+    Each class gives its share of ``n``, rounded by largest remainder; which of its samples is decided by
+    ``key`` and the samples' global indices.
+    """
+    if not 0 <= n <= len(labels):
+        raise ValueError(f"n must be in [0, {len(labels)}], got {n}")
+    label, where = labels.cpu(), index.cpu()
+    counts = torch.bincount(label)
+    floor = counts * n // max(len(label), 1)
+    remainder = counts * n - floor * len(label)  # exact, in units of 1/N
+    floor[remainder.argsort(descending=True, stable=True)[: n - int(floor.sum())]] += 1
+    by_chance = rng.bits(key, where, ()).argsort(stable=True)
+    grouped = by_chance[label[by_chance].argsort(stable=True)]  # by class, within a class by chance
+    place = torch.arange(len(label)) - (counts.cumsum(0) - counts)[label[grouped]]  # rank within its class
+    chosen = torch.zeros(len(label), dtype=torch.bool)
+    chosen[grouped] = place < floor[label[grouped]]
+    return chosen.nonzero()[:, 0].to(labels.device), (~chosen).nonzero()[:, 0].to(labels.device)
+
+
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(training part, validation part) of a training set: a stratified ``fraction`` is held out."""
+    n = max(1, round(len(dataset) * fraction))
+    held, kept = stratified(dataset.labels, dataset.index, n, rng.key(seed, "validation"))
+    return dataset.take(kept), dataset.take(held, split="validation")
+
+
+def from_arrays(
+    images: Any,
+    labels: Any,
+    *,
+    name: str = "custom",
+    split: str = "train",
+    classes: Sequence[str] | None = None,
+    max_value: int = 255,
+    eps: float = 8 / 255,
+    shift: int = 0,
+    flip: bool = False,
+    source: str = "arrays of the caller's",
+) -> Dataset:
+    """A data set of your own from arrays or tensors.
+
+    images: uint8 [N, C, H, W]. labels: whole numbers [N]. classes: the classes' names; by default "0", "1", …
+    up to the largest label. eps, shift and flip: the threat model and the augmentation.
+    """
+    pixels = torch.as_tensor(np.ascontiguousarray(images)) if not isinstance(images, Tensor) else images
+    numbers = torch.as_tensor(np.asarray(labels)) if not isinstance(labels, Tensor) else labels
+    if numbers.is_floating_point() or numbers.dtype == torch.bool or numbers.dim() != 1:
+        raise ValueError(
+            f"labels must be whole numbers [N], got {numbers.dtype} {list(numbers.shape)}; "
+            "one-hot labels become that by .argmax(1)"
+        )
+    numbers = numbers.to(torch.int64)
+    if classes is None:
+        classes = [str(number) for number in range(int(numbers.max()) + 1 if len(numbers) else 0)]
+    return Dataset(
+        name=name,
+        split=split,
+        images=pixels,
+        labels=numbers.to(pixels.device),
+        index=torch.arange(len(pixels), device=pixels.device),
+        classes=tuple(classes),
+        max_value=max_value,
+        threat_model=ThreatModel(eps),
+        augmentation=Augmentation(shift, flip),
+        source=source,
+    )

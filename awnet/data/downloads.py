@@ -1,0 +1,148 @@
+"""Fetches the published archives, with checksums; an interrupted download goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1 << 20
+
+Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all where the server says)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """url: where it is published. checksum: in pooch's form. folder: the one folder that it holds."""
+
+    url: str
+    checksum: str
+    folder: str
+
+
+ARCHIVES = {
+    "cifar10": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "md5:c58f30108f718f92721af3b95e74349a",
+        "cifar-10-batches-py",
+    ),
+    "cifar100": Archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+        "md5:eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python",
+    ),
+    "tiny_imagenet": Archive(
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "md5:90528d7ca1a48142e341f4ef8d21d0de",
+        "tiny-imagenet-200",
+    ),
+}
+
+
+def download(
+    name: str, data_dir: str | Path = "data", *, url: str | None = None, progress: Progress | None = None
+) -> Path:
+    """Puts the published folder of data set ``name`` under ``data_dir`` and returns its path.
+
+    A folder that is there already is left alone. The archive is kept beside it; a download that broke off
+    goes on where it stopped when the server allows that. ``url`` names a mirror: the checksum stays the
+    publisher's. ``progress`` is called as data arrives.
+
+    ValueError for an unknown name, a wrong checksum or an archive with unexpected content; ConnectionError
+    when the archive can't be fetched.
+    """
+    import pooch
+
+    if name == "digits":
+        raise ValueError("digits needs no download: it ships inside scikit-learn")
+    if name not in ARCHIVES:
+        raise ValueError(f"unknown data set {name!r}; to be downloaded are {', '.join(ARCHIVES)}")
+    archive = ARCHIVES[name]
+    data_dir = Path(data_dir).expanduser()
+    folder = data_dir / archive.folder
+    if folder.is_dir():
+        return folder
+    data_dir.mkdir(parents=True, exist_ok=True)
+    file_name = Path(archive.url).name
+
+    def fetch(address: str, output: Any, _: Any) -> None:
+        try:
+            _fetch(address, Path(output), data_dir / f"{file_name}.part", progress)
+        except (OSError, HTTPException) as error:
+            raise ConnectionError(
+                f"{address} could not be downloaded: {error}. What has arrived is kept; the same command goes on "
+                f"from there. Without a network, put the published folder {archive.folder} into {data_dir} by "
+                "other means, or give its place by --data-dir (data_dir=…)"
+            ) from error
+
+    pooch.get_logger().setLevel("WARNING")
+    path = pooch.retrieve(
+        url or archive.url, known_hash=archive.checksum, fname=file_name, path=data_dir, downloader=fetch
+    )
+    _unpack(Path(path), folder)
+    return folder
+
+
+def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> None:
+    """Completes ``part`` from ``url``, then moves it to ``output``."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        reply = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing lies beyond what we have; then the checksum decides
+            raise
+        os.replace(part, output)
+        return
+    with reply:
+        resumed = reply.status == 206
+        have = have if resumed else 0
+        length = reply.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with part.open("ab" if resumed else "wb") as file:
+            while chunk := reply.read(CHUNK):
+                file.write(chunk)
+                have += len(chunk)
+                if progress is not None:
+                    progress(have, total)
+    if total is not None and have != total:
+        raise OSError(f"the connection broke off after {have:,} of {total:,} bytes")
+    os.replace(part, output)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Extracts the one folder that ``archive`` holds; ``folder`` appears whole or not at all."""
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                for info in opened.infolist():
+                    _check_member(archive, info.filename, folder.name)
+                opened.extractall(scratch)
+        else:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    _check_member(archive, member.name, folder.name)
+                tar.extractall(scratch, filter="data")
+        if not (scratch / folder.name).is_dir():
+            raise ValueError(f"{archive} does not hold the folder {folder.name}")
+        os.rename(scratch / folder.name, folder)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{archive} could not be unpacked: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_member(archive: Path, name: str, folder: str) -> None:
+    parts = name.replace("\\", "/").split("/")
+    if parts[0] != folder or ".." in parts:
+        raise ValueError(f"{archive} holds {name!r}, outside its folder {folder}: refused")

@@ -1,0 +1,22 @@
+"""Finds a data set's published folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def find_folder(name: str, data_dir: str | Path, markers: dict[str, str]) -> tuple[Path, str]:
+    """(the published folder, its marker file). ``markers``: folder name → a file that only this version has;
+    the first that is found counts. ``data_dir`` is the folder itself, under whatever name, or its parent."""
+    data_dir = Path(data_dir).expanduser()
+    for folder, marker in markers.items():
+        for candidate in (data_dir / folder, data_dir):
+            if (candidate / marker).is_file():
+                return candidate, marker
+    wanted = " or ".join(f"{folder} (with {marker})" for folder, marker in markers.items())
+    state = "" if data_dir.is_dir() else ", and that folder does not exist"
+    raise FileNotFoundError(
+        f"{name} is not in data_dir {str(data_dir)!r}{state}. Expected the published folder {wanted}, "
+        f"there or directly under it. Give its place by --data-dir (data_dir=…), or fetch it with "
+        f"`awnet data download {name} --data-dir {data_dir}`"
+    )

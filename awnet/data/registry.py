@@ -1,0 +1,40 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from awnet.data.cifar import load_cifar
+from awnet.data.dataset import Splits
+from awnet.data.digits import load_digits
+from awnet.data.tiny_imagenet import load_tiny_imagenet
+
+DEFAULT_DATA_DIR = "data"
+
+_LOADERS: dict[str, Callable[[str | Path, int], Splits]] = {
+    "digits": lambda _, seed: load_digits(seed),
+    "cifar10": lambda data_dir, seed: load_cifar("cifar10", data_dir, seed),
+    "cifar100": lambda data_dir, seed: load_cifar("cifar100", data_dir, seed),
+    "tiny_imagenet": load_tiny_imagenet,
+}
+
+
+def list_datasets() -> list[str]:
+    """The names that ``load_dataset`` knows."""
+    return list(_LOADERS)
+
+
+def load_dataset(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Splits:
+    """The train, validation and test split of a data set, on the CPU.
+
+    data_dir: the published folder or its parent; by default ``data`` in the working directory. ``digits``
+    needs none. seed: which training images are held out for validation; the test images never depend on it.
+
+    ValueError for an unknown name or damaged files, FileNotFoundError for missing ones.
+    """
+    if name not in _LOADERS:
+        raise ValueError(
+            f"unknown data set {name!r}; known are {', '.join(_LOADERS)} (or make one by from_arrays)"
+        )
+    return _LOADERS[name](DEFAULT_DATA_DIR if data_dir is None else data_dir, seed)
