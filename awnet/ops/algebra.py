@@ -1,12 +1,12 @@
 """The [B, C] mathematics of the layer: what is left when the images are summed up.
 
-Every mode of the layer is ``y = act(u * scale + shift + residual)`` with ``u = conv(input, weight)``. This file
-makes ``scale`` and ``shift`` (forward) and turns the sums of the reduce pass into gradients (backward).
+Every mode of the layer is ``y = act(u * scale + shift + residual)`` with ``u = conv(input, weight)``. This
+file makes ``scale`` and ``shift`` (forward) and turns the sums of the reduce pass into gradients (backward).
 ``docs/equations.md`` derives each line. All arguments are float32 or wider.
 
 Symbols: ``mean`` m and ``m2`` M2 [B, C] of u; ``omega`` ω [B, C] or None (ω ≡ 1); ``g1`` Σ g and ``gc``
-Σ g (u − centre) [B, C]; ``hw`` the number of pixels. Affine parameters have K rows and statistics S rows, each
-1 or 2: row 0 adversarial, row 1 clean.
+Σ g (u − centre) [B, C]; ``hw`` the number of pixels. Affine parameters have K rows and statistics S rows,
+each 1 or 2: row 0 adversarial, row 1 clean.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BatchStatistics(NamedTuple):
 
     mean: Tensor  # [S, C]
     var: Tensor  # [S, C], biased
-    count: Tensor  # [S], values per channel, 0 where a branch has no sample
+    n: Tensor  # [S], N_k: values per channel, 0 where a branch has no sample
 
 
 def _times(x: Tensor, omega: Tensor | None) -> Tensor:
@@ -64,7 +64,7 @@ def _sum_by_row(x: Tensor, is_clean: Tensor | None, rows: int) -> Tensor:
     return torch.stack([torch.where(clean, zero, x).sum(0), torch.where(clean, x, zero).sum(0)])
 
 
-# --- testing and attack: running statistics, branches weighted by p -----------------------------------------
+# --- testing and attack: running statistics, branches weighted by p
 
 
 class _Branches(NamedTuple):
@@ -108,7 +108,7 @@ def testing_coefficients(
     eps: float,
     batch: int,
 ) -> tuple[Tensor, Tensor]:
-    """scale = ω Σ_k w_k γ_k/σ_k and shift = Σ_k w_k (β_k − μ_k γ_k/σ_k), w = (1 − p, p), Eq. 14; both [B, C]."""
+    """scale = ω Σ_k w_k γ_k/σ_k, shift = Σ_k w_k (β_k − μ_k γ_k/σ_k) with w = (1 − p, p), Eq. 14; [B, C]."""
     branch = _branches(bn_weight, bn_bias, running_mean, running_var, eps)
     weights = _probabilities(p_clean, len(branch.gain))
     scale = _times(_mix(branch.gain, weights), omega)
@@ -147,7 +147,7 @@ def testing_gradients(
     return Gradients(d_omega, d_p, torch.stack(d_weight), torch.stack(d_bias))
 
 
-# --- training: batch statistics of each branch's own samples ------------------------------------------------
+# --- training: batch statistics of each branch's own samples
 
 
 def batch_statistics(
@@ -197,15 +197,15 @@ def training_gradients(
     rows = len(statistics.mean)
     inv_std = _rows(torch.rsqrt(statistics.var + eps), is_clean, batch)
     gamma = _rows(bn_weight, is_clean, batch)
-    count = _rows(statistics.count[:, None].clamp(min=1), is_clean, batch)  # [B, 1]
+    n = _rows(statistics.n[:, None].clamp(min=1), is_clean, batch)  # [B, 1]
     d = _times(mean, omega) - _rows(statistics.mean, is_clean, batch)
 
     along = (_times(gc, omega) + d * g1) * inv_std  # Σ_hw g · normalised
     d_weight = _sum_by_row(along, is_clean, len(bn_weight))
     d_bias = _sum_by_row(g1, is_clean, len(bn_weight))
     # what reaches each sample through its statistics: the sums over all samples that share them
-    through_mean = _rows(_sum_by_row(gamma * g1, is_clean, rows), is_clean, batch) / count
-    through_var = _rows(_sum_by_row(gamma * along, is_clean, rows), is_clean, batch) * inv_std / count
+    through_mean = _rows(_sum_by_row(gamma * g1, is_clean, rows), is_clean, batch) / n
+    through_var = _rows(_sum_by_row(gamma * along, is_clean, rows), is_clean, batch) * inv_std / n
 
     scaled_inv_std = _times(inv_std, omega)
     propagation = Propagation(

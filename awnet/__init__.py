@@ -1,0 +1,61 @@
+"""awnet: fast AW-Nets, networks whose filters are re-weighted per image, and the means to train and judge them.
+
+>>> model = awnet.create_model("awnet_resnet18", num_classes=10)
+>>> x_adv = awnet.attacks.PGD(model, eps=8/255, step_size=2/255, steps=20)(x, y)
+>>> report = awnet.evaluate(model, dataset, attacks=["fgsm", "pgd_sat", "pgd_trades", "cw"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from awnet._version import __version__
+
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "kernels" / "__init__.py").is_file() and (_ROOT / "setup.py").is_file():
+    # run from the repository: awnet.kernels and awnet.benchmarks stand beside this folder
+    __path__.append(str(_ROOT))
+
+# public name → the module that holds it; imported at first use, so that `import awnet` stays quick
+_NAMES = {
+    "convert": "awnet.nn",
+    "create_model": "awnet.models",
+    "evaluate": "awnet.evaluation",
+    "explain": "awnet.ops",
+    "list_models": "awnet.models",
+    "load_dataset": "awnet.data",
+    "load_model": "awnet.models",
+    "save_model": "awnet.models",
+    "train": "awnet.training",
+    "use_backend": "awnet.ops",
+}
+_MODULES = {
+    "analysis": "awnet.analysis",
+    "attacks": "awnet.attacks",
+    "data": "awnet.data",
+    "evaluation": "awnet.evaluation",
+    "functional": "awnet.ops.functional",
+    "models": "awnet.models",
+    "nn": "awnet.nn",
+    "ops": "awnet.ops",
+    "reference": "awnet.reference",
+    "training": "awnet.training",
+}
+
+__all__ = ["__version__", *_NAMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'awnet' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,207 @@
+"""Which implementation runs a call, and why the others do not.
+
+A backend is a name, a predicate that gives the reason why it cannot run a call (None if it can), and a
+function that runs it and, in training, updates the running statistics. With no backend named, the first of
+``BACKENDS`` that can run a call takes it. A backend named by the caller (argument, ``use_backend``,
+``AWNET_BACKEND``) runs it or raises with the reason: nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awnet import reference
+from awnet.ops.layer import Call, Saved, register
+from awnet.ops.passes import EagerPasses, Passes
+
+Momentum = float | Tensor
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the layer."""
+
+    name: str
+    summary: str
+    refusal: Callable[[Call], str | None]
+    run: Callable[[Call, Momentum], Tensor]
+
+
+def _with_passes(name: str, passes: Passes) -> Callable[[Call, Momentum], Tensor]:
+    operator = register(name, passes)
+
+    def run(call: Call, momentum: Momentum) -> Tensor:
+        y, *rest = operator(*call, _needs_grad(call))
+        if call.training and call.running_mean is not None:
+            _update_running_statistics(call, momentum, Saved(*rest))
+        return y
+
+    return run
+
+
+def _needs_grad(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call)
+
+
+@torch.no_grad()
+def _update_running_statistics(call: Call, momentum: Momentum, saved: Saved) -> None:
+    assert call.running_mean is not None
+    assert call.running_var is not None
+    n = saved.n[:, None]
+    rate = momentum[:, None].to(n) if isinstance(momentum, Tensor) else momentum
+    unbiased = saved.batch_var * (n / (n - 1).clamp(min=1))
+    for running, batch in ((call.running_mean, saved.batch_mean), (call.running_var, unbiased)):
+        moved = (1 - rate) * running + rate * batch
+        running.copy_(torch.where(n > 0, moved, running))
+
+
+def _literal(call: Call, momentum: Momentum) -> Tensor:
+    """The call on ``awnet.reference``."""
+    convolution: dict[str, Any] = {
+        "stride": tuple(call.stride),
+        "padding": tuple(call.padding),
+        "dilation": tuple(call.dilation),
+        "groups": call.groups,
+    }
+    norm: dict[str, Any] = {
+        "p_clean": call.p_clean,
+        "is_clean": call.is_clean,
+        "training": call.training,
+        "momentum": momentum,
+        "eps": call.eps,
+    }
+    images: list[Any] = [call.input, call.weight, call.filter_scale]
+    tables: list[Any] = [call.bn_weight, call.bn_bias, call.running_mean, call.running_var]
+    if call.bn_weight is None:
+        return reference.filter_scaled_conv2d(*images, **convolution)
+    if call.weight is None:
+        return reference.mix_batch_norm(images[0], *tables, **norm)
+    last = {"residual": call.residual, "activation": "relu" if call.relu else None}
+    return reference.aw_conv2d(*images, *tables, **(norm | convolution | last))
+
+
+def _never(call: Call, momentum: Momentum) -> Tensor:
+    raise AssertionError("select() refuses a backend that is not there")
+
+
+def _runs_anything(call: Call) -> str | None:
+    return None
+
+
+def _not_built(what: str) -> Callable[[Call], str | None]:
+    return lambda call: f"this version of awnet has no {what}"
+
+
+# in order of preference
+BACKENDS: tuple[Backend, ...] = (
+    Backend("triton", "Triton kernels (CUDA devices)", _not_built("Triton kernels"), _never),
+    Backend("cuda", "CUDA C++ kernels (CUDA devices)", _not_built("CUDA kernels"), _never),
+    Backend("cpp", "C++ kernels (CPU)", _not_built("C++ kernels"), _never),
+    Backend(
+        "eager",
+        "one convolution and one affine map in plain torch, gradients by the centred formulas",
+        _runs_anything,
+        _with_passes("eager", EagerPasses()),
+    ),
+    Backend("reference", "the paper's equations literally, gradients by autograd", _runs_anything, _literal),
+)
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+_chosen: list[str | None] = [os.environ.get("AWNET_BACKEND") or None]
+
+
+def _named(name: object, source: str) -> Backend:
+    if not isinstance(name, str):
+        raise TypeError(f"{source} must be a backend's name or None, got {type(name).__name__}")
+    if name not in _BY_NAME:
+        raise ValueError(f"{source} names no backend: {name!r}; there are {', '.join(_BY_NAME)}")
+    return _BY_NAME[name]
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Runs every layer call of the ``with`` block on backend ``name``; None gives the choice back to awnet.
+
+    It holds for the process, all threads included, and outranks ``AWNET_BACKEND``; an explicit ``backend=``
+    outranks both. Raises ValueError for an unknown name.
+    """
+    if name is not None:
+        _named(name, "use_backend")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def select(call: Call, backend: str | None) -> Backend:
+    """The backend that runs ``call``. Raises ValueError when a named one is unknown or cannot run it."""
+    source = "backend"
+    if backend is None:
+        backend = _chosen[-1]
+        source = "AWNET_BACKEND" if len(_chosen) == 1 else "use_backend"
+    if backend is None:
+        for candidate in BACKENDS:
+            if candidate.refusal(call) is None:
+                return candidate
+        raise AssertionError("the eager backend runs everything")
+    chosen = _named(backend, source)
+    reason = chosen.refusal(call)
+    if reason is not None:
+        raise ValueError(f"{source} {chosen.name!r} cannot run this call: {reason}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would run on: ``backend``, and for each other one, in order of preference, why not."""
+
+    backend: str
+    others: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend}: runs this call ({_BY_NAME[self.backend].summary})"]
+        lines += [f"{name}: not taken, {reason}" for name, reason in self.others.items()]
+        return "\n".join(lines)
+
+
+def explain_call(call: Call, backend: str | None) -> Explanation:
+    """See :func:`awnet.ops.explain`."""
+    taken = select(call, backend)
+    others: dict[str, str] = {}
+    for candidate in BACKENDS:
+        if candidate is not taken:
+            reason = candidate.refusal(call)
+            others[candidate.name] = reason or (
+                "another one was named"
+                if BACKENDS.index(candidate) < BACKENDS.index(taken)
+                else f"it could run it, but {taken.name} is preferred"
+            )
+    return Explanation(taken.name, others)
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend's name, with None where it can run on this machine and else the reason why not.
+
+    Asked for a small float32 call on the CPU and, where there is one, on the CUDA device.
+    """
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    reasons: dict[str, str | None] = {}
+    for backend in BACKENDS:
+        answers = [backend.refusal(_probe(device)) for device in devices]
+        reasons[backend.name] = None if None in answers else answers[-1]
+    return reasons
+
+
+def _probe(device: str) -> Call:
+    x = torch.empty(1, 1, 1, 1, device=device)
+    table = torch.empty(1, 1, device=device)
+    tables = (table, table, None, table, table)
+    return Call(x, x, table, None, *tables, None, False, 1e-5, True, (1, 1), (0, 0), (1, 1), 1)
