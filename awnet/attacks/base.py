@@ -1,0 +1,173 @@
+"""What every attack shares: a frozen model, checked arguments, the ball around an image."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awnet.data.checks import check_images, check_labels
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """``model`` in eval mode with ``requires_grad=False`` for every parameter, for a block of code.
+
+    A frozen model costs an attack no weight gradient. Afterwards, also when an exception passes through,
+    every submodule has its own training flag again and every parameter its ``requires_grad`` and ``grad``.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad, gradient in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """The device of the model's first parameter or buffer; None for a model without either."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return None
+
+
+def _device(value: object) -> torch.device | None:
+    return value.device if isinstance(value, Tensor) else None
+
+
+def check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_size(name: str, value: float, high: float = math.inf) -> float:
+    """A finite number from 0 to ``high``, as a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    if value > high:
+        raise ValueError(
+            f"{name} must be at most {high:g}, got {value:g}: images are in [0, 1], so write {value:g}/255 "
+            "if you count in 8-bit levels"
+        )
+    return float(value)
+
+
+def check_count(name: str, value: int) -> int:
+    """An integer from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+class Attack(ABC):
+    """An attack within an L-infinity ball on a classifier ``[B, C, H, W]`` in [0, 1] → logits ``[B, K]``.
+
+    A subclass writes :meth:`perturb`; calling the attack checks the arguments, freezes the model, runs it and
+    checks the outcome.
+
+    Args:
+        model: any ``nn.Module``, in any mode; it is left as it was found.
+        eps: radius of the ball in image units, 0 to 1.
+        seed: noise is keyed by the seed and each sample's index, so that the batch an image lies in does not
+            matter to it.
+    """
+
+    def __init__(self, model: nn.Module, *, eps: float, seed: int = 0) -> None:
+        check_model(model)
+        self.model = model
+        self.eps = check_size("eps", eps, 1.0)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
+        self.seed = seed
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What defines the attack, for reports: plain values, JSON-ready."""
+        return {"attack": type(self).__name__, "eps": self.eps, "seed": self.seed}
+
+    @abstractmethod
+    def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        """The attack itself, on checked arguments and a frozen model; does not synchronise with the host.
+
+        ``largest_label`` is ``y.max()``, known to the host; pass every output of the model through
+        :meth:`logits`, which compares the two. Where a gradient is not finite the result must be NaN.
+        """
+
+    def __call__(self, x: Tensor, y: Tensor, *, index: Tensor | None = None) -> Tensor:
+        """Adversarial images for ``x``.
+
+        Args:
+            x: images in [0, 1], float32 or float64 ``[B, C, H, W]``, on the model's device.
+            y: true labels, int64 ``[B]``.
+            index: each sample's number in its data set, int64 ``[B]``, which keys the noise; 0 … B-1 if None.
+
+        Returns:
+            ``x_adv`` like ``x``, a new tensor within [x - eps, x + eps] and [0, 1] (to the last bit of
+            rounding), without gradient.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described, a label exceeds the model's classes, or
+                the gradient with respect to the image is missing or not finite.
+        """
+        check_images(x)
+        if x.dtype not in (torch.float32, torch.float64):
+            # a step of 0.003 would vanish in the rounding of a half-precision pixel
+            raise TypeError(f"x must be float32 or float64, got {x.dtype}; use torch.autocast for speed")
+        for name, device in (
+            ("y", _device(y)),
+            ("index", _device(index)),
+            ("the model", device_of(self.model)),
+        ):
+            if device is not None and device != x.device:
+                raise ValueError(f"{name} must be on x's device, {x.device}, got {device}")
+        check_labels(y)
+        if len(y) != len(x):
+            raise ValueError(f"y must hold one label for each of the {len(x)} images, got {len(y)}")
+        if index is None:
+            index = torch.arange(len(x), device=x.device)
+        elif index.dtype != torch.int64 or index.shape != y.shape:
+            raise ValueError(f"index must be int64 [{len(x)}], got {index.dtype} {list(index.shape)}")
+        if len(x) == 0:
+            return x.detach().clone()
+        # inference tensors cannot enter a graph, so they are copied outside inference mode
+        with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
+            x_adv = self.perturb(x.detach().clone(), y.clone(), index.clone(), int(y.max()))
+        if not bool(torch.isfinite(x_adv).all()):
+            broken = int((~torch.isfinite(x_adv)).flatten(1).any(1).sum())
+            raise ValueError(
+                f"the gradient of the loss with respect to x is not finite for {broken} of {len(x)} images, "
+                "so an attack cannot follow it: look for NaN in the model's weights and outputs"
+            )
+        return x_adv
+
+    def logits(self, x: Tensor, largest_label: int) -> Tensor:
+        """The model's logits ``[B, K]`` for ``x``, float32 or wider, their shape checked."""
+        logits = self.model(x)
+        if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+            got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"model must return logits [B, K] for {len(x)} images, got {got}")
+        if logits.shape[1] <= largest_label:
+            raise ValueError(
+                f"y must hold labels below the model's {logits.shape[1]} classes, got {largest_label}"
+            )
+        return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def ball(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value each pixel may take."""
+        return (x - self.eps).clamp_(min=0), (x + self.eps).clamp_(max=1)

@@ -1,0 +1,163 @@
+"""Projected gradient descent within an L-infinity ball, and its relatives FGSM and CW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awnet import rng
+from awnet.attacks.base import Attack, check_count, check_size
+
+#: maps (model, x_adv, x, y) to a loss ``[B]``, to be maximised
+LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+LOSSES = ("ce", "margin", "kl")
+STARTS = ("uniform", "normal", None)
+
+
+class PGD(Attack):
+    """Projected gradient descent (Madry et al. 2018): ``steps`` times x ← clip(x + step_size·sign(∂loss/∂x)).
+
+    Each step is clipped to the ball of radius ``eps`` and to [0, 1]. A pixel whose gradient is 0 stays.
+
+    Args:
+        model: any ``nn.Module`` that maps images in [0, 1] to logits ``[B, K]``.
+        eps: radius of the ball, in image units.
+        step_size: length of a step, in image units.
+        steps: number of steps; 0 gives the starting point.
+        loss: what to maximise. ``"ce"``: cross-entropy. ``"margin"``: Carlini and Wagner's
+            -max(z_y - max_{j≠y} z_j, -kappa). ``"kl"``: KL(model(x) ‖ model(x_adv)), which TRADES trains
+            against. Or a function of (model, x_adv, x, y) that returns ``[B]``.
+        random_start: ``"uniform"`` in the ball; ``"normal"``: x + noise_std·N(0, 1); None: at x itself.
+        noise_std: standard deviation of the ``"normal"`` start, in image units.
+        seed: keys the start, together with each sample's index.
+        kappa: the margin beyond which ``"margin"`` stops pushing, in units of the logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        step_size: float,
+        steps: int,
+        loss: Literal["ce", "margin", "kl"] | LossFunction = "ce",
+        random_start: Literal["uniform", "normal"] | None = "uniform",
+        noise_std: float = 0.001,
+        seed: int = 0,
+        kappa: float = 50.0,
+    ) -> None:
+        super().__init__(model, eps=eps, seed=seed)
+        self.step_size = check_size("step_size", step_size)
+        self.steps = check_count("steps", steps)
+        self.noise_std = check_size("noise_std", noise_std)
+        self.kappa = check_size("kappa", kappa)
+        if not callable(loss) and loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)} or a function, got {loss!r}")
+        if random_start not in STARTS:
+            raise ValueError(f"random_start must be 'uniform', 'normal' or None, got {random_start!r}")
+        if loss == "kl" and random_start is None:
+            raise ValueError(
+                "random_start must be 'uniform' or 'normal' with loss 'kl': its gradient is 0 at x"
+            )
+        self.loss = loss
+        self.random_start = random_start
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        loss = self.loss if isinstance(self.loss, str) else getattr(self.loss, "__qualname__", "function")
+        settings = super().settings | {
+            "step_size": self.step_size,
+            "steps": self.steps,
+            "loss": loss,
+            "random_start": self.random_start,
+        }
+        if self.random_start == "normal":
+            settings["noise_std"] = self.noise_std
+        if self.loss == "margin":
+            settings["kappa"] = self.kappa
+        return settings
+
+    def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        low, high = self.ball(x)
+        x_adv = self._start(x, index).clamp_(low, high)
+        if self.steps == 0:
+            return x_adv
+        objective = self._objective(x, y, largest_label)
+        for _ in range(self.steps):
+            x_adv.requires_grad_(True)
+            loss = objective(x_adv)  # [B]
+            if loss.shape != y.shape:
+                raise ValueError(f"loss must give one value an image, [{len(x)}], got {list(loss.shape)}")
+            if not loss.requires_grad:
+                raise ValueError("the loss has no gradient with respect to x: does the model detach it?")
+            (gradient,) = torch.autograd.grad(loss.sum(), x_adv)
+            x_adv = torch.add(x_adv.detach(), gradient.sign(), alpha=self.step_size).clamp_(low, high)
+            # sign(NaN) is 0: without this a broken gradient would pass for a robust model
+            x_adv = torch.where(gradient.isfinite(), x_adv, torch.nan)
+        return x_adv
+
+    def _start(self, x: Tensor, index: Tensor) -> Tensor:
+        key = rng.key("attack start", self.seed)
+        if self.random_start == "uniform":
+            noise = rng.uniform(key, index, x.shape[1:]).mul_(2).sub_(1)
+            return torch.add(x, noise.to(x.dtype), alpha=self.eps)
+        if self.random_start == "normal":
+            return torch.add(x, rng.normal(key, index, x.shape[1:]).to(x.dtype), alpha=self.noise_std)
+        return x.clone()
+
+    def _objective(self, x: Tensor, y: Tensor, largest_label: int) -> Callable[[Tensor], Tensor]:
+        """The loss ``[B]`` as a function of x_adv alone."""
+        loss = self.loss
+        if not isinstance(loss, str):
+            return lambda x_adv: loss(self.model, x_adv, x, y)
+        if loss == "ce":
+            return lambda x_adv: F.cross_entropy(self.logits(x_adv, largest_label), y, reduction="none")
+        if loss == "margin":
+            return lambda x_adv: -margin(self.logits(x_adv, largest_label), y).clamp(min=-self.kappa)
+        with torch.no_grad():
+            clean = F.log_softmax(self.logits(x, largest_label), dim=1)
+        return lambda x_adv: F.kl_div(
+            F.log_softmax(self.logits(x_adv, largest_label), dim=1), clean, reduction="none", log_target=True
+        ).sum(1)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """z_y - max_{j≠y} z_j ``[B]`` of logits ``[B, K]`` and labels ``[B]``: positive where y wins."""
+    label = y[:, None]
+    others = logits.scatter(1, label, -torch.inf).amax(1)
+    return logits.gather(1, label).squeeze(1) - others
+
+
+class FGSM(PGD):
+    """The fast gradient sign method (Goodfellow et al. 2015): x + eps·sign(∂CE/∂x), clipped to [0, 1].
+
+    Args:
+        random_start: start uniformly in the ball instead of at x (the paper does not).
+    """
+
+    def __init__(self, model: nn.Module, *, eps: float, random_start: bool = False, seed: int = 0) -> None:
+        start: Literal["uniform"] | None = "uniform" if random_start else None
+        super().__init__(model, eps=eps, step_size=eps, steps=1, random_start=start, seed=seed)
+
+
+class CW(PGD):
+    """Carlini and Wagner's margin loss -max(z_y - max_{j≠y} z_j, -kappa), maximised by PGD in the ball."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        step_size: float,
+        steps: int = 30,
+        kappa: float = 50.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            model, eps=eps, step_size=step_size, steps=steps, loss="margin", kappa=kappa, seed=seed
+        )
