@@ -79,9 +79,9 @@ def download(
             _fetch(address, Path(output), data_dir / f"{file_name}.part", progress)
         except (OSError, HTTPException) as error:
             raise ConnectionError(
-                f"{address} could not be downloaded: {error}. What has arrived is kept; the same command goes on "
-                f"from there. Without a network, put the published folder {archive.folder} into {data_dir} by "
-                "other means, or give its place by --data-dir (data_dir=…)"
+                f"{address} could not be downloaded: {error}. What has arrived is kept; the same command "
+                f"goes on from there. Without a network, put the published folder {archive.folder} into "
+                f"{data_dir} by other means, or give its place by --data-dir (data_dir=…)"
             ) from error
 
     pooch.get_logger().setLevel("WARNING")
