@@ -1,4 +1,4 @@
-"""awnet: fast AW-Nets, networks whose filters are re-weighted per image, and the means to train and judge them.
+"""awnet: fast AW-Nets, networks whose filters are re-weighted per image, and how to train and judge them.
 
 >>> model = awnet.create_model("awnet_resnet18", num_classes=10)
 >>> x_adv = awnet.attacks.PGD(model, eps=8/255, step_size=2/255, steps=20)(x, y)
@@ -9,9 +9,18 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from awnet._version import __version__
+
+if TYPE_CHECKING:
+    from awnet import analysis, attacks, data, evaluation, models, nn, ops, reference, training
+    from awnet.data import load_dataset
+    from awnet.evaluation import evaluate
+    from awnet.models import create_model, list_models, load_model, save_model
+    from awnet.nn import convert
+    from awnet.ops import explain, functional, use_backend
+    from awnet.training import train
 
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "kernels" / "__init__.py").is_file() and (_ROOT / "setup.py").is_file():
@@ -44,7 +53,29 @@ _MODULES = {
     "training": "awnet.training",
 }
 
-__all__ = ["__version__", *_NAMES, *_MODULES]
+__all__ = [
+    "__version__",
+    "analysis",
+    "attacks",
+    "convert",
+    "create_model",
+    "data",
+    "evaluate",
+    "evaluation",
+    "explain",
+    "functional",
+    "list_models",
+    "load_dataset",
+    "load_model",
+    "models",
+    "nn",
+    "ops",
+    "reference",
+    "save_model",
+    "train",
+    "training",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

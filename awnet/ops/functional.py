@@ -431,6 +431,7 @@ def _output_shape(call: Call) -> tuple[int, int, int, int]:
 
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    able = torch.amp.is_autocast_available(device)
+    if able and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x

@@ -157,7 +157,8 @@ def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ..
         centre = mean if by_batch else u[:, :, 0, 0].to(wide)
         found = Gradients(None, None, None, None)
         how: Propagation | None = None
-        if need_scale or need_p or need_gamma or need_beta or (by_batch and (need_input or need_weight)):
+        need_images = need_input or need_weight or need_residual
+        if need_scale or need_p or need_gamma or need_beta or (by_batch and need_images):
             g1, gc = passes.reduce(grad, u, centre, y)
             if norm is None:
                 found = Gradients(gc + centre * g1, None, None, None)
@@ -169,7 +170,7 @@ def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ..
             else:
                 found = algebra.testing_gradients(g1, gc, centre, omega, *norm, p_clean, call.eps)
         d_input = d_weight = d_residual = None
-        if need_input or need_weight or need_residual:
+        if need_images:
             if how is None:
                 if norm is not None:
                     scale = algebra.testing_coefficients(omega, *norm, p_clean, call.eps, len(u))[0]

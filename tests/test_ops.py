@@ -1,0 +1,524 @@
+"""The ops against the reference in float64: values, every gradient, running statistics, contract."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from layers import DIFFERENTIABLE, Layer, build, error, has_single_value, layers, run, unfused
+
+from awnet import ops, reference
+from awnet.ops import functional
+from awnet.ops.backends import BACKENDS
+
+few = settings(max_examples=60, deadline=None)
+
+
+def example(training: bool, seed: int = 0, **changes: object) -> Layer:
+    defaults: dict = {
+        "batch": 6, "c_in": 4, "c_out": 6, "groups": 2, "kernel": (3, 3), "stride": 1, "padding": 1,
+        "dilation": 1, "size": [6, 5], "affine_rows": 2, "statistics_rows": 2, "offset": 0.0,
+        "kinds": "mixed", "scale": "random", "p": "random", "residual": True, "activation": "relu",
+    }  # fmt: skip
+    return build(torch.Generator().manual_seed(seed), training, **(defaults | changes))
+
+
+def assert_agrees(layer: Layer, forward: float, gradient: float) -> None:
+    expected, got = run(layer, backend="reference"), run(layer, backend="eager")
+    assert error(got.output, expected.output) <= forward
+    assert got.output.shape == expected.output.shape
+    assert got.grads.keys() == expected.grads.keys()
+    for name, value in expected.grads.items():
+        assert error(got.grads[name], value) <= gradient, name
+    for name, value in expected.running.items():
+        assert error(got.running[name], value) <= forward, name
+
+
+@few
+@given(layers())
+def test_eager_equals_the_reference_in_float64(layer: Layer) -> None:
+    assume(not has_single_value(layer))
+    # 1e-9: rounding of float64 (1e-16) times the condition of a branch of two or three values (eps = 1e-5 bounds
+    # 1/σ by 316, its cube enters ∂u)
+    assert_agrees(layer, forward=1e-9, gradient=1e-7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(layers(offset=1000.0, least=4))
+def test_eager_equals_the_reference_where_the_mean_is_a_thousand_deviations(layer: Layer) -> None:
+    assume(not has_single_value(layer))
+    # the reference itself loses three digits to |mean|/std = 1000; E[x²] − μ² would lose six
+    assert_agrees(layer, forward=1e-8, gradient=1e-5)
+
+
+def kappa(layer: Layer) -> float:
+    conv = {k: layer.options[k] for k in ("stride", "padding", "dilation", "groups")}
+    u = reference.filter_scaled_conv2d(layer.tensors["input"], layer.tensors["weight"], None, **conv)
+    std = u.transpose(0, 1).flatten(1).std(1)
+    return float((u.mean((0, 2, 3)).abs() / std).max())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+def test_float32_keeps_the_digits_demanded(training: bool, offset: float) -> None:
+    for seed in range(6):
+        layer = example(training, seed, offset=offset, batch=12, size=[9, 8], kernel=(3, 2), padding=0)
+        layer = layer.rounded(torch.float32)
+        expected, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend="eager")
+        factor = max(1.0, kappa(layer) / 10)  # the contract's: rounding of u grows with |mean|/std
+        assert error(got.output, expected.output) <= 1e-5 * factor
+        for name, value in expected.grads.items():
+            assert error(got.grads[name], value) <= 1e-4 * factor, (name, seed)
+
+
+def test_filter_scale_gradient_where_a_branch_holds_few_samples() -> None:
+    # with one or two samples ∂ω is O(ε/σ²): a near-cancelling sum, compared in absolute error
+    for batch in (1, 2):
+        layer = example(
+            True, batch, batch=batch, kinds="all clean", activation=None, residual=False, size=[8, 8]
+        )
+        layer = layer.rounded(torch.float32)
+        expected, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend="eager")
+        conv = {k: layer.options[k] for k in ("stride", "padding", "dilation", "groups")}
+        u = reference.filter_scaled_conv2d(layer.tensors["input"], layer.tensors["weight"], None, **conv)
+        upstream = torch.randn(u.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        scaled = u * layer.tensors["filter_scale"][:, :, None, None]
+        std = (scaled.var((0, 2, 3), unbiased=False) + 1e-5).sqrt()
+        size = layer.tensors["bn_weight"][1].abs() / std
+        size = size * (upstream.abs() * (u - u.mean((2, 3), keepdim=True)).abs()).sum((2, 3))
+        difference = (got.grads["filter_scale"].double() - expected.grads["filter_scale"]).abs()
+        assert (difference <= 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_low_precision_is_no_worse_than_twice_plain_torch(dtype: torch.dtype, training: bool) -> None:
+    worst: dict[str, list[float]] = {}
+    for seed in range(4):
+        layer = example(training, seed, batch=12, c_in=8, c_out=8, size=[10, 10]).rounded(dtype)
+        exact = run(layer, backend="reference")
+        plain, ours = run(layer.to(dtype), function=unfused), run(layer.to(dtype), backend="eager")
+        assert ours.output.dtype == dtype
+        pairs = {"output": (ours.output, plain.output, exact.output)}
+        pairs |= {n: (ours.grads[n], plain.grads[n], exact.grads[n]) for n in exact.grads}
+        for name, (a, b, c) in pairs.items():
+            worst.setdefault(name, [0.0, 0.0])
+            worst[name][0] += error(a, c)
+            worst[name][1] += error(b, c)
+    for name, (ours_error, plain_error) in worst.items():
+        assert ours_error <= 2 * plain_error, name
+
+
+@settings(max_examples=30, deadline=None)
+@given(layers(training=False, least=2), st.integers(0, 6))
+def test_other_samples_filled_with_nan_change_no_bit(layer: Layer, which: int) -> None:
+    layer = layer.to(torch.float32)
+    batch = len(layer.tensors["input"])
+    own = which % batch
+    spoilt = dict(layer.tensors)
+    for name in ("input", "filter_scale", "p_clean", "residual"):
+        if name in spoilt:
+            spoilt[name] = spoilt[name].clone()
+            spoilt[name][torch.arange(batch) != own] = float("nan")
+    clean, dirty = run(layer), run(Layer(spoilt, layer.options))
+    assert torch.equal(clean.output[own], dirty.output[own])
+    for name in ("input", "filter_scale", "p_clean", "residual"):
+        if name in clean.grads:
+            assert torch.equal(clean.grads[name][own], dirty.grads[name][own]), name
+
+
+def test_a_branch_is_untouched_by_nan_in_the_other() -> None:
+    layer = example(True, 3, batch=8)
+    clean = layer.tensors["is_clean"]
+    clean[:3], clean[3:] = True, False
+    spoilt = dict(layer.tensors)
+    for name in ("input", "filter_scale", "residual"):
+        spoilt[name] = spoilt[name].clone()
+        spoilt[name][~clean] = float("nan")
+    good, bad = run(layer), run(Layer(spoilt, layer.options))
+    assert torch.equal(good.output[clean], bad.output[clean])
+    assert torch.equal(good.grads["bn_weight"][1], bad.grads["bn_weight"][1])
+    assert torch.equal(good.running["running_mean"][1], bad.running["running_mean"][1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_gradcheck(backend: str) -> None:
+    for training in (True, False):
+        layer = example(
+            training, 1, batch=4, c_out=4, size=[3, 3], activation=None
+        )  # ReLU has no derivative at 0
+        names = [n for n in DIFFERENTIABLE if n in layer.tensors]
+        fixed = {n: x for n, x in layer.tensors.items() if n not in names}
+
+        def function(*values: torch.Tensor, names=names, fixed=fixed, layer=layer) -> torch.Tensor:
+            tensors = fixed | dict(zip(names, values, strict=True))
+            running = {n: tensors[n].clone() for n in ("running_mean", "running_var")}
+            return ops.aw_conv2d(**(tensors | running), **layer.options, backend=backend)
+
+        values = [layer.tensors[n].clone().requires_grad_() for n in names]
+        # the input alone may be left out: the operators keep less then, and must still be right
+        assert torch.autograd.gradcheck(function, values, atol=1e-6)
+        values = [v.detach().requires_grad_(n == "input") for n, v in zip(names, values, strict=True)]
+        assert torch.autograd.gradcheck(function, values, atol=1e-6)
+
+
+def test_mix_batch_norm_and_filter_scaled_conv2d_alone() -> None:
+    for training in (True, False):
+        layer = example(training, 5)
+        t = layer.tensors
+        kind = {"is_clean": t["is_clean"]} if training else {"p_clean": t["p_clean"]}
+        results = []
+        for backend in ("reference", "eager"):
+            x = t["residual"].clone().requires_grad_()
+            tables = [t[n].clone().requires_grad_(n[0] == "b") for n in ("bn_weight", "bn_bias")]
+            running = [t[n].clone() for n in ("running_mean", "running_var")]
+            y = ops.mix_batch_norm(x, *tables, *running, **kind, training=training, backend=backend)
+            grads = torch.autograd.grad(y.sin().sum(), [x, *tables])
+            results.append([y, *grads, *running])
+        for expected, got in zip(*results, strict=True):
+            assert error(got, expected) < 1e-12
+
+    results = []
+    for backend in ("reference", "eager"):
+        leaves = [t[n].clone().requires_grad_() for n in ("input", "weight", "filter_scale")]
+        y = ops.filter_scaled_conv2d(*leaves, padding=1, groups=2, backend=backend)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    for expected, got in zip(*results, strict=True):
+        assert error(got, expected) < 1e-12
+
+
+def test_agrees_with_torch_batch_norm_module() -> None:
+    # an oracle that shares no code with us: two nn.BatchNorm2d over the two halves
+    layer = example(True, 7, scale="none", residual=False, activation=None)
+    t = layer.tensors
+    y = ops.aw_conv2d(**t, filter_scale=None, **layer.options)
+    u = torch.nn.functional.conv2d(t["input"], t["weight"], padding=1, groups=2)
+    fresh = example(True, 7, scale="none", residual=False, activation=None).tensors
+    for k in range(2):
+        norm = torch.nn.BatchNorm2d(6, dtype=torch.float64)
+        norm.weight.data, norm.bias.data = t["bn_weight"][k].clone(), t["bn_bias"][k].clone()
+        norm.running_mean, norm.running_var = fresh["running_mean"][k], fresh["running_var"][k]
+        own = t["is_clean"] == bool(k)
+        assert error(y[own], norm(u[own])) < 1e-12
+        assert error(t["running_mean"][k], norm.running_mean) < 1e-12
+        assert error(t["running_var"][k], norm.running_var) < 1e-12
+
+
+def test_a_missing_branch_keeps_its_statistics_and_momentum_may_differ_by_branch() -> None:
+    layer = example(True, 2, kinds="all clean")
+    before = layer.tensors["running_mean"].clone(), layer.tensors["running_var"].clone()
+    after = run(Layer(layer.tensors, layer.options | {"momentum": torch.tensor([0.5, 1.0])})).running
+    assert torch.equal(after["running_mean"][0], before[0][0])
+    assert torch.equal(after["running_var"][0], before[1][0])
+    whole = run(Layer(layer.tensors, layer.options | {"momentum": 1.0})).running
+    assert torch.equal(after["running_mean"][1], whole["running_mean"][1])
+
+
+def test_an_empty_batch_gives_an_empty_output() -> None:
+    for training in (True, False):
+        layer = example(training, 0, batch=0)
+        for backend in ("reference", "eager"):
+            result = run(layer, backend=backend)
+            assert result.output.shape == (0, 6, 6, 5)
+            assert torch.equal(result.running["running_mean"], layer.tensors["running_mean"])
+            assert all(torch.isfinite(g).all() for g in result.grads.values())
+
+
+def test_one_value_per_channel_in_training_is_an_error() -> None:
+    layer = example(True, 0, size=[1, 1], kernel=(1, 1), padding=0, batch=3)
+    layer.tensors["is_clean"][:] = torch.tensor([True, False, False])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        run(layer)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        run(
+            example(True, 0, size=[1, 1], kernel=(1, 1), padding=0, batch=1, affine_rows=1, statistics_rows=1)
+        )
+
+
+def test_the_output_keeps_the_inputs_memory_format() -> None:
+    for training in (True, False):
+        layer = example(training, 0)
+        plain = run(layer)
+        tensors = dict(layer.tensors)
+        for name in ("input", "residual", "weight"):
+            tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        last = run(Layer(tensors, layer.options))
+        assert plain.output.is_contiguous()
+        assert last.output.is_contiguous(memory_format=torch.channels_last)
+        assert last.grads["input"].is_contiguous(memory_format=torch.channels_last)
+        assert error(last.output, plain.output) < 1e-14
+        tensors = dict(layer.tensors) | {
+            "input": layer.tensors["input"].transpose(2, 3).clone().transpose(2, 3)
+        }
+        assert error(run(Layer(tensors, layer.options)).output, plain.output) < 1e-14
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    for training in (True, False):
+        layer = example(training, 0, batch=16, size=[17, 13]).to(torch.float32)
+        first, second = run(layer), run(layer)
+        assert torch.equal(first.output, second.output)
+        assert all(torch.equal(first.grads[n], second.grads[n]) for n in first.grads)
+        torch.use_deterministic_algorithms(True)
+        try:
+            run(layer)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    for training in (True, False):
+        layer = example(training, 0)
+        everything = run(layer).grads
+        for name in everything:
+            leaves = {n: x.clone().requires_grad_(n == name) for n, x in layer.tensors.items()}
+            y = ops.aw_conv2d(**leaves, **layer.options)
+            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            y.backward(upstream)
+            assert error(leaves[name].grad, everything[name]) < 1e-12, name
+            assert all(leaf.grad is None for n, leaf in leaves.items() if n != name)
+
+
+def test_a_second_derivative_names_the_reference() -> None:
+    layer = example(False, 0)
+    for backend in ("eager", "reference"):
+        x = layer.tensors["input"].clone().requires_grad_()
+        tensors = layer.tensors | {"input": x}
+        y = ops.aw_conv2d(**tensors, **layer.options, backend=backend)
+        upstream = torch.ones_like(y).requires_grad_()
+        (first,) = torch.autograd.grad((y * upstream).square().sum(), x, create_graph=True)
+        if backend == "reference":
+            torch.autograd.grad(first.sum(), upstream)
+        else:
+            with pytest.raises(RuntimeError, match="backend='reference'"):
+                torch.autograd.grad(first.sum(), upstream)
+
+
+# --- torch's machinery
+
+
+def operator_arguments(layer: Layer) -> tuple:
+    call = functional._layer_call(
+        **{"filter_scale": None} | layer.tensors,
+        **layer.options,
+    )
+    return (*call, True)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_opcheck(training: bool, layout: torch.memory_format) -> None:
+    layer = example(training, 0).to(torch.float32)
+    for name in ("input", "residual"):
+        layer.tensors[name] = layer.tensors[name].contiguous(memory_format=layout)
+    for name in layer.tensors:
+        if name in DIFFERENTIABLE:
+            layer.tensors[name].requires_grad_()
+    torch.library.opcheck(torch.ops.awnet.layer_eager.default, operator_arguments(layer))
+
+
+def compiled(function):
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(training: bool) -> None:
+    layer = example(training, 0).to(torch.float32)
+    expected = run(layer)
+    torch.compiler.reset()
+    got = run(layer, function=compiled(ops.aw_conv2d))
+    assert torch.equal(got.output, expected.output)
+    for name in expected.grads:
+        assert torch.equal(got.grads[name], expected.grads[name]), name
+    assert torch.equal(got.running["running_mean"], expected.running["running_mean"])
+    with ops.use_backend("eager"):
+        run(layer, function=compiled(ops.aw_conv2d))
+
+
+def test_exports_in_test_mode_with_a_dynamic_batch() -> None:
+    layer = example(False, 0).to(torch.float32)
+    t = layer.tensors
+
+    class Module(torch.nn.Module):
+        def forward(self, x, scale, p, residual):
+            tables = (t["bn_weight"], t["bn_bias"], t["running_mean"], t["running_var"])
+            return ops.aw_conv2d(
+                x, t["weight"], scale, *tables, p_clean=p, residual=residual, padding=1, groups=2
+            )
+
+    per_sample = (t["input"], t["filter_scale"], t["p_clean"], t["residual"])
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        Module(), per_sample, dynamic_shapes={n: {0: batch} for n in ("x", "scale", "p", "residual")}
+    )
+    larger = tuple(torch.cat([x, x]) for x in per_sample)
+    assert torch.equal(program.module()(*larger), Module()(*larger))
+
+
+def test_autocast_is_applied_once() -> None:
+    for training in (True, False):
+        layer = example(training, 0).to(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = run(layer)
+        assert result.output.dtype == torch.bfloat16
+        assert all(result.grads[n].dtype == x.dtype for n, x in layer.tensors.items() if n in result.grads)
+        assert result.running["running_mean"].dtype == torch.float32
+        direct = run(layer.to(torch.bfloat16))
+        assert torch.equal(result.output, direct.output)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert run(example(training, 0)).output.dtype == torch.float64  # as torch: float64 is left alone
+
+
+def test_half_precision_parameters() -> None:
+    layer = example(True, 0)
+    half = Layer(
+        {n: x.bfloat16() if x.is_floating_point() else x for n, x in layer.tensors.items()}, layer.options
+    )
+    result = run(half)
+    assert all(g.dtype == torch.bfloat16 for g in result.grads.values())
+    assert error(result.output, run(layer).output) < 0.05
+
+
+# --- dispatch
+
+
+def test_explain_says_which_backend_and_why_not_the_others() -> None:
+    layer = example(False, 0)
+    explanation = ops.explain(ops.aw_conv2d, **layer.tensors, **layer.options)
+    assert explanation.backend == next(b.name for b in BACKENDS if b.refusal is not None and ran_by(b, layer))
+    assert set(explanation.others) == {b.name for b in BACKENDS} - {explanation.backend}
+    assert all(explanation.others.values())
+    assert explanation.backend in str(explanation)
+    named = ops.explain(ops.aw_conv2d, **layer.tensors, **layer.options, backend="reference")
+    assert named.backend == "reference"
+    with pytest.raises(ValueError, match="function must be one of"):
+        ops.explain(torch.relu, layer.tensors["input"])
+
+
+def ran_by(backend, layer: Layer) -> bool:
+    return backend.refusal(functional._layer_call(**layer.tensors, **layer.options)) is None
+
+
+def test_use_backend_and_the_environment_choose() -> None:
+    layer = example(False, 0)
+
+    def taken(**more: object) -> str:
+        return ops.explain(ops.aw_conv2d, **layer.tensors, **layer.options, **more).backend
+
+    with ops.use_backend("reference"):
+        assert taken() == "reference"
+        assert taken(backend="eager") == "eager"
+        with ops.use_backend(None):
+            assert taken() != "reference"
+        with pytest.raises(KeyError), ops.use_backend("eager"):
+            raise KeyError
+        assert taken() == "reference"
+    with pytest.raises(ValueError, match="names no backend: 'fast'"), ops.use_backend("fast"):
+        pass
+    code = (
+        "import torch, awnet.ops as o; x = torch.ones(1, 1, 3, 3);"
+        "print(o.explain(o.filter_scaled_conv2d, x, x, None).backend)"
+    )
+    for value, expected in (("reference", "reference\n"), ("nonsense", "AWNET_BACKEND names no backend")):
+        environment = os.environ | {"AWNET_BACKEND": value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert expected in done.stdout + done.stderr
+
+
+def test_a_named_backend_that_cannot_run_raises_with_the_reason() -> None:
+    layer = example(False, 0)
+    for backend in BACKENDS:
+        if not ran_by(backend, layer):
+            with pytest.raises(ValueError, match=f"{backend.name}.*cannot run this call: "):
+                ops.aw_conv2d(**layer.tensors, **layer.options, backend=backend.name)
+
+
+# --- bad input
+
+X, W = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
+SCALE = torch.ones(2, 8)
+TABLES = {n: torch.ones(2, 8) for n in ("bn_weight", "bn_bias", "running_mean", "running_var")}
+GOOD = {"input": X, "weight": W, "filter_scale": SCALE, **TABLES, "p_clean": torch.ones(2), "padding": 1}
+META = torch.device("meta")
+
+BAD = {
+    "input not a tensor": ({"input": [1.0]}, TypeError, "input must be a torch.Tensor, got list"),
+    "input of three dimensions": ({"input": X[0]}, ValueError, r"input must have 4 dimensions, got shape \[4, 6, 6\]"),
+    "input of integers": ({"input": X.long()}, TypeError, "input must be float32.*got torch.int64"),
+    "input complex": ({"input": X.cfloat()}, TypeError, "got torch.complex64"),
+    "input sparse": ({"input": X.to_sparse()}, TypeError, "dense"),
+    "weight of other dtype": ({"weight": W.double()}, TypeError, "weight has dtype torch.float64, input torch.float32"),
+    "weight on another device": ({"weight": W.to(META)}, ValueError, "weight is on meta, input on cpu"),
+    "weight of three dimensions": ({"weight": W[0]}, ValueError, "weight must have 4 dimensions"),
+    "weight for other channels": ({"weight": W[:, :3]}, ValueError, r"input must have 3 channels .*, got 4"),
+    "weight empty": ({"weight": W[:0]}, ValueError, "weight must not be empty"),
+    "kernel larger than the input": ({"input": X[:, :, :1], "padding": 0}, ValueError, "too small"),
+    "groups that do not divide": ({"groups": 3}, ValueError, "groups must be at least 1 and divide"),
+    "groups zero": ({"groups": 0}, ValueError, "groups must be at least 1"),
+    "groups not an int": ({"groups": 1.0}, TypeError, "groups must be an int, got float"),
+    "stride zero": ({"stride": 0}, ValueError, "stride must be at least 1"),
+    "stride of three": ({"stride": (1, 1, 1)}, TypeError, "stride must be an int or a pair"),
+    "padding negative": ({"padding": -1}, ValueError, "padding must be at least 0"),
+    "padding by name": ({"padding": "same"}, TypeError, "padding must be an int or a pair of ints, got 'same'"),
+    "dilation zero": ({"dilation": (1, 0)}, ValueError, "dilation must be at least 1"),
+    "scale for other filters": ({"filter_scale": SCALE[:, :7]}, ValueError, r"filter_scale must have shape \[B, C_out\] = \[2, 8\], got \[2, 7\]"),
+    "scale for another batch": ({"filter_scale": SCALE[:1]}, ValueError, r"filter_scale .* got \[1, 8\]"),
+    "scale of integers": ({"filter_scale": SCALE.int()}, TypeError, "filter_scale must be a floating-point tensor"),
+    "scale not a tensor": ({"filter_scale": 1.0}, TypeError, r"filter_scale must be a torch.Tensor \[B, C_out\], got float"),
+    "scale on another device": ({"filter_scale": SCALE.to(META)}, ValueError, "filter_scale is on meta"),
+    "batch norm of three rows": ({"bn_weight": torch.ones(3, 8)}, ValueError, "bn_weight must have 1 or 2 rows"),
+    "batch norm of one dimension": ({"bn_weight": torch.ones(8)}, ValueError, r"bn_weight must have shape \[2, C\] or \[1, C\] = \[1 or 2, 8\], got \[8\]"),
+    "batch norm for other channels": ({"running_mean": torch.ones(2, 7)}, ValueError, "running_mean must have shape"),
+    "bias unlike weight": ({"bn_bias": torch.ones(1, 8)}, ValueError, "bn_weight and bn_bias must have one shape"),
+    "variance unlike mean": ({"running_var": torch.ones(1, 8)}, ValueError, "running_mean and running_var must have one shape"),
+    "p missing": ({"p_clean": None}, ValueError, "p_clean is missing"),
+    "p of another batch": ({"p_clean": torch.ones(3)}, ValueError, r"p_clean must have shape \[B\] = \[2\], got \[3\]"),
+    "p of booleans": ({"p_clean": torch.ones(2).bool()}, TypeError, "p_clean must be a floating-point tensor"),
+    "kind in testing": ({"is_clean": torch.ones(2).bool()}, ValueError, "is_clean is for training only"),
+    "kind missing in training": ({"training": True, "p_clean": None}, ValueError, "is_clean is missing"),
+    "p in training": ({"training": True, "is_clean": torch.ones(2).bool()}, ValueError, "p_clean is for testing only"),
+    "kind of floats": ({"training": True, "p_clean": None, "is_clean": torch.ones(2)}, TypeError, "is_clean must be bool"),
+    "training not a bool": ({"training": 1}, TypeError, "training must be a bool, got int"),
+    "eps zero": ({"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),
+    "momentum out of range": ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
+    "momentum None": ({"momentum": None}, TypeError, "momentum must be a number or a tensor"),
+    "momentum of other rows": ({"momentum": torch.ones(3)}, ValueError, "momentum must be a number or have one value a row"),
+    "residual of another shape": ({"residual": X}, ValueError, r"residual must have the output's shape \[2, 8, 6, 6\]"),
+    "residual of another dtype": ({"residual": torch.ones(2, 8, 6, 6).double()}, TypeError, "residual has dtype torch.float64"),
+    "activation unknown": ({"activation": "gelu"}, ValueError, 'activation must be "relu" or None, got \'gelu\''),
+    "backend unknown": ({"backend": "fastest"}, ValueError, "backend names no backend: 'fastest'; there are triton"),
+    "backend not a name": ({"backend": 3}, TypeError, "backend must be a backend's name or None, got int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_plain_words(case: str) -> None:
+    change, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        ops.aw_conv2d(**(GOOD | change))
+
+
+def test_bad_input_of_the_other_functions() -> None:
+    tables = [torch.ones(2, 4)] * 4
+    with pytest.raises(ValueError, match="p_clean is missing"):
+        ops.mix_batch_norm(X, *tables)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        ops.mix_batch_norm(X, torch.ones(2, 5), *tables[1:], p_clean=torch.ones(2))
+    with pytest.raises(ValueError, match="at least one pixel"):
+        ops.mix_batch_norm(X[:, :, :0], *tables, p_clean=torch.ones(2))
+    with pytest.raises(ValueError, match="filter_scale must have shape"):
+        ops.filter_scaled_conv2d(X, W, torch.ones(3, 8))
+    ops.aw_conv2d(**GOOD)  # the good call that every bad one changes
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(layers(offset=0.0))
+def test_fuzz_ten_thousand_layers(layer: Layer) -> None:
+    assume(not has_single_value(layer))
+    assert_agrees(layer, forward=1e-9, gradient=1e-7)
