@@ -483,17 +483,17 @@ class Broken(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("how", "error", "message"),
     [
-        ("detached", "does the model detach it"),
-        ("feature maps", r"model must return logits \[B, K\]"),
-        ("tuple", r"model must return logits \[B, K\] for 3 images, got tuple"),
-        ("nan in one image", "not finite for 1 of 3 images"),
-        ("sqrt at zero", "not finite for 3 of 3 images"),
+        ("detached", ValueError, "does the model detach it"),
+        ("feature maps", ValueError, r"model must return logits \[B, K\]"),
+        ("tuple", ValueError, r"model must return logits \[B, K\] for 3 images, got tuple"),
+        ("nan in one image", FloatingPointError, "not finite for 1 of 3 images"),
+        ("sqrt at zero", FloatingPointError, "not finite for 3 of 3 images"),
     ],
 )
-def test_broken_models(how: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_broken_models(how: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         PGD(Broken(how), eps=0.1, step_size=0.02, steps=2)(X, Y)
 
 

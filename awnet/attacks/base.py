@@ -123,7 +123,8 @@ class Attack(ABC):
 
         Raises:
             TypeError, ValueError: an argument is not as described, a label exceeds the model's classes, or
-                the gradient with respect to the image is missing or not finite.
+                the loss has no gradient with respect to the image.
+            FloatingPointError: that gradient is NaN or infinite.
         """
         check_images(x)
         if x.dtype not in (torch.float32, torch.float64):
@@ -150,7 +151,7 @@ class Attack(ABC):
             x_adv = self.perturb(x.detach().clone(), y.clone(), index.clone(), int(y.max()))
         if not bool(torch.isfinite(x_adv).all()):
             broken = int((~torch.isfinite(x_adv)).flatten(1).any(1).sum())
-            raise ValueError(
+            raise FloatingPointError(
                 f"the gradient of the loss with respect to x is not finite for {broken} of {len(x)} images, "
                 "so an attack cannot follow it: look for NaN in the model's weights and outputs"
             )

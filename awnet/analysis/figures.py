@@ -1,0 +1,267 @@
+"""Figures from arrays and records, as PNG files. They know nothing of models, attacks or reports.
+
+Colours are Okabe and Ito's, which readers with any colour vision tell apart: blue is clean, vermilion
+adversarial, grey the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from awnet.files import written_atomically
+
+CLEAN, ADVERSARIAL, CONTROL = "#0072B2", "#D55E00", "#7F7F7F"
+CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.labelsize": 9.5,
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+}
+
+#: accuracy and its 95 % interval, as fractions
+Measured = tuple[float, tuple[float, float]]
+
+
+@contextmanager
+def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
+    """A figure of ``width`` × ``height`` inches that is written to ``path`` when the block ends."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        with written_atomically(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+
+
+def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Training") -> None:
+    """Losses and validation accuracies by epoch.
+
+    Args:
+        records: the epochs' records of a run's ``log.jsonl``: ``epoch``, losses (``total``, ``nat``, ``adv``,
+            ``type`` and others by name), and fractions named ``…accuracy`` in the epochs that were validated.
+        path: of the PNG file.
+    """
+    if not records:
+        raise ValueError("records is empty: no epoch to draw")
+    apart = {"epoch", "step", "lr", "router_lr", "images_per_second", "seconds"}
+    names = list(dict.fromkeys(name for record in records for name in record))
+    numeric = [
+        n for n in names if n not in apart and all(isinstance(r.get(n, 0.0), int | float) for r in records)
+    ]
+    scores = [name for name in numeric if name.endswith("accuracy")]
+    losses = [name for name in numeric if not name.endswith("accuracy")]
+    with _figure(path, 9.0, 3.5) as figure:
+        left, right = figure.subplots(1, 2)
+        colours = {"total": "#333333", "nat": CLEAN, "adv": ADVERSARIAL}
+        spare = iter(CYCLE[2:] * (1 + len(losses)))
+        for name in losses:
+            epochs, values = _column(records, name)
+            style = {"ls": "-" if name != "type" else (0, (4, 1.5))}
+            left.plot(epochs, values, label=name, color=colours.get(name) or next(spare), **style)
+        left.set(title=f"{title}: loss terms", xlabel="epoch", ylabel="mean over the epoch", ylim=(0, None))
+        looks = {
+            "clean_accuracy": ("clean, $A_{nat}$", CLEAN),
+            "w_robust_accuracy": ("W-Robust, $A_w$", "#333333"),
+            "robust_accuracy": ("adversarial, $A_{adv}$", ADVERSARIAL),
+        }
+        for name in sorted(scores, key=lambda n: list(looks).index(n) if n in looks else len(looks)):
+            epochs, values = _column(records, name)
+            label, colour = looks.get(name, (name, CONTROL))
+            right.plot(epochs, 100 * values, label=label, color=colour, marker="o", ms=3)
+        chosen = "w_robust_accuracy" if "w_robust_accuracy" in scores else "clean_accuracy"
+        if chosen in scores:
+            epochs, values = _column(records, chosen)
+            best = len(values) - 1 - int(np.argmax(values[::-1]))  # of equals the later one
+            right.plot(epochs[best], 100 * values[best], "o", ms=10, mfc="none", mec="#333333", mew=1.4)
+            right.annotate(
+                f"best: epoch {epochs[best]:.0f}",
+                (epochs[best], 100 * values[best]),
+                xytext=(0, -16),
+                textcoords="offset points",
+                ha="center"
+                if 0 < best < len(values) - 1 or len(values) == 1
+                else ("left", "right")[best > 0],
+                fontsize=8.5,
+                color="#333333",
+            )
+        right.set(title="Validation accuracy", xlabel="epoch", ylabel="per cent")
+        for axes, shown in ((left, losses), (right, scores)):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            if shown:
+                axes.legend(loc="best", ncols=2 if len(shown) > 3 else 1)
+
+
+def _column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    rows = [(record["epoch"], record[name]) for record in records if name in record]
+    epochs, values = np.array(rows, dtype=np.float64).T
+    return epochs, values
+
+
+def w_robust_bars(
+    systems: Mapping[str, Mapping[str, Measured]],
+    path: str | Path,
+    *,
+    clean: Mapping[str, float] | None = None,
+    title: str = "W-Robust accuracy",
+) -> None:
+    """A_w (Eq. 23) of each system under each attack, with 95 % intervals.
+
+    Args:
+        systems: system → attack → (A_w, (low, high)), fractions.
+        path: of the PNG file.
+        clean: A_nat of each system, a fraction, told in the legend.
+    """
+    attacks = list(dict.fromkeys(attack for measured in systems.values() for attack in measured))
+    if not attacks:
+        raise ValueError("systems holds no attack: nothing to draw")
+    count = len(systems)
+    width = min(0.8 / count, 0.34)
+    with _figure(path, max(5.0, 1.2 + len(attacks) * (0.7 + 0.55 * count)), 3.9) as figure:
+        axes = figure.subplots()
+        top = 0.0
+        for number, (system, measured) in enumerate(systems.items()):
+            at = [i for i, attack in enumerate(attacks) if attack in measured]
+            values = 100 * np.array([measured[attacks[i]][0] for i in at])
+            ends = 100 * np.array([measured[attacks[i]][1] for i in at], dtype=np.float64)
+            offset = (number - (count - 1) / 2) * width
+            label = system if clean is None else f"{system} (clean {100 * clean[system]:.1f} %)"
+            places = np.array(at) + offset
+            axes.bar(places, values, 0.9 * width, color=CYCLE[number % len(CYCLE)], label=label)
+            errors = np.abs(ends - values[:, None]).T
+            axes.errorbar(places, values, errors, fmt="none", ecolor="#222222", elinewidth=1.1, capsize=3)
+            for x, value, end in zip(places, values, ends[:, 1], strict=True):
+                axes.text(x, end + 1.5, f"{value:.1f}", ha="center", va="bottom", fontsize=8.5)
+            top = max(top, float(ends.max()))
+        axes.set_xticks(range(len(attacks)), attacks)
+        axes.tick_params(axis="x", length=0)
+        axes.set(title=title, ylabel="$A_w$ in per cent", ylim=(0, max(top + 9, 20)))
+        axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
+        figure.legend(loc="outside lower center", ncols=min(count, 3))
+
+
+def p_clean_histogram(
+    p_clean: Mapping[str, ArrayLike],
+    path: str | Path,
+    *,
+    auc: Mapping[str, float] | None = None,
+    controls: Sequence[str] = (),
+    title: str = "What the router says: probability that an image is clean",
+) -> None:
+    """A histogram of the router's p for each kind of image, one row each.
+
+    Args:
+        p_clean: kind → p ``[n]`` in [0, 1]; the first kind is clean, drawn in blue.
+        path: of the PNG file.
+        auc: kind → area under the ROC curve against the first kind, told beside the row.
+        controls: kinds drawn in grey.
+    """
+    if not p_clean:
+        raise ValueError("p_clean is empty: nothing to draw")
+    bins = np.linspace(0, 1, 41)
+    with _figure(path, 7.0, 0.9 + 0.8 * len(p_clean)) as figure:
+        rows = figure.subplots(len(p_clean), 1, sharex=True, squeeze=False)[:, 0]
+        for number, (axes, (kind, values)) in enumerate(zip(rows, p_clean.items(), strict=True)):
+            p = np.asarray(values, dtype=np.float64)
+            colour = CONTROL if kind in controls else (ADVERSARIAL if number else CLEAN)
+            axes.hist(p, bins=bins, weights=np.full(p.size, 100 / p.size), color=colour)
+            axes.set(xlim=(-0.01, 1.01), ylim=(0, None))
+            axes.locator_params(axis="y", nbins=3)
+            axes.tick_params(axis="x", length=3 if axes is rows[-1] else 0)
+            said = f"AUC {auc[kind]:.3f}" if auc is not None and kind in auc else ""
+            axes.annotate(
+                f"{kind}\nmean p {p.mean():.2f}\n{said}".rstrip(),
+                (1.02, 0.5),
+                xycoords="axes fraction",
+                va="center",
+                color=colour,
+                fontsize=9,
+            )
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        figure.supylabel("per cent of the images", fontsize=9.5)
+        rows[-1].set_xlabel("p")
+
+
+def filter_means(
+    layers: Mapping[str, Mapping[str, ArrayLike]],
+    path: str | Path,
+    *,
+    title: str = "Mean weight of each filter",
+) -> None:
+    """Distribution over a layer's filters of their mean weights: histogram and density (Fig. 1 and 3).
+
+    Args:
+        layers: layer → series → means ``[C_out]``, a panel for each layer; series of the same name share a
+            colour: those called "clean" and "adversarial" are blue and vermilion, others grey and onwards.
+        path: of the PNG file.
+    """
+    if not layers:
+        raise ValueError("layers is empty: nothing to draw")
+    names = list(dict.fromkeys(name for series in layers.values() for name in series))
+    spare = iter((CONTROL, *CYCLE[2:]) * (1 + len(names)))
+    colours = {
+        name: CLEAN if name.startswith("clean") else ADVERSARIAL if name.startswith("adv") else next(spare)
+        for name in names
+    }
+    columns = min(len(layers), 2)
+    rows = -(-len(layers) // columns)
+    with _figure(path, 4.4 * columns + 0.4, 2.5 * rows + 0.8) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (layer, series) in zip(panels, layers.items(), strict=False):
+            arrays = {name: np.asarray(values, dtype=np.float64) for name, values in series.items()}
+            whole = np.concatenate(list(arrays.values()))
+            low, high = float(whole.min()), float(whole.max())
+            pad = 0.12 * (high - low) or 1e-3
+            bins = np.linspace(low, high + 1e-12, 25) if high > low else np.array([low - pad, high + pad])
+            grid = np.linspace(low - pad, high + pad, 300)
+            for name, values in arrays.items():
+                axes.hist(values, bins=bins, density=True, color=colours[name], alpha=0.3)
+                axes.plot(grid, _density(values, grid), color=colours[name], label=name)
+            count = len(next(iter(arrays.values())))
+            axes.set_title(f"{layer}, {count} filters", fontweight="normal")
+            axes.set(xlabel="mean over (C_in, k, k)", ylabel="density", xlim=(grid[0], grid[-1]))
+            axes.locator_params(axis="x", nbins=5)
+        for axes in panels[len(layers) :]:
+            axes.set_axis_off()
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        if len(names) > 1:
+            handles, labels = panels[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
+
+
+def _density(values: NDArray[Any], grid: NDArray[Any]) -> NDArray[Any]:
+    """Gaussian kernel density with Silverman's bandwidth."""
+    spread = (
+        min(values.std(), (np.quantile(values, 0.75) - np.quantile(values, 0.25)) / 1.349) or values.std()
+    )
+    width = max(0.9 * spread * values.size**-0.2, 1e-3 * (grid[-1] - grid[0]))
+    z = (grid[:, None] - values[None, :]) / width
+    return np.asarray(np.exp(-0.5 * z * z).mean(1) / (width * np.sqrt(2 * np.pi)))

@@ -1,0 +1,92 @@
+"""The figures that go with a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from awnet import analysis
+from awnet.analysis.figures import Measured
+from awnet.evaluation.report import Report
+from awnet.evaluation.table import LABELS
+
+NAMES = {"clean": "clean", "uniform_noise": "uniform noise", **LABELS}
+PANELS = 4
+
+
+def draw(report: Report, folder: Path, training_log: Path | None = None) -> None:
+    """Writes those figures into ``folder`` for which ``report`` and the log hold something."""
+    if report.attacks:
+        systems, clean = _bars(report)
+        title = f"W-Robust accuracy on {report.dataset} {report.split}, {report.n} images, 95 % intervals"
+        analysis.w_robust_bars(systems, folder / "w_robust.png", clean=clean, title=title)
+    p_clean = {
+        kind: report.per_sample[f"{kind}_p_clean"]
+        for kind in ("clean", *report.attacks, "uniform_noise")
+        if f"{kind}_p_clean" in report.per_sample
+    }
+    if p_clean:
+        analysis.p_clean_histogram(
+            {NAMES.get(kind, kind): values for kind, values in p_clean.items()},
+            folder / "p_clean.png",
+            auc={NAMES.get(kind, kind): value for kind, value in report.router_auc.items()},
+            controls=(NAMES["uniform_noise"],),
+            title=f"{report.model} on {report.dataset}: the router's probability that an image is clean",
+        )
+    layers = _layers(report)
+    if layers:
+        analysis.filter_means(
+            layers, folder / "filter_means.png", title=f"{report.model}: mean weight of each filter"
+        )
+    if training_log is not None:
+        epochs = read_epochs(training_log)
+        if epochs:
+            analysis.training_curves(epochs, folder / "training.png", title=report.model)
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """The epochs' records of a ``log.jsonl``; a last line cut short is passed over."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        records = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}; move it away to evaluate without it") from error
+    return [record for record in records if record.get("kind") == "epoch"]
+
+
+def _bars(report: Report) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
+    """A_w with intervals, and A_nat, of the report's model and those it is compared with."""
+    measured = {name: (a.w_robust_accuracy, a.w_interval_95) for name, a in report.attacks.items()}
+    systems: dict[str, dict[str, Measured]] = {report.model: _named(measured)}
+    clean = {report.model: report.clean_accuracy}
+    for name, other in report.compared_with.items():
+        theirs = {attack: (a.w_robust_accuracy, a.w_interval_95) for attack, a in other.attacks.items()}
+        systems[name], clean[name] = _named(theirs), other.clean_accuracy
+    return systems, clean
+
+
+def _named(measured: dict[str, Measured]) -> dict[str, Measured]:
+    return {NAMES.get(attack, attack): value for attack, value in measured.items()}
+
+
+def _layers(report: Report) -> dict[str, dict[str, Any]]:
+    """Up to ``PANELS`` layers, evenly spaced: weights and, where scaled, effective filters."""
+    kinds = {"weights": "weights", "clean": "clean images, ω·weights"}
+    attacks = [
+        name for name in report.attacks if any(key.startswith(f"{name}/") for key in report.filter_means)
+    ]
+    if attacks:
+        shown = "pgd_sat" if "pgd_sat" in attacks else attacks[-1]
+        kinds[shown] = f"adversarial images ({NAMES.get(shown, shown)}), ω·weights"
+    series: dict[str, dict[str, Any]] = {}
+    for key, means in report.filter_means.items():
+        kind, layer = key.split("/", 1)
+        if kind in kinds:
+            series.setdefault(layer, {})[kinds[kind]] = means
+    fullest = max((len(found) for found in series.values()), default=0)
+    names = [layer for layer, found in series.items() if len(found) == fullest]
+    picked = np.unique(np.linspace(0, len(names) - 1, min(PANELS, len(names))).round().astype(int))
+    return {names[i]: series[names[i]] for i in picked}

@@ -1,0 +1,308 @@
+"""What an evaluation found, its files and its comparison with other models."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from awnet._version import __version__
+from awnet.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    mcnemar,
+    w_robust_accuracy,
+    wilson_interval,
+)
+from awnet.files import read_json, write_json, written_atomically
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Array = NDArray[Any]
+
+
+@dataclass
+class AttackResult:
+    """Accuracy under one attack, fractions; intervals are 95 %."""
+
+    robust_accuracy: float
+    """A_adv: accuracy on x_adv over all images, those that were wrong before the attack included."""
+    w_robust_accuracy: float
+    """A_w = ½A_nat + ½A_adv (Eq. 23)."""
+    interval_95: Interval
+    """Wilson's interval of ``robust_accuracy``."""
+    w_interval_95: Interval
+    """Bootstrap interval of ``w_robust_accuracy`` over images, clean and adversarial outcome paired."""
+    settings: dict[str, Any]
+
+
+@dataclass
+class AttackDifference:
+    """Another model under one attack, and this model minus that one, on the same images."""
+
+    robust_accuracy: float
+    w_robust_accuracy: float
+    w_interval_95: Interval
+    """These three are the other model's."""
+    difference: float
+    """Of A_w: positive where this model is better."""
+    interval_95: Interval
+    """Paired bootstrap interval of ``difference``."""
+    mcnemar_p: float
+    """Exact p for equal accuracy on x_adv."""
+
+
+@dataclass
+class Comparison:
+    """This model against another one."""
+
+    model: str
+    clean_accuracy: float
+    clean_difference: float
+    clean_interval_95: Interval
+    clean_mcnemar_p: float
+    attacks: dict[str, AttackDifference]
+
+
+@dataclass
+class Report:
+    """An evaluation; :meth:`to_dict` is what ``report.json`` holds. Accuracies are fractions."""
+
+    model: str
+    dataset: str
+    split: str
+    n: int
+    eps: float
+    clean_accuracy: float
+    clean_interval_95: Interval
+    attacks: dict[str, AttackResult]
+    router_auc: dict[str, float]
+    """How well the type logits tell each attack, and ``uniform_noise`` as a control, from clean images."""
+    flags: list[str]
+    """What a reader should know before believing the numbers."""
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    selected_on: str | None = None
+    """The split whose images chose the checkpoint; None where that is not known."""
+    compared_with: dict[str, Comparison] = field(default_factory=dict)
+    per_sample: dict[str, Array] = field(default_factory=dict, repr=False)
+    """``index``, ``label``, and for each kind of image ``<kind>_correct`` and the like, all ``[n]``."""
+    filter_means: dict[str, Array] = field(default_factory=dict, repr=False)
+    """``<kind>/<layer>`` → ``[C_out]``: mean of each filter's weights, see :func:`filter_means`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, JSON-ready; keys without content are left out."""
+        whole = asdict(self)
+        for name in ("per_sample", "filter_means"):
+            del whole[name]
+        for name in ("selected_on", "router_auc", "compared_with"):
+            if not whole[name]:
+                del whole[name]
+        plain: dict[str, Any] = json.loads(json.dumps(whole))  # tuples become lists
+        return plain
+
+    def save(self, folder: str | Path, training_log: str | Path | None = None) -> Path:
+        """Writes ``report.json``, the arrays and the figures into ``folder``; returns the path of the former.
+
+        ``training_log``: the run's ``log.jsonl``, for a figure of its training curves.
+        """
+        from awnet.evaluation.figures import draw
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, arrays in (("per_sample", self.per_sample), ("filter_means", self.filter_means)):
+            if arrays:
+                with written_atomically(folder / f"{name}.npz") as path, open(path, "wb") as file:
+                    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        draw(self, folder, None if training_log is None else Path(training_log))
+        write_json(folder / "report.json", self.to_dict())
+        return folder / "report.json"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Report:
+        """The report that :meth:`save` wrote into ``folder``.
+
+        Raises FileNotFoundError where there is none, ValueError where it is damaged or foreign.
+        """
+        folder = Path(folder)
+        path = folder / "report.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist: evaluate the model first, with out={str(folder)!r}"
+            )
+        whole = read_json(path)
+        try:
+            whole["attacks"] = {
+                name: AttackResult(**_tuples(value)) for name, value in whole["attacks"].items()
+            }
+            whole["compared_with"] = {
+                name: Comparison(**_tuples(value)) for name, value in whole.get("compared_with", {}).items()
+            }
+            for comparison in whole["compared_with"].values():
+                comparison.attacks = {
+                    name: AttackDifference(**_tuples(value)) for name, value in comparison.attacks.items()
+                }
+            whole.setdefault("router_auc", {})
+            report = cls(**_tuples(whole))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a report of this version: {error}; evaluate again") from error
+        for name in ("per_sample", "filter_means"):
+            if (folder / f"{name}.npz").is_file():
+                with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+                    setattr(report, name, dict(arrays))
+        return report
+
+    def table(self) -> Table:
+        """For the terminal: A_nat, then A_adv and A_w for each attack, per cent with half a 95 % interval."""
+        from awnet.evaluation.table import w_robust_table
+
+        return w_robust_table({self.model: self})
+
+    def w_values(self, attack: str) -> Array:
+        """½(clean correct) + ½(adversarial correct) of each image, ``[n]``: their mean is A_w."""
+        clean, adversarial = self.per_sample["clean_correct"], self.per_sample[f"{attack}_correct"]
+        return 0.5 * clean.astype(np.float64) + 0.5 * adversarial.astype(np.float64)
+
+
+def attack_result(
+    clean_correct: Array, correct: Array, settings: dict[str, Any], seed: int = 0
+) -> AttackResult:
+    """Accuracies and intervals from bool ``[n]`` outcomes on clean and adversarial images."""
+    n, right = len(correct), int(correct.sum())
+    values = 0.5 * clean_correct.astype(np.float64) + 0.5 * correct.astype(np.float64)
+    return AttackResult(
+        robust_accuracy=right / n,
+        w_robust_accuracy=w_robust_accuracy(int(clean_correct.sum()) / n, right / n),
+        interval_95=wilson_interval(right, n),
+        w_interval_95=bootstrap_interval(values, seed=seed),
+        settings=settings,
+    )
+
+
+def compare(this: Report, other: Report, seed: int = 0) -> Comparison:
+    """``this`` minus ``other``, paired by image, for the attacks that both faced.
+
+    Raises ValueError unless both saw the same images, with the same settings for each shared attack.
+    """
+    for report in (this, other):
+        if not report.per_sample:
+            raise ValueError(
+                f"the report of {report.model} holds no per-sample outcomes, which pairing needs"
+            )
+    for name in ("index", "label"):
+        same = np.array_equal(this.per_sample[name], other.per_sample[name])
+        if not same or (this.dataset, this.split) != (other.dataset, other.split):
+            raise ValueError(
+                f"{this.model} and {other.model} were not evaluated on the same images: "
+                f"{this.n} of {this.dataset} {this.split} and {other.n} of {other.dataset} {other.split}; "
+                "evaluate both alike"
+            )
+    attacks = {}
+    for name in (name for name in this.attacks if name in other.attacks):
+        if this.attacks[name].settings != other.attacks[name].settings:
+            raise ValueError(
+                f"{this.model} and {other.model} faced {name} with different settings, "
+                f"{this.attacks[name].settings} and {other.attacks[name].settings}: evaluate both alike"
+            )
+        mine, theirs = this.w_values(name), other.w_values(name)
+        attacks[name] = AttackDifference(
+            robust_accuracy=other.attacks[name].robust_accuracy,
+            w_robust_accuracy=other.attacks[name].w_robust_accuracy,
+            w_interval_95=other.attacks[name].w_interval_95,
+            difference=this.attacks[name].w_robust_accuracy - other.attacks[name].w_robust_accuracy,
+            interval_95=bootstrap_interval(mine - theirs, seed=seed),
+            mcnemar_p=mcnemar(this.per_sample[f"{name}_correct"], other.per_sample[f"{name}_correct"]),
+        )
+    mine, theirs = this.per_sample["clean_correct"], other.per_sample["clean_correct"]
+    return Comparison(
+        model=other.model,
+        clean_accuracy=other.clean_accuracy,
+        clean_difference=this.clean_accuracy - other.clean_accuracy,
+        clean_interval_95=bootstrap_interval(mine.astype(np.float64) - theirs.astype(np.float64), seed=seed),
+        clean_mcnemar_p=mcnemar(mine, theirs),
+        attacks=attacks,
+    )
+
+
+def flags(report: Report) -> list[str]:
+    """Doubts that the numbers themselves raise."""
+    found = []
+    if report.selected_on == "test":
+        found.append("the checkpoint was selected on test images, as in the paper, which flatters the result")
+    one_step = report.attacks.get("fgsm")
+    if one_step is not None:
+        weaker = [
+            name
+            for name in ("pgd_sat", "pgd_trades", "cw")
+            if name in report.attacks and report.attacks[name].robust_accuracy > one_step.robust_accuracy
+        ]
+        if weaker:
+            found.append(
+                f"{', '.join(weaker)} breaks fewer images than a single step: gradients may be masked"
+            )
+    noise = report.router_auc.get("uniform_noise")
+    attacks = [value for name, value in report.router_auc.items() if name != "uniform_noise"]
+    if noise is not None and attacks and noise > 0.6 and noise >= min(attacks):
+        found.append(
+            f"the router tells uniform noise from clean images (AUC {noise:.3f}) as well as it tells attacks "
+            f"(AUC {min(attacks):.3f} to {max(attacks):.3f}): it may know odd pixels rather than attacks"
+        )
+    return found
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where numbers were made: versions, device, threads, and the commit of the package's git checkout."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "awnet": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+        **_commit(Path(__file__).resolve().parents[2]),
+    }
+
+
+def _commit(root: Path) -> dict[str, Any]:
+    """``commit`` and ``modified`` of the checkout at ``root``; None for both where it is none."""
+    nothing = {"commit": None, "modified": None}
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # the package may be installed inside somebody else's checkout, whose commit says nothing of it
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return nothing
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return nothing
+
+
+def check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"name must be letters, digits, '.', '_' and '-', as it names a folder, got {name!r}"
+        )
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the intervals as tuples again."""
+    return {
+        name: tuple(value) if name.endswith("interval_95") and isinstance(value, list) else value
+        for name, value in values.items()
+    }

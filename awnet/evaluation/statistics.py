@@ -1,0 +1,96 @@
+"""What a handful of test images can say: intervals, paired comparison, area under the ROC curve."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+LEVEL = 0.95
+
+Interval = tuple[float, float]
+
+
+def w_robust_accuracy(clean: float, adversarial: float) -> float:
+    """A_w = ½A_nat + ½A_adv (Eq. 23), all three as fractions."""
+    for name, value in (("clean", clean), ("adversarial", adversarial)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be an accuracy as a fraction in [0, 1], got {value}")
+    return 0.5 * clean + 0.5 * adversarial
+
+
+def wilson_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a proportion ``successes / n``; sound at 0 and 1 too."""
+    if not 0 <= successes <= n or n == 0:
+        raise ValueError(f"successes must be in 0 … n with n > 0, got {successes} of {n}")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p = successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # the ends at 0 and n are exact; rounding would miss them by a bit
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, level: float = LEVEL, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap interval of the mean of ``values`` ``[n]``, one a sample.
+
+    For A_w a sample's value is ½(clean correct) + ½(adversarial correct), which keeps the two accuracies
+    paired; for a comparison, the difference of two models' values. Where all values are equal the interval
+    has no width: the bootstrap knows nothing that it did not see.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"values must be a non-empty [n], got shape {list(array.shape)}")
+    # resampling n of n values is one multinomial draw of how often each distinct value comes
+    distinct, counts = np.unique(array, return_counts=True)
+    draws = np.random.default_rng(seed).multinomial(array.size, counts / array.size, size=resamples)
+    means = draws @ distinct / array.size
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
+    """Two-sided p of McNemar's exact test: are ``a`` and ``b``, bool ``[n]``, right equally often?
+
+    Only samples that exactly one of the two gets right count; under the null hypothesis each of them is a
+    fair coin. 1 where there is none.
+    """
+    first, second = _paired(a, b)
+    only_a, only_b = int((first & ~second).sum()), int((~first & second).sum())
+    n, k = only_a + only_b, min(only_a, only_b)
+    tail = term = 1  # binomial coefficients up to k of n, as exact integers
+    for i in range(k):
+        term = term * (n - i) // (i + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
+
+
+def auc(clean: ArrayLike, adversarial: ArrayLike) -> float:
+    """Probability that a clean score ``[n]`` exceeds an adversarial one ``[m]``, ties counting half.
+
+    That is the area under the ROC curve (Mann–Whitney): 1 separates perfectly, ½ is chance.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    positive, negative = np.asarray(clean), np.asarray(adversarial)
+    if positive.ndim != 1 or negative.ndim != 1 or not (positive.size and negative.size):
+        raise ValueError(
+            "clean and adversarial must be non-empty scores [n], got shapes "
+            f"{list(positive.shape)} and {list(negative.shape)}"
+        )
+    kinds = np.concatenate([np.ones(positive.size), np.zeros(negative.size)])
+    return float(roc_auc_score(kinds, np.concatenate([positive, negative])))
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    first, second = np.asarray(a), np.asarray(b)
+    if first.dtype != np.bool_ or second.dtype != np.bool_ or first.shape != second.shape or first.ndim != 1:
+        raise ValueError(
+            "a and b must be bool [n] over the same samples, got "
+            f"{first.dtype} {list(first.shape)} and {second.dtype} {list(second.shape)}"
+        )
+    return first, second
