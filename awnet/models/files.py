@@ -1,0 +1,121 @@
+"""A model in one file: safetensors, with what rebuilds it as JSON in the file's metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from awnet._version import __version__
+from awnet.files import written_atomically
+from awnet.models.registry import create_model
+
+_KEY = "awnet"  # in the safetensors metadata
+_FORMAT = 1
+
+
+def save_model(model: nn.Module, path: str | Path) -> None:
+    """Writes weights, buffers and configuration to one ``.safetensors`` file, whole or not at all.
+
+    Args:
+        model: made by :func:`create_model`; a compiled or data-parallel wrapper around it is looked through.
+        path: ends in ``.safetensors``; an existing file is replaced.
+
+    Raises:
+        ValueError: ``path`` ends otherwise, or ``model`` has no ``config``, so nothing could rebuild it.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {path}")
+    model = _unwrapped(model)
+    config = getattr(model, "config", None)
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{type(model).__name__} has no config to be rebuilt from: only models from awnet.create_model "
+            "have (converted networks do not); save model.state_dict() instead, and load that into a model "
+            "built in the same way"
+        )
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    about = {"format": _FORMAT, "version": __version__, "config": config}
+    with written_atomically(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(about)})
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The model in a file of :func:`save_model`, or in a run folder's ``best.safetensors``, in eval mode.
+
+    Raises:
+        FileNotFoundError: nothing there, or a folder without ``best.safetensors``.
+        ValueError: a file that is damaged, from elsewhere, or does not fit this version of the package.
+    """
+    path = Path(path)
+    file = path / "best.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        what = f"no best.safetensors in the folder {path}" if path.is_dir() else f"no file {path}"
+        others = sorted(p.name for p in path.glob("*.safetensors")) if path.is_dir() else []
+        hint = (
+            f"it has {', '.join(others)}: pass one of them"
+            if others
+            else "pass a run folder or a .safetensors file"
+        )
+        raise FileNotFoundError(f"{what}; {hint}")
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is damaged or no safetensors file ({error}); copy or download it again, or use another "
+            "checkpoint of the run, such as last.safetensors"
+        ) from error
+    about = _about(file, metadata)
+    config = about["config"]
+    try:
+        model = create_model(
+            config["name"],
+            num_classes=config["num_classes"],
+            in_channels=config["in_channels"],
+            **config["options"],
+        )
+        model.load_state_dict(tensors)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{file}, written by awnet {about.get('version')}, does not fit awnet {__version__}: {error}"
+        ) from error
+    return model.to(device).eval()
+
+
+def _about(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise ValueError(
+            f"{file} was not written by awnet.save_model: its metadata names no model. For weights from "
+            "elsewhere, create the model and call load_state_dict(safetensors.torch.load_file(...))"
+        )
+    try:
+        about = json.loads(metadata[_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file}: its metadata {_KEY!r} is no JSON ({error}); copy the file again"
+        ) from error
+    if (
+        not isinstance(about, dict)
+        or about.get("format") != _FORMAT
+        or not isinstance(about.get("config"), dict)
+    ):
+        raise ValueError(
+            f"{file}: its metadata {_KEY!r} is not in the format {_FORMAT} that awnet {__version__} reads; "
+            "load it with the version that wrote it"
+        )
+    return about
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return _unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
+    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model

@@ -1,0 +1,86 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import operator
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from awnet.models import awnet, resnet
+
+Build = Callable[..., nn.Module]
+_REGISTRY: dict[str, Build] = {}
+
+
+def register_model(name: str, build: Build) -> None:
+    """Makes ``create_model(name, …)`` call ``build(num_classes=…, in_channels=…, **options)``.
+
+    ``build`` names its options in its signature. Raises ValueError when ``name`` is taken.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"name {name!r} is taken by {_REGISTRY[name]}; choose another")
+    _REGISTRY[name] = build
+
+
+for _name in resnet.NAMES:
+    register_model(_name, partial(resnet.ResNet, _name))
+for _name in awnet.NAMES:
+    register_model(_name, partial(awnet.AWResNet, _name))
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the registered models that match a shell pattern such as ``"awnet*"``, sorted."""
+    return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
+
+
+def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **options: Any) -> nn.Module:
+    """A new model with random weights, in training mode.
+
+    Args:
+        name: one of ``list_models()``.
+        num_classes: K, the number of logits.
+        in_channels: C of the images [B, C, H, W].
+        options: the model's own, such as ``beta`` or ``bn`` (see :class:`awnet.models.AWResNet`).
+
+    Returns:
+        The model; its ``config`` (name, num_classes, in_channels, options) rebuilds it.
+
+    Raises:
+        ValueError: an unknown name (near ones are listed) or a value out of range.
+        TypeError: an option that the model does not have (those it has are listed).
+    """
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_models())}"
+        raise ValueError(f"unknown model {name!r}; {hint} (awnet.list_models() lists all)")
+    build = _REGISTRY[name]
+    known = _options(build)
+    if known is not None and (unknown := sorted(set(options) - known)):
+        has = f"it has {', '.join(sorted(known))}" if known else "it has none"
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; {has}")
+    # numpy integers, say, become ints, which JSON can store
+    num_classes, in_channels = operator.index(num_classes), operator.index(in_channels)
+    model = build(num_classes=num_classes, in_channels=in_channels, **options)
+    if not hasattr(model, "config"):
+        config = {"name": name, "num_classes": num_classes, "in_channels": in_channels, "options": options}
+        model.config = config  # type: ignore[assignment]
+    return model
+
+
+def _options(build: Build) -> set[str] | None:
+    """Names of the options that ``build`` takes, or None where it takes any."""
+    function: Any = build.func if isinstance(build, partial) else build
+    if isinstance(
+        function, type
+    ):  # a class on the Hub has a __new__(*args, **kwargs) that hides its signature
+        function = vars(function).get("__init__", function)
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return set(parameters) - {"self", "name", "num_classes", "in_channels"}

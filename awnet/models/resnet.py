@@ -1,0 +1,81 @@
+"""Static ResNets for small images: teachers, baselines, and the twins that AW-Nets are compared with."""
+
+from __future__ import annotations
+
+from bisect import bisect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from awnet.models.hub import OnHub
+from awnet.nn.backbone import Backbone, BlockKind
+
+
+class Architecture(NamedTuple):
+    """Kind of block, and blocks and width of each stage."""
+
+    block: BlockKind
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+
+
+ARCHITECTURES = {
+    "resnet18": Architecture("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet34": Architecture("basic", (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet50": Architecture("bottleneck", (3, 4, 6, 3), (64, 128, 256, 512)),
+    "resnet_tiny": Architecture("basic", (1, 1, 1), (16, 32, 64)),
+}
+NAMES = (*ARCHITECTURES, "resnet_tiny_wide")
+
+
+class ResNet(Backbone, OnHub):
+    """A static CIFAR ResNet: the AW-Net's dynamic sub-network with plain convolutions and one batch norm.
+
+    It runs through the same fused layer, so a comparison with an AW-Net measures the dynamics alone.
+    """
+
+    def __init__(self, name: str = "resnet18", num_classes: int = 10, in_channels: int = 3) -> None:
+        if name == "resnet_tiny_wide":
+            architecture = _wide(num_classes, in_channels)
+        elif name in ARCHITECTURES:
+            architecture = ARCHITECTURES[name]
+        else:
+            raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
+        super().__init__(
+            *architecture, num_classes=num_classes, in_channels=in_channels, dynamic=False, bn="one"
+        )
+        self.config: dict[str, Any] = {
+            "name": name,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "options": {},
+        }
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes]."""
+        return super().forward(x)
+
+
+def _wide(num_classes: int, in_channels: int) -> Architecture:
+    """Widths 25-50-c with the c that brings the parameters nearest awnet_tiny's: 98 for ten classes."""
+    from awnet.models.awnet import AWResNet  # which imports this module
+
+    def wide(last: int) -> Architecture:
+        return Architecture("basic", (1, 1, 1), (25, 50, last))
+
+    def count(last: int) -> int:
+        network = Backbone(
+            *wide(last), num_classes=num_classes, in_channels=in_channels, dynamic=False, bn="one"
+        )
+        return parameter_count(network)
+
+    with torch.device("meta"):  # counting needs no memory and draws no random numbers
+        target = parameter_count(AWResNet("awnet_tiny", num_classes, in_channels))
+        last = bisect(range(128), target, lo=1, key=count)  # the first with more
+        return wide(min(last, last - 1, key=lambda c: abs(count(c) - target)))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, in units."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,22 @@
+"""Modules: layers, blocks, backbone, router, the network, and conversion of existing CNNs."""
+
+from awnet.nn.backbone import Backbone
+from awnet.nn.blocks import AWBasicBlock, AWBottleneck
+from awnet.nn.conversion import convert
+from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d
+from awnet.nn.network import AWNet
+from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
+
+__all__ = [
+    "AWBasicBlock",
+    "AWBottleneck",
+    "AWConv2d",
+    "AWNet",
+    "AdversarialRouter",
+    "Backbone",
+    "FilterScaledConv2d",
+    "FixedRouter",
+    "MixBatchNorm2d",
+    "Routing",
+    "convert",
+]

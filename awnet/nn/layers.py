@@ -1,0 +1,301 @@
+"""The layers of an AW-Net: scaled filters, two-branch batch norm, and the two fused in one call.
+
+Branch 0 is adversarial, branch 1 is clean, wherever an axis counts branches. In training mode each sample
+goes through the branch that ``is_clean`` names (Eq. 13); in test mode the branches are blended by ``p_clean``
+(Eq. 14). ``self.training`` decides, as for torch's own batch norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awnet import ops
+
+Branches = Literal["mix", "dual", "one"]
+Activation = Literal["relu"] | None
+Size2 = int | tuple[int, int]
+
+
+def check_image(x: Tensor, in_channels: int) -> None:
+    """Raises unless ``x`` is floating point and of shape [B, in_channels, H, W]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor [B, {in_channels}, H, W], got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        raise ValueError(
+            f"x must be [B, {in_channels}, H, W], got {list(x.shape)}; "
+            + (
+                "add the batch axis with x[None]"
+                if x.dim() == 3
+                else "create the model with other in_channels"
+            )
+        )
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x must be floating point in [0, 1], got {x.dtype}; convert it, e.g. x.float() / 255"
+        )
+
+
+def check_is_clean(is_clean: Tensor, x: Tensor) -> None:
+    """Raises unless ``is_clean`` is bool [B] for the batch ``x``."""
+    if not isinstance(is_clean, Tensor) or is_clean.dtype != torch.bool:
+        kind = is_clean.dtype if isinstance(is_clean, Tensor) else type(is_clean).__name__
+        raise TypeError(f"is_clean must be a bool tensor [B], True for clean samples, got {kind}")
+    if is_clean.shape != x.shape[:1]:
+        raise ValueError(
+            f"is_clean must be bool [{x.shape[0]}], one for each sample, got {list(is_clean.shape)}"
+        )
+
+
+class MixBatchNorm2d(nn.Module):
+    """Batch norm with a branch for adversarial and a branch for clean samples, Eq. 13 and 14.
+
+    ``branches``:
+
+    - ``"mix"``: separate statistics and separate affine parameters, all ``[2, C]``; the paper's.
+    - ``"dual"``: statistics ``[1, C]`` shared by all samples, affine parameters ``[2, C]``.
+    - ``"one"``: ``[1, C]`` throughout, one plain batch norm that needs neither ``p_clean`` nor ``is_clean``.
+
+    A branch without a sample in the batch keeps its running statistics. ``momentum=None`` averages all
+    batches that a branch has seen; ``num_batches_tracked`` int64 ``[1 or 2]`` counts them for each branch.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        branches: Branches = "mix",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if branches not in get_args(Branches):
+            raise ValueError(f"branches must be one of {list(get_args(Branches))}, got {branches!r}")
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.branches = branches
+        affine = (1 if branches == "one" else 2, num_features)
+        statistics = (2 if branches == "mix" else 1, num_features)
+        self.weight = nn.Parameter(torch.ones(affine, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(affine, device=device, dtype=dtype))
+        self.register_buffer("running_mean", torch.zeros(statistics, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(statistics, device=device, dtype=dtype))
+        self.register_buffer(
+            "num_batches_tracked", torch.zeros(statistics[0], device=device, dtype=torch.int64)
+        )
+
+    @classmethod
+    def from_batch_norm(
+        cls, norm: nn.BatchNorm2d | MixBatchNorm2d, branches: Branches = "mix", bias: Tensor | None = None
+    ) -> MixBatchNorm2d:
+        """Both branches copied from a plain batch norm: in test mode the same function for any ``p_clean``.
+
+        ``bias`` [C] of the convolution before it is folded into the running mean: a batch norm that sees
+        ``u`` instead of ``u + bias`` has a mean lower by ``bias`` and the same output.
+        """
+        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+            raise ValueError("the batch norm keeps no running statistics (track_running_stats=False)")
+        mean = norm.running_mean if bias is None else norm.running_mean - bias
+        mixed = cls(norm.num_features, norm.eps, norm.momentum, branches, mean.device, mean.dtype)
+        with torch.no_grad():
+            if norm.weight is not None:  # affine=False stays γ = 1, β = 0
+                mixed.weight.copy_(norm.weight)
+                mixed.bias.copy_(norm.bias)
+            mixed.running_mean.copy_(mean)
+            mixed.running_var.copy_(norm.running_var)
+            mixed.num_batches_tracked.copy_(norm.num_batches_tracked)
+        trainable = norm.weight is not None and norm.weight.requires_grad
+        mixed.weight.requires_grad_(trainable)
+        mixed.bias.requires_grad_(trainable)
+        return mixed
+
+    def arguments(
+        self, input: Tensor, p_clean: Tensor | None, is_clean: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """Keyword arguments for the op, and in training the new ``num_batches_tracked``.
+
+        The caller stores the counts when the op has succeeded. Nothing here waits for the device.
+        """
+        common = {"training": self.training, "eps": self.eps}
+        if not self.training:
+            if is_clean is not None:
+                raise ValueError(
+                    "is_clean is for training mode, but the layer is in test mode: call .train() first"
+                )
+            if self.branches == "one":
+                return common, None
+            if p_clean is None:
+                raise ValueError(
+                    f"p_clean is missing: with branches={self.branches!r}, test mode blends the branches by "
+                    "the probability [B] that each sample is clean"
+                )
+            return {**common, "p_clean": p_clean}, None
+        if p_clean is not None:
+            raise ValueError(
+                "p_clean is for test mode, but the layer is in training mode, where is_clean chooses the "
+                "branch: call .eval() first or leave p_clean out"
+            )
+        if self.branches == "one":
+            is_clean = None
+        elif is_clean is None:
+            raise ValueError(
+                "is_clean is missing: in training mode each sample goes through its own branch, "
+                "so pass bool [B], or call .eval() for test mode"
+            )
+        else:
+            check_is_clean(is_clean, input)
+        if self.branches == "mix":
+            assert is_clean is not None
+            present = torch.stack([~is_clean, is_clean]).any(1)  # [2]
+            tracked = self.num_batches_tracked + present
+        else:
+            tracked = self.num_batches_tracked + (1 if input.shape[0] else 0)
+        momentum: float | Tensor
+        if self.momentum is None:  # cumulative mean: the n-th batch of a branch weighs 1/n
+            momentum = tracked.clamp(min=1).to(self.running_mean.dtype).reciprocal()
+        else:
+            momentum = self.momentum
+        return {**common, "is_clean": is_clean, "momentum": momentum}, tracked
+
+    def forward(
+        self, input: Tensor, *, p_clean: Tensor | None = None, is_clean: Tensor | None = None
+    ) -> Tensor:
+        """``input`` [B, C, H, W] → [B, C, H, W].
+
+        ``p_clean`` float [B] is for test mode, ``is_clean`` bool [B] for training mode.
+        Raises ValueError when the mode's argument is missing or the other mode's is given.
+        """
+        arguments, tracked = self.arguments(input, p_clean, is_clean)
+        output = ops.mix_batch_norm(
+            input, self.weight, self.bias, self.running_mean, self.running_var, **arguments
+        )
+        if tracked is not None:
+            self.num_batches_tracked.copy_(tracked)
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, branches={self.branches!r}"
+
+
+class FilterScaledConv2d(nn.Conv2d):
+    """A convolution whose filters are scaled for each sample, Eq. 11 and 12.
+
+    All options and the state of :class:`torch.nn.Conv2d`. A bias is added after scaling and is not scaled.
+    """
+
+    def forward(self, input: Tensor, filter_scale: Tensor | None = None) -> Tensor:
+        """``input`` [B, C_in, H, W], ``filter_scale`` ω [B, C_out] or None (ω ≡ 1) → [B, C_out, H', W']."""
+        input, options = self._convolution(input)
+        output = ops.filter_scaled_conv2d(input, self.weight, filter_scale, **options)
+        if self.bias is not None:
+            output = output + self.bias.to(output.dtype)[:, None, None]
+        return output
+
+    def _convolution(self, input: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The input, padded here where the op cannot (a padding mode or a word), and the op's options."""
+        padding: Any = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = 0
+        options = {
+            "stride": self.stride,
+            "padding": padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
+        return input, options
+
+
+class AWConv2d(FilterScaledConv2d):
+    """Convolution with scaled filters → MixBN → (+ residual) → activation in one fused call, Eq. 11–15.
+
+    ``dynamic=False`` makes a static convolution (a stem, a shortcut) that takes no ``filter_scale``;
+    ``bn`` is the ``branches`` of its :class:`MixBatchNorm2d`, so ``dynamic=False, bn="one"`` is a plain
+    convolution with batch norm. There is no bias: the batch norm's shift does its work.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 | str = 0,
+        dilation: Size2 = 1,
+        groups: int = 1,
+        *,
+        dynamic: bool = True,
+        activation: Activation = "relu",
+        bn: Branches = "mix",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias=False,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        if activation not in ("relu", None):
+            raise ValueError(f'activation must be "relu" or None, got {activation!r}')
+        self.dynamic = dynamic
+        self.activation = activation
+        self.bn = MixBatchNorm2d(out_channels, eps, momentum, bn, device, dtype)
+
+    def forward(
+        self,
+        input: Tensor,
+        filter_scale: Tensor | None = None,
+        *,
+        p_clean: Tensor | None = None,
+        is_clean: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """``input`` [B, C_in, H, W] → [B, C_out, H', W'].
+
+        ``filter_scale`` ω [B, C_out] or None (ω ≡ 1); ``p_clean`` float [B] in test mode; ``is_clean``
+        bool [B] in training mode; ``residual`` of the output's shape is added before the activation.
+        """
+        if filter_scale is not None and not self.dynamic:
+            raise ValueError("filter_scale was given to a static convolution: create it with dynamic=True")
+        arguments, tracked = self.bn.arguments(input, p_clean, is_clean)
+        input, options = self._convolution(input)
+        output = ops.aw_conv2d(
+            input,
+            self.weight,
+            filter_scale,
+            self.bn.weight,
+            self.bn.bias,
+            self.bn.running_mean,
+            self.bn.running_var,
+            residual=residual,
+            activation=self.activation,
+            **options,
+            **arguments,
+        )
+        if tracked is not None:
+            self.bn.num_batches_tracked.copy_(tracked)
+        return output
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, dynamic={self.dynamic}, activation={self.activation!r}"

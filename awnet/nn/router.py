@@ -1,0 +1,152 @@
+"""The adversarial router: tells clean from adversarial and makes the signals that scale the filters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from awnet.nn.backbone import Backbone
+from awnet.nn.layers import check_image
+
+TestBN = Literal["mix", "adv", "clean"]
+_FIXED_P_CLEAN = {"mix": 0.5, "adv": 0.0, "clean": 1.0}
+
+
+@dataclass
+class Routing:
+    """What the router says of a batch, all differentiable functions of the images."""
+
+    type_logits: Tensor | None
+    """[B, 2], order adversarial, clean; None where the router has no type head."""
+    p_clean: Tensor
+    """[B], the weight of the clean branch in test mode."""
+    filter_scales: list[Tensor]
+    """ω [B, C_out], one for each dynamic convolution, in order; empty without filter scaling."""
+
+
+def _fixed_p_clean(test_bn: TestBN) -> float:
+    if test_bn not in _FIXED_P_CLEAN:
+        raise ValueError(f"test_bn must be one of {list(get_args(TestBN))}, got {test_bn!r}")
+    return _FIXED_P_CLEAN[test_bn]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # tanh(·) + 1 cancels in 16 bits
+
+
+class AdversarialRouter(nn.Module):
+    """A plain ResNet without its classifier, a type head and signal heads, Eq. 17–19.
+
+    The feature ψ_M [B, d] joins the global average pools of the stem and of every stage. The type head gives
+    ``p_clean = softmax(type_logits / p_temperature)[:, 1]``. Each dynamic convolution has a signal head
+    ``Linear(d, C_out)``; all of them together are the one matrix ``signal_heads``, whose output is split. It
+    starts at zero, so that ω = (tanh(·) + 1)^β starts at 1.
+
+    Args:
+        signal_widths: C_out of each dynamic convolution; empty for none (no filter scaling).
+        in_channels: channels of the images.
+        widths, blocks: channels and number of basic blocks of each stage; the default is ResNet-18.
+        beta: β ≥ 0 of Eq. 19; ω lies in (0, 2^β). At 0 the network is static. Below 1 the slope at ω = 0 is
+            infinite, so tanh(·) + 1 is kept above 1e-6.
+        p_temperature: divides the type logits before the softmax (not in ``type_logits``).
+        p_scale: in [0, 1], multiplies ``p_clean`` in test mode: below 1 the adversarial branch always counts.
+        type_head: False leaves the type head out (Table III); then ``p_clean`` is fixed by ``test_bn``.
+        test_bn: without a type head, the branch of test mode: ``"adv"`` (the default, as in the paper),
+            ``"clean"``, or ``"mix"`` for half of each.
+    """
+
+    def __init__(
+        self,
+        signal_widths: Sequence[int],
+        *,
+        in_channels: int = 3,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        blocks: Sequence[int] | None = None,
+        beta: float = 3.0,
+        p_temperature: float = 1.0,
+        p_scale: float = 1.0,
+        type_head: bool = True,
+        test_bn: TestBN | None = None,
+    ) -> None:
+        super().__init__()
+        if not (beta >= 0 and math.isfinite(beta)):
+            raise ValueError(f"beta must be finite and at least 0, got {beta}")
+        if not (p_temperature > 0 and math.isfinite(p_temperature)):
+            raise ValueError(f"p_temperature must be finite and above 0, got {p_temperature}")
+        if not 0 <= p_scale <= 1:
+            raise ValueError(f"p_scale must be in [0, 1], got {p_scale}")
+        if type_head and test_bn is not None:
+            raise ValueError(
+                f"test_bn={test_bn!r} needs type_head=False: with a type head, its p_clean decides"
+            )
+        self.signal_widths = list(signal_widths)
+        self.beta = beta
+        self.p_temperature = p_temperature
+        self.p_scale = p_scale
+        self.fixed_p_clean = _fixed_p_clean(test_bn or "adv")
+        self.backbone = Backbone(
+            "basic",
+            [2] * len(widths) if blocks is None else blocks,
+            widths,
+            num_classes=None,
+            in_channels=in_channels,
+            dynamic=False,
+            bn="one",
+        )
+        features = self.backbone.num_features
+        self.type_head = nn.Linear(features, 2) if type_head else None
+        self.signal_heads: nn.Linear | None = None
+        if self.signal_widths:
+            self.signal_heads = nn.Linear(features, sum(self.signal_widths))
+            nn.init.zeros_(self.signal_heads.weight)
+            nn.init.zeros_(self.signal_heads.bias)
+
+    def forward(self, x: Tensor) -> Routing:
+        """Images [B, C, H, W] in [0, 1] → :class:`Routing`. Nothing is detached."""
+        feature = torch.cat(
+            [stage.mean((2, 3)) for stage in self.backbone.features(x)], dim=1
+        )  # [B, d], Eq. 17
+        type_logits = None
+        if self.type_head is None:
+            p_clean = feature.new_full((feature.shape[0],), self.fixed_p_clean)
+        else:
+            type_logits = self.type_head(feature)
+            p_clean = (_wide(type_logits) / self.p_temperature).softmax(1)[:, 1]  # Eq. 18
+            if not self.training:
+                p_clean = p_clean * self.p_scale
+        filter_scales: list[Tensor] = []
+        if self.signal_heads is not None:
+            base = _wide(self.signal_heads(feature)).tanh() + 1
+            if self.beta < 1:
+                base = base.clamp(min=1e-6)
+            filter_scales = list(base.pow(self.beta).split(self.signal_widths, dim=1))  # Eq. 19
+        return Routing(type_logits, p_clean, filter_scales)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, p_temperature={self.p_temperature}, p_scale={self.p_scale}"
+
+
+class FixedRouter(nn.Module):
+    """No router: ω ≡ 1 and one ``p_clean`` for all samples. It has no parameters.
+
+    Under it an AW-Net is a static network with two batch norms, the twin that shows what the router adds.
+    """
+
+    signal_widths: tuple[int, ...] = ()
+
+    def __init__(self, test_bn: TestBN = "adv", *, in_channels: int = 3) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.p_clean = _fixed_p_clean(test_bn)
+
+    def forward(self, x: Tensor) -> Routing:
+        check_image(x, self.in_channels)
+        return Routing(None, x.new_full((x.shape[0],), self.p_clean), [])
+
+    def extra_repr(self) -> str:
+        return f"p_clean={self.p_clean}"
