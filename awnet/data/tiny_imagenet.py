@@ -70,7 +70,7 @@ def load_tiny_imagenet(data_dir: str | Path, seed: int = 0) -> Splits:
             max_value=255,
             threat_model=ThreatModel(8 / 255),
             augmentation=Augmentation(shift=4, flip=True),
-            source=str(folder) if len(classes) == 200 else f"{folder}, {len(classes)} classes",
+            source=str(folder),
         )
 
     train, validation = hold_out(read(train_files, "train"), VALIDATION_FRACTION, seed)
