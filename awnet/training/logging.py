@@ -1,0 +1,155 @@
+"""What a run tells: a line of JSON per event in ``log.jsonl``, TensorBoard, and a person at a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class RunLog:
+    """Appends records to ``folder/log.jsonl`` and, if wanted, to ``folder/tensorboard``.
+
+    ``resume_at``: length in bytes that the log had at the checkpoint the run goes on from; what was written
+    after it is cut off, because the run will write it again. ``step`` does the same for TensorBoard.
+    """
+
+    def __init__(
+        self, folder: Path, *, resume_at: int | None = None, step: int = 0, tensorboard: bool = True
+    ) -> None:
+        path = folder / "log.jsonl"
+        mode = "r+b" if resume_at is not None and path.exists() else "wb"
+        self._file: BinaryIO = open(path, mode)  # type: ignore[assignment]  # noqa: SIM115 - close() closes it
+        if resume_at is not None:
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.truncate(min(size, resume_at))
+            self._file.seek(0, os.SEEK_END)
+        self._writer: SummaryWriter | None = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge = None if resume_at is None else step + 1
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=30)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record; numbers also go to TensorBoard under ``kind/name`` at ``record["step"]``."""
+        self._file.write((json.dumps(record, allow_nan=False) + "\n").encode())
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def position(self) -> int:
+        """Length of the log in bytes, all of it on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The records of a run's log.jsonl, of one kind ("step" or "epoch") if given.
+
+    A last line cut short, as a crash may leave it, is passed over; any other damage raises ValueError.
+    """
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: {folder} is no run folder, or nothing was logged yet"
+        )
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    return [record for record in records if kind is None or record["kind"] == kind]
+
+
+class Reporter:
+    """The run on a terminal: a live bar there, a line per epoch anywhere else. ``quiet`` says nothing."""
+
+    def __init__(self, title: str, *, quiet: bool = False) -> None:
+        self.title = title
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._steps = self._done = self._first = 0
+        self._since = time.monotonic()
+        self._images, self._epoch_since = 0, time.monotonic()
+        self._losses = ""
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def begin(self, steps: int, done: int) -> Reporter:
+        """Of ``steps`` steps ``done`` are done; use the result in a ``with`` statement."""
+        self._steps, self._done, self._first = steps, done, done
+        return self
+
+    def __enter__(self) -> Reporter:
+        if self.console.is_terminal and not self.console.quiet:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+                transient=True,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task(self.title, total=self._steps, completed=self._done, status="")
+            self._bar.start()
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(escape(text))
+
+    def start_epoch(self) -> None:
+        self._images, self._epoch_since = 0, time.monotonic()
+
+    def step(self, done: int, epoch: str, images: int) -> None:
+        """After every step of ``images`` images; ``done`` steps of the run are behind it."""
+        self._done = done
+        self._images += images
+        if self._bar is not None and self._task is not None:
+            status = f"epoch {epoch}  {self.pace():,.0f} images/s  {self.left()} left  {self._losses}"
+            self._bar.update(self._task, completed=done, status=status)
+
+    def pace(self) -> float:
+        """Images per second of this epoch's training, as far as this session ran it."""
+        return self._images / max(time.monotonic() - self._epoch_since, 1e-9)
+
+    def losses(self, terms: dict[str, float]) -> None:
+        """The newest means of the loss's terms."""
+        self._losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+
+    def left(self) -> str:
+        """Time left, judged by the pace of this session, as ``m:ss`` or ``h:mm:ss``."""
+        if self._done == self._first:
+            return "–:––"
+        pace = (time.monotonic() - self._since) / (self._done - self._first)
+        seconds = round(pace * (self._steps - self._done))
+        hours, minutes = divmod(seconds // 60, 60)
+        return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"

@@ -1,0 +1,611 @@
+"""The training loop: one function, ``train``, from a recipe to a run folder.
+
+Everything random is keyed: order and augmentation by (seed, epoch, sample), the training attack's noise by
+(seed, epoch, sample), so a run that was stopped at any step and resumed ends with the same bits as one that
+was not, on the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from awnet import rng
+from awnet.attacks import frozen, named_attack
+from awnet.data import Dataset, Splits
+from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
+from awnet.evaluation.report import environment
+from awnet.files import written_atomically
+from awnet.models import create_model, load_model, save_model
+from awnet.training import checkpoint
+from awnet.training.logging import Reporter, RunLog, read_log
+from awnet.training.losses import MTARDWeights, Teachers
+from awnet.training.recipes import MTARD, Recipe
+
+SAVE_EVERY_SECONDS = 600.0  # within an epoch; at its end a checkpoint is written anyway
+EVALUATION_BATCH = 256
+
+TeacherSource = nn.Module | str | Path
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What ``train`` returns.
+
+    model: in eval mode, with the weights of the best validation; the newest ones where there was none yet.
+    folder: the run folder.
+    history: the epochs' records, as in log.jsonl.
+    validation: the best epoch's ``epoch``, ``clean_accuracy`` and, for a recipe that attacks,
+        ``robust_accuracy`` and ``w_robust_accuracy`` (fractions); empty where there was no validation yet.
+    finished: False where ``max_minutes`` ended the run early.
+    """
+
+    model: nn.Module
+    folder: Path
+    history: list[dict[str, Any]]
+    validation: dict[str, float]
+    finished: bool
+
+
+def train(
+    recipe: Recipe,
+    model: nn.Module | str,
+    splits: Splits,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    teachers: Sequence[TeacherSource] | None = None,
+    max_minutes: float | None = None,
+    select_on: Literal["validation", "test"] = "validation",
+    tensorboard: bool = True,
+    quiet: bool = False,
+) -> RunResult:
+    """Trains ``model`` by ``recipe`` on ``splits.train`` and keeps all of it in the run folder ``out``.
+
+    model: a module that maps images [B, C, H, W] in [0, 1] to logits [B, K] (it is trained in place), or a
+        registered name, then made with weights drawn from ``seed``.
+    device: "cpu", "cuda", "cuda:1"…; a GPU where there is one, by default.
+    resume: go on with the run in ``out``, if there is one; a finished one is only loaded.
+    overwrite: delete the run in ``out`` first.
+    teachers: (clean, robust) for a recipe that distils: modules, run folders or .safetensors files. Where
+        none are given they are trained first, into ``out/teachers/clean`` and ``out/teachers/robust``.
+    max_minutes: stop, with a checkpoint, after so long.
+    select_on: the part whose W-Robust accuracy (PGD-20) picks the best checkpoint: held-out training images,
+        or the test images, which is the paper's protocol and flatters the result; it is recorded.
+
+    Ctrl-C and SIGTERM finish the step, write a checkpoint and say how to go on; then KeyboardInterrupt or
+    SystemExit is raised. A second one stops at once, without a new checkpoint.
+
+    Raises FileExistsError where ``out`` holds something and neither ``resume`` nor ``overwrite`` is set,
+    ValueError for bad arguments, a damaged checkpoint, or a resumed run with another configuration, and
+    FloatingPointError when the loss becomes NaN or infinite.
+    """
+    deadline = math.inf if max_minutes is None else time.monotonic() + 60 * _positive(max_minutes)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe (see recipe_for), got {type(recipe).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if select_on not in ("validation", "test"):
+        raise ValueError(f"select_on must be 'validation' or 'test', got {select_on!r}")
+    for part in ("train", select_on):
+        if not len(getattr(splits, part)):
+            raise ValueError(f"splits.{part} is empty: it is needed to train or to select a checkpoint")
+    if teachers is not None and not recipe.needs_teachers:
+        raise ValueError(f"recipe {recipe.name!r} takes no teachers")
+    folder, where = Path(out), _device(device)
+    model = _model(model, splits.train, seed).to(where)
+    _check_outputs(model, splits.train, where)
+    given = None if teachers is None else _load_teachers(teachers, where)
+
+    config = {
+        "recipe": recipe.to_dict(),
+        "model": _describe(model),
+        "dataset": _describe_splits(splits),
+        "seed": seed,
+        "selected_on": select_on,
+        "teachers": _describe_teachers(recipe, model, given),
+    }
+    session = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "teachers": None if teachers is None else [_source(teacher) for teacher in teachers],
+        "environment": environment(where),
+    }
+    under_way = checkpoint.open_folder(
+        folder, config | {"sessions": [session]}, resume=resume, overwrite=overwrite
+    )
+    reporter = Reporter(_title(model, folder), quiet=quiet)
+    state = None
+    if under_way:
+        state = checkpoint.load_state(folder)
+        if state["finished"]:
+            reporter.say(f"{folder} is finished: nothing to train")
+            return _result(model, folder, state["best"], finished=True)
+        _add_session(folder, session, reporter)
+
+    if recipe.needs_teachers and given is None:
+        assert isinstance(recipe, MTARD)
+        made = []
+        for kind in ("clean", "robust"):
+            teacher_recipe, name = recipe.teacher_recipe(kind), _teacher_name(model)
+            place = folder / "teachers" / kind
+            reporter.say(f"no {kind} teacher was given: {name}, trained by {teacher_recipe.name}, in {place}")
+            minutes = None if deadline == math.inf else max((deadline - time.monotonic()) / 60, 1e-6)
+            one = train(
+                teacher_recipe,
+                name,
+                splits,
+                place,
+                seed=seed,
+                device=where,
+                resume=True,
+                max_minutes=minutes,
+                select_on=select_on,
+                tensorboard=tensorboard,
+                quiet=quiet,
+            )
+            if not one.finished:
+                return RunResult(model.eval(), folder, [], {}, finished=False)
+            made.append(_as_teacher(one.model, where))
+        given = Teachers(*made)
+
+    cuda = [where] if where.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(rng.key(seed, "training") & (2**63 - 1))
+        run = _Run(recipe, model, splits, folder, seed, where, given, select_on, reporter)
+        finished = run.go(state, deadline, tensorboard)
+    return _result(model, folder, run.best, finished=finished)
+
+
+class _Means:
+    """Running means of the loss's terms, weighted by the number of images; goes into the checkpoint."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.images = 0
+
+    def add(self, terms: dict[str, float], images: int) -> None:
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * images
+        self.images += images
+
+    def take(self) -> dict[str, float]:
+        """The means; starts again from nothing."""
+        means = {name: value / self.images for name, value in self.sums.items()}
+        self.sums, self.images = {}, 0
+        return means
+
+
+class _Run:
+    """The state of one run while it trains: all that a checkpoint holds, and what is made from it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        splits: Splits,
+        folder: Path,
+        seed: int,
+        device: torch.device,
+        teachers: Teachers | None,
+        select_on: str,
+        reporter: Reporter,
+    ) -> None:
+        self.recipe, self.model, self.folder, self.seed = recipe, model, folder, seed
+        self.device, self.teachers, self.reporter = device, teachers, reporter
+        self.data = splits.train.to(device)
+        self.held_out: Dataset = getattr(splits, select_on).to(device)
+        if recipe.validate_limit is not None:
+            self.held_out = self.held_out.subset(recipe.validate_limit, seed=seed)
+        self.steps_per_epoch = -(-len(self.data) // recipe.batch_size)
+        self.optimizer = recipe.optimizer(model)
+        self.scheduler = recipe.scheduler(self.optimizer, self.steps_per_epoch)
+        adapts = isinstance(recipe, MTARD) and recipe.adv_weight is None
+        self.weights = MTARDWeights(device) if adapts else None
+        self.options = recipe.loss_options()
+
+        self.epoch, self.batch, self.step = 0, 0, 0  # epochs done, batches of this epoch done, steps done
+        self.best: dict[str, float] = {}
+        self.seconds = 0.0
+        self.of_epoch, self.of_interval = _Means(), _Means()
+        self.pending: list[tuple[int, int, dict[str, Tensor]]] = []  # (step, images, terms) not yet read
+        self.log: RunLog
+
+    # The run
+
+    def go(self, state: dict[str, Any] | None, deadline: float, tensorboard: bool) -> bool:
+        """Trains to the end (True) or the deadline (False)."""
+        if state is not None:
+            self._restore(state)
+        resume_at = None if state is None else state["log_bytes"]
+        self.log = RunLog(self.folder, resume_at=resume_at, step=self.step, tensorboard=tensorboard)
+        try:
+            steps = self.recipe.epochs * self.steps_per_epoch
+            with _Signals(self.reporter) as signals, self.reporter.begin(steps, self.step):
+                if state is None:
+                    self._save(finished=False)  # the first weights, so that even step 0 can be resumed
+                while self.epoch < self.recipe.epochs:
+                    if not self._train_epoch(signals, deadline):
+                        break
+                    self._finish_epoch()
+                    if self._told_to_stop(signals, deadline):
+                        break
+                return self._close(signals)
+        finally:
+            self.log.close()
+
+    def _train_epoch(self, signals: _Signals, deadline: float) -> bool:
+        """The rest of this epoch; False when told to stop within it."""
+        recipe, epoch = self.recipe, self.epoch
+        key = rng.key(self.seed, "training attack", epoch)
+        attack = recipe.attack(self.model, self.data.threat_model, self.data.num_classes, key)
+        if self.weights is not None:
+            assert isinstance(recipe, MTARD)
+            self.weights.learning_rate = recipe.weight_lr_at(epoch)
+        self.model.train()
+        self.reporter.start_epoch()
+        since = saved = time.monotonic()
+        batches = self.data.batches(
+            recipe.batch_size, shuffle=True, augment=True, seed=self.seed, epoch=epoch, start=self.batch
+        )
+        for batch in batches:
+            self.optimizer.zero_grad(set_to_none=True)
+            total, terms = recipe.loss(self.model, batch, attack, self.options, self.teachers, self.weights)
+            total.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.batch += 1
+            self.step += 1
+            self.pending.append((self.step, len(batch.y), terms))
+            self.reporter.step(self.step, f"{epoch + 1}/{recipe.epochs}", len(batch.y))
+            if self.step % recipe.log_every == 0:
+                self._log_interval()
+            now = time.monotonic()
+            if self.batch < self.steps_per_epoch:
+                stop = self._told_to_stop(signals, deadline)
+                if stop or now - saved > SAVE_EVERY_SECONDS:
+                    self.seconds += now - since
+                    self._save(finished=False)
+                    since = saved = time.monotonic()
+                if stop:
+                    return False
+        self._read_pending()
+        self.pace = self.reporter.pace()
+        self.seconds += time.monotonic() - since
+        return True
+
+    def _finish_epoch(self) -> None:
+        """Validates, logs and writes the checkpoint of an epoch whose steps are all done."""
+        recipe = self.recipe
+        self.epoch, self.batch = self.epoch + 1, 0
+        last = self.epoch == recipe.epochs
+        scores: dict[str, float] = {}
+        if last or self.epoch % recipe.validate_every == 0:
+            scores = self._validate()
+            score = scores.get("w_robust_accuracy", scores["clean_accuracy"])
+            # of equals the later one, which has trained longer at a lower rate
+            if not self.best or score >= self.best.get("w_robust_accuracy", self.best["clean_accuracy"]):
+                self.best = {"epoch": self.epoch, **scores}
+                _save_weights(self.model, self.folder / "best.safetensors")
+        means = self.of_epoch.take()
+        self.log.write(
+            {
+                "kind": "epoch",
+                "epoch": self.epoch,
+                "step": self.step,
+                **means,
+                **scores,
+                **self._rates(),
+                "images_per_second": round(self.pace, 1),
+                "seconds": round(self.seconds, 2),
+            }
+        )
+        self._say_epoch(means, scores)
+        self._save(finished=last)
+
+    def _close(self, signals: _Signals) -> bool:
+        if self.epoch == self.recipe.epochs:
+            self.reporter.say(
+                f"{self.reporter.title}: done in {self.seconds:.0f} s; best epoch {self.best['epoch']}: "
+                f"{_percent(self.best)}"
+            )
+            return True
+        self.reporter.say(
+            f"stopped in epoch {self.epoch + 1} of {self.recipe.epochs}, after step {self.step}; saved in "
+            f"{self.folder}: run the same again with --resume (resume=True) to go on"
+        )
+        if signals.came == signal.SIGINT:
+            raise KeyboardInterrupt
+        if signals.came is not None:
+            raise SystemExit(128 + signals.came)
+        return False
+
+    def _told_to_stop(self, signals: _Signals, deadline: float) -> bool:
+        return self.epoch < self.recipe.epochs and (signals.came is not None or time.monotonic() > deadline)
+
+    # Validation
+
+    def _validate(self) -> dict[str, float]:
+        clean = accuracy(self.model, self.held_out, batch_size=EVALUATION_BATCH, device=self.device)
+        scores = {"clean_accuracy": int(clean.sum()) / len(clean)}
+        if self.recipe.needs_attack:
+            attack = named_attack("pgd_trades", self.model, self.held_out.threat_model, seed=self.seed)
+            robust = robust_correct(
+                self.model, self.held_out, attack, batch_size=EVALUATION_BATCH, device=self.device
+            )
+            scores["robust_accuracy"] = int(robust.sum()) / len(robust)
+            scores["w_robust_accuracy"] = w_robust_accuracy(
+                scores["clean_accuracy"], scores["robust_accuracy"]
+            )
+        return scores
+
+    # Logging
+
+    def _read_pending(self) -> None:
+        """Waits for the device, once, and takes over the terms of all steps since the last time."""
+        if not self.pending:
+            return
+        names = list(self.pending[0][2])
+        rows = torch.stack([torch.stack([t.float() for t in terms.values()]) for _, _, terms in self.pending])
+        for (step, images, _), row in zip(self.pending, rows.tolist(), strict=True):
+            terms = dict(zip(names, row, strict=True))
+            if not all(math.isfinite(value) for value in row):
+                found = ", ".join(f"{name} {value:g}" for name, value in terms.items())
+                raise FloatingPointError(
+                    f"the loss is not finite at step {step} (epoch {self.epoch + 1}): {found}. The "
+                    f"checkpoint before it stays in {self.folder}. A lower learning rate usually helps, "
+                    f"in a new run; now lr is {self.recipe.lr:g}, router_lr {self.recipe.router_lr:g}"
+                )
+            self.of_epoch.add(terms, images)
+            self.of_interval.add(terms, images)
+        self.pending.clear()
+
+    def _log_interval(self) -> None:
+        self._read_pending()
+        means = self.of_interval.take()
+        self.reporter.losses(means)
+        self.log.write({"kind": "step", "epoch": self.epoch + 1, "step": self.step, **means, **self._rates()})
+
+    def _rates(self) -> dict[str, float]:
+        """The learning rates that the last step leaves behind."""
+        names = ("lr", "router_lr")
+        return {n: group["lr"] for n, group in zip(names, self.optimizer.param_groups, strict=False)}
+
+    def _say_epoch(self, means: dict[str, float], scores: dict[str, float]) -> None:
+        self.reporter.losses(means)
+        losses = "  ".join(
+            f"{name} {means[name]:.3f}" for name in ("total", "nat", "adv", "type") if name in means
+        )
+        total = self.recipe.epochs
+        self.reporter.say(
+            f"{self.reporter.title}  epoch {self.epoch:>{len(str(total))}}/{total}  "
+            f"{losses}  {_percent(scores)}  {self.pace:,.0f} images/s  {self.reporter.left()} left"
+        )
+
+    # Checkpoints
+
+    def _save(self, *, finished: bool) -> None:
+        self._read_pending()
+        _save_weights(self.model, self.folder / "last.safetensors")
+        checkpoint.save_state(
+            self.folder,
+            {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "weights": {} if self.weights is None else self.weights.state_dict(),
+                "random": checkpoint.random_state(self.device),
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "step": self.step,
+                "best": self.best,
+                "seconds": self.seconds,
+                "of_epoch": vars(self.of_epoch),
+                "of_interval": vars(self.of_interval),
+                "log_bytes": self.log.position(),
+                "finished": finished,
+            },
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.weights is not None:
+            self.weights.load_state_dict(state["weights"])
+        checkpoint.set_random_state(state["random"], self.device)
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.best, self.seconds = state["best"], state["seconds"]
+        vars(self.of_epoch).update(state["of_epoch"])
+        vars(self.of_interval).update(state["of_interval"])
+        self.reporter.say(
+            f"going on with {self.folder} after step {self.step} "
+            f"({self.epoch} of {self.recipe.epochs} epochs are done)"
+        )
+
+
+class _Signals:
+    """SIGINT and SIGTERM are noted in ``came`` instead of acting; a second one acts at once.
+
+    Outside the main thread signals cannot be caught, and keep their usual effect.
+    """
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.came: int | None = None
+        self._reporter = reporter
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._usual[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.came = number
+        self._restore()
+        self._reporter.say("finishing the step and saving; press again to stop at once without saving")
+
+    def _restore(self) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+        self._usual.clear()
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+
+# What train checks, makes and describes before the first step
+
+
+def _positive(minutes: float) -> float:
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
+        raise ValueError(f"max_minutes must be None or a number above 0, got {minutes!r}")
+    return minutes
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:1' or the like, got {device!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} finds no GPU here")
+    return found
+
+
+def _model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, str):
+        raise TypeError(f"model must be a module or a registered name, got {type(model).__name__}")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(rng.key(seed, "model") & (2**63 - 1))
+        return create_model(model, num_classes=data.num_classes, in_channels=data.in_channels)
+
+
+def _check_outputs(model: nn.Module, data: Dataset, device: torch.device) -> None:
+    """One image in test mode: a model that does not fit the data set fails before anything is written."""
+    with frozen(model), torch.no_grad():
+        logits = model(torch.zeros(1, data.in_channels, *data.image_size, device=device))
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < data.num_classes:
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"model must return logits [B, {data.num_classes}] for {data.name}, got {got} for one image: "
+            f"create it with num_classes={data.num_classes}"
+        )
+
+
+def _load_teachers(teachers: Sequence[TeacherSource], device: torch.device) -> Teachers:
+    if isinstance(teachers, str | Path) or len(teachers) != 2:
+        raise ValueError("teachers must be two, (clean, robust): modules, run folders or .safetensors files")
+    return Teachers(*(_as_teacher(teacher, device) for teacher in teachers))
+
+
+def _as_teacher(teacher: TeacherSource, device: torch.device) -> nn.Module:
+    if isinstance(teacher, nn.Module):
+        model = copy.deepcopy(teacher)
+    elif isinstance(teacher, str | Path):
+        model = load_model(teacher)
+    else:
+        raise TypeError(f"a teacher must be a module or a path, got {type(teacher).__name__}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _teacher_name(model: nn.Module) -> str:
+    return "resnet_tiny" if "tiny" in _describe(model)["name"] else "resnet18"
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    known = dict(config) if isinstance(config, dict) else {"name": type(model).__name__}
+    return known | {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _describe_splits(splits: Splits) -> dict[str, Any]:
+    train = splits.train
+    return {
+        "name": train.name,
+        "source": train.source,
+        "eps": train.threat_model.eps,
+        "augmentation": {"shift": train.augmentation.shift, "flip": train.augmentation.flip},
+        "sizes": {name: len(part) for name, part in splits._asdict().items()},
+        "fingerprints": {name: part.fingerprint() for name, part in splits._asdict().items()},
+    }
+
+
+def _describe_teachers(
+    recipe: Recipe, model: nn.Module, given: Teachers | None
+) -> dict[str, dict[str, Any]] | None:
+    """By their weights, which are the same wherever the files lie; or as this run trains them."""
+    if given is not None:
+        return {kind: {"weights": checkpoint.fingerprint(one)} for kind, one in given._asdict().items()}
+    if not isinstance(recipe, MTARD):
+        return None
+    return {
+        kind: {"model": _teacher_name(model), "recipe": recipe.teacher_recipe(kind).to_dict()}
+        for kind in ("clean", "robust")
+    }
+
+
+def _title(model: nn.Module, folder: Path) -> str:
+    return f"{folder.name} ({_describe(model)['name']})"
+
+
+def _percent(scores: dict[str, float]) -> str:
+    names = {"clean_accuracy": "clean", "robust_accuracy": "robust", "w_robust_accuracy": "A_w"}
+    return "  ".join(f"{short} {100 * scores[name]:.1f} %" for name, short in names.items() if name in scores)
+
+
+def _source(teacher: TeacherSource) -> str:
+    return f"a {type(teacher).__name__} of the caller's" if isinstance(teacher, nn.Module) else str(teacher)
+
+
+def _add_session(folder: Path, session: dict[str, Any], reporter: Reporter) -> None:
+    """Adds this session to config.json; says so where the machine may round differently from the last one."""
+    config = checkpoint.read_config(folder)
+    before, now = (
+        {name: one["environment"].get(name) for name in ("torch", "device", "threads")}
+        for one in (config["sessions"][-1], session)
+    )
+    changed = list(checkpoint.differences(before, now, "environment"))
+    if changed:
+        reporter.say(f"note: the last bits may differ from an uninterrupted run: {'; '.join(changed)}")
+    config["sessions"].append(session)
+    checkpoint.write_config(folder, config)
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    """With what rebuilds the model, or for a module from elsewhere the weights alone."""
+    if isinstance(getattr(model, "config", None), dict):
+        save_model(model, path)
+        return
+    with written_atomically(path) as temporary:
+        save_file(
+            {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}, temporary
+        )
+
+
+def _result(model: nn.Module, folder: Path, best: dict[str, float], *, finished: bool) -> RunResult:
+    weights = folder / ("best.safetensors" if best else "last.safetensors")
+    chosen = copy.deepcopy(model).eval()
+    chosen.load_state_dict(load_file(weights))
+    return RunResult(chosen, folder, read_log(folder, "epoch"), dict(best), finished)

@@ -1,0 +1,349 @@
+"""How to train, as data: one frozen dataclass per method, with the paper's settings as defaults.
+
+recipe = recipe_for("mtard", "cifar10")                  # the settings for a data set
+recipe = recipe_for("trades", "digits", epochs=30)       # with some of them changed
+MTARD(epochs=50, lr=0.05)                                # or by hand
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+
+from awnet.attacks import PGD, frozen
+from awnet.data import ThreatModel
+from awnet.training import losses
+from awnet.training.losses import Attack, Loss, LossOptions, is_dynamic
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings every method shares.
+
+    epochs, batch_size: the last batch of an epoch may be smaller.
+    lr, router_lr: learning rate of the dynamic (or static) network, and of the router with its heads.
+    momentum, weight_decay: of SGD; the decay applies to every parameter.
+    schedule: ``step`` multiplies by ``lr_decay`` when the epochs in ``milestones`` are done; ``onecycle``
+        rises to ``lr`` and falls to nearly 0 over the run (Smith and Topin), the momentum kept as it is.
+    attack_steps, attack_step_size, attack_noise: the PGD of training, which starts at
+        x + attack_noise · N(0, 1); step size in image units, from the threat model if None (eps/4; for TRADES
+        0.007 at eps = 8/255).
+    inner_type_weight: weight of the router's type loss in the objective that this attack maximises.
+    type_weight, type_label_smoothing, adv_weight, consistency, router_passes: see ``losses.LossOptions``.
+    validate_every: epochs between validations (the last epoch is always validated).
+    validate_limit: number of held-out images for them, all if None.
+    log_every: steps between log lines, and between the points where the host waits for the device.
+    """
+
+    name: ClassVar[str]
+    loss: ClassVar[Loss]
+    needs_attack: ClassVar[bool] = True
+    needs_teachers: ClassVar[bool] = False
+
+    epochs: int = 100
+    batch_size: int = 256
+    lr: float = 0.1
+    router_lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    schedule: Literal["step", "onecycle"] = "step"
+    milestones: tuple[int, ...] = (75, 90)
+    lr_decay: float = 0.1
+    attack_steps: int = 10
+    attack_step_size: float | None = None
+    attack_noise: float = 0.001
+    inner_type_weight: float = 0.0
+    type_weight: float = 1.0
+    type_label_smoothing: float = 0.0
+    adv_weight: float | None = None
+    consistency: float = 0.0
+    router_passes: Literal["joint", "separate"] = "joint"
+    validate_every: int = 1
+    validate_limit: int | None = None
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "attack_steps", "validate_every", "log_every"):
+            _check(self, name, _is_integer, lambda v: v >= 1, "an integer of at least 1")
+        if self.validate_limit is not None:
+            _check(self, "validate_limit", _is_integer, lambda v: v >= 1, "None or an integer of at least 1")
+        for name in ("lr", "lr_decay"):
+            _check(self, name, _is_number, lambda v: v > 0, "a number above 0")
+        for name in ("router_lr", "weight_decay", "attack_noise", "type_weight", "consistency"):
+            _check(self, name, _is_number, lambda v: v >= 0, "a number of at least 0")
+        for name in ("momentum", "type_label_smoothing"):
+            _check(self, name, _is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
+        _check(self, "inner_type_weight", _is_number, lambda v: True, "a finite number")
+        if self.attack_step_size is not None:
+            _check(self, "attack_step_size", _is_number, lambda v: v > 0, "None or a number above 0")
+        if self.adv_weight is not None:
+            _check(self, "adv_weight", _is_number, lambda v: v >= 0, "None or a number of at least 0")
+        for name, choices in (("schedule", ("step", "onecycle")), ("router_passes", ("joint", "separate"))):
+            _check(self, name, lambda v: True, lambda v, c=choices: v in c, f"one of {choices}")
+        milestones = tuple(self.milestones)
+        object.__setattr__(self, "milestones", milestones)
+        if not all(_is_integer(m) and m >= 1 for m in milestones) or list(milestones) != sorted(
+            set(milestones)
+        ):
+            raise ValueError(f"milestones must be increasing numbers of epochs, got {milestones}")
+
+    # What the loop asks of a recipe
+
+    def loss_options(self) -> LossOptions:
+        ours = {field.name for field in fields(self)}
+        return LossOptions(
+            **{field.name: getattr(self, field.name) for field in fields(LossOptions) if field.name in ours}
+        )
+
+    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+        """The attack of training on ``model``: PGD on the cross-entropy, its noise keyed by ``seed``.
+
+        Unlike an attack called by a user it checks no values, so the host never waits for the device; where
+        the gradient is not finite the image becomes NaN, and with it the loss.
+        """
+        step_size = threat_model.train_step_size
+        return self._pgd(model, threat_model.eps, step_size, "ce", _cross_entropy, num_classes, seed)
+
+    def _pgd(
+        self,
+        model: nn.Module,
+        eps: float,
+        step_size: float,
+        loss: Literal["ce", "kl"],
+        objective: Objective,
+        num_classes: int,
+        seed: int,
+    ) -> Attack:
+        fools_router = bool(self.inner_type_weight) and is_dynamic(model)
+        pgd = PGD(
+            model,
+            eps=eps,
+            step_size=step_size if self.attack_step_size is None else self.attack_step_size,
+            steps=self.attack_steps,
+            loss=_with_type_loss(objective, self.inner_type_weight) if fools_router else loss,
+            random_start="normal",
+            noise_std=self.attack_noise,
+            seed=seed,
+        )
+
+        def attack(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
+            with torch.enable_grad(), frozen(model):
+                return pgd.perturb(x, y, index, num_classes - 1)
+
+        return attack
+
+    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
+        """SGD with two groups: all but the router at ``lr``, the router with its heads at ``router_lr``."""
+        router = getattr(model, "router", None) if is_dynamic(model) else None
+        slow = set() if router is None else {id(p) for p in router.parameters()}
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) not in slow], "lr": self.lr},
+            {"params": [p for p in model.parameters() if id(p) in slow], "lr": self.router_lr},
+        ]
+        return torch.optim.SGD(
+            [group for group in groups if group["params"]],
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
+        """The schedule, stepped once per optimiser step."""
+        if self.schedule == "onecycle":
+            return OneCycleLR(
+                optimizer,
+                max_lr=[group["lr"] for group in optimizer.param_groups],
+                total_steps=self.epochs * steps_per_epoch,
+                cycle_momentum=False,
+            )
+        return MultiStepLR(optimizer, [m * steps_per_epoch for m in self.milestones], gamma=self.lr_decay)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, JSON-ready, with the method's name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Standard(Recipe):
+    """Plain training on clean images. Time and accuracy: not measured, but for digits."""
+
+    name: ClassVar[str] = "standard"
+    loss: ClassVar[Loss] = staticmethod(losses.standard)
+    needs_attack: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class PGDAT(Recipe):
+    """½ CE(clean) + ½ CE(adversarial) + L_type."""
+
+    name: ClassVar[str] = "pgd_at"
+    loss: ClassVar[Loss] = staticmethod(losses.pgd_at)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share(self)
+
+
+@dataclass(frozen=True)
+class Trades(Recipe):
+    """CE(clean) + 6 KL(p_nat ‖ p_adv) + L_type; its attack maximises the KL."""
+
+    name: ClassVar[str] = "trades"
+    loss: ClassVar[Loss] = staticmethod(losses.trades)
+
+    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+        step_size = threat_model.trades_train_step_size
+        return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
+
+
+@dataclass(frozen=True)
+class MTARD(Recipe):
+    """Distillation from a clean and a robust teacher, the paper's joint training (Equations 20–22).
+
+    temperature: τ, 1 on CIFAR-10, 5 on CIFAR-100 and Tiny-ImageNet.
+    kl_reduction: see ``losses.LossOptions``.
+    weight_lr: η of the two adapted weights; multiplied by ``lr_decay`` at the milestones, constant under
+        ``onecycle``.
+    robust_teacher: how a robust teacher is trained when none is given.
+    """
+
+    name: ClassVar[str] = "mtard"
+    loss: ClassVar[Loss] = staticmethod(losses.mtard)
+    needs_teachers: ClassVar[bool] = True
+
+    temperature: float = 1.0
+    kl_reduction: Literal["batchmean", "elementmean"] = "batchmean"
+    weight_lr: float = 0.025
+    robust_teacher: Literal["trades", "pgd_at"] = "trades"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share(self)
+        _check(self, "temperature", _is_number, lambda v: v > 0, "a number above 0")
+        _check(self, "weight_lr", _is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        for name, choices in (
+            ("kl_reduction", ("batchmean", "elementmean")),
+            ("robust_teacher", ("trades", "pgd_at")),
+        ):
+            _check(self, name, lambda v: True, lambda v, c=choices: v in c, f"one of {choices}")
+
+    def teacher_recipe(self, kind: Literal["clean", "robust"]) -> Recipe:
+        """How this recipe trains a teacher that it was not given: plainly or robustly, for as long."""
+        teacher = Standard if kind == "clean" else RECIPES[self.robust_teacher]
+        shared = (
+            "epochs batch_size lr momentum weight_decay schedule milestones lr_decay attack_steps "
+            "attack_step_size attack_noise validate_every validate_limit log_every"
+        )
+        return teacher(**{name: getattr(self, name) for name in shared.split()})
+
+    def weight_lr_at(self, epoch: int) -> float:
+        """η during ``epoch`` (the first is 0)."""
+        if self.schedule == "onecycle":
+            return self.weight_lr
+        return self.weight_lr * self.lr_decay ** sum(epoch >= m for m in self.milestones)
+
+
+RECIPES: dict[str, type[Recipe]] = {r.name: r for r in (MTARD, Trades, PGDAT, Standard)}
+
+# What differs from the defaults (the paper's CIFAR settings), per data set.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 15, "batch_size": 64, "schedule": "onecycle"},
+    "tiny_imagenet": {"epochs": 50, "batch_size": 128, "milestones": (25, 40)},
+}
+_MTARD_SETTINGS: dict[str, dict[str, Any]] = {
+    "digits": {"robust_teacher": "pgd_at"},  # a weak TRADES teacher would cap its students here
+    "cifar100": {"temperature": 5.0},
+    "tiny_imagenet": {"temperature": 5.0},
+}
+
+
+def list_recipes() -> list[str]:
+    return list(RECIPES)
+
+
+def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
+    """The recipe ``name`` with its settings for a data set; ``overrides`` change single ones.
+
+    An unknown data set gets the paper's CIFAR-10 settings. Milestones that a shorter run would never reach
+    move with it: 75 and 90 of 100 epochs become 7 and 9 of 10.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
+    kind = RECIPES[name]
+    known = {field.name for field in fields(kind)}
+    for key in overrides:
+        if key not in known:
+            raise ValueError(f"recipe {name!r} has no setting {key!r}; it has {', '.join(sorted(known))}")
+    settings = dict(_SETTINGS.get(dataset_name, {}))
+    if kind is MTARD:
+        settings |= _MTARD_SETTINGS.get(dataset_name, {})
+    usual = kind(**settings)
+    if "epochs" in overrides and "milestones" not in overrides and _is_integer(overrides["epochs"]):
+        scale = overrides["epochs"] / usual.epochs
+        settings["milestones"] = tuple(sorted({math.floor(m * scale) for m in usual.milestones} - {0}))
+    return kind(**(settings | overrides))
+
+
+# The objectives that a training attack maximises, one value per sample
+
+Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Any]]
+
+
+def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
+    routing = model.route(x)  # type: ignore[operator]
+    return model(x, routing=routing), routing
+
+
+def _cross_entropy(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+    logits, routing = _forward(model, x_adv)
+    return F.cross_entropy(logits, y, reduction="none"), routing
+
+
+def _kl_from_clean(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+    with torch.no_grad():
+        log_p = F.log_softmax(model(x), dim=1)
+    logits, routing = _forward(model, x_adv)
+    return (log_p.exp() * (log_p - F.log_softmax(logits, dim=1))).sum(1), routing
+
+
+def _with_type_loss(objective: Objective, weight: float) -> Callable[..., Tensor]:
+    def loss(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        value, routing = objective(model, x_adv, x, y)
+        if routing.type_logits is None:  # a router without a type head
+            return value
+        adversarial = torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        return value + weight * F.cross_entropy(routing.type_logits, adversarial, reduction="none")
+
+    return loss
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(
+    recipe: Recipe, name: str, right_type: Callable[[Any], bool], holds: Callable[..., bool], expected: str
+) -> None:
+    value = getattr(recipe, name)
+    if not right_type(value) or not holds(value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_share(recipe: Recipe) -> None:
+    if recipe.adv_weight is not None and recipe.adv_weight > 1:
+        raise ValueError(
+            f"adv_weight of {recipe.name} must be None or in [0, 1] (the clean weight is 1 − adv_weight), "
+            f"got {recipe.adv_weight}"
+        )
