@@ -233,6 +233,8 @@ class Dataset:
 
 
 class Splits(NamedTuple):
+    """A data set's three parts; ``validation`` is held out of the published training part."""
+
     train: Dataset
     validation: Dataset
     test: Dataset

@@ -266,6 +266,7 @@ _MTARD_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def list_recipes() -> list[str]:
+    """The names that :func:`recipe_for` knows."""
     return list(RECIPES)
 
 
