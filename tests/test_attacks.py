@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from awnet import rng
 from awnet.attacks import CW, FGSM, PGD, frozen, list_attacks, named_attack
 from awnet.data.dataset import ThreatModel
+from awnet.models import create_model
 
 
 def small_cnn(classes: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
@@ -39,20 +42,27 @@ def batch(n: int = 3, classes: int = 4, dtype: torch.dtype = torch.float32) -> t
     return x, torch.randint(classes, (n,), generator=generator)
 
 
-class Counter(TorchDispatchMode):
-    """Counts ops, and convolution backwards that were asked for a weight gradient."""
+class Ops(TorchDispatchMode):
+    """Counts the ops that are dispatched."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops: dict[str, int] = {}
-        self.weight_gradients = 0
+        self.count: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = str(func)
-        self.ops[name] = self.ops.get(name, 0) + 1
-        if name == "aten.convolution_backward.default":
-            self.weight_gradients += bool(args[-1][1])
+        self.count[str(func)] = self.count.get(str(func), 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+def convolution_backwards(run: Callable[[], object]) -> tuple[int, int]:
+    """How many convolutions ``run`` goes back through, and how many of them make a weight gradient.
+
+    The profiler sees them at any depth, also inside an op of our own.
+    """
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        run()
+    masks = [e.concrete_inputs[-1] for e in profiler.events() if e.name == "aten::convolution_backward"]
+    return len(masks), sum(mask[1] for mask in masks)
 
 
 # ---- the right answer
@@ -330,30 +340,72 @@ def test_empty_batch() -> None:
 @pytest.mark.parametrize("loss", ["ce", "margin", "kl"])
 def test_no_weight_gradient_and_one_pass_a_step(loss: str) -> None:
     model, (x, y) = small_cnn().train(), batch()
-    with Counter() as counter:
-        PGD(model, eps=0.1, step_size=0.02, steps=5, loss=loss)(x, y)
-    assert counter.weight_gradients == 0
-    assert counter.ops["aten.convolution_backward.default"] == 2 * 5
-    assert counter.ops["aten.convolution.default"] == 2 * (5 + (loss == "kl"))  # kl: the clean logits, once
-    with Counter() as counter:  # the counter does see weight gradients
-        F.cross_entropy(model(x), y).backward()
-    assert counter.weight_gradients == 2
+    attack = PGD(model, eps=0.1, step_size=0.02, steps=5, loss=loss)
+    assert convolution_backwards(lambda: attack(x, y)) == (2 * 5, 0)
+    with Ops() as ops:
+        attack(x, y)
+    assert ops.count["aten.convolution.default"] == 2 * (5 + (loss == "kl"))  # kl: the clean logits, once
+    # the counter does see weight gradients
+    assert convolution_backwards(lambda: F.cross_entropy(model(x), y).backward()) == (2, 2)
+
+
+def awnet_tiny() -> nn.Module:
+    """With filter scales and branches that differ, as after training."""
+    torch.manual_seed(0)
+    model = create_model("awnet_tiny", num_classes=4, in_channels=2)
+    x = torch.rand(8, 2, 6, 5)
+    with torch.no_grad():
+        model.router.signal_heads.weight.normal_(std=0.1)
+        for kind in range(6):
+            model((x + 0.1 * kind).clamp(0, 1), is_clean=torch.arange(8) % 2 == 0)
+    return model
+
+
+def test_no_weight_gradient_in_an_aw_net() -> None:
+    model, (x, y) = awnet_tiny(), batch()
+    before = state(model)
+    attack = PGD(model, eps=0.1, step_size=0.02, steps=2)
+    passed, weights = convolution_backwards(lambda: attack(x, y))
+    # 9 convolutions in the dynamic network and 9 in the router, each once a step
+    assert (passed, weights) == (18 * 2, 0)
+    assert state(model) == before
+
+    model.eval()  # an op of one's own cannot see that only x is asked for: unfrozen weights do cost
+    image = x.clone().requires_grad_()
+    unfrozen = F.cross_entropy(model(image), y)
+    assert convolution_backwards(lambda: torch.autograd.grad(unfrozen, image)) == (18, 18)
+
+
+def test_attack_on_an_aw_net_goes_through_router_and_network() -> None:
+    model, (x, y) = awnet_tiny().eval(), batch()
+
+    def frozen_router(net: nn.Module, x_adv: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad():
+            routing = net.route(x_adv)
+        return F.cross_entropy(net(x_adv, routing=routing), labels, reduction="none")
+
+    size = {"eps": 0.1, "step_size": 0.02, "steps": 10, "random_start": None}
+    before = F.cross_entropy(model(x), y, reduction="none")
+    x_adv = PGD(model, **size)(x, y)
+    assert (F.cross_entropy(model(x_adv), y, reduction="none") > before).all()
+    assert not torch.equal(x_adv, PGD(model, loss=frozen_router, **size)(x, y))
+    assert (x_adv - x).abs().max() <= 0.1 + 2.0**-24
 
 
 def test_steps_do_not_wait_for_the_device() -> None:
-    # a value read back to the host dispatches _local_scalar_dense (item, bool, int) or a copy across devices
-    model, (x, y) = small_cnn(), batch()
+    # a value read back to the host dispatches _local_scalar_dense (item, bool, int)
+    model, (x, y) = awnet_tiny(), batch()
 
     def reads(steps: int) -> int:
         attack = PGD(model, eps=0.1, step_size=0.02, steps=steps)
-        with frozen(model), torch.enable_grad(), Counter() as counter:
+        with frozen(model), torch.enable_grad(), Ops() as ops:
             attack.perturb(x, y, torch.arange(len(x)), 3)
-        return counter.ops.get("aten._local_scalar_dense.default", 0)
+        return ops.count.get("aten._local_scalar_dense.default", 0)
 
     assert reads(1) == reads(9) == 0
-    with Counter() as counter:
+    with Ops() as ops:
         x.sum().item()
-    assert counter.ops["aten._local_scalar_dense.default"] == 1
+    assert ops.count["aten._local_scalar_dense.default"] == 1
 
 
 # ---- the paper's attacks by name

@@ -113,7 +113,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
                 fontsize=8.5,
                 color="#333333",
             )
-        right.set(title="Validation accuracy", xlabel="epoch", ylabel="per cent")
+        right.set(title="Validation accuracy", xlabel="epoch", ylabel="per cent", ylim=(0, 101))
         for axes, shown in ((left, losses), (right, scores)):
             axes.xaxis.get_major_locator().set_params(integer=True)
             if shown:
@@ -216,7 +216,9 @@ def filter_means(
     *,
     title: str = "Mean weight of each filter",
 ) -> None:
-    """Distribution over a layer's filters of their mean weights: histogram and density (Fig. 1 and 3).
+    """Distribution over a layer's filters of their mean weights (Fig. 1 and 3).
+
+    Density, with a histogram behind it, or with a tick for each filter where a panel has several series.
 
     Args:
         layers: layer → series → means ``[C_out]``, a panel for each layer; series of the same name share a
@@ -240,14 +242,27 @@ def filter_means(
             whole = np.concatenate(list(arrays.values()))
             low, high = float(whole.min()), float(whole.max())
             pad = 0.12 * (high - low) or 1e-3
-            bins = np.linspace(low, high + 1e-12, 25) if high > low else np.array([low - pad, high + pad])
             grid = np.linspace(low - pad, high + pad, 300)
-            for name, values in arrays.items():
-                axes.hist(values, bins=bins, density=True, color=colours[name], alpha=0.3)
-                axes.plot(grid, _density(values, grid), color=colours[name], label=name)
+            for row, (name, values) in enumerate(arrays.items()):
+                density, colour = _density(values, grid), colours[name]
+                axes.plot(grid, density, color=colour, label=name)
+                if len(arrays) == 1:
+                    bins = round(min(max(1.5 * values.size**0.5, 6), 40))
+                    axes.hist(values, bins=bins, density=True, color=colour, alpha=0.3)
+                else:  # histograms on top of each other hide one another: a tick for each filter instead
+                    axes.fill_between(grid, density, color=colour, alpha=0.12, lw=0)
+                    height = np.full(values.size, -0.03 - 0.05 * row)
+                    transform = axes.get_xaxis_transform()
+                    axes.plot(
+                        values, height, "|", ms=5, mew=0.9, color=colour, transform=transform, clip_on=False
+                    )
             count = len(next(iter(arrays.values())))
             axes.set_title(f"{layer}, {count} filters", fontweight="normal")
-            axes.set(xlabel="mean over (C_in, k, k)", ylabel="density", xlim=(grid[0], grid[-1]))
+            axes.set(
+                xlabel="mean over (C_in, k, k)", ylabel="density", xlim=(grid[0], grid[-1]), ylim=(0, None)
+            )
+            if len(arrays) > 1:
+                axes.tick_params(axis="x", pad=4 + 6 * len(arrays), length=0)
             axes.locator_params(axis="x", nbins=5)
         for axes in panels[len(layers) :]:
             axes.set_axis_off()

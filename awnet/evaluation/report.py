@@ -219,16 +219,17 @@ def compare(this: Report, other: Report, seed: int = 0) -> Comparison:
             robust_accuracy=other.attacks[name].robust_accuracy,
             w_robust_accuracy=other.attacks[name].w_robust_accuracy,
             w_interval_95=other.attacks[name].w_interval_95,
-            difference=this.attacks[name].w_robust_accuracy - other.attacks[name].w_robust_accuracy,
+            difference=float((mine - theirs).mean()),
             interval_95=bootstrap_interval(mine - theirs, seed=seed),
             mcnemar_p=mcnemar(this.per_sample[f"{name}_correct"], other.per_sample[f"{name}_correct"]),
         )
     mine, theirs = this.per_sample["clean_correct"], other.per_sample["clean_correct"]
+    values = mine.astype(np.float64) - theirs.astype(np.float64)
     return Comparison(
         model=other.model,
         clean_accuracy=other.clean_accuracy,
-        clean_difference=this.clean_accuracy - other.clean_accuracy,
-        clean_interval_95=bootstrap_interval(mine.astype(np.float64) - theirs.astype(np.float64), seed=seed),
+        clean_difference=float(values.mean()),
+        clean_interval_95=bootstrap_interval(values, seed=seed),
         clean_mcnemar_p=mcnemar(mine, theirs),
         attacks=attacks,
     )

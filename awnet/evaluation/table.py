@@ -11,22 +11,30 @@ from awnet.evaluation.statistics import Interval
 if TYPE_CHECKING:
     from rich.table import Table
 
-LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD_sat", "pgd_trades": "PGD_trades", "cw": "CW"}
+LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW"}
 
 
 def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> Table:
     """A row for each report: A_nat, then A_adv and A_w (Eq. 23) for each attack, ± half a 95 % interval."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     if not reports:
         raise ValueError("reports is empty: nothing to tabulate")
     first = next(iter(reports.values()))
-    table = Table(title=title or _title(first), caption="per cent; ± half the width of a 95 % interval")
+    table = Table(
+        title=title or _title(first),
+        caption="per cent; ± half the width of a 95 % interval",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # nine columns in 80 characters
+    )
     table.add_column("model", no_wrap=True)
-    table.add_column("Clean A_nat", justify="right")
+    table.add_column("Clean\nA_nat", justify="right")
     names = list(dict.fromkeys(name for report in reports.values() for name in report.attacks))
     for name in names:
-        table.add_column(f"{LABELS.get(name, name)} A_adv", justify="right")
+        label = LABELS.get(name, name)
+        longest = max(len(word) for word in label.split())
+        table.add_column(f"{label}\nA_adv", justify="right", min_width=longest)
         table.add_column("A_w", justify="right", style="bold")
     for label, report in reports.items():
         cells = [_cell(report.clean_accuracy, report.clean_interval_95)]
@@ -42,32 +50,31 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
 
 
 def comparison_table(report: Report, label: str | None = None, title: str | None = None) -> Table:
-    """A row for each model in ``report.compared_with``: differences of A_nat and A_w, paired by image.
+    """Differences to each model in ``report.compared_with``, paired by image: of A_nat, and of A_w by attack.
 
     Beside each difference its 95 % bootstrap interval, and p of McNemar's exact test on the images' outcomes.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    this = label or report.model
+    if not report.compared_with:
+        raise ValueError("the report is compared with nothing: evaluate with compared_with={name: report}")
     table = Table(
-        title=title or f"{this} minus each other model, paired by image",
-        caption="percentage points; [95 % interval]; p: McNemar's exact test, clean or adversarial outcomes",
+        title=title or f"{label or report.model} minus …, paired by image",
+        caption="percentage points [95 % interval], p of McNemar's exact test on clean or x_adv outcomes",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("compared with", no_wrap=True)
-    table.add_column("ΔA_nat", justify="right")
-    names = list(dict.fromkeys(n for comparison in report.compared_with.values() for n in comparison.attacks))
-    for name in names:
-        table.add_column(f"{LABELS.get(name, name)} ΔA_w", justify="right")
-    for other, comparison in report.compared_with.items():
-        cells = [
-            _difference(comparison.clean_difference, comparison.clean_interval_95, comparison.clean_mcnemar_p)
-        ]
-        for name in names:
-            found = comparison.attacks.get(name)
-            cells.append(
-                "–" if found is None else _difference(found.difference, found.interval_95, found.mcnemar_p)
-            )
-        table.add_row(other, *cells)
+    table.add_column("", no_wrap=True)
+    for other in report.compared_with:
+        table.add_column(other, justify="right")
+    comparisons = report.compared_with.values()
+    clean = [_difference(c.clean_difference, c.clean_interval_95, c.clean_mcnemar_p) for c in comparisons]
+    table.add_row("Clean A_nat", *clean)
+    for name in dict.fromkeys(name for comparison in comparisons for name in comparison.attacks):
+        found = [comparison.attacks.get(name) for comparison in comparisons]
+        cells = ["–" if d is None else _difference(d.difference, d.interval_95, d.mcnemar_p) for d in found]
+        table.add_row(f"{LABELS.get(name, name)} A_w", *cells)
     return table
 
 
@@ -81,5 +88,4 @@ def _cell(value: float, interval: Interval) -> str:
 
 def _difference(value: float, interval: Interval, p: float) -> str:
     low, high = (f"{100 * end:+.1f}" for end in interval)
-    significance = "p<0.001" if p < 0.001 else f"p={p:.3f}"
-    return f"{100 * value:+.1f} [{low}, {high}] {significance}".replace("[", r"\[")
+    return f"{100 * value:+.1f} \\[{low}, {high}], " + ("p < 0.001" if p < 0.001 else f"p = {p:.3f}")
