@@ -88,13 +88,10 @@ def convert(
             f"got {list(router.signal_widths)}"
         )
     network = AWNet(dynamic, router)
-    modes = {part: part.training for part in router.modules()}
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, in_channels, height, width, generator=generator).to(like.device, like.dtype)
     _compare(original, network.eval(), x)
-    for part, mode in modes.items():
-        part.training = mode
     return network.train(module.training)
 
 
