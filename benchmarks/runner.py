@@ -375,7 +375,7 @@ def _version(distribution: str) -> str:
 def command_line(options: BenchOptions) -> str:
     """The command that repeats a run: every option that is not the default, and no path."""
     words = ["awnet", "bench", "run"]
-    for field in fields(options):
+    for field in fields(BenchOptions):  # a subclass, the command line's say, has more
         value = getattr(options, field.name)
         if field.name == "out" or value == field.default:
             continue

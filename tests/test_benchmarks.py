@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -166,6 +166,17 @@ def test_the_command_names_what_is_not_the_default_and_no_path() -> None:
         command_line(chosen)
         == "awnet bench run --quick --providers literal eager --threads 2 --peak-gb-s 40.0"
     )
+
+
+def test_a_subclass_of_the_options_gives_the_same_command(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Command(BenchOptions):
+        what: str
+
+    command = Command(**vars(options(tmp_path, providers=("static",), modes=("forward",))), what="run")
+    (row,) = rows_of(run(command))
+    assert "what" not in row["command"]
+    assert row["command"].endswith("--modes forward --providers static --threads 1 --seconds 0.001")
 
 
 @pytest.mark.parametrize(
