@@ -1,0 +1,554 @@
+"""The command line. It parses, calls the library and prints; nothing else happens here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass, replace
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+from tyro.constructors import PrimitiveConstructorSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import device as Device
+    from torch import nn
+
+    from awnet.data import Dataset, Splits
+
+DESCRIPTION = """AW-Net: networks whose filters are re-weighted per image, trained against adversarial
+images, attacked and judged.
+
+Each command has its own --help. An error prints one line and ends with status 2; --traceback
+(or AWNET_DEBUG=1) shows where it came from."""
+
+# what a user can cause and mend; anything else is a defect and keeps its traceback
+EXPECTED = (ValueError, TypeError, OSError, FloatingPointError)
+
+
+def number(text: str) -> float:
+    """A number or a fraction: ``0.03``, ``8/255``."""
+    over, _, under = text.partition("/")
+    try:
+        return float(over) / float(under) if under else float(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+
+
+T = TypeVar("T")
+# without a hint, as the help text says in words what happens by default
+Maybe = Annotated[T | None, arg(help_behavior_hint="")]
+Several = Annotated[tuple[T, ...], arg(help_behavior_hint="")]
+Number = Annotated[
+    float | None,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER",
+        instance_from_str=lambda texts: number(texts[0]),
+        is_instance=lambda value: value is None or isinstance(value, float),
+        str_from_instance=lambda value: [str(value)],
+    ),
+    arg(help_behavior_hint=""),
+]
+
+
+def parse_options(pairs: Sequence[str], flag: str) -> dict[str, Any]:
+    """``("lr=0.05", "eps=8/255", "milestones=75,90", "flip=true")`` as a dict of Python values."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"{flag} takes NAME=VALUE, got {pair!r}")
+        options[name.replace("-", "_")] = _value(text)
+    return options
+
+
+def _value(text: str) -> Any:
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    if "," in text:
+        return tuple(_value(part) for part in text.split(",") if part)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        try:
+            return number(text)
+        except ValueError:
+            return text
+
+
+# ── train ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a model by a recipe; all of it goes into a run folder."""
+
+    recipe: str = "mtard"
+    """mtard (two teachers, the paper's), trades, pgd_at, or standard (clean images only)."""
+    model: Maybe[str] = None
+    """A model's name, see `awnet info`; by default awnet_tiny on digits and awnet_resnet18 elsewhere."""
+    data: str = "digits"
+    """digits (ships with scikit-learn), cifar10, cifar100 or tiny_imagenet."""
+    data_dir: Maybe[Path] = None
+    """The data set's published folder, or its parent; by default `data`."""
+    out: Maybe[Path] = None
+    """The run folder; by default runs/DATA-MODEL-RECIPE-SEED."""
+    resume: bool = False
+    """Go on with the run that is in the folder, if there is one. Ctrl-C saves a run."""
+    overwrite: bool = False
+    """Replace the run that is in the folder."""
+    teachers: Maybe[tuple[Path, Path]] = None
+    """The clean and the robust teacher: run folders or .safetensors files. Without them mtard trains both."""
+    epochs: Maybe[int] = None
+    """Passes over the training images; the learning rate's milestones move along. By default the recipe's."""
+    batch_size: Maybe[int] = None
+    """Images a step; by default the recipe's."""
+    lr: Number = None
+    """Learning rate of the network (the router has its own, router_lr); by default the recipe's."""
+    recipe_options: Several[str] = ()
+    """Other settings of the recipe as NAME=VALUE …, such as temperature=5 milestones=75,90."""
+    model_options: Several[str] = ()
+    """Settings of the model as NAME=VALUE …, such as bn=one."""
+    eps: Number = None
+    """Size of the perturbation in image units; by default the data set's: 8/255, and 0.15 on digits."""
+    select_on: Literal["validation", "test"] = "validation"
+    """What chooses the best checkpoint: held-out training images, or the test images (the paper's protocol,
+    which flatters the result; the report says so)."""
+    max_minutes: Number = None
+    """Stop after so long, with a checkpoint."""
+    seed: int = 0
+    """Of the weights, the order, the augmentation, the attacks' noise and the held-out images."""
+    device: Maybe[str] = None
+    """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
+
+    def run(self, console: Console) -> None:
+        from awnet.training import recipe_for, train
+
+        settings = parse_options(self.recipe_options, "--recipe-options")
+        for name in ("epochs", "batch_size", "lr"):
+            value = getattr(self, name)
+            if value is not None:
+                if name in settings:
+                    raise ValueError(f"{name} is given twice: by its own flag and in --recipe-options")
+                settings[name] = value
+        recipe = recipe_for(self.recipe, self.data, **settings)
+        splits = _load(self.data, self.data_dir, self.seed, self.eps)
+        name = self.model or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
+        out = self.out or Path("runs") / f"{self.data}-{name}-{self.recipe}-{self.seed}"
+        options = parse_options(self.model_options, "--model-options")
+        result = train(
+            recipe,
+            _model(name, options, splits, self.seed) if options else name,
+            splits,
+            out,
+            seed=self.seed,
+            device=self.device,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            teachers=self.teachers,
+            max_minutes=self.max_minutes,
+            select_on=self.select_on,
+        )
+        if result.finished:
+            _say(console, f"next: awnet evaluate {result.folder}")
+
+
+# ── evaluate, attack ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(kw_only=True)
+class _OnRun:
+    run_folder: Positional[Path]
+    """A run folder, or a .safetensors file."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Of a run folder: the weights that were best on held-out images, or the last ones."""
+    data: Maybe[str] = None
+    """The data set; by default the one that the run was trained on."""
+    data_dir: Maybe[Path] = None
+    """The data set's published folder, or its parent; by default where the run found it."""
+    split: Literal["test", "validation", "train"] = "test"
+    """Which images."""
+    limit: Maybe[int] = None
+    """At most so many images, the classes in proportion."""
+    eps: Number = None
+    """Size of the perturbation in image units; by default the one that the run was trained with."""
+    batch_size: int = 256
+    """Images a forward pass."""
+    seed: int = 0
+    """Of the attacks' random starts."""
+    device: Maybe[str] = None
+    """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
+
+    @property
+    def folder(self) -> Path:
+        return self.run_folder.parent if self.run_folder.suffix == ".safetensors" else self.run_folder
+
+    def load(self, console: Console) -> tuple[nn.Module, Dataset]:
+        """The model on its device, and the images that were asked for."""
+        from awnet.models import load_model
+
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be 1 or more images, got {self.limit}")
+        path, config = self.run_folder, _run_config(self.folder)
+        if path == self.folder and self.checkpoint == "last":
+            path = self.folder / "last.safetensors"
+        recorded = config.get("dataset", {})
+        name, data_dir, eps = self.data, self.data_dir, self.eps
+        if name is None:
+            name = recorded.get("name")
+            if name is None:
+                raise ValueError(f"{self.folder} does not say which data set it belongs to: give --data")
+        ours = name == recorded.get("name")
+        if ours and data_dir is None and Path(recorded["source"]).is_dir():
+            data_dir = Path(recorded["source"])
+        if ours and eps is None:
+            eps = recorded["eps"]
+        model = load_model(path).to(_device(self.device))
+        # the run's own seed, so that its validation images are those that it did not train on
+        dataset: Dataset = getattr(_load(name, data_dir, config.get("seed", 0), eps), self.split)
+        if ours and dataset.fingerprint() != recorded["fingerprints"][self.split]:
+            _say(console, f"note: these {self.split} images are not the ones that the run was made with")
+        return model, dataset
+
+
+@dataclass(kw_only=True)
+class Evaluate(_OnRun):
+    """Judge a trained model, clean and attacked: table, report and figures."""
+
+    attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
+    """Attacks by name, see `awnet info`."""
+    name: str = "default"
+    """Of the evaluation: it is written into RUN/evaluations/NAME."""
+    compare_with: Several[Path] = ()
+    """Other runs, evaluated under the same name: paired differences are added."""
+
+    def run(self, console: Console) -> None:
+        from awnet.evaluation import Report, comparison_table, evaluate
+
+        others = {str(run): Report.load(run / "evaluations" / self.name) for run in self.compare_with}
+        model, dataset = self.load(console)
+        last = self.run_folder == self.folder and self.checkpoint == "last"
+        report = evaluate(
+            model,
+            dataset,
+            self.attacks,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            limit=self.limit,
+            progress=console.is_terminal,
+            out=self.folder,
+            name=self.name,
+            compared_with=others,
+            selected_on="nothing: the last checkpoint" if last else None,
+        )
+        console.print(report.table())
+        if others:
+            console.print(comparison_table(report))
+        if report.router_auc:
+            found = ", ".join(f"{kind} {auc:.3f}" for kind, auc in report.router_auc.items())
+            _say(console, f"router's AUC, clean images against: {found}")
+        for flag in report.flags:
+            _say(console, f"note: {flag}")
+        _say(console, f"written to {self.folder / 'evaluations' / self.name}")
+
+
+@dataclass(kw_only=True)
+class Attack(_OnRun):
+    """Make adversarial images against a model and save them."""
+
+    attack: str = "pgd_sat"
+    """The attack's name, see `awnet info`."""
+    out: Path
+    """The .npz file to write: x_adv (float32 [N, C, H, W] in [0, 1]), y, index (each image's place in the
+    published order), prediction, and provenance, a JSON text of what made them."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+
+    def run(self, console: Console) -> None:
+        import numpy as np
+        import torch
+
+        from awnet import __version__
+        from awnet.attacks import named_attack
+        from awnet.files import written_atomically
+
+        if self.out.exists() and not self.overwrite:
+            raise FileExistsError(f"{self.out} exists: choose another file, or replace it by --overwrite")
+        model, dataset = self.load(console)
+        if self.limit is not None:
+            dataset = dataset.subset(self.limit)
+        attack = named_attack(self.attack, model, dataset.threat_model, seed=self.seed)
+        dataset = dataset.to(_device(self.device))
+        made, predicted = [], []
+        for x, y, index in dataset.batches(self.batch_size):
+            x_adv = attack(x, y, index=index)
+            with torch.no_grad():
+                predicted.append(model(x_adv).argmax(1).cpu())
+            made.append(x_adv.cpu())
+        labels, prediction = dataset.labels.cpu(), torch.cat(predicted)
+        provenance = {
+            "model": str(self.run_folder),
+            "model_config": getattr(model, "config", None),
+            "dataset": dataset.name,
+            "split": dataset.split,
+            "source": dataset.source,
+            "fingerprint": dataset.fingerprint(),
+            "attack": self.attack,
+            "settings": attack.settings,
+            "seed": self.seed,
+            "awnet": __version__,
+            "torch": torch.__version__,
+        }
+        with written_atomically(self.out) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file,
+                x_adv=torch.cat(made).numpy(),
+                y=labels.numpy(),
+                index=dataset.index.cpu().numpy(),
+                prediction=prediction.numpy(),
+                provenance=np.array(json.dumps(provenance)),
+            )
+        accuracy = (prediction == labels).double().mean().item()
+        _say(
+            console,
+            f"{len(labels)} images of {dataset.name} {dataset.split}, {self.attack}, "
+            f"eps {dataset.threat_model.eps:.4g}: {100 * accuracy:.1f} % still classified correctly",
+        )
+        _say(console, f"written to {self.out}")
+
+
+# ── bench, data, info ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(kw_only=True)
+class Download:
+    """Fetch a published data set, check it and unpack it; goes on where it was interrupted."""
+
+    name: Positional[str]
+    """cifar10, cifar100 or tiny_imagenet."""
+    data_dir: Path = Path("data")
+    """Where its folder goes; one that is there already is left alone."""
+    url: Maybe[str] = None
+    """A mirror; the publisher's checksum holds for it too."""
+
+    def run(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        from awnet.data import download
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+            folder = download(
+                self.name,
+                self.data_dir,
+                url=self.url,
+                progress=lambda have, total: bar.update(task, completed=have, total=total),
+            )
+        _say(console, str(folder))
+
+
+@dataclass(kw_only=True)
+class DataInfo:
+    """Print a data set's splits, classes, threat model and fingerprints."""
+
+    name: Positional[str]
+    """digits, cifar10, cifar100 or tiny_imagenet."""
+    data_dir: Maybe[Path] = None
+    """The published folder, or its parent; by default `data`."""
+    seed: int = 0
+    """Which training images are held out for validation."""
+
+    def run(self, console: Console) -> None:
+        from rich.table import Table
+
+        from awnet.data import load_dataset
+
+        splits = load_dataset(self.name, self.data_dir, seed=self.seed)
+        train = splits.train
+        table = Table(box=None, pad_edge=False)
+        for column in ("split", "images", "per class", "fingerprint"):
+            table.add_column(column, justify="right" if column == "images" else "left", no_wrap=True)
+        for part in splits:
+            counts = part.labels.bincount(minlength=part.num_classes)
+            per_class = f"{int(counts.min())} to {int(counts.max())}"
+            table.add_row(part.split, f"{len(part):,}", per_class, part.fingerprint())
+        console.print(table)
+        height, width = train.image_size
+        eps = train.threat_model.eps
+        shown = ", ".join(train.classes[:10]) + (", …" if train.num_classes > 10 else "")
+        for what, value in {
+            "images": f"{train.in_channels}×{height}×{width}, values 0 to {train.max_value}",
+            "classes": f"{train.num_classes}: {shown}",
+            "threat model": f"L-infinity, eps {eps:.4g} ({eps * 255:.4g}/255)",
+            "augmentation": f"shift by up to ±{train.augmentation.shift} pixels"
+            + (", flip left to right" if train.augmentation.flip else ", no flip"),
+            "source": train.source,
+        }.items():
+            _say(console, f"{what + ':':14}{value}")
+
+
+@dataclass
+class Bench:
+    """Measure the layer on this machine: each implementation is verified, then timed."""
+
+
+@dataclass
+class Data:
+    """Download data sets, and look at them."""
+
+    command: Annotated[Download, subcommand("download")] | Annotated[DataInfo, subcommand("info")]
+
+    def run(self, console: Console) -> None:
+        self.command.run(console)
+
+
+@dataclass(kw_only=True)
+class Info:
+    """Print what is here: versions, devices, backends, models, data sets, attacks, recipes."""
+
+    json: bool = False
+    """As JSON, for programs."""
+
+    def run(self, console: Console) -> None:
+        from awnet.info import collect, render
+
+        found = collect()
+        if self.json:
+            print(json.dumps(found, indent=2))
+        else:
+            console.print(render(found))
+
+
+# ── the parts that several commands need ──────────────────────────────────────────────────────────────────
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _load(name: str, data_dir: Path | None, seed: int, eps: float | None) -> Splits:
+    from awnet.data import Splits, ThreatModel, load_dataset
+
+    splits = load_dataset(name, data_dir, seed=seed)
+    if eps is None:
+        return splits
+    return Splits(*(replace(part, threat_model=ThreatModel(eps)) for part in splits))
+
+
+def _model(name: str, options: dict[str, Any], splits: Splits, seed: int) -> nn.Module:
+    import torch
+
+    from awnet import rng
+    from awnet.models import create_model
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(rng.key(seed, "model") & (2**63 - 1))  # as train does for a model given by name
+        train = splits.train
+        return create_model(name, num_classes=train.num_classes, in_channels=train.in_channels, **options)
+
+
+def _run_config(folder: Path) -> dict[str, Any]:
+    """The run's config.json; empty where there is none (a .safetensors file alone)."""
+    from awnet.training.checkpoint import is_run, read_config
+
+    return read_config(folder) if is_run(folder) else {}
+
+
+def _device(name: str | None) -> Device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU here")
+    return device
+
+
+OnlyRun = Positional[Literal["run"]]
+
+
+def _bench() -> Any:
+    """``bench``, whose options are the benchmark's own; importing them takes torch and a second."""
+    benchmarks = importlib.import_module("awnet.benchmarks")
+
+    def run(self: Any, console: Console) -> None:
+        benchmarks.run(self)
+
+    return make_dataclass(
+        "Bench",
+        [("what", OnlyRun)],
+        bases=(benchmarks.BenchOptions,),
+        namespace={"run": run, "__doc__": Bench.__doc__},
+        kw_only=True,
+        frozen=True,
+    )
+
+
+def _commands(words: Sequence[str]) -> Any:
+    """The union of commands that tyro parses ``words`` as."""
+    commands: dict[str, Any] = {
+        "train": Train,
+        "evaluate": Evaluate,
+        "attack": Attack,
+        "bench": _bench() if words[:1] == ["bench"] else Bench,
+        "data": Data,
+        "info": Info,
+    }
+    annotated: Any = Annotated
+    return reduce(or_, (annotated[command, subcommand(name)] for name, command in commands.items()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--traceback" in words or os.environ.get("AWNET_DEBUG", "") not in ("", "0")
+    words = [word for word in words if word != "--traceback"] or ["--help"]
+    command: Any = tyro.cli(
+        _commands(words),
+        prog="awnet",
+        description=DESCRIPTION,
+        args=words,
+        config=(DisallowNone, FlagCreatePairsOff, OmitArgPrefixes),
+    )
+    from rich.console import Console
+
+    try:
+        command.run(Console(highlight=False))
+    except EXPECTED as error:
+        if debug:
+            traceback.print_exc()
+        print(f"awnet: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("awnet: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What is here: versions, devices, backends and why others are not, models, data sets, attacks, recipes."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from awnet._version import __version__
+from awnet.attacks import list_attacks
+from awnet.data import list_datasets
+from awnet.models import list_models
+from awnet.ops.backends import available_backends
+from awnet.training import list_recipes
+
+_PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "timm")
+
+
+def collect() -> dict[str, Any]:
+    """All of it, JSON-ready. ``backends``: None for one that runs here, else the reason why not."""
+    return {
+        "versions": {
+            "awnet": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+            "cuda (torch)": torch.version.cuda,
+        },
+        "devices": _devices(),
+        "backends": available_backends(),
+        "models": list_models(),
+        "datasets": list_datasets(),
+        "attacks": list(list_attacks()),
+        "recipes": list_recipes(),
+    }
+
+
+def render(found: dict[str, Any]) -> RenderableType:
+    """What ``collect`` found, for a terminal."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+
+    def section(title: str, rows: dict[str, str]) -> None:
+        for i, (name, value) in enumerate(rows.items()):
+            table.add_row(title if i == 0 else "", f"{escape(name)}{'  ' if value else ''}{escape(value)}")
+
+    section("versions", {name: value or "–" for name, value in found["versions"].items()})
+    section("devices", found["devices"])
+    section(
+        "backends", {name: "runs here" if why is None else why for name, why in found["backends"].items()}
+    )
+    for what in ("models", "datasets", "attacks", "recipes"):
+        section(what, {" ".join(found[what]): ""})
+    return Group(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, str]:
+    devices = {
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    }
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        devices[f"cuda:{i}"] = (
+            f"{found.name}, {found.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {found.major}.{found.minor}"
+        )
+    return devices

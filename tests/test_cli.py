@@ -1,0 +1,438 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from awnet import __version__
+from awnet.attacks import list_attacks, named_attack
+from awnet.cli import main, number, parse_options
+from awnet.data import list_datasets, load_dataset
+from awnet.evaluation import Report
+from awnet.models import create_model, list_models, load_model, save_model
+from awnet.training import list_recipes
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing is read from or left in the working directory by accident
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("AWNET_DEBUG", raising=False)
+
+
+TRAIN = ["train", "--data", "digits", "--model", "resnet_tiny", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run that was trained by the command, one epoch on clean digits, eps 0.1."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "3", "--out", str(folder)]) == 0
+    return folder
+
+
+def fails(capsys, *words):
+    """The one line on stderr with which a command fails."""
+    assert main([str(word) for word in words]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("awnet: error: ")
+    assert out.err.count("\n") == 1
+    assert "Traceback" not in out.err + out.out
+    return out.err
+
+
+# ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("1", 1.0), ("1e-3", 0.001)])
+def test_numbers_may_be_fractions(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "8/", "/255", "8/0", "x", "1/2/3"])
+def test_other_text_is_no_number(text):
+    with pytest.raises(ValueError, match="a number or a fraction such as 8/255"):
+        number(text)
+
+
+def test_options_become_python_values():
+    pairs = [
+        "lr=0.05",
+        "epochs=3",
+        "eps=8/255",
+        "milestones=75,90",
+        "kl-reduction=elementmean",
+        "on=true",
+        "off=None",
+    ]
+    assert parse_options(pairs, "--set") == {
+        "lr": 0.05,
+        "epochs": 3,
+        "eps": 8 / 255,
+        "milestones": (75, 90),
+        "kl_reduction": "elementmean",
+        "on": True,
+        "off": None,
+    }
+
+
+@pytest.mark.parametrize("pair", ["lr", "=3", ""])
+def test_options_need_a_name_and_a_value(pair):
+    with pytest.raises(ValueError, match="--set takes NAME=VALUE"):
+        parse_options([pair], "--set")
+
+
+COMMANDS = ["train", "evaluate", "attack", "bench", "data", "info"]
+
+
+def help_of(capsys, *words):
+    with pytest.raises(SystemExit) as exit:
+        main([*words, "--help"])
+    assert exit.value.code == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_every_command_has_help(capsys):
+    overview = help_of(capsys)
+    for command in COMMANDS:
+        assert f"• {command} " in overview
+        assert len(help_of(capsys, command)) > 100
+
+
+def test_seed_and_device_are_everywhere_a_model_runs(capsys):
+    for command in ("train", "evaluate", "attack", "bench"):
+        text = help_of(capsys, command)
+        assert "--seed INT" in text
+        assert "--device STR" in text
+
+
+def test_help_names_every_recipe_and_data_set(capsys):
+    text = help_of(capsys, "train")
+    for name in [*list_recipes(), *list_datasets()]:
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["no-such-command"],
+        ["train", "--no-such-flag"],
+        ["train", "--epochs", "many"],
+        ["train", "--eps", "8/x"],
+        ["train", "--select-on", "luck"],
+        ["evaluate"],
+        ["attack", "run"],
+        ["bench"],
+        ["data"],
+    ],
+)
+def test_words_that_make_no_sense_end_with_status_2(words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_without_words_it_prints_its_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    assert exit.value.code == 0
+    assert "evaluate" in capsys.readouterr().out
+
+
+# ── train, evaluate, attack ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_train_leaves_a_run_that_says_what_it_is(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["recipe"]["name"] == "standard"
+    assert config["recipe"]["epochs"] == 1
+    assert config["dataset"]["name"] == "digits"
+    assert config["dataset"]["eps"] == 0.1
+    assert config["seed"] == 3
+    assert load_model(run).config["name"] == "resnet_tiny"
+
+
+def test_train_defaults_and_options_reach_the_recipe_and_the_model(tmp_path, capsys):
+    words = ["train", "--recipe", "standard", "--epochs", "1", "--batch-size", "256", "--lr", "1/50"]
+    words += ["--recipe-options", "weight_decay=0", "momentum=0.5", "--model-options", "beta=1"]
+    assert main(words) == 0
+    folder = tmp_path / "runs" / "digits-awnet_tiny-standard-0"
+    recipe = json.loads((folder / "config.json").read_text())["recipe"]
+    assert (recipe["batch_size"], recipe["lr"], recipe["weight_decay"], recipe["momentum"]) == (
+        256,
+        0.02,
+        0,
+        0.5,
+    )
+    assert load_model(folder).config["options"]["beta"] == 1
+    assert f"awnet evaluate {folder.relative_to(tmp_path)}" in capsys.readouterr().out
+
+
+def test_an_existing_run_needs_resume_or_overwrite(run, capsys):
+    words = [*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "3", "--out", run]
+    assert "--resume" in fails(capsys, *words)
+    assert main([str(word) for word in [*words, "--resume"]]) == 0
+    assert "cannot be resumed with another configuration" in fails(
+        capsys, *words[:-3], 4, *words[-2:], "--resume"
+    )
+
+
+def test_evaluate_prints_a_table_and_writes_report_and_figures(run, capsys):
+    words = [
+        "evaluate",
+        run,
+        "--attacks",
+        "fgsm",
+        "pgd_sat",
+        "--limit",
+        "50",
+        "--name",
+        "quick",
+        "--seed",
+        "1",
+    ]
+    assert main([str(word) for word in words]) == 0
+    out = capsys.readouterr().out
+    assert "PGD" in out
+    assert "digits test, 50 images, eps 0.1" in out
+    report = json.loads((run / "evaluations" / "quick" / "report.json").read_text())
+    assert json.loads((run / "report.json").read_text()) == report
+    assert (report["n"], report["eps"], report["selected_on"]) == (50, 0.1, "validation")
+    assert set(report["attacks"]) == {"fgsm", "pgd_sat"}
+    assert report["attacks"]["fgsm"]["settings"]["eps"] == 0.1
+    assert list((run / "evaluations" / "quick").glob("*.png"))
+
+
+def test_evaluate_takes_other_images_eps_and_checkpoint(run, capsys):
+    words = [
+        "evaluate",
+        run,
+        "--attacks",
+        "fgsm",
+        "--split",
+        "validation",
+        "--eps",
+        "2/10",
+        "--checkpoint",
+        "last",
+    ]
+    assert main([str(word) for word in [*words, "--name", "other"]]) == 0
+    report = Report.load(run / "evaluations" / "other")
+    assert (report.split, report.n, report.eps) == ("validation", 200, 0.2)
+    assert report.selected_on == "nothing: the last checkpoint"
+    # the images that this run held out, which are those of its seed
+    held_out = load_dataset("digits", seed=3).validation
+    assert report.per_sample["index"].tolist() == held_out.index.tolist()
+    assert report.settings["fingerprint"] == held_out.fingerprint()
+    assert "not the ones" not in capsys.readouterr().out
+
+
+def test_evaluate_compares_runs_image_by_image(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main([*TRAIN, "--recipe", "standard", "--eps", "1/10", "--out", str(other)]) == 0
+    words = ["--attacks", "fgsm", "--limit", "60", "--name", "pair"]
+    assert main(["evaluate", str(other), *words]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), *words, "--compare-with", str(other)]) == 0
+    assert "paired by image" in capsys.readouterr().out
+    report = Report.load(run / "evaluations" / "pair")
+    assert list(report.compared_with) == [str(other)]
+
+
+def test_a_file_of_weights_alone_needs_the_data_sets_name(tmp_path, capsys):
+    file = tmp_path / "alone" / "model.safetensors"
+    save_model(create_model("resnet_tiny", in_channels=1), file)
+    assert "give --data" in fails(capsys, "evaluate", file)
+    words = ["evaluate", str(file), "--data", "digits", "--attacks", "fgsm", "--limit", "20"]
+    assert main(words) == 0
+    assert (tmp_path / "alone" / "evaluations" / "default" / "report.json").is_file()
+
+
+def test_attack_saves_images_labels_and_provenance(run, tmp_path, capsys):
+    out = tmp_path / "new" / "x_adv.npz"
+    words = [
+        "attack",
+        run,
+        "--attack",
+        "pgd_sat",
+        "--limit",
+        "30",
+        "--seed",
+        "2",
+        "--batch-size",
+        "7",
+        "--out",
+        out,
+    ]
+    assert main([str(word) for word in words]) == 0
+    assert "still classified correctly" in capsys.readouterr().out
+    with np.load(out, allow_pickle=False) as saved:
+        arrays = {name: saved[name] for name in saved}
+    provenance = json.loads(str(arrays["provenance"]))
+    assert provenance["attack"] == "pgd_sat"
+    assert provenance["seed"] == 2
+    assert provenance["awnet"] == __version__
+    assert provenance["model_config"]["name"] == "resnet_tiny"
+    model, data = load_model(run), load_dataset("digits").test.subset(30)
+    x, y, index = next(data.batches(30))
+    assert arrays["y"].tolist() == y.tolist()
+    assert arrays["index"].tolist() == index.tolist()
+    x_adv = torch.from_numpy(arrays["x_adv"])
+    assert x_adv.dtype == torch.float32
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6  # eps 0.1, and one rounding of x ± eps
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
+    threat_model = type(data.threat_model)(0.1)
+    expected = named_attack("pgd_sat", model, threat_model, seed=2)(x, y, index=index)
+    # batches of 7 and of 30 may round differently, and a sign of a gradient near 0 may flip
+    assert ((x_adv - expected).abs() < 1e-5).float().mean() > 0.99
+    with torch.no_grad():
+        assert arrays["prediction"].tolist() == model(x_adv).argmax(1).tolist()
+    assert "exists: choose another file, or replace it by --overwrite" in fails(capsys, *words)
+    assert main([str(word) for word in [*words, "--overwrite"]]) == 0
+
+
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--recipe", "luck"], "unknown recipe 'luck'"),
+        (["train", "--model", "awnet_huge", "--out", "new"], "unknown model 'awnet_huge'"),
+        (["train", "--data", "mnist"], "unknown data set 'mnist'; known are digits"),
+        (["train", "--data", "cifar10"], "cifar10 is not in data_dir 'data'"),
+        (["train", "--eps", "-8/255", "--out", "new"], "eps must be in (0, 1]"),
+        (["train", "--epochs", "0"], "epochs must be"),
+        (["train", "--epochs", "2", "--recipe-options", "epochs=3"], "epochs is given twice"),
+        (["train", "--recipe-options", "colour=red"], "no setting 'colour'"),
+        (["train", "--recipe-options", "colour"], "--recipe-options takes NAME=VALUE"),
+        (["train", "--model-options", "colour=red", "--out", "new"], "colour"),
+        (["train", "--device", "tpu9", "--out", "new"], "device must be"),
+        (["train", "--resume", "--overwrite", "--out", "new"], "resume and overwrite"),
+        (["train", "--recipe", "trades", "--teachers", "a", "b", "--out", "new"], "takes no teachers"),
+        (["train", "--teachers", "a", "b", "--out", "new"], "no file a"),
+        (["evaluate", "nowhere"], "does not say which data set"),
+        (["evaluate", "nowhere", "--data", "digits"], "no file nowhere"),
+        (["attack", "nowhere", "--out", "x.npz", "--data", "digits"], "no file nowhere"),
+        (["data", "info", "mnist"], "unknown data set 'mnist'"),
+        (["data", "download", "digits"], "digits needs no download"),
+        (["bench", "run", "--batch", "3"], "batch"),
+    ],
+)
+def test_an_error_is_one_clean_line(words, message, capsys):
+    assert message in fails(capsys, *words)
+    assert not Path("new").exists()
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--attacks", "luck"], "attacks must be among"),
+        (["--limit", "0"], "limit must be"),
+        (["--batch-size", "0"], "batch_size must be"),
+        (["--name", "a/b"], "name must be letters"),
+        (["--eps", "0"], "eps must be in (0, 1]"),
+        (["--device", "tpu9"], "device must be"),
+        (["--data", "mnist"], "unknown data set"),
+        (["--compare-with", "nowhere"], "evaluate the model first"),
+    ],
+)
+def test_errors_on_a_run_are_clean_too(run, words, message, capsys):
+    assert message in fails(capsys, "evaluate", run, *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_gpu_that_is_not_here_is_said_so(run, capsys):
+    assert "finds no GPU" in fails(capsys, "evaluate", run, "--device", "cuda")
+
+
+def test_damaged_weights_are_said_so(tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not weights")
+    assert "model.safetensors is damaged" in fails(capsys, "evaluate", file, "--data", "digits")
+
+
+@pytest.mark.parametrize("how", ["flag", "environment"])
+def test_a_traceback_can_be_asked_for(how, capsys, monkeypatch):
+    words = ["data", "info", "mnist"]
+    if how == "flag":
+        words.append("--traceback")
+    else:
+        monkeypatch.setenv("AWNET_DEBUG", "1")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.endswith("from_arrays)\n")
+    assert "\nawnet: error: unknown data set" in error
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def defect(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("awnet.data.load_dataset", defect)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["data", "info", "digits"])
+
+
+# ── data, info, bench ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_data_info_prints_splits_threat_model_and_fingerprints(capsys):
+    assert main(["data", "info", "digits", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    for part in load_dataset("digits", seed=1):
+        assert f"{len(part):,}" in out
+        assert part.fingerprint() in out
+    assert "L-infinity, eps 0.15" in out
+    assert "shift by up to ±1 pixels, no flip" in out
+
+
+def test_info_as_json_and_for_people_says_what_is_here(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["awnet"] == __version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["models"] == list_models()
+    assert found["datasets"] == list_datasets()
+    assert found["attacks"] == list(list_attacks())
+    assert found["recipes"] == list_recipes()
+    assert "cpu" in found["devices"]
+    assert found["backends"]["eager"] is None
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in ["awnet_resnet18", "tiny_imagenet", "pgd_trades", "mtard", __version__, *found["backends"]]:
+        assert name in out
+    for reason in filter(None, found["backends"].values()):
+        assert reason in out
+
+
+def test_bench_run_takes_the_benchmarks_own_options(tmp_path, capsys):
+    words = ["bench", "run", "--quick", "--modes", "forward", "--seconds", "0.01", "--out", str(tmp_path)]
+    assert main([*words, "--providers", "eager"]) == 0
+    assert list(tmp_path.glob("*.csv"))
+
+
+def test_as_a_program(tmp_path):
+    def awnet(*words):
+        command = [sys.executable, "-m", "awnet.cli", *words]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "COLUMNS": "100"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    good = awnet("data", "info", "digits")
+    assert good.returncode == 0
+    assert "threat model: L-infinity" in good.stdout
+    bad = awnet("evaluate", "nowhere")
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert bad.stderr.startswith("awnet: error: ")
+    assert bad.stderr.count("\n") == 1
+    help = awnet()
+    assert help.returncode == 0
+    assert "evaluate" in help.stdout
