@@ -192,7 +192,7 @@ def p_clean_histogram(
         for number, (axes, (kind, values)) in enumerate(zip(rows, p_clean.items(), strict=True)):
             p = np.asarray(values, dtype=np.float64)
             colour = CONTROL if kind in controls else (ADVERSARIAL if number else CLEAN)
-            axes.hist(p, bins=bins, weights=np.full(p.size, 100 / p.size), color=colour)
+            axes.stairs(100 * np.histogram(p, bins)[0] / p.size, bins, fill=True, color=colour)
             axes.set(xlim=(-0.01, 1.01), ylim=(0, None))
             axes.locator_params(axis="y", nbins=3)
             axes.tick_params(axis="x", length=3 if axes is rows[-1] else 0)
@@ -248,7 +248,7 @@ def filter_means(
                 axes.plot(grid, density, color=colour, label=name)
                 if len(arrays) == 1:
                     bins = round(min(max(1.5 * values.size**0.5, 6), 40))
-                    axes.hist(values, bins=bins, density=True, color=colour, alpha=0.3)
+                    axes.hist(values, bins=bins, density=True, histtype="stepfilled", color=colour, alpha=0.3)
                 else:  # histograms on top of each other hide one another: a tick for each filter instead
                     axes.fill_between(grid, density, color=colour, alpha=0.12, lw=0)
                     height = np.full(values.size, -0.03 - 0.05 * row)

@@ -6,6 +6,7 @@ import json
 import platform
 import re
 import subprocess
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,7 +75,7 @@ class Comparison:
     attacks: dict[str, AttackDifference]
 
 
-@dataclass
+@dataclass(eq=False)
 class Report:
     """An evaluation; :meth:`to_dict` is what ``report.json`` holds. Accuracies are fractions."""
 
@@ -157,9 +158,13 @@ class Report:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a report of this version: {error}; evaluate again") from error
         for name in ("per_sample", "filter_means"):
-            if (folder / f"{name}.npz").is_file():
-                with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
-                    setattr(report, name, dict(arrays))
+            path = folder / f"{name}.npz"
+            if path.is_file():
+                try:
+                    with np.load(path, allow_pickle=False) as arrays:
+                        setattr(report, name, dict(arrays))
+                except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+                    raise ValueError(f"{path} is damaged: {error}; evaluate again") from error
         return report
 
     def table(self) -> Table:

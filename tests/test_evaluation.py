@@ -1,0 +1,572 @@
+"""Evaluation against counts by hand and statistics against other implementations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from awnet import analysis, rng
+from awnet.attacks import FGSM, PGD, Attack, named_attack
+from awnet.data.dataset import Dataset, from_arrays
+from awnet.evaluation import (
+    Report,
+    accuracy,
+    auc,
+    bootstrap_interval,
+    compare,
+    comparison_table,
+    evaluate,
+    mcnemar,
+    robust_correct,
+    w_robust_accuracy,
+    w_robust_table,
+    wilson_interval,
+)
+from awnet.evaluation.report import flags
+from awnet.models import create_model
+from awnet.nn import Routing
+
+
+def images(n: int = 30, classes: int = 3, seed: int = 0, **options: object) -> Dataset:
+    """Images that a linear model can mostly tell apart: each class is brighter in its own rows."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, n)
+    labels[:classes] = np.arange(classes)
+    pixels = generator.integers(0, 170, (n, 1, 6, 6))
+    for image, label in zip(pixels, labels, strict=True):
+        image[0, 2 * label : 2 * label + 2] += 45
+    return from_arrays(pixels.astype(np.uint8), labels, split="test", eps=0.1, **options)
+
+
+class Linear(nn.Module):
+    """Classifies those images well; ``tilt`` makes it another model."""
+
+    def __init__(self, tilt: float = 0.0) -> None:
+        super().__init__()
+        rows = torch.arange(6)[:, None].expand(6, 6) // 2
+        self.weight = nn.Parameter(torch.stack([(rows == k).float() for k in range(3)]).flatten(1))
+        self.tilt = tilt
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.flatten(1) @ self.weight.T + self.tilt * x[:, 0, 0, :3]
+
+
+class Routed(Linear):
+    """Says of an image that it is clean if its pixels lie on the 8-bit grid; a router that knows no attack."""
+
+    def route(self, x: Tensor) -> Routing:
+        off = (x * 255 - (x * 255).round()).abs().mean((1, 2, 3))
+        return Routing(torch.stack([off, -off], 1), torch.exp(-off), [])
+
+    def forward(self, x: Tensor, *, routing: Routing | None = None) -> Tensor:
+        return super().forward(x)
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("n", [1, 17, 400])
+def test_wilson_interval_as_scipy_has_it(n: int) -> None:
+    for k in {0, 1, n // 3, n - 1, n}:
+        expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
+        assert wilson_interval(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson_interval(0, n)[0] == 0.0
+    assert wilson_interval(n, n)[1] == 1.0
+
+
+@pytest.mark.parametrize(("k", "n"), [(-1, 5), (6, 5), (0, 0)])
+def test_wilson_interval_refuses(k: int, n: int) -> None:
+    with pytest.raises(ValueError, match="successes"):
+        wilson_interval(k, n)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
+def test_mcnemar_as_a_binomial_test(n: int, p: float, q: float, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    a, b = generator.random(n) < p, generator.random(n) < q
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    expected = 1.0 if only_a + only_b == 0 else binomtest(only_a, only_a + only_b, 0.5).pvalue
+    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)  # scipy sums in floating point
+    assert mcnemar(a, b) == mcnemar(b, a)
+
+
+def test_mcnemar_by_hand_and_at_size() -> None:
+    a = np.array([True] * 8 + [False] * 2)
+    assert mcnemar(a, ~a) == 2 * (1 + 10 + 45) / 1024
+    assert mcnemar(a, a) == 1.0
+    half = np.arange(10_000) % 2 == 0
+    assert mcnemar(half, ~half) == 1.0
+    assert mcnemar(np.ones(10_000, bool), np.zeros(10_000, bool)) == 0.0  # 2^-9999 underflows
+    with pytest.raises(ValueError, match="bool"):
+        mcnemar(a, ~a[:5])
+    with pytest.raises(ValueError, match="bool"):
+        mcnemar(a.astype(float), a)
+
+
+def test_bootstrap_interval_as_resampling_by_index() -> None:
+    generator = np.random.default_rng(3)
+    values = generator.choice([-1.0, -0.5, 0.0, 0.5, 1.0], 80, p=[0.1, 0.1, 0.4, 0.3, 0.1])
+    rows = generator.integers(0, 80, (20_000, 80))
+    expected = np.quantile(values[rows].mean(1), [0.025, 0.975])
+    # chance moves a quantile of 10,000 resamples by less than a step of the means' grid, 0.5 / 80
+    assert np.allclose(bootstrap_interval(values), expected, atol=0.0063, rtol=0)
+    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
+    assert bootstrap_interval(np.full(10, 0.5)) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="non-empty"):
+        bootstrap_interval([])
+
+
+def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    truth, hits = 0.3, 0
+    for trial in range(400):
+        low, high = bootstrap_interval(generator.random(200) < truth, resamples=1000, seed=trial)
+        hits += low <= truth <= high
+    assert 0.91 < hits / 400 < 0.98  # 95 %, give or take 3.6 standard errors
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20)
+)
+def test_auc_counts_pairs_with_ties_as_half(clean: list[int], adversarial: list[int]) -> None:
+    wins = sum((c > a) + 0.5 * (c == a) for c in clean for a in adversarial)
+    assert auc(clean, adversarial) == pytest.approx(wins / (len(clean) * len(adversarial)), abs=1e-12)
+
+
+def test_auc_refuses_nothing() -> None:
+    with pytest.raises(ValueError, match="non-empty scores"):
+        auc([], [1.0])
+
+
+def test_w_robust_accuracy() -> None:
+    assert w_robust_accuracy(0.99, 0.6) == pytest.approx(0.795)
+    for clean, adversarial in ((99, 0.6), (0.9, -0.1), (float("nan"), 0.5)):
+        with pytest.raises(ValueError, match="fraction"):
+            w_robust_accuracy(clean, adversarial)
+
+
+# ---- evaluate
+
+
+def test_accuracies_are_counts_over_the_images() -> None:
+    model, data = Linear(tilt=1.0), images()
+    report = evaluate(model, data, ["fgsm", "cw"], batch_size=7, seed=4)
+    x = data.images.float() / 255
+    clean = model(x).argmax(1) == data.labels
+    assert 0.5 < report.clean_accuracy < 1
+    assert report.clean_accuracy == clean.double().mean().item()
+    assert torch.equal(accuracy(model, data, batch_size=11), clean)
+    for name in ("fgsm", "cw"):
+        attack = named_attack(name, model, data.threat_model, seed=4)
+        right = model(attack(x, data.labels, index=data.index)).argmax(1) == data.labels
+        found = report.attacks[name]
+        assert 0 < found.robust_accuracy < report.clean_accuracy
+        assert found.robust_accuracy == right.double().mean().item()
+        assert found.w_robust_accuracy == (report.clean_accuracy + found.robust_accuracy) / 2
+        assert found.interval_95 == wilson_interval(int(right.sum()), len(data))
+        assert found.w_interval_95[0] < found.w_robust_accuracy < found.w_interval_95[1]
+        assert found.settings == attack.settings
+        assert np.array_equal(report.per_sample[f"{name}_correct"], right.numpy())
+        assert torch.equal(robust_correct(model, data, attack, batch_size=9), right)
+    assert torch.equal(robust_correct(model, data, "fgsm"), robust_correct(model, data, FGSM(model, eps=0.1)))
+    assert np.array_equal(report.per_sample["label"], data.labels.numpy())
+    assert report.router_auc == {}
+
+
+def test_one_forward_for_each_needed_quantity() -> None:
+    model, data = Linear(), images(30)
+    evaluate(model, data, ["fgsm", "pgd_sat"], batch_size=10)
+    per_batch = 1 + (1 + 1) + (20 + 1)  # clean; fgsm's gradient and outcome; pgd's 20 and outcome
+    assert model.calls == 3 * per_batch + 1  # and one image, to see that model and data fit
+    model.calls = 0
+    accuracy(model, data, batch_size=10)
+    assert model.calls == 3 + 1
+
+
+def test_router_is_asked_about_attacks_and_about_noise() -> None:
+    data = images(classes=3)
+    model = Routed()
+    report = evaluate(model, data, ["fgsm"], seed=2)
+    x = data.images.float() / 255
+    logits = model.route(x).type_logits
+    score = (logits[:, 1] - logits[:, 0]).numpy()
+    assert np.array_equal(report.per_sample["clean_type_score"], score)
+    noise = 2 * rng.uniform(rng.key("uniform noise", 2), data.index, (1, 6, 6)) - 1
+    p = model.route((x + 0.1 * noise).clamp(0, 1)).p_clean
+    assert np.allclose(report.per_sample["uniform_noise_p_clean"], p, atol=1e-6)
+    # off the 8-bit grid is all that this router knows: it takes noise for an attack, and the report says so
+    assert report.router_auc == {"fgsm": 1.0, "uniform_noise": 1.0}
+    assert any("noise" in flag for flag in report.flags)
+    assert "uniform_noise_correct" not in report.per_sample
+
+
+def awnet_tiny() -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("awnet_tiny", num_classes=3, in_channels=1)
+    with torch.no_grad():
+        model.router.signal_heads.weight.normal_(std=0.1)
+        for kind in range(4):
+            model(torch.rand(8, 1, 6, 6) * (1 + kind) / 4, is_clean=torch.arange(8) % 2 == 0)
+    return model
+
+
+def test_aw_net_is_evaluated_and_left_as_it_was() -> None:
+    model, data = awnet_tiny(), images(12)
+    model.router.eval()
+    model.dynamic.classifier.weight.requires_grad_(False)
+    model.dynamic.classifier.bias.grad = torch.ones(3)
+
+    def state() -> list[object]:
+        return [
+            [module.training for module in model.modules()],
+            [len(module._forward_pre_hooks) for module in model.modules()],
+            [(p.requires_grad, p.grad is None) for p in model.parameters()],
+            [value.tolist() for value in model.state_dict().values()],
+        ]
+
+    before = state()
+    report = evaluate(model, data, ["fgsm"], batch_size=5)
+    assert state() == before
+    assert report.model == "awnet_tiny"
+    assert set(report.router_auc) == {"fgsm", "uniform_noise"}
+    model.eval()
+    x = data.images.float() / 255
+    assert np.allclose(report.per_sample["clean_p_clean"], model.route(x).p_clean.detach(), atol=1e-6)
+    assert np.array_equal(report.per_sample["clean_prediction"], model(x).argmax(1).numpy())
+
+    # the effective filters: each layer's mean weight times its own mean ω
+    layers = [name.split("/")[1] for name in report.filter_means if name.startswith("clean/")]
+    assert layers == [f"stages.{stage}.0.conv{k}" for stage in range(3) for k in (1, 2)]
+    for name, scale in zip(layers, model.route(x).filter_scales, strict=True):
+        weight = model.dynamic.get_submodule(name).weight
+        mean = weight.mean((1, 2, 3)).detach()
+        assert np.allclose(report.filter_means[f"weights/{name}"], mean, atol=1e-7)
+        assert np.allclose(report.filter_means[f"clean/{name}"], mean * scale.mean(0).detach(), atol=1e-6)
+    assert "weights/stem" in report.filter_means
+    assert not any("router" in name for name in report.filter_means)
+
+
+def test_aw_net_without_type_head_has_no_auc(tmp_path: Path) -> None:
+    model = create_model("awnet_tiny", num_classes=3, in_channels=1, type_head=False)
+    report = evaluate(model, images(6), ["fgsm"], out=tmp_path)
+    assert report.router_auc == {}
+    assert "router_auc" not in report.to_dict()
+    folder = tmp_path / "evaluations" / "default"
+    assert not (folder / "p_clean.png").exists()
+    assert (folder / "filter_means.png").exists()
+
+
+def test_same_bits_for_the_same_seed(tmp_path: Path) -> None:
+    model, data = awnet_tiny(), images(8)
+    attacks = {"pgd": PGD(model, eps=0.1, step_size=0.05, steps=3)}
+    for name in ("a", "b"):
+        evaluate(model, data, attacks, batch_size=5, out=tmp_path, name=name, seed=1)
+    first, second = tmp_path / "evaluations" / "a", tmp_path / "evaluations" / "b"
+    files = {path.name for path in first.iterdir()}
+    assert files == {
+        "report.json",
+        "per_sample.npz",
+        "filter_means.npz",
+        "w_robust.png",
+        "p_clean.png",
+        "filter_means.png",
+    }
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+def test_batch_size_matters_by_rounding_only() -> None:
+    model, data = Linear(tilt=1.0), images()
+    one, other = (evaluate(model, data, ["pgd_sat"], batch_size=size) for size in (30, 4))
+    assert one.attacks == other.attacks
+
+
+def test_limit_takes_a_stratified_part() -> None:
+    data = images(60)
+    report = evaluate(Linear(), data, ["fgsm"], limit=12)
+    part = data.subset(12, seed=0)
+    assert report.n == 12
+    assert np.array_equal(report.per_sample["index"], part.index.numpy())
+    assert report.settings["limit"] == 12
+
+
+def test_own_attacks_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    class Darker(Attack):
+        def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+            return self.ball(x)[0]
+
+    model, data = Linear(), images()
+    attacks = {"darker": Darker(model, eps=0.05), "short": PGD(model, eps=0.1, step_size=0.1, steps=1)}
+    report = evaluate(model, data, attacks, progress=True)
+    assert report.attacks["darker"].robust_accuracy == pytest.approx(report.clean_accuracy, abs=0.2)
+    assert report.attacks["short"].settings["steps"] == 1
+    capsys.readouterr()
+    evaluate(model, data, ["fgsm"])
+    assert capsys.readouterr().out == ""
+
+
+# ---- reports
+
+
+def test_report_json_has_the_schema(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"selected_on": "test"}))
+    epochs = [
+        {
+            "kind": "epoch",
+            "epoch": 1 + e,
+            "step": 9 * e,
+            "total": 2.0 - e,
+            "nat": 1.0,
+            "clean_accuracy": 0.4 + e / 4,
+        }
+        for e in range(3)
+    ]
+    lines = [json.dumps(record) for record in [{"kind": "step", "epoch": 1, "step": 1}, *epochs]]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"kind": "epo')
+    static = evaluate(Linear(tilt=1.0), images(), ["fgsm", "cw"])
+    report = evaluate(
+        Routed(), images(), ["fgsm", "cw"], out=tmp_path, name="first", compared_with={"static": static}
+    )
+    folder = tmp_path / "evaluations" / "first"
+    found = json.loads((folder / "report.json").read_text())
+    assert found == json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
+    assert " ".join(found) == (
+        "model dataset split n eps clean_accuracy clean_interval_95 attacks router_auc flags settings environment "
+        "selected_on compared_with"
+    )
+    assert found["selected_on"] == "test"
+    assert any("selected on test images" in flag for flag in found["flags"])
+    assert [found[key] for key in ("model", "dataset", "split", "n", "eps")] == [
+        "Routed",
+        "custom",
+        "test",
+        30,
+        0.1,
+    ]
+    assert " ".join(found["attacks"]["cw"]) == (
+        "robust_accuracy w_robust_accuracy interval_95 w_interval_95 settings"
+    )
+    assert {"awnet", "torch", "device", "threads", "commit"} <= set(found["environment"])
+    assert set(found["compared_with"]["static"]["attacks"]) == {"fgsm", "cw"}
+    assert (folder / "training.png").exists()
+    assert "compared_with" not in static.to_dict()
+    assert "selected_on" not in static.to_dict()
+
+    again = Report.load(folder)
+    assert again.to_dict() == report.to_dict()
+    assert set(again.per_sample) == set(report.per_sample)
+    for name, values in report.per_sample.items():
+        assert np.array_equal(again.per_sample[name], values)
+    assert compare(again, static) == report.compared_with["static"]
+
+
+def test_damaged_reports(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="evaluate the model first"):
+        Report.load(tmp_path)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        Report.load(tmp_path)
+    for foreign in ("{}", "[]", '{"attacks": {}, "model": "x"}'):
+        (tmp_path / "report.json").write_text(foreign)
+        with pytest.raises(ValueError, match="not a report of this version"):
+            Report.load(tmp_path)
+    evaluate(Linear(), images(6), ["fgsm"]).save(tmp_path)
+    (tmp_path / "per_sample.npz").write_bytes(b"PK rubbish")
+    with pytest.raises(ValueError, match=r"per_sample.npz is damaged"):
+        Report.load(tmp_path)
+    (tmp_path / "log.jsonl").write_text("no json\n")
+    with pytest.raises(ValueError, match=r"log.jsonl is damaged"):
+        evaluate(Linear(), images(6), ["fgsm"]).save(tmp_path, tmp_path / "log.jsonl")
+
+
+def test_comparison_is_paired_by_image() -> None:
+    data = images(40)
+    this, other = (evaluate(Linear(tilt), data, ["fgsm"]) for tilt in (0.0, 1.5))
+    found = compare(this, other)
+    mine, theirs = (r.per_sample for r in (this, other))
+    assert found.clean_difference == pytest.approx(this.clean_accuracy - other.clean_accuracy)
+    assert found.clean_mcnemar_p == mcnemar(mine["clean_correct"], theirs["clean_correct"])
+    value = sum(0.5 * mine[k].astype(float) - 0.5 * theirs[k] for k in ("clean_correct", "fgsm_correct"))
+    fgsm = found.attacks["fgsm"]
+    assert fgsm.difference == pytest.approx(value.mean())
+    assert fgsm.difference != 0
+    assert fgsm.interval_95 == bootstrap_interval(value)
+    assert fgsm.mcnemar_p == mcnemar(mine["fgsm_correct"], theirs["fgsm_correct"])
+    mirrored = compare(other, this)
+    assert mirrored.attacks["fgsm"].difference == -fgsm.difference
+    itself = compare(this, this).attacks["fgsm"]
+    assert (itself.difference, itself.interval_95, itself.mcnemar_p) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_comparison_refuses_other_images_and_other_settings() -> None:
+    this = evaluate(Linear(), images(), ["fgsm", "pgd_sat"])
+    with pytest.raises(ValueError, match="not evaluated on the same images"):
+        compare(this, evaluate(Linear(), images(29), ["fgsm"]))
+    with pytest.raises(ValueError, match="not evaluated on the same images"):
+        compare(this, evaluate(Linear(), images(name="others"), ["fgsm"]))
+    with pytest.raises(ValueError, match="faced pgd_sat with different settings"):
+        evaluate(Linear(), images(), ["pgd_sat"], seed=1, compared_with={"first": this})
+    bare = evaluate(Linear(), images(), ["fgsm"])
+    bare.per_sample = {}
+    with pytest.raises(ValueError, match="no per-sample outcomes"):
+        compare(this, bare)
+    assert compare(this, evaluate(Linear(), images(), ["cw"])).attacks == {}
+
+
+def test_flags() -> None:
+    report = evaluate(Linear(), images(), ["fgsm", "pgd_sat", "cw"])
+    assert report.flags == flags(report) == []
+    report.attacks["cw"].robust_accuracy = report.attacks["fgsm"].robust_accuracy + 0.1
+    assert flags(report) == ["cw breaks fewer images than a single step: gradients may be masked"]
+    report.attacks["cw"].robust_accuracy = 0.0
+    report.router_auc = {"fgsm": 0.99, "cw": 0.98, "uniform_noise": 0.6}
+    assert flags(report) == []
+    report.router_auc["uniform_noise"] = 0.985
+    assert len(flags(report)) == 1
+    report.router_auc = {"fgsm": 0.5, "uniform_noise": 0.52}  # it detects nothing at all
+    assert flags(report) == []
+
+
+def test_tables_fit_a_terminal() -> None:
+    data = images()
+    names = ("fgsm", "pgd_sat", "pgd_trades", "cw")
+    static = evaluate(Linear(1.0), data, names)
+    report = evaluate(Linear(), data, names, compared_with={"static": static, "wide": static})
+
+    def printed(table: object) -> list[str]:
+        console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(table)
+        return console.export_text().splitlines()
+
+    lines = printed(w_robust_table({"resnet_tiny": report, "static": static}))
+    assert not any("…" in line for line in lines)
+    row = next(line.split() for line in lines if "resnet_tiny" in line)
+    expected = [report.clean_accuracy]
+    for result in report.attacks.values():
+        expected += [result.robust_accuracy, result.w_robust_accuracy]
+    assert row[1:] == [f"{100 * value:.1f}" for value in expected]
+    low, high = report.clean_interval_95
+    assert f"±{50 * (high - low):.1f}" in "\n".join(lines)
+    assert len(printed(report.table())) > 4
+    differences = "\n".join(printed(comparison_table(report)))
+    assert f"{100 * report.compared_with['static'].clean_difference:+.1f} [" in differences
+    with pytest.raises(ValueError, match="compared with nothing"):
+        comparison_table(static)
+    with pytest.raises(ValueError, match="empty"):
+        w_robust_table({})
+
+
+# ---- what is refused
+
+
+def with_nan(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        next(model.parameters())[0] = torch.nan
+    return model
+
+
+MODEL = Linear()
+BAD = [
+    ((lambda x: x, images(6)), {}, TypeError, "torch.nn.Module"),
+    ((MODEL, [images(6)]), {}, TypeError, "must be a Dataset"),
+    ((MODEL, images(6).take(torch.arange(0))), {}, ValueError, "dataset is empty"),
+    ((MODEL, images(6), "fgsm"), {}, TypeError, r"write \['fgsm'\]"),
+    ((MODEL, images(6), ["fgsm", "pgd"]), {}, ValueError, "must be among fgsm, pgd_sat"),
+    ((MODEL, images(6), ["fgsm", "fgsm"]), {}, ValueError, "once each"),
+    ((MODEL, images(6), {"mine": MODEL}), {}, TypeError, "must be an Attack"),
+    ((MODEL, images(6), {"clean": FGSM(MODEL, eps=0.1)}), {}, ValueError, "must not be called 'clean'"),
+    ((MODEL, images(6)), {"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+    ((MODEL, images(6)), {"batch_size": -3}, ValueError, "batch_size must not be negative"),
+    ((MODEL, images(6)), {"batch_size": 2.0}, TypeError, "batch_size must be an integer"),
+    ((MODEL, images(6)), {"limit": 0}, ValueError, "1 or more"),
+    ((MODEL, images(6)), {"limit": "5"}, TypeError, "limit must be an integer"),
+    ((MODEL, images(6)), {"seed": "1"}, TypeError, "seed must be an integer"),
+    ((MODEL, images(6)), {"name": "../elsewhere"}, ValueError, "name must be letters"),
+    ((MODEL, images(6)), {"name": ""}, ValueError, "name must be letters"),
+    ((MODEL, images(6)), {"device": "meta"}, ValueError, "the model is on cpu"),
+    (
+        (MODEL, images(6)),
+        {"compared_with": {"other": {}}},
+        TypeError,
+        r"compared_with\['other'\] must be a Report",
+    ),
+    ((with_nan(Linear()), images(6)), {}, FloatingPointError, "not finite for 6 of 6 images"),
+    (
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, 2)), images(6)),
+        {},
+        ValueError,
+        "create it with num_classes=3",
+    ),
+    ((nn.Flatten(0), images(6)), {}, ValueError, "model must return logits"),
+]
+
+
+@pytest.mark.parametrize(("args", "options", "error", "message"), BAD, ids=lambda v: None)
+def test_bad_arguments(args, options, error, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error, match=message):
+        evaluate(*args, **options)
+
+
+def test_bad_arguments_of_accuracy() -> None:
+    with pytest.raises(FloatingPointError, match="NaN or infinite for 6 of 6 clean images"):
+        accuracy(with_nan(Linear()), images(6))
+    with pytest.raises(ValueError, match="unknown attack"):
+        robust_correct(Linear(), images(6), "pgd")
+    with pytest.raises(ValueError, match="batch_size"):
+        accuracy(Linear(), images(6), batch_size=0)
+
+
+# ---- figures
+
+
+def check_png(path: Path) -> None:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"))
+    assert min(pixels.shape[:2]) > 300
+    assert 0.005 < (pixels != 255).any(2).mean() < 0.9  # something is drawn, and not all over
+
+
+def test_figures(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    records = [
+        {"epoch": e, "total": 3 / e, "type": 1 / e, "clean_accuracy": 1 - 1 / e, "lr": 1} for e in (1, 2, 3)
+    ]
+    records[1].pop("clean_accuracy")  # not every epoch is validated
+    analysis.training_curves(records, tmp_path / "training.png")
+    analysis.training_curves(records[:1], tmp_path / "one.png")
+    measured = {"FGSM": (0.7, (0.6, 0.8)), "CW": (1.0, (0.98, 1.0))}
+    analysis.w_robust_bars(
+        {"a": measured, "b": {"CW": (0.0, (0.0, 0.1))}}, tmp_path / "bars.png", clean={"a": 1.0, "b": 0.5}
+    )
+    analysis.p_clean_histogram(
+        {"clean": generator.random(50), "noise": np.zeros(9)}, tmp_path / "p.png", auc={"noise": 1.0}
+    )
+    means = {"clean": generator.normal(size=16), "adversarial": generator.normal(size=16)}
+    analysis.filter_means({"conv1": means, "constant": {"clean": np.zeros(4)}}, tmp_path / "filters.png")
+    analysis.filter_means({"conv1": {"weights": generator.normal(size=64)}}, tmp_path / "single.png")
+    found = sorted(tmp_path.iterdir())
+    assert len(found) == 6
+    for path in found:
+        check_png(path)
+
+
+@pytest.mark.parametrize("draw", ["training_curves", "w_robust_bars", "p_clean_histogram", "filter_means"])
+def test_figures_of_nothing(draw: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing to draw|no epoch to draw"):
+        getattr(analysis, draw)({}, tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
