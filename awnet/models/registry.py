@@ -64,13 +64,19 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
     if known is not None and (unknown := sorted(set(options) - known)):
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
         raise TypeError(f"{name} has no option {', '.join(unknown)}; {has}")
-    # numpy integers, say, become ints, which JSON can store
-    num_classes, in_channels = operator.index(num_classes), operator.index(in_channels)
+    num_classes, in_channels = _integer(num_classes, "num_classes"), _integer(in_channels, "in_channels")
     model = build(num_classes=num_classes, in_channels=in_channels, **options)
     if not hasattr(model, "config"):
         config = {"name": name, "num_classes": num_classes, "in_channels": in_channels, "options": options}
         model.config = config  # type: ignore[assignment]
     return model
+
+
+def _integer(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)  # numpy's integers become int, which JSON can store
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
 
 
 def _options(build: Build) -> set[str] | None:

@@ -128,7 +128,9 @@ def _trace(module: nn.Module) -> tuple[nn.Module, fx.Graph]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _OURS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, nn.Conv2d | _NormBase | MixBatchNorm2d) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def _module(root: nn.Module, node: object) -> nn.Module | None:
