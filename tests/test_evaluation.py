@@ -34,7 +34,7 @@ from awnet.evaluation import (
 )
 from awnet.evaluation.report import flags
 from awnet.models import create_model
-from awnet.nn import Routing
+from awnet.nn import Routing, convert
 
 
 def images(n: int = 30, classes: int = 3, seed: int = 0, **options: object) -> Dataset:
@@ -258,6 +258,36 @@ def test_aw_net_is_evaluated_and_left_as_it_was() -> None:
         assert np.allclose(report.filter_means[f"clean/{name}"], mean * scale.mean(0).detach(), atol=1e-6)
     assert "weights/stem" in report.filter_means
     assert not any("router" in name for name in report.filter_means)
+
+
+class Reversed(nn.Module):
+    """Calls its layers in another order than it holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.last_norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.middle, self.middle_norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.stem, self.stem_norm = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_norm(self.stem(x)).relu()
+        x = self.middle_norm(self.middle(x)).relu()
+        return self.last_norm(self.last(x)).mean((2, 3))
+
+
+def test_effective_filters_take_the_signal_that_the_layer_takes() -> None:
+    torch.manual_seed(0)
+    model, data = convert(Reversed().eval()), images(5)
+    with torch.no_grad():
+        model.router.signal_heads.bias.normal_()
+    means = evaluate(model, data, {}).filter_means
+    model.eval()
+    scales = model.route(data.images.float() / 255).filter_scales
+    assert [key for key in means if key.startswith("clean/")] == ["clean/middle", "clean/last"]
+    for name, scale in zip(("middle", "last"), scales, strict=True):
+        assert np.allclose(
+            means[f"clean/{name}"] / means[f"weights/{name}"], scale.mean(0).detach(), rtol=1e-5
+        )
 
 
 def test_aw_net_without_type_head_has_no_auc(tmp_path: Path) -> None:
