@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -245,6 +246,8 @@ def test_our_own_static_networks(name):
     assert network.router.signal_widths == twin.dynamic.signal_widths
     assert network.dynamic.state_dict().keys() == twin.dynamic.state_dict().keys()
     check_trains(network, in_channels=1)
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(network.eval()))(x), network(x))
 
 
 @pytest.mark.parametrize("bn", ["mix", "dual", "one"])
@@ -293,6 +296,7 @@ def test_copies_and_state_survive(tmp_path):
     twin.load_state_dict(network.state_dict())
     assert torch.equal(twin(x), network(x))
     assert torch.equal(copy.deepcopy(network)(x), network(x))
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x), network(x))
     with pytest.raises(ValueError, match="converted networks do not"):
         save_model(network, tmp_path / "a.safetensors")
 

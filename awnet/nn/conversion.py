@@ -123,6 +123,8 @@ def _trace(module: nn.Module) -> tuple[nn.Module, fx.Graph]:
     images = [node.name for node in graphs[1].nodes if node.op == "placeholder"]
     if len(images) != 1:
         raise ValueError(f"{name}.forward must take one image tensor and nothing else, got {images}")
+    for node in graphs[1].nodes:
+        node.type = None  # annotations written as strings would keep the result from being pickled
     return module, graphs[1]
 
 
