@@ -1,0 +1,667 @@
+"""Losses against the equations written out again, recipes, and the loop on small models and images."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from awnet.attacks import PGD
+from awnet.data import Splits, ThreatModel, from_arrays, load_dataset
+from awnet.data.dataset import Batch
+from awnet.models import create_model, load_model
+from awnet.nn import AdversarialRouter, AWNet, Backbone
+from awnet.training import (
+    MTARD,
+    PGDAT,
+    RECIPES,
+    LossOptions,
+    MTARDWeights,
+    Recipe,
+    Standard,
+    Teachers,
+    Trades,
+    list_recipes,
+    read_log,
+    recipe_for,
+    train,
+)
+from awnet.training import losses as L
+from awnet.training.losses import kl_divergence
+
+K = 3  # classes
+
+
+def static_net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, K)
+    )
+
+
+def dynamic_net(**router: Any) -> AWNet:
+    dynamic = Backbone("basic", [1], [4], num_classes=K, in_channels=1)
+    net = AWNet(
+        dynamic,
+        AdversarialRouter(dynamic.signal_widths, in_channels=1, widths=(4,), blocks=(1,), **router),
+    )
+    if net.router.signal_heads is not None:  # a router that has learnt something: ω differs from 1
+        nn.init.normal_(net.router.signal_heads.weight, std=0.3)
+    return net
+
+
+def images(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """4×4 images of three classes that a small network can learn."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % K
+    x = torch.randint(0, 60, (n, 1, 4, 4), generator=generator)
+    x[torch.arange(n), 0, y] += 190
+    return x.to(torch.uint8), y
+
+
+def small_splits() -> Splits:
+    parts = []
+    for i, (name, n) in enumerate((("train", 44), ("validation", 12), ("test", 15))):
+        x, y = images(n, seed=i)
+        parts.append(from_arrays(x, y, name="stripes", split=name, eps=0.05, flip=True))
+    return Splits(*parts)
+
+
+SPLITS = small_splits()
+FAST: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 16,
+    "attack_steps": 2,
+    "log_every": 2,
+    "milestones": (1,),
+    "lr": 0.05,
+}
+
+
+def batch(n: int = 10) -> Batch:
+    x, y = images(n, seed=7)
+    return Batch(x / 255, y, torch.arange(n))
+
+
+def shifted(x: torch.Tensor, y: torch.Tensor, *, index: torch.Tensor) -> torch.Tensor:
+    """A stand-in for an attack: fixed, and different for every sample."""
+    return (x + 0.1 * torch.sin(torch.arange(x[0].numel())).view(1, *x.shape[1:])).clamp(0, 1)
+
+
+def tempered(logits: torch.Tensor, tau: float) -> torch.Tensor:
+    return F.softmax(logits / tau, dim=1)
+
+
+def textbook_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(q.log(), p, reduction="batchmean")
+
+
+# --- losses
+
+
+@pytest.mark.parametrize("tau", [1.0, 5.0])
+def test_kl_is_torchs_and_its_reductions_differ_by_the_number_of_classes(tau: float) -> None:
+    a, b = torch.randn(6, K, dtype=torch.float64), torch.randn(6, K, dtype=torch.float64)
+    ours = kl_divergence(a, b, temperature=tau)
+    assert ours.item() == pytest.approx(textbook_kl(tempered(a, tau), tempered(b, tau)).item(), rel=1e-12)
+    by_element = kl_divergence(a, b, temperature=tau, reduction="elementmean")
+    assert by_element.item() == pytest.approx(ours.item() / K, rel=1e-12)
+    assert kl_divergence(a, a).item() == 0
+    with pytest.raises(ValueError, match="batchmean"):
+        kl_divergence(a, b, reduction="sum")
+
+
+def outputs_of(net: nn.Module, data: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Clean and adversarial logits and type logits of one joint training pass, written out again."""
+    net = copy.deepcopy(net).train()
+    x = torch.cat([data.x, shifted(data.x, data.y, index=data.index)])
+    n = len(data.x)
+    if not hasattr(net, "route"):
+        logits = net(x)
+        return logits[:n], logits[n:], None
+    kinds = torch.tensor([True] * n + [False] * n)
+    routing = net.route(x)
+    logits = net(x, is_clean=kinds, routing=routing)
+    return logits[:n], logits[n:], routing.type_logits
+
+
+def type_loss(type_logits: torch.Tensor | None, n: int) -> torch.Tensor:
+    if type_logits is None:
+        return torch.zeros(())
+    # order [adversarial, clean]; clean images come first
+    return -F.log_softmax(type_logits, 1)[torch.arange(2 * n), torch.tensor([1] * n + [0] * n)].mean()
+
+
+@pytest.mark.parametrize("make", [static_net, dynamic_net])
+def test_pgd_at_and_trades_are_their_equations(make: Any) -> None:
+    net, data = make().train(), batch()
+    clean, adversarial, type_logits = outputs_of(net, data)
+    ce = F.cross_entropy
+    expected = 0.5 * ce(clean, data.y) + 0.5 * ce(adversarial, data.y) + type_loss(type_logits, 10)
+    found = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions())
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)  # float32, another order of sums
+    weighted = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions(adv_weight=0.8))
+    expected = 0.2 * ce(clean, data.y) + 0.8 * ce(adversarial, data.y) + type_loss(type_logits, 10)
+    assert weighted.total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    kl = textbook_kl(clean.softmax(1), adversarial.softmax(1))
+    expected = ce(clean, data.y) + 6 * kl + type_loss(type_logits, 10)
+    found = L.trades(copy.deepcopy(net), data, shifted, LossOptions())
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.terms["adv"].item() == pytest.approx(kl.item(), rel=1e-4)
+    assert all(term.dim() == 0 and not term.requires_grad for term in found.terms.values())
+
+
+def test_trades_differentiates_the_clean_side_of_its_kl_too() -> None:
+    net, data = static_net().train(), batch()
+    L.trades(net, data, shifted, LossOptions()).total.backward()
+    ours = net[4].bias.grad.clone()
+
+    def by_hand(detach: bool) -> torch.Tensor:
+        other = copy.deepcopy(net)
+        other.zero_grad()
+        logits = other(torch.cat([data.x, shifted(data.x, data.y, index=data.index)]))
+        clean, adversarial = logits[:10], logits[10:]
+        p = clean.softmax(1).detach() if detach else clean.softmax(1)
+        (F.cross_entropy(clean, data.y) + 6 * textbook_kl(p, adversarial.softmax(1))).backward()
+        return other[4].bias.grad
+
+    assert torch.allclose(ours, by_hand(detach=False), atol=1e-5)
+    assert not torch.allclose(ours, by_hand(detach=True), atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [static_net, dynamic_net])
+@pytest.mark.parametrize(("tau", "reduction", "factor"), [(1.0, "batchmean", 1), (5.0, "elementmean", 1 / K)])
+def test_mtard_is_equations_20_to_22(make: Any, tau: float, reduction: Any, factor: float) -> None:
+    net, data = make().train(), batch()
+    teachers = Teachers(static_net().eval(), static_net().eval())
+    clean, adversarial, type_logits = outputs_of(net, data)
+    x_adv = shifted(data.x, data.y, index=data.index)
+    nat = factor * tau**2 * textbook_kl(tempered(teachers.clean(data.x), tau), tempered(clean, tau))
+    adv = factor * tau**2 * textbook_kl(tempered(teachers.robust(x_adv), tau), tempered(adversarial, tau))
+    options = LossOptions(temperature=tau, kl_reduction=reduction)
+    weights = MTARDWeights()
+    found = L.mtard(copy.deepcopy(net), data, shifted, options, teachers, weights)
+    expected = type_loss(type_logits, 10) + 0.5 * adv + 0.5 * nat  # the first step's weights are ½
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found.terms["nat"].item() == pytest.approx(nat.item(), rel=1e-4)
+
+    fixed = L.mtard(copy.deepcopy(net), data, shifted, replace(options, adv_weight=0.9), teachers)
+    expected = type_loss(type_logits, 10) + 0.9 * adv + 0.1 * nat
+    assert fixed.total.item() == pytest.approx(expected.item(), rel=1e-4)
+    fixed.total.backward()
+    assert all(p.grad is None for teacher in teachers for p in teacher.parameters())
+
+
+def test_mtard_says_what_it_lacks() -> None:
+    net, data = static_net(), batch()
+    with pytest.raises(ValueError, match="teachers"):
+        L.mtard(net, data, shifted, LossOptions(), None, MTARDWeights())
+    with pytest.raises(ValueError, match="weights"):
+        L.mtard(net, data, shifted, LossOptions(), Teachers(net, net))
+
+
+def test_mtard_weights_follow_their_recurrence() -> None:
+    series = [(2.0, 4.0), (1.0, 4.0), (0.5, 2.0), (1.5, 1.0)]
+    weights, w = MTARDWeights(learning_rate=0.025), 0.5
+    for step, (nat, adv) in enumerate(series):
+        if step == 2:
+            weights.learning_rate = 0.0025
+        eta = 0.025 if step < 2 else 0.0025
+        w_nat, w_adv = weights.update(torch.tensor(nat), torch.tensor(adv))
+        relative_nat, relative_adv = nat / series[0][0], adv / series[0][1]
+        w -= eta * (w - relative_nat / (relative_nat + relative_adv))
+        assert w_nat.item() == pytest.approx(w, abs=1e-7)
+        assert w_adv.item() == pytest.approx(1 - w, abs=1e-7)
+    assert w != 0.5
+    again = MTARDWeights()
+    again.load_state_dict(weights.state_dict())
+    later = [one.update(torch.tensor(1.0), torch.tensor(3.0))[0] for one in (weights, again)]
+    again.learning_rate = weights.learning_rate
+    assert torch.equal(again.first, weights.first)
+    assert later[0] != later[1]  # another η
+    again.load_state_dict(weights.state_dict())
+    assert torch.equal(*(one.update(torch.tensor(1.0), torch.tensor(3.0))[0] for one in (weights, again)))
+
+
+def test_mtard_weights_survive_a_zero_first_loss() -> None:
+    weights = MTARDWeights(learning_rate=0.5)
+    zero, one = torch.tensor(0.0), torch.tensor(1.0)
+    assert weights.update(zero, zero)[0].item() == 0.5
+    assert weights.update(zero, one)[0].item() == 0.5  # the clean side has no scale yet
+    assert weights.update(one, one)[0].item() == 0.5
+    assert weights.first.tolist() == [1.0, 1.0]
+    assert weights.update(zero, zero)[0].item() == 0.5  # both learnt to the end: back to even weights
+    assert weights.update(one, 3 * one)[0].item() == pytest.approx(0.5 - 0.5 * (0.5 - 0.25))
+
+
+def test_the_type_loss_has_its_flags() -> None:
+    net, data = dynamic_net().train(), batch()
+    plain = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions())
+    without = L.pgd_at(net, data, shifted, LossOptions(type_weight=0.0))
+    assert without.total.item() == pytest.approx(0.5 * (without.terms["nat"] + without.terms["adv"]).item())
+    assert plain.total.item() == pytest.approx((without.total + plain.terms["type"]).item(), rel=1e-6)
+    without.total.backward()
+    assert net.router.type_head.weight.grad is None  # nothing reaches the head
+    smooth = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions(type_label_smoothing=0.2))
+    type_logits = outputs_of(net, data)[2]
+    kinds = torch.tensor([1] * 10 + [0] * 10)
+    expected = F.cross_entropy(type_logits, kinds, label_smoothing=0.2)
+    assert smooth.terms["type"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_router_without_a_type_head_has_no_type_loss() -> None:
+    net, data = dynamic_net(type_head=False).train(), batch()
+    result = L.pgd_at(net, data, shifted, LossOptions())
+    assert "type" not in result.terms
+    assert result.total.item() == pytest.approx(0.5 * (result.terms["nat"] + result.terms["adv"]).item())
+
+
+def test_the_consistency_term() -> None:
+    net, data = static_net().train(), batch()
+    clean, adversarial, _ = outputs_of(net, data)
+    plain = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions()).total
+    more = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions(consistency=2.0)).total
+    kl = textbook_kl(clean.softmax(1), adversarial.softmax(1))
+    assert (more - plain).item() == pytest.approx(2 * kl.item(), rel=1e-3)
+
+
+def test_router_passes_can_be_separate() -> None:
+    net, data = dynamic_net().train(), batch()
+    x_adv = shifted(data.x, data.y, index=data.index)
+    other = copy.deepcopy(net)
+    separate = torch.cat([other.route(data.x).type_logits, other.route(x_adv).type_logits])
+    found = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions(router_passes="separate"))
+    assert found.terms["type"].item() == pytest.approx(type_loss(separate, 10).item(), rel=1e-5)
+    joint = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions())
+    assert joint.terms["type"].item() != pytest.approx(found.terms["type"].item(), rel=1e-3)
+
+
+def test_each_kind_goes_through_its_own_branch() -> None:
+    net, data = dynamic_net().train(), batch()
+    before = net.dynamic.stem.bn.running_mean.clone()
+    L.pgd_at(net, data, shifted, LossOptions())
+    u = F.conv2d(data.x, net.dynamic.stem.weight, padding=1)
+    u_adv = F.conv2d(shifted(data.x, data.y, index=data.index), net.dynamic.stem.weight, padding=1)
+    for row, features in ((1, u), (0, u_adv)):
+        expected = 0.9 * before[row] + 0.1 * features.mean((0, 2, 3))
+        assert torch.allclose(net.dynamic.stem.bn.running_mean[row], expected, atol=1e-6)
+
+
+def test_plain_training_leaves_the_adversarial_branch_alone() -> None:
+    net, data = dynamic_net().train(), batch()
+    result = L.standard(net, data, shifted, LossOptions(consistency=1.0))
+    assert net.dynamic.stem.bn.running_mean[0].eq(0).all()
+    assert net.dynamic.stem.bn.running_mean[1].ne(0).any()
+    assert set(result.terms) == {"total", "nat", "type", "type_accuracy"}
+
+
+# --- recipes
+
+
+def test_the_papers_settings() -> None:
+    recipe = MTARD()
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.router_lr) == (100, 256, 0.1, 0.01)
+    assert (recipe.momentum, recipe.weight_decay, recipe.milestones) == (0.9, 2e-4, (75, 90))
+    assert (recipe.attack_steps, recipe.attack_noise, recipe.temperature) == (10, 0.001, 1.0)
+    assert recipe_for("mtard", "cifar10") == recipe
+    assert recipe_for("mtard", "cifar100").temperature == 5  # type: ignore[attr-defined]
+    tiny = recipe_for("mtard", "tiny_imagenet")
+    assert (tiny.epochs, tiny.batch_size, tiny.milestones, tiny.temperature) == (50, 128, (25, 40), 5)  # type: ignore[attr-defined]
+    digits = recipe_for("mtard", "digits")
+    assert (digits.epochs, digits.batch_size, digits.schedule) == (15, 64, "onecycle")
+    assert list_recipes() == ["mtard", "trades", "pgd_at", "standard"]
+
+
+def test_overrides_and_milestones_that_move_with_the_length() -> None:
+    assert recipe_for("trades", "cifar10", epochs=10).milestones == (7, 9)
+    assert recipe_for("trades", "cifar10", epochs=1).milestones == ()
+    assert recipe_for("trades", "cifar10", epochs=10, milestones=(4,)).milestones == (4,)
+    assert recipe_for("pgd_at", "digits", lr=0.2).lr == 0.2
+
+
+def test_the_teachers_recipes_share_the_students_settings() -> None:
+    recipe = recipe_for("mtard", "digits", epochs=3, batch_size=32, type_weight=0.5)
+    assert isinstance(recipe, MTARD)
+    clean, robust = recipe.teacher_recipe("clean"), recipe.teacher_recipe("robust")
+    assert isinstance(clean, Standard)
+    assert isinstance(robust, PGDAT)
+    assert isinstance(MTARD().teacher_recipe("robust"), Trades)
+    assert (robust.epochs, robust.batch_size, robust.schedule) == (3, 32, "onecycle")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"epochs": True},
+        {"batch_size": 0},
+        {"batch_size": "64"},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"router_lr": -0.1},
+        {"momentum": 1.0},
+        {"weight_decay": -1e-4},
+        {"schedule": "cosine"},
+        {"milestones": (90, 75)},
+        {"milestones": (0,)},
+        {"lr_decay": 0},
+        {"attack_steps": 0},
+        {"attack_step_size": 0.0},
+        {"attack_noise": -1.0},
+        {"inner_type_weight": math.inf},
+        {"type_weight": -1.0},
+        {"type_label_smoothing": 1.0},
+        {"adv_weight": 1.5},
+        {"adv_weight": -0.5},
+        {"consistency": math.nan},
+        {"router_passes": "both"},
+        {"validate_every": 0},
+        {"validate_limit": 0},
+        {"log_every": 0},
+        {"temperature": 0.0},
+        {"kl_reduction": "sum"},
+        {"weight_lr": 2.0},
+        {"robust_teacher": "mtard"},
+    ],
+)
+def test_bad_settings_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        recipe_for("mtard", "cifar10", **wrong)
+
+
+def test_unknown_recipes_and_settings_are_named() -> None:
+    with pytest.raises(ValueError, match=r"unknown recipe 'hat'.*mtard"):
+        recipe_for("hat", "digits")
+    with pytest.raises(ValueError, match=r"no setting 'temprature'.*temperature"):
+        recipe_for("mtard", "digits", temprature=3)
+    with pytest.raises(ValueError, match="no setting 'temperature'"):
+        recipe_for("standard", "digits", temperature=3)
+
+
+def test_the_router_and_its_heads_learn_at_their_own_rate() -> None:
+    net = dynamic_net()
+    groups = MTARD(lr=0.2, router_lr=0.02).optimizer(net).param_groups
+    assert [group["lr"] for group in groups] == [0.2, 0.02]
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in net.router.parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+    assert len(MTARD().optimizer(static_net()).param_groups) == 1
+
+
+def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
+    optimizer = recipe.optimizer(dynamic_net())
+    scheduler = recipe.scheduler(optimizer, steps_per_epoch)
+    seen = []
+    for _ in range(recipe.epochs * steps_per_epoch):
+        seen.append(optimizer.param_groups[0]["lr"])
+        assert optimizer.param_groups[1]["lr"] == pytest.approx(seen[-1] / 10)
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_the_schedules() -> None:
+    seen = rates(PGDAT(epochs=6, milestones=(3, 5)), steps_per_epoch=2)
+    assert seen == pytest.approx([0.1] * 6 + [0.01] * 4 + [0.001] * 2)
+    seen = rates(PGDAT(epochs=10, schedule="onecycle"), steps_per_epoch=3)
+    assert max(seen) == pytest.approx(0.1)
+    assert seen[0] < 0.01
+    assert seen[-1] < 0.001
+    assert 0 < seen.index(max(seen)) < 15
+    recipe = MTARD(epochs=6, milestones=(3, 5))
+    assert [recipe.weight_lr_at(e) for e in (0, 2, 3, 5)] == pytest.approx([0.025, 0.025, 0.0025, 0.00025])
+    assert MTARD(schedule="onecycle").weight_lr_at(99) == 0.025
+
+
+def test_the_training_attack_is_pgd_in_the_ball_and_leaves_the_model_alone() -> None:
+    net, data, threat = dynamic_net().train(), batch(), ThreatModel(0.05)
+    state, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    x_adv = MTARD().attack(net, threat, K, seed=5)(data.x, data.y, index=data.index)
+    same = PGD(net, eps=0.05, step_size=0.0125, steps=10, random_start="normal", seed=5)
+    assert torch.equal(x_adv, same(data.x, data.y, index=data.index))
+    assert (x_adv - data.x).abs().max() <= 0.05 + 1e-6  # a rounding of float32
+    assert not x_adv.requires_grad
+    assert [m.training for m in net.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    other = MTARD().attack(net, threat, K, seed=6)(data.x, data.y, index=data.index)
+    assert not torch.equal(x_adv, other)
+
+
+def test_the_attack_of_trades_raises_the_kl() -> None:
+    net, data, threat = dynamic_net(), batch(), ThreatModel(0.1)
+    with torch.no_grad():  # the network of a few steps, so that it has something to lose
+        net(data.x, is_clean=torch.arange(10) < 5)
+    x_adv = Trades().attack(net, threat, K, seed=0)(data.x, data.y, index=data.index)
+    net.eval()
+    noise = data.x + (x_adv - data.x).abs() * torch.randn(data.x.shape, generator=torch.Generator()).sign()
+    assert kl_divergence(net(data.x), net(x_adv)) > 2 * kl_divergence(net(data.x), net(noise))
+    # written out: PGD on the KL, step 0.007 at 8/255
+    step = 0.1 * 0.007 / (8 / 255)
+    same = PGD(net, eps=0.1, step_size=step, steps=10, loss="kl", random_start="normal", seed=0)
+    assert torch.equal(x_adv, same(data.x, data.y, index=data.index))
+
+
+@pytest.mark.parametrize("kind", [PGDAT, Trades])
+def test_an_inner_attack_may_fool_the_router_too(kind: type[Recipe]) -> None:
+    net, data, threat = dynamic_net(), batch(), ThreatModel(0.1)
+    found = {}
+    for weight in (0.0, 100.0):
+        attack = kind(inner_type_weight=weight).attack(net, threat, K, seed=0)
+        x_adv = attack(data.x, data.y, index=data.index)
+        with torch.no_grad():
+            found[weight] = copy.deepcopy(net).eval().route(x_adv).p_clean.mean()
+    assert found[100.0] > found[0.0]
+    without = dynamic_net(type_head=False)
+    kind(inner_type_weight=1.0).attack(without, threat, K, seed=0)(data.x, data.y, index=data.index)
+
+
+# --- the loop
+
+
+def quick(kind: type[Recipe] = PGDAT, **settings: Any) -> Recipe:
+    return kind(**(FAST | settings))
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    result = train(quick(PGDAT, epochs=15, schedule="onecycle"), static_net(), SPLITS, tmp_path, quiet=True)
+    assert result.finished
+    assert result.validation["clean_accuracy"] >= 0.9
+    assert result.validation["robust_accuracy"] >= 0.6
+    assert result.history[-1]["total"] < 0.5 * result.history[0]["total"]
+    assert not result.model.training
+
+
+def test_a_run_folder_holds_all_of_it(tmp_path: Path) -> None:
+    splits = load_dataset("digits")
+    splits = Splits(splits.train.subset(40), splits.validation.subset(20), splits.test.subset(20))
+    recipe = recipe_for("pgd_at", "digits", epochs=2, batch_size=20, attack_steps=1, log_every=1)
+    result = train(recipe, "awnet_tiny", splits, tmp_path / "run", seed=3, select_on="test", quiet=True)
+    folder = result.folder
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "config.json",
+        "log.jsonl",
+        "tensorboard",
+        "best.safetensors",
+        "last.safetensors",
+        "state",
+    }
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["recipe"] == recipe.to_dict() | {"milestones": list(recipe.milestones)}
+    assert config["model"]["name"] == "awnet_tiny"
+    assert config["dataset"]["name"] == "digits"
+    assert config["dataset"]["fingerprints"]["train"] == splits.train.fingerprint()
+    assert (config["seed"], config["selected_on"], config["teachers"]) == (3, "test", None)
+    assert config["sessions"][0]["environment"]["torch"] == torch.__version__
+    steps, epochs = read_log(folder, "step"), read_log(folder, "epoch")
+    assert [r["step"] for r in steps] == [1, 2, 3, 4]
+    assert [(r["epoch"], r["step"]) for r in epochs] == [(1, 2), (2, 4)]
+    assert result.history == epochs
+    mean = (20 * steps[0]["total"] + 20 * steps[1]["total"]) / 40
+    assert epochs[0]["total"] == pytest.approx(mean)
+    for record in epochs:
+        assert record["w_robust_accuracy"] == 0.5 * (record["clean_accuracy"] + record["robust_accuracy"])
+        assert record["images_per_second"] > 0
+    best = max(epochs, key=lambda r: (r["w_robust_accuracy"], r["epoch"]))
+    assert result.validation["epoch"] == best["epoch"]
+    loaded = load_model(folder)
+    assert all(torch.equal(v, result.model.state_dict()[n]) for n, v in loaded.state_dict().items())
+    last = load_model(folder / "last.safetensors")
+    assert int(last.dynamic.stem.bn.num_batches_tracked[0]) == 4
+
+
+def test_weights_and_training_are_functions_of_the_seed(tmp_path: Path) -> None:
+    splits = load_dataset("digits")
+    splits = Splits(splits.train.subset(24), splits.validation.subset(10), splits.test)
+    recipe = recipe_for("pgd_at", "digits", epochs=1, batch_size=12, attack_steps=1)
+    runs = []
+    for i, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(100 + i)  # the caller's own state of mind must not matter
+        before = torch.get_rng_state()
+        result = train(
+            recipe, "resnet_tiny", splits, tmp_path / str(i), seed=seed, quiet=True, tensorboard=False
+        )
+        assert torch.equal(torch.get_rng_state(), before)
+        runs.append(load_model(result.folder / "last.safetensors").state_dict())
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    assert any(not torch.equal(value, runs[2][name]) for name, value in runs[0].items())
+    assert not (tmp_path / "0" / "tensorboard").exists()
+
+
+def test_every_recipe_trains_every_kind_of_model(tmp_path: Path) -> None:
+    teachers = (static_net(), static_net())
+    for name, kind in RECIPES.items():
+        for make in (static_net, dynamic_net):
+            out = tmp_path / f"{name}-{make.__name__}"
+            given = teachers if name == "mtard" else None
+            result = train(
+                quick(kind, epochs=1), make(), SPLITS, out, teachers=given, quiet=True, tensorboard=False
+            )
+            assert result.finished
+            assert ("robust_accuracy" in result.validation) == (name != "standard")
+    assert all(t.training and all(p.requires_grad for p in t.parameters()) for t in teachers)
+
+
+def test_validation_may_be_rarer_and_smaller(tmp_path: Path) -> None:
+    recipe = quick(epochs=5, validate_every=2, validate_limit=6)
+    result = train(recipe, static_net(), SPLITS, tmp_path, quiet=True, tensorboard=False)
+    assert [r["epoch"] for r in result.history if "clean_accuracy" in r] == [2, 4, 5]
+    assert all(round(6 * r["clean_accuracy"], 6) % 1 == 0 for r in result.history if "clean_accuracy" in r)
+
+
+def test_missing_teachers_are_trained_first_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = load_dataset("digits")
+    splits = Splits(splits.train.subset(24), splits.validation.subset(10), splits.test)
+    recipe = recipe_for("mtard", "digits", epochs=1, batch_size=12, attack_steps=1)
+    run = tmp_path / "run"
+    train(recipe, "resnet_tiny", splits, run, tensorboard=False)
+    said = capsys.readouterr().out
+    assert "no clean teacher was given: resnet_tiny, trained by standard" in said
+    assert "no robust teacher was given: resnet_tiny, trained by pgd_at" in said
+    clean, robust = run / "teachers" / "clean", run / "teachers" / "robust"
+    assert json.loads((robust / "config.json").read_text())["recipe"]["name"] == "pgd_at"
+    config = json.loads((run / "config.json").read_text())
+    assert config["teachers"]["clean"]["recipe"]["name"] == "standard"
+
+    # the same teachers, by their folders, give the same student
+    other = tmp_path / "other"
+    train(recipe, "resnet_tiny", splits, other, teachers=(clean, robust), quiet=True, tensorboard=False)
+    one, two = (load_model(folder).state_dict() for folder in (run, other))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    given = json.loads((other / "config.json").read_text())
+    assert given["sessions"][0]["teachers"] == [str(clean), str(robust)]
+
+    # with the student's state lost, its teachers are not trained again
+    before = (clean / "last.safetensors").stat().st_mtime_ns
+    (run / "state" / "training.pt").unlink()
+    train(recipe, "resnet_tiny", splits, run, resume=True, tensorboard=False)
+    assert f"{clean} is finished" in capsys.readouterr().out
+    assert (clean / "last.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    class Breaks(nn.Sequential):
+        passes = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.passes += 1
+            return super().forward(x) * (math.nan if self.training and self.passes == 5 else 1.0)
+
+    model = Breaks(*static_net())
+    with pytest.raises(FloatingPointError, match=r"step 5 \(epoch 2\).*total nan, nat nan") as raised:
+        train(quick(Standard, epochs=4, log_every=3), model, SPLITS, tmp_path, quiet=True)
+    assert "lr is 0.05" in str(raised.value)
+    state = torch.load(tmp_path / "state" / "training.pt", weights_only=True)
+    assert state["step"] == 3  # the checkpoint of the first epoch
+    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+
+
+def test_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(quick(), static_net(), SPLITS, tmp_path / "a", tensorboard=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("a (Sequential)  epoch 1/2  total ")
+    assert all(word in lines[0] for word in ("nat ", "adv ", "clean ", "robust ", "A_w ", "images/s", "left"))
+    assert lines[-1].startswith("a (Sequential): done in")
+    assert len(lines) == 3
+    train(quick(), static_net(), SPLITS, tmp_path / "b", tensorboard=False, quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"recipe": "mtard"}, TypeError, "recipe must be a Recipe"),
+        ({"model": 3}, TypeError, "model must be a module or a registered name"),
+        ({"model": "awnet_tiniest"}, ValueError, "unknown model"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(16, 2))}, ValueError, r"logits \[B, 3\]"),
+        ({"model": nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU())}, ValueError, r"logits \[B, 3\]"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer"),
+        ({"device": "gpu"}, ValueError, "device"),
+        ({"max_minutes": 0}, ValueError, "max_minutes"),
+        ({"select_on": "train"}, ValueError, "select_on"),
+        ({"teachers": ("a", "b")}, ValueError, "'pgd_at' takes no teachers"),
+        ({"recipe": quick(MTARD), "teachers": "runs/a"}, ValueError, "two, "),
+        ({"recipe": quick(MTARD), "teachers": (static_net(),)}, ValueError, "two, "),
+        ({"recipe": quick(MTARD), "teachers": (1, 2)}, TypeError, "a teacher must be a module or a path"),
+        ({"recipe": quick(MTARD), "teachers": ("/none/a", "/none/b")}, FileNotFoundError, "/none/a"),
+        (
+            {"splits": SPLITS._replace(validation=SPLITS.validation.take(torch.arange(0)))},
+            ValueError,
+            "splits.validation is empty",
+        ),
+        ({"resume": True, "overwrite": True}, ValueError, "exclude each other"),
+    ],
+)
+def test_bad_arguments_fail_before_anything_is_written(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments: dict[str, Any] = {"recipe": quick(), "model": static_net(), "splits": SPLITS, "quiet": True}
+    with pytest.raises(error, match=message):
+        train(out=tmp_path / "run", **(arguments | change))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_awnet_learns_digits_and_its_router_tells_attacks(tmp_path: Path) -> None:
+    from awnet.evaluation import evaluate
+
+    splits = load_dataset("digits")
+    recipe = recipe_for("pgd_at", "digits", epochs=5)
+    result = train(recipe, create_model("awnet_tiny", in_channels=1), splits, tmp_path, quiet=True)
+    assert result.validation["clean_accuracy"] > 0.9
+    report = evaluate(result.model, splits.test, ["pgd_sat"], limit=200)
+    assert report.router_auc["pgd_sat"] > 0.9
