@@ -52,7 +52,8 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
 def comparison_table(report: Report, label: str | None = None, title: str | None = None) -> Table:
     """Differences to each model in ``report.compared_with``, paired by image: of A_nat, and of A_w by attack.
 
-    Beside each difference its 95 % bootstrap interval, and p of McNemar's exact test on the images' outcomes.
+    Beside each difference its 95 % bootstrap interval and p of McNemar's exact test, which compares outcomes:
+    on clean images, in the other rows on adversarial ones (A_adv alone, where the interval is of A_w).
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -61,7 +62,7 @@ def comparison_table(report: Report, label: str | None = None, title: str | None
         raise ValueError("the report is compared with nothing: evaluate with compared_with={name: report}")
     table = Table(
         title=title or f"{label or report.model} minus …, paired by image",
-        caption="percentage points [95 % interval], p of McNemar's exact test on clean or x_adv outcomes",
+        caption=r"percentage points \[95 % interval]; p: McNemar's exact test of A_nat, of A_adv",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -88,4 +89,4 @@ def _cell(value: float, interval: Interval) -> str:
 
 def _difference(value: float, interval: Interval, p: float) -> str:
     low, high = (f"{100 * end:+.1f}" for end in interval)
-    return f"{100 * value:+.1f} \\[{low}, {high}], " + ("p < 0.001" if p < 0.001 else f"p = {p:.3f}")
+    return f"{100 * value:+.1f} \\[{low}, {high}]  p " + ("<0.001" if p < 0.001 else f"{p:.3f}")
