@@ -20,10 +20,9 @@ from torch import nn
 
 from awnet.data import Splits, from_arrays
 from awnet.nn import AdversarialRouter, AWNet, Backbone
-from awnet.training import MTARD, PGDAT, read_log, train
+from awnet.training import MTARD, PGDAT, loop, read_log, train
 from awnet.training import checkpoint as C
 from awnet.training import losses as L
-from awnet.training import loop
 
 K, STEPS = 3, 4  # classes, steps an epoch
 
