@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from awnet import reference
+from awnet.ops import native
 from awnet.ops.layer import Call, Saved, register
 from awnet.ops.passes import EagerPasses, Passes
 
@@ -91,6 +92,18 @@ def _never(call: Call, momentum: Momentum) -> Tensor:
     raise AssertionError("select() refuses a backend that is not there")
 
 
+_native_obstacle = native.load()
+
+
+def _cpp_refuses(call: Call) -> str | None:
+    assert call.input is not None
+    if call.input.device.type != "cpu":
+        return f"it runs on CPUs, and the input is on {call.input.device}"
+    if call.input.dtype == torch.float64:
+        return "it has no float64 (use eager or reference)"
+    return _native_obstacle
+
+
 def _runs_anything(call: Call) -> str | None:
     return None
 
@@ -103,7 +116,7 @@ def _not_built(what: str) -> Callable[[Call], str | None]:
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", "Triton kernels (CUDA devices)", _not_built("Triton kernels"), _never),
     Backend("cuda", "CUDA C++ kernels (CUDA devices)", _not_built("CUDA kernels"), _never),
-    Backend("cpp", "C++ kernels (CPU)", _not_built("C++ kernels"), _never),
+    Backend("cpp", "C++ kernels (CPU)", _cpp_refuses, _with_passes("cpp", native.NativePasses())),
     Backend(
         "eager",
         "one convolution and one affine map in plain torch, gradients by the centred formulas",

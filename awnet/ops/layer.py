@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from awnet.ops import algebra
 from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
 from awnet.ops.passes import Passes, wide_dtype
 
@@ -117,13 +116,13 @@ def _forward(passes: Passes, *arguments: Any) -> tuple[Tensor, ...]:
         elif call.training:
             mean, m2 = passes.statistics(u)
             rows = len(norm.mean)
-            batch = algebra.batch_statistics(mean, m2, u.shape[2] * u.shape[3], omega, call.is_clean, rows)
+            batch = passes.batch_statistics(mean, m2, u.shape[2] * u.shape[3], omega, call.is_clean, rows)
             statistics = (mean, m2, *batch)
-            scale, shift = algebra.training_coefficients(
+            scale, shift = passes.training_coefficients(
                 omega, norm.weight, norm.bias, batch, call.is_clean, call.eps, len(u)
             )
         else:
-            scale, shift = algebra.testing_coefficients(omega, *norm, p_clean, call.eps, len(u))
+            scale, shift = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(u))
         y = passes.apply(u, scale, shift, call.residual, call.relu)
     kept = u if save and call.weight is not None else u.new_empty(0)
     return y, kept, *statistics
@@ -164,16 +163,16 @@ def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ..
                 found = Gradients(gc + centre * g1, None, None, None)
             elif call.training:
                 hw = u.shape[2] * u.shape[3]
-                found, how = algebra.training_gradients(
+                found, how = passes.training_gradients(
                     g1, gc, mean, m2, hw, omega, norm.weight, BatchStatistics(*batch), call.is_clean, call.eps
                 )
             else:
-                found = algebra.testing_gradients(g1, gc, centre, omega, *norm, p_clean, call.eps)
+                found = passes.testing_gradients(g1, gc, centre, omega, *norm, p_clean, call.eps)
         d_input = d_weight = d_residual = None
         if need_images:
             if how is None:
                 if norm is not None:
-                    scale = algebra.testing_coefficients(omega, *norm, p_clean, call.eps, len(u))[0]
+                    scale = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(u))[0]
                 else:
                     scale = u.new_ones(u.shape[:2], dtype=wide) if omega is None else omega
                 how = Propagation(scale, None, None)

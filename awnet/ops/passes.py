@@ -1,18 +1,18 @@
-"""The passes over [B, C, H, W] that a backend brings, and the eager backend's: plain torch operations.
+"""What a backend brings: passes over [B, C, H, W] and the [B, C] algebra; and the eager one, in plain torch.
 
-Four functions are all that a native backend has to provide; the convolution is the library's and the rest is
-``algebra.py``. ``[B, C]`` arguments are float32 (float64 for float64 images); images keep their dtype.
+The convolution is the library's. ``[B, C]`` arguments are float32 (float64 for float64 images); images keep
+their dtype.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from awnet.ops.algebra import Propagation
+from awnet.ops import algebra
+from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -41,6 +41,67 @@ class Passes(Protocol):
         """∂u by ``how``, and ∂residual = g where asked for."""
         ...
 
+    # the algebra: see awnet/ops/algebra.py for each
+
+    def testing_coefficients(
+        self,
+        omega: Tensor | None,
+        bn_weight: Tensor,
+        bn_bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        p_clean: Tensor | None,
+        eps: float,
+        batch: int,
+        /,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def testing_gradients(
+        self,
+        g1: Tensor,
+        gc: Tensor,
+        centre: Tensor,
+        omega: Tensor | None,
+        bn_weight: Tensor,
+        bn_bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        p_clean: Tensor | None,
+        eps: float,
+        /,
+    ) -> Gradients: ...
+
+    def batch_statistics(
+        self, mean: Tensor, m2: Tensor, hw: int, omega: Tensor | None, is_clean: Tensor | None, rows: int, /
+    ) -> BatchStatistics: ...
+
+    def training_coefficients(
+        self,
+        omega: Tensor | None,
+        bn_weight: Tensor,
+        bn_bias: Tensor,
+        statistics: BatchStatistics,
+        is_clean: Tensor | None,
+        eps: float,
+        batch: int,
+        /,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def training_gradients(
+        self,
+        g1: Tensor,
+        gc: Tensor,
+        mean: Tensor,
+        m2: Tensor,
+        hw: int,
+        omega: Tensor | None,
+        bn_weight: Tensor,
+        statistics: BatchStatistics,
+        is_clean: Tensor | None,
+        eps: float,
+        /,
+    ) -> tuple[Gradients, Propagation]: ...
+
 
 def _image(x: Tensor) -> Tensor:
     return x[:, :, None, None]
@@ -50,9 +111,14 @@ def _masked(grad: Tensor, y: Tensor | None) -> Tensor:
     return grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
 
 
-@dataclass(frozen=True)
 class EagerPasses:
     """The passes in plain torch: any device and dtype."""
+
+    testing_coefficients = staticmethod(algebra.testing_coefficients)
+    testing_gradients = staticmethod(algebra.testing_gradients)
+    batch_statistics = staticmethod(algebra.batch_statistics)
+    training_coefficients = staticmethod(algebra.training_coefficients)
+    training_gradients = staticmethod(algebra.training_gradients)
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         wide = u.to(wide_dtype(u.dtype))

@@ -1,0 +1,275 @@
+// The [B, C] mathematics on CPUs: loops over samples and channels around ../arithmetic.h. Sums over the batch
+// are double. docs/equations.md derives what is computed, awnet/ops/algebra.py is the same in torch.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+
+#include <vector>
+
+#include "../arithmetic.h"
+#include "../ops.h"
+
+namespace awnet::cpu {
+namespace {
+
+constexpr int64_t kGrain = 8192;
+
+const float* floats(const Tensor& x, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == shape, name,
+              " must be contiguous float32 ", shape, ", got ", x.scalar_type(), " ", x.sizes());
+  return x.const_data_ptr<float>();
+}
+
+const float* floats(const MaybeTensor& x, at::IntArrayRef shape, const char* name) {
+  return x ? floats(*x, shape, name) : nullptr;
+}
+
+const bool* bools(const MaybeTensor& x, int64_t batch) {
+  if (!x) return nullptr;
+  TORCH_CHECK(x->scalar_type() == at::kBool && x->is_contiguous() && x->dim() == 1 && x->size(0) == batch,
+              "is_clean must be contiguous bool [", batch, "], got ", x->scalar_type(), " ", x->sizes());
+  return x->const_data_ptr<bool>();
+}
+
+// A [rows, C] table of which sample b uses row 0 or its own branch's.
+struct Table {
+  const float* data;
+  int64_t rows, channels;
+
+  Table(const Tensor& x, const char* name) : rows(x.size(0)), channels(x.size(1)) {
+    TORCH_CHECK(rows == 1 || rows == 2, name, " must have 1 or 2 rows, got ", rows);
+    data = floats(x, {rows, channels}, name);
+  }
+  const float* row(int64_t k) const { return data + (rows == 2 ? k * channels : 0); }
+};
+
+std::vector<float> inverse_stds(const Table& var, double eps) {
+  std::vector<float> result(var.rows * var.channels);
+  for (size_t i = 0; i < result.size(); ++i) result[i] = inverse_std(var.data[i], static_cast<float>(eps));
+  return result;
+}
+
+struct Norm {
+  Table weight, bias, mean;
+  std::vector<float> inv_std;
+
+  Norm(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var, double eps)
+      : weight(weight, "weight"),
+        bias(bias, "bias"),
+        mean(mean, "mean"),
+        inv_std(inverse_stds(Table(var, "var"), eps)) {}
+
+  Branch branch(int64_t k, int64_t c) const {
+    const int64_t s = mean.rows == 2 ? k * mean.channels : 0;
+    return {weight.row(k)[c], bias.row(k)[c], mean.row(k)[c], inv_std[s + c]};
+  }
+  int64_t branches() const { return std::max(weight.rows, mean.rows); }
+};
+
+// Threads share the channels, so that a sum over the batch is one thread's.
+template <class Body>
+void for_channels(int64_t batch, int64_t channels, Body body) {
+  at::parallel_for(0, channels, std::max<int64_t>(16, kGrain / std::max<int64_t>(1, batch)), body);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> testing_coefficients(const MaybeTensor& omega, const Tensor& weight,
+                                                const Tensor& bias, const Tensor& mean, const Tensor& var,
+                                                const MaybeTensor& p_clean, double eps, int64_t batch) {
+  const Norm norm(weight, bias, mean, var, eps);
+  const int64_t channels = weight.size(1);
+  const float* w = floats(omega, {batch, channels}, "omega");
+  const float* p = floats(p_clean, {batch}, "p_clean");
+  const bool two = norm.branches() == 2;
+  TORCH_CHECK(!two || p != nullptr, "two branches need p_clean");
+  Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
+  float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
+  for_channels(batch, channels, [&](int64_t first, int64_t last) {
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
+        const Affine a = testing_coefficients(w ? w[i] : 1.0f, two ? p[b] : 0.0f, norm.branch(0, c),
+                                              norm.branch(two ? 1 : 0, c));
+        scale_p[i] = a.scale;
+        shift_p[i] = a.shift;
+      }
+    }
+  });
+  return {scale, shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, const Tensor& gc,
+                                                             const Tensor& centre, const MaybeTensor& omega,
+                                                             const Tensor& weight, const Tensor& bias,
+                                                             const Tensor& mean, const Tensor& var,
+                                                             const MaybeTensor& p_clean, double eps) {
+  const Norm norm(weight, bias, mean, var, eps);
+  const int64_t batch = g1.size(0), channels = weight.size(1), rows = weight.size(0);
+  const float *g1_p = floats(g1, {batch, channels}, "g1"), *gc_p = floats(gc, {batch, channels}, "gc");
+  const float* centre_p = floats(centre, {batch, channels}, "centre");
+  const float *w = floats(omega, {batch, channels}, "omega"), *p = floats(p_clean, {batch}, "p_clean");
+  const bool two = norm.branches() == 2;
+  TORCH_CHECK(!two || p != nullptr, "two branches need p_clean");
+  Tensor d_omega = at::empty({batch, channels}, weight.options()), p_share = at::empty_like(d_omega);
+  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(bias);
+  float *d_omega_p = d_omega.data_ptr<float>(), *share = p_share.data_ptr<float>();
+  float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>();
+  for_channels(batch, channels, [&](int64_t first, int64_t last) {
+    std::vector<double> sums(4 * (last - first), 0.0);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
+        const TestingGradients d =
+            testing_gradients(g1_p[i], gc_p[i], centre_p[i], w ? w[i] : 1.0f, two ? p[b] : 0.0f,
+                              norm.branch(0, c), norm.branch(two ? 1 : 0, c));
+        d_omega_p[i] = d.omega;
+        share[i] = d.p;
+        double* sum = sums.data() + 4 * (c - first);
+        sum[0] += d.weight[0];
+        sum[1] += d.weight[1];
+        sum[2] += d.bias[0];
+        sum[3] += d.bias[1];
+      }
+    }
+    for (int64_t c = first; c < last; ++c) {
+      const double* sum = sums.data() + 4 * (c - first);
+      if (rows == 2) {
+        d_weight_p[c] = sum[0];
+        d_weight_p[channels + c] = sum[1];
+        d_bias_p[c] = sum[2];
+        d_bias_p[channels + c] = sum[3];
+      } else {
+        d_weight_p[c] = sum[0] + (two ? sum[1] : 0.0);
+        d_bias_p[c] = sum[2] + (two ? sum[3] : 0.0);
+      }
+    }
+  });
+  return {d_omega, p_share.sum(1), d_weight, d_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& mean, const Tensor& m2, int64_t hw,
+                                                    const MaybeTensor& omega, const MaybeTensor& is_clean,
+                                                    int64_t rows) {
+  const int64_t batch = mean.size(0), channels = mean.size(1);
+  const float *m = floats(mean, {batch, channels}, "mean"), *squares = floats(m2, {batch, channels}, "m2");
+  const float* w = floats(omega, {batch, channels}, "omega");
+  const bool* clean = bools(is_clean, batch);
+  TORCH_CHECK(rows == 1 || (rows == 2 && clean != nullptr), "two rows of statistics need is_clean");
+  Tensor mu = at::empty({rows, channels}, mean.options()), var = at::empty_like(mu),
+         n = at::empty({rows}, mean.options());
+  float *mu_p = mu.data_ptr<float>(), *var_p = var.data_ptr<float>();
+  double samples[2] = {0.0, 0.0};
+  for (int64_t b = 0; b < batch; ++b) samples[rows == 2 && clean[b]] += 1.0;
+  for (int64_t k = 0; k < rows; ++k) n.data_ptr<float>()[k] = static_cast<float>(samples[k] * hw);
+  for_channels(batch, channels, [&](int64_t first, int64_t last) {
+    const int64_t width = last - first;
+    std::vector<double> sums(rows * width);
+    for (int pass = 0; pass < 2; ++pass) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t b = 0; b < batch; ++b) {
+        const int64_t k = rows == 2 && clean[b];
+        double* sum = sums.data() + k * width - first;
+        const float* own = mu_p + k * channels;
+        for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
+          const float scale = w ? w[i] : 1.0f;
+          sum[c] +=
+              pass == 0 ? scale * m[i] : spread(m[i], squares[i], static_cast<float>(hw), scale, own[c]);
+        }
+      }
+      for (int64_t k = 0; k < rows; ++k) {
+        const double divisor = std::max(samples[k], 1.0) * (pass == 0 ? 1.0 : static_cast<double>(hw));
+        float* out = (pass == 0 ? mu_p : var_p) + k * channels;
+        for (int64_t c = first; c < last; ++c) out[c] = sums[k * width + c - first] / divisor;
+      }
+    }
+  });
+  return {mu, var, n};
+}
+
+std::tuple<Tensor, Tensor> training_coefficients(const MaybeTensor& omega, const Tensor& weight,
+                                                 const Tensor& bias, const Tensor& batch_mean,
+                                                 const Tensor& batch_var, const MaybeTensor& is_clean,
+                                                 double eps, int64_t batch) {
+  const Norm norm(weight, bias, batch_mean, batch_var, eps);
+  const int64_t channels = weight.size(1);
+  const float* w = floats(omega, {batch, channels}, "omega");
+  const bool* clean = bools(is_clean, batch);
+  TORCH_CHECK(norm.branches() == 1 || clean != nullptr, "two branches need is_clean");
+  Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
+  float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
+  for_channels(batch, channels, [&](int64_t first, int64_t last) {
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t k = clean != nullptr && clean[b];
+      for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
+        const Affine a = training_coefficients(w ? w[i] : 1.0f, norm.branch(k, c));
+        scale_p[i] = a.scale;
+        shift_p[i] = a.shift;
+      }
+    }
+  });
+  return {scale, shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
+    const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,
+    const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
+    const Tensor& n, const MaybeTensor& is_clean, double eps) {
+  const Norm norm(weight, weight, batch_mean, batch_var, eps);  // the bias is not used
+  const int64_t batch = g1.size(0), channels = weight.size(1), rows = weight.size(0),
+                groups = batch_mean.size(0);
+  const float *g1_p = floats(g1, {batch, channels}, "g1"), *gc_p = floats(gc, {batch, channels}, "gc");
+  const float *m = floats(mean, {batch, channels}, "mean"), *squares = floats(m2, {batch, channels}, "m2");
+  const float *w = floats(omega, {batch, channels}, "omega"), *n_p = floats(n, {groups}, "n");
+  const bool* clean = bools(is_clean, batch);
+  TORCH_CHECK(norm.branches() == 1 || clean != nullptr, "two branches need is_clean");
+  const auto options = weight.options();
+  Tensor d_omega = at::empty({batch, channels}, options), by_grad = at::empty_like(d_omega),
+         by_input = at::empty_like(d_omega), constant = at::empty_like(d_omega);
+  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
+  float *d_omega_p = d_omega.data_ptr<float>(), *by_grad_p = by_grad.data_ptr<float>(),
+        *by_input_p = by_input.data_ptr<float>(), *constant_p = constant.data_ptr<float>();
+  float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>();
+  const float hw_f = static_cast<float>(hw);
+  for_channels(batch, channels, [&](int64_t first, int64_t last) {
+    // per affine row: sums of g1 and of g · normalised; per statistics row: the same, times the weight
+    std::vector<double> sums(8 * (last - first), 0.0);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t k = clean != nullptr && clean[b], row = rows == 2 ? k : 0, group = groups == 2 ? k : 0;
+      for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
+        const Branch own = norm.branch(k, c);
+        const float a = along(g1_p[i], gc_p[i], m[i], w ? w[i] : 1.0f, own);
+        double* sum = sums.data() + 8 * (c - first);
+        sum[row] += g1_p[i];
+        sum[2 + row] += a;
+        sum[4 + group] += own.weight * g1_p[i];
+        sum[6 + group] += own.weight * a;
+      }
+    }
+    for (int64_t c = first; c < last; ++c) {
+      for (int64_t row = 0; row < rows; ++row) {
+        d_bias_p[row * channels + c] = sums[8 * (c - first) + row];
+        d_weight_p[row * channels + c] = sums[8 * (c - first) + 2 + row];
+      }
+    }
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t k = clean != nullptr && clean[b], group = groups == 2 ? k : 0;
+      const float count = std::max(n_p[group], 1.0f);
+      for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
+        const Branch own = norm.branch(k, c);
+        const double* sum = sums.data() + 8 * (c - first);
+        const TrainingGradients d =
+            training_gradients(g1_p[i], gc_p[i], m[i], squares[i], hw_f, w ? w[i] : 1.0f, own,
+                               static_cast<float>(sum[4 + group]) / count,
+                               static_cast<float>(sum[6 + group]) * own.inv_std / count);
+        d_omega_p[i] = d.omega;
+        by_grad_p[i] = d.by_grad;
+        by_input_p[i] = d.by_input;
+        constant_p[i] = d.constant;
+      }
+    }
+  });
+  return {d_omega, d_weight, d_bias, by_grad, by_input, constant};
+}
+
+}  // namespace awnet::cpu

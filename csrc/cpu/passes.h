@@ -1,0 +1,52 @@
+// The passes over images, one entry for each dtype and instruction set; kernels in passes.inl.
+//
+// A plane is one image channel, `n` contiguous values. Rows are a channels_last image: `pixels` rows of
+// `channels` values, of which the kernel does columns [first, last). Sums and coefficients are float; images
+// are T.
+#pragma once
+
+#include <cstdint>
+
+namespace awnet::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Kernels {
+  // y = act(u * scale + shift + residual); residual may be null
+  void (*apply_plane)(T* y, const T* u, const T* residual, int64_t n, float scale, float shift, bool relu);
+  void (*apply_rows)(T* y, const T* u, const T* residual, int64_t pixels, int64_t channels, int64_t first,
+                     int64_t last, const float* scale, const float* shift, bool relu);
+  // mean and centred sum of squares
+  void (*statistics_plane)(const T* u, int64_t n, float* mean, float* m2);
+  void (*statistics_rows)(const T* u, int64_t pixels, int64_t channels, int64_t first, int64_t last,
+                          float* mean, float* m2);
+  // g1 = sum g, gc = sum g (u - centre), where g is grad masked by y > 0; y may be null
+  void (*reduce_plane)(const T* grad, const T* u, const T* y, int64_t n, float centre, float* g1, float* gc);
+  void (*reduce_rows)(const T* grad, const T* u, const T* y, int64_t pixels, int64_t channels, int64_t first,
+                      int64_t last, const float* centre, float* g1, float* gc);
+  // d_u = by_grad * g + by_input * (u - centre) + constant, d_residual = g; d_residual may be null
+  void (*propagate_plane)(T* d_u, T* d_residual, const T* grad, const T* u, const T* y, int64_t n,
+                          float centre, float by_grad, float by_input, float constant);
+  void (*propagate_rows)(T* d_u, T* d_residual, const T* grad, const T* u, const T* y, int64_t pixels,
+                         int64_t channels, int64_t first, int64_t last, const float* centre,
+                         const float* by_grad, const float* by_input, const float* constant);
+};
+
+#define AWNET_DECLARE_KERNELS(isa)                 \
+  namespace isa {                                  \
+  extern const Kernels<float> float32_kernels;     \
+  extern const Kernels<BFloat16> bfloat16_kernels; \
+  extern const Kernels<Float16> float16_kernels;   \
+  }
+
+AWNET_DECLARE_KERNELS(baseline)
+AWNET_DECLARE_KERNELS(avx2)
+AWNET_DECLARE_KERNELS(avx512)
+
+}  // namespace awnet::cpu

@@ -1,0 +1,274 @@
+// The kernels of passes.h in vectors of 16 floats, what is left one by one. Included once for each
+// instruction set, inside `namespace awnet::cpu::<isa>` and under that set's target pragma; the compiler
+// splits the vectors as it must.
+
+using Vector = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+
+constexpr int kWidth = 16;
+// Sequential float sums of a long channels_last image would lose digits: this many pixels are added to a
+// partial sum before it joins the total.
+constexpr int64_t kBlock = 64;
+
+#define AWNET_INLINE static inline __attribute__((always_inline))
+
+AWNET_INLINE Vector splat(float x) { return Vector{} + x; }
+
+AWNET_INLINE Vector load(const float* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+AWNET_INLINE void store(float* p, Vector v) { __builtin_memcpy(p, &v, sizeof(v)); }
+
+AWNET_INLINE Vector load(const BFloat16* p) {
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return (Vector)(__builtin_convertvector(h, Words) << 16);
+}
+
+AWNET_INLINE void store(BFloat16* p, Vector v) {
+  const Words bits = (Words)v;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const Words quiet_nan = (bits >> 16) | 0x40u;
+  const Halves h = __builtin_convertvector(v == v ? rounded : quiet_nan, Halves);
+  __builtin_memcpy(p, &h, sizeof(h));
+}
+
+AWNET_INLINE Vector load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
+  Vector v;
+  __builtin_memcpy(&v, &low, sizeof(low));
+  __builtin_memcpy((char*)&v + sizeof(low), &high, sizeof(high));
+  return v;
+#else
+  Vector v;
+  for (int i = 0; i < kWidth; ++i) v[i] = c10::detail::fp16_ieee_to_fp32_value(p[i].bits);
+  return v;
+#endif
+}
+
+AWNET_INLINE void store(Float16* p, Vector v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  __m256 low, high;
+  __builtin_memcpy(&low, &v, sizeof(low));
+  __builtin_memcpy(&high, (char*)&v + sizeof(low), sizeof(high));
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kWidth; ++i) p[i].bits = c10::detail::fp16_ieee_from_fp32_value(v[i]);
+#endif
+}
+
+// One value, for what is left when the vectors are done.
+AWNET_INLINE float load_one(const float* p) { return *p; }
+AWNET_INLINE float load_one(const BFloat16* p) { return c10::detail::f32_from_bits(p->bits); }
+AWNET_INLINE float load_one(const Float16* p) { return c10::detail::fp16_ieee_to_fp32_value(p->bits); }
+AWNET_INLINE void store_one(float* p, float v) { *p = v; }
+AWNET_INLINE void store_one(BFloat16* p, float v) { p->bits = c10::detail::round_to_nearest_even(v); }
+AWNET_INLINE void store_one(Float16* p, float v) { p->bits = c10::detail::fp16_ieee_from_fp32_value(v); }
+
+// Calls body(offset, read, write) for every vector of [0, n), then for every value that is left: what `read`
+// gives and `write` takes is a Vector or a float.
+template <class Body>
+AWNET_INLINE void for_values(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    body(
+        i, [](auto* p) __attribute__((always_inline)) { return load(p); },
+        [](auto* p, Vector v) __attribute__((always_inline)) { store(p, v); });
+  }
+  for (; i < n; ++i) {
+    body(
+        i, [](auto* p) __attribute__((always_inline)) { return load_one(p); },
+        [](auto* p, float v) __attribute__((always_inline)) { store_one(p, v); });
+  }
+}
+
+struct Sum {
+  Vector lanes = {};
+  float rest = 0.0f;
+
+  __attribute__((always_inline)) void operator+=(Vector v) { lanes += v; }
+  __attribute__((always_inline)) void operator+=(float v) { rest += v; }
+  __attribute__((always_inline)) float total(int64_t n) const {
+    float sum = rest;
+    if (n >= kWidth) {
+      for (int i = 0; i < kWidth; ++i) sum += lanes[i];
+    }
+    return sum;
+  }
+};
+
+// As torch's ReLU: NaN passes.
+AWNET_INLINE Vector rectified(Vector v) { return v <= 0.0f ? Vector{} : v; }
+AWNET_INLINE Vector masked(Vector grad, Vector y) { return y <= 0.0f ? Vector{} : grad; }
+AWNET_INLINE float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
+AWNET_INLINE float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
+
+template <class T, bool kResidual, bool kRelu>
+AWNET_INLINE void apply_values(T* y, const T* u, const T* r, int64_t n, float scale, float shift) {
+  for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+    auto v = read(u + i) * scale + shift;
+    if (kResidual) v += read(r + i);
+    write(y + i, kRelu ? rectified(v) : v);
+  });
+}
+
+template <class T>
+void apply_plane(T* y, const T* u, const T* r, int64_t n, float scale, float shift, bool relu) {
+  if (r != nullptr) {
+    relu ? apply_values<T, true, true>(y, u, r, n, scale, shift)
+         : apply_values<T, true, false>(y, u, r, n, scale, shift);
+  } else {
+    relu ? apply_values<T, false, true>(y, u, r, n, scale, shift)
+         : apply_values<T, false, false>(y, u, r, n, scale, shift);
+  }
+}
+
+template <class T>
+void apply_rows(T* y, const T* u, const T* r, int64_t pixels, int64_t channels, int64_t first, int64_t last,
+                const float* scale, const float* shift, bool relu) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const int64_t row = pixel * channels + first;
+    for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+      auto v = read(u + row + i) * read(scale + first + i) + read(shift + first + i);
+      if (r != nullptr) v += read(r + row + i);
+      write(y + row + i, relu ? rectified(v) : v);
+    });
+  }
+}
+
+template <class T>
+void statistics_plane(const T* u, int64_t n, float* mean, float* m2) {
+  Sum sum;
+  for_values(n, [&](int64_t i, auto read, auto) __attribute__((always_inline)) { sum += read(u + i); });
+  const float centre = sum.total(n) / static_cast<float>(n);
+  Sum squares;
+  for_values(n, [&](int64_t i, auto read, auto) __attribute__((always_inline)) {
+    const auto d = read(u + i) - centre;
+    squares += d * d;
+  });
+  *mean = centre;
+  *m2 = squares.total(n);
+}
+
+template <class T>
+void statistics_rows(const T* u, int64_t pixels, int64_t channels, int64_t first, int64_t last, float* mean,
+                     float* m2) {
+  for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+    const T* column = u + first + i;
+    using Value = decltype(read(column));
+    Value sum = {};
+    for (int64_t begin = 0; begin < pixels; begin += kBlock) {
+      const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
+      Value part = {};
+      for (int64_t pixel = begin; pixel < end; ++pixel) part += read(column + pixel * channels);
+      sum += part;
+    }
+    const Value centre = sum / static_cast<float>(pixels);
+    Value squares = {};
+    for (int64_t begin = 0; begin < pixels; begin += kBlock) {
+      const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
+      Value part = {};
+      for (int64_t pixel = begin; pixel < end; ++pixel) {
+        const Value d = read(column + pixel * channels) - centre;
+        part += d * d;
+      }
+      squares += part;
+    }
+    write(mean + first + i, centre);
+    write(m2 + first + i, squares);
+  });
+}
+
+template <class T>
+void reduce_plane(const T* grad, const T* u, const T* y, int64_t n, float centre, float* g1, float* gc) {
+  Sum sum, along;
+  for_values(n, [&](int64_t i, auto read, auto) __attribute__((always_inline)) {
+    auto g = read(grad + i);
+    if (y != nullptr) g = masked(g, read(y + i));
+    sum += g;
+    along += g * (read(u + i) - centre);
+  });
+  *g1 = sum.total(n);
+  *gc = along.total(n);
+}
+
+template <class T>
+void reduce_rows(const T* grad, const T* u, const T* y, int64_t pixels, int64_t channels, int64_t first,
+                 int64_t last, const float* centre, float* g1, float* gc) {
+  for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+    const int64_t column = first + i;
+    const auto middle = read(centre + column);
+    using Value = decltype(read(grad));
+    Value sum = {}, along = {};
+    for (int64_t begin = 0; begin < pixels; begin += kBlock) {
+      const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
+      Value part_sum = {}, part_along = {};
+      for (int64_t at = begin * channels + column; at < end * channels + column; at += channels) {
+        auto g = read(grad + at);
+        if (y != nullptr) g = masked(g, read(y + at));
+        part_sum += g;
+        part_along += g * (read(u + at) - middle);
+      }
+      sum += part_sum;
+      along += part_along;
+    }
+    write(g1 + column, sum);
+    write(gc + column, along);
+  });
+}
+
+template <class T>
+void propagate_plane(T* d_u, T* d_residual, const T* grad, const T* u, const T* y, int64_t n, float centre,
+                     float by_grad, float by_input, float constant) {
+  for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+    auto g = read(grad + i);
+    if (y != nullptr) g = masked(g, read(y + i));
+    auto d = g * by_grad;
+    if (by_input != 0.0f || constant != 0.0f) d += (read(u + i) - centre) * by_input + constant;
+    write(d_u + i, d);
+    if (d_residual != nullptr) write(d_residual + i, g);
+  });
+}
+
+template <class T>
+void propagate_rows(T* d_u, T* d_residual, const T* grad, const T* u, const T* y, int64_t pixels,
+                    int64_t channels, int64_t first, int64_t last, const float* centre, const float* by_grad,
+                    const float* by_input, const float* constant) {
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    const int64_t row = pixel * channels + first;
+    for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+      auto g = read(grad + row + i);
+      if (y != nullptr) g = masked(g, read(y + row + i));
+      auto d = g * read(by_grad + first + i);
+      if (by_input != nullptr) {
+        d += (read(u + row + i) - read(centre + first + i)) * read(by_input + first + i) +
+             read(constant + first + i);
+      }
+      write(d_u + row + i, d);
+      if (d_residual != nullptr) write(d_residual + row + i, g);
+    });
+  }
+}
+
+template <class T>
+constexpr Kernels<T> table() {
+  return {apply_plane<T>,  apply_rows<T>,  statistics_plane<T>, statistics_rows<T>,
+          reduce_plane<T>, reduce_rows<T>, propagate_plane<T>,  propagate_rows<T>};
+}
+
+extern const Kernels<float> float32_kernels = table<float>();
+extern const Kernels<BFloat16> bfloat16_kernels = table<BFloat16>();
+extern const Kernels<Float16> float16_kernels = table<Float16>();
+
+#undef AWNET_INLINE
