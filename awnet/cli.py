@@ -329,7 +329,30 @@ class Attack(_OnRun):
         _say(console, f"written to {self.out}")
 
 
-# ── bench, data, info ─────────────────────────────────────────────────────────────────────────────────────
+# ── reproduce, bench, data, info ──────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(kw_only=True)
+class Reproduce:
+    """Run a whole experiment: train, attack, compare, print the table."""
+
+    what: Positional[Literal["digits"]]
+    """digits: AW-Net and two static twins on scikit-learn's digits, a few minutes on two CPU cores."""
+    out: Path = Path("runs/digits")
+    """The run folder."""
+    resume: bool = False
+    """Go on with what is in the folder, if anything is; Ctrl-C saves."""
+    overwrite: bool = False
+    """Replace what is in the folder."""
+    seed: int = 0
+    """Of everything: weights, order, augmentation, attacks, held-out images."""
+    device: Maybe[str] = None
+    """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
+
+    def run(self, console: Console) -> None:
+        from awnet.reproduce import run_digits
+
+        run_digits(self.out, seed=self.seed, resume=self.resume, overwrite=self.overwrite, device=self.device)
 
 
 @dataclass(kw_only=True)
@@ -513,6 +536,7 @@ def _commands(words: Sequence[str]) -> Any:
         "train": Train,
         "evaluate": Evaluate,
         "attack": Attack,
+        "reproduce": Reproduce,
         "bench": _bench() if words[:1] == ["bench"] else Bench,
         "data": Data,
         "info": Info,

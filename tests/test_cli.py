@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from awnet.cli import main, number, parse_options
 from awnet.data import list_datasets, load_dataset
 from awnet.evaluation import Report
 from awnet.models import create_model, list_models, load_model, save_model
+from awnet.reproduce import run_digits
 from awnet.training import list_recipes
 
 
@@ -86,7 +88,7 @@ def test_options_need_a_name_and_a_value(pair):
         parse_options([pair], "--set")
 
 
-COMMANDS = ["train", "evaluate", "attack", "bench", "data", "info"]
+COMMANDS = ["train", "evaluate", "attack", "reproduce", "bench", "data", "info"]
 
 
 def help_of(capsys, *words):
@@ -104,7 +106,7 @@ def test_every_command_has_help(capsys):
 
 
 def test_seed_and_device_are_everywhere_a_model_runs(capsys):
-    for command in ("train", "evaluate", "attack", "bench"):
+    for command in ("train", "evaluate", "attack", "reproduce", "bench"):
         text = help_of(capsys, command)
         assert "--seed INT" in text
         assert "--device STR" in text
@@ -126,6 +128,8 @@ def test_help_names_every_recipe_and_data_set(capsys):
         ["train", "--select-on", "luck"],
         ["evaluate"],
         ["attack", "run"],
+        ["reproduce"],
+        ["reproduce", "everything"],
         ["bench"],
         ["data"],
     ],
@@ -296,6 +300,21 @@ def test_attack_saves_images_labels_and_provenance(run, tmp_path, capsys):
     assert main([str(word) for word in [*words, "--overwrite"]]) == 0
 
 
+def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
+    # the experiment itself is run in test_reproduce.py
+    calls = []
+    signature = inspect.signature(run_digits)
+    monkeypatch.setattr(
+        "awnet.reproduce.run_digits", lambda *a, **k: calls.append(signature.bind(*a, **k).arguments)
+    )
+    assert main(["reproduce", "digits"]) == 0
+    assert main(["reproduce", "digits", "--out", "here", "--seed", "5", "--device", "cpu", "--resume"]) == 0
+    assert main(["reproduce", "digits", "--overwrite"]) == 0
+    usual = {"out": Path("runs/digits"), "seed": 0, "resume": False, "overwrite": False, "device": None}
+    changed = {"out": Path("here"), "seed": 5, "resume": True, "device": "cpu"}
+    assert calls == [usual, usual | changed, usual | {"overwrite": True}]
+
+
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -435,4 +454,4 @@ def test_as_a_program(tmp_path):
     assert bad.stderr.count("\n") == 1
     help = awnet()
     assert help.returncode == 0
-    assert "evaluate" in help.stdout
+    assert "reproduce" in help.stdout
