@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_data import Server, tar_of, write_cifar10
 
 from awnet import __version__
 from awnet.attacks import list_attacks, named_attack
@@ -209,6 +210,7 @@ def test_evaluate_prints_a_table_and_writes_report_and_figures(run, capsys):
     assert (report["n"], report["eps"], report["selected_on"]) == (50, 0.1, "validation")
     assert set(report["attacks"]) == {"fgsm", "pgd_sat"}
     assert report["attacks"]["fgsm"]["settings"]["eps"] == 0.1
+    assert report["settings"]["classes"] == 10
     assert list((run / "evaluations" / "quick").glob("*.png"))
 
 
@@ -391,6 +393,15 @@ def test_a_traceback_can_be_asked_for(how, capsys, monkeypatch):
     assert "\nawnet: error: unknown data set" in error
 
 
+def test_an_interruption_is_one_line_and_status_130(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("awnet.data.load_dataset", interrupt)
+    assert main(["data", "info", "digits"]) == 130
+    assert capsys.readouterr().err == "awnet: interrupted\n"
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch):
     def defect(*_, **__):
         raise RuntimeError("a defect")
@@ -401,6 +412,21 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 
 
 # ── data, info, bench ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_data_download_prints_the_folder_or_says_what_to_do(tmp_path, capsys, monkeypatch):
+    server = Server()
+    server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
+    words = ["data", "download", "cifar10", "--data-dir", "mine"]
+    server.break_off_after = 500
+    assert "the same command goes on from there" in fails(capsys, *words)
+    server.break_off_after = None
+    assert main(words) == 0
+    assert capsys.readouterr().out == "mine/cifar-10-batches-py\n"
+    assert server.asked == [None, "bytes=500-"]
+    server.close()
+    assert main(["data", "info", "cifar10", "--data-dir", "mine"]) == 0
+    assert "10: class 0, class 1" in capsys.readouterr().out
 
 
 def test_data_info_prints_splits_threat_model_and_fingerprints(capsys):

@@ -120,6 +120,7 @@ def evaluate(
             "batch_size": batch_size,
             "limit": limit,
             "source": dataset.source,
+            "classes": dataset.num_classes,
             "fingerprint": dataset.fingerprint(),
             "robust_accuracy": "of adversarial images made from all images, also those misclassified clean",
         },
