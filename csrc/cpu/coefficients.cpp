@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> testing_coefficients(const MaybeTensor& omega, const 
   const float* w = floats(omega, {batch, channels}, "omega");
   const float* p = floats(p_clean, {batch}, "p_clean");
   const bool two = norm.branches() == 2;
-  TORCH_CHECK(!two || p != nullptr, "two branches need p_clean");
+  TORCH_CHECK(!two || p_clean.has_value(), "two branches need p_clean");
   Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
   float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, c
   const float* centre_p = floats(centre, {batch, channels}, "centre");
   const float *w = floats(omega, {batch, channels}, "omega"), *p = floats(p_clean, {batch}, "p_clean");
   const bool two = norm.branches() == 2;
-  TORCH_CHECK(!two || p != nullptr, "two branches need p_clean");
+  TORCH_CHECK(!two || p_clean.has_value(), "two branches need p_clean");
   Tensor d_omega = at::empty({batch, channels}, weight.options()), p_share = at::empty_like(d_omega);
   Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(bias);
   float *d_omega_p = d_omega.data_ptr<float>(), *share = p_share.data_ptr<float>();
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& mean, const Te
   const float *m = floats(mean, {batch, channels}, "mean"), *squares = floats(m2, {batch, channels}, "m2");
   const float* w = floats(omega, {batch, channels}, "omega");
   const bool* clean = bools(is_clean, batch);
-  TORCH_CHECK(rows == 1 || (rows == 2 && clean != nullptr), "two rows of statistics need is_clean");
+  TORCH_CHECK(rows == 1 || (rows == 2 && is_clean.has_value()), "two rows of statistics need is_clean");
   Tensor mu = at::empty({rows, channels}, mean.options()), var = at::empty_like(mu),
          n = at::empty({rows}, mean.options());
   float *mu_p = mu.data_ptr<float>(), *var_p = var.data_ptr<float>();
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor> training_coefficients(const MaybeTensor& omega, const
   const int64_t channels = weight.size(1);
   const float* w = floats(omega, {batch, channels}, "omega");
   const bool* clean = bools(is_clean, batch);
-  TORCH_CHECK(norm.branches() == 1 || clean != nullptr, "two branches need is_clean");
+  TORCH_CHECK(norm.branches() == 1 || is_clean.has_value(), "two branches need is_clean");
   Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
   float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
@@ -222,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
   const float *m = floats(mean, {batch, channels}, "mean"), *squares = floats(m2, {batch, channels}, "m2");
   const float *w = floats(omega, {batch, channels}, "omega"), *n_p = floats(n, {groups}, "n");
   const bool* clean = bools(is_clean, batch);
-  TORCH_CHECK(norm.branches() == 1 || clean != nullptr, "two branches need is_clean");
+  TORCH_CHECK(norm.branches() == 1 || is_clean.has_value(), "two branches need is_clean");
   const auto options = weight.options();
   Tensor d_omega = at::empty({batch, channels}, options), by_grad = at::empty_like(d_omega),
          by_input = at::empty_like(d_omega), constant = at::empty_like(d_omega);
