@@ -136,8 +136,17 @@ def test_augmentation_is_a_shift_and_a_flip_and_reaches_all_of_them():
     seen = Counter(choices[crop.numpy().tobytes()] for crop in out)
     assert len(seen) == 18
     assert max(abs(count - 100) for count in seen.values()) < 50  # 5 standard deviations
-    other = augmented(image.expand(1800, -1, -1, -1), index, Augmentation(1, True), seed=0, epoch=1)
-    assert not torch.equal(out, other)
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(shift=1), Augmentation(flip=True)])
+def test_shift_and_flip_each_change_with_seed_epoch_and_sample(augmentation):
+    image = torch.arange(1, 21, dtype=torch.uint8).reshape(1, 1, 4, 5).expand(50, -1, -1, -1)
+    index = torch.arange(50)
+    results = {
+        augmented(image, where, augmentation, seed=seed, epoch=epoch).numpy().tobytes()
+        for where, seed, epoch in [(index, 0, 0), (index, 1, 0), (index, 0, 1), (index + 50, 0, 0)]
+    }
+    assert len(results) == 4
 
 
 def test_augmentation_without_shift_and_flip_changes_nothing():
