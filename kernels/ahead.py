@@ -1,0 +1,248 @@
+"""Compiles every kernel for sm_80 and sm_90 without a GPU: ``python -m awnet.kernels.ahead``.
+
+Each kernel module has ``cases(table)``, which gives the calls to compile at the launch parameters that
+awnet/ops/configs/ ships. A case fails where a kernel spills (stack > 0), where one with ``tl.dot`` lacks its
+tensor-core instruction, or where one takes more registers than kernels/resources.json allows for this Triton.
+``--update`` writes that file and docs/kernel-resources.md from what was compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import Case, Launched, Table, recorded
+
+MODULES = ("passes", "coefficients", "sign_step", "conv", "grouped_conv")
+TARGETS = (80, 90)
+RESOURCES = Path(__file__).parent / "resources.json"
+PAGE = Path(__file__).parent.parent / "docs" / "kernel-resources.md"
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel of a case takes on one target."""
+
+    name: str
+    target: int  # 80: sm_80
+    registers: int  # of one thread
+    stack: int  # bytes; more than 0 is a spill
+    shared: int  # bytes of one program
+    instruction: str  # "wgmma", "mma" or "": the best tensor-core instruction that it holds
+    problem: str | None = None
+
+
+def shipped_launches() -> dict[str, dict[str, int]]:
+    """All entries of awnet/ops/configs/*.json; for a key in several tables one entry each, "key@device"."""
+    package = importlib.util.find_spec("awnet.ops")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    launches: dict[str, dict[str, int]] = {}
+    for path in sorted(Path(package.submodule_search_locations[0], "configs").glob("*.json")):
+        device = "" if path.stem == "default" else f"@{path.stem}"
+        for key, entry in json.loads(path.read_text())["launches"].items():
+            launches[key + device] = entry
+    return launches
+
+
+def cases(table: Table) -> Iterator[Case]:
+    """The cases of every kernel module."""
+    for name in MODULES:
+        full = f"{__package__}.{name}"
+        if importlib.util.find_spec(full) is not None:
+            yield from importlib.import_module(full).cases(table)
+
+
+def _specialised(launched: Launched) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Signature, constants and attributes as Triton's own launcher would derive them."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for parameter in launched.kernel.params:
+        name, value = parameter.name, launched.arguments[parameter.name]
+        place = (parameter.num,)
+        if parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            attributes[place] = [["tt.divisibility", 16]]
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            if value == 1 and not parameter.do_not_specialize:
+                signature[name], constants[name] = "constexpr", 1
+                continue
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[place] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return signature, constants, attributes
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack of the one kernel in ``cubin``."""
+    import triton
+
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(program), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage said nothing of registers: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def compile_launch(name: str, launched: Launched, target: int, instruction: str) -> Resources:
+    """Compiles one recorded launch and measures it; ``problem`` is set where a rule is broken."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _specialised(launched)
+    source = ASTSource(launched.kernel, signature, constants, attributes)
+    options = {"num_warps": launched.warps, "num_stages": launched.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    registers, stack = _usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    found = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
+    problem = None
+    if stack > 0:
+        problem = f"spills: {stack} bytes of stack"
+    elif instruction and "tl.dot(" in launched.kernel.src:
+        wanted = "mma" if target < 90 else instruction
+        if found not in (wanted, "wgmma"):
+            problem = f"has no {wanted} instruction"
+    return Resources(name, target, registers, stack, compiled.metadata.shared, found, problem)
+
+
+def launches_of(case: Case) -> list[tuple[str, Launched]]:
+    """The kernels that ``case`` launches, each with a name of its own."""
+    with recorded() as launches:
+        case.run()
+    if not launches:
+        raise RuntimeError(f"the case {case.name!r} launches no kernel")
+    named: dict[str, Launched] = {}
+    for launched in launches:
+        name = f"{case.name}: {launched.kernel.__name__}"
+        while name in named:
+            name += "'"
+        named[name] = launched
+    return list(named.items())
+
+
+def check(
+    chosen: Sequence[Case], targets: Sequence[int] = TARGETS, allowed: dict[str, int] | None = None
+) -> Iterator[Resources]:
+    """Compiles ``chosen``, each distinct kernel once. ``allowed``: registers by "name sm_NN"."""
+    seen: set[str] = set()
+    for case in chosen:
+        for name, launched in launches_of(case):
+            for target in targets:
+                key = repr(
+                    (launched.kernel, *_specialised(launched), launched.warps, launched.stages, target)
+                )
+                if key in seen:
+                    continue
+                seen.add(key)
+                result = compile_launch(name, launched, target, case.instruction)
+                limit = (allowed or {}).get(f"{name} sm_{target}")
+                if result.problem is None and limit is not None and result.registers > limit:
+                    grown = f"takes {result.registers} registers, the committed figure is {limit}"
+                    result = replace(result, problem=grown)
+                yield result
+
+
+def _row(r: Resources) -> str:
+    return (
+        f"| {r.name} | sm_{r.target} | {r.registers} | {r.stack} | {r.shared} | {r.instruction or '–'} "
+        f"| {r.problem or 'ok'} |"
+    )
+
+
+_HEAD = "| kernel | target | registers | stack | shared | tensor cores | |\n|---|---|---:|---:|---:|---|---|"
+
+
+def _write(version: str, results: Sequence[Resources]) -> None:
+    stored = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    stored[version] = {f"{r.name} sm_{r.target}": r.registers for r in results}
+    RESOURCES.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+    lines = [
+        "# What the kernels take",
+        "",
+        f"Generated by `python -m awnet.kernels.ahead --update` with Triton {version}: every Triton kernel at",
+        "its shipped launch parameters, compiled without a GPU. Registers are a thread's, stack and shared",
+        "memory are bytes; a stack above 0 would be a spill. kernels/resources.json holds the registers that",
+        "later versions are held to, for each version of Triton that was asked.",
+        "",
+        _HEAD,
+        *map(_row, results),
+    ]
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 1 where a rule is broken."""
+    parser = argparse.ArgumentParser(prog="python -m awnet.kernels.ahead", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the chosen part that `make test` compiles")
+    parser.add_argument("--only", default="", help="only cases whose name holds this text")
+    parser.add_argument("--target", type=int, nargs="+", default=list(TARGETS), help="80, 90")
+    parser.add_argument("--update", action="store_true", help="write resources.json and kernel-resources.md")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter and the compiler cannot share a process")
+    partial = options.quick or options.only or options.target != list(TARGETS)
+    if options.update and partial:
+        parser.error("--update needs all cases on all targets")
+
+    import triton
+
+    every = list(cases(shipped_launches()))
+    chosen = [c for c in every if options.only in c.name and (c.quick or not options.quick)]
+    if not chosen:
+        parser.error(f"no case's name holds {options.only!r}")
+    stored = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    allowed = None if options.update else stored.get(triton.__version__)
+    if allowed is None and not options.update:
+        print(f"no registers are committed for Triton {triton.__version__}: they are not compared")
+    print(_HEAD)
+    results = []
+    for result in check(chosen, options.target, allowed):
+        print(_row(result), flush=True)
+        results.append(result)
+    broken = [r for r in results if r.problem]
+    print(f"{len(results)} kernels, {len(broken)} with a problem, Triton {triton.__version__}")
+    if options.update and not broken:
+        _write(triton.__version__, results)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

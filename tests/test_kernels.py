@@ -1,0 +1,35 @@
+"""Runs every file of tests/kernels/ in a process of its own, under Triton's interpreter (tests/interpreter.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FILES = sorted((Path(__file__).parent / "kernels").glob("test_*.py"))
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        torch.cuda.is_available(), reason="with a CUDA device tests/kernels/ is collected directly"
+    ),
+]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_kernels_in_the_interpreter(file: Path, request: pytest.FixtureRequest) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "-m", request.config.getoption("markexpr")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(file)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        check=False,
+    )
+    # 5: every test of the file was deselected
+    assert done.returncode in (0, 5), done.stdout + done.stderr
