@@ -1,0 +1,457 @@
+"""Implicit-GEMM convolution for groups = 1 in channels_last, with the layer's work in its epilogue.
+
+Rows of the product are output pixels, columns output channels, and the contraction runs over taps and input
+channels, so no patch matrix is ever written. float32 accumulation, int64 addresses, no atomics.
+
+The library's convolution is the default everywhere: a hook returns None unless a measured table (``use_table``)
+says that this kernel wins for the case, or ``force`` is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from awnet.kernels.epilogue import combine, finish, on_device
+
+
+class Tile(NamedTuple):
+    """The launch parameters of one convolution."""
+
+    block_m: int  # output pixels
+    block_n: int  # output channels
+    block_k: int  # input channels of one tap
+    warps: int
+    stages: int
+    swap_ab: bool = False  # weights on the M side of the tensor cores' product
+
+
+class Case(NamedTuple):
+    """What a measurement is about."""
+
+    operation: str  # apply, statistics or dgrad
+    dtype: torch.dtype
+    c_in: int  # of the layer, for dgrad too
+    c_out: int
+    size: tuple[int, int]  # of the layer's input
+    kernel: int
+    stride: int
+
+
+class Win(NamedTuple):
+    """Where this kernel beats the library's convolution: from ``least_batch`` on, with ``tile``."""
+
+    least_batch: int
+    tile: Tile
+
+
+_wins: dict[Case, Win] = {}
+
+
+def use_table(wins: Mapping[Case, Win]) -> None:
+    """Replaces the table of cases in which this kernel is taken; it starts empty."""
+    _wins.clear()
+    _wins.update(wins)
+
+
+def winning_tile(case: Case, batch: int) -> Tile | None:
+    """The tile with which this kernel beats the library's convolution, by the table; None where it does not."""
+    win = _wins.get(case)
+    return win.tile if win is not None and batch >= win.least_batch else None
+
+
+def default_tile(dtype: torch.dtype, c_in: int, c_out: int, precision: str = "ieee") -> Tile:
+    """A tile that is safe on any shape; tuning finds better ones."""
+    if dtype != torch.float32:
+        block_k = min(64, max(16, triton.next_power_of_2(c_in)))
+        return Tile(128, 64, block_k, 4, 4) if c_out <= 64 else Tile(128, 128, block_k, 8, 3)
+    block_k = min(32, max(16, triton.next_power_of_2(c_in)))
+    return Tile(128, 64, block_k, 4, 3) if precision == "tf32" else Tile(64, 64, 16, 8, 2)
+
+
+@triton.jit
+def conv_kernel(
+    x_ptr,  # [B, H, W, C_IN] in memory
+    weight_ptr,
+    u_ptr,  # outputs and their companions: see finish
+    y_ptr,
+    residual_ptr,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    m2_ptr,
+    batch,
+    weight_out,  # strides of the weight by output channel, input channel and tap
+    weight_in,
+    weight_tap,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    OH: tl.constexpr,
+    OW: tl.constexpr,
+    K: tl.constexpr,  # taps along a side
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLIP: tl.constexpr,  # taps in reverse: the gradient of the input
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SWAP_AB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    HW: tl.constexpr = OH * OW
+    BLOCKS_N: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    BLOCKS_K: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    TAPS: tl.constexpr = K * K
+
+    # neighbours share the pixels, the larger operand
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // BLOCKS_N
+    channel = (program % BLOCKS_N).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, BLOCK_M)
+    if SPAN:
+        part = 0
+        first_sample = tile * BLOCK_M // HW
+        run = (tile * BLOCK_M % HW).to(tl.int32) + row
+        sample = first_sample + run // HW
+        pixel = run % HW
+    else:
+        PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS
+        part = (tile % PARTS).to(tl.int32)
+        first_sample = tile // PARTS * (BLOCK_M // ROWS)
+        sample = first_sample + row // ROWS
+        pixel = part * ROWS + row % ROWS
+    row_ok = (sample < batch) & (pixel < HW)
+
+    top = pixel // OW * STRIDE - PADDING
+    left = pixel % OW * STRIDE - PADDING
+    x_row = x_ptr + (sample * (H * W) + top * W + left) * C_IN  # of the first tap; may lie in the padding
+    weight_column = weight_ptr + channel.to(tl.int64) * weight_out
+    if SWAP_AB:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(TAPS * BLOCKS_K):
+        tap = step % TAPS  # taps innermost: they read the same pixels
+        depth = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
+        i = tap // K
+        j = tap % K
+        inside = row_ok & (top + i >= 0) & (top + i < H) & (left + j >= 0) & (left + j < W)
+        x_ok = inside[:, None]
+        weight_ok = (channel < C_OUT)[None, :]
+        if C_IN % BLOCK_K != 0:
+            x_ok = x_ok & (depth < C_IN)[None, :]
+            weight_ok = weight_ok & (depth < C_IN)[:, None]
+        x = tl.load(x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :], mask=x_ok, other=0.0)
+        weight_at = tap
+        if FLIP:
+            weight_at = TAPS - 1 - tap
+        weight_from = weight_column[None, :] + (depth * weight_in + weight_at * weight_tap)[:, None]
+        weight = tl.load(weight_from, mask=weight_ok, other=0.0)
+        if SWAP_AB:
+            acc = tl.dot(tl.trans(weight), tl.trans(x), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+    if SWAP_AB:
+        acc = tl.trans(acc)
+    finish(
+        acc,
+        sample,
+        pixel,
+        row_ok,
+        channel,
+        first_sample,
+        part,
+        batch,
+        u_ptr,
+        y_ptr,
+        residual_ptr,
+        scale_ptr,
+        shift_ptr,
+        mean_ptr,
+        m2_ptr,
+        HW,
+        C_OUT,
+        1,
+        C_OUT,
+        BLOCK_M,
+        BLOCK_N,
+        ROWS,
+        SPAN,
+        RELU,
+    )
+
+
+class Problem(NamedTuple):
+    """One product of the kernel; for dgrad, input and output are exchanged."""
+
+    batch: int
+    c_in: int
+    c_out: int
+    size: tuple[int, int]
+    out_size: tuple[int, int]
+    kernel: int
+    stride: int
+    padding: int
+    flip: bool
+
+    @property
+    def hw(self) -> int:
+        return self.out_size[0] * self.out_size[1]
+
+
+def constants(problem: Problem, tile: Tile, statistics: bool, relu: bool, precision: str) -> dict[str, Any]:
+    """The kernel's compile-time arguments."""
+    hw = problem.hw
+    # statistics are per sample, so there no tile mixes samples in one sum
+    span = not statistics and hw % tile.block_m != 0
+    return {
+        "C_IN": problem.c_in,
+        "C_OUT": problem.c_out,
+        "H": problem.size[0],
+        "W": problem.size[1],
+        "OH": problem.out_size[0],
+        "OW": problem.out_size[1],
+        "K": problem.kernel,
+        "STRIDE": problem.stride,
+        "PADDING": problem.padding,
+        "FLIP": problem.flip,
+        "SPAN": span,
+        "ROWS": tile.block_m if span else min(tile.block_m, triton.next_power_of_2(hw)),
+        "RELU": relu,
+        "PRECISION": precision,
+        "SWAP_AB": tile.swap_ab,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+    }
+
+
+def _launch(
+    problem: Problem,
+    tile: Tile,
+    precision: str,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    u: Tensor | None,
+    y: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    mean: Tensor | None = None,
+    m2: Tensor | None = None,
+    relu: bool = False,
+) -> None:
+    fixed = constants(problem, tile, mean is not None, relu, precision)
+    if fixed["SPAN"]:
+        tiles = triton.cdiv(problem.batch * problem.hw, tile.block_m)
+    else:
+        samples = tile.block_m // fixed["ROWS"]
+        tiles = triton.cdiv(problem.batch, samples) * triton.cdiv(problem.hw, fixed["ROWS"])
+    by_out, by_in, by_tap = weight.stride(0), weight.stride(1), weight.stride(3)
+    if problem.flip:
+        by_out, by_in = by_in, by_out
+    with on_device(x):
+        conv_kernel[(tiles * triton.cdiv(problem.c_out, tile.block_n),)](
+            x,
+            weight,
+            u,
+            y,
+            residual,
+            scale,
+            shift,
+            mean,
+            m2,
+            problem.batch,
+            by_out,
+            by_in,
+            by_tap,
+            **fixed,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def refusal(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str | None:
+    """Why this kernel cannot convolve ``x`` [B, C_in, H, W] with ``weight``; None if it can."""
+    kernel = tuple(weight.shape[2:])
+    if groups != 1:
+        return f"it has no groups (got {groups})"
+    if kernel not in ((1, 1), (3, 3)):
+        return f"it does 1×1 and 3×3 kernels (got {kernel[0]}×{kernel[1]})"
+    if tuple(stride) not in ((1, 1), (2, 2)) or tuple(padding) not in ((0, 0), (1, 1)):
+        return f"it does stride 1 and 2 and padding 0 and 1 (got {tuple(stride)}, {tuple(padding)})"
+    if tuple(dilation) != (1, 1):
+        return f"it has no dilation (got {tuple(dilation)})"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        return f"it does float32, bfloat16 and float16, one for both (got {x.dtype} and {weight.dtype})"
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return "it does channels_last only"
+    if weight.stride(2) != 3 * weight.stride(3) and kernel == (3, 3):
+        return "the weight's taps are not evenly strided"
+    if x.numel() == 0:
+        return "the input is empty"
+    if max(x[0].numel(), x.shape[2] * x.shape[3] * weight.shape[0], weight.numel()) >= 2**31:
+        return "one sample or the weight has 2^31 values or more"
+    return None
+
+
+def _problem(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]) -> Problem:
+    c_out, c_in, kernel, _ = weight.shape
+    height, width = ((size + 2 * padding[0] - kernel) // stride[0] + 1 for size in x.shape[2:])
+    size = (x.shape[2], x.shape[3])
+    return Problem(len(x), c_in, c_out, size, (height, width), kernel, stride[0], padding[0], False)
+
+
+def _tile(operation: str, x_dtype: torch.dtype, of: Problem, precision: str) -> Tile | None:
+    case = Case(operation, x_dtype, of.c_in, of.c_out, of.size, of.kernel, of.stride)
+    return winning_tile(case, of.batch) if precision == "ieee" or x_dtype != torch.float32 else None
+
+
+def _output(problem: Problem, like: Tensor) -> Tensor:
+    return torch.empty(
+        (problem.batch, problem.c_out, *problem.out_size),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def fused_apply(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    save: bool,
+    *,
+    tile: Tile | None = None,
+    precision: str = "ieee",
+    force: bool = False,
+) -> tuple[Tensor, Tensor] | None:
+    """y = act(conv(input, weight) · scale + shift + residual), and u = conv(input, weight) if ``save``.
+
+    ``input`` [B, C_in, H, W] channels_last; ``scale``, ``shift`` [B, C_out] float32, contiguous; ``residual``
+    and the results [B, C_out, H', W'] channels_last; u is empty without ``save``. ``precision`` is "ieee" or
+    "tf32", for float32 only. None where the kernel cannot run the call or is not known to win.
+    """
+    if refusal(input, weight, stride, padding, dilation, groups) is not None:
+        return None
+    if residual is not None and not (
+        residual.dtype == input.dtype and residual.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return None
+    problem = _problem(input, weight, stride, padding)
+    tile = tile or _tile("apply", input.dtype, problem, precision)
+    if tile is None:
+        if not force:
+            return None
+        tile = default_tile(input.dtype, problem.c_in, problem.c_out, precision)
+    y = _output(problem, input)
+    u = torch.empty_like(y) if save else None
+    _launch(
+        problem, tile, precision, input, weight,
+        u=u, y=y, residual=residual, scale=scale.contiguous(), shift=shift.contiguous(), relu=relu,
+    )  # fmt: skip
+    return y, input.new_empty(0) if u is None else u
+
+
+def fused_statistics(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    tile: Tile | None = None,
+    precision: str = "ieee",
+    force: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """u = conv(input, weight) and its per-sample mean and centred sum of squares, [B, C_out] float32.
+
+    Arguments as for :func:`fused_apply`.
+    """
+    if refusal(input, weight, stride, padding, dilation, groups) is not None:
+        return None
+    problem = _problem(input, weight, stride, padding)
+    tile = tile or _tile("statistics", input.dtype, problem, precision)
+    if tile is None:
+        if not force:
+            return None
+        tile = default_tile(input.dtype, problem.c_in, problem.c_out, precision)
+    u = _output(problem, input)
+    rows = constants(problem, tile, True, False, precision)["ROWS"]
+    parts = (problem.batch, triton.cdiv(problem.hw, rows), problem.c_out)
+    mean, m2 = (torch.empty(parts, dtype=torch.float32, device=input.device) for _ in range(2))
+    _launch(problem, tile, precision, input, weight, u=u, mean=mean, m2=m2)
+    return u, *combine(mean, m2, problem.hw, rows)
+
+
+def fused_dgrad(
+    d_u: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    tile: Tile | None = None,
+    precision: str = "ieee",
+    force: bool = False,
+) -> Tensor | None:
+    """The gradient of the convolution's input, [B, C_in, H, W] channels_last, for stride 1.
+
+    It is the convolution of ``d_u`` [B, C_out, H', W'] with the weight turned by 180 degrees and transposed,
+    which the kernel reads in that order: nothing is copied.
+    """
+    if refusal(d_u, weight, stride, padding, dilation, groups) is not None or tuple(stride) != (1, 1):
+        return None
+    c_out, c_in, kernel, _ = weight.shape
+    batch, _, height, width = input_shape
+    problem = Problem(
+        batch,
+        c_out,
+        c_in,
+        (d_u.shape[2], d_u.shape[3]),
+        (height, width),
+        kernel,
+        1,
+        kernel - 1 - padding[0],
+        True,
+    )
+    if problem.hw * c_in >= 2**31:
+        return None
+    if tile is None:
+        case = Case("dgrad", d_u.dtype, c_in, c_out, (height, width), kernel, 1)
+        tile = winning_tile(case, batch) if precision == "ieee" or d_u.dtype != torch.float32 else None
+    if tile is None:
+        if not force:
+            return None
+        tile = default_tile(d_u.dtype, c_out, c_in, precision)
+    d_input = _output(problem, d_u)
+    _launch(problem, tile, precision, d_u, weight, u=d_input)
+    return d_input

@@ -1,0 +1,155 @@
+"""What a convolution does with a finished tile before it leaves the registers.
+
+Either the layer's affine map, y = act(u · scale + shift + residual), or the statistics of u: each tile writes
+the mean and the centred sum of squares of its own pixels, and ``combine`` joins the tiles of a sample by
+Chan's update. Nothing is added atomically, so the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def finish(
+    acc,  # [BLOCK_M, BLOCK_N] float32, a tile of u
+    sample,  # [BLOCK_M] int64
+    pixel,  # [BLOCK_M]
+    row_ok,  # [BLOCK_M]
+    channel,  # [BLOCK_N]
+    first_sample,  # int64, the sample of the tile's first row
+    part,  # which of its sample's PARTS tiles this is (statistics)
+    batch,
+    u_ptr,  # [B, C, HW] in the images' layout, or None
+    y_ptr,  # the same, or None for no affine map
+    residual_ptr,  # the same, or None
+    scale_ptr,  # [B, C] float32
+    shift_ptr,
+    mean_ptr,  # [B, PARTS, C] float32, or None for no statistics
+    m2_ptr,
+    HW: tl.constexpr,
+    C: tl.constexpr,
+    CHANNEL_STRIDE: tl.constexpr,
+    PIXEL_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,  # rows of one sample in a tile: BLOCK_M, or a part of it where samples share a tile
+    SPAN: tl.constexpr,  # rows run on from sample to sample (then no statistics)
+    RELU: tl.constexpr,
+):
+    channel_ok = channel < C
+    ok = row_ok[:, None] & channel_ok[None, :]
+    at = (sample * (HW * C) + pixel.to(tl.int64) * PIXEL_STRIDE)[:, None] + channel[None, :] * CHANNEL_STRIDE
+    if u_ptr is not None:
+        tl.store(u_ptr + at, acc.to(u_ptr.dtype.element_ty), mask=ok)
+    if y_ptr is not None:
+        if SPAN or ROWS < BLOCK_M:
+            own = (sample * C)[:, None] + channel[None, :]
+            y = acc * tl.load(scale_ptr + own, mask=ok, other=0.0) + tl.load(
+                shift_ptr + own, mask=ok, other=0.0
+            )
+        else:
+            own = first_sample * C + channel
+            scale = tl.load(scale_ptr + own, mask=channel_ok, other=0.0)
+            shift = tl.load(shift_ptr + own, mask=channel_ok, other=0.0)
+            y = acc * scale[None, :] + shift[None, :]
+        if residual_ptr is not None:
+            y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        if RELU:
+            y = tl.where(y < 0, 0.0, y)  # as torch's, this keeps NaN
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+    if mean_ptr is not None:
+        SAMPLES: tl.constexpr = BLOCK_M // ROWS
+        PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS
+        # of u as it is stored, so that they agree with what later passes read
+        value = tl.where(row_ok[:, None], acc.to(u_ptr.dtype.element_ty).to(tl.float32), 0.0)
+        if SAMPLES == 1:
+            count = tl.minimum(HW - part * ROWS, ROWS).to(tl.float32)
+            mean = tl.sum(value, 0) / count
+            centred = tl.where(row_ok[:, None], value - mean[None, :], 0.0)
+            m2 = tl.sum(centred * centred, 0)
+            out = (first_sample * PARTS + part) * C + channel
+            tl.store(mean_ptr + out, mean, mask=channel_ok)
+            tl.store(m2_ptr + out, m2, mask=channel_ok)
+        else:
+            # HW <= ROWS: each sample is whole in this tile
+            apart = tl.reshape(value, [SAMPLES, ROWS, BLOCK_N])
+            mean = tl.sum(apart, 1) / HW
+            inside = (tl.arange(0, ROWS) < HW)[None, :, None]
+            centred = tl.where(inside, apart - mean[:, None, :], 0.0)
+            m2 = tl.sum(centred * centred, 1)
+            own_sample = first_sample + tl.arange(0, SAMPLES)
+            out = (own_sample * C)[:, None] + channel[None, :]
+            out_ok = (own_sample < batch)[:, None] & channel_ok[None, :]
+            tl.store(mean_ptr + out, mean, mask=out_ok)
+            tl.store(m2_ptr + out, m2, mask=out_ok)
+
+
+@triton.jit
+def combine_kernel(
+    part_mean_ptr,  # [B, PARTS, C]
+    part_m2_ptr,
+    mean_ptr,  # [B, C]
+    m2_ptr,
+    HW: tl.constexpr,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS
+    sample = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < C
+    mean = tl.zeros([BLOCK_C], tl.float32)
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for first in range(0, PARTS, BLOCK_PARTS):
+        part = first + tl.arange(0, BLOCK_PARTS)
+        count = tl.maximum(tl.minimum(HW - part * ROWS, ROWS), 0).to(tl.float32)[:, None]
+        at = ((sample * PARTS + part) * C)[:, None] + channel[None, :]
+        ok = (part < PARTS)[:, None] & channel_ok[None, :]
+        means = tl.load(part_mean_ptr + at, mask=ok, other=0.0)
+        m2s = tl.load(part_m2_ptr + at, mask=ok, other=0.0)
+        before = first * ROWS * 1.0
+        new = tl.sum(count)
+        new_mean = tl.sum(means * count, 0) / new
+        apart = means - new_mean[None, :]
+        new_m2 = tl.sum(m2s + count * apart * apart, 0)
+        delta = new_mean - mean
+        mean += delta * (new / (before + new))
+        m2 += new_m2 + delta * delta * (before * new / (before + new))
+    tl.store(mean_ptr + sample * C + channel, mean, mask=channel_ok)
+    tl.store(m2_ptr + sample * C + channel, m2, mask=channel_ok)
+
+
+def combine(part_mean: Tensor, part_m2: Tensor, hw: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Mean and M2 [B, C] of samples of ``hw`` pixels from those of their tiles of ``rows`` pixels, [B, P, C]."""
+    batch, parts, channels = part_mean.shape
+    if parts == 1:
+        return part_mean[:, 0], part_m2[:, 0]
+    mean, m2 = part_mean.new_empty(batch, channels), part_mean.new_empty(batch, channels)
+    block_c = min(64, triton.next_power_of_2(channels))
+    with on_device(part_mean):
+        combine_kernel[(batch, triton.cdiv(channels, block_c))](
+            part_mean,
+            part_m2,
+            mean,
+            m2,
+            HW=hw,
+            C=channels,
+            ROWS=rows,
+            BLOCK_PARTS=min(32, triton.next_power_of_2(parts)),
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
+    return mean, m2
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of ``x``."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
