@@ -361,7 +361,7 @@ def test_opcheck(training: bool, layout: torch.memory_format, backend: str) -> N
     for name in layer.tensors:
         if name in DIFFERENTIABLE:
             layer.tensors[name].requires_grad_()
-    operator = getattr(torch.ops.awnet, f"layer_{backend}").default
+    operator = getattr(torch.ops.awnet, "layer_native" if backend == "cpp" else f"layer_{backend}").default
     torch.library.opcheck(operator, operator_arguments(layer))
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from awnet import reference
 from awnet.ops import native
-from awnet.ops.layer import Call, Saved, register
-from awnet.ops.passes import EagerPasses, Passes
+from awnet.ops.layer import Call, Layer, Saved, describe, register
+from awnet.ops.passes import EagerPasses
 
 Momentum = float | Tensor
 
@@ -35,9 +35,7 @@ class Backend:
     run: Callable[[Call, Momentum], Tensor]
 
 
-def _with_passes(name: str, passes: Passes) -> Callable[[Call, Momentum], Tensor]:
-    operator = register(name, passes)
-
+def _runner(operator: Layer) -> Callable[[Call, Momentum], Tensor]:
     def run(call: Call, momentum: Momentum) -> Tensor:
         y, *rest = operator(*call, _needs_grad(call))
         if call.training and call.running_mean is not None:
@@ -93,6 +91,7 @@ def _never(call: Call, momentum: Momentum) -> Tensor:
 
 
 _native_obstacle = native.load()
+_native = _never if _native_obstacle else _runner(describe("native"))
 
 
 def _cpp_refuses(call: Call) -> str | None:
@@ -116,12 +115,12 @@ def _not_built(what: str) -> Callable[[Call], str | None]:
 BACKENDS: tuple[Backend, ...] = (
     Backend("triton", "Triton kernels (CUDA devices)", _not_built("Triton kernels"), _never),
     Backend("cuda", "CUDA C++ kernels (CUDA devices)", _not_built("CUDA kernels"), _never),
-    Backend("cpp", "C++ kernels (CPU)", _cpp_refuses, _with_passes("cpp", native.NativePasses())),
+    Backend("cpp", "C++ kernels (CPU)", _cpp_refuses, _native),
     Backend(
         "eager",
         "one convolution and one affine map in plain torch, gradients by the centred formulas",
         _runs_anything,
-        _with_passes("eager", EagerPasses()),
+        _runner(register("eager", EagerPasses())),
     ),
     Backend("reference", "the paper's equations literally, gradients by autograd", _runs_anything, _literal),
 )

@@ -3,7 +3,8 @@
 ``register(name, passes)`` assembles convolution, passes and algebra into ``torch.ops.awnet.layer_<name>``
 and ``layer_<name>_backward``, with fake kernels and autograd. One pair serves all three public functions:
 without a weight there is no convolution (``mix_batch_norm``); without a batch norm the affine map is the
-filter scale alone (``filter_scaled_conv2d``).
+filter scale alone (``filter_scaled_conv2d``). ``csrc/layer.cpp`` is the same in C++, ``layer_native``, for
+the backends whose passes are native.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _BACKWARD = f"""(Tensor grad, {_ARGUMENTS.format(optional="?")}, Tensor u, Tenso
     Tensor batch_mean, Tensor batch_var, Tensor n, SymInt[] input_shape, bool[] needs)
     -> (Tensor input, Tensor weight, Tensor filter_scale, Tensor p_clean, Tensor bn_weight, Tensor bn_bias,
     Tensor residual)"""
+Layer = Callable[..., tuple[Tensor, ...]]
+
 _DIFFERENTIABLE = 7  # the first seven arguments; the backward returns their gradients in this order
 
 
@@ -270,23 +273,29 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
     )
 
 
-def register(name: str, passes: Passes) -> Callable[..., tuple[Tensor, ...]]:
-    """Registers the pair for one backend and returns the forward operator."""
+def register(name: str, passes: Passes) -> Layer:
+    """Registers the pair for a backend whose passes are Python functions; returns the forward operator."""
     forward, backward = f"awnet::layer_{name}", f"awnet::layer_{name}_backward"
     torch.library.define(forward, " ".join(_FORWARD.split()))
     torch.library.define(backward, " ".join(_BACKWARD.split()))
     torch.library.impl(forward, "CompositeExplicitAutograd", partial(_forward, passes))
     torch.library.impl(backward, "CompositeExplicitAutograd", partial(_backward, passes))
-    torch.library.register_fake(forward, _forward_fake)
-    torch.library.register_fake(backward, _backward_fake)
-    operators = torch.ops.awnet
+    operator = describe(name)
     torch.library.register_autograd(
         forward,
-        partial(_autograd, getattr(operators, f"layer_{name}_backward")),
+        partial(_autograd, getattr(torch.ops.awnet, f"layer_{name}_backward")),
         setup_context=_setup_context,
     )
+    return operator
+
+
+def describe(name: str) -> Layer:
+    """Gives a defined pair what tracing needs, and its backward a refusal; returns the forward operator."""
+    forward, backward = f"awnet::layer_{name}", f"awnet::layer_{name}_backward"
+    torch.library.register_fake(forward, _forward_fake)
+    torch.library.register_fake(backward, _backward_fake)
     torch.library.register_autograd(
         backward, _no_second_derivative, setup_context=lambda ctx, inputs, output: None
     )
-    operator: Callable[..., tuple[Tensor, ...]] = getattr(operators, f"layer_{name}").default
+    operator: Layer = getattr(torch.ops.awnet, f"layer_{name}").default
     return operator

@@ -1,4 +1,4 @@
-"""The compiled module ``awnet._C``: whether it is there and fits this torch, and its passes."""
+"""The compiled module ``awnet._C``: whether it is there and fits this torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
 
 _MARK = b"awnet-built-for-torch="
 _REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
@@ -43,112 +40,6 @@ def load(name: str = "awnet._C") -> str | None:
     except ImportError as error:
         return f"{name} does not load ({error}); {_REBUILD}"
     return None
-
-
-class NativePasses:
-    """The passes and the algebra of ``torch.ops.awnet``: C++ on CPU tensors."""
-
-    def __init__(self) -> None:
-        self._ops = torch.ops.awnet
-
-    def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return self._ops.statistics(u)
-
-    def apply(self, u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        return self._ops.apply(u, scale, shift, residual, relu)
-
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._ops.reduce(grad, u, centre, y)
-
-    def propagate(
-        self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        return self._ops.propagate(grad, u, centre, y, *how, residual)
-
-    def testing_coefficients(
-        self,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        bn_bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        p_clean: Tensor | None,
-        eps: float,
-        batch: int,
-    ) -> tuple[Tensor, Tensor]:
-        return self._ops.testing_coefficients(
-            _dense(omega), bn_weight, bn_bias, running_mean, running_var, _dense(p_clean), eps, batch
-        )
-
-    def testing_gradients(
-        self,
-        g1: Tensor,
-        gc: Tensor,
-        centre: Tensor,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        bn_bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        p_clean: Tensor | None,
-        eps: float,
-    ) -> Gradients:
-        d_omega, d_p, d_weight, d_bias = self._ops.testing_gradients(
-            g1,
-            gc,
-            centre.contiguous(),
-            _dense(omega),
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            _dense(p_clean),
-            eps,
-        )
-        return Gradients(d_omega, d_p, d_weight, d_bias)
-
-    def batch_statistics(
-        self, mean: Tensor, m2: Tensor, hw: int, omega: Tensor | None, is_clean: Tensor | None, rows: int
-    ) -> BatchStatistics:
-        return BatchStatistics(
-            *self._ops.batch_statistics(mean, m2, hw, _dense(omega), _dense(is_clean), rows)
-        )
-
-    def training_coefficients(
-        self,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        bn_bias: Tensor,
-        statistics: BatchStatistics,
-        is_clean: Tensor | None,
-        eps: float,
-        batch: int,
-    ) -> tuple[Tensor, Tensor]:
-        return self._ops.training_coefficients(
-            _dense(omega), bn_weight, bn_bias, statistics.mean, statistics.var, _dense(is_clean), eps, batch
-        )
-
-    def training_gradients(
-        self,
-        g1: Tensor,
-        gc: Tensor,
-        mean: Tensor,
-        m2: Tensor,
-        hw: int,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        statistics: BatchStatistics,
-        is_clean: Tensor | None,
-        eps: float,
-    ) -> tuple[Gradients, Propagation]:
-        d_omega, d_weight, d_bias, *how = self._ops.training_gradients(
-            g1, gc, mean, m2, hw, _dense(omega), bn_weight, *statistics, _dense(is_clean), eps
-        )
-        return Gradients(d_omega, None, d_weight, d_bias), Propagation(*how)
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def build_info() -> dict[str, Any]:

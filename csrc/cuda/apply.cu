@@ -1,0 +1,63 @@
+// y = act(u * scale + shift + residual)
+#include "elementwise.h"
+
+namespace awnet::cuda {
+namespace {
+
+template <class T>
+struct Apply {
+  using Value = T;
+  static constexpr int kUnroll = 4;
+
+  T* y;
+  const T *u, *residual;
+  const float *scale, *shift;
+  bool relu;
+
+  template <int V>
+  struct Inputs {
+    Vector<T, V> u, residual;
+  };
+  using Coefficients = Affine;
+
+  template <int V>
+  __device__ __forceinline__ Inputs<V> read(int64_t i) const {
+    Inputs<V> in;
+    in.u = load<V>(u + i);
+    if (residual != nullptr) in.residual = load<V>(residual + i);
+    return in;
+  }
+
+  __device__ __forceinline__ Affine coefficients(int64_t entry) const { return {scale[entry], shift[entry]}; }
+
+  template <int V, class Of>
+  __device__ __forceinline__ void write(int64_t i, const Inputs<V>& in, Of&& of) const {
+    Vector<T, V> out;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const Affine a = of(j);
+      float v = widened(in.u.value[j]) * a.scale + a.shift;
+      if (residual != nullptr) v += widened(in.residual.value[j]);
+      out.value[j] = rounded<T>(relu ? rectified(v) : v);
+    }
+    store(y + i, out);
+  }
+};
+
+}  // namespace
+
+extern "C" const char* awnet_cuda_apply(const Images* images, void* y, const void* u, const void* residual,
+                                        const float* scale, const float* shift, int32_t relu, void* stream) {
+  return for_dtype(*images, [&](auto tag) {
+    using T = decltype(tag);
+    const Apply<T> op{static_cast<T*>(y),
+                      static_cast<const T*>(u),
+                      static_cast<const T*>(residual),
+                      scale,
+                      shift,
+                      relu != 0};
+    return over_images(*images, op, stream);
+  });
+}
+
+}  // namespace awnet::cuda

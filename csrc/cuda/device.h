@@ -1,0 +1,134 @@
+// What all the kernels share: values of the three dtypes, 16-byte accesses, sums over lanes and blocks, launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../arithmetic.h"
+#include "launch.h"
+
+namespace awnet::cuda {
+
+constexpr int kThreads = 256;  // of every block; the drivers' index arithmetic relies on it
+constexpr int kWarp = 32;
+
+// Values of a 16-byte access.
+template <class T>
+constexpr int kFull = 16 / static_cast<int>(sizeof(T));
+
+template <class T, int V>
+struct alignas(V * sizeof(T)) Vector {
+  T value[V];
+};
+
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, V>*>(from);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store(T* to, const Vector<T, V>& vector) {
+  *reinterpret_cast<Vector<T, V>*>(to) = vector;
+}
+
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T rounded(float x);
+template <>
+__device__ __forceinline__ float rounded(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 rounded(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half rounded(float x) {
+  return __float2half_rn(x);
+}
+
+// As torch's ReLU: NaN passes.
+__device__ __forceinline__ float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
+__device__ __forceinline__ float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
+
+// --- sums, always in the same order
+
+// Over `width` neighbouring lanes, a power of two; all lanes of the warp take part and get their group's sum.
+__device__ __forceinline__ float lane_sum(float value, int width) {
+  for (int step = width / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+// Over the block, which all its threads get.
+__device__ __forceinline__ float block_sum(float value) {
+  __shared__ float of_warp[kThreads / kWarp];
+  value = lane_sum(value, kWarp);
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kThreads / kWarp; ++warp) sum += of_warp[warp];
+  __syncthreads();  // before the next sum overwrites it
+  return sum;
+}
+
+// Over threadIdx.y, for each threadIdx.x and each of V values; all threads get it. blockDim.y is a power of two.
+template <int V>
+__device__ __forceinline__ void column_sums(float (&value)[V]) {
+  __shared__ float shared[V][kThreads];
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int v = 0; v < V; ++v) shared[v][thread] = value[v];
+  __syncthreads();
+  for (int rows = blockDim.y / 2; rows > 0; rows /= 2) {
+    if (threadIdx.y < rows) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) shared[v][thread] += shared[v][thread + rows * blockDim.x];
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int v = 0; v < V; ++v) value[v] = shared[v][threadIdx.x];
+  __syncthreads();
+}
+
+// --- launches
+
+constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;  // along x; 65535 along y
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, dim3 threads,
+                   void* stream, Arguments... arguments) {
+  if (blocks == 0 || blocks_y == 0) return nullptr;
+  if (blocks > kMostBlocks || blocks_y > 65535) return "the tensor is too large for one launch";
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
+  config.blockDim = threads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // the next call shall not find it
+  return cudaGetErrorString(error);
+}
+
+// Calls body(T{}, whether 16-byte accesses are possible).
+template <class Body>
+const char* for_dtype(const Images& images, Body body) {
+  switch (images.dtype) {
+    case kFloat32:
+      return body(float{});
+    case kBFloat16:
+      return body(__nv_bfloat16{});
+    case kFloat16:
+      return body(__half{});
+  }
+  return "the CUDA kernels take float32, bfloat16 and float16";
+}
+
+}  // namespace awnet::cuda

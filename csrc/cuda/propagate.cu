@@ -1,0 +1,77 @@
+// d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is grad masked by y > 0
+#include "elementwise.h"
+
+namespace awnet::cuda {
+namespace {
+
+template <class T>
+struct Propagate {
+  using Value = T;
+  static constexpr int kUnroll = 2;
+
+  T *d_u, *d_residual;
+  const T *grad, *u, *y;
+  const float *centre, *by_grad, *by_input, *constant;
+
+  template <int V>
+  struct Inputs {
+    Vector<T, V> grad, u, y;
+  };
+  struct Coefficients {
+    float centre, by_grad, by_input, constant;
+  };
+
+  template <int V>
+  __device__ __forceinline__ Inputs<V> read(int64_t i) const {
+    Inputs<V> in;
+    in.grad = load<V>(grad + i);
+    if (by_input != nullptr) in.u = load<V>(u + i);
+    if (y != nullptr) in.y = load<V>(y + i);
+    return in;
+  }
+
+  __device__ __forceinline__ Coefficients coefficients(int64_t entry) const {
+    if (by_input == nullptr) return {0.0f, by_grad[entry], 0.0f, 0.0f};
+    return {centre[entry], by_grad[entry], by_input[entry], constant[entry]};
+  }
+
+  template <int V, class Of>
+  __device__ __forceinline__ void write(int64_t i, const Inputs<V>& in, Of&& of) const {
+    Vector<T, V> out, passed;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const Coefficients c = of(j);
+      float g = widened(in.grad.value[j]);
+      if (y != nullptr) g = masked(g, widened(in.y.value[j]));
+      float d = g * c.by_grad;
+      if (by_input != nullptr) d += (widened(in.u.value[j]) - c.centre) * c.by_input + c.constant;
+      out.value[j] = rounded<T>(d);
+      passed.value[j] = rounded<T>(g);
+    }
+    store(d_u + i, out);
+    if (d_residual != nullptr) store(d_residual + i, passed);
+  }
+};
+
+}  // namespace
+
+extern "C" const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual,
+                                            const void* grad, const void* u, const void* y,
+                                            const float* centre, const float* by_grad, const float* by_input,
+                                            const float* constant, void* stream) {
+  return for_dtype(*images, [&](auto tag) {
+    using T = decltype(tag);
+    const Propagate<T> op{static_cast<T*>(d_u),
+                          static_cast<T*>(d_residual),
+                          static_cast<const T*>(grad),
+                          static_cast<const T*>(u),
+                          static_cast<const T*>(y),
+                          centre,
+                          by_grad,
+                          by_input,
+                          constant};
+    return over_images(*images, op, stream);
+  });
+}
+
+}  // namespace awnet::cuda

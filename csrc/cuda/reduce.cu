@@ -1,0 +1,162 @@
+// g1 = sum g and gc = sum g (u - centre) over each plane, where g is grad masked by y > 0.
+#include "sums.h"
+
+namespace awnet::cuda {
+namespace {
+
+template <class T>
+struct Operands {
+  const T *grad, *u, *y;  // y may be null
+  const float* centre;
+  float *g1, *gc;
+
+  // Adds V values from i on to the sums; of(j) is where value j belongs.
+  template <int V>
+  struct Inputs {
+    Vector<T, V> grad, u, y;
+  };
+
+  template <int V>
+  __device__ __forceinline__ Inputs<V> read(int64_t i) const {
+    Inputs<V> in;
+    in.grad = load<V>(grad + i);
+    in.u = load<V>(u + i);
+    if (y != nullptr) in.y = load<V>(y + i);
+    return in;
+  }
+
+  template <int V>
+  __device__ __forceinline__ void add(const Inputs<V>& in, int j, float middle, float& sum,
+                                      float& along) const {
+    float g = widened(in.grad.value[j]);
+    if (y != nullptr) g = masked(g, widened(in.y.value[j]));
+    sum += g;
+    along += g * (widened(in.u.value[j]) - middle);
+  }
+};
+
+constexpr int kAhead = 2;  // accesses of each image that a thread has in flight
+
+template <class T, int V, bool kWide>
+__global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T> op, Planes planes) {
+  const Slice s = slice_of<V, kWide>(planes);
+  int64_t table = s.entry;  // of the centre
+  if constexpr (kWide) table = blockIdx.x / planes.parts;
+  const float middle = s.count > 0 ? op.centre[table] : 0.0f;
+  float sum = 0.0f, along = 0.0f;
+  for (int32_t i = s.lane; i < s.count; i += s.width * kAhead) {
+    typename Operands<T>::template Inputs<V> in[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int32_t at = i + k * s.width;
+      if (at < s.count) in[k] = op.template read<V>(s.first + int64_t{at} * V);
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (i + k * s.width < s.count) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) op.add(in[k], j, middle, sum, along);
+      }
+    }
+  }
+  sum = group_sum<kWide>(sum, s.width);
+  along = group_sum<kWide>(along, s.width);
+  if (s.lane == 0 && s.count > 0) {
+    op.g1[s.entry] = sum;
+    op.gc[s.entry] = along;
+  }
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads) reduce_rows(Operands<T> op, Rows rows) {
+  const Column c = column_of<V>(rows);
+  float middle[V], sum[V] = {}, along[V] = {};
+  if (c.end > 0) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) middle[j] = op.centre[c.table + j];
+  }
+  const int32_t down = blockDim.y;
+  for (int32_t pixel = c.begin; pixel < c.end; pixel += down * kAhead) {
+    typename Operands<T>::template Inputs<V> in[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (pixel + k * down < c.end) {
+        in[k] = op.template read<V>(c.first + (pixel + k * down) * rows.channels);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (pixel + k * down < c.end) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) op.add(in[k], j, middle[j], sum[j], along[j]);
+      }
+    }
+  }
+  column_sums(sum);
+  column_sums(along);
+  if (threadIdx.y == 0 && c.end > 0) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      op.g1[c.entry + j] = sum[j];
+      op.gc[c.entry + j] = along[j];
+    }
+  }
+}
+
+// [B, parts, C] -> [B, C], first part first
+__global__ void __launch_bounds__(kThreads)
+    combine_sums(const float* sums, const float* alongs, float* g1, float* gc, int64_t entries,
+                 int64_t channels, int32_t parts) {
+  const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (entry >= entries) return;
+  int64_t from = entry / channels * parts * channels + entry % channels;
+  float sum = 0.0f, along = 0.0f;
+  for (int32_t part = 0; part < parts; ++part, from += channels) {
+    sum += sums[from];
+    along += alongs[from];
+  }
+  g1[entry] = sum;
+  gc[entry] = along;
+}
+
+template <class T, int V>
+const char* launch_reduce(const Images& images, Operands<T> op, float* workspace, void* stream) {
+  const int64_t entries = images.batch * images.channels;
+  const Planes planes = planes_of(images, kThreads, kWarp);
+  const Rows rows = rows_of(images, kThreads, kWarp);
+  const int32_t parts = images.channels_last ? rows.parts : planes.parts;
+  float *const g1 = op.g1, *const gc = op.gc;
+  if (parts > 1) {
+    op.g1 = workspace;
+    op.gc = workspace + entries * parts;
+  }
+  const char* error = images.channels_last
+                          ? over_rows_parts(reduce_rows<T, V>, images, rows, stream, op)
+                          : over_planes_parts(reduce_planes<T, V, false>, reduce_planes<T, V, true>, planes,
+                                              stream, op);
+  if (error != nullptr || parts == 1) return error;
+  return launch(combine_sums, divided_up(entries, kThreads), 1, dim3(kThreads), stream, op.g1, op.gc, g1, gc,
+                entries, images.channels, parts);
+}
+
+}  // namespace
+
+extern "C" const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const void* y,
+                                         const float* centre, float* g1, float* gc, float* workspace,
+                                         void* stream) {
+  if (const char* reason = refusal(*images)) return reason;
+  if (images->pixels == 0) return "sums need at least one pixel";
+  return for_dtype(*images, [&](auto tag) {
+    using T = decltype(tag);
+    const Operands<T> op{static_cast<const T*>(grad),
+                         static_cast<const T*>(u),
+                         static_cast<const T*>(y),
+                         centre,
+                         g1,
+                         gc};
+    return vector_width(*images) > 1 ? launch_reduce<T, kFull<T>>(*images, op, workspace, stream)
+                                     : launch_reduce<T, 1>(*images, op, workspace, stream);
+  });
+}
+
+}  // namespace awnet::cuda

@@ -1,0 +1,320 @@
+// The whole layer as one operator with its gradient: the library's convolution around the passes and the
+// algebra. awnet/ops/layer.py is the same in Python for the backends whose passes are not native; the schemas
+// are its own.
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace awnet {
+namespace {
+
+#define AWNET_FIELDS(space)                                                                           \
+  &space::statistics, &space::apply, &space::reduce, &space::propagate, &space::testing_coefficients, \
+      &space::testing_gradients, &space::batch_statistics, &space::training_coefficients,             \
+      &space::training_gradients
+
+struct Passes {
+  decltype(&cpu::statistics) statistics;
+  decltype(&cpu::apply) apply;
+  decltype(&cpu::reduce) reduce;
+  decltype(&cpu::propagate) propagate;
+  decltype(&cpu::testing_coefficients) testing_coefficients;
+  decltype(&cpu::testing_gradients) testing_gradients;
+  decltype(&cpu::batch_statistics) batch_statistics;
+  decltype(&cpu::training_coefficients) training_coefficients;
+  decltype(&cpu::training_gradients) training_gradients;
+};
+
+const Passes& passes_of(const Tensor& x) {
+  static const Passes on_cpu{AWNET_FIELDS(cpu)};
+#if defined(AWNET_CUDA)
+  static const Passes on_cuda{AWNET_FIELDS(cuda)};
+  if (x.is_cuda()) return on_cuda;
+#endif
+  TORCH_CHECK(x.is_cpu(), "this build of awnet has no native kernels for ", x.device());
+  return on_cpu;
+}
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Sizes = at::IntArrayRef;
+
+at::MemoryFormat layout_of(const Tensor& x) {
+  const bool last = !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+MaybeTensor table(const MaybeTensor& x) {
+  return x ? MaybeTensor(x->to(at::kFloat).contiguous()) : std::nullopt;
+}
+MaybeTensor dense(const MaybeTensor& x) { return x ? MaybeTensor(x->contiguous()) : std::nullopt; }
+
+struct Norm {
+  Tensor weight, bias, mean, var;
+};
+
+std::optional<Norm> norm_of(const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& mean,
+                            const MaybeTensor& var) {
+  if (!weight) return std::nullopt;
+  return Norm{*table(weight), *table(bias), *table(mean), *table(var)};
+}
+
+Outputs forward(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& filter_scale,
+                const MaybeTensor& p_clean, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
+                const MaybeTensor& residual, const MaybeTensor& running_mean, const MaybeTensor& running_var,
+                const MaybeTensor& is_clean, bool training, double eps, bool relu, Sizes stride,
+                Sizes padding, Sizes dilation, int64_t groups, bool save) {
+  const Passes& passes = passes_of(input);
+  const auto layout = layout_of(input);
+  const auto floats = input.options().dtype(at::kFloat);
+  Tensor u = input.contiguous(layout);
+  if (weight) {
+    u = at::convolution(u, *weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups)
+            .contiguous(layout);
+  }
+  const int64_t batch = u.size(0);
+  const MaybeTensor omega = table(filter_scale);
+  const auto norm = norm_of(bn_weight, bn_bias, running_mean, running_var);
+  Tensor mean = at::empty({0}, floats), m2 = at::empty({0}, floats), batch_mean = at::empty({0}, floats),
+         batch_var = at::empty({0}, floats), n = at::empty({0}, floats), scale, shift;
+  if (!norm) {
+    scale = omega ? *omega : at::ones_like(at::empty({batch, u.size(1)}, floats));
+    shift = at::zeros_like(scale);
+  } else if (training) {
+    std::tie(mean, m2) = passes.statistics(u);
+    const auto kind = dense(is_clean);
+    std::tie(batch_mean, batch_var, n) =
+        passes.batch_statistics(mean, m2, u.size(2) * u.size(3), omega, kind, norm->mean.size(0));
+    std::tie(scale, shift) = passes.training_coefficients(omega, norm->weight, norm->bias, batch_mean,
+                                                          batch_var, kind, eps, batch);
+  } else {
+    std::tie(scale, shift) = passes.testing_coefficients(omega, norm->weight, norm->bias, norm->mean,
+                                                         norm->var, table(p_clean), eps, batch);
+  }
+  Tensor y = passes.apply(u, scale, shift, residual, relu);
+  return {y, save && weight ? u : at::empty({0}, input.options()), mean, m2, batch_mean, batch_var, n};
+}
+
+Outputs backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeTensor& weight,
+                 const MaybeTensor& filter_scale, const MaybeTensor& p_clean, const MaybeTensor& bn_weight,
+                 const MaybeTensor& bn_bias, const MaybeTensor& /*residual*/, const MaybeTensor& running_mean,
+                 const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training, double eps,
+                 bool /*relu*/, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+                 const Tensor& u_in, const MaybeTensor& y, const Tensor& mean, const Tensor& m2,
+                 const Tensor& batch_mean, const Tensor& batch_var, const Tensor& n, Sizes input_shape,
+                 c10::List<bool> needs) {
+  const bool need_input = needs[0], need_weight = needs[1], need_scale = needs[2], need_p = needs[3],
+             need_gamma = needs[4], need_beta = needs[5], need_residual = needs[6];
+  const Passes& passes = passes_of(u_in);
+  const auto layout = layout_of(u_in);
+  const Tensor u = u_in.contiguous(layout), grad = grad_in.contiguous(layout);
+  const MaybeTensor omega = table(filter_scale), p = table(p_clean);
+  const auto norm = norm_of(bn_weight, bn_bias, running_mean, running_var);
+  const bool by_batch = norm && training;
+  const bool need_images = need_input || need_weight || need_residual;
+  // any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is such a one
+  const Tensor centre = by_batch ? mean : u.select(3, 0).select(2, 0).to(at::kFloat).contiguous();
+
+  Tensor d_scale, d_p, d_gamma, d_beta, by_grad;
+  MaybeTensor by_input, constant;
+  if (need_scale || need_p || need_gamma || need_beta || (by_batch && need_images)) {
+    const auto [g1, gc] = passes.reduce(grad, u, centre, y);
+    if (!norm) {
+      d_scale = at::addcmul(gc, centre, g1);
+    } else if (training) {
+      Tensor input_part, constant_part;
+      std::tie(d_scale, d_gamma, d_beta, by_grad, input_part, constant_part) =
+          passes.training_gradients(g1, gc, mean, m2, u.size(2) * u.size(3), omega, norm->weight, batch_mean,
+                                    batch_var, n, dense(is_clean), eps);
+      by_input = input_part;
+      constant = constant_part;
+    } else {
+      std::tie(d_scale, d_p, d_gamma, d_beta) = passes.testing_gradients(
+          g1, gc, centre, omega, norm->weight, norm->bias, norm->mean, norm->var, p, eps);
+    }
+  }
+  Tensor d_input, d_weight, d_residual;
+  if (need_images) {
+    if (!by_grad.defined()) {
+      if (norm) {
+        by_grad = std::get<0>(passes.testing_coefficients(omega, norm->weight, norm->bias, norm->mean,
+                                                          norm->var, p, eps, u.size(0)));
+      } else {
+        by_grad = omega ? *omega : at::ones_like(centre);
+      }
+    }
+    std::tie(d_input, d_residual) =
+        passes.propagate(grad, u, centre, y, by_grad, by_input, constant, need_residual);
+  }
+  if (weight && (need_input || need_weight)) {
+    // the gradient of the input needs the input's shape alone
+    const Tensor source = input ? *input : at::empty({1}, u.options()).expand(input_shape);
+    std::tie(d_input, d_weight, std::ignore) =
+        at::convolution_backward(d_input, source, *weight, std::nullopt, stride, padding, dilation, false,
+                                 {0, 0}, groups, {need_input, need_weight, false});
+  }
+  const auto wanted = [&](bool need, const Tensor& value, at::ScalarType dtype) {
+    return need && value.defined() ? value.to(dtype) : at::empty({0}, u.options());
+  };
+  const auto dtype_of = [&](const MaybeTensor& x) { return x ? x->scalar_type() : u.scalar_type(); };
+  return {wanted(need_input, d_input, u.scalar_type()),        wanted(need_weight, d_weight, u.scalar_type()),
+          wanted(need_scale, d_scale, dtype_of(filter_scale)), wanted(need_p, d_p, dtype_of(p_clean)),
+          wanted(need_gamma, d_gamma, dtype_of(bn_weight)),    wanted(need_beta, d_beta, dtype_of(bn_bias)),
+          wanted(need_residual, d_residual, u.scalar_type())};
+}
+
+// --- autograd: in C++, where only the gradients that are asked for at run time are computed
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+constexpr int kTensors = 10, kDifferentiable = 7;
+
+Outputs call_forward(const Tensor& input, const std::vector<MaybeTensor>& t, bool training, double eps,
+                     bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool save) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("awnet::layer_native", "").typed<decltype(forward)>();
+  return op.call(input, t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], training, eps, relu, stride,
+                 padding, dilation, groups, save);
+}
+
+class Layer : public torch::autograd::Function<Layer> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const MaybeTensor& weight,
+                               const MaybeTensor& filter_scale, const MaybeTensor& p_clean,
+                               const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
+                               const MaybeTensor& residual, const MaybeTensor& running_mean,
+                               const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training,
+                               double eps, bool relu, std::vector<int64_t> stride,
+                               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                               bool save) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [y, u, mean, m2, batch_mean, batch_var, n] =
+        call_forward(input,
+                     {input, weight, filter_scale, p_clean, bn_weight, bn_bias, residual, running_mean,
+                      running_var, is_clean},
+                     training, eps, relu, stride, padding, dilation, groups, save);
+    // without a weight the input is u itself; with one, its values serve the weight's gradient only
+    const bool keep_input = !weight || weight->requires_grad();
+    const auto kept = [](const MaybeTensor& x) { return x ? *x : Tensor(); };
+    ctx->save_for_backward({keep_input ? input : Tensor(), kept(weight), kept(filter_scale), kept(p_clean),
+                            kept(bn_weight), kept(bn_bias),
+                            // training normalises by the batch, and is about to change the running statistics
+                            training ? batch_mean : kept(running_mean),
+                            training ? batch_var : kept(running_var), kept(is_clean), relu ? y : Tensor(), u,
+                            mean, m2, batch_mean, batch_var, n});
+    ctx->saved_data["has_residual"] = residual.has_value();
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["eps"] = eps;
+    ctx->saved_data["relu"] = relu;
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["groups"] = groups;
+    ctx->saved_data["shape"] = input.sym_sizes().vec();
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({u, mean, m2, batch_mean, batch_var, n});
+    return {y, u, mean, m2, batch_mean, batch_var, n};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(kTensors + 8);
+    if (!grads[0].defined()) return result;
+    const variable_list s = ctx->get_saved_variables();
+    const auto maybe = [](const Tensor& x) { return x.defined() ? MaybeTensor(x) : std::nullopt; };
+    const bool folded = s[1].defined();
+    const auto& data = ctx->saved_data;
+    // autograd numbers the tensors that were there, not the arguments
+    const bool present[kDifferentiable] = {true,
+                                           folded,
+                                           s[2].defined(),
+                                           s[3].defined(),
+                                           s[4].defined(),
+                                           s[5].defined(),
+                                           data.at("has_residual").toBool()};
+    c10::List<bool> needs;
+    for (int i = 0, edge = 0; i < kDifferentiable; ++i) {
+      needs.push_back(present[i] && ctx->needs_input_grad(edge));
+      edge += present[i];
+    }
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("awnet::layer_native_backward", "")
+            .typed<Outputs(const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                           const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                           const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, bool, double, bool,
+                           Sizes, Sizes, Sizes, int64_t, const Tensor&, const MaybeTensor&, const Tensor&,
+                           const Tensor&, const Tensor&, const Tensor&, const Tensor&, c10::SymIntArrayRef,
+                           c10::List<bool>)>();
+    const auto ints = [&](const char* name) { return data.at(name).toIntVector(); };
+    const auto shape = data.at("shape").toSymIntVector();
+    const auto found =
+        op.call(grads[0], folded ? maybe(s[0]) : std::nullopt, maybe(s[1]), maybe(s[2]), maybe(s[3]),
+                maybe(s[4]), maybe(s[5]), std::nullopt, maybe(s[6]), maybe(s[7]), maybe(s[8]),
+                data.at("training").toBool(), data.at("eps").toDouble(), data.at("relu").toBool(),
+                ints("stride"), ints("padding"), ints("dilation"), data.at("groups").toInt(),
+                folded ? s[10] : s[0], maybe(s[9]), s[11], s[12], s[13], s[14], s[15], shape, needs);
+    const Tensor all[kDifferentiable] = {std::get<0>(found), std::get<1>(found), std::get<2>(found),
+                                         std::get<3>(found), std::get<4>(found), std::get<5>(found),
+                                         std::get<6>(found)};
+    for (int i = 0; i < kDifferentiable; ++i) {
+      if (needs[i]) result[i] = all[i];
+    }
+    return result;
+  }
+};
+
+Outputs differentiable(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& filter_scale,
+                       const MaybeTensor& p_clean, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
+                       const MaybeTensor& residual, const MaybeTensor& running_mean,
+                       const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training, double eps,
+                       bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups, bool save) {
+  const auto r = Layer::apply(input, weight, filter_scale, p_clean, bn_weight, bn_bias, residual,
+                              running_mean, running_var, is_clean, training, eps, relu, stride.vec(),
+                              padding.vec(), dilation.vec(), groups, save);
+  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(awnet, m) {
+  const std::string arguments =
+      " input, Tensor? weight, Tensor? filter_scale, Tensor? p_clean, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? is_clean, bool training, float "
+      "eps, "
+      "bool relu, int[2] stride, int[2] padding, int[2] dilation, int groups, ";
+  const std::string forward_schema = "layer_native(Tensor" + arguments +
+                                     "bool save) -> (Tensor y, Tensor u, Tensor mean, Tensor m2, Tensor "
+                                     "batch_mean, Tensor batch_var, Tensor n)";
+  const std::string backward_schema =
+      "layer_native_backward(Tensor grad, Tensor?" + arguments +
+      "Tensor u, Tensor? y, Tensor mean, Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n, "
+      "SymInt[] input_shape, bool[] needs) -> (Tensor input, Tensor weight, Tensor filter_scale, Tensor "
+      "p_clean, "
+      "Tensor bn_weight, Tensor bn_bias, Tensor residual)";
+  m.def(forward_schema.c_str());
+  m.def(backward_schema.c_str());
+}
+
+TORCH_LIBRARY_IMPL(awnet, CPU, m) {
+  m.impl("layer_native", &forward);
+  m.impl("layer_native_backward", &backward);
+}
+
+#if defined(AWNET_CUDA)
+TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
+  m.impl("layer_native", &forward);
+  m.impl("layer_native_backward", &backward);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(awnet, Autograd, m) { m.impl("layer_native", &differentiable); }
+
+}  // namespace awnet
