@@ -3,13 +3,15 @@
 Rows of the product are output pixels, columns output channels, and the contraction runs over taps and input
 channels, so no patch matrix is ever written. float32 accumulation, int64 addresses, no atomics.
 
-The library's convolution is the default everywhere: a hook returns None unless a measured table (``use_table``)
-says that this kernel wins for the case, or ``force`` is set.
+The library's convolution is the default everywhere: a function here returns None unless a measured table says
+that this kernel wins for the case, or ``force`` is set.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from awnet.kernels.epilogue import combine, finish, on_device
+from .epilogue import combine, finish
+from .launch import Case, Table, launch, power_of_two
 
 
 class Tile(NamedTuple):
@@ -28,50 +31,35 @@ class Tile(NamedTuple):
     block_k: int  # input channels of one tap
     warps: int
     stages: int
-    swap_ab: bool = False  # weights on the M side of the tensor cores' product
+    swap_ab: int = 0  # 1: weights on the M side of the tensor cores' product
 
 
-class Case(NamedTuple):
-    """What a measurement is about."""
+def key(
+    operation: str,
+    dtype: torch.dtype,
+    precision: str,
+    c_in: int,
+    c_out: int,
+    size: tuple[int, int],
+    kernel: int,
+    stride: int,
+) -> str:
+    """The table's key for apply, statistics or dgrad of a layer with ``c_in``, ``c_out`` and input ``size``.
 
-    operation: str  # apply, statistics or dgrad
-    dtype: torch.dtype
-    c_in: int  # of the layer, for dgrad too
-    c_out: int
-    size: tuple[int, int]  # of the layer's input
-    kernel: int
-    stride: int
-
-
-class Win(NamedTuple):
-    """Where this kernel beats the library's convolution: from ``least_batch`` on, with ``tile``."""
-
-    least_batch: int
-    tile: Tile
-
-
-_wins: dict[Case, Win] = {}
+    Its entry has the fields of :class:`Tile`, and ``least_batch``, the batch from which the kernel wins.
+    """
+    name = "tfloat32" if precision == "tf32" and dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    return f"conv/{operation}/{name}/{c_in}x{c_out}/{size[0]}x{size[1]}/k{kernel}s{stride}"
 
 
-def use_table(wins: Mapping[Case, Win]) -> None:
-    """Replaces the table of cases in which this kernel is taken; it starts empty."""
-    _wins.clear()
-    _wins.update(wins)
-
-
-def winning_tile(case: Case, batch: int) -> Tile | None:
-    """The tile with which this kernel beats the library's convolution, by the table; None where it does not."""
-    win = _wins.get(case)
-    return win.tile if win is not None and batch >= win.least_batch else None
-
-
-def default_tile(dtype: torch.dtype, c_in: int, c_out: int, precision: str = "ieee") -> Tile:
+def default_tile(dtype: torch.dtype, precision: str, c_in: int, c_out: int) -> Tile:
     """A tile that is safe on any shape; tuning finds better ones."""
     if dtype != torch.float32:
-        block_k = min(64, max(16, triton.next_power_of_2(c_in)))
+        block_k = min(64, max(16, power_of_two(c_in)))
         return Tile(128, 64, block_k, 4, 4) if c_out <= 64 else Tile(128, 128, block_k, 8, 3)
-    block_k = min(32, max(16, triton.next_power_of_2(c_in)))
-    return Tile(128, 64, block_k, 4, 3) if precision == "tf32" else Tile(64, 64, 16, 8, 2)
+    if precision == "tf32":
+        return Tile(128, 64, min(32, max(16, power_of_two(c_in))), 4, 3)
+    return Tile(64, 64, 16, 8, 2)
 
 
 @triton.jit
@@ -226,7 +214,7 @@ def constants(problem: Problem, tile: Tile, statistics: bool, relu: bool, precis
         "PADDING": problem.padding,
         "FLIP": problem.flip,
         "SPAN": span,
-        "ROWS": tile.block_m if span else min(tile.block_m, triton.next_power_of_2(hw)),
+        "ROWS": tile.block_m if span else min(tile.block_m, power_of_two(hw)),
         "RELU": relu,
         "PRECISION": precision,
         "SWAP_AB": tile.swap_ab,
@@ -261,25 +249,11 @@ def _launch(
     by_out, by_in, by_tap = weight.stride(0), weight.stride(1), weight.stride(3)
     if problem.flip:
         by_out, by_in = by_in, by_out
-    with on_device(x):
-        conv_kernel[(tiles * triton.cdiv(problem.c_out, tile.block_n),)](
-            x,
-            weight,
-            u,
-            y,
-            residual,
-            scale,
-            shift,
-            mean,
-            m2,
-            problem.batch,
-            by_out,
-            by_in,
-            by_tap,
-            **fixed,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    launch(
+        conv_kernel, tiles * triton.cdiv(problem.c_out, tile.block_n),
+        x, weight, u, y, residual, scale, shift, mean, m2, problem.batch, by_out, by_in, by_tap,
+        **fixed, warps=tile.warps, stages=tile.stages,
+    )  # fmt: skip
 
 
 def refusal(
@@ -320,9 +294,18 @@ def _problem(x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence
     return Problem(len(x), c_in, c_out, size, (height, width), kernel, stride[0], padding[0], False)
 
 
-def _tile(operation: str, x_dtype: torch.dtype, of: Problem, precision: str) -> Tile | None:
-    case = Case(operation, x_dtype, of.c_in, of.c_out, of.size, of.kernel, of.stride)
-    return winning_tile(case, of.batch) if precision == "ieee" or x_dtype != torch.float32 else None
+def _tile(operation: str, x: Tensor, of: Problem, precision: str, table: Table, force: bool) -> Tile | None:
+    c_in, c_out, size = of.c_in, of.c_out, of.size
+    if of.flip:
+        c_in, c_out, size = c_out, c_in, of.out_size
+    entry = table.get(key(operation, x.dtype, precision, c_in, c_out, size, of.kernel, of.stride))
+    if entry is not None and (force or of.batch >= entry["least_batch"]):
+        return _tile_of(entry)
+    return default_tile(x.dtype, precision, of.c_in, of.c_out) if force else None
+
+
+def _tile_of(entry: Mapping[str, int]) -> Tile:
+    return Tile(**{name: entry[name] for name in Tile._fields})
 
 
 def _output(problem: Problem, like: Tensor) -> Tensor:
@@ -347,15 +330,17 @@ def fused_apply(
     groups: int,
     save: bool,
     *,
-    tile: Tile | None = None,
+    table: Table | None = None,
     precision: str = "ieee",
     force: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """y = act(conv(input, weight) · scale + shift + residual), and u = conv(input, weight) if ``save``.
 
     ``input`` [B, C_in, H, W] channels_last; ``scale``, ``shift`` [B, C_out] float32, contiguous; ``residual``
     and the results [B, C_out, H', W'] channels_last; u is empty without ``save``. ``precision`` is "ieee" or
-    "tf32", for float32 only. None where the kernel cannot run the call or is not known to win.
+    "tf32", for float32 only. None where the kernel cannot run the call (see :func:`refusal`) or ``table``
+    does not say that it wins; ``force`` takes it all the same, and ``tile`` with these parameters.
     """
     if refusal(input, weight, stride, padding, dilation, groups) is not None:
         return None
@@ -364,11 +349,9 @@ def fused_apply(
     ):
         return None
     problem = _problem(input, weight, stride, padding)
-    tile = tile or _tile("apply", input.dtype, problem, precision)
+    tile = tile or _tile("apply", input, problem, precision, table or {}, force)
     if tile is None:
-        if not force:
-            return None
-        tile = default_tile(input.dtype, problem.c_in, problem.c_out, precision)
+        return None
     y = _output(problem, input)
     u = torch.empty_like(y) if save else None
     _launch(
@@ -386,9 +369,10 @@ def fused_statistics(
     dilation: Sequence[int],
     groups: int,
     *,
-    tile: Tile | None = None,
+    table: Table | None = None,
     precision: str = "ieee",
     force: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """u = conv(input, weight) and its per-sample mean and centred sum of squares, [B, C_out] float32.
 
@@ -397,11 +381,9 @@ def fused_statistics(
     if refusal(input, weight, stride, padding, dilation, groups) is not None:
         return None
     problem = _problem(input, weight, stride, padding)
-    tile = tile or _tile("statistics", input.dtype, problem, precision)
+    tile = tile or _tile("statistics", input, problem, precision, table or {}, force)
     if tile is None:
-        if not force:
-            return None
-        tile = default_tile(input.dtype, problem.c_in, problem.c_out, precision)
+        return None
     u = _output(problem, input)
     rows = constants(problem, tile, True, False, precision)["ROWS"]
     parts = (problem.batch, triton.cdiv(problem.hw, rows), problem.c_out)
@@ -419,9 +401,10 @@ def fused_dgrad(
     dilation: Sequence[int],
     groups: int,
     *,
-    tile: Tile | None = None,
+    table: Table | None = None,
     precision: str = "ieee",
     force: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor | None:
     """The gradient of the convolution's input, [B, C_in, H, W] channels_last, for stride 1.
 
@@ -445,13 +428,79 @@ def fused_dgrad(
     )
     if problem.hw * c_in >= 2**31:
         return None
+    tile = tile or _tile("dgrad", d_u, problem, precision, table or {}, force)
     if tile is None:
-        case = Case("dgrad", d_u.dtype, c_in, c_out, (height, width), kernel, 1)
-        tile = winning_tile(case, batch) if precision == "ieee" or d_u.dtype != torch.float32 else None
-    if tile is None:
-        if not force:
-            return None
-        tile = default_tile(d_u.dtype, c_out, c_in, precision)
+        return None
     d_input = _output(problem, d_u)
     _launch(problem, tile, precision, d_u, weight, u=d_input)
     return d_input
+
+
+def _sample_call(key: str, tile: Tile) -> None:
+    """The call that ``key`` is about, with all that an epilogue can take, on the meta device."""
+    _, operation, name, channels, size, taps = key.split("/")
+    c_in, c_out = map(int, channels.split("x"))
+    h, w = map(int, size.split("x"))
+    kernel, stride = int(taps[1]), int(taps[3:])
+    precision = "tf32" if name == "tfloat32" else "ieee"
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, name)
+
+    def image(channels: int, h: int, w: int) -> Tensor:
+        made = torch.empty(32, channels, h, w, dtype=dtype, device="meta")
+        return made.to(memory_format=torch.channels_last)
+
+    weight = torch.empty(c_out, c_in, kernel, kernel, dtype=dtype, device="meta")
+    weight = weight.to(memory_format=torch.channels_last)
+    padding = kernel // 2
+    where: tuple[Any, Any, Any, int] = ((stride, stride), (padding, padding), (1, 1), 1)
+    oh, ow = ((side + 2 * padding - kernel) // stride + 1 for side in (h, w))
+    if operation == "apply":
+        scale = torch.empty(32, c_out, device="meta")
+        residual = image(c_out, oh, ow)
+        x = image(c_in, h, w)
+        fused_apply(x, weight, scale, scale, residual, True, *where, True, precision=precision, tile=tile)
+    elif operation == "statistics":
+        fused_statistics(image(c_in, h, w), weight, *where, precision=precision, tile=tile)
+    else:
+        shape = (32, c_in, h, w)
+        fused_dgrad(image(c_out, oh, ow), weight, shape, *where, precision=precision, tile=tile)
+
+
+# what the default tiles must compile for: ResNet-18's stages, a strided convolution, a shortcut, a stem
+_SHIPPED = (
+    *(
+        f"conv/{operation}/{dtype}/{shape}/k3s1"
+        for dtype in ("bfloat16", "tfloat32", "float32")
+        for shape in ("64x64/32x32", "512x512/4x4")
+        for operation in ("apply", "statistics", "dgrad")
+    ),
+    "conv/apply/float16/64x64/32x32/k3s1",
+    "conv/apply/bfloat16/128x128/16x16/k3s1",
+    "conv/apply/bfloat16/256x256/8x8/k3s1",
+    "conv/apply/bfloat16/64x128/32x32/k3s2",
+    "conv/statistics/bfloat16/64x128/32x32/k1s2",
+    "conv/apply/bfloat16/3x64/32x32/k3s1",
+)
+
+
+def cases(table: Table) -> Iterator[Case]:
+    """The calls that kernels/ahead.py compiles: the default tiles, each also swapped, and the table's."""
+    tiles: list[tuple[str, str, Tile]] = []
+    for full in _SHIPPED:
+        _, operation, name, channels, _, _ = full.split("/")
+        c_in, c_out = map(int, channels.split("x"))
+        if operation == "dgrad":
+            c_in, c_out = c_out, c_in
+        precision = "tf32" if name == "tfloat32" else "ieee"
+        dtype = torch.float32 if precision == "tf32" else getattr(torch, name)
+        tile = default_tile(dtype, precision, c_in, c_out)
+        tiles.append((full, full, tile))
+        if name == "bfloat16" and c_in == c_out:
+            tiles.append((f"{full} swap_ab", full, tile._replace(swap_ab=1)))
+    for full, entry in table.items():
+        if full.startswith("conv/"):
+            tiles.append((full, full.split("@")[0], _tile_of(entry)))
+    for label, full, tile in tiles:
+        instruction = "" if "/float32/" in full else "wgmma"
+        quick = full in (_SHIPPED[0], _SHIPPED[4]) and not tile.swap_ab
+        yield Case(label, partial(_sample_call, full, tile), instruction, quick)

@@ -5,14 +5,14 @@ the mean and the centred sum of squares of its own pixels, and ``combine`` joins
 Chan's update. Nothing is added atomically, so the same call gives the same bits.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import launch, power_of_two
 
 
 @triton.jit
@@ -103,8 +103,9 @@ def combine_kernel(
     BLOCK_C: tl.constexpr,
 ):
     PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS
-    sample = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    sample = tl.program_id(0).to(tl.int64) // BLOCKS_C
+    channel = tl.program_id(0) % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < C
     mean = tl.zeros([BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_C], tl.float32)
@@ -128,28 +129,15 @@ def combine_kernel(
 
 
 def combine(part_mean: Tensor, part_m2: Tensor, hw: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Mean and M2 [B, C] of samples of ``hw`` pixels from those of their tiles of ``rows`` pixels, [B, P, C]."""
+    """Mean and M2 [B, C] of samples of ``hw`` pixels from those of their tiles of ``rows``, [B, PARTS, C]."""
     batch, parts, channels = part_mean.shape
     if parts == 1:
         return part_mean[:, 0], part_m2[:, 0]
     mean, m2 = part_mean.new_empty(batch, channels), part_mean.new_empty(batch, channels)
-    block_c = min(64, triton.next_power_of_2(channels))
-    with on_device(part_mean):
-        combine_kernel[(batch, triton.cdiv(channels, block_c))](
-            part_mean,
-            part_m2,
-            mean,
-            m2,
-            HW=hw,
-            C=channels,
-            ROWS=rows,
-            BLOCK_PARTS=min(32, triton.next_power_of_2(parts)),
-            BLOCK_C=block_c,
-            num_warps=4,
-        )
+    block_c = min(64, power_of_two(channels))
+    launch(
+        combine_kernel, batch * triton.cdiv(channels, block_c), part_mean, part_m2, mean, m2,
+        HW=hw, C=channels, ROWS=rows, BLOCK_PARTS=min(32, power_of_two(parts)), BLOCK_C=block_c,
+        warps=4, stages=1,
+    )  # fmt: skip
     return mean, m2
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it that of ``x``."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

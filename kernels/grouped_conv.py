@@ -1,16 +1,19 @@
 """Direct convolution for groups > 1, depthwise included, with the layer's work in its epilogue.
 
-Such a convolution is bound by memory: each program computes a tile of pixels × channels of one sample by plain
-multiply-adds, in either layout (channels_last reads runs of channels, NCHW runs of pixels), and the affine map
-or the statistics cost no further pass. The gradient of the input is the same kernel, ``TRANSPOSED``.
+Such a convolution is bound by memory: each program computes a tile of pixels × channels of one sample by
+plain multiply-adds, in either layout (channels_last reads runs of channels, NCHW runs of pixels), and the
+affine map or the statistics cost no further pass. The gradient of the input is the same
+kernel, ``TRANSPOSED``.
 
-The library's convolution is the default: a hook returns None unless a measured table (``use_table``) says that
-this kernel wins for the case, or ``force`` is set.
+The library's convolution is the default: a function here returns None unless a measured table says that this
+kernel wins for the case, or ``force`` is set.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from awnet.kernels.epilogue import combine, finish, on_device
+from .epilogue import combine, finish
+from .launch import Case, Table, launch, power_of_two
 
 
 class Tile(NamedTuple):
@@ -29,49 +33,34 @@ class Tile(NamedTuple):
     warps: int
 
 
-class Case(NamedTuple):
-    """What a measurement is about."""
+def key(
+    operation: str,
+    dtype: torch.dtype,
+    channels_last: bool,
+    c_in: int,
+    c_out: int,
+    groups: int,
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+) -> str:
+    """The table's key for apply, statistics or dgrad of a layer with ``c_in``, ``c_out`` and input ``size``.
 
-    operation: str  # apply, statistics or dgrad
-    dtype: torch.dtype
-    channels_last: bool
-    c_in: int  # of the layer, for dgrad too
-    c_out: int
-    groups: int
-    size: tuple[int, int]  # of the layer's input
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-
-
-class Win(NamedTuple):
-    """Where this kernel beats the library's convolution: from ``least_batch`` on, with ``tile``."""
-
-    least_batch: int
-    tile: Tile
-
-
-_wins: dict[Case, Win] = {}
-
-
-def use_table(wins: Mapping[Case, Win]) -> None:
-    """Replaces the table of cases in which this kernel is taken; it starts empty."""
-    _wins.clear()
-    _wins.update(wins)
-
-
-def winning_tile(case: Case, batch: int) -> Tile | None:
-    """The tile with which this kernel beats the library's convolution, by the table; None where it does not."""
-    win = _wins.get(case)
-    return win.tile if win is not None and batch >= win.least_batch else None
+    Its entry has the fields of :class:`Tile`, and ``least_batch``, the batch from which the kernel wins.
+    """
+    layout = "channels_last" if channels_last else "nchw"
+    name = str(dtype).removeprefix("torch.")
+    taps = f"k{kernel[0]}x{kernel[1]}s{stride[0]}x{stride[1]}"
+    return f"grouped_conv/{operation}/{layout}/{name}/{c_in}x{c_out}g{groups}/{size[0]}x{size[1]}/{taps}"
 
 
 def default_tile(hw: int, channels: int, channels_last: bool) -> Tile:
     """A tile that is safe on any shape; tuning finds better ones."""
     if channels_last:
-        across = min(64, triton.next_power_of_2(channels))
-        return Tile(min(2048 // across, max(16, triton.next_power_of_2(hw))), across, 4)
-    along = min(1024, max(16, triton.next_power_of_2(hw)))
-    return Tile(along, min(1024 // along, triton.next_power_of_2(channels)), 4)
+        across = min(64, power_of_two(channels))
+        return Tile(min(2048 // across, max(16, power_of_two(hw))), across, 4)
+    along = min(1024, max(16, power_of_two(hw)))
+    return Tile(along, min(1024 // along, power_of_two(channels)), 4)
 
 
 @triton.jit
@@ -116,16 +105,10 @@ def grouped_conv_kernel(
     BLOCKS_C: tl.constexpr = (C_OUT + BLOCK_C - 1) // BLOCK_C
     READ: tl.constexpr = C_IN // GROUPS  # channels of x that a channel of the result reads
     OWN: tl.constexpr = C_OUT // GROUPS
-    if CHANNELS_LAST:
-        X_CHANNEL: tl.constexpr = 1
-        X_PIXEL: tl.constexpr = C_IN
-        CHANNEL_STRIDE: tl.constexpr = 1
-        PIXEL_STRIDE: tl.constexpr = C_OUT
-    else:
-        X_CHANNEL: tl.constexpr = H * W
-        X_PIXEL: tl.constexpr = 1
-        CHANNEL_STRIDE: tl.constexpr = OH * OW
-        PIXEL_STRIDE: tl.constexpr = 1
+    X_CHANNEL: tl.constexpr = 1 if CHANNELS_LAST else H * W
+    X_PIXEL: tl.constexpr = C_IN if CHANNELS_LAST else 1
+    CHANNEL_STRIDE: tl.constexpr = 1 if CHANNELS_LAST else HW
+    PIXEL_STRIDE: tl.constexpr = C_OUT if CHANNELS_LAST else 1
 
     program = tl.program_id(0).to(tl.int64)
     channel = (program % BLOCKS_C).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -263,22 +246,11 @@ def _launch(
     programs = (
         problem.batch * triton.cdiv(problem.hw, tile.pixels) * triton.cdiv(problem.c_out, tile.channels)
     )
-    with on_device(x):
-        grouped_conv_kernel[(programs,)](
-            x,
-            weight,
-            u,
-            y,
-            residual,
-            scale,
-            shift,
-            mean,
-            m2,
-            problem.batch,
-            *weight.stride(),
-            **constants(problem, tile, relu),
-            num_warps=tile.warps,
-        )
+    launch(
+        grouped_conv_kernel, programs,
+        x, weight, u, y, residual, scale, shift, mean, m2, problem.batch, *weight.stride(),
+        **constants(problem, tile, relu), warps=tile.warps, stages=1,
+    )  # fmt: skip
 
 
 def refusal(
@@ -328,13 +300,20 @@ def _problem(
     )  # fmt: skip
 
 
-def _tile(operation: str, dtype: torch.dtype, of: Problem, force: bool) -> Tile | None:
+def _tile(operation: str, x: Tensor, of: Problem, table: Table, force: bool) -> Tile | None:
     c_in, c_out, size = of.c_in, of.c_out, of.size
     if of.transposed:
         c_in, c_out, size = c_out, c_in, of.out_size
-    case = Case(operation, dtype, of.channels_last, c_in, c_out, of.groups, size, of.kernel, of.stride)
-    tile = winning_tile(case, of.batch)
-    return default_tile(of.hw, of.c_out, of.channels_last) if tile is None and force else tile
+    entry = table.get(
+        key(operation, x.dtype, of.channels_last, c_in, c_out, of.groups, size, of.kernel, of.stride)
+    )
+    if entry is not None and (force or of.batch >= entry["least_batch"]):
+        return _tile_of(entry)
+    return default_tile(of.hw, of.c_out, of.channels_last) if force else None
+
+
+def _tile_of(entry: Mapping[str, int]) -> Tile:
+    return Tile(**{name: entry[name] for name in Tile._fields})
 
 
 def _output(problem: Problem, like: Tensor) -> Tensor:
@@ -359,14 +338,16 @@ def fused_apply(
     groups: int,
     save: bool,
     *,
-    tile: Tile | None = None,
+    table: Table | None = None,
     force: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """y = act(conv(input, weight) · scale + shift + residual), and u = conv(input, weight) if ``save``.
 
-    ``input`` [B, C_in, H, W] contiguous or channels_last, the results and ``residual`` [B, C_out, H', W'] laid
-    out alike; ``weight`` [C_out, C_in/groups, k, k]; ``scale``, ``shift`` [B, C_out] float32; u is empty
-    without ``save``. None where the kernel cannot run the call or is not known to win.
+    ``input`` [B, C_in, H, W] contiguous or channels_last, the results and ``residual`` [B, C_out, H', W']
+    laid out alike; ``weight`` [C_out, C_in/groups, k, k]; ``scale``, ``shift`` [B, C_out] float32; u is empty
+    without ``save``. None where the kernel cannot run the call (see :func:`refusal`) or ``table`` does not
+    say that it wins; ``force`` takes it all the same, and ``tile`` with these parameters.
     """
     if refusal(input, weight, stride, padding, dilation, groups) is not None:
         return None
@@ -376,7 +357,7 @@ def fused_apply(
         residual.dtype == input.dtype and residual.is_contiguous(memory_format=layout)
     ):
         return None
-    tile = tile or _tile("apply", input.dtype, problem, force)
+    tile = tile or _tile("apply", input, problem, table or {}, force)
     if tile is None:
         return None
     y = _output(problem, input)
@@ -396,8 +377,9 @@ def fused_statistics(
     dilation: Sequence[int],
     groups: int,
     *,
-    tile: Tile | None = None,
+    table: Table | None = None,
     force: bool = False,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """u = conv(input, weight) and its per-sample mean and centred sum of squares, [B, C_out] float32.
 
@@ -406,7 +388,7 @@ def fused_statistics(
     if refusal(input, weight, stride, padding, dilation, groups) is not None:
         return None
     problem = _problem(input, weight, stride, padding, dilation, groups)
-    tile = tile or _tile("statistics", input.dtype, problem, force)
+    tile = tile or _tile("statistics", input, problem, table or {}, force)
     if tile is None:
         return None
     u = _output(problem, input)
@@ -425,8 +407,9 @@ def fused_dgrad(
     dilation: Sequence[int],
     groups: int,
     *,
-    tile: Tile | None = None,
+    table: Table | None = None,
     force: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor | None:
     """The gradient of the convolution's input, laid out as ``d_u`` [B, C_out, H', W'], for any stride."""
     if refusal(d_u, weight, stride, padding, dilation, groups) is not None:
@@ -439,9 +422,64 @@ def fused_dgrad(
         batch, len(weight), c_in, groups, _pair(d_u.shape[2:]), (height, width), _pair(weight.shape[2:]),
         _pair(stride), _pair(padding), _pair(dilation), True, not d_u.is_contiguous(),
     )  # fmt: skip
-    tile = tile or _tile("dgrad", d_u.dtype, problem, force)
+    tile = tile or _tile("dgrad", d_u, problem, table or {}, force)
     if tile is None:
         return None
     d_input = _output(problem, d_u)
     _launch(problem, tile, d_u, weight, u=d_input)
     return d_input
+
+
+def _sample_call(key: str, tile: Tile | None) -> None:
+    """The call that ``key`` is about, with all that an epilogue can take, on the meta device."""
+    _, operation, layout, name, channels, size, taps = key.split("/")
+    c_in, c_out, groups = map(int, channels.replace("g", "x").split("x"))
+    h, w = map(int, size.split("x"))
+    kernel, stride = (_pair([int(n) for n in part.split("x")]) for part in taps[1:].split("s"))
+    dtype = getattr(torch, name)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+    def image(channels: int, h: int, w: int) -> Tensor:
+        made = torch.empty(32, channels, h, w, dtype=dtype, device="meta")
+        return made.to(memory_format=memory_format)
+
+    weight = torch.empty(c_out, c_in // groups, *kernel, dtype=dtype, device="meta")
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    where: tuple[Any, Any, Any, int] = (stride, padding, (1, 1), groups)
+    oh = (h + 2 * padding[0] - kernel[0]) // stride[0] + 1
+    ow = (w + 2 * padding[1] - kernel[1]) // stride[1] + 1
+    force = tile is None
+    if operation == "apply":
+        scale = torch.empty(32, c_out, device="meta")
+        residual, x = image(c_out, oh, ow), image(c_in, h, w)
+        fused_apply(x, weight, scale, scale, residual, True, *where, True, tile=tile, force=force)
+    elif operation == "statistics":
+        fused_statistics(image(c_in, h, w), weight, *where, tile=tile, force=force)
+    else:
+        fused_dgrad(image(c_out, oh, ow), weight, (32, c_in, h, w), *where, tile=tile, force=force)
+
+
+# what the default tiles must compile for: depthwise in both layouts, small images, 7×7 strided, plain groups
+_SHIPPED = (
+    *(
+        f"grouped_conv/{operation}/{layout}/{dtype}/64x64g64/32x32/k3x3s1x1"
+        for operation in ("apply", "statistics", "dgrad")
+        for layout in ("channels_last", "nchw")
+        for dtype in ("bfloat16", "float32")
+    ),
+    "grouped_conv/apply/channels_last/float16/64x64g64/32x32/k3x3s1x1",
+    "grouped_conv/apply/channels_last/bfloat16/512x512g512/4x4/k3x3s1x1",
+    "grouped_conv/statistics/channels_last/bfloat16/96x96g96/56x56/k7x7s1x1",
+    "grouped_conv/dgrad/channels_last/bfloat16/96x96g96/56x56/k7x7s2x2",
+    "grouped_conv/apply/channels_last/bfloat16/128x128g32/16x16/k3x3s1x1",
+    "grouped_conv/dgrad/nchw/bfloat16/128x128g32/16x16/k3x3s2x2",
+)
+
+
+def cases(table: Table) -> Iterator[Case]:
+    """The calls that kernels/ahead.py compiles: the default tiles and the table's."""
+    for full in _SHIPPED:
+        yield Case(full, partial(_sample_call, full, None), quick=full == _SHIPPED[0])
+    for full, entry in table.items():
+        if full.startswith("grouped_conv/"):
+            yield Case(full, partial(_sample_call, full.split("@")[0], _tile_of(entry)))
