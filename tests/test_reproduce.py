@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from awnet.data import Splits, load_dataset
 from awnet.evaluation import Comparison
 from awnet.evaluation.report import AttackDifference
 from awnet.models import load_model
-from awnet.reproduce.digits import run_digits, verdicts
-from awnet.training import MTARD, read_log, recipe_for
+from awnet.reproduce.digits import _train, run_digits, verdict
+from awnet.reproduce.lanes import run_lanes
+from awnet.training import MTARD, checkpoint, read_log, recipe_for
 
 
 def small() -> tuple[Splits, MTARD]:
@@ -26,13 +32,13 @@ def small() -> tuple[Splits, MTARD]:
 def test_it_trains_attacks_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     splits, recipe = small()
     out = tmp_path / "digits"
-    result = run_digits(out, recipe=recipe, splits=splits, attacks=("fgsm", "pgd_trades"))
+    result = run_digits(out, recipe=recipe, splits=splits, attacks=("fgsm", "pgd_trades"), processes=2)
     said = capsys.readouterr().out
     names = ["awnet_tiny", "resnet_tiny", "resnet_tiny_wide"]
     assert list(result.reports) == names
     assert all(name in said for name in names)
-    assert "A_w under FGSM" in said
-    assert "trained by pgd_at" in said
+    assert "awnet_tiny against resnet_tiny_wide" in said
+    assert "teachers: resnet_tiny by pgd_at, and by standard" in said
 
     # what it says is there is there
     report = json.loads((out / "report.json").read_text())
@@ -57,10 +63,12 @@ def test_it_trains_attacks_and_compares(tmp_path: Path, capsys: pytest.CaptureFi
     # again: an error, unless it is told to go on, and then the same numbers without any training
     with pytest.raises(FileExistsError, match="already holds a run"):
         run_digits(out, recipe=recipe, splits=splits, quiet=True)
+    assert capsys.readouterr().out == ""
     before = (out / "last.safetensors").stat().st_mtime_ns
-    capsys.readouterr()
-    again = run_digits(out, recipe=recipe, splits=splits, attacks=("fgsm", "pgd_trades"), resume=True)
-    assert capsys.readouterr().out.count("is finished") == 3
+    again = run_digits(
+        out, recipe=recipe, splits=splits, attacks=("fgsm", "pgd_trades"), resume=True, processes=1
+    )
+    assert f"{out} is finished" in capsys.readouterr().out
     assert (out / "last.safetensors").stat().st_mtime_ns == before
     for name, report_again in again.reports.items():
         assert report_again.to_dict()["attacks"] == result.reports[name].to_dict()["attacks"]
@@ -82,8 +90,63 @@ def test_the_verdict_follows_the_interval() -> None:
             "x": under(0.01, (0, 0.1)),
         },
     )
-    clean, fgsm, cw, other = verdicts(comparison)
-    assert clean == "clean accuracy: +0.0 points [-1.0, +1.0], no significant difference"
-    assert fgsm == "A_w under FGSM: +2.0 points [+0.1, +4.0], better"
-    assert cw == "A_w under CW: -3.0 points [-5.0, -1.0], worse"
-    assert other.endswith("no significant difference")
+    assert verdict(comparison) == (
+        "better: A_w under FGSM (+2.0 points); worse: A_w under CW (-3.0 points); "
+        "no significant difference: clean accuracy, A_w under x"
+    )
+
+
+# --- lanes
+
+
+def test_lanes_run_in_processes_of_their_own_with_their_threads() -> None:
+    threads = torch.get_num_threads()
+    jobs = [os.getpid, torch.get_num_threads, partial(max, 3, 5)]
+    here, there = run_lanes([jobs, jobs], 1)
+    assert here == [os.getpid(), 1, 5]
+    assert there[0] != os.getpid()
+    assert there[1:] == [1, 5]
+    assert torch.get_num_threads() == threads
+
+
+def test_a_lane_that_fails_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="a process of this run failed with status 1"):
+        run_lanes([[partial(int, "3")], [partial(int, "three")]], 1)
+    assert "invalid literal for int() with base 10: 'three'" in capfd.readouterr().err
+
+
+def test_when_one_lane_is_stopped_the_others_save_and_stop(tmp_path: Path) -> None:
+    splits, _ = small()
+    recipe = recipe_for("standard", "digits", epochs=100_000, batch_size=10)
+    run = tmp_path / "run"
+    arguments = {"seed": 0, "device": torch.device("cpu"), "teachers": None, "attacks": (), "quiet": True}
+    endless = partial(_train, recipe, "resnet_tiny", splits, run, **arguments)
+
+    def interrupted() -> None:
+        while not checkpoint.state_path(run).exists() or checkpoint.load_state(run)["epoch"] < 1:
+            time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_lanes([[interrupted], [endless]], 1)
+    step = checkpoint.load_state(run)["step"]
+    assert step >= 6
+    time.sleep(0.5)
+    assert checkpoint.load_state(run)["step"] == step  # nobody trains on
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"processes": 3}, "processes must be None, 1 or 2"),
+        ({"attacks": ("aa", "pgd")}, "attacks must be among"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+    ],
+)
+def test_bad_arguments_fail_before_anything_is_trained(
+    tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    splits, recipe = small()
+    with pytest.raises(ValueError, match=message):
+        run_digits(tmp_path / "run", recipe=recipe, splits=splits, quiet=True, **wrong)
+    assert not (tmp_path / "run").exists()

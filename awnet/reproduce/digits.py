@@ -5,17 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
+from awnet.attacks import list_attacks
 from awnet.data import Splits, load_dataset
-from awnet.evaluation import Comparison, Report, comparison_table, evaluate, w_robust_table
+from awnet.evaluation import Comparison, Report, compare, comparison_table, evaluate, w_robust_table
 from awnet.evaluation.table import LABELS
-from awnet.training import MTARD, recipe_for, train
+from awnet.files import write_json
+from awnet.reproduce.lanes import Job, run_lanes
+from awnet.training import MTARD, Recipe, recipe_for, train
+from awnet.training.checkpoint import claim
 
 AWNET = "awnet_tiny"
+TEACHER = "resnet_tiny"
 TWINS = {
     "resnet_tiny": "same width, no router",
     "resnet_tiny_wide": "as many parameters as awnet_tiny",
@@ -41,6 +48,7 @@ def run_digits(
     recipe: MTARD | None = None,
     splits: Splits | None = None,
     attacks: Sequence[str] = ATTACKS,
+    processes: int | None = None,
     quiet: bool = False,
 ) -> DigitsResult:
     """Trains ``awnet_tiny`` and two static twins by MTARD with the same two teachers and compares them.
@@ -52,16 +60,27 @@ def run_digits(
 
     resume, overwrite: go on with, or replace, what is in ``out``; without either an existing run is an error.
     recipe, splits: other settings or images than the data set's, for a smaller run, say.
+    processes: 1, or 2 to train side by side, each with half of torch's threads; by default 2 on a CPU where
+        torch has two threads or more. The same number gives the same table.
     """
     begun = time.monotonic()
     console = Console(quiet=quiet, highlight=False)
     out = Path(out)
+    where = _device(device)
+    if processes is None:
+        processes = 2 if where.type == "cpu" and torch.get_num_threads() >= 2 else 1
+    if processes not in (1, 2):
+        raise ValueError(f"processes must be None, 1 or 2, got {processes!r}")
+    for name in attacks:
+        if name not in list_attacks():
+            raise ValueError(f"attacks must be among {', '.join(list_attacks())}, got {name!r}")
     if splits is None:
         splits = load_dataset("digits", seed=seed)
     if recipe is None:
         usual = recipe_for("mtard", "digits")
         assert isinstance(usual, MTARD)
         recipe = usual
+    claim(out, resume=resume, overwrite=overwrite)
     _say(console, f"{splits.train.name}: {splits.train.source}")
     _say(
         console,
@@ -69,47 +88,97 @@ def run_digits(
         f"images, L-infinity eps {splits.train.threat_model.eps:.4g}; seed {seed}",
     )
 
-    trained = {
-        AWNET: train(
-            recipe,
-            AWNET,
-            splits,
-            out,
-            seed=seed,
-            device=device,
-            resume=resume,
-            overwrite=overwrite,
-            quiet=quiet,
-        )
-    }
     teachers = (out / "teachers" / "clean", out / "teachers" / "robust")
-    for name in TWINS:
-        trained[name] = train(
+
+    def job(recipe: Recipe, model: str, folder: Path, *, aside: bool) -> Job:
+        student = isinstance(recipe, MTARD)
+        return partial(
+            _train,
             recipe,
-            name,
+            model,
             splits,
-            out / "compared" / name,
+            folder,
             seed=seed,
-            device=device,
-            resume=True,  # it lies within this run, which was asked for above
-            teachers=teachers,
-            quiet=quiet,
+            device=where,
+            teachers=teachers if student else None,
+            attacks=attacks if student else (),
+            quiet=quiet or (aside and processes == 2),
         )
 
-    reports: dict[str, Report] = {}
-    for name in (*TWINS, AWNET):  # AW-Net last: its report holds the comparison
-        reports[name] = evaluate(
-            trained[name].model,
-            splits.test,
-            attacks,
-            seed=seed,
-            out=trained[name].folder,
-            progress=console.is_terminal and not quiet,
-            compared_with=dict(reports) if name == AWNET else None,
-        )
-    reports = {name: reports[name] for name in (AWNET, *TWINS)}
+    def side_by_side(here: list[Job], aside: list[Job]) -> list[Any]:
+        """The results of the jobs ``here`` and then of those ``aside``."""
+        lanes = [here, aside] if processes == 2 else [here + aside]
+        found = run_lanes(lanes, max(1, torch.get_num_threads() // processes))
+        return [result for lane in found for result in lane]
+
+    beside = ", in a second process" if processes == 2 else ""
+    clean, robust = recipe.teacher_recipe("clean"), recipe.teacher_recipe("robust")
+    _say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{beside}")
+    found = side_by_side(
+        [job(robust, TEACHER, teachers[1], aside=False)], [job(clean, TEACHER, teachers[0], aside=True)]
+    )
+    _say(console, f"clean teacher: validation accuracy {100 * found[1].validation['clean_accuracy']:.1f} %")
+    _say(console, f"students by {recipe.name}: {AWNET}; {' and '.join(TWINS)}{beside}")
+    found = side_by_side(
+        [job(recipe, AWNET, out, aside=False)],
+        [job(recipe, name, out / "compared" / name, aside=True) for name in TWINS],
+    )
+
+    names = (AWNET, *TWINS)
+    reports = {name: one.report for name, one in zip(names, found, strict=True)}
+    report = reports[AWNET]
+    report.compared_with = {name: compare(report, reports[name], seed) for name in TWINS}
+    _save(report, out)
     _tell(console, reports, out, time.monotonic() - begun)
     return DigitsResult(out, reports)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    validation: dict[str, float]
+    report: Report | None
+
+
+def _train(
+    recipe: Recipe,
+    model: str,
+    splits: Splits,
+    folder: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    teachers: Sequence[Path] | None,
+    attacks: Sequence[str],
+    quiet: bool,
+) -> _Trained:
+    """Trains one model, or goes on with it, and judges it where there are attacks."""
+    result = train(
+        recipe,
+        model,
+        splits,
+        folder,
+        seed=seed,
+        device=device,
+        resume=True,  # run_digits has asked already
+        teachers=teachers,
+        quiet=quiet,
+    )
+    report = None
+    if attacks:
+        report = evaluate(result.model, splits.test, attacks, seed=seed, selected_on="validation")
+        _save(report, folder)
+    return _Trained(result.validation, report)
+
+
+def _save(report: Report, folder: Path) -> None:
+    report.save(folder / "evaluations" / "default", folder / "log.jsonl")
+    write_json(folder / "report.json", report.to_dict())
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: float) -> None:
@@ -117,9 +186,7 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
     console.print(w_robust_table(reports))
     console.print(comparison_table(report))
     for name, comparison in report.compared_with.items():
-        _say(console, f"{AWNET} against {name} ({TWINS[name]}):")
-        for line in verdicts(comparison):
-            _say(console, f"  {line}")
+        _say(console, f"{AWNET} against {name} ({TWINS[name]}): {verdict(comparison)}")
     _say(
         console,
         "One seed, one test set, and no correction for the number of comparisons: see the intervals, and "
@@ -139,23 +206,18 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
     _say(console, f"checkpoint: {out / 'best.safetensors'}")
 
 
-def verdicts(comparison: Comparison) -> list[str]:
-    """A line on clean accuracy, one on A_w under each attack; significant: the 95 % interval excludes 0."""
-    lines = [_verdict("clean accuracy", comparison.clean_difference, comparison.clean_interval_95)]
-    for name, found in comparison.attacks.items():
-        lines.append(_verdict(f"A_w under {LABELS.get(name, name)}", found.difference, found.interval_95))
-    return lines
-
-
-def _verdict(what: str, difference: float, interval: tuple[float, float]) -> str:
-    low, high = interval
-    if low > 0:
-        verdict = "better"
-    elif high < 0:
-        verdict = "worse"
-    else:
-        verdict = "no significant difference"
-    return f"{what}: {100 * difference:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}], {verdict}"
+def verdict(comparison: Comparison) -> str:
+    """Clean accuracy and A_w under each attack: better or worse where the 95 % interval excludes 0."""
+    found = {"clean accuracy": (comparison.clean_difference, comparison.clean_interval_95)}
+    for name, attack in comparison.attacks.items():
+        found[f"A_w under {LABELS.get(name, name)}"] = (attack.difference, attack.interval_95)
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
+    for what, (difference, (low, high)) in found.items():
+        if low <= 0 <= high:
+            groups["no significant difference"].append(what)
+        else:
+            groups["better" if low > 0 else "worse"].append(f"{what} ({100 * difference:+.1f} points)")
+    return "; ".join(f"{group}: {', '.join(members)}" for group, members in groups.items() if members)
 
 
 def _say(console: Console, text: str) -> None:

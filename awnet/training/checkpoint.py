@@ -88,15 +88,14 @@ def _is_config(value: Any) -> bool:
     return isinstance(value, dict) and value.get("kind") == _CONFIG_MARK
 
 
-def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
-    """Prepares a run folder and writes its config.json; returns whether there is a run to go on with.
+def claim(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Sees to it that a run may be written to ``folder``: new or empty, or a run to go on with or to replace.
 
-    A new or empty folder starts a run, with ``resume`` too. A folder that holds a run needs ``resume``, and
-    then the same recipe, model, data set, seed and teachers, or ``overwrite``, which deletes the run's own
-    files and nothing else.
+    ``overwrite`` deletes the run's own files and nothing else. Runs in ``teachers`` and ``compared``, in a
+    folder that holds nothing besides, count as the beginning of a run.
 
-    Raises FileExistsError for a run without either, and for a folder that holds anything else; ValueError for
-    both together, and for a resumed run whose configuration differs, naming each difference.
+    Raises FileExistsError for a run without ``resume`` or ``overwrite``, and for a folder that holds anything
+    else; ValueError for both together.
     """
     folder = Path(folder)
     if resume and overwrite:
@@ -104,9 +103,8 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out must be a folder, but {folder} is a file")
     if not folder.is_dir() or not any(folder.iterdir()):
-        write_config(folder, config)
-        return False
-    if not is_run(folder):
+        return
+    if not is_run(folder) and not _begun(folder):
         raise FileExistsError(
             f"{folder} exists and holds no training run; nothing there is touched: choose another folder"
         )
@@ -117,20 +115,36 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
                 shutil.rmtree(entry)
             else:
                 entry.unlink(missing_ok=True)
-        write_config(folder, config)
-        return False
-    if not resume:
+    elif not resume:
         raise FileExistsError(
             f"{folder} already holds a run: go on with it (resume=True, --resume), replace it "
             "(overwrite=True, --overwrite), or choose another folder"
         )
+
+
+def _begun(folder: Path) -> bool:
+    inner = list(folder.iterdir())
+    if not all(entry.name in ("teachers", "compared") and entry.is_dir() for entry in inner):
+        return False
+    return all(is_run(run) or not any(run.iterdir()) for entry in inner for run in entry.iterdir())
+
+
+def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
+    """Claims a run folder, writes its config.json, and returns whether there is a run to go on with.
+
+    A new or empty folder starts a run, with ``resume`` too. Raises what ``claim`` raises, and ValueError for
+    a resumed run whose recipe, model, data set, seed or teachers differ, naming each difference.
+    """
+    folder = Path(folder)
+    claim(folder, resume=resume, overwrite=overwrite)
+    if not is_run(folder):
+        write_config(folder, config)
+        return False
     old = read_config(folder)
     found = [line for part in _COMPARED for line in differences(old.get(part), config.get(part), part)]
     if found:
         raise ValueError(
-            f"{folder} cannot be resumed with another configuration: "
-            + "; ".join(found)
-            + ". Resume with the "
+            f"{folder} cannot be resumed with another configuration: {'; '.join(found)}. Resume with the "
             "first values, or start again with overwrite or in another folder"
         )
     return state_path(folder).exists()

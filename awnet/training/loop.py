@@ -393,10 +393,14 @@ class _Run:
             f"{name} {means[name]:.3f}" for name in ("total", "nat", "adv", "type") if name in means
         )
         total = self.recipe.epochs
-        self.reporter.say(
-            f"{self.reporter.title}  epoch {self.epoch:>{len(str(total))}}/{total}  "
-            f"{losses}  {_percent(scores)}  {self.pace:,.0f} images/s  {self.reporter.left()} left"
-        )
+        parts = [
+            f"{self.reporter.title}  epoch {self.epoch:>{len(str(total))}}/{total}",
+            losses,
+            _percent(scores),
+            f"{self.pace:,.0f} images/s",
+            f"{self.reporter.left()} left",
+        ]
+        self.reporter.say("  ".join(part for part in parts if part))
 
     # Checkpoints
 
