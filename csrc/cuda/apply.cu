@@ -7,7 +7,7 @@ namespace {
 template <class T>
 struct Apply {
   using Value = T;
-  static constexpr int kUnroll = 4;
+  static constexpr int kUnroll = 2;
 
   T* y;
   const T *u, *residual;
@@ -18,7 +18,11 @@ struct Apply {
   struct Inputs {
     Vector<T, V> u, residual;
   };
-  using Coefficients = Affine;
+  template <int V>
+  struct Coefficients {
+    float scale[V], shift[V];
+    __device__ __forceinline__ Coefficients<1> at(int j) const { return {{scale[j]}, {shift[j]}}; }
+  };
 
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
@@ -28,17 +32,23 @@ struct Apply {
     return in;
   }
 
-  __device__ __forceinline__ Affine coefficients(int64_t entry) const { return {scale[entry], shift[entry]}; }
+  template <int V>
+  __device__ __forceinline__ Coefficients<V> coefficients(int64_t entry) const {
+    Coefficients<V> c;
+    load_entries(scale + entry, c.scale);
+    load_entries(shift + entry, c.shift);
+    return c;
+  }
 
   template <int V, class Of>
   __device__ __forceinline__ void write(int64_t i, const Inputs<V>& in, Of&& of) const {
-    Vector<T, V> out;
+    float out[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const Affine a = of(j);
-      float v = widened(in.u.value[j]) * a.scale + a.shift;
-      if (residual != nullptr) v += widened(in.residual.value[j]);
-      out.value[j] = rounded<T>(relu ? rectified(v) : v);
+      const Coefficients<1> c = of(j);
+      float v = in.u[j] * c.scale[0] + c.shift[0];
+      if (residual != nullptr) v += in.residual[j];
+      out[j] = relu ? rectified(v) : v;
     }
     store(y + i, out);
   }

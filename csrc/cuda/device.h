@@ -19,9 +19,20 @@ constexpr int kWarp = 32;
 template <class T>
 constexpr int kFull = 16 / static_cast<int>(sizeof(T));
 
+// V neighbouring values as they lie in memory, widened one by one.
 template <class T, int V>
 struct alignas(V * sizeof(T)) Vector {
   T value[V];
+  __device__ __forceinline__ float operator[](int j) const { return static_cast<float>(value[j]); }
+};
+
+// Two to a register until they are used; __nv_bfloat16 members would be taken apart as soon as they arrive.
+template <>
+struct alignas(16) Vector<__nv_bfloat16, 8> {
+  uint32_t pair[4];
+  __device__ __forceinline__ float operator[](int j) const {
+    return __uint_as_float(j % 2 == 0 ? pair[j / 2] << 16 : pair[j / 2] & 0xffff0000u);
+  }
 };
 
 template <int V, class T>
@@ -29,20 +40,9 @@ __device__ __forceinline__ Vector<T, V> load(const T* from) {
   return *reinterpret_cast<const Vector<T, V>*>(from);
 }
 
-template <class T, int V>
-__device__ __forceinline__ void store(T* to, const Vector<T, V>& vector) {
-  *reinterpret_cast<Vector<T, V>*>(to) = vector;
-}
-
-__device__ __forceinline__ float widened(float x) { return x; }
-__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
-
 template <class T>
-__device__ __forceinline__ T rounded(float x);
-template <>
-__device__ __forceinline__ float rounded(float x) {
-  return x;
+__device__ __forceinline__ T rounded(float x) {
+  return static_cast<T>(x);
 }
 template <>
 __device__ __forceinline__ __nv_bfloat16 rounded(float x) {
@@ -51,6 +51,28 @@ __device__ __forceinline__ __nv_bfloat16 rounded(float x) {
 template <>
 __device__ __forceinline__ __half rounded(float x) {
   return __float2half_rn(x);
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store(T* to, const float (&value)[V]) {
+  struct alignas(V * sizeof(T)) Packed {
+    T value[V];
+  } packed;
+#pragma unroll
+  for (int j = 0; j < V; ++j) packed.value[j] = rounded<T>(value[j]);
+  *reinterpret_cast<Packed*>(to) = packed;
+}
+
+// V entries of a [B, C] table; where V > 1, the first one lies at a multiple of 16 bytes.
+template <int V>
+__device__ __forceinline__ void load_entries(const float* from, float (&entries)[V]) {
+  constexpr int kAtOnce = V % 4 == 0 ? 4 : 1;
+#pragma unroll
+  for (int j = 0; j < V; j += kAtOnce) {
+    const Vector<float, kAtOnce> some = load<kAtOnce>(from + j);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) entries[j + k] = some[k];
+  }
 }
 
 // As torch's ReLU: NaN passes.
@@ -117,7 +139,7 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks
   return cudaGetErrorString(error);
 }
 
-// Calls body(T{}, whether 16-byte accesses are possible).
+// Calls body(T{}) for the images' dtype T.
 template <class Body>
 const char* for_dtype(const Images& images, Body body) {
   switch (images.dtype) {

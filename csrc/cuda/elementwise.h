@@ -3,10 +3,10 @@
 //   using Value               the images' dtype
 //   kUnroll                   accesses of each image that a thread has in flight
 //   Inputs<V>                 what it reads for V neighbouring values
-//   Coefficients              what it reads for a [B, C] entry
+//   Coefficients<V>           what it reads for V neighbouring [B, C] entries
 //   read<V>(i)                -> Inputs<V>, from value i on
-//   coefficients(entry)       -> Coefficients
-//   write<V>(i, inputs, of)   computes and stores, where of(j) gives value j's Coefficients, j = 0, 1, …, V - 1
+//   coefficients<V>(entry)    -> Coefficients<V>, from that entry on
+//   write<V>(i, inputs, of)   computes and stores, where of(j) gives value j's Coefficients<1>, j = 0, …, V - 1
 #pragma once
 
 #include "device.h"
@@ -33,14 +33,14 @@ __global__ void __launch_bounds__(kThreads) over_planes(Operation op, int64_t to
     const int64_t i = base + (local - offset);
     if (i >= total) return;
     int64_t entry = plane + local / pixels;
-    typename Operation::Coefficients own = op.coefficients(entry);
+    auto own = op.template coefficients<1>(entry);
     if constexpr (kWhole) {
       op.template write<V>(i, inputs[k], [&](int) { return own; });
     } else {
       uint32_t left = pixels - local % pixels;  // values of the plane from here on
       auto next = [&](int) {
         if (left == 0) {
-          own = op.coefficients(++entry);
+          own = op.template coefficients<1>(++entry);
           left = pixels;
         }
         --left;
@@ -67,10 +67,8 @@ __global__ void __launch_bounds__(kThreads) over_rows(Operation op, Rows rows) {
   const int32_t part = static_cast<int32_t>(blockIdx.x % rows.parts);
   const int32_t end = min(rows.pixels, part * rows.length + rows.length);
   const int64_t top = sample * rows.pixels * rows.channels + channel;
-  typename Operation::Coefficients own[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) own[j] = op.coefficients(sample * rows.channels + channel + j);
-  auto of = [&](int j) { return own[j]; };
+  const auto own = op.template coefficients<V>(sample * rows.channels + channel);
+  auto of = [&](int j) { return own.at(j); };
   const int32_t down = blockDim.y;
   for (int32_t pixel = part * rows.length + threadIdx.y; pixel < end; pixel += down * kUnroll) {
     typename Operation::template Inputs<V> inputs[kUnroll];

@@ -75,7 +75,7 @@ inline Rows rows_of(const Images& images, int threads, int warp) {
 }
 
 inline const char* refusal(const Images& images) {
-  if (images.pixels >= int64_t{1} << 31) return "an image has 2^31 pixels or more";
+  if (images.pixels >= int64_t{1} << 30) return "an image has 2^30 pixels or more";
   return nullptr;
 }
 

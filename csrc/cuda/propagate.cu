@@ -17,8 +17,12 @@ struct Propagate {
   struct Inputs {
     Vector<T, V> grad, u, y;
   };
+  template <int V>
   struct Coefficients {
-    float centre, by_grad, by_input, constant;
+    float by_grad[V], centre[V], by_input[V], constant[V];
+    __device__ __forceinline__ Coefficients<1> at(int j) const {
+      return {{by_grad[j]}, {centre[j]}, {by_input[j]}, {constant[j]}};
+    }
   };
 
   template <int V>
@@ -30,23 +34,30 @@ struct Propagate {
     return in;
   }
 
-  __device__ __forceinline__ Coefficients coefficients(int64_t entry) const {
-    if (by_input == nullptr) return {0.0f, by_grad[entry], 0.0f, 0.0f};
-    return {centre[entry], by_grad[entry], by_input[entry], constant[entry]};
+  template <int V>
+  __device__ __forceinline__ Coefficients<V> coefficients(int64_t entry) const {
+    Coefficients<V> c = {};
+    load_entries(by_grad + entry, c.by_grad);
+    if (by_input != nullptr) {
+      load_entries(centre + entry, c.centre);
+      load_entries(by_input + entry, c.by_input);
+      load_entries(constant + entry, c.constant);
+    }
+    return c;
   }
 
   template <int V, class Of>
   __device__ __forceinline__ void write(int64_t i, const Inputs<V>& in, Of&& of) const {
-    Vector<T, V> out, passed;
+    float out[V], passed[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const Coefficients c = of(j);
-      float g = widened(in.grad.value[j]);
-      if (y != nullptr) g = masked(g, widened(in.y.value[j]));
-      float d = g * c.by_grad;
-      if (by_input != nullptr) d += (widened(in.u.value[j]) - c.centre) * c.by_input + c.constant;
-      out.value[j] = rounded<T>(d);
-      passed.value[j] = rounded<T>(g);
+      const Coefficients<1> c = of(j);
+      float g = in.grad[j];
+      if (y != nullptr) g = masked(g, in.y[j]);
+      float d = g * c.by_grad[0];
+      if (by_input != nullptr) d += (in.u[j] - c.centre[0]) * c.by_input[0] + c.constant[0];
+      out[j] = d;
+      passed[j] = g;
     }
     store(d_u + i, out);
     if (d_residual != nullptr) store(d_residual + i, passed);

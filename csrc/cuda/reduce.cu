@@ -10,7 +10,6 @@ struct Operands {
   const float* centre;
   float *g1, *gc;
 
-  // Adds V values from i on to the sums; of(j) is where value j belongs.
   template <int V>
   struct Inputs {
     Vector<T, V> grad, u, y;
@@ -25,13 +24,14 @@ struct Operands {
     return in;
   }
 
+  // Adds value j to the sums.
   template <int V>
   __device__ __forceinline__ void add(const Inputs<V>& in, int j, float middle, float& sum,
                                       float& along) const {
-    float g = widened(in.grad.value[j]);
-    if (y != nullptr) g = masked(g, widened(in.y.value[j]));
+    float g = in.grad[j];
+    if (y != nullptr) g = masked(g, in.y[j]);
     sum += g;
-    along += g * (widened(in.u.value[j]) - middle);
+    along += g * (in.u[j] - middle);
   }
 };
 
@@ -70,11 +70,8 @@ __global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T> op, Planes
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) reduce_rows(Operands<T> op, Rows rows) {
   const Column c = column_of<V>(rows);
-  float middle[V], sum[V] = {}, along[V] = {};
-  if (c.end > 0) {
-#pragma unroll
-    for (int j = 0; j < V; ++j) middle[j] = op.centre[c.table + j];
-  }
+  float middle[V] = {}, sum[V] = {}, along[V] = {};
+  if (c.end > 0) load_entries(op.centre + c.table, middle);
   const int32_t down = blockDim.y;
   for (int32_t pixel = c.begin; pixel < c.end; pixel += down * kAhead) {
     typename Operands<T>::template Inputs<V> in[kAhead];

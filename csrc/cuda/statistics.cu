@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < kDepth; ++k) {
     if (s.lane + k * s.width < s.count) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum += widened(kept[k].value[j]);
+      for (int j = 0; j < V; ++j) sum += kept[k][j];
     }
   }
   const float centre = group_sum<kWide>(sum, s.width) / (static_cast<float>(s.count) * V);
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
     if (s.lane + k * s.width < s.count) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float d = widened(kept[k].value[j]) - centre;
+        const float d = kept[k][j] - centre;
         squares += d * d;
       }
     }
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(const T* u, float* m
   for (int k = 0; k < kDepth; ++k) {
     if (c.begin + k * down < c.end) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum[j] += widened(kept[k].value[j]);
+      for (int j = 0; j < V; ++j) sum[j] += kept[k][j];
     }
   }
   column_sums(sum);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(const T* u, float* m
     if (c.begin + k * down < c.end) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float d = widened(kept[k].value[j]) - centre[j];
+        const float d = kept[k][j] - centre[j];
         squares[j] += d * d;
       }
     }
