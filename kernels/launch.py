@@ -1,4 +1,4 @@
-"""How every kernel is launched: on its tensors' device, or recorded so that it can be compiled without one."""
+"""How every kernel is launched: on its tensors' device, or recorded and compiled without one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,132 @@
+"""Launch parameters of the kernels: looked up in awnet/ops/configs/, never searched for at run time.
+
+``<device slug>.json`` (``nvidia-h200.json``, say) holds what `awnet bench tune` measured on that device,
+``default.json`` what is safe everywhere. A key is ``op/dtype/layout/bucket``; the last parts may be left out,
+and the most specific key wins, the device's table before the default. A bucket ``b256c64p1024`` stands for
+up to 256 samples, 64 channels and 1024 pixels, each rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "configs"
+_POWERS = ("tile", "inner", "steps", "warps")  # what must be a power of two
+_REWRITE = "write it again with `awnet bench tune`, or delete it: the defaults then hold"
+
+Parameters = Mapping[str, int]
+
+
+def device_slug(device: torch.device) -> str:
+    """The name of a device's table: "NVIDIA H200" → "nvidia-h200"; "cpu" where there is no such device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def bucket(batch: int, channels: int, pixels: int) -> str:
+    """The shape's part of a key."""
+    sizes = (("b", batch), ("c", channels), ("p", pixels))
+    return "".join(f"{name}{1 << max(0, size - 1).bit_length()}" for name, size in sizes)
+
+
+def read_table(path: Path) -> dict[str, dict[str, int]]:
+    """The launch parameters in ``path`` by key. ValueError, naming the entry, where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {_REWRITE}") from None
+    launches = content.get("launches") if isinstance(content, dict) else None
+    if not isinstance(launches, dict):
+        raise ValueError(f'{path} must hold an object with "launches"; {_REWRITE}')
+    for key, entry in launches.items():
+        problem = _problem(entry)
+        if problem:
+            raise ValueError(f"{path}: launches[{key!r}] {problem}, got {entry!r}; {_REWRITE}")
+    return launches
+
+
+def _problem(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or not entry:
+        return "must be an object of launch parameters"
+    for name, value in entry.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            return f"must have whole numbers that are not negative, not so {name}"
+        if name in _POWERS and (value < 1 or value & (value - 1)):
+            return f"must have a power of two as {name}"
+    if entry.get("warps", 1) > 32:
+        return "must have at most 32 warps"
+    return None
+
+
+@functools.cache
+def _table(slug: str) -> dict[str, dict[str, int]]:
+    path = FOLDER / f"{slug}.json"
+    if slug == "default":
+        return read_table(path)
+    if not path.exists():
+        return {}
+    table = read_table(path)
+    for key, entry in table.items():
+        wanted = next((d for k, d in _table("default").items() if k.split("/")[0] == key.split("/")[0]), None)
+        if wanted is None or entry.keys() != wanted.keys():
+            fields = "no such op" if wanted is None else f"the fields {', '.join(wanted)}"
+            raise ValueError(
+                f"{path}: launches[{key!r}] has {', '.join(entry)}; expected {fields}; {_REWRITE}"
+            )
+    return table
+
+
+def _keys(op: str, dtype: torch.dtype | None, layout: str | None, shape: str) -> Iterator[str]:
+    stem = [op]
+    if layout is None or dtype is None:
+        yield f"{op}/{shape}"
+        yield op
+        return
+    name = str(dtype).removeprefix("torch.")
+    stem = [op, name, layout]
+    yield "/".join([*stem, shape])
+    yield "/".join(stem)
+    yield f"{op}/{layout}"
+
+
+@functools.lru_cache(maxsize=4096)
+def launch_parameters(
+    op: str,
+    device: torch.device,
+    batch: int,
+    channels: int,
+    pixels: int = 1,
+    dtype: torch.dtype | None = None,
+    layout: str | None = None,
+) -> Parameters:
+    """The launch parameters of ``op`` for [batch, channels, pixels] on ``device``.
+
+    Args:
+        op: a kernel's name in the tables, "apply" say.
+        dtype, layout: of the images, "nchw" or "channels_last"; None for the [B, C] algebra.
+
+    Raises:
+        ValueError: the device's table is damaged; the message names the file and the entry.
+        KeyError: no table knows ``op``.
+    """
+    shape = bucket(batch, channels, pixels)
+    for slug in (device_slug(device), "default"):
+        table = _table(slug)
+        for key in _keys(op, dtype, layout, shape):
+            if key in table:
+                return table[key]
+    raise KeyError(f"no launch parameters for {op!r} in {FOLDER}")
+
+
+def forget_tables() -> None:
+    """Reads the tables again at the next call: for who has just written one."""
+    _table.cache_clear()
+    launch_parameters.cache_clear()
