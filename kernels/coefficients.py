@@ -502,7 +502,7 @@ def testing_coefficients(
     batch: int,
     how: Mapping[str, int],
     *,
-    out: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor] | None = None,  # noqa: PT028
 ) -> tuple[Tensor, Tensor]:
     """scale and shift [B, C] in test mode. All tensors contiguous float32; ``how``: tile, inner, warps."""
     channels = norm.weight.shape[1]
@@ -545,7 +545,7 @@ def testing_gradients(
     eps: float,
     how: Mapping[str, int],
     *,
-    out: TestingGradients | None = None,
+    out: TestingGradients | None = None,  # noqa: PT028
 ) -> TestingGradients:
     """Gradients in test mode. All tensors contiguous float32; ``how``: tile, inner, warps."""
     batch, channels = g1.shape
@@ -661,7 +661,7 @@ def training_coefficients(
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """scale and shift [B, C] in training, ``norm`` with the batch's statistics. ``how``: tile, inner, warps."""
+    """scale and shift [B, C] in training, ``norm`` with batch statistics. ``how``: tile, inner, warps."""
     channels = norm.weight.shape[1]
     if out is None:
         size = (batch, channels)

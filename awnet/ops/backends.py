@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from awnet import reference
-from awnet.ops import native
+from awnet.ops import native, triton_passes
 from awnet.ops.layer import Call, Layer, Saved, describe, register
 from awnet.ops.passes import EagerPasses
 
@@ -103,6 +103,11 @@ def _cpp_refuses(call: Call) -> str | None:
     return _native_obstacle
 
 
+def _triton_refuses(call: Call) -> str | None:
+    assert call.input is not None
+    return triton_passes.obstacle(call.input)
+
+
 def _runs_anything(call: Call) -> str | None:
     return None
 
@@ -113,7 +118,12 @@ def _not_built(what: str) -> Callable[[Call], str | None]:
 
 # in order of preference
 BACKENDS: tuple[Backend, ...] = (
-    Backend("triton", "Triton kernels (CUDA devices)", _not_built("Triton kernels"), _never),
+    Backend(
+        "triton",
+        "Triton kernels (CUDA devices)",
+        _triton_refuses,
+        _runner(register("triton", triton_passes.TritonPasses())),
+    ),
     Backend("cuda", "CUDA C++ kernels (CUDA devices)", _not_built("CUDA kernels"), _never),
     Backend("cpp", "C++ kernels (CPU)", _cpp_refuses, _native),
     Backend(
@@ -167,7 +177,8 @@ def select(call: Call, backend: str | None) -> Backend:
     chosen = _named(backend, source)
     reason = chosen.refusal(call)
     if reason is not None:
-        raise ValueError(f"{source} {chosen.name!r} cannot run this call: {reason}")
+        able = next(candidate.name for candidate in BACKENDS if candidate.refusal(call) is None)
+        raise ValueError(f"{source} {chosen.name!r} cannot run this call: {reason}; {able!r} can")
     return chosen
 
 

@@ -32,19 +32,26 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
+def _device_obstacle(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return f"it needs a CUDA device, this machine has none and the input is on {device}"
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, and the input is on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _LEAST_CAPABILITY:
+        return f"it needs a GPU of compute capability 8.0 or more, and {device} has {major}.{minor}"
+    return None
+
+
 def obstacle(x: Tensor) -> str | None:
     """Why the kernels cannot run on ``x``; None where they can."""
     if not _installed():
         return "Triton is not installed (pip install triton, on Linux)"
-    if x.device.type == "cpu" and interpreted():
-        pass
-    elif not torch.cuda.is_available():
-        return f"it needs a CUDA device, this machine has none and the input is on {x.device}"
-    elif x.device.type != "cuda":
-        return f"it runs on CUDA devices, and the input is on {x.device}"
-    elif torch.cuda.get_device_capability(x.device) < _LEAST_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        return f"it needs a GPU of compute capability 8.0 or more, and {x.device} has {major}.{minor}"
+    if x.device.type != "cpu" or not interpreted():
+        reason = _device_obstacle(x.device)
+        if reason is not None:
+            return reason
     if x.dtype == torch.float64:
         return "it has no float64 (use eager or reference)"
     return None
