@@ -29,10 +29,10 @@ run: $(READY)
 	$(BIN)/awnet reproduce digits --out runs/digits --resume
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from awnet import rng
 from awnet.attacks import CW, FGSM, PGD, frozen, list_attacks, named_attack
 from awnet.data.dataset import ThreatModel
 from awnet.models import create_model
+from awnet.ops import use_backend
 
 
 def small_cnn(classes: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
@@ -361,19 +362,25 @@ def awnet_tiny() -> nn.Module:
     return model
 
 
-def test_no_weight_gradient_in_an_aw_net() -> None:
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_no_weight_gradient_in_an_aw_net(backend: str | None) -> None:
     model, (x, y) = awnet_tiny(), batch()
     before = state(model)
     attack = PGD(model, eps=0.1, step_size=0.02, steps=2)
-    passed, weights = convolution_backwards(lambda: attack(x, y))
+    with use_backend(backend):
+        passed, weights = convolution_backwards(lambda: attack(x, y))
     # 9 convolutions in the dynamic network and 9 in the router, each once a step
     assert (passed, weights) == (18 * 2, 0)
     assert state(model) == before
 
-    model.eval()  # an op of one's own cannot see that only x is asked for: unfrozen weights do cost
+
+def test_weight_gradients_are_counted_where_they_are_computed() -> None:
+    # the control: an operator in Python cannot see that only x is asked for, so unfrozen weights do cost
+    model, (x, y) = awnet_tiny().eval(), batch()
     image = x.clone().requires_grad_()
-    unfrozen = F.cross_entropy(model(image), y)
-    assert convolution_backwards(lambda: torch.autograd.grad(unfrozen, image)) == (18, 18)
+    with use_backend("eager"):
+        unfrozen = F.cross_entropy(model(image), y)
+        assert convolution_backwards(lambda: torch.autograd.grad(unfrozen, image)) == (18, 18)
 
 
 def test_attack_on_an_aw_net_goes_through_router_and_network() -> None:
