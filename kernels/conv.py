@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogue import combine, finish
+from .epilogue import combine, finish, new_tensor
 from .launch import Case, Table, launch, power_of_two
 
 
@@ -58,7 +58,7 @@ def default_tile(dtype: torch.dtype, precision: str, c_in: int, c_out: int) -> T
         block_k = min(64, max(16, power_of_two(c_in)))
         return Tile(128, 64, block_k, 4, 4) if c_out <= 64 else Tile(128, 128, block_k, 8, 3)
     if precision == "tf32":
-        return Tile(128, 64, min(32, max(16, power_of_two(c_in))), 4, 3)
+        return Tile(128, 64, min(32, max(16, power_of_two(c_in))), 8, 3)
     return Tile(64, 64, 16, 8, 2)
 
 
@@ -110,20 +110,22 @@ def conv_kernel(
         part = 0
         first_sample = tile * BLOCK_M // HW
         run = (tile * BLOCK_M % HW).to(tl.int32) + row
-        sample = first_sample + run // HW
+        nearby = run // HW
         pixel = run % HW
     else:
         PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS
         part = (tile % PARTS).to(tl.int32)
         first_sample = tile // PARTS * (BLOCK_M // ROWS)
-        sample = first_sample + row // ROWS
+        nearby = row // ROWS
         pixel = part * ROWS + row % ROWS
-    row_ok = (sample < batch) & (pixel < HW)
+    row_ok = (first_sample + nearby < batch) & (pixel < HW)
 
     top = pixel // OW * STRIDE - PADDING
     left = pixel % OW * STRIDE - PADDING
-    x_row = x_ptr + (sample * (H * W) + top * W + left) * C_IN  # of the first tap; may lie in the padding
-    weight_column = weight_ptr + channel.to(tl.int64) * weight_out
+    # 64 bits for the tile's place, 32 within it; a row's first tap may lie in the padding
+    x_from = x_ptr + first_sample * (H * W * C_IN)
+    x_row = (nearby * (H * W) + top * W + left) * C_IN
+    weight_column = channel * weight_out
     if SWAP_AB:
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
@@ -139,12 +141,13 @@ def conv_kernel(
         if C_IN % BLOCK_K != 0:
             x_ok = x_ok & (depth < C_IN)[None, :]
             weight_ok = weight_ok & (depth < C_IN)[:, None]
-        x = tl.load(x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :], mask=x_ok, other=0.0)
-        weight_at = tap
+        x_at = x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :]
+        x = tl.load(x_from + x_at, mask=x_ok, other=0.0)
+        weight_tap_at = tap
         if FLIP:
-            weight_at = TAPS - 1 - tap
-        weight_from = weight_column[None, :] + (depth * weight_in + weight_at * weight_tap)[:, None]
-        weight = tl.load(weight_from, mask=weight_ok, other=0.0)
+            weight_tap_at = TAPS - 1 - tap
+        weight_at = weight_column[None, :] + (depth * weight_in + weight_tap_at * weight_tap)[:, None]
+        weight = tl.load(weight_ptr + weight_at, mask=weight_ok, other=0.0)
         if SWAP_AB:
             acc = tl.dot(tl.trans(weight), tl.trans(x), acc, input_precision=PRECISION)
         else:
@@ -153,7 +156,7 @@ def conv_kernel(
         acc = tl.trans(acc)
     finish(
         acc,
-        sample,
+        nearby,
         pixel,
         row_ok,
         channel,
@@ -200,8 +203,9 @@ class Problem(NamedTuple):
 def constants(problem: Problem, tile: Tile, statistics: bool, relu: bool, precision: str) -> dict[str, Any]:
     """The kernel's compile-time arguments."""
     hw = problem.hw
-    # statistics are per sample, so there no tile mixes samples in one sum
-    span = not statistics and hw % tile.block_m != 0
+    # samples whole in a tile or tiles whole in a sample; else rows run on, except in statistics, where no sum
+    # may mix samples and the last rows of a tile stay empty instead
+    span = not statistics and hw % tile.block_m != 0 and tile.block_m % hw != 0
     return {
         "C_IN": problem.c_in,
         "C_OUT": problem.c_out,
@@ -282,8 +286,10 @@ def refusal(
         return "the weight's taps are not evenly strided"
     if x.numel() == 0:
         return "the input is empty"
-    if max(x[0].numel(), x.shape[2] * x.shape[3] * weight.shape[0], weight.numel()) >= 2**31:
-        return "one sample or the weight has 2^31 values or more"
+    if max(x[0].numel(), x.shape[2] * x.shape[3] * weight.shape[0], weight.numel()) >= 2**30:
+        return "one sample or the weight has 2^30 values or more"
+    if max(weight.shape[:2]) >= 2**17:
+        return "it has 2^17 channels or more"
     return None
 
 
@@ -309,12 +315,9 @@ def _tile_of(entry: Mapping[str, int]) -> Tile:
 
 
 def _output(problem: Problem, like: Tensor) -> Tensor:
-    return torch.empty(
-        (problem.batch, problem.c_out, *problem.out_size),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )
+    shape = (problem.batch, problem.c_out, *problem.out_size)
+    layout = torch.channels_last
+    return new_tensor(shape, like, like.dtype, memory_format=layout)
 
 
 def fused_apply(
@@ -353,7 +356,7 @@ def fused_apply(
     if tile is None:
         return None
     y = _output(problem, input)
-    u = torch.empty_like(y) if save else None
+    u = _output(problem, input) if save else None
     _launch(
         problem, tile, precision, input, weight,
         u=u, y=y, residual=residual, scale=scale.contiguous(), shift=shift.contiguous(), relu=relu,
@@ -387,7 +390,7 @@ def fused_statistics(
     u = _output(problem, input)
     rows = constants(problem, tile, True, False, precision)["ROWS"]
     parts = (problem.batch, triton.cdiv(problem.hw, rows), problem.c_out)
-    mean, m2 = (torch.empty(parts, dtype=torch.float32, device=input.device) for _ in range(2))
+    mean, m2 = (new_tensor(parts, input) for _ in range(2))
     _launch(problem, tile, precision, input, weight, u=u, mean=mean, m2=m2)
     return u, *combine(mean, m2, problem.hw, rows)
 
@@ -426,7 +429,7 @@ def fused_dgrad(
         kernel - 1 - padding[0],
         True,
     )
-    if problem.hw * c_in >= 2**31:
+    if problem.hw * c_in >= 2**30:
         return None
     tile = tile or _tile("dgrad", d_u, problem, precision, table or {}, force)
     if tile is None:
@@ -477,6 +480,9 @@ _SHIPPED = (
     "conv/apply/float16/64x64/32x32/k3s1",
     "conv/apply/bfloat16/128x128/16x16/k3s1",
     "conv/apply/bfloat16/256x256/8x8/k3s1",
+    "conv/apply/bfloat16/512x512/7x7/k3s1",
+    "conv/apply/tfloat32/512x512/7x7/k3s1",
+    "conv/statistics/bfloat16/512x512/7x7/k3s1",
     "conv/apply/bfloat16/64x128/32x32/k3s2",
     "conv/statistics/bfloat16/64x128/32x32/k1s2",
     "conv/apply/bfloat16/3x64/32x32/k3s1",

@@ -8,6 +8,10 @@ Chan's update. Nothing is added atomically, so the same call gives the same bits
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,8 +22,8 @@ from .launch import launch, power_of_two
 @triton.jit
 def finish(
     acc,  # [BLOCK_M, BLOCK_N] float32, a tile of u
-    sample,  # [BLOCK_M] int64
-    pixel,  # [BLOCK_M]
+    nearby,  # [BLOCK_M] int32, the row's sample, counted from first_sample
+    pixel,  # [BLOCK_M] int32
     row_ok,  # [BLOCK_M]
     channel,  # [BLOCK_N]
     first_sample,  # int64, the sample of the tile's first row
@@ -44,25 +48,34 @@ def finish(
 ):
     channel_ok = channel < C
     ok = row_ok[:, None] & channel_ok[None, :]
-    at = (sample * (HW * C) + pixel.to(tl.int64) * PIXEL_STRIDE)[:, None] + channel[None, :] * CHANNEL_STRIDE
+    start = first_sample * (HW * C)  # 64 bits for the tile's place, 32 within it
+    at = (nearby * (HW * C) + pixel * PIXEL_STRIDE)[:, None] + channel[None, :] * CHANNEL_STRIDE
     if u_ptr is not None:
-        tl.store(u_ptr + at, acc.to(u_ptr.dtype.element_ty), mask=ok)
+        tl.store(u_ptr + start + at, acc.to(u_ptr.dtype.element_ty), mask=ok)
     if y_ptr is not None:
-        if SPAN or ROWS < BLOCK_M:
-            own = (sample * C)[:, None] + channel[None, :]
-            y = acc * tl.load(scale_ptr + own, mask=ok, other=0.0) + tl.load(
-                shift_ptr + own, mask=ok, other=0.0
-            )
+        scale_from = scale_ptr + first_sample * C
+        shift_from = shift_ptr + first_sample * C
+        if SPAN:
+            own = (nearby * C)[:, None] + channel[None, :]
+            y = acc * tl.load(scale_from + own, mask=ok, other=0.0)
+            y += tl.load(shift_from + own, mask=ok, other=0.0)
+        elif ROWS < BLOCK_M:
+            each = tl.arange(0, BLOCK_M // ROWS)
+            each_ok = (first_sample + each < batch)[:, None] & channel_ok[None, :]
+            own = (each * C)[:, None] + channel[None, :]
+            scale = tl.load(scale_from + own, mask=each_ok, other=0.0)
+            shift = tl.load(shift_from + own, mask=each_ok, other=0.0)
+            apart = tl.reshape(acc, [BLOCK_M // ROWS, ROWS, BLOCK_N])
+            y = tl.reshape(apart * scale[:, None, :] + shift[:, None, :], [BLOCK_M, BLOCK_N])
         else:
-            own = first_sample * C + channel
-            scale = tl.load(scale_ptr + own, mask=channel_ok, other=0.0)
-            shift = tl.load(shift_ptr + own, mask=channel_ok, other=0.0)
+            scale = tl.load(scale_from + channel, mask=channel_ok, other=0.0)
+            shift = tl.load(shift_from + channel, mask=channel_ok, other=0.0)
             y = acc * scale[None, :] + shift[None, :]
         if residual_ptr is not None:
-            y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            y += tl.load(residual_ptr + start + at, mask=ok, other=0.0).to(tl.float32)
         if RELU:
             y = tl.where(y < 0, 0.0, y)  # as torch's, this keeps NaN
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+        tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=ok)
     if mean_ptr is not None:
         SAMPLES: tl.constexpr = BLOCK_M // ROWS
         PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS
@@ -128,12 +141,19 @@ def combine_kernel(
     tl.store(m2_ptr + sample * C + channel, m2, mask=channel_ok)
 
 
+def new_tensor(
+    shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32, **layout: Any
+) -> Tensor:
+    """A tensor for a kernel to fill, on the device of ``like``."""
+    return torch.empty(shape, dtype=dtype, device=like.device, **layout)
+
+
 def combine(part_mean: Tensor, part_m2: Tensor, hw: int, rows: int) -> tuple[Tensor, Tensor]:
     """Mean and M2 [B, C] of samples of ``hw`` pixels from those of their tiles of ``rows``, [B, PARTS, C]."""
     batch, parts, channels = part_mean.shape
     if parts == 1:
         return part_mean[:, 0], part_m2[:, 0]
-    mean, m2 = part_mean.new_empty(batch, channels), part_mean.new_empty(batch, channels)
+    mean, m2 = (new_tensor((batch, channels), part_mean) for _ in range(2))
     block_c = min(64, power_of_two(channels))
     launch(
         combine_kernel, batch * triton.cdiv(channels, block_c), part_mean, part_m2, mean, m2,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .epilogue import combine, finish
+from .epilogue import combine, finish, new_tensor
 from .launch import Case, Table, launch, power_of_two
 
 
@@ -155,7 +155,7 @@ def grouped_conv_kernel(
                 acc += value * factor[None, :]
     finish(
         acc,
-        sample + tl.zeros([BLOCK_P], tl.int64),
+        tl.zeros([BLOCK_P], tl.int32),
         pixel,
         row_ok,
         channel,
@@ -317,12 +317,9 @@ def _tile_of(entry: Mapping[str, int]) -> Tile:
 
 
 def _output(problem: Problem, like: Tensor) -> Tensor:
-    return torch.empty(
-        (problem.batch, problem.c_out, *problem.out_size),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last if problem.channels_last else torch.contiguous_format,
-    )
+    shape = (problem.batch, problem.c_out, *problem.out_size)
+    layout = torch.channels_last if problem.channels_last else torch.contiguous_format
+    return new_tensor(shape, like, like.dtype, memory_format=layout)
 
 
 def fused_apply(
@@ -361,7 +358,7 @@ def fused_apply(
     if tile is None:
         return None
     y = _output(problem, input)
-    u = torch.empty_like(y) if save else None
+    u = _output(problem, input) if save else None
     _launch(
         problem, tile, input, weight,
         u=u, y=y, residual=residual, scale=scale.contiguous(), shift=shift.contiguous(), relu=relu,
@@ -393,7 +390,7 @@ def fused_statistics(
         return None
     u = _output(problem, input)
     parts = (problem.batch, triton.cdiv(problem.hw, tile.pixels), problem.c_out)
-    mean, m2 = (torch.empty(parts, dtype=torch.float32, device=input.device) for _ in range(2))
+    mean, m2 = (new_tensor(parts, input) for _ in range(2))
     _launch(problem, tile, input, weight, u=u, mean=mean, m2=m2)
     return u, *combine(mean, m2, problem.hw, tile.pixels)
 

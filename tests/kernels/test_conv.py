@@ -1,0 +1,431 @@
+"""The Triton convolutions against the reference in float64: tests/interpreter.py says how this file runs.
+
+Tiles are 16³ here, the least that a tensor-core product takes: the paths are those of a shipped tile, and the
+interpreter takes milliseconds for each step of a product. bfloat16 products are garbage in the interpreter:
+they are compiled ahead of time instead (kernels/ahead.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from awnet.kernels import conv, epilogue, grouped_conv
+from awnet.kernels.launch import recorded
+from interpreter import DEVICE, Guarded
+from torch import Tensor
+
+from awnet import reference
+
+TILE = conv.Tile(16, 16, 16, warps=4, stages=2)
+SWAPPED = TILE._replace(swap_ab=1)
+# float32 sums of at most 200 products; float16 rounds the result once, to 2^-12 on average
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+
+
+class Shape(NamedTuple):
+    batch: int
+    c_in: int
+    c_out: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def where(self) -> tuple[Any, Any, Any, int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+
+SHAPES = {
+    "rows run on over odd samples": Shape(3, 5, 7, (7, 5), (3, 3), padding=(1, 1)),
+    "stride 2, several blocks of both channels": Shape(2, 20, 18, (6, 7), (3, 3), (2, 2), (1, 1)),
+    "1x1, more than one block of input channels": Shape(5, 17, 3, (3, 4), (1, 1)),
+    "1x1 stride 2 with padding": Shape(3, 4, 5, (6, 6), (1, 1), (2, 2), (1, 1)),
+    "a sample is a tile": Shape(2, 16, 16, (6, 6), (3, 3)),
+    "several samples are a tile": Shape(5, 3, 17, (2, 2), (3, 3), padding=(1, 1)),
+    "several tiles are a sample": Shape(1, 6, 4, (8, 8), (3, 3), padding=(1, 1)),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+ways = pytest.mark.parametrize(
+    ("dtype", "tile"),
+    [(torch.float32, TILE), (torch.float32, SWAPPED), (torch.float16, TILE)],
+    ids=["float32", "float32 swap_ab", "float16"],
+)
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
+    """Every tensor that the kernels fill starts as NaN between guard bands."""
+    bands = Guarded()
+
+    def new_tensor(shape: Any, like: Tensor, dtype: torch.dtype = torch.float32, **layout: Any) -> Tensor:
+        return bands.output(torch.empty(shape, dtype=dtype, device=like.device, **layout))
+
+    for module in (conv, grouped_conv, epilogue):
+        monkeypatch.setattr(module, "new_tensor", new_tensor)
+    yield bands
+    bands.check()
+
+
+class Layer:
+    """Random arguments of a convolution between guard bands, and what the reference makes of them."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        bands: Guarded,
+        channels_last: bool = True,
+        offset: float = 0.0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(sum(shape[:3]))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator)
+
+        def image(values: Tensor) -> Tensor:
+            return bands.input(values.to(DEVICE, dtype).to(memory_format=layout))
+
+        fan_in = shape.c_in // shape.groups
+        self.shape = shape
+        self.x = image(normal(shape.batch, shape.c_in, *shape.size) + offset)
+        weight = (
+            normal(shape.c_out, fan_in, *shape.kernel) / (fan_in * shape.kernel[0] * shape.kernel[1]) ** 0.5
+        )
+        self.weight = bands.input(weight.to(DEVICE, dtype))
+        self.scale = bands.input(normal(shape.batch, shape.c_out).to(DEVICE))
+        self.shift = bands.input(normal(shape.batch, shape.c_out).to(DEVICE))
+        self.u = self._convolved(None)
+        self.residual = image(normal(*self.u.shape))
+        self.d_u = image(normal(*self.u.shape))
+
+    def _convolved(self, scale: Tensor | None) -> Tensor:
+        stride, padding, dilation, groups = self.shape.where
+        return reference.filter_scaled_conv2d(
+            self.x.double(), self.weight.double(), scale,
+            stride=stride, padding=padding, dilation=dilation, groups=groups,
+        )  # fmt: skip
+
+    def y(self, residual: bool, relu: bool) -> Tensor:
+        y = self._convolved(self.scale.double()) + self.shift.double()[:, :, None, None]
+        if residual:
+            y = y + self.residual.double()
+        return torch.relu(y) if relu else y
+
+    def d_input(self) -> Tensor:
+        stride, padding, dilation, groups = self.shape.where
+        return torch.nn.grad.conv2d_input(
+            self.x.shape, self.weight.double(), self.d_u.double(), stride, padding, dilation, groups
+        )
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+def check_statistics(
+    found: tuple[Tensor, Tensor, Tensor] | None, layer: Layer, dtype: torch.dtype, m2_tolerance: float = 1e-5
+) -> None:
+    assert found is not None
+    u, mean, m2 = found
+    assert error(u, layer.u) < TOLERANCE[dtype]
+    stored = u.double()
+    expected = stored.mean((2, 3))
+    assert mean.shape == m2.shape == expected.shape
+    # of the u that was stored, whatever its dtype, hence float32's own rounding; a mean may cancel
+    assert float((mean.double() - expected).abs().max()) < 1e-6 * float(stored.abs().max())
+    assert error(m2, (stored - expected[:, :, None, None]).square().sum((2, 3))) < m2_tolerance
+
+
+@shapes
+@ways
+@pytest.mark.parametrize(
+    ("residual", "relu", "save"),
+    [(True, True, True), (False, False, False)],
+    ids=["all of it", "least of it"],
+)
+def test_apply(
+    shape: Shape,
+    dtype: torch.dtype,
+    tile: conv.Tile,
+    residual: bool,
+    relu: bool,
+    save: bool,
+    guarded: Guarded,
+) -> None:
+    layer = Layer(shape, dtype, guarded)
+    other = layer.residual if residual else None
+    found = conv.fused_apply(
+        layer.x, layer.weight, layer.scale, layer.shift, other, relu, *shape.where, save, tile=tile
+    )
+    assert found is not None
+    y, u = found
+    assert error(y, layer.y(residual, relu)) < TOLERANCE[dtype]
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if save:
+        assert error(u, layer.u) < TOLERANCE[dtype]
+        assert u.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert u.numel() == 0
+
+
+@shapes
+@ways
+def test_statistics(shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded) -> None:
+    layer = Layer(shape, dtype, guarded)
+    found = conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=tile)
+    check_statistics(found, layer, dtype)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (7, 5)], ids=["in one tile", "over tiles"])
+def test_statistics_are_centred_before_they_are_squared(size: tuple[int, int], guarded: Guarded) -> None:
+    # |mean| is about 3000 times the deviation: E[x²] − mean² would keep no digit of M2 in float32. The tiles'
+    # means are rounded, to 3000 · 2^-24 of a deviation, and that much error M2 may have for each pixel.
+    layer = Layer(Shape(2, 4, 5, size, (1, 1)), torch.float32, guarded, offset=3000.0)
+    found = conv.fused_statistics(layer.x, layer.weight, *layer.shape.where, tile=TILE)
+    check_statistics(found, layer, torch.float32, m2_tolerance=3e-4)
+
+
+DGRADS = {
+    "3x3 padding 1": Shape(3, 5, 7, (7, 5), (3, 3), padding=(1, 1)),
+    "3x3 padding 0, several blocks": Shape(2, 18, 20, (5, 4), (3, 3)),
+    "1x1": Shape(5, 17, 3, (3, 4), (1, 1)),
+    "1x1 padding 1": Shape(2, 3, 4, (3, 4), (1, 1), padding=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("shape", DGRADS.values(), ids=DGRADS.keys())
+@ways
+def test_dgrad(shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded) -> None:
+    layer = Layer(shape, dtype, guarded)
+    d_input = conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=tile)
+    assert d_input is not None
+    assert d_input.shape == layer.x.shape
+    assert d_input.is_contiguous(memory_format=torch.channels_last)
+    assert error(d_input, layer.d_input()) < TOLERANCE[dtype]
+
+
+def test_weight_in_channels_last_gives_the_same_bits(guarded: Guarded) -> None:
+    layer = Layer(SHAPES["rows run on over odd samples"], torch.float32, guarded)
+    weight = guarded.input(layer.weight.to(memory_format=torch.channels_last))
+    assert weight.stride() != layer.weight.stride()
+    for run in (
+        lambda w: conv.fused_statistics(layer.x, w, *layer.shape.where, tile=TILE)[0],  # type: ignore[index]
+        lambda w: conv.fused_dgrad(layer.d_u, w, layer.x.shape, *layer.shape.where, tile=TILE),
+    ):
+        assert torch.equal(run(weight), run(layer.weight))
+
+
+@pytest.mark.parametrize(
+    "name", ["rows run on over odd samples", "several samples are a tile", "several tiles are a sample"]
+)
+def test_the_same_call_gives_the_same_bits_and_other_samples_never_matter(name: str) -> None:
+    shape = SHAPES[name]._replace(batch=2)
+    layer = Layer(shape, torch.float32, Guarded())
+
+    def run(x: Tensor) -> list[Tensor]:
+        applied = conv.fused_apply(
+            x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, True, tile=TILE
+        )
+        counted = conv.fused_statistics(x, layer.weight, *shape.where, tile=TILE)
+        assert applied is not None
+        assert counted is not None
+        return [*applied, *counted]
+
+    first = run(layer.x)
+    poisoned = layer.x.clone(memory_format=torch.preserve_format)
+    poisoned[0] = float("nan")
+    for before, after in zip(first, run(poisoned), strict=True):
+        assert torch.equal(before[1], after[1])
+        assert bool(after[0].isnan().any())  # and NaN is kept, also by ReLU
+    for before, after in zip(first, run(layer.x), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("hw", "rows"), [(75, 2), (66, 2), (40, 16), (33, 16)])
+def test_combining_the_statistics_of_tiles(hw: int, rows: int, guarded: Guarded) -> None:
+    values = torch.randn(3, 70, hw, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 100
+    parts = values.split(rows, dim=2)
+    means = torch.stack([part.mean(2) for part in parts], dim=1)
+    m2s = torch.stack([(part - part.mean(2, keepdim=True)).square().sum(2) for part in parts], dim=1)
+    mean, m2 = epilogue.combine(
+        guarded.input(means.float().to(DEVICE)), guarded.input(m2s.float().to(DEVICE)), hw, rows
+    )
+    assert error(mean.cpu(), values.mean(2)) < 1e-6
+    # the tiles' means come rounded to float32: 100 · 2^-24 of a deviation of 1
+    assert error(m2.cpu(), (values - values.mean(2, keepdim=True)).square().sum(2)) < 1e-5
+
+
+GROUPED = {
+    "depthwise": Shape(2, 6, 6, (7, 5), (3, 3), padding=(1, 1), groups=6),
+    "depthwise, two outputs each, stride 2, dilated": Shape(
+        2, 3, 6, (8, 9), (3, 2), (2, 1), (2, 1), (2, 2), groups=3
+    ),
+    "groups of several": Shape(3, 6, 4, (5, 4), (3, 3), (2, 2), (1, 1), groups=2),
+    "7x7 over a small image": Shape(2, 3, 3, (4, 3), (7, 7), padding=(3, 3), groups=3),
+    "stride beyond the kernel": Shape(1, 4, 4, (7, 8), (1, 2), (3, 3), groups=2),
+}
+grouped_shapes = pytest.mark.parametrize("shape", GROUPED.values(), ids=GROUPED.keys())
+layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "nchw"])
+GROUPED_TILE = grouped_conv.Tile(pixels=16, channels=4, warps=4)
+
+
+@grouped_shapes
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped(shape: Shape, channels_last: bool, dtype: torch.dtype, guarded: Guarded) -> None:
+    layer = Layer(shape, dtype, guarded, channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift)
+    full = grouped_conv.fused_apply(*arguments, layer.residual, True, *shape.where, True, tile=GROUPED_TILE)
+    assert full is not None
+    assert error(full[0], layer.y(True, True)) < TOLERANCE[dtype]
+    assert error(full[1], layer.u) < TOLERANCE[dtype]
+    assert all(x.is_contiguous(memory_format=layout) for x in full)
+    least = grouped_conv.fused_apply(*arguments, None, False, *shape.where, False, tile=GROUPED_TILE)
+    assert least is not None
+    assert error(least[0], layer.y(False, False)) < TOLERANCE[dtype]
+    assert least[1].numel() == 0
+    found = grouped_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=GROUPED_TILE)
+    check_statistics(found, layer, dtype)
+
+
+@grouped_shapes
+@layouts
+def test_grouped_dgrad(shape: Shape, channels_last: bool, guarded: Guarded) -> None:
+    layer = Layer(shape, torch.float32, guarded, channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    d_input = grouped_conv.fused_dgrad(
+        layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=GROUPED_TILE
+    )
+    assert d_input is not None
+    assert d_input.shape == layer.x.shape
+    assert d_input.is_contiguous(memory_format=layout)
+    assert error(d_input, layer.d_input()) < TOLERANCE[torch.float32]
+
+
+REFUSED = {
+    "no groups": (Shape(1, 4, 4, (4, 4), (3, 3), groups=2), {}),
+    "1×1 and 3×3": (Shape(1, 4, 4, (6, 6), (5, 5)), {}),
+    "stride 1 and 2": (Shape(1, 4, 4, (6, 6), (3, 3), (3, 3)), {}),
+    "padding 0 and 1": (Shape(1, 4, 4, (6, 6), (3, 3), padding=(1, 0)), {}),
+    "no dilation": (Shape(1, 4, 4, (6, 6), (3, 3), dilation=(2, 2)), {}),
+    "float32, bfloat16 and float16": (Shape(1, 4, 4, (6, 6), (3, 3)), {"dtype": torch.float64}),
+    "channels_last only": (Shape(1, 4, 4, (6, 6), (3, 3)), {"channels_last": False}),
+}
+
+
+@pytest.mark.parametrize(("reason", "case"), REFUSED.items(), ids=REFUSED.keys())
+def test_what_it_does_not_take_it_refuses_by_name(reason: str, case: tuple[Shape, dict[str, Any]]) -> None:
+    shape, how = case
+    layer = Layer(shape, how.get("dtype", torch.float32), Guarded(), how.get("channels_last", True))
+    assert reason in str(conv.refusal(layer.x, layer.weight, *shape.where))
+    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True)
+    assert conv.fused_apply(*arguments, *shape.where, False, force=True) is None
+    assert conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
+    assert conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, force=True) is None
+
+
+def test_grouped_refusals() -> None:
+    for shape, reason in (
+        (Shape(1, 4, 4, (4, 4), (3, 3)), "groups > 1"),
+        (Shape(1, 4, 4, (9, 9), (8, 1), groups=2), "up to 7×7"),
+    ):
+        layer = Layer(shape, torch.float32, Guarded())
+        assert reason in str(grouped_conv.refusal(layer.x, layer.weight, *shape.where))
+        assert grouped_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
+    layer = Layer(Shape(2, 4, 4, (4, 4), (3, 3), groups=4), torch.float32, Guarded())
+    cropped = layer.x[:, :, 1:]
+    assert "neither contiguous" in str(grouped_conv.refusal(cropped, layer.weight, *layer.shape.where))
+
+
+def test_strided_dgrad_is_the_librarys() -> None:
+    layer = Layer(Shape(1, 4, 4, (6, 6), (3, 3), (2, 2)), torch.float32, Guarded())
+    assert conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *layer.shape.where, force=True) is None
+
+
+def test_the_library_convolves_unless_the_table_says_that_the_kernel_wins(guarded: Guarded) -> None:
+    shape = Shape(3, 5, 7, (3, 4), (3, 3), padding=(1, 1))
+    layer = Layer(shape, torch.float32, guarded)
+    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, False)
+    entry = TILE._asdict() | {"least_batch": 3}
+    name = conv.key("apply", torch.float32, "ieee", 5, 7, (3, 4), 3, 1)
+    assert conv.fused_apply(*arguments) is None
+    assert conv.fused_apply(*arguments, table={name: entry | {"least_batch": 4}}) is None
+    assert conv.fused_statistics(layer.x, layer.weight, *shape.where, table={name: entry}) is None
+    found = conv.fused_apply(*arguments, table={name: entry})
+    assert found is not None
+    assert error(found[0], layer.y(False, True)) < TOLERANCE[torch.float32]
+
+    with recorded() as launches:
+        conv.fused_apply(*arguments, table={name: entry}, force=True)
+        conv.fused_apply(*arguments, force=True)
+        backwards = conv.key("dgrad", torch.float32, "ieee", 5, 7, (3, 4), 3, 1)
+        conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, table={backwards: entry})
+    assert [x.arguments["BLOCK_M"] for x in launches] == [16, 64, 16]
+
+
+def test_the_grouped_table(guarded: Guarded) -> None:
+    shape = Shape(3, 4, 8, (3, 4), (3, 3), (2, 1), padding=(1, 1), groups=4)
+    layer = Layer(shape, torch.float32, guarded, channels_last=False)
+    entry = GROUPED_TILE._asdict() | {"least_batch": 3}
+    for operation, run in (
+        ("statistics", lambda t: grouped_conv.fused_statistics(layer.x, layer.weight, *shape.where, table=t)),
+        (
+            "dgrad",
+            lambda t: grouped_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, table=t),
+        ),
+    ):
+        name = grouped_conv.key(operation, torch.float32, False, 4, 8, 4, (3, 4), (3, 3), (2, 1))
+        with recorded() as launches:
+            assert run({}) is None
+            assert run({name: entry | {"least_batch": 4}}) is None
+            assert not launches
+            assert run({name: entry}) is not None
+        assert launches[0].arguments["BLOCK_P"] == 16
+
+
+def test_default_tiles(guarded: Guarded) -> None:
+    shape = Shape(2, 5, 7, (5, 4), (3, 3), padding=(1, 1))
+    layer = Layer(shape, torch.float16, guarded)
+    found = conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True)
+    check_statistics(found, layer, torch.float16)
+    depthwise = Shape(2, 70, 70, (5, 4), (3, 3), padding=(1, 1), groups=70)
+    for channels_last in (True, False):
+        layer = Layer(depthwise, torch.float32, guarded, channels_last)
+        found = grouped_conv.fused_statistics(layer.x, layer.weight, *depthwise.where, force=True)
+        check_statistics(found, layer, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "entry"),
+    [
+        (conv, "conv/dgrad/bfloat16/64x64/32x32/k3s1", SWAPPED),
+        (grouped_conv, "grouped_conv/dgrad/nchw/bfloat16/8x16g8/5x4/k3x5s2x1", GROUPED_TILE),
+    ],
+    ids=["conv", "grouped_conv"],
+)
+def test_what_is_compiled_ahead_of_time(module: Any, name: str, entry: Any) -> None:
+    table = {f"{name}@some-device": entry._asdict() | {"least_batch": 1}, "apply/nchw": {"tile": 1}}
+    cases = list(module.cases(table))
+    assert cases[-1].name == f"{name}@some-device"
+    assert sum(case.quick for case in cases) >= 1
+    for case in cases:
+        with recorded() as launches:
+            case.run()
+        assert launches, case.name
+        operation = case.name.split("/")[1]
+        given = launches[0].arguments
+        assert (given["y_ptr"] is not None) == (operation == "apply")
+        assert (given["mean_ptr"] is not None) == (operation == "statistics")
+        if case is cases[-1]:
+            wanted = entry._asdict()
+            assert given.get("BLOCK_M", given.get("BLOCK_P")) == next(iter(wanted.values()))
+            assert launches[0].warps == wanted["warps"]
