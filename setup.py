@@ -4,13 +4,16 @@ Everything else about the build is in pyproject.toml. ``AWNET_BUILD`` chooses wh
 
     none   nothing: pure Python, everything still works
     cpu    the C++ kernels; an error if they cannot be built
+    cuda   the C++ and the CUDA kernels (csrc/cuda/build.py); an error if they cannot be built
     auto   (default) what this machine can build; says what it left out and why, and never fails
 """
 
+import importlib.util
 import os
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from setuptools import find_packages, setup
@@ -18,7 +21,7 @@ from setuptools import find_packages, setup
 # kernels/ and benchmarks/ stand at the top of the repository but install inside the package:
 # distributions called `kernels` and `benchmarks` belong to others.
 FOLDERS = {"awnet": "awnet", "awnet.kernels": "kernels", "awnet.benchmarks": "benchmarks"}
-CHOICES = ("auto", "none", "cpu")
+CHOICES = ("auto", "none", "cpu", "cuda")
 
 
 def packages() -> list[str]:
@@ -43,6 +46,32 @@ def obstacle() -> str | None:
     return None
 
 
+def cuda_compiler() -> ModuleType:
+    """csrc/cuda/build.py, which is no part of any package."""
+    path = Path("csrc/cuda/build.py")
+    spec = importlib.util.spec_from_file_location("awnet_cuda_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def add_cuda(extension: Any) -> None:
+    """Compiles the CUDA kernels and adds them to the native module. Raises RuntimeError where it cannot."""
+    build = cuda_compiler()
+    nvcc = build.nvcc()
+    if nvcc is None:
+        raise RuntimeError("there is no nvcc (set CUDA_HOME, or put it on the PATH)")
+    version, libraries = build.toolkit(nvcc)
+    extension.extra_objects += [str(path) for path in build.objects(nvcc)]
+    extension.sources.append("csrc/cuda/binding.cpp")
+    extension.extra_compile_args.append(f'-DAWNET_CUDA="{version}"')
+    # its own runtime, whose symbols must not be taken for those of the one that torch has loaded
+    extension.extra_link_args += [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    extension.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
+
+
 def native() -> dict[str, Any]:
     """The arguments of ``setup`` that build ``awnet._C``; none where it is not to be built."""
     choice = os.environ.get("AWNET_BUILD", "auto")
@@ -52,8 +81,8 @@ def native() -> dict[str, Any]:
         return {}
     reason = obstacle()
     if reason is not None:
-        if choice == "cpu":
-            raise SystemExit(f"AWNET_BUILD=cpu, but {reason}")
+        if choice != "auto":
+            raise SystemExit(f"AWNET_BUILD={choice}, but {reason}")
         say(f"no native kernels: {reason}")
         return {}
 
@@ -62,6 +91,13 @@ def native() -> dict[str, Any]:
 
     class Build(BuildExtension):  # type: ignore[misc]
         def run(self) -> None:
+            if choice in ("auto", "cuda"):
+                try:
+                    add_cuda(self.extensions[0])
+                except RuntimeError as error:
+                    if choice == "cuda":
+                        raise SystemExit(f"AWNET_BUILD=cuda, but {error}") from error
+                    say(f"no CUDA kernels: {error}")
             try:
                 super().run()
             except Exception as error:
@@ -71,12 +107,13 @@ def native() -> dict[str, Any]:
                 self.extensions = []
 
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
+    sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.parent.name != "cuda")
+    suffixes = {".h", ".inl", ".cu", ".py"}
     extension = CppExtension(
         "awnet._C",
         sources,
         extra_compile_args=["-O3", "-g0", "-Wno-psabi", f'-DAWNET_TORCH_VERSION="{torch.__version__}"'],
-        depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inl"}),
+        depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in suffixes),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 

@@ -43,4 +43,9 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
   m.impl("training_coefficients", &space::training_coefficients); \
   m.impl("training_gradients", &space::training_gradients);
 
-TORCH_LIBRARY_IMPL(awnet, CPU, m) { AWNET_IMPLEMENT(awnet::cpu) }
+TORCH_LIBRARY_IMPL(awnet, CPU, m){AWNET_IMPLEMENT(awnet::cpu)}
+#if defined(AWNET_CUDA)
+TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
+  AWNET_IMPLEMENT(awnet::cuda)
+}
+#endif

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include "ops.h"
+#if defined(AWNET_CUDA)
+#include "cuda/launch.h"
+#endif
 
 // awnet.ops.native looks for this text in the file before it loads it.
 extern "C" __attribute__((visibility("default"), used)) const char awnet_built_for[] =
@@ -18,8 +21,24 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = __VERSION__;
         info["instruction_set"] = awnet::cpu::instruction_set();
         info["threads"] = at::get_parallel_info();
+#if defined(AWNET_CUDA)
+        info["cuda"] = AWNET_CUDA;
+#else
         info["cuda"] = false;
+#endif
         return info;
       },
-      "How this module was built and what it found: torch, compiler, instruction_set, threads, cuda.");
+      "How this module was built and what it found: torch, compiler, instruction_set, threads, cuda (the "
+      "toolkit's version, False without the CUDA part).");
+  m.def(
+      "self_test",
+      []() -> pybind11::object {
+#if defined(AWNET_CUDA)
+        const char* error = awnet::cuda::awnet_cuda_self_test();
+#else
+        const char* error = "this build has no CUDA part";
+#endif
+        return error == nullptr ? pybind11::none() : pybind11::object(pybind11::str(error));
+      },
+      "Runs a small CUDA kernel on the current device: None if it gave the right result, else what failed.");
 }

@@ -43,4 +43,9 @@ AWNET_DECLARE_OPS
 const char* instruction_set();  // "avx512", "avx2" or "baseline"
 }  // namespace cpu
 
+// where the CUDA part is built, see setup.py
+namespace cuda {
+AWNET_DECLARE_OPS
+}  // namespace cuda
+
 }  // namespace awnet

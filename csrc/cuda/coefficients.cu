@@ -1,4 +1,5 @@
-// The [B, C] mathematics: ../arithmetic.h for every sample and channel, and sums over the batch in a fixed order.
+// The [B, C] mathematics: ../arithmetic.h for every sample and channel, and sums over the batch in a fixed
+// order.
 #include "device.h"
 #include "layout.h"
 
@@ -218,10 +219,9 @@ __global__ void __launch_bounds__(kAcross* kDown)
     const int64_t i = b * channels + c;
     const Branch own = k == 0 ? branch[0] : branch[1];
     const float count = fmaxf(n[norm.groups == 2 ? k : 0], 1.0f);
-    const TrainingGradients d =
-        training_gradients(g1[i], gc[i], mean[i], m2[i], hw, omega_at(omega, i), own,
-                           (k == 0 ? of_mean[0] : of_mean[1]) / count,
-                           (k == 0 ? of_var[0] : of_var[1]) * own.inv_std / count);
+    const TrainingGradients d = training_gradients(g1[i], gc[i], mean[i], m2[i], hw, omega_at(omega, i), own,
+                                                   (k == 0 ? of_mean[0] : of_mean[1]) / count,
+                                                   (k == 0 ? of_var[0] : of_var[1]) * own.inv_std / count);
     d_omega[i] = d.omega;
     by_grad[i] = d.by_grad;
     by_input[i] = d.by_input;

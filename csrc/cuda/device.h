@@ -1,4 +1,5 @@
-// What all the kernels share: values of the three dtypes, 16-byte accesses, sums over lanes and blocks, launches.
+// What all the kernels share: values of the three dtypes, 16-byte accesses, sums over lanes and blocks,
+// launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -100,7 +101,8 @@ __device__ __forceinline__ float block_sum(float value) {
   return sum;
 }
 
-// Over threadIdx.y, for each threadIdx.x and each of V values; all threads get it. blockDim.y is a power of two.
+// Over threadIdx.y, for each threadIdx.x and each of V values; all threads get it. blockDim.y is a power of
+// two.
 template <int V>
 __device__ __forceinline__ void column_sums(float (&value)[V]) {
   __shared__ float shared[V][kThreads];

@@ -6,7 +6,8 @@
 //   Coefficients<V>           what it reads for V neighbouring [B, C] entries
 //   read<V>(i)                -> Inputs<V>, from value i on
 //   coefficients<V>(entry)    -> Coefficients<V>, from that entry on
-//   write<V>(i, inputs, of)   computes and stores, where of(j) gives value j's Coefficients<1>, j = 0, …, V - 1
+//   write<V>(i, inputs, of)   computes and stores, where of(j) gives value j's Coefficients<1>, j = 0, …, V -
+//   1
 #pragma once
 
 #include "device.h"
@@ -102,7 +103,7 @@ const char* over_images(const Images& images, Operation op, void* stream) {
   const uint32_t pixels = static_cast<uint32_t>(images.pixels);
   const int64_t accesses = divided_up(total, images.aligned ? kWide : 1);
   const int64_t blocks = divided_up(accesses, kThreads * Operation::kUnroll);
-  auto kernel = !images.aligned             ? over_planes<1, true, Operation>
+  auto kernel = !images.aligned              ? over_planes<1, true, Operation>
                 : images.pixels % kWide == 0 ? over_planes<kWide, true, Operation>
                                              : over_planes<kWide, false, Operation>;
   return launch(kernel, blocks, 1, dim3(kThreads), stream, op, total, pixels);

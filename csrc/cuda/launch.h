@@ -2,8 +2,8 @@
 // nothing of torch and binding.cpp nothing of CUDA.
 //
 // Every function launches on `stream` (a cudaStream_t) of the current device, waits for nothing, and returns
-// nullptr or why the launch failed. Images hold values of `Images::dtype`; everything on [B, C], [rows, C] and
-// [B] is float, contiguous. Null stands for an argument that a call does without. awnet/ops/passes.py and
+// nullptr or why the launch failed. Images hold values of `Images::dtype`; everything on [B, C], [rows, C]
+// and [B] is float, contiguous. Null stands for an argument that a call does without. awnet/ops/passes.py and
 // awnet/ops/algebra.py say what each one computes.
 #pragma once
 

@@ -127,10 +127,9 @@ const char* launch_reduce(const Images& images, Operands<T> op, float* workspace
     op.g1 = workspace;
     op.gc = workspace + entries * parts;
   }
-  const char* error = images.channels_last
-                          ? over_rows_parts(reduce_rows<T, V>, images, rows, stream, op)
-                          : over_planes_parts(reduce_planes<T, V, false>, reduce_planes<T, V, true>, planes,
-                                              stream, op);
+  const char* error = images.channels_last ? over_rows_parts(reduce_rows<T, V>, images, rows, stream, op)
+                                           : over_planes_parts(reduce_planes<T, V, false>,
+                                                               reduce_planes<T, V, true>, planes, stream, op);
   if (error != nullptr || parts == 1) return error;
   return launch(combine_sums, divided_up(entries, kThreads), 1, dim3(kThreads), stream, op.g1, op.gc, g1, gc,
                 entries, images.channels, parts);
@@ -145,12 +144,8 @@ extern "C" const char* awnet_cuda_reduce(const Images* images, const void* grad,
   if (images->pixels == 0) return "sums need at least one pixel";
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
-    const Operands<T> op{static_cast<const T*>(grad),
-                         static_cast<const T*>(u),
-                         static_cast<const T*>(y),
-                         centre,
-                         g1,
-                         gc};
+    const Operands<T> op{
+        static_cast<const T*>(grad), static_cast<const T*>(u), static_cast<const T*>(y), centre, g1, gc};
     return vector_width(*images) > 1 ? launch_reduce<T, kFull<T>>(*images, op, workspace, stream)
                                      : launch_reduce<T, 1>(*images, op, workspace, stream);
   });

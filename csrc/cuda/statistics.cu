@@ -115,11 +115,10 @@ const char* launch_statistics(const Images& images, const T* u, float* mean, flo
   const int64_t length = images.channels_last ? rows.length : int64_t{planes.length} * V;
   float* const means = parts > 1 ? workspace : mean;
   float* const squares = parts > 1 ? workspace + entries * parts : m2;
-  const char* error =
-      images.channels_last
-          ? over_rows_parts(statistics_rows<T, V>, images, rows, stream, u, means, squares)
-          : over_planes_parts(statistics_planes<T, V, false>, statistics_planes<T, V, true>, planes, stream,
-                              u, means, squares);
+  const char* error = images.channels_last
+                          ? over_rows_parts(statistics_rows<T, V>, images, rows, stream, u, means, squares)
+                          : over_planes_parts(statistics_planes<T, V, false>, statistics_planes<T, V, true>,
+                                              planes, stream, u, means, squares);
   if (error != nullptr || parts == 1) return error;
   return launch(combine_statistics, divided_up(entries, kThreads), 1, dim3(kThreads), stream, means, squares,
                 mean, m2, entries, images.channels, parts, length, images.pixels);

@@ -22,9 +22,8 @@ __device__ __forceinline__ Slice slice_of(const Planes& p) {
     const int64_t plane = blockIdx.x / p.parts;
     const int32_t part = static_cast<int32_t>(blockIdx.x % p.parts), from = part * p.length;
     const int64_t sample = plane / p.channels;
-    return {(sample * p.parts + part) * p.channels + plane % p.channels,
-            (plane * p.vectors + from) * V, min(p.length, p.vectors - from),
-            static_cast<int32_t>(threadIdx.x), kThreads};
+    return {(sample * p.parts + part) * p.channels + plane % p.channels, (plane * p.vectors + from) * V,
+            min(p.length, p.vectors - from), static_cast<int32_t>(threadIdx.x), kThreads};
   } else {
     const int64_t plane = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / p.width;
     return {plane, plane * p.vectors * V, plane < p.entries ? p.vectors : 0,

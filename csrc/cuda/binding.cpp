@@ -1,0 +1,312 @@
+// The operators on CUDA tensors: checks, memory and the current stream; the kernels are behind launch.h. It
+// needs neither CUDA's headers nor a torch that was built with CUDA.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "../ops.h"
+#include "launch.h"
+
+namespace awnet::cuda {
+namespace {
+
+// Makes a tensor's device the current one while it lives, and knows its current stream.
+class On {
+ public:
+  explicit On(const Tensor& x) : device_(x.device()), guard_(device_) {
+    TORCH_CHECK(x.is_cuda(), "the CUDA kernels need a tensor on a CUDA device, got one on ", device_);
+    stream_ = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+  }
+
+  void* stream() const { return stream_; }
+
+  void check(const Tensor& x, const char* name) const {
+    TORCH_CHECK(x.device() == device_, name, " must be on ", device_, ", got ", x.device());
+  }
+
+  const float* floats(const Tensor& x, at::IntArrayRef shape, const char* name) const {
+    check(x, name);
+    TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == shape, name,
+                " must be contiguous float32 ", shape, ", got ", x.scalar_type(), " ", x.sizes());
+    return x.const_data_ptr<float>();
+  }
+  const float* floats(const MaybeTensor& x, at::IntArrayRef shape, const char* name) const {
+    return x ? floats(*x, shape, name) : nullptr;
+  }
+  const bool* bools(const MaybeTensor& x, int64_t batch) const {
+    if (!x) return nullptr;
+    check(*x, "is_clean");
+    TORCH_CHECK(x->scalar_type() == at::kBool && x->is_contiguous() && x->dim() == 1 && x->size(0) == batch,
+                "is_clean must be contiguous bool [", batch, "], got ", x->scalar_type(), " ", x->sizes());
+    return x->const_data_ptr<bool>();
+  }
+
+ private:
+  c10::Device device_;
+  c10::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
+void succeed(const char* error, const char* op) {
+  TORCH_CHECK(error == nullptr, "awnet::", op, " failed on the GPU: ", error);
+}
+
+float* data(const Tensor& x) { return x.data_ptr<float>(); }
+
+// --- images
+
+class Batch {
+ public:
+  Batch(const Tensor& u, const On& on) : on_(on) {
+    TORCH_CHECK(u.dim() == 4, "u must have 4 dimensions, got ", u.dim());
+    const bool last = !u.is_contiguous() && u.is_contiguous(at::MemoryFormat::ChannelsLast);
+    format_ = last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+    dtype_ = u.scalar_type();
+    shape_ = u.sizes().vec();
+    images_.channels_last = last;
+    images_.aligned = true;
+    images_.batch = u.size(0);
+    images_.channels = u.size(1);
+    images_.pixels = u.size(2) * u.size(3);
+    switch (dtype_) {
+      case at::kFloat:
+        images_.dtype = kFloat32;
+        break;
+      case at::kBFloat16:
+        images_.dtype = kBFloat16;
+        break;
+      case at::kHalf:
+        images_.dtype = kFloat16;
+        break;
+      default:
+        TORCH_CHECK_TYPE(false, "the CUDA kernels take float32, bfloat16 and float16, got ", dtype_);
+    }
+  }
+
+  int64_t batch() const { return images_.batch; }
+  int64_t channels() const { return images_.channels; }
+
+  Tensor image(const Tensor& x, const char* name) {
+    on_.check(x, name);
+    TORCH_CHECK(x.sizes() == shape_, name, " must have u's shape ", shape_, ", got ", x.sizes());
+    TORCH_CHECK(x.scalar_type() == dtype_, name, " must have u's dtype ", dtype_, ", got ", x.scalar_type());
+    return seen(x.contiguous(format_));
+  }
+  Tensor image(const MaybeTensor& x, const char* name) { return x ? image(*x, name) : Tensor(); }
+
+  Tensor table(const Tensor& x, const char* name) {
+    on_.check(x, name);
+    TORCH_CHECK(
+        x.dim() == 2 && x.size(0) == batch() && x.size(1) == channels() && x.scalar_type() == at::kFloat,
+        name, " must be float32 [", batch(), ", ", channels(), "], got ", x.scalar_type(), " ", x.sizes());
+    return seen(x.contiguous());
+  }
+  Tensor table(const MaybeTensor& x, const char* name) { return x ? table(*x, name) : Tensor(); }
+
+  Tensor new_image(const Tensor& like) { return seen(at::empty_like(like, like.options(), format_)); }
+  Tensor new_table(const Tensor& like) {
+    return at::empty({batch(), channels()}, like.options().dtype(at::kFloat));
+  }
+
+  // To be asked for when all tensors of the call have been seen.
+  const Images* images() const { return &images_; }
+  Tensor workspace(const Tensor& like) const {
+    return at::empty({awnet_cuda_workspace(&images_)}, like.options().dtype(at::kFloat));
+  }
+
+ private:
+  Tensor seen(const Tensor& x) {
+    if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) images_.aligned = false;
+    return x;
+  }
+
+  const On& on_;
+  at::MemoryFormat format_;
+  at::ScalarType dtype_;
+  std::vector<int64_t> shape_;
+  Images images_;
+};
+
+const void* address(const Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
+const float* entries(const Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
+
+// --- batch norms
+
+Norm norm_of(const On& on, const Tensor& weight, const MaybeTensor& bias, const Tensor& mean,
+             const Tensor& var, double eps) {
+  for (const Tensor* x : {&weight, &mean}) {
+    TORCH_CHECK(x->dim() == 2 && (x->size(0) == 1 || x->size(0) == 2),
+                "a batch norm's tables must have 1 or 2 rows, got shape ", x->sizes());
+  }
+  const int64_t rows = weight.size(0), groups = mean.size(0), channels = weight.size(1);
+  Norm norm;
+  norm.weight = on.floats(weight, {rows, channels}, "weight");
+  norm.bias = on.floats(bias, {rows, channels}, "bias");
+  norm.mean = on.floats(mean, {groups, channels}, "mean");
+  norm.var = on.floats(var, {groups, channels}, "var");
+  norm.rows = static_cast<int32_t>(rows);
+  norm.groups = static_cast<int32_t>(groups);
+  norm.eps = static_cast<float>(eps);
+  return norm;
+}
+
+bool has_two(const Norm& norm) { return norm.rows == 2 || norm.groups == 2; }
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> statistics(const Tensor& u_in) {
+  const On on(u_in);
+  Batch batch(u_in, on);
+  const Tensor u = batch.image(u_in, "u");
+  Tensor mean = batch.new_table(u), m2 = batch.new_table(u), workspace = batch.workspace(u);
+  succeed(
+      awnet_cuda_statistics(batch.images(), address(u), data(mean), data(m2), data(workspace), on.stream()),
+      "statistics");
+  return {mean, m2};
+}
+
+Tensor apply(const Tensor& u_in, const Tensor& scale_in, const Tensor& shift_in,
+             const MaybeTensor& residual_in, bool relu) {
+  const On on(u_in);
+  Batch batch(u_in, on);
+  const Tensor u = batch.image(u_in, "u"), residual = batch.image(residual_in, "residual");
+  const Tensor scale = batch.table(scale_in, "scale"), shift = batch.table(shift_in, "shift");
+  Tensor y = batch.new_image(u);
+  succeed(awnet_cuda_apply(batch.images(), y.data_ptr(), address(u), address(residual), entries(scale),
+                           entries(shift), relu, on.stream()),
+          "apply");
+  return y;
+}
+
+std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, const Tensor& centre_in,
+                                  const MaybeTensor& y_in) {
+  const On on(u_in);
+  Batch batch(u_in, on);
+  const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"), y = batch.image(y_in, "y");
+  const Tensor centre = batch.table(centre_in, "centre");
+  Tensor g1 = batch.new_table(u), gc = batch.new_table(u), workspace = batch.workspace(u);
+  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), address(y), entries(centre), data(g1),
+                            data(gc), data(workspace), on.stream()),
+          "reduce");
+  return {g1, gc};
+}
+
+std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const Tensor& u_in, const Tensor& centre_in,
+                                     const MaybeTensor& y_in, const Tensor& by_grad_in,
+                                     const MaybeTensor& by_input_in, const MaybeTensor& constant_in,
+                                     bool residual) {
+  const On on(u_in);
+  Batch batch(u_in, on);
+  TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
+  const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"), y = batch.image(y_in, "y");
+  const Tensor centre = batch.table(centre_in, "centre"), by_grad = batch.table(by_grad_in, "by_grad");
+  const Tensor by_input = batch.table(by_input_in, "by_input"),
+               constant = batch.table(constant_in, "constant");
+  Tensor d_u = batch.new_image(u);
+  Tensor d_residual = residual ? batch.new_image(u) : at::empty({0}, u.options());
+  succeed(awnet_cuda_propagate(batch.images(), d_u.data_ptr(), residual ? d_residual.data_ptr() : nullptr,
+                               address(grad), address(u), address(y), entries(centre), entries(by_grad),
+                               entries(by_input), entries(constant), on.stream()),
+          "propagate");
+  return {d_u, d_residual};
+}
+
+std::tuple<Tensor, Tensor> testing_coefficients(const MaybeTensor& omega, const Tensor& weight,
+                                                const Tensor& bias, const Tensor& mean, const Tensor& var,
+                                                const MaybeTensor& p_clean, double eps, int64_t batch) {
+  const On on(weight);
+  const Norm norm = norm_of(on, weight, bias, mean, var, eps);
+  const int64_t channels = weight.size(1);
+  const float *w = on.floats(omega, {batch, channels}, "omega"), *p = on.floats(p_clean, {batch}, "p_clean");
+  TORCH_CHECK(!has_two(norm) || p != nullptr, "two branches need p_clean");
+  Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
+  succeed(
+      awnet_cuda_testing_coefficients(&norm, batch, channels, w, p, data(scale), data(shift), on.stream()),
+      "testing_coefficients");
+  return {scale, shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, const Tensor& gc,
+                                                             const Tensor& centre, const MaybeTensor& omega,
+                                                             const Tensor& weight, const Tensor& bias,
+                                                             const Tensor& mean, const Tensor& var,
+                                                             const MaybeTensor& p_clean, double eps) {
+  const On on(weight);
+  const Norm norm = norm_of(on, weight, bias, mean, var, eps);
+  const int64_t batch = g1.size(0), channels = weight.size(1);
+  const float *w = on.floats(omega, {batch, channels}, "omega"), *p = on.floats(p_clean, {batch}, "p_clean");
+  TORCH_CHECK(!has_two(norm) || p != nullptr, "two branches need p_clean");
+  Tensor d_omega = at::empty({batch, channels}, weight.options()), d_p = at::empty({batch}, weight.options());
+  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
+  succeed(awnet_cuda_testing_gradients(&norm, batch, channels, on.floats(g1, {batch, channels}, "g1"),
+                                       on.floats(gc, {batch, channels}, "gc"),
+                                       on.floats(centre, {batch, channels}, "centre"), w, p, data(d_omega),
+                                       data(d_p), data(d_weight), data(d_bias), on.stream()),
+          "testing_gradients");
+  return {d_omega, d_p, d_weight, d_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& mean, const Tensor& m2, int64_t hw,
+                                                    const MaybeTensor& omega, const MaybeTensor& is_clean,
+                                                    int64_t rows) {
+  const On on(mean);
+  const int64_t batch = mean.size(0), channels = mean.size(1);
+  const bool* clean = on.bools(is_clean, batch);
+  TORCH_CHECK(rows == 1 || (rows == 2 && clean != nullptr), "two rows of statistics need is_clean");
+  Tensor batch_mean = at::empty({rows, channels}, mean.options()), batch_var = at::empty_like(batch_mean),
+         n = at::empty({rows}, mean.options());
+  succeed(awnet_cuda_batch_statistics(
+              batch, channels, hw, static_cast<int32_t>(rows), on.floats(mean, {batch, channels}, "mean"),
+              on.floats(m2, {batch, channels}, "m2"), on.floats(omega, {batch, channels}, "omega"), clean,
+              data(batch_mean), data(batch_var), data(n), on.stream()),
+          "batch_statistics");
+  return {batch_mean, batch_var, n};
+}
+
+std::tuple<Tensor, Tensor> training_coefficients(const MaybeTensor& omega, const Tensor& weight,
+                                                 const Tensor& bias, const Tensor& batch_mean,
+                                                 const Tensor& batch_var, const MaybeTensor& is_clean,
+                                                 double eps, int64_t batch) {
+  const On on(weight);
+  const Norm norm = norm_of(on, weight, bias, batch_mean, batch_var, eps);
+  const int64_t channels = weight.size(1);
+  const bool* clean = on.bools(is_clean, batch);
+  TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
+  Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
+  succeed(
+      awnet_cuda_training_coefficients(&norm, batch, channels, on.floats(omega, {batch, channels}, "omega"),
+                                       clean, data(scale), data(shift), on.stream()),
+      "training_coefficients");
+  return {scale, shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
+    const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,
+    const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
+    const Tensor& n, const MaybeTensor& is_clean, double eps) {
+  const On on(weight);
+  const Norm norm = norm_of(on, weight, std::nullopt, batch_mean, batch_var, eps);
+  const int64_t batch = g1.size(0), channels = weight.size(1);
+  const bool* clean = on.bools(is_clean, batch);
+  TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
+  const std::array<int64_t, 2> shape{batch, channels};
+  Tensor d_omega = at::empty(shape, weight.options()), by_grad = at::empty_like(d_omega),
+         by_input = at::empty_like(d_omega), constant = at::empty_like(d_omega);
+  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
+  succeed(awnet_cuda_training_gradients(
+              &norm, batch, channels, hw, on.floats(g1, shape, "g1"), on.floats(gc, shape, "gc"),
+              on.floats(mean, shape, "mean"), on.floats(m2, shape, "m2"), on.floats(omega, shape, "omega"),
+              on.floats(n, {norm.groups}, "n"), clean, data(d_omega), data(d_weight), data(d_bias),
+              data(by_grad), data(by_input), data(constant), on.stream()),
+          "training_gradients");
+  return {d_omega, d_weight, d_bias, by_grad, by_input, constant};
+}
+
+}  // namespace awnet::cuda
