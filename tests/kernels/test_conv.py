@@ -42,13 +42,13 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "rows run on over odd samples": Shape(3, 5, 7, (7, 5), (3, 3), padding=(1, 1)),
-    "stride 2, several blocks of both channels": Shape(2, 20, 18, (6, 7), (3, 3), (2, 2), (1, 1)),
+    "rows run on over odd samples": Shape(3, 5, 7, (5, 3), (3, 3), padding=(1, 1)),
+    "stride 2, several blocks of both channels": Shape(2, 20, 18, (6, 5), (3, 3), (2, 2), (1, 1)),
     "1x1, more than one block of input channels": Shape(5, 17, 3, (3, 4), (1, 1)),
     "1x1 stride 2 with padding": Shape(3, 4, 5, (6, 6), (1, 1), (2, 2), (1, 1)),
     "a sample is a tile": Shape(2, 16, 16, (6, 6), (3, 3)),
     "several samples are a tile": Shape(5, 3, 17, (2, 2), (3, 3), padding=(1, 1)),
-    "several tiles are a sample": Shape(1, 6, 4, (8, 8), (3, 3), padding=(1, 1)),
+    "several tiles are a sample": Shape(1, 6, 4, (8, 4), (3, 3), padding=(1, 1)),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 ways = pytest.mark.parametrize(
@@ -144,11 +144,14 @@ def check_statistics(
 
 
 @shapes
-@ways
 @pytest.mark.parametrize(
-    ("residual", "relu", "save"),
-    [(True, True, True), (False, False, False)],
-    ids=["all of it", "least of it"],
+    ("dtype", "tile", "residual", "relu", "save"),
+    [
+        (torch.float32, TILE, True, True, True),
+        (torch.float32, SWAPPED, True, False, True),
+        (torch.float16, TILE, False, True, False),
+    ],
+    ids=["all of it", "swap_ab, no activation", "float16, no residual, no u"],
 )
 def test_apply(
     shape: Shape,
@@ -194,7 +197,7 @@ def test_statistics_are_centred_before_they_are_squared(size: tuple[int, int], g
 
 
 DGRADS = {
-    "3x3 padding 1": Shape(3, 5, 7, (7, 5), (3, 3), padding=(1, 1)),
+    "3x3 padding 1": Shape(3, 5, 7, (5, 3), (3, 3), padding=(1, 1)),
     "3x3 padding 0, several blocks": Shape(2, 18, 20, (5, 4), (3, 3)),
     "1x1": Shape(5, 17, 3, (3, 4), (1, 1)),
     "1x1 padding 1": Shape(2, 3, 4, (3, 4), (1, 1), padding=(1, 1)),
@@ -234,7 +237,7 @@ def test_the_same_call_gives_the_same_bits_and_other_samples_never_matter(name: 
         applied = conv.fused_apply(
             x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, True, tile=TILE
         )
-        counted = conv.fused_statistics(x, layer.weight, *shape.where, tile=TILE)
+        counted = conv.fused_statistics(x, layer.weight, *shape.where, tile=SWAPPED)
         assert applied is not None
         assert counted is not None
         return [*applied, *counted]
@@ -264,12 +267,12 @@ def test_combining_the_statistics_of_tiles(hw: int, rows: int, guarded: Guarded)
 
 
 GROUPED = {
-    "depthwise": Shape(2, 6, 6, (7, 5), (3, 3), padding=(1, 1), groups=6),
+    "depthwise": Shape(2, 6, 6, (4, 5), (3, 3), padding=(1, 1), groups=6),
     "depthwise, two outputs each, stride 2, dilated": Shape(
-        2, 3, 6, (8, 9), (3, 2), (2, 1), (2, 1), (2, 2), groups=3
+        2, 3, 6, (8, 5), (3, 2), (2, 1), (2, 1), (2, 2), groups=3
     ),
-    "groups of several": Shape(3, 6, 4, (5, 4), (3, 3), (2, 2), (1, 1), groups=2),
-    "7x7 over a small image": Shape(2, 3, 3, (4, 3), (7, 7), padding=(3, 3), groups=3),
+    "groups of several": Shape(2, 6, 4, (5, 4), (3, 3), (2, 2), (1, 1), groups=2),
+    "7x7 over a small image": Shape(1, 3, 3, (4, 3), (7, 7), padding=(3, 3), groups=3),
     "stride beyond the kernel": Shape(1, 4, 4, (7, 8), (1, 2), (3, 3), groups=2),
 }
 grouped_shapes = pytest.mark.parametrize("shape", GROUPED.values(), ids=GROUPED.keys())
@@ -278,8 +281,11 @@ GROUPED_TILE = grouped_conv.Tile(pixels=16, channels=4, warps=4)
 
 
 @grouped_shapes
-@layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("channels_last", "dtype"),
+    [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)],
+    ids=["channels_last", "nchw", "bfloat16"],
+)
 def test_grouped(shape: Shape, channels_last: bool, dtype: torch.dtype, guarded: Guarded) -> None:
     layer = Layer(shape, dtype, guarded, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -289,12 +295,19 @@ def test_grouped(shape: Shape, channels_last: bool, dtype: torch.dtype, guarded:
     assert error(full[0], layer.y(True, True)) < TOLERANCE[dtype]
     assert error(full[1], layer.u) < TOLERANCE[dtype]
     assert all(x.is_contiguous(memory_format=layout) for x in full)
-    least = grouped_conv.fused_apply(*arguments, None, False, *shape.where, False, tile=GROUPED_TILE)
-    assert least is not None
-    assert error(least[0], layer.y(False, False)) < TOLERANCE[dtype]
-    assert least[1].numel() == 0
     found = grouped_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=GROUPED_TILE)
     check_statistics(found, layer, dtype)
+
+
+def test_grouped_without_residual_activation_and_u(guarded: Guarded) -> None:
+    shape = GROUPED["groups of several"]
+    layer = Layer(shape, torch.float32, guarded)
+    found = grouped_conv.fused_apply(
+        layer.x, layer.weight, layer.scale, layer.shift, None, False, *shape.where, False, tile=GROUPED_TILE
+    )
+    assert found is not None
+    assert error(found[0], layer.y(False, False)) < TOLERANCE[torch.float32]
+    assert found[1].numel() == 0
 
 
 @grouped_shapes
