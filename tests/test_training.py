@@ -30,6 +30,7 @@ from awnet.training import (
     Teachers,
     Trades,
     list_recipes,
+    logging,
     read_log,
     recipe_for,
     train,
@@ -484,7 +485,9 @@ def test_it_learns(tmp_path: Path) -> None:
 def test_a_run_folder_holds_all_of_it(tmp_path: Path) -> None:
     splits = load_dataset("digits")
     splits = Splits(splits.train.subset(40), splits.validation.subset(20), splits.test.subset(20))
-    recipe = recipe_for("pgd_at", "digits", epochs=2, batch_size=20, attack_steps=1, log_every=1)
+    recipe = recipe_for(
+        "pgd_at", "digits", epochs=2, batch_size=20, attack_steps=1, log_every=1, validate_every=1
+    )
     result = train(recipe, "awnet_tiny", splits, tmp_path / "run", seed=3, select_on="test", quiet=True)
     folder = result.folder
     names = {path.name for path in folder.iterdir()}
@@ -610,7 +613,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
 
 
-def test_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     train(quick(), static_net(), SPLITS, tmp_path / "a", tensorboard=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("a (Sequential)  epoch 1/2  total ")
@@ -619,6 +624,11 @@ def test_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(lines) == 3
     train(quick(), static_net(), SPLITS, tmp_path / "b", tensorboard=False, quiet=True)
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr(logging, "SAY_EVERY_SECONDS", 0.0)  # as if each interval were a long one
+    train(quick(epochs=1), static_net(), SPLITS, tmp_path / "c", tensorboard=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("c (Sequential)  step 2/3  total ")
+    assert len(lines) == 3
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+SAY_EVERY_SECONDS = 60.0  # at most, within an epoch, where there is no bar
+
+
 class RunLog:
     """Appends records to ``folder/log.jsonl`` and, if wanted, to ``folder/tensorboard``.
 
@@ -83,14 +86,15 @@ def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]
 
 
 class Reporter:
-    """The run on a terminal: a live bar there, a line per epoch anywhere else. ``quiet`` says nothing."""
+    """The run for a person: a live bar on a terminal; a line per epoch, and in long ones a line now and then,
+    anywhere else. ``quiet`` says nothing."""
 
     def __init__(self, title: str, *, quiet: bool = False) -> None:
         self.title = title
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._steps = self._done = self._first = 0
-        self._since = time.monotonic()
-        self._images, self._epoch_since = 0, time.monotonic()
+        self._since = self._epoch_since = self._said = time.monotonic()
+        self._images = 0
         self._losses = ""
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -124,6 +128,7 @@ class Reporter:
             self._bar.stop()
 
     def say(self, text: str) -> None:
+        self._said = time.monotonic()
         self.console.print(escape(text))
 
     def start_epoch(self) -> None:
@@ -141,9 +146,19 @@ class Reporter:
         """Images per second of this epoch's training, as far as this session ran it."""
         return self._images / max(time.monotonic() - self._epoch_since, 1e-9)
 
-    def losses(self, terms: dict[str, float]) -> None:
-        """The newest means of the loss's terms."""
-        self._losses = "  ".join(f"{name} {value:.3f}" for name, value in terms.items())
+    def losses(self, terms: dict[str, float]) -> str:
+        """Takes the newest means of the loss's terms; returns the chief ones as text."""
+        chief = (name for name in ("total", "nat", "adv", "type") if name in terms)
+        self._losses = "  ".join(f"{name} {terms[name]:.3f}" for name in chief)
+        return self._losses
+
+    def pulse(self) -> None:
+        """A line within a long epoch, where there is no bar."""
+        if self._bar is None and time.monotonic() - self._said > SAY_EVERY_SECONDS:
+            self.say(
+                f"{self.title}  step {self._done}/{self._steps}  {self._losses}  "
+                f"{self.pace():,.0f} images/s  {self.left()} left"
+            )
 
     def left(self) -> str:
         """Time left, judged by the pace of this session, as ``m:ss`` or ``h:mm:ss``."""

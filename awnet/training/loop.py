@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -380,6 +381,7 @@ class _Run:
         self._read_pending()
         means = self.of_interval.take()
         self.reporter.losses(means)
+        self.reporter.pulse()
         self.log.write({"kind": "step", "epoch": self.epoch + 1, "step": self.step, **means, **self._rates()})
 
     def _rates(self) -> dict[str, float]:
@@ -388,14 +390,10 @@ class _Run:
         return {n: group["lr"] for n, group in zip(names, self.optimizer.param_groups, strict=False)}
 
     def _say_epoch(self, means: dict[str, float], scores: dict[str, float]) -> None:
-        self.reporter.losses(means)
-        losses = "  ".join(
-            f"{name} {means[name]:.3f}" for name in ("total", "nat", "adv", "type") if name in means
-        )
         total = self.recipe.epochs
         parts = [
             f"{self.reporter.title}  epoch {self.epoch:>{len(str(total))}}/{total}",
-            losses,
+            self.reporter.losses(means),
             _percent(scores),
             f"{self.pace:,.0f} images/s",
             f"{self.reporter.left()} left",
@@ -464,7 +462,8 @@ class _Signals:
     def _note(self, number: int, frame: Any) -> None:
         self.came = number
         self._restore()
-        self._reporter.say("finishing the step and saving; press again to stop at once without saving")
+        with suppress(RuntimeError):  # the signal came in the middle of another print
+            self._reporter.say("finishing the step and saving; a second signal stops at once, without saving")
 
     def _restore(self) -> None:
         for number, handler in self._usual.items():
