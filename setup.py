@@ -89,7 +89,9 @@ def native() -> dict[str, Any]:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    class Build(BuildExtension):  # type: ignore[misc]
+    class Build(BuildExtension):
+        extensions: list[Any]
+
         def run(self) -> None:
             if choice in ("auto", "cuda"):
                 try:

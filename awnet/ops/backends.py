@@ -103,6 +103,16 @@ def _cpp_refuses(call: Call) -> str | None:
     return _native_obstacle
 
 
+def _cuda_refuses(call: Call) -> str | None:
+    assert call.input is not None
+    reason = triton_passes.device_obstacle(call.input.device)
+    if reason is not None:
+        return reason
+    if call.input.dtype == torch.float64:
+        return "it has no float64 (use eager or reference)"
+    return _native_obstacle or native.cuda_obstacle()
+
+
 def _triton_refuses(call: Call) -> str | None:
     assert call.input is not None
     return triton_passes.obstacle(call.input)
@@ -110,10 +120,6 @@ def _triton_refuses(call: Call) -> str | None:
 
 def _runs_anything(call: Call) -> str | None:
     return None
-
-
-def _not_built(what: str) -> Callable[[Call], str | None]:
-    return lambda call: f"this version of awnet has no {what}"
 
 
 # in order of preference
@@ -124,7 +130,7 @@ BACKENDS: tuple[Backend, ...] = (
         _triton_refuses,
         _runner(register("triton", triton_passes.TritonPasses())),
     ),
-    Backend("cuda", "CUDA C++ kernels (CUDA devices)", _not_built("CUDA kernels"), _never),
+    Backend("cuda", "CUDA C++ kernels (CUDA devices)", _cuda_refuses, _native),
     Backend("cpp", "C++ kernels (CPU)", _cpp_refuses, _native),
     Backend(
         "eager",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import mmap
 from pathlib import Path
@@ -40,6 +41,17 @@ def load(name: str = "awnet._C") -> str | None:
     except ImportError as error:
         return f"{name} does not load ({error}); {_REBUILD}"
     return None
+
+
+@functools.cache
+def cuda_obstacle() -> str | None:
+    """Why the module that :func:`load` has loaded cannot serve CUDA devices; None where it can."""
+    if build_info()["cuda"]:
+        return None
+    return (
+        "awnet._C was built without its CUDA part; with nvcc on the PATH "
+        "`AWNET_BUILD=cuda pip install --no-build-isolation -e .` builds it or says what is missing"
+    )
 
 
 def build_info() -> dict[str, Any]:

@@ -33,7 +33,8 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _device_obstacle(device: torch.device) -> str | None:
+def device_obstacle(device: torch.device) -> str | None:
+    """Why no CUDA kernel of ours can run on ``device``; None where one can."""
     if not torch.cuda.is_available():
         return f"it needs a CUDA device, this machine has none and the input is on {device}"
     if device.type != "cuda":
@@ -49,7 +50,7 @@ def obstacle(x: Tensor) -> str | None:
     if not _installed():
         return "Triton is not installed (pip install triton, on Linux)"
     if x.device.type != "cpu" or not interpreted():
-        reason = _device_obstacle(x.device)
+        reason = device_obstacle(x.device)
         if reason is not None:
             return reason
     if x.dtype == torch.float64:
