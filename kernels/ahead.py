@@ -63,7 +63,8 @@ def shipped_launches() -> dict[str, dict[str, int]]:
     launches: dict[str, dict[str, int]] = {}
     for path in sorted(Path(package.submodule_search_locations[0], "configs").glob("*.json")):
         device = "" if path.stem == "default" else f"@{path.stem}"
-        for key, entry in json.loads(path.read_text())["launches"].items():
+        content = json.loads(path.read_text())
+        for key, entry in (content["launches"] | content.get("convolutions", {})).items():
             launches[key + device] = entry
     return launches
 

@@ -4,6 +4,9 @@
 ``default.json`` what is safe everywhere. A key is ``op/dtype/layout/bucket``; the last parts may be left out,
 and the most specific key wins, the device's table before the default. A bucket ``b256c64p1024`` stands for
 up to 256 samples, 64 channels and 1024 pixels, each rounded up to a power of two.
+
+A device's table may also hold "convolutions": the cases in which a convolution of ``awnet.kernels`` beat the
+library's there (``python -m awnet.benchmarks.convolutions``). Without one the library convolves.
 """
 
 from __future__ import annotations
@@ -18,7 +21,12 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).parent / "configs"
-_POWERS = ("tile", "inner", "steps", "warps")  # what must be a power of two
+_CONVOLUTIONS = {
+    "conv": {"block_m", "block_n", "block_k", "warps", "stages", "swap_ab", "least_batch"},
+    "grouped_conv": {"pixels", "channels", "warps", "least_batch"},
+}
+# what must be a power of two
+_POWERS = ("tile", "inner", "steps", "warps", "block_m", "block_n", "block_k", "pixels", "channels")
 _REWRITE = "write it again with `awnet bench tune`, or delete it: the defaults then hold"
 
 Parameters = Mapping[str, int]
@@ -51,6 +59,38 @@ def read_table(path: Path) -> dict[str, dict[str, int]]:
         if problem:
             raise ValueError(f"{path}: launches[{key!r}] {problem}, got {entry!r}; {_REWRITE}")
     return launches
+
+
+@functools.cache
+def convolutions(device: torch.device) -> Mapping[str, Parameters]:
+    """The cases in which our convolution beat the library's on ``device``, with their launch parameters.
+
+    The keys are those of ``awnet.kernels.conv.key`` and ``awnet.kernels.grouped_conv.key``; an entry holds
+    the fields of the kernel's ``Tile`` and ``least_batch``, the batch from which it wins.
+
+    Raises:
+        ValueError: the device's table is damaged; the message names the file and the entry.
+    """
+    path = FOLDER / f"{device_slug(device)}.json"
+    return read_convolutions(path) if path.exists() else {}
+
+
+def read_convolutions(path: Path) -> dict[str, dict[str, int]]:
+    """The "convolutions" of the table in ``path``; none is legal. ValueError where they are damaged."""
+    read_table(path)
+    entries = json.loads(path.read_text(encoding="utf-8")).get("convolutions", {})
+    if not isinstance(entries, dict):
+        raise ValueError(f'{path}: "convolutions" must be an object; {_REWRITE}')
+    for key, entry in entries.items():
+        problem = _problem(entry)
+        fields = _CONVOLUTIONS.get(key.split("/")[0])
+        if problem is None and fields is None:
+            problem = f"must begin with {' or '.join(_CONVOLUTIONS)}"
+        if problem is None and fields is not None and set(entry) != fields:
+            problem = f"must have the fields {', '.join(sorted(fields))}"
+        if problem:
+            raise ValueError(f"{path}: convolutions[{key!r}] {problem}, got {entry!r}; {_REWRITE}")
+    return entries
 
 
 def _problem(entry: Any) -> str | None:
@@ -130,3 +170,4 @@ def forget_tables() -> None:
     """Reads the tables again at the next call: for who has just written one."""
     _table.cache_clear()
     launch_parameters.cache_clear()
+    convolutions.cache_clear()

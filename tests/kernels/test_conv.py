@@ -7,17 +7,22 @@ they are compiled ahead of time instead (kernels/ahead.py).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from awnet.benchmarks import convolutions
 from awnet.kernels import conv, epilogue, grouped_conv
 from awnet.kernels.launch import recorded
 from interpreter import DEVICE, Guarded
 from torch import Tensor
 
 from awnet import reference
+from awnet.ops import tuning
+from awnet.ops.triton_convolutions import TritonConvolutions
 
 TILE = conv.Tile(16, 16, 16, warps=4, stages=2)
 SWAPPED = TILE._replace(swap_ab=1)
@@ -48,6 +53,7 @@ SHAPES = {
     "1x1 stride 2 with padding": Shape(3, 4, 5, (6, 6), (1, 1), (2, 2), (1, 1)),
     "a sample is a tile": Shape(2, 16, 16, (6, 6), (3, 3)),
     "several samples are a tile": Shape(5, 3, 17, (2, 2), (3, 3), padding=(1, 1)),
+    "several samples and empty rows are a tile": Shape(3, 3, 5, (3, 2), (3, 3), padding=(1, 1)),
     "several tiles are a sample": Shape(1, 6, 4, (8, 4), (3, 3), padding=(1, 1)),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -403,6 +409,62 @@ def test_the_grouped_table(guarded: Guarded) -> None:
             assert not launches
             assert run({name: entry}) is not None
         assert launches[0].arguments["BLOCK_P"] == 16
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_backend_asks_the_devices_table(
+    groups: int, guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(2, 4, 6, (3, 4), (3, 3), padding=(1, 1), groups=groups)
+    layer = Layer(shape, torch.float32, guarded)
+    forward: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, True)
+    backend = TritonConvolutions()
+    calls = {
+        "apply": lambda: backend.fused_apply(*forward),
+        "statistics": lambda: backend.fused_statistics(layer.x, layer.weight, *shape.where),
+        "dgrad": lambda: backend.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where),
+    }
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning.forget_tables()
+    assert [run() for run in calls.values()] == [None, None, None]
+
+    table = {}
+    for operation in calls:
+        if groups == 1:
+            name = conv.key(operation, torch.float32, "ieee", 4, 6, (3, 4), 3, 1)
+        else:
+            name = grouped_conv.key(operation, torch.float32, True, 4, 6, 2, (3, 4), (3, 3), (1, 1))
+        tile: Any = TILE if groups == 1 else GROUPED_TILE
+        table[name] = tile._asdict() | {"least_batch": 1}
+    path = tmp_path / f"{tuning.device_slug(DEVICE)}.json"
+    path.write_text(json.dumps({"launches": {}, "convolutions": table}))
+    tuning.forget_tables()
+    try:
+        applied, counted, d_input = (run() for run in calls.values())
+    finally:
+        monkeypatch.undo()
+        tuning.forget_tables()
+    assert isinstance(applied, tuple)
+    assert isinstance(d_input, Tensor)
+    assert error(applied[0], layer.y(False, True)) < TOLERANCE[torch.float32]
+    assert error(applied[1], layer.u) < TOLERANCE[torch.float32]
+    check_statistics(counted, layer, torch.float32)  # type: ignore[arg-type]
+    assert error(d_input, layer.d_input()) < TOLERANCE[torch.float32]
+
+
+def test_the_race_runs_and_refuses_a_wrong_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = ["--batches", "2", "--dtypes", "float32", "--operations", "dgrad"]
+    layers = ["--layers", "smoke", "smoke depthwise"]
+    assert convolutions.main([*usual, *layers, "--out", str(tmp_path / "race.csv")]) == 0
+    lines = (tmp_path / "race.csv").read_text().splitlines()
+    assert [line.split(",")[:4] for line in lines[1:]] == [
+        ["smoke", "dgrad", "2", "float32"],
+        ["smoke depthwise", "dgrad", "2", "float32"],
+    ]
+    right = conv.fused_dgrad
+    monkeypatch.setattr(conv, "fused_dgrad", lambda *args, **how: right(*args, **how) + 1)
+    with pytest.raises(RuntimeError, match="is not the library's result"):
+        convolutions.main([*usual, "--layers", "smoke"])
 
 
 def test_default_tiles(guarded: Guarded) -> None:

@@ -1,0 +1,78 @@
+"""Convolutions with the layer's work in their epilogue (``awnet.kernels``), where a measurement says so."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from awnet.ops.tuning import convolutions
+
+
+def _kernels(groups: int) -> Any:
+    return importlib.import_module("awnet.kernels.conv" if groups == 1 else "awnet.kernels.grouped_conv")
+
+
+class TritonConvolutions:
+    """The fused convolutions of the Triton backend.
+
+    Each gives None where the device's table (:func:`awnet.ops.tuning.convolutions`) does not say that our
+    kernel beats the library's convolution and a pass: that is then the way to go.
+    """
+
+    def fused_apply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        save: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """y = act(u · scale + shift + residual) and u = conv(input, weight), empty without ``save``."""
+        table = convolutions(input.device)
+        if not table:
+            return None
+        where = (stride, padding, dilation, groups)
+        arguments = (input, weight, scale, shift, residual, relu, *where, save)
+        return _kernels(groups).fused_apply(*arguments, table=table)
+
+    def fused_statistics(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """u = conv(input, weight) and its per-sample mean and centred sum of squares, [B, C_out]."""
+        table = convolutions(input.device)
+        if not table:
+            return None
+        where = (stride, padding, dilation, groups)
+        return _kernels(groups).fused_statistics(input, weight, *where, table=table)
+
+    def fused_dgrad(
+        self,
+        d_u: Tensor,
+        weight: Tensor,
+        input_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Tensor | None:
+        """The gradient of the convolution's input."""
+        table = convolutions(d_u.device)
+        if not table:
+            return None
+        where = (stride, padding, dilation, groups)
+        return _kernels(groups).fused_dgrad(d_u, weight, input_shape, *where, table=table)

@@ -1,0 +1,320 @@
+"""Races the Triton convolutions against the library's: ``python -m awnet.benchmarks.convolutions``.
+
+For every layer and operation the library's convolution followed by the Triton pass that it needs is timed
+against the fused kernel at each candidate tile, after the kernel's results have been checked against the
+library's. ``--update`` writes the cases that the kernel wins into the device's table in awnet/ops/configs/,
+from which the Triton backend takes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awnet import files
+from awnet.ops import triton_passes, tuning
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A 3×3 or 1×1 convolution with padding that keeps the size at stride 1."""
+
+    c_in: int
+    c_out: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+    groups: int = 1
+
+    @property
+    def where(self) -> tuple[Any, Any, Any, int]:
+        padding = self.kernel // 2
+        return (self.stride, self.stride), (padding, padding), (1, 1), self.groups
+
+
+# ResNet-18 at 32×32 images: its four stages, the ways between them; and depthwise twins of the stages
+LAYERS = {
+    "stage 1": Layer(64, 64, 32),
+    "stage 2": Layer(128, 128, 16),
+    "stage 3": Layer(256, 256, 8),
+    "stage 4": Layer(512, 512, 4),
+    "to stage 2": Layer(64, 128, 32, stride=2),
+    "to stage 3": Layer(128, 256, 16, stride=2),
+    "to stage 4": Layer(256, 512, 8, stride=2),
+    "shortcut to stage 2": Layer(64, 128, 32, kernel=1, stride=2),
+    "depthwise 64": Layer(64, 64, 32, groups=64),
+    "depthwise 128": Layer(128, 128, 16, groups=128),
+    "depthwise 256": Layer(256, 256, 8, groups=256),
+    "depthwise 512": Layer(512, 512, 4, groups=512),
+    "smoke": Layer(5, 6, 4),
+    "smoke depthwise": Layer(6, 6, 4, groups=6),
+}
+OPERATIONS = ("apply", "statistics", "dgrad")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: the library and a pass against each tile of ours."""
+
+    layer: str
+    operation: str
+    batch: int
+    dtype: str
+    key: str
+    library_ms: float
+    convolution_ms: float  # the library's convolution alone
+    tiles_ms: dict[Any, float]
+
+    @property
+    def best(self) -> Any:
+        return min(self.tiles_ms, key=lambda tile: self.tiles_ms[tile])
+
+
+def _kernels() -> tuple[Any, Any]:
+    return tuple(importlib.import_module(f"awnet.kernels.{name}") for name in ("conv", "grouped_conv"))  # type: ignore[return-value]
+
+
+def candidates(layer: Layer, operation: str, dtype: torch.dtype, smoke: bool) -> list[Any]:
+    """The tiles to try."""
+    conv, grouped_conv = _kernels()
+    if layer.groups > 1:
+        if smoke:
+            return [grouped_conv.Tile(16, 8, 4)]
+        sizes = [(16, 32), (16, 64), (16, 128), (32, 32), (32, 64), (64, 32), (64, 64), (128, 16)]
+        return [grouped_conv.Tile(*size, warps) for size in sizes for warps in (2, 4, 8)]
+    if smoke:
+        return [conv.Tile(16, 16, 16, 4, 2, swap) for swap in (0, 1)]
+    if dtype == torch.float32:
+        return [
+            conv.Tile(m, n, k, 8, s)
+            for m in (32, 64, 128)
+            for n in (32, 64)
+            for k in (16, 32)
+            for s in (2, 3)
+        ]
+    widest = layer.c_in if operation == "dgrad" else layer.c_out
+    shapes = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (256, 64, 4), (256, 64, 8), (64, 128, 4)]
+    shapes += [(128, 128, 4), (128, 128, 8), (256, 128, 8), (64, 256, 8), (128, 256, 8)]
+    return [
+        conv.Tile(m, n, 64, warps, stages, swap)
+        for m, n, warps in shapes
+        for stages in (3, 4)
+        for swap in (0, 1)
+        if n <= widest
+    ]
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        import triton.testing
+
+        return float(triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median"))
+    run()
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _racers(
+    layer: Layer, operation: str, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[Any], Any], str]:
+    """The library's way, its convolution alone, ours by tile, and the table's key."""
+    conv, grouped_conv = _kernels()
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    def image(channels: int, side: int) -> Tensor:
+        return normal(batch, channels, side, side).to(dtype).to(memory_format=torch.channels_last)
+
+    fan_in = layer.c_in // layer.groups
+    weight = normal(layer.c_out, fan_in, layer.kernel, layer.kernel) / (fan_in * layer.kernel**2) ** 0.5
+    weight = weight.to(dtype).to(memory_format=torch.channels_last)
+    stride, padding, _, groups = layer.where
+    x = image(layer.c_in, layer.size)
+    out = (layer.size + 2 * padding[0] - layer.kernel) // stride[0] + 1
+    residual, d_u = image(layer.c_out, out), image(layer.c_out, out)
+    scale, shift = normal(batch, layer.c_out), normal(batch, layer.c_out)
+    passes = triton_passes.TritonPasses()
+    module: Any = conv if groups == 1 else grouped_conv
+    size, taps = (layer.size, layer.size), (layer.kernel, layer.kernel)
+    channels = (layer.c_in, layer.c_out)
+    if groups == 1:
+        name = conv.key(operation, dtype, "ieee", *channels, size, layer.kernel, layer.stride)
+    else:
+        name = grouped_conv.key(operation, dtype, True, *channels, groups, size, taps, stride)
+
+    def forward() -> Tensor:
+        return torch.ops.aten.convolution(x, weight, None, *layer.where[:3], False, [0, 0], groups)
+
+    def backward() -> Tensor:
+        mask = [True, False, False]
+        return torch.ops.aten.convolution_backward(
+            d_u, x, weight, None, *layer.where[:3], False, [0, 0], groups, mask
+        )[0]
+
+    def apply() -> tuple[Tensor, Tensor]:
+        u = forward()
+        return passes.apply(u, scale, shift, residual, True), u
+
+    def statistics() -> tuple[Tensor, ...]:
+        u = forward()
+        return u, *passes.statistics(u)
+
+    def ours(tile: Any) -> Any:
+        if operation == "apply":
+            return module.fused_apply(x, weight, scale, shift, residual, True, *layer.where, True, tile=tile)
+        if operation == "statistics":
+            return module.fused_statistics(x, weight, *layer.where, tile=tile)
+        return module.fused_dgrad(d_u, weight, x.shape, *layer.where, tile=tile)
+
+    ways: dict[str, Callable[[], Any]] = {"apply": apply, "statistics": statistics, "dgrad": backward}
+    return ways[operation], backward if operation == "dgrad" else forward, ours, name
+
+
+def _agrees(got: Any, want: Any, dtype: torch.dtype) -> bool:
+    """Alike to the rounding of ``dtype`` in each tensor's norm; a mean may cancel and is held to u's size."""
+    got, want = ((x,) if isinstance(x, Tensor) else x for x in (got, want))
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    for mine, other in zip(got, want, strict=True):
+        size = other.double().norm() if other.dim() == 4 else other.double().norm() + other.numel() ** 0.5
+        if not bool((mine.double() - other.double()).norm() <= tolerance * size):
+            return False
+    return True
+
+
+def _race(name: str, operation: str, batch: int, dtype: torch.dtype, device: torch.device) -> Result:
+    from triton.runtime.errors import OutOfResources
+
+    library, convolution, ours, key = _racers(LAYERS[name], operation, batch, dtype, device)
+    want = library()
+    times: dict[Any, float] = {}
+    for tile in candidates(LAYERS[name], operation, dtype, name.startswith("smoke")):
+        try:
+            got = ours(tile)
+        except OutOfResources:
+            continue
+        if not _agrees(got, want, dtype):
+            raise RuntimeError(f"{key} with {tile} at batch {batch} is not the library's result")
+        times[tile] = _milliseconds(partial(ours, tile), device)
+    if not times:
+        raise RuntimeError(f"no candidate tile of {key} fits this device")
+    plain, alone = _milliseconds(library, device), _milliseconds(convolution, device)
+    short = str(dtype).removeprefix("torch.")
+    return Result(name, operation, batch, short, key, plain, alone, times)
+
+
+def race(
+    layers: Sequence[str],
+    operations: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> Iterator[Result]:
+    """Every row. A tile that does not fit the device is passed over; a wrong result raises RuntimeError."""
+    for name, operation, dtype, batch in itertools.product(layers, operations, dtypes, batches):
+        layer = LAYERS[name]
+        if operation != "dgrad" or layer.groups > 1 or layer.stride == 1:  # else it is the library's
+            yield _race(name, operation, batch, dtype, device)
+
+
+def wins(results: Sequence[Result], margin: float = 1.02) -> dict[str, dict[str, int]]:
+    """The table: the cases in which one tile beats the library by ``margin`` from ``least_batch`` on."""
+    table: dict[str, dict[str, int]] = {}
+    for key in dict.fromkeys(result.key for result in results):
+        rows = sorted((r for r in results if r.key == key), key=lambda r: r.batch, reverse=True)
+        # one tile for all batches: the one that loses least against the best of each
+        everywhere = [tile for tile in rows[0].tiles_ms if all(tile in row.tiles_ms for row in rows)]
+        if not everywhere:
+            continue
+        tile = min(everywhere, key=lambda t: sum(row.tiles_ms[t] / row.tiles_ms[row.best] for row in rows))
+        for row in rows:  # from the largest batch down, until ours loses
+            if row.library_ms < margin * row.tiles_ms[tile]:
+                break
+            table[key] = tile._asdict() | {"least_batch": row.batch}
+    return table
+
+
+def _update(device: torch.device, results: Sequence[Result]) -> Path:
+    path = tuning.FOLDER / f"{tuning.device_slug(device)}.json"
+    content: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"device": path.stem, "launches": {}}
+    )
+    measured = {result.key for result in results}
+    kept = {k: v for k, v in content.get("convolutions", {}).items() if k not in measured}
+    content["convolutions"] = dict(sorted((kept | wins(results)).items()))
+    files.write_json(path, content)
+    tuning.forget_tables()
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m awnet.benchmarks.convolutions", description=__doc__)
+    usual = [name for name in LAYERS if not name.startswith("smoke")]
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=usual, metavar="NAME")
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[128, 256, 512])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"]
+    )
+    parser.add_argument("--out", type=Path, help="a CSV file of every row")
+    parser.add_argument("--update", action="store_true", help="write the wins into awnet/ops/configs/")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reason = triton_passes.obstacle(torch.empty(1, 1, 1, 1, device=device))
+    if reason is not None:
+        parser.error(f"the Triton kernels cannot run here: {reason}")
+    if options.update and device.type != "cuda":
+        parser.error("--update needs a CUDA device: times in the interpreter mean nothing")
+    dtypes = [getattr(torch, name) for name in options.dtypes]
+    results = []
+    head = (
+        "layer",
+        "operation",
+        "batch",
+        "dtype",
+        "library ms",
+        "its convolution ms",
+        "ours ms",
+        "ratio",
+        "tile",
+    )
+    lines: list[tuple[object, ...]] = []
+    print(*head, sep="  ")
+    torch.backends.cudnn.allow_tf32 = False
+    for r in race(options.layers, options.operations, options.batches, dtypes, device):
+        results.append(r)
+        ours = r.tiles_ms[r.best]
+        tile = " ".join(f"{field}={value}" for field, value in r.best._asdict().items())
+        times = [f"{ms:.4f}" for ms in (r.library_ms, r.convolution_ms, ours)]
+        lines.append((r.layer, r.operation, r.batch, r.dtype, *times, f"{r.library_ms / ours:.3f}", tile))
+        print(*lines[-1], sep="  ", flush=True)
+    if options.out is not None:
+        with files.written_atomically(options.out) as path, open(path, "w", newline="") as file:
+            machine = (tuning.device_slug(device), torch.__version__, version("triton"))
+            writer = csv.writer(file)
+            writer.writerow([*head, "device", "torch", "triton"])
+            writer.writerows([*line, *machine] for line in lines)
+    if options.update:
+        print(f"wrote {len(wins(results))} wins into {_update(device, results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
