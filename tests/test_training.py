@@ -98,7 +98,7 @@ def batch(n: int = 10) -> Batch:
 
 def shifted(x: torch.Tensor, y: torch.Tensor, *, index: torch.Tensor) -> torch.Tensor:
     """A stand-in for an attack: fixed, and different for every sample."""
-    return (x + 0.1 * torch.sin(torch.arange(x[0].numel())).view(1, *x.shape[1:])).clamp(0, 1)
+    return (x + 0.4 * torch.sin(torch.arange(x[0].numel())).view(1, *x.shape[1:])).clamp(0, 1)
 
 
 def tempered(logits: torch.Tensor, tau: float) -> torch.Tensor:
@@ -161,7 +161,7 @@ def test_pgd_at_and_trades_are_their_equations(make: Any) -> None:
     expected = ce(clean, data.y) + 6 * kl + type_loss(type_logits, 10)
     found = L.trades(copy.deepcopy(net), data, shifted, LossOptions())
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert found.terms["adv"].item() == pytest.approx(kl.item(), rel=1e-4)
+    assert found.terms["adv"].item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
     assert all(term.dim() == 0 and not term.requires_grad for term in found.terms.values())
 
 
@@ -197,7 +197,7 @@ def test_mtard_is_equations_20_to_22(make: Any, tau: float, reduction: Any, fact
     found = L.mtard(copy.deepcopy(net), data, shifted, options, teachers, weights)
     expected = type_loss(type_logits, 10) + 0.5 * adv + 0.5 * nat  # the first step's weights are ½
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert found.terms["nat"].item() == pytest.approx(nat.item(), rel=1e-4)
+    assert found.terms["nat"].item() == pytest.approx(nat.item(), rel=1e-4, abs=1e-6)
 
     fixed = L.mtard(copy.deepcopy(net), data, shifted, replace(options, adv_weight=0.9), teachers)
     expected = type_loss(type_logits, 10) + 0.9 * adv + 0.1 * nat
