@@ -144,6 +144,11 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(u), kept, *(u.new_empty(size, dtype=wide) for size in sizes)
 
 
+def _placeholder(u: Tensor, shape: Sequence[int]) -> Tensor:
+    """Stands for an input of which only the shape matters. The library would copy one that is not dense."""
+    return torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=memory_format(u))
+
+
 def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments[:17])
     u, y = arguments[17:19]
@@ -181,8 +186,7 @@ def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ..
                 how = Propagation(scale, None, None)
             d_input, d_residual = passes.propagate(grad, u, centre, y, how, need_residual)
         if call.weight is not None and (need_input or need_weight):
-            # the gradient of the input needs the input's shape alone
-            source = u.new_empty(1).expand(input_shape) if call.input is None else call.input
+            source = _placeholder(u, input_shape) if call.input is None else call.input
             d_input, d_weight, _ = torch.ops.aten.convolution_backward(
                 d_input,
                 source,
@@ -209,7 +213,7 @@ def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     input_shape, needs = arguments[24:]
     d_input = u.new_empty(input_shape)
     if call.weight is not None:
-        source = u.new_empty(1).expand(input_shape) if call.input is None else call.input
+        source = _placeholder(u, input_shape) if call.input is None else call.input
         d_input = torch.ops.aten.convolution_backward(
             u,
             source,
