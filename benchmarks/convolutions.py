@@ -13,6 +13,7 @@ import csv
 import importlib
 import itertools
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,30 @@ LAYERS = {
     "smoke": Layer(5, 6, 4),
     "smoke depthwise": Layer(6, 6, 4, groups=6),
 }
+_SPELT = re.compile(r"(\d+)-(\d+)@(\d+)(?:k(\d))?(?:s(\d))?(?:g(\d+))?")
+
+
+def find_layer(name: str) -> Layer:
+    """A layer of ``LAYERS``, or one spelt "64-128@32k3s2g1"; kernel, stride, groups may be left out."""
+    if name in LAYERS:
+        return LAYERS[name]
+    spelt = _SPELT.fullmatch(name)
+    if spelt is None:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no layer; there are {', '.join(LAYERS)}; spell others like 64-128@32k3s2g1"
+        )
+    c_in, c_out, size, kernel, stride, groups = (int(n) if n else None for n in spelt.groups())
+    assert c_in is not None
+    assert c_out is not None
+    assert size is not None
+    return Layer(c_in, c_out, size, kernel or 3, stride or 1, groups or 1)
+
+
+def _layer_name(name: str) -> str:
+    find_layer(name)
+    return name
+
+
 OPERATIONS = ("apply", "statistics", "dgrad")
 
 
@@ -88,15 +113,15 @@ def _kernels() -> tuple[Any, Any]:
     return tuple(importlib.import_module(f"awnet.kernels.{name}") for name in ("conv", "grouped_conv"))  # type: ignore[return-value]
 
 
-def candidates(layer: Layer, operation: str, dtype: torch.dtype, smoke: bool) -> list[Any]:
-    """The tiles to try."""
+def candidates(layer: Layer, operation: str, dtype: torch.dtype, interpreted: bool) -> list[Any]:
+    """The tiles to try; small ones in the interpreter, which takes milliseconds for each step of a product."""
     conv, grouped_conv = _kernels()
     if layer.groups > 1:
-        if smoke:
+        if interpreted:
             return [grouped_conv.Tile(16, 8, 4)]
         sizes = [(16, 32), (16, 64), (16, 128), (32, 32), (32, 64), (64, 32), (64, 64), (128, 16)]
         return [grouped_conv.Tile(*size, warps) for size in sizes for warps in (2, 4, 8)]
-    if smoke:
+    if interpreted:
         return [conv.Tile(16, 16, 16, 4, 2, swap) for swap in (0, 1)]
     if dtype == torch.float32:
         return [
@@ -201,10 +226,10 @@ def _agrees(got: Any, want: Any, dtype: torch.dtype) -> bool:
 def _race(name: str, operation: str, batch: int, dtype: torch.dtype, device: torch.device) -> Result:
     from triton.runtime.errors import OutOfResources
 
-    library, convolution, ours, key = _racers(LAYERS[name], operation, batch, dtype, device)
+    library, convolution, ours, key = _racers(find_layer(name), operation, batch, dtype, device)
     want = library()
     times: dict[Any, float] = {}
-    for tile in candidates(LAYERS[name], operation, dtype, name.startswith("smoke")):
+    for tile in candidates(find_layer(name), operation, dtype, device.type != "cuda"):
         try:
             got = ours(tile)
         except OutOfResources:
@@ -228,7 +253,7 @@ def race(
 ) -> Iterator[Result]:
     """Every row. A tile that does not fit the device is passed over; a wrong result raises RuntimeError."""
     for name, operation, dtype, batch in itertools.product(layers, operations, dtypes, batches):
-        layer = LAYERS[name]
+        layer = find_layer(name)
         if operation != "dgrad" or layer.groups > 1 or layer.stride == 1:  # else it is the library's
             yield _race(name, operation, batch, dtype, device)
 
@@ -267,7 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m awnet.benchmarks.convolutions", description=__doc__)
     usual = [name for name in LAYERS if not name.startswith("smoke")]
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=usual, metavar="NAME")
+    parser.add_argument(
+        "--layers", nargs="+", type=_layer_name, default=usual, metavar="NAME",
+        help=f"of {', '.join(LAYERS)}; or spelt like 64-128@32k3s2g1: channels, size, kernel, stride, groups",
+    )  # fmt: skip
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--batches", nargs="+", type=int, default=[128, 256, 512])
     parser.add_argument(
