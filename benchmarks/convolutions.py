@@ -114,7 +114,7 @@ def _kernels() -> tuple[Any, Any]:
 
 
 def candidates(layer: Layer, operation: str, dtype: torch.dtype, interpreted: bool) -> list[Any]:
-    """The tiles to try; small ones in the interpreter, which takes milliseconds for each step of a product."""
+    """The tiles to try; in the interpreter small ones, since a step of a product takes milliseconds."""
     conv, grouped_conv = _kernels()
     if layer.groups > 1:
         if interpreted:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
+from awnet.ops.triton_convolutions import TritonConvolutions
 from awnet.ops.tuning import Parameters, launch_parameters
 
 _LEAST_CAPABILITY = (8, 0)
@@ -79,7 +80,7 @@ def _for_table(op: str, device: torch.device, batch: int, channels: int) -> Para
     return launch_parameters(op, device, batch, channels)
 
 
-class TritonPasses:
+class TritonPasses(TritonConvolutions):
     """See :class:`awnet.ops.passes.Passes`. float32, bfloat16 and float16 images, either layout."""
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
