@@ -2,20 +2,29 @@
 
 setup.py and the tests load this file by its path. Objects and reports are kept under ``build/cuda`` by
 everything they depend on: architectures, flags, the compiler's version and the contents of all sources.
+
+    python csrc/cuda/build.py            compiles and prints a table; fails where a kernel spills registers or
+                                         takes more of them than csrc/cuda/resources.json allows this nvcc
+    python csrc/cuda/build.py --update   writes that file and docs/cuda-resources.md
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CACHE = HERE.parents[1] / "build" / "cuda"
+ROOT = HERE.parents[1]
+RESOURCES = HERE / "resources.json"
+PAGE = ROOT / "docs" / "cuda-resources.md"
+CACHE = ROOT / "build" / "cuda"
 SOURCES = sorted(HERE.glob("*.cu"))
 HEADERS = [*sorted(HERE.glob("*.h")), HERE.parent / "arithmetic.h"]
 
@@ -86,33 +95,31 @@ def objects(compiler: str) -> list[Path]:
         return list(pool.map(lambda source: _compiled(compiler, source, ["-c", *targets], ".o"), SOURCES))
 
 
-def cubin(compiler: str, source: Path, architecture: str) -> Path:
-    """One file's machine code for one architecture."""
-    return _compiled(compiler, source, ["-cubin", f"-arch={architecture}"], ".cubin")
-
-
-def resources(compiler: str, architecture: str) -> dict[str, dict[str, int]]:
-    """What ptxas says each kernel uses: registers; stack (spills included) and shared memory in bytes."""
-    report = "".join(
-        cubin(compiler, source, architecture).with_suffix(".txt").read_text() for source in SOURCES
-    )
-    kernels: dict[str, dict[str, int]] = {}
-    for block in report.split("Compiling entry function '")[1:]:
+def resources(compiler: str) -> dict[str, dict[str, dict[str, int]]]:
+    """What ptxas says each kernel uses, by architecture: registers; bytes of stack (or spills) and shared."""
+    report = "".join(output.with_suffix(".txt").read_text() for output in objects(compiler))
+    found: dict[str, dict[str, dict[str, int]]] = {architecture: {} for architecture in ARCHITECTURES}
+    for block in report.split("Compiling entry function ")[1:]:
+        header = re.match(r"'(\w+)' for '(\w+)'", block)
         registers = re.search(r"Used (\d+) registers", block)
-        stack = re.search(r"(\d+) bytes stack frame", block)
-        if registers is None or stack is None:
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", block)
+        if header is None or registers is None or stack is None:
             raise RuntimeError(f"ptxas reports in a form that is not understood:\n{block}")
         shared = re.search(r"(\d+) bytes smem", block)
-        kernels[block[: block.index("'")]] = {
+        found[header[2]][header[1]] = {
             "registers": int(registers[1]),
-            "stack": int(stack[1]),
+            "stack": max(int(stack[1]), int(stack[2])),
             "shared": int(shared[1]) if shared else 0,
         }
-    names = dict(zip(kernels, _readable(list(kernels)), strict=True))
-    return {names[name]: used for name, used in sorted(kernels.items(), key=lambda item: names[item[0]])}
+    return {architecture: _by_name(kernels) for architecture, kernels in found.items()}
 
 
-def _readable(symbols: list[str]) -> list[str]:
+def _by_name(kernels: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    named = dict(zip(readable(list(kernels)), kernels.values(), strict=True))
+    return dict(sorted(named.items()))
+
+
+def readable(symbols: list[str]) -> list[str]:
     """``over_planes<8, true, Apply<__half> >`` for what the linker calls _ZN5awnet…"""
     if shutil.which("c++filt") is None:
         return symbols
@@ -120,3 +127,61 @@ def _readable(symbols: list[str]) -> list[str]:
         ["c++filt", "-p"], input="\n".join(symbols), capture_output=True, text=True, check=True
     ).stdout.splitlines()
     return [re.sub(r"awnet::cuda::|\(anonymous namespace\)::", "", line) for line in lines]
+
+
+Resources = dict[str, dict[str, dict[str, int]]]
+
+
+def faults(found: Resources, allowed: Resources) -> list[str]:
+    """Kernels that spill, and kernels that take more registers than ``allowed`` says, or are not in it."""
+    wrong = []
+    for architecture, kernels in found.items():
+        for name, used in kernels.items():
+            limit = allowed.get(architecture, {}).get(name, {}).get("registers")
+            if used["stack"] > 0:
+                wrong.append(f"{name} on {architecture} spills: {used['stack']} bytes of stack")
+            if limit is None:
+                wrong.append(f"{name} on {architecture} has no committed figure (--update writes it)")
+            elif used["registers"] > limit:
+                wrong.append(f"{name} on {architecture} takes {used['registers']} registers, allowed {limit}")
+    return wrong
+
+
+def _page(version: str, found: Resources) -> str:
+    lines = [
+        "# What the CUDA kernels use",
+        "",
+        f"Generated by `python csrc/cuda/build.py --update` with nvcc {version}: every CUDA C++ kernel,",
+        "compiled without a GPU. A spill, or a register more than here, fails the tests.",
+        "",
+        "| kernel | " + " | ".join(f"registers {a} | stack {a}" for a in found) + " | shared bytes |",
+        "|---|" + "---|" * (2 * len(found) + 1),
+    ]
+    for name in next(iter(found.values())):
+        cells = [f"{kernels[name]['registers']} | {kernels[name]['stack']}" for kernels in found.values()]
+        shared = max(kernels[name]["shared"] for kernels in found.values())
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {shared} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    compiler = nvcc()
+    if compiler is None:
+        print("there is no nvcc (set CUDA_HOME, or put it on the PATH)", file=sys.stderr)
+        return 1
+    version, _ = toolkit(compiler)
+    found = resources(compiler)
+    page = _page(version, found)
+    print(page)
+    committed = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+    if "--update" in sys.argv[1:]:
+        committed[version] = found
+        RESOURCES.write_text(json.dumps(committed, indent=1) + "\n")
+        PAGE.write_text(page)
+    wrong = faults(found, committed.get(version, {}))
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
