@@ -72,7 +72,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
     """
     if not records:
         raise ValueError("records is empty: no epoch to draw")
-    apart = {"epoch", "step", "lr", "router_lr", "images_per_second", "seconds"}
+    apart = {"epoch", "step", "lr", "router_lr", "images_per_second", "seconds", "w_nat", "type_accuracy"}
     names = list(dict.fromkeys(name for record in records for name in record))
     numeric = [
         n for n in names if n not in apart and all(isinstance(r.get(n, 0.0), int | float) for r in records)
