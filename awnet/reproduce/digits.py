@@ -166,7 +166,8 @@ def _train(
     report = None
     if attacks:
         report = evaluate(result.model, splits.test, attacks, seed=seed, selected_on="validation")
-        _save(report, folder)
+        if model != AWNET:  # whose report waits for the comparison
+            _save(report, folder)
     return _Trained(result.validation, report)
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -89,8 +89,9 @@ def _serve() -> None:
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     results = [job() for job in jobs]
-    pickle.dump(results, answer)
-    answer.close()
+    with suppress(BrokenPipeError):  # nobody waits for the answer any more
+        answer.write(pickle.dumps(results))
+        answer.close()
 
 
 def _stop_with_parent() -> None:
