@@ -59,8 +59,8 @@ SHAPES = {
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 ways = pytest.mark.parametrize(
     ("dtype", "tile"),
-    [(torch.float32, TILE), (torch.float32, SWAPPED), (torch.float16, TILE)],
-    ids=["float32", "float32 swap_ab", "float16"],
+    [(torch.float32, TILE), (torch.float16, SWAPPED)],
+    ids=["float32", "float16 swap_ab"],
 )
 
 
