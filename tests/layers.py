@@ -55,7 +55,7 @@ def run(layer: Layer, function: Any = None, backend: str | None = None, seed: in
     else:
         y = function(**leaves, **layer.options)
     generator = torch.Generator().manual_seed(seed)
-    upstream = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)
+    upstream = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
     names = [n for n in DIFFERENTIABLE if leaves.get(n) is not None]
     grads = torch.autograd.grad(y, [leaves[n] for n in names], upstream, allow_unused=True)
     running = {name: leaves[name].detach() for name in ("running_mean", "running_var")}
