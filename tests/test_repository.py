@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -255,3 +256,24 @@ def test_no_document_names_a_module_that_does_not_import() -> None:
                 if not hasattr(importlib.import_module(module), attribute):
                     missing.append(f"{document.name}: {name}")
     assert missing == []
+
+
+def test_only_ops_benchmarks_and_the_command_line_know_the_kernels() -> None:
+    # what import-linter cannot see: kernels/ and benchmarks/ join the package only when it is installed
+    def imports(path: Path) -> set[str]:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        return names
+
+    allowed = {"kernels": {"ops"}, "benchmarks": {"cli.py"}}
+    for path in (ROOT / "awnet").rglob("*.py"):
+        room = path.relative_to(ROOT / "awnet").parts[0]
+        for folder, rooms in allowed.items():
+            known = any(name.startswith(f"awnet.{folder}") for name in imports(path))
+            assert not known or room in rooms, f"{path} imports awnet.{folder}"
+    for path in (ROOT / "kernels").rglob("*.py"):
+        above = {n for n in imports(path) if n.startswith("awnet") and not n.startswith("awnet.kernels")}
+        assert not above, f"{path} imports {above}"
