@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -93,6 +93,15 @@ def go(out: Path, recipe: MTARD = RECIPE, **options: Any) -> loop.RunResult:
 
 def stop_at(step: int | None, do: Callable[[], None] | None = None) -> None:
     PLAN.update(step=0, at=step, do=do)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """On networks this small a second thread costs more than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -244,30 +253,27 @@ def test_saved_within_a_long_epoch(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
-    """SIGTERM from outside: the exit status says so, the message says how to go on, and going on works."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import os, signal, sys
+def test_a_process_that_is_told_to_stop(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM: the exit status says so, the message says how to go on, and another process goes on."""
+    code = f"""
+        import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_checkpoint as t
-        from pathlib import Path
-        if sys.argv[1] == "stop":
-            t.stop_at(2, t.terminate)
-        t.go(Path({str(tmp_path / "run")!r}), resume=True, quiet=False)
-        """)
-    )
-    command = [sys.executable, str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    stopped = subprocess.run([*command, "stop"], capture_output=True, text=True, env=environment)
+        import torch, test_checkpoint as t
+        torch.set_num_threads(1)
+        t.stop_at(2, t.terminate)
+        t.go(t.Path({str(tmp_path / "run")!r}), quiet=False)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    stopped = subprocess.run(command, capture_output=True, text=True)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert "finishing the step" in stopped.stdout
     assert "with --resume" in stopped.stdout
-    resumed = subprocess.run([*command, "go on"], capture_output=True, text=True, env=environment)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "after step 2" in resumed.stdout
-    assert C.load_state(tmp_path / "run")["finished"]
+    stop_at(None)
+    assert go(tmp_path / "run", resume=True, quiet=False).finished
+    assert "after step 2" in capsys.readouterr().out
+    assert_same_run(uninterrupted, tmp_path / "run")
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ from awnet.reproduce.lanes import run_lanes
 from awnet.training import MTARD, checkpoint, read_log, recipe_for
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """On networks this small a second thread costs more than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def small() -> tuple[Splits, MTARD]:
     splits = load_dataset("digits")
     splits = Splits(splits.train.subset(60), splits.validation.subset(20), splits.test.subset(30))
@@ -29,7 +39,9 @@ def small() -> tuple[Splits, MTARD]:
     return splits, recipe
 
 
-def test_it_trains_attacks_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_trains_attacks_and_compares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     splits, recipe = small()
     out = tmp_path / "digits"
     result = run_digits(out, recipe=recipe, splits=splits, attacks=("fgsm", "pgd_trades"), processes=2)
@@ -65,6 +77,7 @@ def test_it_trains_attacks_and_compares(tmp_path: Path, capsys: pytest.CaptureFi
         run_digits(out, recipe=recipe, splits=splits, quiet=True)
     assert capsys.readouterr().out == ""
     before = (out / "last.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr("awnet.evaluation.figures.draw", lambda *arguments: None)  # it takes seconds
     again = run_digits(
         out, recipe=recipe, splits=splits, attacks=("fgsm", "pgd_trades"), resume=True, processes=1
     )
