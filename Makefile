@@ -5,12 +5,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help run test test-all lint format bench docs clean
+.PHONY: help run test test-all lint format bench gpu docs clean
 
 help:
 	@echo "make run       train AW-Net and its static twins on digits, attack them, print the table (about 5 minutes)"
 	@echo "make test      the test suite     make test-all  with the slow tests     make lint  ruff, mypy, import rules"
 	@echo "make bench     benchmark the layer on this machine                       make clean remove what was built"
+	@echo "make gpu       on a GPU machine: build, test, sanitize, benchmark, tune and profile; OUT=folder"
 
 # A Python that already has a torch (a GPU machine, say) keeps it; elsewhere the pinned one is installed.
 $(READY): pyproject.toml setup.py constraints.txt
@@ -46,6 +47,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/awnet bench run
+
+# the running python3's torch, no .venv, no network; OUT=folder, STAGE=one stage
+gpu:
+	PYTHON=$(PYTHON) benchmarks/on_gpu.sh --out $(or $(OUT),out/gpu) $(if $(STAGE),--stage $(STAGE))
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]" --no-build-isolation

@@ -1,0 +1,158 @@
+#!/usr/bin/env bash
+# Everything that a GPU is needed for, in stages of at most 8 minutes, without a network:
+#
+#   benchmarks/on_gpu.sh --out DIR [--stage NAME]... [--device cuda|cpu] [--again]
+#
+#   build     the native module, and the self-test of its CUDA part
+#   tests     the tests marked gpu, and those of the Triton kernels
+#   sanitize  compute-sanitizer (memcheck, racecheck, initcheck) on every kernel
+#   bench     awnet bench run over the registry
+#   tune      awnet bench tune: this device's launch parameters
+#   profile   one PGD step: the time of each kernel, and ncu on the five heaviest
+#
+# Without --stage all of them run in this order. A stage that has passed leaves DIR/NAME.done and is not run
+# again (--again: it is); its words are in DIR/NAME.log. --device cpu runs a stand-in of each stage where there
+# is no GPU. The running python3's torch is used (PYTHON names another); wheels in .whl/ fill what it lacks.
+set -uo pipefail
+
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-480} # seconds for a stage
+ALL=(build tests sanitize bench tune profile)
+OUT='' DEVICE=cuda AGAIN='' STAGES=()
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
+fail() { echo "on_gpu.sh: $*" >&2; exit 2; }
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) OUT=${2:?--out needs a folder}; shift 2 ;;
+    --stage) STAGES+=("${2:?--stage needs a name}"); shift 2 ;;
+    --device) DEVICE=${2:?--device needs cuda or cpu}; shift 2 ;;
+    --again) AGAIN=1; shift ;;
+    -h | --help) usage; exit 0 ;;
+    *) fail "unknown option $1 (see --help)" ;;
+  esac
+done
+[ -n "$OUT" ] || fail "--out DIR is missing (see --help)"
+[ "$DEVICE" = cuda ] || [ "$DEVICE" = cpu ] || fail "--device must be cuda or cpu, got $DEVICE"
+[ ${#STAGES[@]} -gt 0 ] || STAGES=("${ALL[@]}")
+for stage in "${STAGES[@]}"; do
+  [[ " ${ALL[*]} " == *" $stage "* ]] || fail "there is no stage $stage; there are ${ALL[*]}"
+done
+mkdir -p "$OUT" || fail "cannot write to $OUT"
+OUT=$(cd "$OUT" && pwd)
+"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no torch (PYTHON=... names another Python)"
+
+# what the running Python lacks, from wheels that came with the repository
+if compgen -G '.whl/*.whl' >/dev/null; then
+  if [ ! -e "$OUT/site.done" ]; then
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$OUT/site" .whl/*.whl \
+      && touch "$OUT/site.done" || fail "the wheels in .whl/ do not install"
+  fi
+  export PYTHONPATH="$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+on_gpu() { [ "$DEVICE" = cuda ]; }
+awnet() { "$PYTHON" -m awnet.cli "$@"; }
+pytest() { "$PYTHON" -m pytest -p no:cacheprovider -q "$@"; }
+
+stage_build() {
+  if on_gpu; then
+    AWNET_BUILD=cuda "$PYTHON" setup.py -q build_ext --inplace || return
+    "$PYTHON" -c 'import torch; from awnet import _C; e = _C.self_test(); print(torch.cuda.get_device_name(), e or "self-test passed"); exit(e is not None)'
+  else
+    AWNET_BUILD=auto "$PYTHON" setup.py -q build_ext --inplace || return
+    "$PYTHON" -c 'import torch; from awnet import _C; print(_C.build_info()["cuda"], _C.self_test())'
+  fi
+}
+
+stage_tests() {
+  if on_gpu; then
+    pytest -m gpu tests && { [ ! -d tests/kernels ] || pytest -m '' tests/kernels; }
+  else
+    AWNET_TEST_DEVICE=cpu pytest -m '' tests/test_gpu.py -k 'bits or nan or layout or empty or refused'
+  fi
+}
+
+stage_sanitize() {
+  local tool backend wrong=0
+  if ! on_gpu; then
+    "$PYTHON" -m awnet.benchmarks.sanitize --backend cpp \
+      && TRITON_INTERPRET=1 "$PYTHON" -m awnet.benchmarks.sanitize --backend triton
+    return
+  fi
+  command -v compute-sanitizer >/dev/null || { echo "there is no compute-sanitizer on the PATH"; return 1; }
+  # Triton compiles here, outside of the sanitizer, into its cache
+  for backend in cuda triton; do "$PYTHON" -m awnet.benchmarks.sanitize --backend $backend || return; done
+  for tool in memcheck racecheck initcheck; do
+    for backend in cuda triton; do
+      echo "== $tool, $backend"
+      # every tensor an allocation of its own, so that memcheck sees where it ends
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+        "$PYTHON" -m awnet.benchmarks.sanitize --backend $backend || wrong=1
+    done
+  done
+  return $wrong
+}
+
+stage_bench() {
+  if on_gpu; then
+    awnet bench run --device cuda --dtype bfloat16 --layout channels_last --batch 512 --seconds 0.5 --out "$OUT/results"
+  else
+    awnet bench run --quick --device cpu --seconds 0.02 --out "$OUT/results"
+  fi
+}
+
+stage_tune() {
+  awnet bench tune --help >/dev/null 2>&1 || { echo "this version has no 'awnet bench tune'"; return 1; }
+  if on_gpu; then
+    awnet bench tune --device cuda --out "$OUT/configs"
+  else
+    awnet bench tune --help
+  fi
+}
+
+stage_profile() {
+  local step=("$PYTHON" -m awnet.benchmarks.profile_step --device "$DEVICE") name number=0
+  if ! on_gpu; then
+    "${step[@]}" --model awnet_tiny --batch 4 --steps 1 --out "$OUT"
+    return
+  fi
+  "${step[@]}" --out "$OUT" || return
+  command -v ncu >/dev/null || { echo "there is no ncu on the PATH"; return 1; }
+  while read -r name; do
+    number=$((number + 1))
+    echo "== ncu, $name"
+    ncu --clock-control none --target-processes all --kernel-name "regex:$name" --launch-count 3 --set full \
+      --force-overwrite --export "$OUT/ncu-$number" --page details --print-summary none \
+      "${step[@]}" --steps-only || return
+  done <"$OUT/heaviest.txt"
+}
+
+status=0
+for stage in "${STAGES[@]}"; do
+  if [ -e "$OUT/$stage.done" ] && [ -z "$AGAIN" ]; then
+    echo "$stage: done before"
+    continue
+  fi
+  rm -f "$OUT/$stage.done"
+  begun=$SECONDS
+  # a stage runs in a process group of its own, so that the limit ends all of it
+  export -f on_gpu awnet pytest "stage_$stage"
+  export OUT DEVICE PYTHON
+  timeout --kill-after=10 "$LIMIT" bash -c "set -uo pipefail; stage_$stage" 2>&1 | tee "$OUT/$stage.log"
+  code=${PIPESTATUS[0]}
+  if [ "$code" = 0 ]; then
+    date -u +%FT%TZ >"$OUT/$stage.done"
+    echo "$stage: passed in $((SECONDS - begun)) s"
+  elif [ "$code" = 124 ] || [ "$code" = 137 ]; then
+    echo "$stage: stopped after $LIMIT s (LIMIT=seconds allows more)"
+    status=1
+  else
+    echo "$stage: failed with $code after $((SECONDS - begun)) s, see $OUT/$stage.log"
+    status=1
+  fi
+done
+exit $status

@@ -1,0 +1,233 @@
+"""Calls every kernel once, in every dtype and layout, at small shapes: what compute-sanitizer looks at.
+
+``compute-sanitizer --tool memcheck python -m awnet.benchmarks.sanitize`` on a GPU; see benchmarks/on_gpu.sh.
+Nothing but copies runs beside our kernels. Each result is compared with plain torch on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awnet.ops import native
+from awnet.ops.algebra import BatchStatistics, Propagation
+from awnet.ops.passes import EagerPasses
+
+# by a part of a warp, a warp, a block, several blocks; values that fill a 16-byte access and that do not
+SHAPES = ((3, 8, 4, 4), (2, 5, 7, 7), (2, 16, 32, 32), (2, 3, 33, 31), (1, 8, 96, 100))
+SMALL_SHAPES = SHAPES[:2]
+BATCH, CHANNELS = 20, 24
+_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+class _Operators:
+    """The native operators under the names and signatures of ``awnet.ops.passes.Passes``."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operator = getattr(torch.ops.awnet, name)
+
+        def call(*arguments: Any) -> Any:
+            flat: list[Any] = []
+            for argument in arguments:
+                if isinstance(argument, BatchStatistics) and name == "training_coefficients":
+                    flat += argument[:2]  # it does without the counts
+                elif isinstance(argument, BatchStatistics | Propagation):
+                    flat += argument
+                else:
+                    flat.append(argument)
+            return operator(*flat)
+
+        return call
+
+
+def _passes(backend: str) -> Any:
+    if backend == "triton":
+        from awnet.ops.triton_passes import TritonPasses
+
+        return TritonPasses()
+    reason = native.load() or (native.cuda_obstacle() if backend == "cuda" else None)
+    if reason is not None:
+        raise SystemExit(reason)
+    return _Operators()
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    if isinstance(found, Tensor):
+        yield found
+    elif found is not None:
+        for part in found:
+            yield from _tensors(part)
+
+
+class _Checker:
+    """Calls a method of ``passes`` on the device and of plain torch in float64 on the CPU, and compares."""
+
+    def __init__(self, backend: str, device: torch.device) -> None:
+        self.passes, self.device = _passes(backend), device
+        self.calls = 0
+
+    def __call__(self, name: str, *arguments: Any, limit: float = 1e-4) -> Any:
+        got = getattr(self.passes, name)(*(self._move(x) for x in arguments))
+        want = getattr(EagerPasses(), name)(*(self._widen(x) for x in arguments))
+        pairs = zip(*(list(_tensors(found)) for found in self._aligned(got, want)), strict=True)
+        for ours, truth in pairs:
+            if truth.numel() == 0:
+                continue
+            size = max(float(truth.norm()), 0.1 * truth.numel() ** 0.5)
+            difference = float((ours.cpu().double() - truth).norm()) / size
+            if not difference <= limit:
+                raise SystemExit(f"{name} is wrong by {difference:.1e}, at most {limit:.0e} is right")
+        self.calls += 1
+        return want
+
+    @staticmethod
+    def _aligned(got: Any, want: Any) -> tuple[list[Any], list[Any]]:
+        """What plain torch leaves out, a kernel may fill with anything."""
+        if isinstance(want, Tensor):
+            return [got], [want]
+        # a native training_gradients is flat where plain torch groups
+        flat_want = [y for x in want for y in (x if isinstance(x, tuple) else (x,))]
+        flat_got = [y for x in got for y in (x if isinstance(x, tuple) else (x,))]
+        if len(flat_got) < len(flat_want):  # no gradient of p_clean in training
+            flat_want = [flat_want[0], *flat_want[2:]]
+        kept = [(g, w) for g, w in zip(flat_got, flat_want, strict=True) if w is not None]
+        return [g for g, _ in kept], [w for _, w in kept]
+
+    def _move(self, x: Any) -> Any:
+        if isinstance(x, BatchStatistics | Propagation):
+            return type(x)(*(self._move(part) for part in x))
+        if not isinstance(x, Tensor):
+            return x
+        moved = x.to(self.device)
+        return moved.float() if moved.dtype == torch.float64 else moved
+
+    def _widen(self, x: Any) -> Any:
+        if isinstance(x, BatchStatistics | Propagation):
+            return type(x)(*(self._widen(part) for part in x))
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def check_passes(check: _Checker, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
+    """Statistics, apply, reduce and propagate with every option."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for shape in shapes:
+        scale, shift, by_input = (normal(*shape[:2]) for _ in range(3))
+        for dtype in dtypes:
+            for layout in (torch.contiguous_format, torch.channels_last):
+                u, grad, other = (normal(*shape).to(dtype).contiguous(memory_format=layout) for _ in range(3))
+                y, limit = other.relu(), _LIMITS[dtype]
+                check("statistics", u)
+                for residual in (None, other):
+                    for relu in (False, True):
+                        check("apply", u, scale, shift, residual, relu, limit=limit)
+                for mask in (None, y):
+                    check("reduce", grad, u, shift, mask)
+                    for how in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
+                        check("propagate", grad, u, shift, mask, how, False, limit=limit)
+                        check("propagate", grad, u, shift, mask, how, True, limit=limit)
+
+
+def check_algebra(check: _Checker) -> None:
+    """The [B, C] mathematics for two rows and one."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    g1, gc, mean, omega = (normal(BATCH, CHANNELS) for _ in range(4))
+    m2, p = normal(BATCH, CHANNELS).square() * 9, torch.rand(BATCH, generator=generator)
+    is_clean = torch.arange(BATCH) % 3 == 0
+    for rows, groups in ((2, 2), (1, 1), (2, 1)):
+        weight, bias = normal(rows, CHANNELS), normal(rows, CHANNELS)
+        running = normal(groups, CHANNELS), normal(groups, CHANNELS).square() + 0.5
+        for scaled in (omega, None):
+            probability, kind = (p, is_clean) if rows == 2 else (None, None)
+            check("testing_coefficients", scaled, weight, bias, *running, probability, 1e-5, BATCH)
+            check("testing_gradients", g1, gc, mean, scaled, weight, bias, *running, probability, 1e-5)
+            own = check("batch_statistics", mean, m2, 9, scaled, kind if groups == 2 else None, groups)
+            check("training_coefficients", scaled, weight, bias, own, kind, 1e-5, BATCH)
+            check("training_gradients", g1, gc, mean, m2, 9, scaled, weight, own, kind, 1e-5, limit=1e-3)
+
+
+def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> int:
+    """What only Triton has: convolutions, the attack's step, a network's coefficients. Returns the calls."""
+    from awnet.ops.tuning import launch_parameters
+
+    names = ("coefficients", "conv", "grouped_conv", "sign_step")
+    coefficients, conv, grouped_conv, sign_step = (
+        importlib.import_module(f"awnet.kernels.{name}") for name in names
+    )
+
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    calls = 0
+    where: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1))
+    for dtype in dtypes:
+        x = normal(2, 16, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+        scale, shift = normal(2, 16), normal(2, 16)
+        for module, groups in ((conv, 1), (grouped_conv, 16)):
+            weight = normal(16, 16 // groups, 3, 3).to(dtype)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            applied = module.fused_apply(x, weight, scale, shift, x, True, *where, groups, True, force=True)
+            counted = module.fused_statistics(x, weight, *where, groups, force=True)
+            back = module.fused_dgrad(x, weight, x.shape, *where, groups, force=True)
+            for found in (applied, counted, back):
+                if found is None or not all(part.isfinite().all() for part in _tensors(found)):
+                    raise SystemExit(f"{module.__name__} refused a call or gave no finite result")
+                calls += 1
+    image = torch.rand(3, 3, 17, 17, generator=generator).to(device)
+    how = launch_parameters("sign_step", device, 3, 3, 289)
+    moved = sign_step.sign_step(image, normal(3, 3, 17, 17), image, 0.01, 0.03, how)
+    assert float((moved - image).abs().max()) <= 0.0101
+    norms = [coefficients.Norm(*(normal(2, width).abs() for _ in range(4))) for width in (8, 24)]
+    packed = coefficients.PackedNorms.pack(norms, [True, False], 1e-5)
+    how = launch_parameters("network_coefficients", device, 5, 32)
+    found = coefficients.network_coefficients(normal(5, 8), packed, normal(5).sigmoid(), how)
+    assert all(part.isfinite().all() for part in _tensors(found))
+    return calls + 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Calls every kernel of a backend once.")
+    parser.add_argument("--backend", choices=("cuda", "triton", "cpp"), required=True)
+    options = parser.parse_args(arguments)
+    device = torch.device("cpu")
+    interpreted = False
+    if options.backend == "triton":
+        from awnet.ops.triton_passes import interpreted as is_interpreted
+
+        interpreted = is_interpreted()
+    if options.backend != "cpp" and not interpreted:
+        if not torch.cuda.is_available():
+            raise SystemExit(f"the {options.backend} kernels need a CUDA device, and there is none")
+        device = torch.device("cuda")
+    # the interpreter is slow, and its bfloat16 arithmetic is not to be trusted
+    shapes = SMALL_SHAPES if interpreted else SHAPES
+    dtypes = (torch.float32, torch.float16) if interpreted else tuple(_LIMITS)
+    check = _Checker(options.backend, device)
+    check_passes(check, shapes, dtypes)
+    check_algebra(check)
+    calls = check.calls
+    if options.backend == "triton":
+        calls += check_triton_only(device, dtypes)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    print(f"{options.backend}: {calls} calls on {device}, all right")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
