@@ -173,7 +173,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Standard(Recipe):
-    """Plain training on clean images. Time and accuracy: not measured, but for digits."""
+    """Plain training on clean images.
+
+    ``awnet train --recipe standard --data digits --model resnet_tiny``: 99.0 % of the validation images
+    (seed 0). Time and accuracy on CIFAR and Tiny-ImageNet: not measured.
+    """
 
     name: ClassVar[str] = "standard"
     loss: ClassVar[Loss] = staticmethod(losses.standard)
@@ -182,7 +186,11 @@ class Standard(Recipe):
 
 @dataclass(frozen=True)
 class PGDAT(Recipe):
-    """½ CE(clean) + ½ CE(adversarial) + L_type."""
+    """½ CE(clean) + ½ CE(adversarial) + L_type.
+
+    ``awnet train --recipe pgd_at --data digits --model resnet_tiny``: clean 99.5 %, PGD-20 73.5 % of the
+    validation images (seed 0). Time and accuracy on CIFAR and Tiny-ImageNet: not measured.
+    """
 
     name: ClassVar[str] = "pgd_at"
     loss: ClassVar[Loss] = staticmethod(losses.pgd_at)
@@ -194,7 +202,10 @@ class PGDAT(Recipe):
 
 @dataclass(frozen=True)
 class Trades(Recipe):
-    """CE(clean) + 6 KL(p_nat ‖ p_adv) + L_type; its attack maximises the KL."""
+    """CE(clean) + 6 KL(p_nat ‖ p_adv) + L_type; its attack maximises the KL.
+
+    Time and accuracy: not measured.
+    """
 
     name: ClassVar[str] = "trades"
     loss: ClassVar[Loss] = staticmethod(losses.trades)
@@ -213,6 +224,10 @@ class MTARD(Recipe):
     weight_lr: η of the two adapted weights; multiplied by ``lr_decay`` at the milestones, constant under
         ``onecycle``.
     robust_teacher: how a robust teacher is trained when none is given.
+
+    ``awnet train --data digits --model awnet_tiny``, which trains the teachers too: clean 98.2 %, PGD-20
+    72.0 %, A_w 85.1 % of the 400 test images (seed 0). Time and accuracy on CIFAR and Tiny-ImageNet: not
+    measured.
     """
 
     name: ClassVar[str] = "mtard"
