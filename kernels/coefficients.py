@@ -39,7 +39,7 @@ def _row(table, row, channel, channels, exists):
 
 @triton.jit
 def _inv_std(var, eps):
-    return 1.0 / tl.sqrt_rn(var + eps)
+    return tl.rsqrt(var + eps)
 
 
 @triton.jit
