@@ -510,21 +510,28 @@ def _device(name: str | None) -> Device:
     return device
 
 
-OnlyRun = Positional[Literal["run"]]
+BenchAction = Positional[Literal["run", "tune"]]
 
 
-def _bench() -> Any:
-    """``bench``, whose options are the benchmark's own; importing them takes torch and a second."""
-    benchmarks = importlib.import_module("awnet.benchmarks")
+def _bench(words: Sequence[str]) -> Any:
+    """``bench run`` or ``bench tune`` with options of its own; importing them takes torch and a second."""
+    if words[:1] == ["tune"]:
+        module = importlib.import_module("awnet.benchmarks.tune")
+        options, action = module.TuneOptions, module.tune
+        about = "Search launch parameters of the Triton passes on this GPU, and keep them in its table."
+    else:
+        module = importlib.import_module("awnet.benchmarks")
+        options, action = module.BenchOptions, module.run
+        about = "Measure the layer on this machine: each implementation is verified, then timed."
 
     def run(self: Any, console: Console) -> None:
-        benchmarks.run(self)
+        action(self)
 
     return make_dataclass(
         "Bench",
-        [("what", OnlyRun)],
-        bases=(benchmarks.BenchOptions,),
-        namespace={"run": run, "__doc__": Bench.__doc__},
+        [("what", BenchAction)],
+        bases=(options,),
+        namespace={"run": run, "__doc__": about},
         kw_only=True,
         frozen=True,
     )
@@ -537,7 +544,7 @@ def _commands(words: Sequence[str]) -> Any:
         "evaluate": Evaluate,
         "attack": Attack,
         "reproduce": Reproduce,
-        "bench": _bench() if words[:1] == ["bench"] else Bench,
+        "bench": _bench(words[1:]) if words[:1] == ["bench"] else Bench,
         "data": Data,
         "info": Info,
     }

@@ -116,11 +116,11 @@ def _table(slug: str) -> dict[str, dict[str, int]]:
     table = read_table(path)
     for key, entry in table.items():
         wanted = next((d for k, d in _table("default").items() if k.split("/")[0] == key.split("/")[0]), None)
-        if wanted is None or entry.keys() != wanted.keys():
-            fields = "no such op" if wanted is None else f"the fields {', '.join(wanted)}"
-            raise ValueError(
-                f"{path}: launches[{key!r}] has {', '.join(entry)}; expected {fields}; {_REWRITE}"
-            )
+        if wanted is None:
+            raise ValueError(f"{path}: launches[{key!r}] is for no op that has defaults; {_REWRITE}")
+        if entry.keys() != wanted.keys():
+            got, expected = ", ".join(entry), ", ".join(wanted)
+            raise ValueError(f"{path}: launches[{key!r}] has {got}; expected {expected}; {_REWRITE}")
     return table
 
 

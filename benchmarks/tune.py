@@ -1,0 +1,253 @@
+"""Searches launch parameters of the Triton passes on this device: ``awnet bench tune``.
+
+From the default on, one parameter at a time is doubled or halved for as long as that is at least 2 % faster;
+a candidate is timed only after its results have been compared with the default's. What wins goes into the
+device's table in awnet/ops/configs/, where every later call finds it (awnet/ops/tuning.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from awnet.files import write_json
+from awnet.ops import triton_passes, tuning
+
+from .cases import CASES, QUICK_CASES, Case
+
+Parameters = Mapping[str, int]
+# milliseconds of one call
+DoBench = Callable[[Callable[[], object]], float]
+
+_IMAGES = ("apply", "statistics", "reduce", "propagate")
+_TABLES = (
+    "testing_coefficients",
+    "testing_gradients",
+    "batch_statistics",
+    "training_coefficients",
+    "training_gradients",
+)
+_RANGE = {"tile": (256, 16384), "inner": (4, 2048), "steps": (1, 16), "warps": (1, 16)}
+_MARGIN = 1.02
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What to tune, and for how long."""
+
+    device: str | None = None
+    """cuda, cuda:1, …; by default the GPU."""
+    quick: bool = False
+    """Two tiny layers instead of the four of a ResNet-18."""
+    batches: tuple[int, ...] = (256,)
+    """Samples of each layer."""
+    dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float32")
+    """Of images."""
+    layouts: tuple[Literal["channels_last", "nchw"], ...] = ("channels_last", "nchw")
+    """Memory formats of images."""
+    minutes: float = 8.0
+    """No new case is begun after this time; a second run goes on from there."""
+    again: bool = False
+    """Also tune what the table has already."""
+    out: Path = tuning.FOLDER
+    """Folder of the tables; awnet reads its own only."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One entry of the table: ``run`` calls the op with given launch parameters."""
+
+    key: str
+    start: Parameters
+    run: Callable[[Parameters], Any]
+
+
+def jobs(options: TuneOptions, device: torch.device) -> Iterator[Job]:
+    """Everything that ``options`` asks for, on random tensors; made one at a time."""
+    for case in QUICK_CASES if options.quick else CASES:
+        for batch in options.batches:
+            for dtype in options.dtypes:
+                for layout in options.layouts:
+                    for op in _IMAGES:
+                        yield _image_job(op, case, batch, dtype, layout, device)
+            for op in _TABLES:
+                yield _table_job(op, case, batch, device)
+
+
+def _image_job(op: str, case: Case, batch: int, dtype: str, layout: str, device: torch.device) -> Job:
+    passes = importlib.import_module("awnet.kernels.passes")
+    size = (batch, case.channels, case.size, case.size)
+    kind: torch.dtype = getattr(torch, dtype)
+    memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+
+    def image() -> Tensor:
+        return torch.randn(size, device=device).to(kind).contiguous(memory_format=memory)
+
+    u, grad, y = image(), image(), image()
+    a, b, c = (torch.randn(size[:2], device=device) for _ in range(3))
+
+    def run(how: Parameters) -> Any:
+        if op == "apply":
+            return passes.apply(u, a, b, grad, True, how)
+        if op == "statistics":
+            return passes.statistics(u, how)
+        if op == "reduce":
+            return passes.reduce(grad, u, a, y, how)
+        return passes.propagate(grad, u, a, y, b, c, a, True, how)
+
+    pixels = case.size**2
+    shape = (batch, case.channels, pixels)
+    start = tuning.launch_parameters(op, torch.device("cpu"), *shape, kind, layout)
+    return Job(f"{op}/{dtype}/{layout}/{tuning.bucket(*shape)}", start, run)
+
+
+def _table_job(op: str, case: Case, batch: int, device: torch.device) -> Job:
+    kernels = importlib.import_module("awnet.kernels.coefficients")
+    channels, hw, eps = case.channels, case.size**2, 1e-5
+    g1, gc, mean, m2, omega = (torch.rand(batch, channels, device=device) for _ in range(5))
+    norm = kernels.Norm(*(torch.rand(2, channels, device=device) + 0.5 for _ in range(4)))
+    p = torch.rand(batch, device=device)
+    clean = torch.arange(batch, device=device) < batch // 2
+    n = torch.full((2,), batch * hw / 2, device=device)
+    statistics = kernels.Statistics(norm.mean, norm.var, n)
+
+    def run(how: Parameters) -> Any:
+        if op == "testing_coefficients":
+            return kernels.testing_coefficients(omega, norm, p, eps, batch, how)
+        if op == "testing_gradients":
+            return kernels.testing_gradients(g1, gc, mean, omega, norm, p, eps, how)
+        if op == "batch_statistics":
+            return kernels.batch_statistics(mean, m2, hw, omega, clean, 2, how)
+        if op == "training_coefficients":
+            return kernels.training_coefficients(omega, norm, clean, eps, batch, how)
+        return kernels.training_gradients(
+            g1, gc, mean, m2, hw, omega, norm.weight, statistics, clean, eps, how
+        )
+
+    start = tuning.launch_parameters(op, torch.device("cpu"), batch, channels)
+    return Job(f"{op}/{tuning.bucket(batch, channels, 1)}", start, run)
+
+
+def _neighbours(how: Parameters) -> Iterator[dict[str, int]]:
+    for name, value in how.items():
+        least, most = _RANGE[name]
+        for moved in (2 * value, value // 2):
+            if least <= moved <= most:
+                yield {**how, name: moved}
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [x for x in result if x is not None]
+
+
+def _check(key: str, how: Parameters, got: Any, wanted: list[Tensor]) -> None:
+    for mine, other in zip(_tensors(got), wanted, strict=True):
+        # sums in another order; images are rounded once more
+        tolerance = 1e-4 if other.dtype == torch.float32 else 1e-2
+        difference = float((mine.double() - other.double()).norm())
+        if not difference <= tolerance * float(other.double().norm()):
+            raise RuntimeError(f"{key} with {dict(how)} does not give what the default launch gives")
+
+
+def search(job: Job, do_bench: DoBench) -> tuple[dict[str, int], float, float]:
+    """The best parameters that a descent from ``job.start`` finds, their time, and the start's, in ms."""
+    from triton.runtime.errors import OutOfResources
+
+    wanted = _tensors(job.run(job.start))
+    times: dict[tuple[int, ...], float] = {}
+
+    def measure(how: Parameters) -> float:
+        place = tuple(how.values())
+        if place not in times:
+            times[place] = math.inf
+            try:
+                _check(job.key, how, job.run(how), wanted)
+                times[place] = do_bench(partial(job.run, how))
+            except OutOfResources:
+                pass  # it does not fit this device: never the fastest
+        return times[place]
+
+    best = dict(job.start)
+    first = least = measure(best)
+    improving = True
+    while improving:
+        improving = False
+        for candidate in _neighbours(best):
+            took = measure(candidate)
+            if took * _MARGIN < least:
+                best, least, improving = candidate, took, True
+                break
+    return best, least, first
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=10, rep=40, return_mode="median"))
+
+
+def _device(options: TuneOptions, timed_here: bool) -> torch.device:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU here")
+    if device.type != "cuda" and timed_here:
+        raise ValueError(f"tuning times Triton kernels on a CUDA device, and device is {name!r}")
+    reason = triton_passes.obstacle(torch.empty(1, 1, 1, 1, device=device))
+    if reason is not None:
+        raise ValueError(f"the Triton kernels cannot run here: {reason}")
+    return device
+
+
+def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
+    """Tunes, prints a line per entry, and writes the device's table, whose path it returns.
+
+    Args:
+        options: what to tune.
+        do_bench: times a call, in milliseconds; by default Triton's, with the L2 cache flushed.
+
+    Raises:
+        ValueError: there is no CUDA device (and no ``do_bench`` of the caller's), or Triton cannot run.
+        RuntimeError: a candidate's result is wrong.
+    """
+    device = _device(options, do_bench is None)
+    path = options.out / f"{tuning.device_slug(device)}.json"
+    content: dict[str, Any] = {"device": path.stem, "launches": {}}
+    if path.exists():
+        tuning.read_table(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
+    content["launches_tuned_with"] = {name: version(name) for name in ("torch", "triton")}
+    launches: dict[str, dict[str, int]] = content["launches"]
+    console = Console()
+    end = time.monotonic() + 60 * options.minutes
+    left = 0
+    for job in jobs(options, device):
+        if job.key in launches and not options.again:
+            continue
+        if time.monotonic() > end:
+            left += 1
+            continue
+        best, took, before = search(job, do_bench or _milliseconds)
+        launches[job.key] = best
+        parameters = " ".join(f"{name}={value}" for name, value in best.items())
+        console.print(f"{job.key}: {before:.4f} → {took:.4f} ms, {parameters}")
+        # after each entry, so that an interrupted run loses none
+        content["launches"] = dict(sorted(launches.items()))
+        write_json(path, content)
+    tuning.forget_tables()
+    if left:
+        console.print(f"{left} entries are left for another run: {options.minutes:g} minutes are over")
+    console.print(f"wrote {path}")
+    return path

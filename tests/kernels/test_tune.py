@@ -1,0 +1,106 @@
+"""The search for launch parameters, by an invented clock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from awnet.benchmarks import tune as tuner
+from awnet.benchmarks.cases import Case
+from interpreter import DEVICE, INTERPRETED
+
+from awnet.ops import tuning
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU `awnet bench tune` is run itself")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "QUICK_CASES", (Case("tiny", 3, 2),))
+    monkeypatch.setattr(tuner, "_IMAGES", ("apply", "statistics"))
+    monkeypatch.setattr(tuner, "_TABLES", ("testing_gradients",))
+
+
+def clock(run: Callable[[], object]) -> float:
+    """Fastest at a tile of 512 and 8 warps, whatever the op."""
+    run()
+    (how,) = run.args  # type: ignore[attr-defined]
+    return 1 + abs(how["tile"] - 512) / 512 + abs(how["warps"] - 8)
+
+
+def options(folder: Path, **changes: object) -> tuner.TuneOptions:
+    defaults: dict = {"quick": True, "batches": (2,), "dtypes": ("float32",), "layouts": ("nchw",)}
+    return tuner.TuneOptions(device=str(DEVICE), out=folder, **(defaults | changes))
+
+
+def test_it_finds_the_fastest_and_calls_then_find_it(tiny: None, tmp_path: Path, monkeypatch) -> None:
+    path = tuner.tune(options(tmp_path), clock)
+    table = tuning.read_table(path)
+    assert path.name == f"{tuning.device_slug(DEVICE)}.json"
+    assert set(table) == {
+        "apply/float32/nchw/b2c4p4",
+        "statistics/float32/nchw/b2c4p4",
+        "testing_gradients/b2c4p1",
+    }
+    assert all((entry["tile"], entry["warps"]) == (512, 8) for entry in table.values())
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    (tmp_path / "default.json").write_text(
+        (Path(tuning.__file__).parent / "configs/default.json").read_text()
+    )
+    tuning.forget_tables()
+    found = tuning.launch_parameters("apply", DEVICE, 2, 3, 4, torch.float32, "nchw")
+    assert found == table["apply/float32/nchw/b2c4p4"]
+    other = tuning.launch_parameters("apply", DEVICE, 2, 5, 4, torch.float32, "nchw")
+    assert other["tile"] == 2048
+    monkeypatch.undo()
+    tuning.forget_tables()
+
+
+def test_a_second_run_goes_on_and_keeps_what_is_there(tiny: None, tmp_path: Path) -> None:
+    first = tmp_path / "cpu.json"
+    first.write_text(json.dumps({"device": "cpu", "launches": {}, "convolutions": {"conv/x": {"warps": 4}}}))
+    calls = []
+
+    def counted(run: Callable[[], object]) -> float:
+        calls.append(1)
+        return clock(run)
+
+    tuner.tune(options(tmp_path), counted)
+    assert json.loads(first.read_text())["convolutions"] == {"conv/x": {"warps": 4}}
+    number = len(calls)
+    tuner.tune(options(tmp_path), counted)
+    assert len(calls) == number
+    tuner.tune(options(tmp_path, again=True), counted)
+    assert len(calls) == 2 * number
+
+
+def test_time_runs_out(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuner.tune(options(tmp_path, minutes=-1.0), clock)
+    assert "3 entries are left for another run" in capsys.readouterr().out
+
+
+def test_a_wrong_result_is_never_timed() -> None:
+    wrong = tuner.Job("bad", {"tile": 512, "warps": 4}, lambda how: torch.tensor([float(how["tile"])]))
+    with pytest.raises(RuntimeError, match=r"bad with .* does not give what the default launch gives"):
+        tuner.search(wrong, lambda run: 1.0)
+
+
+def test_what_does_not_fit_is_passed_over() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    def run(how: dict[str, int]) -> torch.Tensor:
+        if how["warps"] > 4:
+            raise OutOfResources(1, 2, "registers")
+        return torch.ones(1)
+
+    best, took, before = tuner.search(tuner.Job("big", {"warps": 2}, run), lambda r: 9 - r.args[0]["warps"])
+    assert best == {"warps": 4}
+    assert (took, before) == (5, 7)
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tuning times Triton kernels on a CUDA device, and device is 'cpu'"):
+        tuner.tune(tuner.TuneOptions(device="cpu", out=tmp_path))
