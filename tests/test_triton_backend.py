@@ -42,15 +42,15 @@ def invented_gpu(monkeypatch: pytest.MonkeyPatch):
     """A machine with one GPU, of which nothing is used but its name."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    triton_passes._device_obstacle.cache_clear()
+    triton_passes.device_obstacle.cache_clear()
     yield
-    triton_passes._device_obstacle.cache_clear()
+    triton_passes.device_obstacle.cache_clear()
 
 
 def test_with_the_input_elsewhere_or_an_old_gpu(invented_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert triton_passes.obstacle(X) == "it runs on CUDA devices, and the input is on cpu"
-    old = triton_passes._device_obstacle(torch.device("cuda:0"))
+    old = triton_passes.device_obstacle(torch.device("cuda:0"))
     assert old == "it needs a GPU of compute capability 8.0 or more, and cuda:0 has 7.5"
 
 
