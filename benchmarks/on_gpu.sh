@@ -7,7 +7,7 @@
 #   tests     the tests marked gpu, and those of the Triton kernels
 #   sanitize  compute-sanitizer (memcheck, racecheck, initcheck) on every kernel
 #   bench     awnet bench run over the registry
-#   tune      awnet bench tune: this device's launch parameters
+#   tune      the fused convolutions against the library's, and awnet bench tune: this device's tables
 #   profile   one PGD step: the time of each kernel, and ncu on the five heaviest
 #
 # Without --stage all of them run in this order. A stage that has passed leaves DIR/NAME.done and is not run
@@ -42,7 +42,7 @@ for stage in "${STAGES[@]}"; do
 done
 mkdir -p "$OUT" || fail "cannot write to $OUT"
 OUT=$(cd "$OUT" && pwd)
-"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no torch (PYTHON=... names another Python)"
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || fail "$PYTHON has no torch (PYTHON=... names another Python)"
 
 # what the running Python lacks, from wheels that came with the repository
 if compgen -G '.whl/*.whl' >/dev/null; then
@@ -106,12 +106,15 @@ stage_bench() {
 }
 
 stage_tune() {
-  awnet bench tune --help >/dev/null 2>&1 || { echo "this version has no 'awnet bench tune'"; return 1; }
+  local race=("$PYTHON" -m awnet.benchmarks.convolutions --out "$OUT/convolutions.csv")
   if on_gpu; then
-    awnet bench tune --device cuda --out "$OUT/configs"
+    "${race[@]}" --update || return
   else
-    awnet bench tune --help
+    TRITON_INTERPRET=1 "${race[@]}" --layers 8-8@5k3s1g1 --operations apply --batches 2 --dtypes float32 || return
   fi
+  awnet bench tune --help >/dev/null 2>&1 || { echo "this version has no 'awnet bench tune'"; return 1; }
+  awnet bench tune --device "$DEVICE" || return
+  mkdir -p "$OUT/configs" && cp awnet/ops/configs/*.json "$OUT/configs"
 }
 
 stage_profile() {

@@ -48,25 +48,22 @@ def test_help_lists_the_stages() -> None:
         assert f"\n  {stage} " in text
 
 
-def test_a_stage_is_run_once_and_again_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_stage_is_run_until_it_passes_and_again_where_it_is_asked_for(tmp_path: Path) -> None:
     call = ("--out", tmp_path, "--device", "cpu", "--stage", "profile")
-    first = on_gpu(*call)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "profile: passed" in first.stdout
+    failed = on_gpu(*call, AWNET_BACKEND="nonsense")
+    assert failed.returncode == 1
+    assert "names no backend: 'nonsense'" in failed.stdout
+    assert "profile: failed with 1" in failed.stdout
+    assert not (tmp_path / "profile.done").exists()
+    passed = on_gpu(*call)
+    assert passed.returncode == 0, passed.stdout + passed.stderr
+    assert "profile: passed" in passed.stdout
     assert "one PGD step on cpu" in (tmp_path / "profile.log").read_text()
     assert len((tmp_path / "heaviest.txt").read_text().splitlines()) == 5
     assert on_gpu(*call).stdout == "profile: done before\n"
     stopped = on_gpu(*call, "--again", LIMIT="1")
     assert stopped.returncode == 1
     assert "profile: stopped after 1 s" in stopped.stdout
-    assert not (tmp_path / "profile.done").exists()
-
-
-def test_a_failing_stage_is_a_failure(tmp_path: Path) -> None:
-    done = on_gpu("--out", tmp_path, "--device", "cpu", "--stage", "profile", AWNET_BACKEND="nonsense")
-    assert done.returncode == 1
-    assert "names no backend: 'nonsense'" in done.stdout
-    assert "profile: failed with 1" in done.stdout
     assert not (tmp_path / "profile.done").exists()
 
 

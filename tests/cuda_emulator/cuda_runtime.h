@@ -1,6 +1,7 @@
 // Just enough of CUDA to run csrc/cuda/*.cu on a CPU, as C++: each thread of a block is a fiber, blocks run
-// one after the other. __syncthreads and shuffles switch fibers. The order of the fibers between two barriers
-// is forwards or backwards (awnet_emulator_order), so that a missing barrier shows as a different result.
+// one after the other. __syncthreads and shuffles switch fibers; between the block's barriers a warp runs as
+// far as it can before the next one starts. The order of warps and lanes is forwards or backwards
+// (awnet_emulator_order), so that a missing barrier shows as a wrong or a different result.
 //
 // Compiled with this folder before CUDA's own on the include path; see tests/cuda_on_cpu.py.
 #pragma once
@@ -46,7 +47,8 @@ struct Fiber {
   jmp_buf here;
   std::unique_ptr<char[]> stack;
   bool started = false, done = false;
-  int waits = 0;  // barriers reached, a warp's and the block's alike
+  bool at_block = false, at_warp = false;  // the barrier where it waits
+  int blocks = 0, warps = 0;               // barriers reached
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -70,10 +72,17 @@ inline void live() {
   }
 }
 
-// All threads of the block come here before one goes on. Warps are not apart: in every kernel that shuffles,
-// all threads of a block take part, and one that does not is counted in `diverged`.
-inline void barrier() {
-  ++fibers[current]->waits;
+// All threads of the block come here before one goes on.
+inline void block_barrier() {
+  ++fibers[current]->blocks;
+  fibers[current]->at_block = true;
+  leave();
+}
+
+// All threads of the warp come here before one goes on.
+inline void warp_barrier() {
+  ++fibers[current]->warps;
+  fibers[current]->at_warp = true;
   leave();
 }
 
@@ -91,6 +100,23 @@ inline void resume(int thread) {
   swapcontext(&caller, &fiber.start);
 }
 
+// Runs a warp until all its threads are at the block's barrier or done.
+inline void run_warp(int first, int count) {
+  const int last = std::min(first + 32, count);
+  for (bool busy = true; busy;) {
+    busy = false;
+    for (int k = first; k < last; ++k) {
+      const int i = backwards ? last - 1 - (k - first) : k;
+      Fiber& fiber = *fibers[i];
+      if (fiber.done || fiber.at_block) continue;
+      fiber.at_warp = false;
+      threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+      resume(i);
+      busy |= fiber.at_warp;
+    }
+  }
+}
+
 inline void run(dim3 grid, dim3 threads, std::function<void()> kernel) {
   const int count = static_cast<int>(threads.x * threads.y * threads.z);
   while (static_cast<int>(fibers.size()) < count) {
@@ -105,21 +131,22 @@ inline void run(dim3 grid, dim3 threads, std::function<void()> kernel) {
     for (unsigned x = 0; x < grid.x; ++x) {
       blockIdx = dim3(x, y);
       for (int i = 0; i < count; ++i) {
-        fibers[i]->done = false;
-        fibers[i]->waits = 0;
+        fibers[i]->done = fibers[i]->at_block = fibers[i]->at_warp = false;
+        fibers[i]->blocks = fibers[i]->warps = 0;
       }
       for (bool busy = true; busy;) {
         busy = false;
-        for (int k = 0; k < count; ++k) {
-          const int i = backwards ? count - 1 - k : k;
-          if (fibers[i]->done) continue;
-          threadIdx = dim3(i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y);
-          resume(i);
+        for (int first = 0; first < count; first += 32) {
+          run_warp(backwards ? (count - 1) / 32 * 32 - first : first, count);
+        }
+        for (int i = 0; i < count; ++i) {
+          fibers[i]->at_block = false;
           busy |= !fibers[i]->done;
         }
       }
       for (int i = 1; i < count; ++i) {
-        if (fibers[i]->waits != fibers[0]->waits) {
+        const Fiber &own = *fibers[i], &other = *fibers[i - 1];
+        if (own.blocks != other.blocks || (i % 32 != 0 && own.warps != other.warps)) {
           ++diverged;
           break;
         }
@@ -130,14 +157,14 @@ inline void run(dim3 grid, dim3 threads, std::function<void()> kernel) {
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::barrier(); }
+inline void __syncthreads() { emulator::block_barrier(); }
 
 // The mailboxes take turns, so that no thread overwrites what another has yet to read.
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  auto& box = emulator::mailbox[emulator::fibers[emulator::current]->waits % 2];
+  auto& box = emulator::mailbox[emulator::fibers[emulator::current]->warps % 2];
   const int own = emulator::current;
   box[own] = value;
-  emulator::barrier();
+  emulator::warp_barrier();
   return box[own ^ mask];
 }
 
