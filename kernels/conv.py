@@ -56,7 +56,7 @@ def default_tile(dtype: torch.dtype, precision: str, c_in: int, c_out: int) -> T
     """A tile that is safe on any shape; tuning finds better ones."""
     if dtype != torch.float32:
         block_k = min(64, max(16, power_of_two(c_in)))
-        return Tile(128, 64, block_k, 4, 4) if c_out <= 64 else Tile(128, 128, block_k, 8, 3)
+        return Tile(128, 64, block_k, 4, 3) if c_out <= 64 else Tile(128, 128, block_k, 8, 3)
     if precision == "tf32":
         return Tile(64, 64, min(32, max(16, power_of_two(c_in))), 4, 3)
     return Tile(64, 64, 16, 8, 2)

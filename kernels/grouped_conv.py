@@ -58,7 +58,7 @@ def default_tile(hw: int, channels: int, channels_last: bool) -> Tile:
     """A tile that is safe on any shape; tuning finds better ones."""
     if channels_last:
         across = min(64, power_of_two(channels))
-        return Tile(min(2048 // across, max(16, power_of_two(hw))), across, 4)
+        return Tile(min(1024 // across, max(16, power_of_two(hw))), across, 4)
     along = min(1024, max(16, power_of_two(hw)))
     return Tile(along, min(1024 // along, power_of_two(channels)), 4)
 
