@@ -6,8 +6,9 @@
 #   build     the native module, and the self-test of its CUDA part
 #   tests     the tests marked gpu, and those of the Triton kernels
 #   sanitize  compute-sanitizer (memcheck, racecheck, initcheck) on every kernel
+#   tune      awnet bench tune: this device's launch parameters
+#   race      the fused convolutions against the library's: which ones this device takes
 #   bench     awnet bench run over the registry
-#   tune      the fused convolutions against the library's, and awnet bench tune: this device's tables
 #   profile   one PGD step: the time of each kernel, and ncu on the five heaviest
 #
 # Without --stage all of them run in this order. A stage that has passed leaves DIR/NAME.done and is not run
@@ -18,7 +19,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-480} # seconds for a stage
-ALL=(build tests sanitize bench tune profile)
+ALL=(build tests sanitize tune race bench profile)
 OUT='' DEVICE=cuda AGAIN='' STAGES=()
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
@@ -105,16 +106,24 @@ stage_bench() {
   fi
 }
 
+# The tables that the next two write are awnet's own and count at once; DIR gets a copy.
+keep_tables() { mkdir -p "$OUT/configs" && cp awnet/ops/configs/*.json "$OUT/configs"; }
+
 stage_tune() {
+  if on_gpu; then
+    awnet bench tune --device cuda --minutes 6 && keep_tables
+  else
+    awnet bench tune --help
+  fi
+}
+
+stage_race() {
   local race=("$PYTHON" -m awnet.benchmarks.convolutions --out "$OUT/convolutions.csv")
   if on_gpu; then
-    "${race[@]}" --update || return
+    "${race[@]}" --update && keep_tables
   else
-    TRITON_INTERPRET=1 "${race[@]}" --layers 8-8@5k3s1g1 --operations apply --batches 2 --dtypes float32 || return
+    TRITON_INTERPRET=1 "${race[@]}" --layers 8-8@5k3s1g1 --operations apply --batches 2 --dtypes float32
   fi
-  awnet bench tune --help >/dev/null 2>&1 || { echo "this version has no 'awnet bench tune'"; return 1; }
-  awnet bench tune --device "$DEVICE" || return
-  mkdir -p "$OUT/configs" && cp awnet/ops/configs/*.json "$OUT/configs"
 }
 
 stage_profile() {
@@ -143,7 +152,7 @@ for stage in "${STAGES[@]}"; do
   rm -f "$OUT/$stage.done"
   begun=$SECONDS
   # a stage runs in a process group of its own, so that the limit ends all of it
-  export -f on_gpu awnet pytest "stage_$stage"
+  export -f on_gpu awnet pytest keep_tables "stage_$stage"
   export OUT DEVICE PYTHON
   timeout --kill-after=10 "$LIMIT" bash -c "set -uo pipefail; stage_$stage" 2>&1 | tee "$OUT/$stage.log"
   code=${PIPESTATUS[0]}

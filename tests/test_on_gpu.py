@@ -44,7 +44,7 @@ def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str) -> 
 
 def test_help_lists_the_stages() -> None:
     text = on_gpu("--help").stdout
-    for stage in ("build", "tests", "sanitize", "bench", "tune", "profile"):
+    for stage in ("build", "tests", "sanitize", "tune", "race", "bench", "profile"):
         assert f"\n  {stage} " in text
 
 
@@ -70,9 +70,10 @@ def test_a_stage_is_run_until_it_passes_and_again_where_it_is_asked_for(tmp_path
 @pytest.mark.slow
 def test_every_stage_has_a_stand_in(tmp_path: Path) -> None:
     done = on_gpu("--out", tmp_path, "--device", "cpu")
-    for stage in ("build", "tests", "sanitize", "bench", "tune", "profile"):
+    for stage in ("build", "tests", "sanitize", "tune", "race", "bench", "profile"):
         assert (tmp_path / f"{stage}.done").exists(), (stage, done.stdout[-3000:], done.stderr[-1000:])
     assert list((tmp_path / "results").glob("*.csv"))
+    assert (tmp_path / "convolutions.csv").exists()
 
 
 def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
