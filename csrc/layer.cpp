@@ -154,7 +154,7 @@ Outputs backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeTen
   }
   if (weight && (need_input || need_weight)) {
     // the gradient of the input needs the input's shape alone
-    const Tensor source = input ? *input : at::empty({1}, u.options()).expand(input_shape);
+    const Tensor source = input ? *input : at::empty(input_shape, u.options(), layout);
     std::tie(d_input, d_weight, std::ignore) =
         at::convolution_backward(d_input, source, *weight, std::nullopt, stride, padding, dilation, false,
                                  {0, 0}, groups, {need_input, need_weight, false});
