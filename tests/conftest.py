@@ -6,6 +6,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# the same examples each time, so that a change is judged and not the dice; the slow fuzz draws anew
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("same")
 
 # Triton kernels need a CUDA device or the interpreter; tests/test_kernels.py starts the latter
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":

@@ -31,13 +31,27 @@ def example(training: bool, seed: int = 0, **changes: object) -> Layer:
 
 def assert_agrees(layer: Layer, forward: float, gradient: float) -> None:
     expected, got = run(layer, backend="reference"), run(layer, backend="eager")
+    fixed = run(with_fixed_statistics(layer), backend="reference")
     assert error(got.output, expected.output) <= forward
     assert got.output.shape == expected.output.shape
     assert got.grads.keys() == expected.grads.keys()
     for name, value in expected.grads.items():
-        assert error(got.grads[name], value) <= gradient, name
+        # through batch statistics a gradient may cancel to nothing (a 1×1 filter of one channel has no gradient
+        # along itself): the same layer with its statistics held fixed gives the size of what cancels
+        allowed = gradient * (value.norm() + fixed.grads[name].norm())
+        assert (got.grads[name] - value).norm() <= allowed, name
     for name, value in expected.running.items():
         assert error(got.running[name], value) <= forward, name
+
+
+def with_fixed_statistics(layer: Layer) -> Layer:
+    """The layer in test mode with p = 0 or 1 by the sample's kind and the batch's own statistics."""
+    if not layer.options["training"]:
+        return layer
+    running = run(Layer(layer.tensors, layer.options | {"momentum": 1.0}), backend="reference").running
+    tensors = {n: x for n, x in layer.tensors.items() if n != "is_clean"} | running
+    tensors["p_clean"] = layer.tensors["is_clean"].to(torch.float64)
+    return Layer(tensors, layer.options | {"training": False})
 
 
 @few
@@ -68,6 +82,7 @@ def kappa(layer: Layer) -> float:
 @given(layers(), st.sampled_from(["cpp"]))
 def test_native_layers_of_any_shape_equal_the_reference(layer: Layer, backend: str) -> None:
     layer = layer.rounded(torch.float32)
+    assume(not has_single_value(layer))
     values = run(layer, backend="reference").output[:, 0].numel()
     # a training batch of a few values has 1/σ up to 316 and magnifies any rounding
     assume(not layer.options["training"] or values >= 40)
@@ -75,23 +90,11 @@ def test_native_layers_of_any_shape_equal_the_reference(layer: Layer, backend: s
     fixed = run(with_fixed_statistics(layer), backend="reference")
     assert error(got.output, exact.output) <= 2e-5
     for name, value in exact.grads.items():
-        # through batch statistics a gradient may cancel to nothing (a 1×1 filter of one channel has no gradient
-        # along itself): the same layer with its statistics held fixed gives the size of what cancels
-        allowed = 1e-4 * value.norm() + 2e-5 * fixed.grads[name].norm()
+        allowed = 1e-4 * value.norm() + 2e-5 * fixed.grads[name].norm()  # as in assert_agrees
         assert got.grads[name].shape == value.shape
         assert (got.grads[name] - value).norm() <= allowed, name
     for name, value in exact.running.items():
         assert error(got.running[name], value) <= 1e-5, name
-
-
-def with_fixed_statistics(layer: Layer) -> Layer:
-    """The layer in test mode with p = 0 or 1 by the sample's kind and the batch's own statistics."""
-    if not layer.options["training"]:
-        return layer
-    running = run(Layer(layer.tensors, layer.options | {"momentum": 1.0}), backend="reference").running
-    tensors = {n: x for n, x in layer.tensors.items() if n != "is_clean"} | running
-    tensors["p_clean"] = layer.tensors["is_clean"].to(torch.float64)
-    return Layer(tensors, layer.options | {"training": False})
 
 
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
@@ -560,7 +563,7 @@ def test_bad_input_of_the_other_functions() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000, deadline=None, derandomize=False)
 @given(layers(offset=0.0))
 def test_fuzz_ten_thousand_layers(layer: Layer) -> None:
     assume(not has_single_value(layer))
