@@ -105,30 +105,70 @@ def _widened(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | No
     return omega, p_clean, _Norm(*(table.to(dtype) for table in tables))
 
 
+def _where(call: Call) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
+    return call.stride, call.padding, call.dilation, call.groups
+
+
 def _forward(passes: Passes, *arguments: Any) -> tuple[Tensor, ...]:
     call, save = Call(*arguments[:-1]), arguments[-1]
     assert call.input is not None
     wide = wide_dtype(call.input.dtype)
     with torch.autocast(call.input.device.type, enabled=False):
-        u = _convolved(call)
         omega, p_clean, norm = _widened(call, wide)
-        statistics: tuple[Tensor, ...] = tuple(u.new_empty(0, dtype=wide) for _ in range(5))
-        if norm is None:
-            scale = u.new_ones(u.shape[:2], dtype=wide) if omega is None else omega
-            shift = torch.zeros_like(scale)
-        elif call.training:
-            mean, m2 = passes.statistics(u)
-            rows = len(norm.mean)
-            batch = passes.batch_statistics(mean, m2, u.shape[2] * u.shape[3], omega, call.is_clean, rows)
-            statistics = (mean, m2, *batch)
-            scale, shift = passes.training_coefficients(
-                omega, norm.weight, norm.bias, batch, call.is_clean, call.eps, len(u)
-            )
+        if norm is not None and call.training:
+            y, u, statistics = _train(passes, call, omega, norm)
         else:
-            scale, shift = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(u))
-        y = passes.apply(u, scale, shift, call.residual, call.relu)
-    kept = u if save and call.weight is not None else u.new_empty(0)
+            y, u = _test(passes, call, omega, p_clean, norm, save)
+            statistics = tuple(y.new_empty(0, dtype=wide) for _ in range(5))
+    kept = u if save and call.weight is not None else y.new_empty(0)
     return y, kept, *statistics
+
+
+def _train(
+    passes: Passes, call: Call, omega: Tensor | None, norm: _Norm
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    assert call.input is not None
+    fused = None
+    if call.weight is not None:
+        fused = passes.fused_statistics(call.input, call.weight, *_where(call))
+    if fused is None:
+        u = _convolved(call)
+        mean, m2 = passes.statistics(u)
+    else:
+        u, mean, m2 = fused
+    rows, hw = len(norm.mean), u.shape[2] * u.shape[3]
+    batch = passes.batch_statistics(mean, m2, hw, omega, call.is_clean, rows)
+    scale, shift = passes.training_coefficients(
+        omega, norm.weight, norm.bias, batch, call.is_clean, call.eps, len(u)
+    )
+    return passes.apply(u, scale, shift, call.residual, call.relu), u, (mean, m2, *batch)
+
+
+def _test(
+    passes: Passes, call: Call, omega: Tensor | None, p_clean: Tensor | None, norm: _Norm | None, save: bool
+) -> tuple[Tensor, Tensor]:
+    assert call.input is not None
+    if norm is not None:
+        scale, shift = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(call.input))
+    else:
+        scale = _ones(call) if omega is None else omega
+        shift = torch.zeros_like(scale)
+    epilogue = (scale, shift, call.residual, call.relu)
+    fused = None
+    if call.weight is not None:
+        fused = passes.fused_apply(call.input, call.weight, *epilogue, *_where(call), save)
+    if fused is not None:
+        return fused
+    u = _convolved(call)
+    return passes.apply(u, *epilogue), u
+
+
+def _ones(call: Call) -> Tensor:
+    """ω ≡ 1, [B, C_out]."""
+    like = call.input
+    assert like is not None
+    channels = like.shape[1] if call.weight is None else call.weight.shape[0]
+    return like.new_ones((len(like), channels), dtype=wide_dtype(like.dtype))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -185,7 +225,11 @@ def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ..
                     scale = u.new_ones(u.shape[:2], dtype=wide) if omega is None else omega
                 how = Propagation(scale, None, None)
             d_input, d_residual = passes.propagate(grad, u, centre, y, how, need_residual)
-        if call.weight is not None and (need_input or need_weight):
+        fused = None
+        if call.weight is not None and need_input:
+            assert d_input is not None
+            fused = passes.fused_dgrad(d_input, call.weight, input_shape, *_where(call))
+        if call.weight is not None and (need_weight or (need_input and fused is None)):
             source = _placeholder(u, input_shape) if call.input is None else call.input
             d_input, d_weight, _ = torch.ops.aten.convolution_backward(
                 d_input,
@@ -198,8 +242,10 @@ def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ..
                 False,
                 [0, 0],
                 call.groups,
-                [need_input, need_weight, False],
+                [need_input and fused is None, need_weight, False],
             )
+        if fused is not None:
+            d_input = fused
     wanted = (d_input, d_weight, *found, d_residual)
     like = (u, u, call.filter_scale, call.p_clean, call.bn_weight, call.bn_bias, u)
     return tuple(

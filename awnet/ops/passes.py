@@ -6,7 +6,8 @@ their dtype.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +40,53 @@ class Passes(Protocol):
         self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
     ) -> tuple[Tensor, Tensor | None]:
         """∂u by ``how``, and ∂residual = g where asked for."""
+        ...
+
+    # convolutions with the layer's work in their epilogue; None: the library's convolution and the passes
+
+    def fused_apply(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        save: bool,
+        /,
+    ) -> tuple[Tensor, Tensor] | None:
+        """y = act(u · scale + shift + residual) and u = conv(input, weight), empty without ``save``."""
+        ...
+
+    def fused_statistics(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """u = conv(input, weight) and what ``statistics`` gives of it."""
+        ...
+
+    def fused_dgrad(
+        self,
+        d_u: Tensor,
+        weight: Tensor,
+        input_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        /,
+    ) -> Tensor | None:
+        """The gradient of the convolution's input."""
         ...
 
     # the algebra: see awnet/ops/algebra.py for each
@@ -119,6 +167,15 @@ class EagerPasses:
     batch_statistics = staticmethod(algebra.batch_statistics)
     training_coefficients = staticmethod(algebra.training_coefficients)
     training_gradients = staticmethod(algebra.training_gradients)
+
+    def fused_apply(self, *arguments: Any) -> None:
+        return None
+
+    def fused_statistics(self, *arguments: Any) -> None:
+        return None
+
+    def fused_dgrad(self, *arguments: Any) -> None:
+        return None
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         wide = u.to(wide_dtype(u.dtype))

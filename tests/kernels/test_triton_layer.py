@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -9,6 +11,7 @@ from interpreter import DEVICE, INTERPRETED
 from layers import Layer, build, error, has_single_value, layers, run
 
 from awnet import ops
+from awnet.ops.triton_passes import TritonPasses
 
 few = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -146,3 +149,32 @@ def test_float64_is_refused_and_explained() -> None:
         ops.filter_scaled_conv2d(x, w, None, backend="triton")
     assert ops.explain(ops.filter_scaled_conv2d, x.float(), w.float(), None).backend == "triton"
     assert "float64" in ops.explain(ops.filter_scaled_conv2d, x, w, None).others["triton"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_fused_convolutions_within_the_layer(
+    training: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what a device's table would choose, taken by force: values and gradients stay the reference's
+    kernels = importlib.import_module("awnet.kernels.conv" if groups == 1 else "awnet.kernels.grouped_conv")
+    taken = []
+
+    def forced(name: str):
+        def call(self, *arguments: object) -> object:
+            found = getattr(kernels, name)(*arguments, force=True)
+            taken.append(name if found is not None else f"no {name}")
+            return found
+
+        return call
+
+    for name in ("fused_apply", "fused_statistics", "fused_dgrad"):
+        monkeypatch.setattr(TritonPasses, name, forced(name))
+    layer = example(training, 3, groups=groups, batch=3, size=[4, 3]).rounded(torch.float32)
+    for name in ("input", "residual"):
+        layer.tensors[name] = layer.tensors[name].contiguous(memory_format=torch.channels_last)
+    exact, got = run(layer, backend="reference"), triton_run(layer)
+    assert taken == ["fused_statistics" if training else "fused_apply", "fused_dgrad"]
+    assert error(got.output.cpu(), exact.output) <= 1e-5
+    for name, value in exact.grads.items():
+        assert error(got.grads[name].cpu(), value) <= 1e-4, name
