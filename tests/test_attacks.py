@@ -467,7 +467,7 @@ BAD_OPTIONS = [
     (bad(noise_std=-1.0), ValueError, "noise_std must be"),
     (bad(kappa=-1.0), ValueError, "kappa must be"),
     (bad(seed=0.5), TypeError, "seed must be an integer"),
-    (bad(model=lambda x: x), TypeError, "model must be a torch.nn.Module"),
+    (bad(model=torch.relu), TypeError, "model must be a torch.nn.Module"),
 ]
 
 
