@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
+from awnet.ops.passes import LibraryConvolutions
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -69,7 +70,7 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-class CudaOnCpu:
+class CudaOnCpu(LibraryConvolutions):
     """The passes (``awnet.ops.passes.Passes``) on the emulated kernels.
 
     Outputs are poisoned with NaN and lie between guard bands, which are looked at after each call.

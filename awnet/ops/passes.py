@@ -159,14 +159,8 @@ def _masked(grad: Tensor, y: Tensor | None) -> Tensor:
     return grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
 
 
-class EagerPasses:
-    """The passes in plain torch: any device and dtype."""
-
-    testing_coefficients = staticmethod(algebra.testing_coefficients)
-    testing_gradients = staticmethod(algebra.testing_gradients)
-    batch_statistics = staticmethod(algebra.batch_statistics)
-    training_coefficients = staticmethod(algebra.training_coefficients)
-    training_gradients = staticmethod(algebra.training_gradients)
+class LibraryConvolutions:
+    """For a backend without convolutions of its own."""
 
     def fused_apply(self, *arguments: Any) -> None:
         return None
@@ -176,6 +170,16 @@ class EagerPasses:
 
     def fused_dgrad(self, *arguments: Any) -> None:
         return None
+
+
+class EagerPasses(LibraryConvolutions):
+    """The passes in plain torch: any device and dtype."""
+
+    testing_coefficients = staticmethod(algebra.testing_coefficients)
+    testing_gradients = staticmethod(algebra.testing_gradients)
+    batch_statistics = staticmethod(algebra.batch_statistics)
+    training_coefficients = staticmethod(algebra.training_coefficients)
+    training_gradients = staticmethod(algebra.training_gradients)
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         wide = u.to(wide_dtype(u.dtype))
