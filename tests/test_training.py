@@ -332,7 +332,7 @@ def test_the_papers_settings() -> None:
     tiny = recipe_for("mtard", "tiny_imagenet")
     assert (tiny.epochs, tiny.batch_size, tiny.milestones, tiny.temperature) == (50, 128, (25, 40), 5)  # type: ignore[attr-defined]
     digits = recipe_for("mtard", "digits")
-    assert (digits.epochs, digits.batch_size, digits.schedule) == (15, 64, "onecycle")
+    assert (digits.epochs, digits.batch_size, digits.schedule) == (12, 64, "onecycle")
     assert list_recipes() == ["mtard", "trades", "pgd_at", "standard"]
 
 

@@ -270,7 +270,7 @@ RECIPES: dict[str, type[Recipe]] = {r.name: r for r in (MTARD, Trades, PGDAT, St
 
 # What differs from the defaults (the paper's CIFAR settings), per data set.
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 15, "batch_size": 64, "schedule": "onecycle", "validate_every": 3},
+    "digits": {"epochs": 12, "batch_size": 64, "schedule": "onecycle", "validate_every": 3},
     "tiny_imagenet": {"epochs": 50, "batch_size": 128, "milestones": (25, 40)},
 }
 _MTARD_SETTINGS: dict[str, dict[str, Any]] = {
