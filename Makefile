@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 .PHONY: help run test test-all lint format bench gpu docs clean
 
 help:
-	@echo "make run       train AW-Net and its static twins on digits, attack them, print the table (about 5 minutes)"
+	@echo "make run       train AW-Net and its static twins on digits, attack them, print the table (about 4 minutes)"
 	@echo "make test      the test suite     make test-all  with the slow tests     make lint  ruff, mypy, import rules"
 	@echo "make bench     benchmark the layer on this machine                       make clean remove what was built"
 	@echo "make gpu       on a GPU machine: build, test, sanitize, benchmark, tune and profile; OUT=folder"
