@@ -123,6 +123,6 @@ def native() -> dict[str, Any]:
 setup(
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"awnet": ["py.typed", "ops/configs/*.json"]},
+    package_data={"awnet": ["py.typed", "ops/configs/*.json", "reproduce/paper.csv"]},
     **native(),
 )

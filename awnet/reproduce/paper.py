@@ -1,0 +1,65 @@
+"""The paper's own figures, typed from its tables: ``paper.csv`` beside this file, read by ``paper_rows``.
+
+Units are per cent. ``parameters_m`` is in the paper's mixed units: 2^20 parameters for ResNet, VGG and
+RepVGG, 10^6 for WideResNet, Swin and AW-Net; its 2.7 for RDI-ResNet-38 fits neither (692,310 by definition).
+Two of the figures are misprints by the paper's own arithmetic, A_w = (clean + adversarial) / 2; they stand as
+printed, with a note.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One figure group of one table: a system under one attack.
+
+    table: "1" … "11", or "text". attack: our name of it; ``transfer_*`` are made on a WideResNet-70-16.
+    clean, adversarial, w_robust, auc: per cent; None where the paper gives none.
+    """
+
+    table: str
+    dataset: str
+    system: str
+    parameters_m: float | None
+    attack: str
+    clean: float | None
+    adversarial: float | None
+    w_robust: float | None
+    auc: float | None
+    note: str
+
+
+_WORDS = {"table", "dataset", "system", "attack", "note"}
+
+
+@cache
+def paper_rows(table: str | None = None) -> tuple[PaperRow, ...]:
+    """All rows, or those of one table ("1" … "11", "text"), in the paper's order.
+
+    Raises ValueError for a table that the paper does not have.
+    """
+    text = resources.files("awnet.reproduce").joinpath("paper.csv").read_text(encoding="utf-8")
+    rows = []
+    for line in csv.DictReader(text.splitlines()):
+        values = {
+            field.name: line[field.name]
+            if field.name in _WORDS
+            else float(line[field.name])
+            if line[field.name]
+            else None
+            for field in fields(PaperRow)
+        }
+        rows.append(PaperRow(**values))
+    if table is None:
+        return tuple(rows)
+    chosen = tuple(row for row in rows if row.table == table)
+    if not chosen:
+        raise ValueError(
+            f"table must be one of {', '.join(dict.fromkeys(r.table for r in rows))}, got {table!r}"
+        )
+    return chosen
