@@ -1,5 +1,13 @@
-"""Figures from arrays."""
+"""Figures from arrays, and measurements of modules."""
 
 from awnet.analysis.figures import filter_means, p_clean_histogram, training_curves, w_robust_bars
+from awnet.analysis.weight_gap import WeightGap, weight_gaps
 
-__all__ = ["filter_means", "p_clean_histogram", "training_curves", "w_robust_bars"]
+__all__ = [
+    "WeightGap",
+    "filter_means",
+    "p_clean_histogram",
+    "training_curves",
+    "w_robust_bars",
+    "weight_gaps",
+]
