@@ -431,7 +431,7 @@ class DataInfo:
 
 @dataclass
 class Bench:
-    """Measure the layer on this machine: each implementation is verified, then timed."""
+    """Measure this machine, and read what was measured."""
 
 
 @dataclass
@@ -510,31 +510,53 @@ def _device(name: str | None) -> Device:
     return device
 
 
-BenchAction = Positional[Literal["run", "tune"]]
+# action → its module in awnet.benchmarks, the class of its options, its function, and what it does
+_BENCH = {
+    "run": (
+        "runner",
+        "BenchOptions",
+        "run",
+        "Measure the layer on this machine: each implementation is verified, then timed.",
+    ),
+    "tune": (
+        "tune",
+        "TuneOptions",
+        "tune",
+        "Search launch parameters of the Triton passes on this GPU, and keep them in its table.",
+    ),
+}
 
 
 def _bench(words: Sequence[str]) -> Any:
-    """``bench run`` or ``bench tune`` with options of its own; importing them takes torch and a second."""
-    if words[:1] == ["tune"]:
-        module = importlib.import_module("awnet.benchmarks.tune")
-        options, action = module.TuneOptions, module.tune
-        about = "Search launch parameters of the Triton passes on this GPU, and keep them in its table."
-    else:
-        module = importlib.import_module("awnet.benchmarks")
-        options, action = module.BenchOptions, module.run
-        about = "Measure the layer on this machine: each implementation is verified, then timed."
-
-    def run(self: Any, console: Console) -> None:
-        action(self)
-
+    """`bench` and its actions; only the one that ``words`` name is loaded, which takes torch and a second."""
+    actions: list[Any] = []
+    for name, (module_name, options_name, function, about) in _BENCH.items():
+        namespace: dict[str, Any] = {"__doc__": about}
+        bases: tuple[type, ...] = ()
+        if words[:1] == [name]:
+            module = importlib.import_module(f"awnet.benchmarks.{module_name}")
+            bases = (getattr(module, options_name),)
+            namespace["run"] = _bench_run(getattr(module, function))
+        action = make_dataclass(name, [], bases=bases, namespace=namespace, kw_only=True, frozen=True)
+        actions.append(_named(action, name))
     return make_dataclass(
         "Bench",
-        [("what", BenchAction)],
-        bases=(options,),
-        namespace={"run": run, "__doc__": about},
-        kw_only=True,
-        frozen=True,
+        [("command", reduce(or_, actions))],
+        namespace={"__doc__": Bench.__doc__, "run": lambda self, console: self.command.run(console)},
     )
+
+
+def _bench_run(function: Any) -> Any:
+    def run(self: Any, console: Console) -> int | None:
+        status = function(self)
+        return status if isinstance(status, int) else None
+
+    return run
+
+
+def _named(command: Any, name: str) -> Any:
+    annotated: Any = Annotated
+    return annotated[command, subcommand(name)]
 
 
 def _commands(words: Sequence[str]) -> Any:
@@ -548,12 +570,11 @@ def _commands(words: Sequence[str]) -> Any:
         "data": Data,
         "info": Info,
     }
-    annotated: Any = Annotated
-    return reduce(or_, (annotated[command, subcommand(name)] for name, command in commands.items()))
+    return reduce(or_, (_named(command, name) for name, command in commands.items()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Runs one command; returns the exit status: 0 (or the command's own), 2 for an error of the user's, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--traceback" in words or os.environ.get("AWNET_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"] or ["--help"]
@@ -567,7 +588,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     try:
-        command.run(Console(highlight=False))
+        status: int | None = command.run(Console(highlight=False))
     except EXPECTED as error:
         if debug:
             traceback.print_exc()
@@ -578,7 +599,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print("awnet: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

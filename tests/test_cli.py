@@ -107,8 +107,8 @@ def test_every_command_has_help(capsys):
 
 
 def test_seed_and_device_are_everywhere_a_model_runs(capsys):
-    for command in ("train", "evaluate", "attack", "reproduce", "bench"):
-        text = help_of(capsys, command)
+    for command in ("train", "evaluate", "attack", "reproduce", "bench run"):
+        text = help_of(capsys, *command.split())
         assert "--seed INT" in text
         assert "--device STR" in text
 
