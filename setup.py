@@ -11,6 +11,7 @@ Everything else about the build is in pyproject.toml. ``AWNET_BUILD`` chooses wh
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +45,12 @@ def obstacle() -> str | None:
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         return "there is no C++ compiler"
     return None
+
+
+def gnu() -> bool:
+    """Whether the C++ compiler is GCC, whose OpenMP runtime is torch's too."""
+    said = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True)
+    return "Free Software Foundation" in said.stdout
 
 
 def cuda_compiler() -> ModuleType:
@@ -110,11 +117,16 @@ def native() -> dict[str, Any]:
 
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
     sources = sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.parent.name != "cuda")
+    flags = ["-O3", "-g0", "-Wno-psabi", f'-DAWNET_TORCH_VERSION="{torch.__version__}"']
+    if gnu():
+        # at::parallel_for is a plain loop without it. Torch has loaded the runtime that it calls, so nothing
+        # is linked: a second runtime would bring a second set of threads.
+        flags.append("-fopenmp")
     suffixes = {".h", ".inl", ".cu", ".py"}
     extension = CppExtension(
         "awnet._C",
         sources,
-        extra_compile_args=["-O3", "-g0", "-Wno-psabi", f'-DAWNET_TORCH_VERSION="{torch.__version__}"'],
+        extra_compile_args=flags,
         depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in suffixes),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

@@ -21,6 +21,11 @@ PYBIND11_MODULE(_C, m) {
         info["compiler"] = __VERSION__;
         info["instruction_set"] = awnet::cpu::instruction_set();
         info["threads"] = at::get_parallel_info();
+#if defined(_OPENMP)
+        info["parallel"] = true;
+#else
+        info["parallel"] = false;
+#endif
 #if defined(AWNET_CUDA)
         info["cuda"] = AWNET_CUDA;
 #else
@@ -28,8 +33,9 @@ PYBIND11_MODULE(_C, m) {
 #endif
         return info;
       },
-      "How this module was built and what it found: torch, compiler, instruction_set, threads, cuda (the "
-      "toolkit's version, False without the CUDA part).");
+      "How this module was built and what it found: torch, compiler, instruction_set, threads, parallel "
+      "(False: compiled without OpenMP, the passes use one thread), cuda (the toolkit's version, False without "
+      "the CUDA part).");
   m.def(
       "self_test",
       []() -> pybind11::object {

@@ -52,6 +52,8 @@ def test_build_info_says_how_it_was_built() -> None:
     info = native.build_info()
     assert info["torch"] == torch.__version__
     assert info["instruction_set"] in ("avx512", "avx2", "baseline")
+    # without it at::parallel_for is a plain loop, and every pass leaves all cores but one idle
+    assert info["parallel"] or "clang" in info["compiler"].lower()
     assert info["cuda"] is False or re.fullmatch(r"\d+\.\d+", info["cuda"])
 
 
