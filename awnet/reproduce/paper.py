@@ -12,6 +12,7 @@ import csv
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import resources
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def paper_rows(table: str | None = None) -> tuple[PaperRow, ...]:
     text = resources.files("awnet.reproduce").joinpath("paper.csv").read_text(encoding="utf-8")
     rows = []
     for line in csv.DictReader(text.splitlines()):
-        values = {
+        values: dict[str, Any] = {
             field.name: line[field.name]
             if field.name in _WORDS
             else float(line[field.name])

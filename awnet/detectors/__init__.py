@@ -1,0 +1,7 @@
+"""Detectors of adversarial images, compared in Table V of the paper: ``fit``, then ``score``."""
+
+from awnet.detectors.base import Detector, RouterDetector
+from awnet.detectors.lng import LNG
+from awnet.detectors.nnif import NNIF, LastLayer
+
+__all__ = ["LNG", "NNIF", "Detector", "LastLayer", "RouterDetector"]
