@@ -380,6 +380,11 @@ def test_the_teachers_recipes_share_the_students_settings() -> None:
         {"adv_weight": -0.5},
         {"consistency": math.nan},
         {"router_passes": "both"},
+        {"precision": "float16"},
+        {"layout": "nhwc"},
+        {"accumulate": 0},
+        {"clip_norm": 0.0},
+        {"ema_decay": 1.0},
         {"validate_every": 0},
         {"validate_limit": 0},
         {"log_every": 0},
@@ -607,24 +612,6 @@ def test_missing_teachers_are_trained_first_and_kept(
     train(recipe, "resnet_tiny", splits, run, resume=True, tensorboard=False)
     assert f"{clean} is finished" in capsys.readouterr().out
     assert (clean / "last.safetensors").stat().st_mtime_ns == before
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    class Breaks(nn.Sequential):
-        passes = 0
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if self.training:
-                self.passes += 1
-            return super().forward(x) * (math.nan if self.training and self.passes == 5 else 1.0)
-
-    model = Breaks(*static_net())
-    with pytest.raises(FloatingPointError, match=r"step 5 \(epoch 2\).*total nan, nat nan") as raised:
-        train(quick(Standard, epochs=4, log_every=3), model, SPLITS, tmp_path, quiet=True)
-    assert "lr is 0.05" in str(raised.value)
-    state = torch.load(tmp_path / "state" / "training.pt", weights_only=True)
-    assert state["step"] == 3  # the checkpoint of the first epoch
-    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
 
 
 def test_what_it_prints(

@@ -33,11 +33,13 @@ from awnet.files import written_atomically
 from awnet.models import create_model, load_model, save_model
 from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, read_log
-from awnet.training.losses import MTARDWeights, Teachers
+from awnet.training.losses import Teachers
 from awnet.training.recipes import MTARD, Recipe
+from awnet.training.step import Numerics, TrainingStep, numerics
 
 SAVE_EVERY_SECONDS = 600.0  # within an epoch; at its end a checkpoint is written anyway
 EVALUATION_BATCH = 256
+MOST_SKIPPED_IN_A_ROW = 10
 
 TeacherSource = nn.Module | str | Path
 
@@ -95,7 +97,8 @@ def train(
 
     Raises FileExistsError where ``out`` holds something and neither ``resume`` nor ``overwrite`` is set,
     ValueError for bad arguments, a damaged checkpoint, or a resumed run with another configuration, and
-    FloatingPointError when the loss becomes NaN or infinite.
+    FloatingPointError when loss or gradient were NaN or infinite in ten steps in a row (a single such step
+    is left out, reported and counted).
     """
     deadline = math.inf if max_minutes is None else time.monotonic() + 60 * _positive(max_minutes)
     if not isinstance(recipe, Recipe):
@@ -126,7 +129,7 @@ def train(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.argv),
         "teachers": None if teachers is None else [_source(teacher) for teacher in teachers],
-        "environment": environment(where),
+        "environment": environment(where) | numerics(recipe, where)._asdict(),
     }
     under_way = checkpoint.open_folder(
         folder, config | {"sessions": [session]}, resume=resume, overwrite=overwrite
@@ -209,20 +212,17 @@ class _Run:
         reporter: Reporter,
     ) -> None:
         self.recipe, self.model, self.folder, self.seed = recipe, model, folder, seed
-        self.device, self.teachers, self.reporter = device, teachers, reporter
+        self.device, self.reporter = device, reporter
         self.data = splits.train.to(device)
         self.held_out: Dataset = getattr(splits, select_on).to(device)
         if recipe.validate_limit is not None:
             self.held_out = self.held_out.subset(recipe.validate_limit, seed=seed)
         self.steps_per_epoch = -(-len(self.data) // recipe.batch_size)
-        self.optimizer = recipe.optimizer(model)
-        self.scheduler = recipe.scheduler(self.optimizer, self.steps_per_epoch)
-        adapts = isinstance(recipe, MTARD) and recipe.adv_weight is None
-        self.weights = MTARDWeights(device) if adapts else None
-        self.options = recipe.loss_options()
+        self.train_on = TrainingStep(recipe, model, device, self.steps_per_epoch, teachers)
 
         self.epoch, self.batch, self.step = 0, 0, 0  # epochs done, batches of this epoch done, steps done
         self.best: dict[str, float] = {}
+        self.skipped, self.skipped_in_a_row = 0, 0  # steps whose loss or gradient was not finite
         self.seconds = 0.0
         self.of_epoch, self.of_interval = _Means(), _Means()
         self.pending: list[tuple[int, int, dict[str, Tensor]]] = []  # (step, images, terms) not yet read
@@ -256,21 +256,14 @@ class _Run:
         recipe, epoch = self.recipe, self.epoch
         key = rng.key(self.seed, "training attack", epoch)
         attack = recipe.attack(self.model, self.data.threat_model, self.data.num_classes, key)
-        if self.weights is not None:
-            assert isinstance(recipe, MTARD)
-            self.weights.learning_rate = recipe.weight_lr_at(epoch)
-        self.model.train()
+        self.train_on.start_epoch(epoch)
         self.reporter.start_epoch()
         since = saved = time.monotonic()
         batches = self.data.batches(
             recipe.batch_size, shuffle=True, augment=True, seed=self.seed, epoch=epoch, start=self.batch
         )
         for batch in batches:
-            self.optimizer.zero_grad(set_to_none=True)
-            total, terms = recipe.loss(self.model, batch, attack, self.options, self.teachers, self.weights)
-            total.backward()
-            self.optimizer.step()
-            self.scheduler.step()
+            terms = self.train_on(batch, attack)
             self.batch += 1
             self.step += 1
             self.pending.append((self.step, len(batch.y), terms))
@@ -303,7 +296,7 @@ class _Run:
             # of equals the later one, which has trained longer at a lower rate
             if not self.best or score >= self.best.get("w_robust_accuracy", self.best["clean_accuracy"]):
                 self.best = {"epoch": self.epoch, **scores}
-                _save_weights(self.model, self.folder / "best.safetensors")
+                _save_weights(self.train_on.judged, self.folder / "best.safetensors")
         means = self.of_epoch.take()
         self.log.write(
             {
@@ -313,6 +306,7 @@ class _Run:
                 **means,
                 **scores,
                 **self._rates(),
+                "skipped_steps": self.skipped,
                 "images_per_second": round(self.pace, 1),
                 "seconds": round(self.seconds, 2),
             }
@@ -343,12 +337,13 @@ class _Run:
     # Validation
 
     def _validate(self) -> dict[str, float]:
-        clean = accuracy(self.model, self.held_out, batch_size=EVALUATION_BATCH, device=self.device)
+        model = self.train_on.judged
+        clean = accuracy(model, self.held_out, batch_size=EVALUATION_BATCH, device=self.device)
         scores = {"clean_accuracy": int(clean.sum()) / len(clean)}
         if self.recipe.needs_attack:
-            attack = named_attack("pgd_trades", self.model, self.held_out.threat_model, seed=self.seed)
+            attack = named_attack("pgd_trades", model, self.held_out.threat_model, seed=self.seed)
             robust = robust_correct(
-                self.model, self.held_out, attack, batch_size=EVALUATION_BATCH, device=self.device
+                model, self.held_out, attack, batch_size=EVALUATION_BATCH, device=self.device
             )
             scores["robust_accuracy"] = int(robust.sum()) / len(robust)
             scores["w_robust_accuracy"] = w_robust_accuracy(
@@ -366,16 +361,25 @@ class _Run:
         rows = torch.stack([torch.stack([t.float() for t in terms.values()]) for _, _, terms in self.pending])
         for (step, images, _), row in zip(self.pending, rows.tolist(), strict=True):
             terms = dict(zip(names, row, strict=True))
-            if not all(math.isfinite(value) for value in row):
-                found = ", ".join(f"{name} {value:g}" for name, value in terms.items())
-                raise FloatingPointError(
-                    f"the loss is not finite at step {step} (epoch {self.epoch + 1}): {found}. The "
-                    f"checkpoint before it stays in {self.folder}. A lower learning rate usually helps, "
-                    f"in a new run; now lr is {self.recipe.lr:g}, router_lr {self.recipe.router_lr:g}"
-                )
+            if terms.pop("skipped"):
+                self._note_skipped(step, terms)
+                continue
+            self.skipped_in_a_row = 0
             self.of_epoch.add(terms, images)
             self.of_interval.add(terms, images)
         self.pending.clear()
+
+    def _note_skipped(self, step: int, terms: dict[str, float]) -> None:
+        """A step that changed nothing, because its loss or gradient was not finite."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        found = f"step {step} (epoch {self.epoch + 1}): " + ", ".join(f"{n} {v:g}" for n, v in terms.items())
+        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, last {found}. "
+                f"The last checkpoint stays in {self.folder}. A lower learning rate or clip_norm usually "
+                f"helps, in a new run; now lr is {self.recipe.lr:g}, router_lr {self.recipe.router_lr:g}"
+            )
+        self.reporter.say(f"loss or gradient not finite, nothing learnt at {found}")
 
     def _log_interval(self) -> None:
         self._read_pending()
@@ -387,7 +391,7 @@ class _Run:
     def _rates(self) -> dict[str, float]:
         """The learning rates that the last step leaves behind."""
         names = ("lr", "router_lr")
-        return {n: group["lr"] for n, group in zip(names, self.optimizer.param_groups, strict=False)}
+        return {n: group["lr"] for n, group in zip(names, self.train_on.optimizer.param_groups, strict=False)}
 
     def _say_epoch(self, means: dict[str, float], scores: dict[str, float]) -> None:
         total = self.recipe.epochs
@@ -404,19 +408,19 @@ class _Run:
 
     def _save(self, *, finished: bool) -> None:
         self._read_pending()
-        _save_weights(self.model, self.folder / "last.safetensors")
+        _save_weights(self.train_on.judged, self.folder / "last.safetensors")
         checkpoint.save_state(
             self.folder,
             {
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "weights": {} if self.weights is None else self.weights.state_dict(),
+                **self.train_on.state_dict(),
                 "random": checkpoint.random_state(self.device),
                 "epoch": self.epoch,
                 "batch": self.batch,
                 "step": self.step,
                 "best": self.best,
+                "skipped": self.skipped,
+                "skipped_in_a_row": self.skipped_in_a_row,
                 "seconds": self.seconds,
                 "of_epoch": vars(self.of_epoch),
                 "of_interval": vars(self.of_interval),
@@ -427,13 +431,11 @@ class _Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.weights is not None:
-            self.weights.load_state_dict(state["weights"])
+        self.train_on.load_state_dict(state)
         checkpoint.set_random_state(state["random"], self.device)
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.best, self.seconds = state["best"], state["seconds"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         vars(self.of_epoch).update(state["of_epoch"])
         vars(self.of_interval).update(state["of_interval"])
         self.reporter.say(
@@ -586,7 +588,7 @@ def _add_session(folder: Path, session: dict[str, Any], reporter: Reporter) -> N
     """Adds this session to config.json; says so where the machine may round differently from the last one."""
     config = checkpoint.read_config(folder)
     before, now = (
-        {name: one["environment"].get(name) for name in ("torch", "device", "threads")}
+        {name: one["environment"].get(name) for name in ("torch", "device", "threads", *Numerics._fields)}
         for one in (config["sessions"][-1], session)
     )
     changed = list(checkpoint.differences(before, now, "environment"))
@@ -603,7 +605,11 @@ def _save_weights(model: nn.Module, path: Path) -> None:
         return
     with written_atomically(path) as temporary:
         save_file(
-            {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}, temporary
+            {
+                name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, value in model.state_dict().items()
+            },
+            temporary,
         )
 
 

@@ -84,7 +84,7 @@ class Loss(Protocol):
 
 
 class MTARDWeights:
-    """The two weights that MTARD (Zhao et al., ECCV 2022) adapts, on the device, never read by the host.
+    """The two weights that MTARD (Zhao et al., ECCV 2022) adapts, on the device and never read by the host.
 
     With l̂ = L / L(first step), before each step's loss is summed:
 
@@ -102,34 +102,39 @@ class MTARDWeights:
     def update(self, nat: Tensor, adv: Tensor) -> tuple[Tensor, Tensor]:
         """Takes this step's two losses (0-d); returns the new (w_nat, w_adv), 0-d."""
         loss = torch.stack([nat.detach(), adv.detach()]).to(self.first)
-        self.first = torch.where(self.first > 0, self.first, loss)
+        self.first.copy_(torch.where(self.first > 0, self.first, loss))
         known = self.first > 0
         relative = torch.where(known, loss / torch.where(known, self.first, 1.0), 1.0)
         total = relative.sum()
         goal = torch.where(total > 0, relative[0] / torch.where(total > 0, total, 1.0), 0.5)
-        self.w_nat = self.w_nat - self.learning_rate * (self.w_nat - goal)
-        return self.w_nat, 1 - self.w_nat
+        self.w_nat.copy_(self.w_nat - self.learning_rate * (self.w_nat - goal))
+        return self.w_nat.clone(), 1 - self.w_nat
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"w_nat": self.w_nat, "first": self.first}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.w_nat = state["w_nat"].to(self.w_nat)
-        self.first = state["first"].to(self.first)
+        self.w_nat.copy_(state["w_nat"])
+        self.first.copy_(state["first"])
 
 
 def kl_divergence(
     target: Tensor, logits: Tensor, *, temperature: float = 1.0, reduction: str = "batchmean"
 ) -> Tensor:
     """KL(softmax(target / τ) ‖ softmax(logits / τ)) of two [B, K] logits, 0-d; gradients flow into both."""
-    log_p = F.log_softmax(target / temperature, dim=1)
-    log_q = F.log_softmax(logits / temperature, dim=1)
+    log_p = F.log_softmax(_wide(target) / temperature, dim=1)
+    log_q = F.log_softmax(_wide(logits) / temperature, dim=1)
     divergence = log_p.exp() * (log_p - log_q)  # [B, K]
     if reduction == "batchmean":
         return divergence.sum(1).mean()
     if reduction == "elementmean":
         return divergence.mean()
     raise ValueError(f"kl_reduction must be 'batchmean' or 'elementmean', got {reduction!r}")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """float32 at least: a loss in 16 bits would lose its last digits, and under autocast may be there."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _Pass(NamedTuple):
@@ -150,7 +155,7 @@ def _joint_pass(model: nn.Module, clean: Tensor, adversarial: Tensor, options: L
     x = torch.cat([clean, adversarial])
     is_clean = torch.arange(2 * size, device=x.device) < size
     if not is_dynamic(model):
-        logits = model(x)
+        logits = _wide(model(x))
         return _Pass(logits[:size], logits[size:], None, is_clean)
     route: Callable[[Tensor], Any] = model.route  # type: ignore[assignment]
     if options.router_passes == "joint":
@@ -163,7 +168,7 @@ def _joint_pass(model: nn.Module, clean: Tensor, adversarial: Tensor, options: L
             p_clean=_cat(one.p_clean, two.p_clean),
             filter_scales=[_cat(a, b) for a, b in zip(one.filter_scales, two.filter_scales, strict=True)],
         )
-    logits = model(x, is_clean=is_clean, routing=routing)
+    logits = _wide(model(x, is_clean=is_clean, routing=routing))
     return _Pass(logits[:size], logits[size:], routing.type_logits, is_clean)
 
 
@@ -178,7 +183,7 @@ def _result(terms: dict[str, Tensor], weighted: Tensor, outputs: _Pass, options:
     if outputs.type_logits is not None:
         kind = outputs.is_clean.long()
         terms["type"] = F.cross_entropy(
-            outputs.type_logits, kind, label_smoothing=options.type_label_smoothing
+            _wide(outputs.type_logits), kind, label_smoothing=options.type_label_smoothing
         )
         terms["type_accuracy"] = (outputs.type_logits.detach().argmax(1) == kind).float().mean()
         if options.type_weight:
@@ -209,6 +214,7 @@ def standard(
         logits, type_logits = model(x, is_clean=is_clean, routing=routing), routing.type_logits
     else:
         logits, type_logits = model(x), None
+    logits = _wide(logits)
     nat = F.cross_entropy(logits, y)
     outputs = _Pass(logits, logits, type_logits, is_clean)
     return _result({"nat": nat}, nat, outputs, replace(options, consistency=0.0))

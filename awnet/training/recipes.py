@@ -37,6 +37,16 @@ class Recipe:
         0.007 at eps = 8/255).
     inner_type_weight: weight of the router's type loss in the objective that this attack maximises.
     type_weight, type_label_smoothing, adv_weight, consistency, router_passes: see ``losses.LossOptions``.
+    precision: of convolutions and products; ``auto`` is bfloat16 (autocast) on CUDA and float32 elsewhere.
+        Weights, statistics, the router's coefficients and the losses are float32 in any case.
+    layout: memory format of images and convolution weights; ``auto`` is channels_last on CUDA and NCHW
+        elsewhere.
+    accumulate: number of micro-batches that a batch is cut into to save memory. Their gradients add up to
+        the batch's mean; batch norms see each micro-batch by itself, and update their running statistics
+        once for each.
+    clip_norm: the gradient is scaled down to this Euclidean norm where it is longer; None leaves it.
+    ema_decay: of an exponential moving average of weights and running statistics, which is then validated
+        and saved instead of the newest weights; 0 for none.
     validate_every: epochs between validations (the last epoch is always validated).
     validate_limit: number of held-out images for them, all if None.
     log_every: steps between log lines, and between the points where the host waits for the device.
@@ -65,12 +75,17 @@ class Recipe:
     adv_weight: float | None = None
     consistency: float = 0.0
     router_passes: Literal["joint", "separate"] = "joint"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    layout: Literal["auto", "nchw", "channels_last"] = "auto"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    ema_decay: float = 0.0
     validate_every: int = 1
     validate_limit: int | None = None
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "attack_steps", "validate_every", "log_every"):
+        for name in ("epochs", "batch_size", "attack_steps", "accumulate", "validate_every", "log_every"):
             _check(self, name, _is_integer, lambda v: v >= 1, "an integer of at least 1")
         if self.validate_limit is not None:
             _check(self, "validate_limit", _is_integer, lambda v: v >= 1, "None or an integer of at least 1")
@@ -78,14 +93,20 @@ class Recipe:
             _check(self, name, _is_number, lambda v: v > 0, "a number above 0")
         for name in ("router_lr", "weight_decay", "attack_noise", "type_weight", "consistency"):
             _check(self, name, _is_number, lambda v: v >= 0, "a number of at least 0")
-        for name in ("momentum", "type_label_smoothing"):
+        for name in ("momentum", "type_label_smoothing", "ema_decay"):
             _check(self, name, _is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
         _check(self, "inner_type_weight", _is_number, lambda v: True, "a finite number")
-        if self.attack_step_size is not None:
-            _check(self, "attack_step_size", _is_number, lambda v: v > 0, "None or a number above 0")
+        for name in ("attack_step_size", "clip_norm"):
+            if getattr(self, name) is not None:
+                _check(self, name, _is_number, lambda v: v > 0, "None or a number above 0")
         if self.adv_weight is not None:
             _check(self, "adv_weight", _is_number, lambda v: v >= 0, "None or a number of at least 0")
-        for name, choices in (("schedule", ("step", "onecycle")), ("router_passes", ("joint", "separate"))):
+        for name, choices in (
+            ("schedule", ("step", "onecycle")),
+            ("router_passes", ("joint", "separate")),
+            ("precision", ("auto", "float32", "bfloat16")),
+            ("layout", ("auto", "nchw", "channels_last")),
+        ):
             _check(self, name, lambda v: True, lambda v, c=choices: v in c, f"one of {choices}")
         milestones = tuple(self.milestones)
         object.__setattr__(self, "milestones", milestones)
@@ -140,7 +161,7 @@ class Recipe:
         return attack
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """SGD with two groups: all but the router at ``lr``, the router with its heads at ``router_lr``."""
+        """Fused SGD, two groups: all but the router at ``lr``, the router with its heads at ``router_lr``."""
         router = getattr(model, "router", None) if is_dynamic(model) else None
         slow = set() if router is None else {id(p) for p in router.parameters()}
         groups = [
@@ -152,6 +173,7 @@ class Recipe:
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
+            fused=True,
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
