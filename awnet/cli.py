@@ -96,7 +96,8 @@ class Train:
     """Train a model by a recipe; all of it goes into a run folder."""
 
     recipe: str = "mtard"
-    """mtard (two teachers, the paper's), trades, pgd_at, or standard (clean images only)."""
+    """mtard (two teachers, the paper's), trades, pgd_at or standard (clean images only); by one cycle of the
+    learning rate, so shorter: mtard_fast, trades_fast, pgd_at_fast, standard_fast and hat."""
     model: Maybe[str] = None
     """A model's name, see `awnet info`; by default awnet_tiny on digits and awnet_resnet18 elsewhere."""
     data: str = "digits"
@@ -109,8 +110,9 @@ class Train:
     """Go on with the run that is in the folder, if there is one. Ctrl-C saves a run."""
     overwrite: bool = False
     """Replace the run that is in the folder."""
-    teachers: Maybe[tuple[Path, Path]] = None
-    """The clean and the robust teacher: run folders or .safetensors files. Without them mtard trains both."""
+    teachers: Maybe[tuple[Path, ...]] = None
+    """The clean and the robust teacher (for hat the clean one alone): run folders or .safetensors files.
+    Without them the recipe trains them first."""
     epochs: Maybe[int] = None
     """Passes over the training images; the learning rate's milestones move along. By default the recipe's."""
     batch_size: Maybe[int] = None

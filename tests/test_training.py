@@ -23,7 +23,6 @@ from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import (
     MTARD,
     PGDAT,
-    RECIPES,
     LossOptions,
     MTARDWeights,
     Recipe,
@@ -216,10 +215,52 @@ def test_mtard_is_equations_20_to_22(make: Any, tau: float, reduction: Any, fact
     assert all(p.grad is None for teacher in teachers for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("make", [static_net, dynamic_net])
+def test_hat_is_its_equation(make: Any) -> None:
+    net, data = make().double().train(), batch()
+    data = data._replace(x=data.x.double())
+    teacher = static_net().double().eval()
+    x_adv = shifted(data.x, data.y, index=data.index).double()
+    x_help = data.x + 2 * (x_adv - data.x)
+    assert x_help.max() > 1  # beyond the images, unclipped
+    y_help = teacher(x_adv).argmax(1)
+    other, kinds = copy.deepcopy(net), torch.tensor([True] * 10 + [False] * 20)
+    x, type_logits = torch.cat([data.x, x_adv, x_help]), None
+    if make is dynamic_net:
+        routing = other.route(x)
+        logits, type_logits = other(x, is_clean=kinds, routing=routing), routing.type_logits[:20]
+    else:
+        logits = other(x)
+    clean, adversarial, helper = logits[:10], logits[10:20], logits[20:]
+    kl = textbook_kl(clean.softmax(1), adversarial.softmax(1))
+    ce = F.cross_entropy
+    expected = ce(clean, data.y) + 2.5 * kl + 0.5 * ce(helper, y_help) + type_loss(type_logits, 10)
+    attack = lambda x, y, index: x_adv  # noqa: E731
+    found = L.hat(copy.deepcopy(net), data, attack, LossOptions(), Teachers(teacher))
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-10)  # float64
+    assert found.terms["helper"].item() == pytest.approx(ce(helper, y_help).item(), rel=1e-10)
+    options = LossOptions(adv_weight=1.0, helper_weight=2.0)
+    found = L.hat(copy.deepcopy(net), data, attack, options, Teachers(teacher))
+    expected = ce(clean, data.y) + kl + 2 * ce(helper, y_help) + type_loss(type_logits, 10)
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-10)
+    with pytest.raises(ValueError, match="clean teacher"):
+        L.hat(net, data, attack, LossOptions())
+
+
+def test_plain_training_may_smooth_its_labels() -> None:
+    net, data = static_net().train(), batch()
+    expected = F.cross_entropy(copy.deepcopy(net)(data.x), data.y, label_smoothing=0.2)
+    found = L.standard(net, data, shifted, LossOptions(label_smoothing=0.2))
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert Standard(label_smoothing=0.2).loss_options().label_smoothing == 0.2
+
+
 def test_mtard_says_what_it_lacks() -> None:
     net, data = static_net(), batch()
     with pytest.raises(ValueError, match="teachers"):
         L.mtard(net, data, shifted, LossOptions(), None, MTARDWeights())
+    with pytest.raises(ValueError, match="teachers"):
+        L.mtard(net, data, shifted, LossOptions(), Teachers(net), MTARDWeights())
     with pytest.raises(ValueError, match="weights"):
         L.mtard(net, data, shifted, LossOptions(), Teachers(net, net))
 
@@ -333,7 +374,18 @@ def test_the_papers_settings() -> None:
     assert (tiny.epochs, tiny.batch_size, tiny.milestones, tiny.temperature) == (50, 128, (25, 40), 5)  # type: ignore[attr-defined]
     digits = recipe_for("mtard", "digits")
     assert (digits.epochs, digits.batch_size, digits.schedule) == (12, 64, "onecycle")
-    assert list_recipes() == ["mtard", "trades", "pgd_at", "standard"]
+    assert list_recipes()[:4] == ["mtard", "trades", "pgd_at", "standard"]
+    assert set(list_recipes()[4:]) == {"mtard_fast", "trades_fast", "pgd_at_fast", "standard_fast", "hat"}
+
+
+def test_the_short_recipes_keep_their_length_and_take_the_data_sets_temperature() -> None:
+    fast = recipe_for("mtard_fast", "tiny_imagenet")
+    assert (fast.epochs, fast.schedule, fast.temperature) == (30, "onecycle", 5)  # type: ignore[attr-defined]
+    assert recipe_for("standard_fast", "digits").epochs == 12
+    helper = recipe_for("hat", "cifar10")
+    assert (helper.lr, helper.weight_decay, helper.schedule) == (0.21, 5e-4, "onecycle")
+    assert helper.teachers == ("clean",)
+    assert isinstance(helper.teacher_recipe("clean"), Standard)
 
 
 def test_overrides_and_milestones_that_move_with_the_length() -> None:
@@ -400,8 +452,8 @@ def test_bad_settings_are_named(wrong: dict[str, Any]) -> None:
 
 
 def test_unknown_recipes_and_settings_are_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown recipe 'hat'.*mtard"):
-        recipe_for("hat", "digits")
+    with pytest.raises(ValueError, match=r"unknown recipe 'tradez'.*mtard"):
+        recipe_for("tradez", "digits")
     with pytest.raises(ValueError, match=r"no setting 'temprature'.*temperature"):
         recipe_for("mtard", "digits", temprature=3)
     with pytest.raises(ValueError, match="no setting 'temperature'"):
@@ -561,18 +613,30 @@ def test_weights_and_training_are_functions_of_the_seed(tmp_path: Path) -> None:
     assert not (tmp_path / "0" / "tensorboard").exists()
 
 
-def test_every_recipe_trains_every_kind_of_model(tmp_path: Path) -> None:
-    teachers = (static_net(), static_net())
-    for name, kind in RECIPES.items():
-        for make in (static_net, dynamic_net):
-            out = tmp_path / f"{name}-{make.__name__}"
-            given = teachers if name == "mtard" else None
-            result = train(
-                quick(kind, epochs=1), make(), SPLITS, out, teachers=given, quiet=True, tensorboard=False
-            )
-            assert result.finished
-            assert ("robust_accuracy" in result.validation) == (name != "standard")
-    assert all(t.training and all(p.requires_grad for p in t.parameters()) for t in teachers)
+@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("model", ["awnet_tiny", "resnet_tiny"])
+def test_every_recipe_trains_every_kind_of_model(tmp_path: Path, name: str, model: str) -> None:
+    splits = load_dataset("digits")
+    splits = Splits(splits.train.subset(24), splits.validation.subset(10), splits.test)
+    recipe = recipe_for(name, "digits", epochs=1, batch_size=12, attack_steps=1)
+    teacher = create_model("resnet_tiny", in_channels=1)
+    given = [teacher] * len(recipe.teachers) or None
+    result = train(recipe, model, splits, tmp_path, teachers=given, quiet=True, tensorboard=False)
+    assert result.finished
+    assert result.history[-1]["skipped_steps"] == 0
+    assert ("robust_accuracy" in result.validation) == recipe.needs_attack
+    assert teacher.training
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
+def test_hat_trains_its_clean_teacher_first(tmp_path: Path) -> None:
+    splits = load_dataset("digits")
+    splits = Splits(splits.train.subset(24), splits.validation.subset(10), splits.test)
+    recipe = recipe_for("hat", "digits", epochs=1, batch_size=12, attack_steps=1)
+    train(recipe, "resnet_tiny", splits, tmp_path / "run", quiet=True, tensorboard=False)
+    assert [path.name for path in (tmp_path / "run" / "teachers").iterdir()] == ["clean"]
+    with pytest.raises(ValueError, match=r"teachers of hat must be 1, \(clean\)"):
+        train(recipe, "resnet_tiny", splits, tmp_path / "b", teachers=("a", "b"), quiet=True)
 
 
 def test_validation_may_be_rarer_and_smaller(tmp_path: Path) -> None:
@@ -645,8 +709,8 @@ def test_what_it_prints(
         ({"max_minutes": 0}, ValueError, "max_minutes"),
         ({"select_on": "train"}, ValueError, "select_on"),
         ({"teachers": ("a", "b")}, ValueError, "'pgd_at' takes no teachers"),
-        ({"recipe": quick(MTARD), "teachers": "runs/a"}, ValueError, "two, "),
-        ({"recipe": quick(MTARD), "teachers": (static_net(),)}, ValueError, "two, "),
+        ({"recipe": quick(MTARD), "teachers": "runs/a"}, ValueError, r"2, \(clean, robust\)"),
+        ({"recipe": quick(MTARD), "teachers": (static_net(),)}, ValueError, r"2, \(clean, robust\)"),
         ({"recipe": quick(MTARD), "teachers": (1, 2)}, TypeError, "a teacher must be a module or a path"),
         ({"recipe": quick(MTARD), "teachers": ("/none/a", "/none/b")}, FileNotFoundError, "/none/a"),
         (

@@ -3,20 +3,41 @@
 from awnet.training.logging import read_log
 from awnet.training.loop import RunResult, train
 from awnet.training.losses import LossOptions, LossResult, MTARDWeights, Teachers
-from awnet.training.recipes import MTARD, PGDAT, RECIPES, Recipe, Standard, Trades, list_recipes, recipe_for
+from awnet.training.recipes import (
+    HAT,
+    MTARD,
+    PGDAT,
+    RECIPES,
+    MTARDFast,
+    PGDATFast,
+    Recipe,
+    Standard,
+    StandardFast,
+    Trades,
+    TradesFast,
+    list_recipes,
+    recipe_for,
+)
+from awnet.training.step import TrainingStep
 
 __all__ = [
+    "HAT",
     "MTARD",
     "PGDAT",
     "RECIPES",
     "LossOptions",
     "LossResult",
+    "MTARDFast",
     "MTARDWeights",
+    "PGDATFast",
     "Recipe",
     "RunResult",
     "Standard",
+    "StandardFast",
     "Teachers",
     "Trades",
+    "TradesFast",
+    "TrainingStep",
     "list_recipes",
     "read_log",
     "recipe_for",

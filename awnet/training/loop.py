@@ -34,7 +34,7 @@ from awnet.models import create_model, load_model, save_model
 from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, read_log
 from awnet.training.losses import Teachers
-from awnet.training.recipes import MTARD, Recipe
+from awnet.training.recipes import Recipe
 from awnet.training.step import Numerics, TrainingStep, numerics
 
 SAVE_EVERY_SECONDS = 600.0  # within an epoch; at its end a checkpoint is written anyway
@@ -86,8 +86,8 @@ def train(
     device: "cpu", "cuda", "cuda:1"…; a GPU where there is one, by default.
     resume: go on with the run in ``out``, if there is one; a finished one is only loaded.
     overwrite: delete the run in ``out`` first.
-    teachers: (clean, robust) for a recipe that distils: modules, run folders or .safetensors files. Where
-        none are given they are trained first, into ``out/teachers/clean`` and ``out/teachers/robust``.
+    teachers: what ``recipe.teachers`` names, (clean, robust) for MTARD: modules, run folders or .safetensors
+        files. Where none are given they are trained first, into ``out/teachers/clean`` and so on.
     max_minutes: stop, with a checkpoint, after so long.
     select_on: the part whose W-Robust accuracy (PGD-20) picks the best checkpoint: held-out training images,
         or the test images, which is the paper's protocol and flatters the result; it is recorded.
@@ -110,12 +110,12 @@ def train(
     for part in ("train", select_on):
         if not len(getattr(splits, part)):
             raise ValueError(f"splits.{part} is empty: it is needed to train or to select a checkpoint")
-    if teachers is not None and not recipe.needs_teachers:
+    if teachers is not None and not recipe.teachers:
         raise ValueError(f"recipe {recipe.name!r} takes no teachers")
     folder, where = Path(out), _device(device)
     model = _model(model, splits.train, seed).to(where)
     _check_outputs(model, splits.train, where)
-    given = None if teachers is None else _load_teachers(teachers, where)
+    given = None if teachers is None else _load_teachers(teachers, recipe, where)
 
     config = {
         "recipe": recipe.to_dict(),
@@ -143,10 +143,9 @@ def train(
             return _result(model, folder, state["best"], finished=True)
         _add_session(folder, session, reporter)
 
-    if recipe.needs_teachers and given is None:
-        assert isinstance(recipe, MTARD)
+    if recipe.teachers and given is None:
         made = []
-        for kind in ("clean", "robust"):
+        for kind in recipe.teachers:
             teacher_recipe, name = recipe.teacher_recipe(kind), _teacher_name(model)
             place = folder / "teachers" / kind
             reporter.say(f"no {kind} teacher was given: {name}, trained by {teacher_recipe.name}, in {place}")
@@ -519,9 +518,12 @@ def _check_outputs(model: nn.Module, data: Dataset, device: torch.device) -> Non
         )
 
 
-def _load_teachers(teachers: Sequence[TeacherSource], device: torch.device) -> Teachers:
-    if isinstance(teachers, str | Path) or len(teachers) != 2:
-        raise ValueError("teachers must be two, (clean, robust): modules, run folders or .safetensors files")
+def _load_teachers(teachers: Sequence[TeacherSource], recipe: Recipe, device: torch.device) -> Teachers:
+    if isinstance(teachers, str | Path) or len(teachers) != len(recipe.teachers):
+        raise ValueError(
+            f"teachers of {recipe.name} must be {len(recipe.teachers)}, ({', '.join(recipe.teachers)}): "
+            "modules, run folders or .safetensors files"
+        )
     return Teachers(*(_as_teacher(teacher, device) for teacher in teachers))
 
 
@@ -562,12 +564,12 @@ def _describe_teachers(
 ) -> dict[str, dict[str, Any]] | None:
     """By their weights, which are the same wherever the files lie; or as this run trains them."""
     if given is not None:
-        return {kind: {"weights": checkpoint.fingerprint(one)} for kind, one in given._asdict().items()}
-    if not isinstance(recipe, MTARD):
+        return {kind: {"weights": checkpoint.fingerprint(getattr(given, kind))} for kind in recipe.teachers}
+    if not recipe.teachers:
         return None
     return {
         kind: {"model": _teacher_name(model), "recipe": recipe.teacher_recipe(kind).to_dict()}
-        for kind in ("clean", "robust")
+        for kind in recipe.teachers
     }
 
 

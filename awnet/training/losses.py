@@ -44,6 +44,8 @@ class LossOptions:
     temperature: τ of the distillation, on both sides.
     kl_reduction: ``batchmean`` sums over the classes and takes the mean over the batch; ``elementmean``
         takes the mean over both, as MTARD's code does (smaller by the number of classes).
+    label_smoothing: of the cross-entropy of ``standard``, in [0, 1).
+    helper_weight: γ, the factor of the helper term in ``hat``.
     router_passes: ``joint`` routes clean and adversarial images in one batch; ``separate`` in two, whose
         plain batch norms then see one kind only, in training, and so may leak it.
     """
@@ -54,6 +56,8 @@ class LossOptions:
     consistency: float = 0.0
     temperature: float = 1.0
     kl_reduction: Literal["batchmean", "elementmean"] = "batchmean"
+    label_smoothing: float = 0.0
+    helper_weight: float = 0.5
     router_passes: Literal["joint", "separate"] = "joint"
 
 
@@ -65,10 +69,13 @@ class LossResult(NamedTuple):
 
 
 class Teachers(NamedTuple):
-    """Two models in eval mode that need no gradient; images [B, C, H, W] to logits [B, K]."""
+    """Models in eval mode that need no gradient; images [B, C, H, W] to logits [B, K].
+
+    ``robust`` is None for a loss that asks the clean one only.
+    """
 
     clean: nn.Module
-    robust: nn.Module
+    robust: nn.Module | None = None
 
 
 class Loss(Protocol):
@@ -142,6 +149,7 @@ class _Pass(NamedTuple):
     adversarial: Tensor  # [B, K]
     type_logits: Tensor | None  # [2B, 2], clean images first; None for a static model
     is_clean: Tensor  # bool [2B]
+    helper: Tensor | None = None  # [B, K]
 
 
 def is_dynamic(model: nn.Module) -> bool:
@@ -149,27 +157,42 @@ def is_dynamic(model: nn.Module) -> bool:
     return hasattr(model, "route")
 
 
-def _joint_pass(model: nn.Module, clean: Tensor, adversarial: Tensor, options: LossOptions) -> _Pass:
-    """One training-mode forward over [clean; adversarial], each sample through the branch of its kind."""
+def _joint_pass(
+    model: nn.Module,
+    clean: Tensor,
+    adversarial: Tensor,
+    options: LossOptions,
+    helper: Tensor | None = None,
+) -> _Pass:
+    """One training-mode forward over [clean; adversarial; helper], each sample through its kind's branch.
+
+    The helper images, if any, are perturbed ones and take the adversarial branch; the type loss leaves them
+    out.
+    """
     size = len(clean)
-    x = torch.cat([clean, adversarial])
-    is_clean = torch.arange(2 * size, device=x.device) < size
+    perturbed = adversarial if helper is None else torch.cat([adversarial, helper])
+    x = torch.cat([clean, perturbed])
+    is_clean = torch.arange(len(x), device=x.device) < size
+    type_logits = None
     if not is_dynamic(model):
-        logits = _wide(model(x))
-        return _Pass(logits[:size], logits[size:], None, is_clean)
-    route: Callable[[Tensor], Any] = model.route  # type: ignore[assignment]
-    if options.router_passes == "joint":
-        routing = route(x)
+        logits = model(x)
     else:
-        one, two = route(clean), route(adversarial)
-        routing = replace(
-            one,
-            type_logits=_cat(one.type_logits, two.type_logits),
-            p_clean=_cat(one.p_clean, two.p_clean),
-            filter_scales=[_cat(a, b) for a, b in zip(one.filter_scales, two.filter_scales, strict=True)],
-        )
-    logits = _wide(model(x, is_clean=is_clean, routing=routing))
-    return _Pass(logits[:size], logits[size:], routing.type_logits, is_clean)
+        route: Callable[[Tensor], Any] = model.route  # type: ignore[assignment]
+        if options.router_passes == "joint":
+            routing = route(x)
+        else:
+            one, two = route(clean), route(perturbed)
+            routing = replace(
+                one,
+                type_logits=_cat(one.type_logits, two.type_logits),
+                p_clean=_cat(one.p_clean, two.p_clean),
+                filter_scales=[_cat(a, b) for a, b in zip(one.filter_scales, two.filter_scales, strict=True)],
+            )
+        logits = model(x, is_clean=is_clean, routing=routing)
+        if routing.type_logits is not None:
+            type_logits = routing.type_logits[: 2 * size]
+    parts = _wide(logits).split(size)
+    return _Pass(parts[0], parts[1], type_logits, is_clean[: 2 * size], None if helper is None else parts[2])
 
 
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -203,7 +226,7 @@ def standard(
     teachers: Teachers | None = None,
     weights: MTARDWeights | None = None,
 ) -> LossResult:
-    """Plain training, L = CE(S(x), y), without adversarial images.
+    """Plain training, L = CE(S(x), y), without adversarial images; labels may be smoothed.
 
     A dynamic model learns its clean branch only; its type loss teaches it to call every image clean.
     """
@@ -215,7 +238,7 @@ def standard(
     else:
         logits, type_logits = model(x), None
     logits = _wide(logits)
-    nat = F.cross_entropy(logits, y)
+    nat = F.cross_entropy(logits, y, label_smoothing=options.label_smoothing)
     outputs = _Pass(logits, logits, type_logits, is_clean)
     return _result({"nat": nat}, nat, outputs, replace(options, consistency=0.0))
 
@@ -276,7 +299,7 @@ def mtard(
 
     S^τ and T^τ are softmax(logits / τ); the weights are ``MTARDWeights``, or fixed by ``options.adv_weight``.
     """
-    if teachers is None:
+    if teachers is None or teachers.robust is None:
         raise ValueError("mtard needs teachers: pass Teachers(clean=..., robust=...)")
     if weights is None and options.adv_weight is None:
         raise ValueError("mtard adapts its weights: pass weights=MTARDWeights(device), or fix adv_weight")
@@ -295,3 +318,35 @@ def mtard(
         assert weights is not None
         w_nat, w_adv = weights.update(nat, adv)
     return _result({"nat": nat, "adv": adv, "w_nat": w_nat}, w_nat * nat + w_adv * adv, outputs, options)
+
+
+def hat(
+    model: nn.Module,
+    batch: Batch,
+    attack: Attack,
+    options: LossOptions,
+    teachers: Teachers | None = None,
+    weights: MTARDWeights | None = None,
+) -> LossResult:
+    """Helper-based adversarial training (Rade and Moosavi-Dezfooli, ICLR 2022): TRADES and helper images.
+
+        L = CE(S(x), y) + 2.5 KL(p_nat ‖ p_adv) + ½ CE(S(x_help), y_help) + L_type
+        x_help = x + 2 (x_adv − x),   y_help = argmax T_nat(x_adv)
+
+    x_help lies outside the ball, and is not clipped to [0, 1]; its label is what a plainly trained network
+    takes x_adv for, so that the margin grows no further than that network's.
+    """
+    if teachers is None:
+        raise ValueError("hat needs a clean teacher: pass Teachers(clean=...)")
+    x = batch.x
+    x_adv = attack(x, batch.y, index=batch.index)
+    with torch.no_grad():
+        y_help = teachers.clean(x_adv).argmax(1)
+    outputs = _joint_pass(model, x, x_adv, options, helper=x + 2 * (x_adv - x))
+    assert outputs.helper is not None
+    nat = F.cross_entropy(outputs.clean, batch.y)
+    adv = kl_divergence(outputs.clean, outputs.adversarial)
+    helper = F.cross_entropy(outputs.helper, y_help)
+    factor = 2.5 if options.adv_weight is None else options.adv_weight
+    total = nat + factor * adv + options.helper_weight * helper
+    return _result({"nat": nat, "adv": adv, "helper": helper}, total, outputs, options)

@@ -22,6 +22,8 @@ from awnet.data import ThreatModel
 from awnet.training import losses
 from awnet.training.losses import Attack, Loss, LossOptions, is_dynamic
 
+TeacherKind = Literal["clean", "robust"]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -55,7 +57,7 @@ class Recipe:
     name: ClassVar[str]
     loss: ClassVar[Loss]
     needs_attack: ClassVar[bool] = True
-    needs_teachers: ClassVar[bool] = False
+    teachers: ClassVar[tuple[TeacherKind, ...]] = ()  # what must be there before training begins
 
     epochs: int = 100
     batch_size: int = 256
@@ -187,6 +189,19 @@ class Recipe:
             )
         return MultiStepLR(optimizer, [m * steps_per_epoch for m in self.milestones], gamma=self.lr_decay)
 
+    def teacher_recipe(self, kind: TeacherKind) -> Recipe:
+        """How this recipe trains a teacher that it was not given: plainly or robustly, for as long."""
+        teacher = Standard if kind == "clean" else self._robust_teacher()
+        shared = (
+            "epochs batch_size lr momentum weight_decay schedule milestones lr_decay attack_steps "
+            "attack_step_size attack_noise precision layout accumulate clip_norm validate_every "
+            "validate_limit log_every"
+        )
+        return teacher(**{name: getattr(self, name) for name in shared.split()})
+
+    def _robust_teacher(self) -> type[Recipe]:
+        return Trades
+
     def to_dict(self) -> dict[str, Any]:
         """All settings, JSON-ready, with the method's name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -197,6 +212,8 @@ class Recipe:
 class Standard(Recipe):
     """Plain training on clean images.
 
+    label_smoothing: share of the label spread over all classes, in [0, 1).
+
     ``awnet train --recipe standard --data digits --model resnet_tiny``: 99.5 % of the validation images
     (seed 0). Time and accuracy on CIFAR and Tiny-ImageNet: not measured.
     """
@@ -204,6 +221,12 @@ class Standard(Recipe):
     name: ClassVar[str] = "standard"
     loss: ClassVar[Loss] = staticmethod(losses.standard)
     needs_attack: ClassVar[bool] = False
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "label_smoothing", _is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -254,7 +277,7 @@ class MTARD(Recipe):
 
     name: ClassVar[str] = "mtard"
     loss: ClassVar[Loss] = staticmethod(losses.mtard)
-    needs_teachers: ClassVar[bool] = True
+    teachers: ClassVar[tuple[TeacherKind, ...]] = ("clean", "robust")
 
     temperature: float = 1.0
     kl_reduction: Literal["batchmean", "elementmean"] = "batchmean"
@@ -272,14 +295,8 @@ class MTARD(Recipe):
         ):
             _check(self, name, lambda v: True, lambda v, c=choices: v in c, f"one of {choices}")
 
-    def teacher_recipe(self, kind: Literal["clean", "robust"]) -> Recipe:
-        """How this recipe trains a teacher that it was not given: plainly or robustly, for as long."""
-        teacher = Standard if kind == "clean" else RECIPES[self.robust_teacher]
-        shared = (
-            "epochs batch_size lr momentum weight_decay schedule milestones lr_decay attack_steps "
-            "attack_step_size attack_noise validate_every validate_limit log_every"
-        )
-        return teacher(**{name: getattr(self, name) for name in shared.split()})
+    def _robust_teacher(self) -> type[Recipe]:
+        return RECIPES[self.robust_teacher]
 
     def weight_lr_at(self, epoch: int) -> float:
         """η during ``epoch`` (the first is 0)."""
@@ -288,11 +305,125 @@ class MTARD(Recipe):
         return self.weight_lr * self.lr_decay ** sum(epoch >= m for m in self.milestones)
 
 
-RECIPES: dict[str, type[Recipe]] = {r.name: r for r in (MTARD, Trades, PGDAT, Standard)}
+@dataclass(frozen=True)
+class HAT(Trades):
+    """TRADES, and helper images beyond the ball that a clean teacher labels (Rade and Moosavi-Dezfooli).
 
-# What differs from the defaults (the paper's CIFAR settings), per data set.
+    adv_weight: β, 2.5 if None.
+    helper_weight: γ.
+
+    ``awnet train --recipe hat --data cifar10 --model resnet18``, which trains the clean teacher too.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "hat"
+    loss: ClassVar[Loss] = staticmethod(losses.hat)
+    teachers: ClassVar[tuple[TeacherKind, ...]] = ("clean",)
+
+    epochs: int = 50
+    batch_size: int = 128
+    lr: float = 0.21
+    router_lr: float = 0.021
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "onecycle"] = "onecycle"
+    validate_every: int = 5
+    helper_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "helper_weight", _is_number, lambda v: v >= 0, "a number of at least 0")
+
+    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+        step_size = threat_model.train_step_size
+        return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
+
+
+# Short runs: one cycle of the learning rate in place of many epochs at a constant one
+
+
+@dataclass(frozen=True)
+class MTARDFast(MTARD):
+    """MTARD in 30 epochs by OneCycle; teachers that it is not given are trained likewise.
+
+    ``awnet train --recipe mtard_fast --data cifar10 --model awnet_resnet18``.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "mtard_fast"
+
+    epochs: int = 30
+    lr: float = 0.2
+    router_lr: float = 0.02
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "onecycle"] = "onecycle"
+    validate_every: int = 5
+
+
+@dataclass(frozen=True)
+class TradesFast(Trades):
+    """TRADES in 30 epochs by OneCycle.
+
+    ``awnet train --recipe trades_fast --data cifar10 --model resnet18``.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "trades_fast"
+
+    epochs: int = 30
+    lr: float = 0.2
+    router_lr: float = 0.02
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "onecycle"] = "onecycle"
+    validate_every: int = 5
+
+
+@dataclass(frozen=True)
+class PGDATFast(PGDAT):
+    """PGD-AT in 30 epochs by OneCycle.
+
+    ``awnet train --recipe pgd_at_fast --data cifar10 --model resnet18``.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "pgd_at_fast"
+
+    epochs: int = 30
+    lr: float = 0.2
+    router_lr: float = 0.02
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "onecycle"] = "onecycle"
+    validate_every: int = 5
+
+
+@dataclass(frozen=True)
+class StandardFast(Standard):
+    """A clean teacher in 18 epochs of large batches by OneCycle, meant for a minute or two on an H200.
+
+    ``awnet train --recipe standard_fast --data cifar10 --model resnet18``.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "standard_fast"
+
+    epochs: int = 18
+    batch_size: int = 512
+    lr: float = 0.4
+    router_lr: float = 0.04
+    weight_decay: float = 5e-4
+    schedule: Literal["step", "onecycle"] = "onecycle"
+    validate_every: int = 6
+
+
+_PAPERS = (MTARD, Trades, PGDAT, Standard)
+RECIPES: dict[str, type[Recipe]] = {
+    kind.name: kind for kind in (*_PAPERS, MTARDFast, TradesFast, PGDATFast, StandardFast, HAT)
+}
+
+# What differs from a recipe's defaults (for the paper's methods its CIFAR settings), per data set.
 _SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 12, "batch_size": 64, "schedule": "onecycle", "validate_every": 3},
+}
+_PAPERS_SETTINGS: dict[str, dict[str, Any]] = {
     "tiny_imagenet": {"epochs": 50, "batch_size": 128, "milestones": (25, 40)},
 }
 _MTARD_SETTINGS: dict[str, dict[str, Any]] = {
@@ -310,7 +441,7 @@ def list_recipes() -> list[str]:
 def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
     """The recipe ``name`` with its settings for a data set; ``overrides`` change single ones.
 
-    An unknown data set gets the paper's CIFAR-10 settings. Milestones that a shorter run would never reach
+    An unknown data set gets the recipe's CIFAR-10 settings. Milestones that a shorter run would never reach
     move with it: 75 and 90 of 100 epochs become 7 and 9 of 10.
     """
     if name not in RECIPES:
@@ -321,7 +452,9 @@ def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
         if key not in known:
             raise ValueError(f"recipe {name!r} has no setting {key!r}; it has {', '.join(sorted(known))}")
     settings = dict(_SETTINGS.get(dataset_name, {}))
-    if kind is MTARD:
+    if kind in _PAPERS:
+        settings |= _PAPERS_SETTINGS.get(dataset_name, {})
+    if issubclass(kind, MTARD):
         settings |= _MTARD_SETTINGS.get(dataset_name, {})
     usual = kind(**settings)
     if "epochs" in overrides and "milestones" not in overrides and _is_integer(overrides["epochs"]):
