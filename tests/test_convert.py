@@ -250,6 +250,29 @@ def test_our_own_static_networks(name):
     assert torch.equal(pickle.loads(pickle.dumps(network.eval()))(x), network(x))
 
 
+@pytest.mark.parametrize(
+    ("name", "twin", "width"),
+    [("wrn34_10", "awnet_wrn34_10", 0.04), ("mobilenet_v2", "awnet_mobilenet_v2", 0.1)],
+)
+def test_static_networks_on_other_bases_become_their_awnets(name, twin, width):
+    original = trained(create_model(name, num_classes=5, width=width))
+    network = convert(original, **ROUTER)
+    check_same_logits(original, network)
+    dynamic = create_model(twin, num_classes=5, width=width).dynamic
+    assert network.router.signal_widths == dynamic.signal_widths
+    assert network.dynamic.state_dict().keys() == dynamic.state_dict().keys()
+    check_trains(network)
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("vgg16_bn", 12), ("repvgg_a2", 21)])
+def test_plain_networks_become_dynamic(name, dynamic):
+    original = trained(create_model(name, num_classes=5, width=0.06))
+    network = convert(original, **ROUTER)
+    check_same_logits(original, network)
+    assert len(network.router.signal_widths) == dynamic  # the 3×3 convolutions but the first
+    check_trains(network)
+
+
 @pytest.mark.parametrize("bn", ["mix", "dual", "one"])
 def test_options(bn):
     original = trained(Residual())
@@ -477,6 +500,14 @@ REFUSED = {
     "a dynamic layer": (
         lambda: simple(FilterScaledConv2d(4, 4, 3)),
         r"cannot convert '1' \(FilterScaledConv2d\)",
+    ),
+    "a two-branch norm": (
+        lambda: simple(MixBatchNorm2d(4)),
+        r"'1' \(MixBatchNorm2d\): it has two branches",
+    ),
+    "a fused RepVGG": (
+        lambda: create_model("repvgg_a2", width=0.05, fused=True),
+        "RepVGG has no nn.BatchNorm2d",
     ),
     "a two-branch layer": (lambda: simple(AWConv2d(4, 4, 3, dynamic=False)), r"'1' \(AWConv2d\).*already"),
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from awnet.models import awnet, resnet
+from awnet.models import awnet, mobilenet, repvgg, resnet, swin, vgg, wide_resnet
 
 Build = Callable[..., nn.Module]
 _REGISTRY: dict[str, Build] = {}
@@ -28,10 +28,18 @@ def register_model(name: str, build: Build) -> None:
     _REGISTRY[name] = build
 
 
-for _name in resnet.NAMES:
-    register_model(_name, partial(resnet.ResNet, _name))
-for _name in awnet.NAMES:
-    register_model(_name, partial(awnet.AWResNet, _name))
+_FAMILIES: tuple[tuple[tuple[str, ...], Build], ...] = (
+    (awnet.NAMES, awnet.AWResNet),
+    (mobilenet.NAMES, mobilenet.MobileNetV2),
+    (repvgg.NAMES, repvgg.RepVGG),
+    (resnet.NAMES, resnet.ResNet),
+    (swin.NAMES, swin.Swin),
+    (vgg.NAMES, vgg.VGG),
+    (wide_resnet.NAMES, wide_resnet.WideResNet),
+)
+for _names, _class in _FAMILIES:
+    for _name in _names:
+        register_model(_name, partial(_class, _name))
 
 
 def list_models(pattern: str = "*") -> list[str]:

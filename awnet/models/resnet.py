@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from awnet.models.common import config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import Backbone, BlockKind
 
@@ -18,6 +19,10 @@ class Architecture(NamedTuple):
     block: BlockKind
     blocks: tuple[int, ...]
     widths: tuple[int, ...]
+
+    def scaled(self, width: float) -> Architecture:
+        """With every stage ``width`` times as wide."""
+        return self._replace(widths=tuple(scaled(own, width) for own in self.widths))
 
 
 ARCHITECTURES = {
@@ -33,36 +38,34 @@ class ResNet(Backbone, OnHub):
     """A static CIFAR ResNet: the AW-Net's dynamic sub-network with plain convolutions and one batch norm.
 
     It runs through the same fused layer, so a comparison with an AW-Net measures the dynamics alone.
+    ``width`` multiplies the channels of every stage.
     """
 
-    def __init__(self, name: str = "resnet18", num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self, name: str = "resnet18", num_classes: int = 10, in_channels: int = 3, *, width: float = 1.0
+    ) -> None:
         if name == "resnet_tiny_wide":
-            architecture = _wide(num_classes, in_channels)
+            architecture = _wide(num_classes, in_channels, width)
         elif name in ARCHITECTURES:
-            architecture = ARCHITECTURES[name]
+            architecture = ARCHITECTURES[name].scaled(width)
         else:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
         super().__init__(
             *architecture, num_classes=num_classes, in_channels=in_channels, dynamic=False, bn="one"
         )
-        self.config: dict[str, Any] = {
-            "name": name,
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "options": {},
-        }
+        self.config: dict[str, Any] = config(name, num_classes, in_channels, width=width)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes]."""
         return super().forward(x)
 
 
-def _wide(num_classes: int, in_channels: int) -> Architecture:
+def _wide(num_classes: int, in_channels: int, width: float) -> Architecture:
     """Widths 25-50-c with the c that brings the parameters nearest awnet_tiny's: 98 for ten classes."""
     from awnet.models.awnet import AWResNet  # which imports this module
 
     def wide(last: int) -> Architecture:
-        return Architecture("basic", (1, 1, 1), (25, 50, last))
+        return Architecture("basic", (1, 1, 1), (scaled(25, width), scaled(50, width), last))
 
     def count(last: int) -> int:
         network = Backbone(
@@ -71,9 +74,9 @@ def _wide(num_classes: int, in_channels: int) -> Architecture:
         return parameter_count(network)
 
     with torch.device("meta"):  # counting needs no memory and draws no random numbers
-        target = parameter_count(AWResNet("awnet_tiny", num_classes, in_channels))
-        last = bisect(range(128), target, lo=1, key=count)  # the first with more
-        return wide(min(last, last - 1, key=lambda c: abs(count(c) - target)))
+        target = parameter_count(AWResNet("awnet_tiny", num_classes, in_channels, width=width))
+        last = bisect(range(scaled(128, width)), target, lo=1, key=count)  # the first with more
+        return wide(min(last, max(1, last - 1), key=lambda c: abs(count(c) - target)))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Modules: layers, blocks, backbone, router, the network, and conversion of existing CNNs."""
 
-from awnet.nn.backbone import Backbone
-from awnet.nn.blocks import AWBasicBlock, AWBottleneck
+from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
+from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
 from awnet.nn.conversion import convert
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d
 from awnet.nn.network import AWNet
@@ -11,12 +11,16 @@ __all__ = [
     "AWBasicBlock",
     "AWBottleneck",
     "AWConv2d",
+    "AWInvertedResidual",
     "AWNet",
+    "AWPreActivationBlock",
     "AdversarialRouter",
     "Backbone",
     "FilterScaledConv2d",
     "FixedRouter",
     "MixBatchNorm2d",
+    "MobileBackbone",
     "Routing",
+    "WideBackbone",
     "convert",
 ]

@@ -1,14 +1,18 @@
-"""The CIFAR ResNet: dynamic sub-network, feature extractor of the router, and static twin."""
+"""Dynamic sub-networks of blocks: CIFAR ResNet, WideResNet and MobileNet-v2; each is its static twin as well.
+
+The ResNet is also the feature extractor of the router.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, cast
 
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from awnet.nn.blocks import AWBasicBlock, AWBottleneck, Block
-from awnet.nn.layers import AWConv2d, Branches, check_image
+from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock, Block
+from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes
 
 fx.wrap("check_image")  # one node where the network is traced: its branches look at shapes
 
@@ -16,66 +20,22 @@ BlockKind = Literal["basic", "bottleneck"]
 _BLOCKS: dict[str, type[AWBasicBlock | AWBottleneck]] = {"basic": AWBasicBlock, "bottleneck": AWBottleneck}
 
 
-class Backbone(nn.Module):
-    """3×3 stem of stride 1, no max-pool, stages of residual blocks, global average pool, linear classifier.
+class BlockNetwork(nn.Module):
+    """Stem, stages of blocks, whatever follows the last block, global average pool, linear classifier.
 
-    Every stage but the first halves the image, so any size from 1×1 up works. Weights start as torch's layers
-    start them (Kaiming uniform), as in the CIFAR ResNets of the adversarial-training literature.
-
-    Args:
-        block: ``"basic"`` or ``"bottleneck"``.
-        blocks: number of blocks of each stage.
-        widths: width of each stage; the stem has the first.
-        num_classes: None leaves the classifier out (a feature extractor).
-        in_channels: channels of the images.
-        dynamic: whether the blocks' 3×3 convolutions take filter scales.
-        dynamic_shortcut: whether 1×1 shortcut convolutions do so as well.
-        bn: the branches of every batch norm, see :class:`~awnet.nn.MixBatchNorm2d`.
+    A subclass sets ``stem``, ``stages`` and ``classifier``.
     """
 
-    def __init__(
-        self,
-        block: BlockKind,
-        blocks: Sequence[int],
-        widths: Sequence[int],
-        *,
-        num_classes: int | None = 10,
-        in_channels: int = 3,
-        dynamic: bool = True,
-        dynamic_shortcut: bool = False,
-        bn: Branches = "mix",
-    ) -> None:
+    stem: nn.Module
+    stages: nn.ModuleList
+    classifier: nn.Linear | None
+
+    def __init__(self, num_classes: int | None, in_channels: int, widths: Sequence[int]) -> None:
         super().__init__()
-        if block not in _BLOCKS:
-            raise ValueError(f"block must be one of {list(_BLOCKS)}, got {block!r}")
-        if not widths or len(widths) != len(blocks) or min(*widths, *blocks) < 1:
-            raise ValueError(
-                f"widths and blocks need one number of at least 1 for each stage, got widths={list(widths)}, "
-                f"blocks={list(blocks)}"
-            )
-        if in_channels < 1 or (num_classes is not None and num_classes < 1):
-            raise ValueError(
-                f"in_channels and num_classes must be at least 1, got in_channels={in_channels}, "
-                f"num_classes={num_classes}"
-            )
-        make_block = _BLOCKS[block]
+        check_sizes(1 if num_classes is None else num_classes, in_channels)
+        if not widths or min(widths) < 1:
+            raise ValueError(f"widths must be at least 1 in every stage, got {list(widths)}")
         self.in_channels = in_channels
-        self.stem = AWConv2d(in_channels, widths[0], 3, 1, 1, dynamic=False, bn=bn)
-        self.stages = nn.ModuleList()
-        channels = widths[0]
-        for i, (width, count) in enumerate(zip(widths, blocks, strict=True)):
-            stage = nn.ModuleList()
-            for j in range(count):
-                stride = 2 if i > 0 and j == 0 else 1
-                stage.append(
-                    make_block(
-                        channels, width, stride, dynamic=dynamic, dynamic_shortcut=dynamic_shortcut, bn=bn
-                    )
-                )
-                channels = width * make_block.expansion
-            self.stages.append(stage)
-        self.num_features = widths[0] + sum(width * make_block.expansion for width in widths)
-        self.classifier = None if num_classes is None else nn.Linear(channels, num_classes)
 
     @property
     def signal_widths(self) -> list[int]:
@@ -94,7 +54,7 @@ class Backbone(nn.Module):
     ) -> list[Tensor]:
         """The outputs of the stem and of every stage, [B, C, H, W] each."""
         check_image(x, self.in_channels)
-        x = self.stem(x, p_clean=p_clean, is_clean=is_clean)
+        x = self._first(x, p_clean, is_clean)
         outputs = [x]
         taken = 0
         for stage in self._stages():
@@ -124,5 +84,165 @@ class Backbone(nn.Module):
                 f"filter_scales must hold {len(self.signal_widths)} tensors, one for each dynamic "
                 f"convolution, or none; got {len(filter_scales)}"
             )
-        pooled = self.features(x, filter_scales, p_clean, is_clean)[-1].mean((2, 3))  # [B, C]
+        last = self.features(x, filter_scales, p_clean, is_clean)[-1]
+        pooled = self._last(last, p_clean, is_clean).mean((2, 3))  # [B, C]
         return self.classifier(pooled)
+
+    def _first(self, x: Tensor, p_clean: Tensor | None, is_clean: Tensor | None) -> Tensor:
+        """Before the first block."""
+        return self.stem(x, p_clean=p_clean, is_clean=is_clean)
+
+    def _last(self, x: Tensor, p_clean: Tensor | None, is_clean: Tensor | None) -> Tensor:
+        """After the last block, before the pool."""
+        return x
+
+
+class Backbone(BlockNetwork):
+    """3×3 stem of stride 1, no max-pool, stages of residual blocks, global average pool, linear classifier.
+
+    Every stage but the first halves the image, so any size from 1×1 up works. Weights start as torch's layers
+    start them (Kaiming uniform), as in the CIFAR ResNets of the adversarial-training literature.
+
+    Args:
+        block: ``"basic"`` or ``"bottleneck"``.
+        blocks: number of blocks of each stage.
+        widths: width of each stage; the stem has the first.
+        num_classes: None leaves the classifier out (a feature extractor).
+        in_channels: channels of the images.
+        dynamic: whether the blocks' 3×3 convolutions take filter scales.
+        dynamic_shortcut: whether 1×1 shortcut convolutions do so as well.
+        bn: the branches of every batch norm, see :class:`~awnet.nn.MixBatchNorm2d`.
+    """
+
+    def __init__(
+        self,
+        block: BlockKind,
+        blocks: Sequence[int],
+        widths: Sequence[int],
+        *,
+        num_classes: int | None = 10,
+        in_channels: int = 3,
+        dynamic: bool = True,
+        dynamic_shortcut: bool = False,
+        bn: Branches = "mix",
+    ) -> None:
+        if block not in _BLOCKS:
+            raise ValueError(f"block must be one of {list(_BLOCKS)}, got {block!r}")
+        if not widths or len(widths) != len(blocks) or min(*widths, *blocks) < 1:
+            raise ValueError(
+                f"widths and blocks need one number of at least 1 for each stage, got widths={list(widths)}, "
+                f"blocks={list(blocks)}"
+            )
+        super().__init__(num_classes, in_channels, widths)
+        make_block = _BLOCKS[block]
+        self.stem = AWConv2d(in_channels, widths[0], 3, 1, 1, dynamic=False, bn=bn)
+        self.stages = nn.ModuleList()
+        channels = widths[0]
+        for i, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            stage = nn.ModuleList()
+            for j in range(count):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(
+                    make_block(
+                        channels, width, stride, dynamic=dynamic, dynamic_shortcut=dynamic_shortcut, bn=bn
+                    )
+                )
+                channels = width * make_block.expansion
+            self.stages.append(stage)
+        self.num_features = widths[0] + sum(width * make_block.expansion for width in widths)
+        self.classifier = None if num_classes is None else nn.Linear(channels, num_classes)
+
+
+class WideBackbone(BlockNetwork):
+    """WideResNet (Zagoruyko and Komodakis, 2016): three stages of pre-activation blocks.
+
+    A 3×3 stem without batch norm, batch norm and ReLU after the last block; every stage but the first halves
+    the image. The depth is 6·n + 4 with n blocks a stage. :class:`~awnet.nn.AWPreActivationBlock` says how
+    this maps onto AW-Net's layer.
+
+    Args:
+        blocks: number of blocks of each stage, n.
+        stem_width, widths: channels of the stem (16) and of the stages (16·k, 32·k, 64·k).
+        num_classes, in_channels, dynamic, dynamic_shortcut, bn: as in :class:`Backbone`.
+    """
+
+    def __init__(
+        self,
+        blocks: int,
+        stem_width: int,
+        widths: Sequence[int],
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        dynamic: bool = True,
+        dynamic_shortcut: bool = False,
+        bn: Branches = "mix",
+    ) -> None:
+        super().__init__(num_classes, in_channels, [stem_width, *widths])
+        self.stem = nn.Conv2d(in_channels, stem_width, 3, 1, 1, bias=False)
+        self.stages = nn.ModuleList()
+        channels = stem_width
+        for i, width in enumerate(widths):
+            stage = nn.ModuleList()
+            for j in range(blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(
+                    AWPreActivationBlock(
+                        channels, width, stride, dynamic=dynamic, dynamic_shortcut=dynamic_shortcut, bn=bn
+                    )
+                )
+                channels = width
+            self.stages.append(stage)
+        self.norm = MixBatchNorm2d(channels, branches=bn)
+        self.classifier = nn.Linear(channels, num_classes)
+
+    def _first(self, x: Tensor, p_clean: Tensor | None, is_clean: Tensor | None) -> Tensor:
+        return self.stem(x)
+
+    def _last(self, x: Tensor, p_clean: Tensor | None, is_clean: Tensor | None) -> Tensor:
+        return F.relu(self.norm(x, p_clean=p_clean, is_clean=is_clean))
+
+
+class MobileBackbone(BlockNetwork):
+    """MobileNet-v2 (Sandler et al., 2018) for small images: stem and second stage keep the image's size.
+
+    Args:
+        settings: (expansion, width, blocks, stride) of each stage.
+        stem_width, head_width: channels of the stem (32) and of the last 1×1 convolution (1280).
+        num_classes, in_channels, dynamic, bn: see :class:`Backbone`; the depthwise convolutions are dynamic.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[tuple[int, int, int, int]],
+        stem_width: int,
+        head_width: int,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        dynamic: bool = True,
+        bn: Branches = "mix",
+    ) -> None:
+        widths = [width for _, width, _, _ in settings]
+        super().__init__(num_classes, in_channels, [stem_width, *widths, head_width])
+        self.stem = AWConv2d(in_channels, stem_width, 3, 1, 1, dynamic=False, bn=bn)
+        self.stages = nn.ModuleList()
+        channels = stem_width
+        for expansion, width, blocks, stride in settings:
+            stage = nn.ModuleList()
+            for j in range(blocks):
+                stage.append(
+                    AWInvertedResidual(
+                        channels, width, stride if j == 0 else 1, expansion, dynamic=dynamic, bn=bn
+                    )
+                )
+                channels = width
+            self.stages.append(stage)
+        self.head = AWConv2d(channels, head_width, 1, dynamic=False, bn=bn)
+        self.classifier = nn.Linear(head_width, num_classes)
+
+    def _first(self, x: Tensor, p_clean: Tensor | None, is_clean: Tensor | None) -> Tensor:
+        return self.stem(x, p_clean=p_clean, is_clean=is_clean).clamp(max=6)  # with the layer's ReLU: ReLU6
+
+    def _last(self, x: Tensor, p_clean: Tensor | None, is_clean: Tensor | None) -> Tensor:
+        return self.head(x, p_clean=p_clean, is_clean=is_clean).clamp(max=6)

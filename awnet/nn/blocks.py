@@ -1,27 +1,31 @@
-"""Residual blocks of Eq. 16: the shortcut is added inside the last convolution's fused call."""
+"""Residual blocks of Eq. 16, and their counterparts in WideResNet and MobileNet-v2."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awnet.nn.layers import AWConv2d, Branches
+from awnet.nn.layers import AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
+
+
+def is_dynamic(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a convolution that takes filter scales."""
+    return isinstance(layer, FilterScaledConv2d) and getattr(layer, "dynamic", True)
 
 
 class Block(nn.Module):
-    """What the two kinds of block share: which of their convolutions are dynamic, and in which order."""
+    """What all kinds of block share: which of their convolutions are dynamic, and in which order."""
 
-    shortcut: AWConv2d | None
-
-    def convolutions(self) -> list[AWConv2d]:
+    def convolutions(self) -> Sequence[nn.Conv2d]:
         """All convolutions; the dynamic ones among them take ``filter_scales`` in this order."""
         raise NotImplementedError
 
     @property
     def signal_widths(self) -> list[int]:
         """C_out of each dynamic convolution, in order."""
-        return [layer.out_channels for layer in self.convolutions() if layer.dynamic]
+        return [layer.out_channels for layer in self.convolutions() if is_dynamic(layer)]
 
     def _spread(self, filter_scales: Sequence[Tensor]) -> list[Tensor | None]:
         """One entry for each convolution: its ω, or None where it is static or no ω came (ω ≡ 1)."""
@@ -34,7 +38,7 @@ class Block(nn.Module):
                 f"convolution (widths {self.signal_widths}), or none; got {len(filter_scales)}"
             )
         remaining = iter(filter_scales)
-        return [next(remaining) if layer.dynamic else None for layer in layers]
+        return [next(remaining) if is_dynamic(layer) else None for layer in layers]
 
 
 class AWBasicBlock(Block):
@@ -139,3 +143,106 @@ class AWBottleneck(Block):
         hidden = self.conv1(input, p_clean=p_clean, is_clean=is_clean)
         hidden = self.conv2(hidden, scale[1], p_clean=p_clean, is_clean=is_clean)
         return self.conv3(hidden, p_clean=p_clean, is_clean=is_clean, residual=residual)
+
+
+class AWPreActivationBlock(Block):
+    """WideResNet's block, BN → ReLU → conv twice and a shortcut, with dynamic 3×3 convolutions.
+
+    AW-Net's layer is conv → MixBN → ReLU, so here it spans two halves: the first convolution with the batch
+    norm and ReLU that follow it is one fused call. The second convolution has no batch norm of its own: its
+    scaled filters' output is added to the shortcut, and the next block's MixBN normalises the sum.
+
+    A 1×1 convolution where the shape changes takes the activated input, as the first convolution does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        *,
+        dynamic: bool = True,
+        dynamic_shortcut: bool = False,
+        bn: Branches = "mix",
+    ) -> None:
+        super().__init__()
+        self.norm = MixBatchNorm2d(in_channels, branches=bn)
+        self.conv1 = AWConv2d(in_channels, width, 3, stride, 1, dynamic=dynamic, bn=bn)
+        self.conv2 = _convolution(dynamic)(width, width, 3, 1, 1, bias=False)
+        self.shortcut: nn.Conv2d | None = None
+        if stride != 1 or in_channels != width:
+            make = _convolution(dynamic and dynamic_shortcut)
+            self.shortcut = make(in_channels, width, 1, stride, bias=False)
+
+    def convolutions(self) -> list[nn.Conv2d]:
+        return [self.conv1, self.conv2, *([self.shortcut] if self.shortcut is not None else [])]
+
+    def forward(
+        self,
+        input: Tensor,
+        filter_scales: Sequence[Tensor] = (),
+        *,
+        p_clean: Tensor | None = None,
+        is_clean: Tensor | None = None,
+    ) -> Tensor:
+        """``input`` [B, C_in, H, W] → [B, width, H/stride, W/stride]; one ω for each of ``signal_widths``."""
+        scale = self._spread(filter_scales)
+        active = F.relu(self.norm(input, p_clean=p_clean, is_clean=is_clean))
+        hidden = self.conv1(active, scale[0], p_clean=p_clean, is_clean=is_clean)
+        residual = input if self.shortcut is None else _convolve(self.shortcut, active, scale[2])
+        return residual + _convolve(self.conv2, hidden, scale[1])
+
+
+def _convolution(dynamic: bool) -> type[nn.Conv2d]:
+    return FilterScaledConv2d if dynamic else nn.Conv2d
+
+
+def _convolve(layer: nn.Conv2d, input: Tensor, filter_scale: Tensor | None) -> Tensor:
+    return layer(input, filter_scale) if isinstance(layer, FilterScaledConv2d) else layer(input)
+
+
+class AWInvertedResidual(Block):
+    """MobileNet-v2's block: 1×1 that widens → depthwise 3×3 → 1×1 that narrows, without ReLU at the end.
+
+    The depthwise convolution is dynamic, the 1×1 ones are static, as in :class:`AWBottleneck`. The input is
+    added where the shape stays. ReLU6 is the fused layer's ReLU and a clamp.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        expansion: int = 6,
+        *,
+        dynamic: bool = True,
+        bn: Branches = "mix",
+    ) -> None:
+        super().__init__()
+        hidden = expansion * in_channels
+        self.expand = None
+        if expansion != 1:
+            self.expand = AWConv2d(in_channels, hidden, 1, dynamic=False, bn=bn)
+        self.depthwise = AWConv2d(hidden, hidden, 3, stride, 1, groups=hidden, dynamic=dynamic, bn=bn)
+        self.project = AWConv2d(hidden, width, 1, dynamic=False, activation=None, bn=bn)
+        self.adds_input = stride == 1 and in_channels == width
+
+    def convolutions(self) -> list[AWConv2d]:
+        return [*([self.expand] if self.expand is not None else []), self.depthwise, self.project]
+
+    def forward(
+        self,
+        input: Tensor,
+        filter_scales: Sequence[Tensor] = (),
+        *,
+        p_clean: Tensor | None = None,
+        is_clean: Tensor | None = None,
+    ) -> Tensor:
+        """``input`` [B, C_in, H, W] → [B, width, H/stride, W/stride]."""
+        scale = self._spread(filter_scales)[-2]
+        hidden = input
+        if self.expand is not None:
+            hidden = self.expand(input, p_clean=p_clean, is_clean=is_clean).clamp(max=6)
+        hidden = self.depthwise(hidden, scale, p_clean=p_clean, is_clean=is_clean).clamp(max=6)
+        residual = input if self.adds_input else None
+        return self.project(hidden, p_clean=p_clean, is_clean=is_clean, residual=residual)

@@ -182,6 +182,9 @@ def _unfit(module: nn.Module, calls: int) -> str | None:
     if isinstance(module, AWConv2d):
         if module.dynamic or module.bn.branches != "one":
             return "it is dynamic or has two branches already"
+    elif isinstance(module, MixBatchNorm2d):
+        if module.branches != "one":
+            return "it has two branches already"
     elif isinstance(module, _OURS):
         return "it is a layer of an AW-Net already"
     elif isinstance(module, nn.Conv2d) and not _is_conv(module):
@@ -259,7 +262,7 @@ class _Rewriter:
                     module.bn = MixBatchNorm2d.from_batch_norm(module.bn, self.bn)
                     node.args = (_input(node), self._filter_scale(module) if module.dynamic else None)
                     node.kwargs = {**branch, "residual": node.kwargs.get("residual")}
-                elif isinstance(module, nn.BatchNorm2d):
+                elif isinstance(module, nn.BatchNorm2d | MixBatchNorm2d):
                     self._replace(node, MixBatchNorm2d.from_batch_norm(module, self.bn))
                     node.args, node.kwargs = (_input(node),), branch
                 elif isinstance(module, nn.Conv2d) and self._is_dynamic(node):
@@ -289,7 +292,7 @@ class _Rewriter:
         for node in self.graph.nodes:
             follows = any(source in fed for source in node.all_input_nodes)
             is_conv = isinstance(self._module(node), nn.Conv2d)
-            if is_conv and not follows:
+            if is_conv and _input(node) not in fed:  # a fused layer may have a convolution for its residual
                 stems.add(node)
             if is_conv or follows:
                 fed.add(node)

@@ -39,6 +39,15 @@ def check_image(x: Tensor, in_channels: int) -> None:
         )
 
 
+def check_sizes(num_classes: int, in_channels: int) -> None:
+    """Raises ValueError unless a network can be built for so many classes and channels."""
+    if min(num_classes, in_channels) < 1:
+        raise ValueError(
+            f"in_channels and num_classes must be at least 1, got in_channels={in_channels}, "
+            f"num_classes={num_classes}"
+        )
+
+
 def check_is_clean(is_clean: Tensor, x: Tensor) -> None:
     """Raises unless ``is_clean`` is bool [B] for the batch ``x``."""
     if not isinstance(is_clean, Tensor) or is_clean.dtype != torch.bool:

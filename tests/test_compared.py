@@ -1,0 +1,226 @@
+"""Every family of networks, in a narrow version, through all that the package does with a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pyautoattack import checks
+from torch import nn
+
+from awnet import reference
+from awnet.data import Splits, load_dataset
+from awnet.models import create_model, load_model, parameter_count, save_model
+from awnet.nn import AWInvertedResidual, AWPreActivationBlock, MixBatchNorm2d
+from awnet.training import recipe_for, train
+
+# name → options of a narrow version
+NARROW: dict[str, dict[str, Any]] = {
+    "resnet18": {"width": 0.1},
+    "wrn34_8": {"width": 0.06},
+    "vgg16_bn": {"width": 0.125},
+    "repvgg_a2": {"width": 0.1},
+    "mobilenet_v2": {"width": 0.1},
+    "awnet_resnet18": {"width": 0.1},
+    "awnet_wrn34_10": {"width": 0.05, "router_widths": (8, 16)},
+    "awnet_mobilenet_v2": {"width": 0.1, "router_widths": (8, 16)},
+}
+FULL = [
+    *("wrn34_8", "wrn34_10", "wrn70_16", "vgg16_bn", "repvgg_a2", "mobilenet_v2"),
+    *("awnet_wrn34_10", "awnet_mobilenet_v2"),
+]
+# WRN-34-8 and -34-10 differ in width alone
+DIGITS = load_dataset("digits")
+SMALL = Splits(DIGITS.train.subset(32), DIGITS.validation.subset(10), DIGITS.test)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """On networks this small a second thread costs more than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def narrow(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(name, in_channels=1, **NARROW[name])
+
+
+def mode(model: nn.Module, batch: int) -> dict[str, torch.Tensor]:
+    """What the model wants beside the images in training: half of them are taken as clean."""
+    return {"is_clean": torch.arange(batch) % 2 == 0} if hasattr(model, "route") else {}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_overfits_64_images(name: str) -> None:
+    model = narrow(name)
+    batch = next(DIGITS.train.batches(64))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(80):
+        logits = model(batch.x, **mode(model, 64))
+        if (logits.argmax(1) == batch.y).all():
+            return
+        optimizer.zero_grad()
+        F.cross_entropy(logits, batch.y).backward()
+        optimizer.step()
+    pytest.fail(f"{(logits.argmax(1) == batch.y).sum()} of 64 images after 80 steps")
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_trains_stops_resumes_and_is_loaded(name: str, tmp_path: Path) -> None:
+    recipe = recipe_for("pgd_at", "digits", epochs=1, batch_size=16, attack_steps=1, validate_limit=2)
+    settings: dict[str, Any] = {"quiet": True, "tensorboard": False}
+    whole = train(recipe, narrow(name), SMALL, tmp_path / "whole", **settings)
+    part = train(recipe, narrow(name), SMALL, tmp_path / "part", max_minutes=1e-9, **settings)
+    assert not part.finished
+    resumed = train(recipe, narrow(name), SMALL, tmp_path / "part", resume=True, **settings)
+    assert whole.finished
+    assert resumed.finished
+    assert all(torch.isfinite(value).all() for value in whole.model.state_dict().values())
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], value), key
+    x = next(SMALL.test.batches(4)).x
+    assert torch.equal(load_model(tmp_path / "whole")(x), whole.model(x))
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_passes_autoattacks_checks(name: str) -> None:
+    model = narrow(name)
+    for _ in range(2):  # running statistics other than those at the start
+        model(next(DIGITS.train.batches(32)).x, **mode(model, 32))
+    model.eval()
+    batch = next(DIGITS.test.batches(8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checks.check_randomized(model, batch.x, batch.y, n=3)
+        assert checks.check_range_output(model, batch.x) == 10
+        checks.check_dynamic(model, batch.x)
+        x = batch.x.clone().requires_grad_(True)
+        (slope,) = torch.autograd.grad(F.cross_entropy(model(x), batch.y), x)
+        checks.check_zero_gradients(slope)
+    # one image's logits do not depend on the others: NaN there would show
+    spoilt = batch.x.clone()
+    spoilt[1:] = torch.nan
+    assert torch.equal(model(spoilt)[0], model(batch.x)[0])
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("size", [(1, 1), (9, 14)], ids=str)
+def test_any_size(name: str, size: tuple[int, int]) -> None:
+    assert narrow(name).eval()(torch.rand(2, 1, *size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_width_is_a_factor_of_every_layer(name: str) -> None:
+    options = {key: value for key, value in NARROW[name].items() if key == "width"}
+    with torch.device("meta"):
+        full, half, small = (
+            parameter_count(create_model(name, width=width)) for width in (1.0, 0.5, options["width"])
+        )
+    assert 0.24 < half / full < 0.3  # quadratic, but for the first and the last layer and the batch norms
+    assert small < 0.09 * full
+    model = create_model(name, **NARROW[name])
+    assert model.config["options"]["width"] == options["width"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_forward_and_backward(name: str) -> None:
+    model = create_model(name)
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    logits = model(x, **mode(model, 2))
+    F.cross_entropy(logits, torch.tensor([1, 2])).backward()
+    assert logits.shape == (2, 10)
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert x.grad.any()
+
+
+# --- RepVGG
+
+
+def test_repvgg_in_its_fused_form_has_the_same_logits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("repvgg_a2", width=0.1)
+    with pytest.raises(ValueError, match="x must be"):
+        model(torch.rand(2, 1, 8, 8))
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))  # γ, β far from 1, 0
+    for _ in range(5):
+        model(0.5 + torch.rand(16, 3, 12, 12))
+    model.eval()
+    fused = model.fused()
+    x = torch.rand(8, 3, 12, 12)
+    expected = model(x)
+    # float32: two roundings more or less in a kernel that sums three, over 22 blocks
+    torch.testing.assert_close(
+        fused(x), expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max())
+    )
+    double = copy.deepcopy(model).double()
+    torch.testing.assert_close(double.fused()(x.double()), double(x.double()), rtol=1e-12, atol=1e-12)
+    assert not any(isinstance(module, nn.BatchNorm2d | MixBatchNorm2d) for module in fused.modules())
+    assert sum(isinstance(module, nn.Conv2d) for module in fused.modules()) == 22
+    save_model(fused, tmp_path / "fused.safetensors")
+    assert torch.equal(load_model(tmp_path / "fused.safetensors")(x), fused(x))
+    with pytest.raises(ValueError, match="fused form already"):
+        fused.fused()
+
+
+# --- blocks of AW-Nets on other bases, against the paper's equations in float64
+
+
+def _randomised(block: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    block = block.double()
+    for value in [*block.parameters(), *block.buffers()]:
+        if value.is_floating_point():
+            value.data.copy_(0.5 + torch.rand(value.shape, generator=generator, dtype=torch.float64))
+    return block
+
+
+def _norm(norm: MixBatchNorm2d, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return reference.mix_batch_norm(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, p_clean=p)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pre_activation_block_is_the_equations(stride: int) -> None:
+    block = _randomised(AWPreActivationBlock(4, 4 * stride, stride, dynamic_shortcut=True)).eval()
+    x, p = torch.randn(3, 4, 6, 6, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    scales = [torch.rand(3, width, dtype=torch.float64) for width in block.signal_widths]
+    assert block.signal_widths == [4 * stride] * (2 if stride == 1 else 3)
+    conv = reference.filter_scaled_conv2d
+    active = _norm(block.norm, x, p).relu()
+    hidden = conv(active, block.conv1.weight, scales[0], stride=stride, padding=1)
+    hidden = _norm(block.conv1.bn, hidden, p).relu()
+    shortcut = x if stride == 1 else conv(active, block.shortcut.weight, scales[2], stride=2)
+    expected = shortcut + conv(hidden, block.conv2.weight, scales[1], padding=1)
+    torch.testing.assert_close(block(x, scales, p_clean=p), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="filter_scales must hold"):
+        block(x, scales[:1], p_clean=p)
+
+
+@pytest.mark.parametrize(("stride", "expansion"), [(1, 1), (1, 3), (2, 3)])
+def test_inverted_residual_is_the_equations(stride: int, expansion: int) -> None:
+    block = _randomised(AWInvertedResidual(4, 4, stride, expansion)).eval()
+    x, p = 4 * torch.randn(3, 4, 6, 6, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    width = 4 * expansion
+    assert block.signal_widths == [width]
+    omega = torch.rand(3, width, dtype=torch.float64)
+    conv = reference.filter_scaled_conv2d
+    hidden = x
+    if expansion != 1:
+        hidden = F.relu6(_norm(block.expand.bn, conv(x, block.expand.weight, None), p))
+    hidden = conv(hidden, block.depthwise.weight, omega, stride=stride, padding=1, groups=width)
+    hidden = F.relu6(_norm(block.depthwise.bn, hidden, p))
+    assert (hidden == 6).any()
+    expected = _norm(block.project.bn, conv(hidden, block.project.weight, None), p)
+    expected = expected + x if stride == 1 else expected
+    torch.testing.assert_close(block(x, [omega], p_clean=p), expected, rtol=1e-12, atol=1e-12)
