@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from awnet.data import Splits, from_arrays
 from awnet.data.dataset import Batch
 from awnet.models import create_model, load_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone
-from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, read_log, train
+from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, graphs, read_log, train
 from awnet.training.step import Average, TrainingStep, numerics
 
 CPU = torch.device("cpu")
@@ -290,6 +290,145 @@ def test_what_is_reduced_over_ranks_decides() -> None:
     assert step(batch(), shifted)["skipped"].item() == 1
     assert seen == [5]  # four gradients and the loss
     assert same(before, everything(step))
+
+
+class Recorded:
+    """Stands for a graph's output on a CPU: a replay runs the function."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        self.function = function
+
+    def replay(self) -> None:
+        self.value = self.function()
+
+    def clone(self) -> Tensor:
+        return self.value.clone()
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
+    made: list[Recorded] = []
+
+    def capture(function: Callable[[], Tensor]) -> tuple[Any, Callable[[], None]]:
+        made.append(Recorded(function))
+        return made[-1], made[-1].replay
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    return made
+
+
+def test_a_graph_for_each_shape_from_its_second_call_on(recorded: list[Recorded]) -> None:
+    double = graphs.Graphed(lambda x, y: 2 * x + y)
+    for i, shape in enumerate([(3,), (3,), (2,), (3,), (2,), (3,)]):
+        x, y = torch.full(shape, float(i)), torch.rand(shape)
+        assert torch.equal(double(x, y), 2 * x + y)
+        assert len(recorded) == (0, 1, 1, 1, 2, 2)[i]
+    double(torch.rand(3), torch.rand(3), key=0.5)
+    assert len(recorded) == 2  # plain, the first of its key
+
+
+def test_what_cannot_be_captured_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(function: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    double = graphs.Graphed(lambda x: 2 * x)
+    double(torch.ones(2))
+    with pytest.warns(UserWarning, match="not permitted"):
+        assert double(torch.ones(2)).tolist() == [2, 2]
+    assert double(torch.ones(2)).tolist() == [2, 2]  # and says it once
+
+
+def test_a_captured_step_is_the_step(recorded: list[Recorded]) -> None:
+    recipe = MTARD(epochs=2, milestones=(1,), ema_decay=0.9, clip_norm=1.0, weight_lr=0.3)
+    model, teachers = dynamic(), Teachers(linear(), linear())
+    plain, captured = (made(recipe, copy.deepcopy(model), teachers=teachers) for _ in range(2))
+    captured._graphed = graphs.Graphed(captured._learn_from)  # as with capture=True on CUDA
+    for i in range(9):
+        if i == 5:
+            for step in (plain, captured):
+                step.start_epoch(1)  # past the milestone
+        data = batch(7 if i == 4 else 10, seed=i)  # an epoch's last batch is smaller
+        attack = broken if i == 3 else shifted
+        one, other = plain(data, attack), captured(data, attack)
+        assert {n: v.item() for n, v in other.items()} == pytest.approx(
+            {n: v.item() for n, v in one.items()}, nan_ok=True, rel=1e-6
+        )  # float32, whatever the term's dtype
+        assert captured.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
+    assert len(recorded) == 2  # one for each learning rate of MTARD's weights
+    for a, b in zip(everything(plain), everything(captured), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-6)  # a rate in float32
+
+
+def test_capture_needs_a_gpu_and_whole_batches() -> None:
+    with pytest.raises(ValueError, match="capture needs a CUDA device"):
+        made(Standard(capture=True), linear())
+    with pytest.raises(ValueError, match="exclude each other"):
+        Standard(capture=True, accumulate=2)
+
+
+def test_teachers_answer_in_the_steps_precision() -> None:
+    teacher = create_model("resnet_tiny", in_channels=1, num_classes=K).eval()
+    x = torch.rand(5, 1, 8, 8)
+    recipe = MTARD(adv_weight=0.5)
+    plain = made(recipe, dynamic(), teachers=Teachers(copy.deepcopy(teacher), copy.deepcopy(teacher)))
+    low = made(
+        replace(recipe, precision="bfloat16"), dynamic(), teachers=Teachers(teacher, copy.deepcopy(teacher))
+    )
+    assert plain.teachers is not None
+    assert low.teachers is not None
+    exact, rounded = plain.teachers.clean(x), low.teachers.clean(x)
+    assert not exact.requires_grad
+    assert torch.allclose(rounded, exact, atol=0.05)  # 8 bits of mantissa
+    assert not torch.equal(rounded, exact)
+    assert rounded.dtype == torch.float32
+    assert teacher.stem.weight.dtype == torch.bfloat16
+    assert teacher.stem.bn.running_var.dtype == teacher.stem.bn.weight.dtype == torch.float32
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["awnet_tiny", "resnet_tiny"])
+def test_on_a_gpu_a_captured_step_is_the_step(name: str) -> None:
+    device = torch.device("cuda")
+    model = create_model(name, num_classes=K).to(device)
+    teacher = create_model("resnet_tiny", num_classes=K).to(device)
+    recipe = MTARD(epochs=2, ema_decay=0.9, precision="float32", layout="nchw")
+    steps = []
+    for capture in (False, True):
+        teachers = Teachers(copy.deepcopy(teacher), copy.deepcopy(teacher))
+        step = TrainingStep(replace(recipe, capture=capture), copy.deepcopy(model), device, 6, teachers)
+        step.start_epoch(0)
+        steps.append(step)
+    assert steps[1]._graphed is not None
+    for i in range(6):
+        generator = torch.Generator(device).manual_seed(i)
+        x = torch.rand(16, 3, 8, 8, device=device, generator=generator)
+        data = Batch(x, torch.arange(16, device=device) % K, torch.arange(16, device=device))
+        terms = [step(data, lambda x, y, index: 0.9 * x) for step in steps]
+        assert terms[1]["total"].item() == pytest.approx(terms[0]["total"].item(), rel=1e-4)
+    assert not steps[1]._graphed._plain  # it was captured
+    for a, b in zip(everything(steps[0]), everything(steps[1]), strict=True):
+        # atomics in cuDNN's weight gradients, through six steps at a rate of 0.1
+        assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_runs_in_bfloat16_and_a_broken_one_changes_nothing() -> None:
+    device = torch.device("cuda")
+    model = create_model("awnet_tiny", num_classes=K).to(device)
+    teachers = Teachers(*(create_model("resnet_tiny", num_classes=K).to(device) for _ in range(2)))
+    step = TrainingStep(MTARD(ema_decay=0.9), model, device, 6, teachers)
+    step.start_epoch(0)
+    assert step.numerics == ("bfloat16", "channels_last")
+    x, y = torch.rand(16, 3, 8, 8, device=device), torch.arange(16, device=device) % K
+    data = Batch(x, y, torch.arange(16, device=device))
+    for attack, skipped in ((lambda x, y, index: 0.9 * x, 0), (broken, 1), (lambda x, y, index: 0.8 * x, 0)):
+        before = everything(step)
+        assert step(data, attack)["skipped"].item() == skipped
+        assert same(before, everything(step)) == bool(skipped)
+    assert isinstance(step.teachers.clean, graphs.Inference)  # type: ignore[union-attr]
+    assert any(step.teachers.clean._graphed._graphs.values())  # type: ignore[union-attr]
 
 
 # --- in the loop

@@ -437,6 +437,7 @@ def test_the_teachers_recipes_share_the_students_settings() -> None:
         {"accumulate": 0},
         {"clip_norm": 0.0},
         {"ema_decay": 1.0},
+        {"capture": 1},
         {"validate_every": 0},
         {"validate_limit": 0},
         {"log_every": 0},

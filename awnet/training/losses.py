@@ -312,7 +312,7 @@ def mtard(
     nat = tau**2 * kl_divergence(goal_nat, outputs.clean, temperature=tau, reduction=reduction)
     adv = tau**2 * kl_divergence(goal_adv, outputs.adversarial, temperature=tau, reduction=reduction)
     if options.adv_weight is not None:
-        w_adv = torch.as_tensor(options.adv_weight, dtype=nat.dtype, device=nat.device)
+        w_adv = torch.full_like(nat, options.adv_weight, requires_grad=False)
         w_nat = 1 - w_adv
     else:
         assert weights is not None

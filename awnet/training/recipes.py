@@ -49,6 +49,8 @@ class Recipe:
     clip_norm: the gradient is scaled down to this Euclidean norm where it is longer; None leaves it.
     ema_decay: of an exponential moving average of weights and running statistics, which is then validated
         and saved instead of the newest weights; 0 for none.
+    capture: a step after the attack as one CUDA graph, recorded at the second batch of a shape; not together
+        with ``accumulate``. A batch's kernels then cost the host one launch. CUDA only.
     validate_every: epochs between validations (the last epoch is always validated).
     validate_limit: number of held-out images for them, all if None.
     log_every: steps between log lines, and between the points where the host waits for the device.
@@ -82,6 +84,7 @@ class Recipe:
     accumulate: int = 1
     clip_norm: float | None = None
     ema_decay: float = 0.0
+    capture: bool = False
     validate_every: int = 1
     validate_limit: int | None = None
     log_every: int = 50
@@ -98,6 +101,9 @@ class Recipe:
         for name in ("momentum", "type_label_smoothing", "ema_decay"):
             _check(self, name, _is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
         _check(self, "inner_type_weight", _is_number, lambda v: True, "a finite number")
+        _check(self, "capture", lambda v: isinstance(v, bool), lambda v: True, "true or false")
+        if self.capture and self.accumulate > 1:
+            raise ValueError("capture and accumulate exclude each other: leave one of them out")
         for name in ("attack_step_size", "clip_norm"):
             if getattr(self, name) is not None:
                 _check(self, name, _is_number, lambda v: v > 0, "None or a number above 0")

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from awnet.training.graphs import Graphed, Inference
 from awnet.training.losses import Attack, Batch, LossResult, MTARDWeights, Teachers
 from awnet.training.recipes import MTARD, Recipe
 
@@ -42,11 +43,6 @@ def numerics(recipe: Recipe, device: torch.device) -> Numerics:
     return Numerics(precision, layout)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    # without its cache of cast weights: an attack in between would leave casts that know of no gradient
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
-
-
 class TrainingStep:
     """Trains ``model`` by ``recipe``, one batch a call.
 
@@ -55,7 +51,7 @@ class TrainingStep:
     Args:
         recipe: how to train.
         model: on ``device``; trained in place, its convolutions laid out as ``recipe.layout`` says.
-        device: where the batches come from.
+        device: where the model and the batches are.
         steps_per_epoch: for the schedule.
         teachers: for a recipe that distils; private copies, as they are changed in precision and layout.
         reduce: called after the backward pass with the gradients and the loss (0-d), to be averaged in place
@@ -72,16 +68,23 @@ class TrainingStep:
         *,
         reduce: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
+        if recipe.capture and device.type != "cuda":
+            raise ValueError(f"capture needs a CUDA device, got {device}: leave it out")
         self.recipe, self.model, self.device, self.reduce = recipe, model, device, reduce
         self.numerics = numerics(recipe, device)
         self.memory_format = (
             torch.channels_last if self.numerics.layout == "channels_last" else torch.contiguous_format
         )
         model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.teachers = teachers
+        self.teachers = None
+        if teachers is not None:
+            self.teachers = Teachers(*(self._inference(one) for one in teachers if one is not None))
         self.options = recipe.loss_options()
         self.optimizer = recipe.optimizer(model)
         self.scheduler = recipe.scheduler(self.optimizer, steps_per_epoch)
+        self._graphed = Graphed(self._learn_from) if recipe.capture else None
+        self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
+        self._names: list[str] = []
         adapts = isinstance(recipe, MTARD) and recipe.adv_weight is None
         self.weights = MTARDWeights(device) if adapts else None
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
@@ -98,19 +101,38 @@ class TrainingStep:
             # all micro-batches of a step together move the weights as far as one batch would
             self.weights.learning_rate = self.recipe.weight_lr_at(epoch) / self.recipe.accumulate
 
+    def _inference(self, teacher: nn.Module) -> Inference:
+        low = self.numerics.precision == "bfloat16"
+        return Inference(teacher, self._autocast, low, self.memory_format)
+
+    def _autocast(self) -> torch.autocast:
+        low = self.numerics.precision == "bfloat16"
+        # without its cache of cast weights: an attack in between would leave casts that know of no gradient
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+
     def __call__(self, batch: Batch, attack: Attack) -> dict[str, Tensor]:
         """Trains on one batch, in ``recipe.accumulate`` micro-batches.
 
         Returns the loss's terms, means over the batch, with ``grad_norm`` (before clipping) and ``skipped``,
         1 for a step that was left out because loss or gradient was not finite; all 0-d, on the device.
         """
+        batch = _Piece(batch.x.contiguous(memory_format=self.memory_format), batch.y, batch.index)
+        if self._graphed is None:
+            terms = self._learn(batch, attack)
+        else:
+            terms = self._replayed(batch, attack)
+        self.scheduler.step()
+        return terms
+
+    def _learn(self, batch: _Piece, attack: Attack) -> dict[str, Tensor]:
+        """All of a step that happens on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         kept = _Kept(self._guarded())
         pieces = min(self.recipe.accumulate, len(batch.y))
         shares, results = [], []
-        for piece in _pieces(batch, pieces, self.memory_format):
+        for piece in _pieces(batch, pieces):
             share = len(piece.y) / len(batch.y)
-            with autocast(self.device, self.numerics.precision):
+            with self._autocast():
                 result: LossResult = self.recipe.loss(
                     self.model, piece, attack, self.options, self.teachers, self.weights
                 )
@@ -126,7 +148,7 @@ class TrainingStep:
         return [*self.model.buffers(), *own]
 
     def _update(self, total: Tensor, kept: _Kept) -> dict[str, Tensor]:
-        """The optimiser's step, or none where something is not finite; the schedule goes on."""
+        """The optimiser's step, or none where something is not finite."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
                 parameter.grad = _like(parameter, parameter.grad)  # the fused optimiser wants one layout
@@ -141,11 +163,36 @@ class TrainingStep:
         if self.recipe.clip_norm is not None:
             self.optimizer.grad_scale = (norm.float() / self.recipe.clip_norm).clamp(min=1)  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.scheduler.step()
         kept.restore(failed)
         if self.average is not None:
             self.average.update(self.model, failed)
         return {"grad_norm": norm, "skipped": failed.float()}
+
+    # The same as a CUDA graph, all but the attack, which is a graph of its own
+
+    def _replayed(self, batch: _Piece, attack: Attack) -> dict[str, Tensor]:
+        assert self._graphed is not None
+        x_adv = batch.x
+        if self.recipe.needs_attack:
+            with self._autocast():
+                x_adv = attack(batch.x, batch.y, index=batch.index)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group, rate, tensor in zip(self.optimizer.param_groups, rates, self._rates, strict=True):
+            tensor.fill_(rate)
+            group["lr"] = tensor  # which the graph reads
+        try:
+            # the learning rate of MTARD's weights is a number in the graph
+            rate = None if self.weights is None else self.weights.learning_rate
+            terms = self._graphed(*batch, x_adv, key=rate)
+        finally:
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        return dict(zip(self._names, terms.unbind(), strict=True))
+
+    def _learn_from(self, x: Tensor, y: Tensor, index: Tensor, x_adv: Tensor) -> Tensor:
+        terms = self._learn(_Piece(x, y, index), lambda x, y, index: x_adv)
+        self._names = list(terms)
+        return torch.stack([term.float() for term in terms.values()])
 
     @property
     def judged(self) -> nn.Module:
@@ -251,11 +298,10 @@ class _Piece(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides tuple.index
 
 
-def _pieces(batch: Batch, count: int, memory_format: torch.memory_format) -> Iterable[_Piece]:
-    x = batch.x.contiguous(memory_format=memory_format)
+def _pieces(batch: _Piece, count: int) -> list[_Piece]:
     if count == 1:
-        return [_Piece(x, batch.y, batch.index)]
-    parts = (tensor.tensor_split(count) for tensor in (x, batch.y, batch.index))
+        return [batch]
+    parts = (tensor.tensor_split(count) for tensor in batch)
     return [_Piece(*piece) for piece in zip(*parts, strict=True)]
 
 

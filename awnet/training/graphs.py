@@ -1,0 +1,94 @@
+"""CUDA graphs of functions that are called again and again on tensors of one shape."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """Records ``function`` without running it. Returns its output and what runs it into that output."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = function()
+    return output, graph.replay
+
+
+class Graphed:
+    """``function(*tensors)`` → one tensor, as one graph for each shape of its arguments.
+
+    The first call of a shape runs plainly, which warms up libraries and compiles kernels; the second is
+    captured. Where capture is impossible the function stays plain, with a warning that says why.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self._graphs: dict[Hashable, tuple[list[Tensor], Tensor, Callable[[], None]] | None] = {}
+        self._plain = False
+
+    def __call__(self, *tensors: Tensor, key: Hashable = None) -> Tensor:
+        """``key``: of what else a graph depends on, beside the shapes."""
+        whole = (key, *((tuple(t.shape), t.stride(), t.dtype) for t in tensors))
+        if self._plain or whole not in self._graphs:
+            self._graphs[whole] = None
+            return self.function(*tensors)
+        found = self._graphs[whole]
+        if found is None:
+            own = [tensor.clone() for tensor in tensors]
+            try:
+                found = (own, *capture(lambda: self.function(*own)))
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph, so slower: {error}", stacklevel=2)
+                self._plain = True
+                return self.function(*tensors)
+            self._graphs[whole] = found
+        inputs, output, replay = found
+        for mine, given in zip(inputs, tensors, strict=True):
+            mine.copy_(given)
+        replay()
+        return output.clone()
+
+
+class Inference(nn.Module):
+    """A model in test mode, without autograd, in a given precision; on CUDA as a graph.
+
+    Args:
+        model: images [B, C, H, W] to logits [B, K]; it is changed: in eval mode, without gradients, laid out
+            as asked, and in bfloat16 with the weights of its convolutions and linear layers in that dtype
+            (its batch norms stay as they are).
+        autocast: makes the context of a call.
+        low: whether that is bfloat16.
+        memory_format: of images and weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: Callable[[], Any],
+        low: bool,
+        memory_format: torch.memory_format,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.autocast, self.memory_format = autocast, memory_format
+        model.to(memory_format=memory_format)  # type: ignore[call-overload]
+        for module in model.modules():
+            if low and isinstance(module, nn.Conv2d | nn.Linear):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        self._graphed = Graphed(self._logits)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), self.autocast():
+            logits: Tensor = self.model(x.contiguous(memory_format=self.memory_format))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] → logits [B, K], float32 at least."""
+        if x.is_cuda and not torch.cuda.is_current_stream_capturing():
+            return self._graphed(x)
+        return self._logits(x)
