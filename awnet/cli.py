@@ -130,6 +130,10 @@ class Train:
     which flatters the result; the report says so)."""
     max_minutes: Number = None
     """Stop after so long, with a checkpoint."""
+    checkpoint_minutes: float = 10.0
+    """Time between checkpoints within an epoch; each epoch ends with one anyway."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay on the disk; a damaged one is passed over."""
     seed: int = 0
     """Of the weights, the order, the augmentation, the attacks' noise and the held-out images."""
     device: Maybe[str] = None
@@ -161,6 +165,8 @@ class Train:
             overwrite=self.overwrite,
             teachers=self.teachers,
             max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+            keep_checkpoints=self.keep_checkpoints,
             select_on=self.select_on,
         )
         if result.finished:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +27,7 @@ from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import MTARD, PGDAT, loop, read_log, train
 from awnet.training import checkpoint as C
 from awnet.training import losses as L
+from awnet.training.logging import RunLog
 
 K, STEPS = 3, 4  # classes, steps an epoch
 
@@ -223,18 +228,18 @@ def test_killed_between_the_files_of_a_checkpoint(
     stop_at(None)
     write, count = C.save_state, 0
 
-    def fall(*arguments: Any) -> None:
+    def fall(*arguments: Any, **options: Any) -> None:
         nonlocal count
         count += 1
         if count == 3:  # the start, the first epoch, the second epoch
             raise MemoryError("something fell")
-        write(*arguments)
+        write(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(C, "save_state", fall)
-        with pytest.raises(MemoryError):
+        with pytest.raises(MemoryError):  # at the next time that the loop meets the writer
             go(tmp_path / "run")
-    assert len(read_log(tmp_path / "run", "epoch")) == 2
+    assert len(read_log(tmp_path / "run", "epoch")) == 3
     assert C.load_state(tmp_path / "run")["epoch"] == 1
     go(tmp_path / "run", resume=True)
     assert_same_run(uninterrupted, tmp_path / "run")
@@ -243,13 +248,37 @@ def test_killed_between_the_files_of_a_checkpoint(
 def test_saved_within_a_long_epoch(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
-    stop_at(7, crash)
-    with pytest.raises(MemoryError):
-        go(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(C.Writer, "busy", False)  # so that each step waits for the writer
+        stop_at(7, crash)
+        with pytest.raises(MemoryError):
+            go(tmp_path / "run", checkpoint_minutes=1e-9)
     assert C.load_state(tmp_path / "run")["step"] == 6
     stop_at(None)
     go(tmp_path / "run", resume=True)
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer is held until step 3 is reached; there is one job at a time, of the weights of its step."""
+    reached, writing = threading.Event(), threading.Lock()
+    save, saved = C.save_state, []
+
+    def slow(folder: Path, state: dict[str, Any], **options: Any) -> None:
+        assert writing.acquire(blocking=False)
+        assert state["step"] != 1 or reached.wait(30)
+        save(folder, state, **options)
+        saved.append(state["step"])
+        writing.release()
+
+    monkeypatch.setattr(C, "save_state", slow)
+    stop_at(3, reached.set)
+    go(tmp_path / "run", checkpoint_minutes=1e-9)
+    assert saved[:2] == [0, 1]  # 2 and 3 found the writer busy
+    assert {4, 8, 12} <= set(saved)
+    assert sorted(set(saved)) == saved
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
@@ -429,13 +458,52 @@ class Hostile:
 
 
 def damage(path: Path, kind: str) -> None:
+    content = path.read_bytes()
     if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-200])
+        path.write_bytes(content[:-200])
     elif kind == "cut in half":
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        path.write_bytes(content[: len(content) // 2])
     elif kind == "empty":
         path.write_bytes(b"")
-    elif kind == "text":
+    elif kind == "a flipped bit":
+        place = len(content) // 3
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+    elif kind == "no checksum":
+        checksum(path).unlink()
+    elif kind == "another checksum":
+        checksum(path).write_text(f"{0:064x}  {path.name}\n")
+    elif kind == "an empty checksum":
+        checksum(path).write_bytes(b"")
+
+
+def checksum(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+DAMAGE = (
+    *("truncated", "cut in half", "empty", "a flipped bit"),
+    *("no checksum", "another checksum", "an empty checksum"),
+)
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_state_is_passed_over_for_the_one_before_it(tmp_path: Path, kind: str) -> None:
+    for step in (3, 5):
+        C.save_state(tmp_path, {"step": step, "model": {"weight": torch.full((100, 100), float(step))}})
+    newest, before = C.states(tmp_path)
+    damage(newest, kind)
+    said: list[str] = []
+    assert C.load_state(tmp_path, said.append)["step"] == 3
+    assert len(said) == 1
+    assert str(newest) in said[0]
+    assert "Going back to the checkpoint before it, step-00000003.pt" in said[0]
+    damage(before, "truncated")
+    with pytest.raises(ValueError, match=r"step-00000005\.pt.*step-00000003\.pt is trunc.*overwrite"):
+        C.load_state(tmp_path)
+
+
+def write_foreign(path: Path, kind: str) -> None:
+    if kind == "text":
         path.write_text("not a checkpoint\n" * 50)
     elif kind == "hostile pickle":
         path.write_bytes(pickle.dumps(Hostile(), protocol=2))
@@ -447,36 +515,214 @@ def damage(path: Path, kind: str) -> None:
         torch.save(torch.ones(3), path)
     elif kind == "a later format":
         torch.save(torch.load(path, weights_only=True) | {"format": 99}, path)
+    checksum(path).write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n")
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [
-        *("truncated", "cut in half", "empty", "text", "hostile pickle", "hostile archive"),
-        *("another's", "a tensor", "a later format"),
-    ],
+    "kind", ["text", "hostile pickle", "hostile archive", "another's", "a tensor", "a later format"]
 )
-def test_a_damaged_or_foreign_state_is_an_error(
+def test_a_foreign_state_is_an_error_and_runs_no_code(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "it ran code"
     monkeypatch.setenv("HOSTILE_MARK", str(mark))
-    C.save_state(tmp_path, {"model": {"weight": torch.randn(100, 100)}})
-    damage(C.state_path(tmp_path), kind)
-    with pytest.raises(ValueError, match=r"training\.pt.*overwrite"):
+    C.save_state(tmp_path, {"step": 1, "model": {"weight": torch.randn(100, 100)}})
+    write_foreign(C.states(tmp_path)[0], kind)
+    with pytest.raises(ValueError, match=r"step-00000001\.pt.*overwrite"):
         C.load_state(tmp_path)
     assert not mark.exists()
 
 
-def test_a_damaged_state_stops_train_before_it_changes_anything(tmp_path: Path) -> None:
+def test_a_state_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
+    for step in (3, 5):
+        C.save_state(tmp_path, {"step": step})
+    write_foreign(C.states(tmp_path)[0], "a later format")
+    with pytest.raises(ValueError, match="has format 99, this version of awnet reads 2"):
+        C.load_state(tmp_path)
+
+
+def test_a_run_whose_newest_state_is_damaged_goes_back_and_ends_the_same(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The log, the weights and the best weights are cut back to the state that is used."""
+    stop_at(9, crash)
+    with pytest.raises(MemoryError):
+        go(tmp_path / "run")
+    newest, before = C.states(tmp_path / "run")
+    assert (newest.name, before.name) == ("step-00000008.pt", "step-00000004.pt")
+    damage(newest, "a flipped bit")
+    (tmp_path / "run" / "best.safetensors").write_bytes(b"of a later epoch")
+    for place in (tmp_path / "run" / ".last.safetensors.x.tmp", tmp_path / "run" / "state" / ".s.tmp"):
+        place.write_bytes(b"left behind by a killed process")
+    stop_at(1, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run", resume=True, quiet=False)
+    said = capsys.readouterr().out
+    assert "step-00000008.pt is truncated or damaged" in said
+    assert "after step 4" in said
+    assert [path.name for path in C.states(tmp_path / "run")] == ["step-00000005.pt", "step-00000004.pt"]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert len(read_log(tmp_path / "run", "epoch")) == 1
+    from safetensors.torch import load_file
+
+    assert_same(
+        load_file(tmp_path / "run" / "best.safetensors"), C.load_state(tmp_path / "run")["best_model"]
+    )
+    stop_at(None)
+    assert go(tmp_path / "run", resume=True).finished
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_so_many_states_are_kept(tmp_path: Path, keep: int) -> None:
+    stop_at(None)
+    go(tmp_path / "run", keep_checkpoints=keep)
+    steps = [0, 4, 8, 12][-keep:]
+    names = {f"step-{step:08d}.pt{end}" for step in steps for end in ("", ".sha256")}
+    assert {path.name for path in (tmp_path / "run" / "state").iterdir()} == names
+
+
+def test_checksums_are_those_of_sha256sum(uninterrupted: Path) -> None:
+    found = subprocess.run(
+        ["sha256sum", "--check", "--strict", *(checksum(path).name for path in C.states(uninterrupted))],
+        cwd=uninterrupted / "state",
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count(": OK") == 2
+
+
+def test_damaged_states_stop_train_before_it_changes_anything(tmp_path: Path) -> None:
     stop_at(3, interrupt)
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run")
-    damage(C.state_path(tmp_path / "run"), "truncated")
+    for path in C.states(tmp_path / "run"):
+        damage(path, "truncated")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
     with pytest.raises(ValueError, match="truncated"):
         go(tmp_path / "run", resume=True)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")} == before
+
+
+# --- a full disk
+
+
+def test_a_state_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    C.save_state(tmp_path, {"step": 1})
+    with pytest.raises(Exception, match="pickle"):
+        C.save_state(tmp_path, {"step": 2, "model": lambda: None})
+
+    def full(state: Any, file: Any) -> None:
+        file.write(b"the beginning of a state")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            C.save_state(tmp_path, {"step": 2})
+    assert C.load_state(tmp_path)["step"] == 1
+    assert {p.name for p in (tmp_path / "state").iterdir()} == {"step-00000001.pt", "step-00000001.pt.sha256"}
+
+
+def test_a_disk_that_is_full_for_a_while(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint of the second epoch cannot be written: a warning, and all is well at the end."""
+    stop_at(None)
+    save, count = torch.save, 0
+
+    def full(state: Any, file: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            file.write(b"the beginning of a state")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert go(tmp_path / "run", quiet=False).finished
+    said = capsys.readouterr().out
+    assert said.count("warning: a checkpoint could not be written ([Errno 28] No space left on device)") == 1
+    assert [path.name for path in C.states(tmp_path / "run")] == ["step-00000012.pt", "step-00000004.pt"]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+FULL = """
+    import resource, sys
+    sys.path.insert(0, {tests!r})
+    import torch, test_checkpoint as t
+    torch.set_num_threads(1)
+    t.stop_at(None)
+    t.go(t.Path({run!r}), max_minutes=1e-9, quiet=True)  # a run with a whole checkpoint of its first step
+    {fill}
+    try:
+        t.go(t.Path({run!r}), resume=True, quiet=False)
+    except OSError as error:
+        print("at the end:", error)
+    state = t.C.load_state({run!r})
+    print("state of step", state["step"])
+    print("left behind:", [path.name for path in t.Path({run!r}).rglob("*.tmp")])
+    """
+
+LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # EFBIG, from the system itself"
+FILL = """
+    with open(t.Path({run!r}).parent / "ballast", "wb") as file:  # all but 8 KiB of what there is
+        import os
+        free = os.statvfs(t.Path({run!r})).f_bavail * os.statvfs(t.Path({run!r})).f_bsize
+        file.write(bytes(free - 8192))
+    """
+
+
+@pytest.mark.parametrize("how", ["a limit of the system", "a full file system"])
+def test_no_room_to_the_end(uninterrupted: Path, tmp_path: Path, how: str) -> None:
+    """The system refuses in earnest: the run trains to its end, says so, and its old checkpoint is whole."""
+    run, tests = str(tmp_path / "disk" / "run"), str(Path(__file__).parent)
+    (tmp_path / "disk").mkdir()
+    fill = (FILL if how == "a full file system" else LIMIT).format(run=run).strip()
+    code = textwrap.dedent(FULL).format(run=run, tests=tests, fill=textwrap.dedent(fill))
+    (tmp_path / "job.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "job.py")]
+    if how == "a full file system":
+        mount = f"mount -t tmpfs -o size=2m none {shlex.quote(str(tmp_path / 'disk'))}"
+        if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+            pytest.skip("this system lets nobody mount a small file system")
+        command = ["unshare", "-rm", "sh", "-c", f"{mount} && {shlex.join(command)}"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "warning: a checkpoint could not be written" in found.stdout
+    assert "at the end: the checkpoint of step 12 could not be written" in found.stdout
+    assert "state of step 1\n" in found.stdout
+    assert "left behind: []" in found.stdout
+    if how == "a limit of the system":  # the other disk is gone with its name space
+        assert go(Path(run), resume=True).finished
+        assert_same_run(uninterrupted, Path(run))
+
+
+def test_a_log_without_room_waits_for_it(tmp_path: Path) -> None:
+    said: list[str] = []
+    log = RunLog(tmp_path, tensorboard=False, warn=said.append)
+    log.write({"kind": "step", "step": 1})
+    disk, log._file = log._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    for step in (2, 3):
+        log.write({"kind": "step", "step": step})
+    assert len(said) == 1
+    assert "the log could not be written" in said[0]
+    assert log.length == 3 * len('{"kind": "step", "step": 1}\n')
+    with pytest.raises(OSError, match="waits for room"):
+        log.sync(log.length)
+    log._file.close()
+    log._file = disk
+    log.write({"kind": "step", "step": 4})
+    log.sync(log.length)
+    log.close()
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2, 3, 4]
+
+
+# --- no state, no run
 
 
 def test_no_state_and_no_run(tmp_path: Path) -> None:
@@ -488,14 +734,6 @@ def test_no_state_and_no_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"mark": ')
     with pytest.raises(ValueError, match="not readable as JSON"):
         C.read_config(tmp_path)
-
-
-def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
-    C.save_state(tmp_path, {"step": 1})
-    with pytest.raises(Exception, match="pickle"):
-        C.save_state(tmp_path, {"step": lambda: None})
-    assert C.load_state(tmp_path)["step"] == 1
-    assert [p.name for p in C.state_path(tmp_path).parent.iterdir()] == ["training.pt"]
 
 
 def test_fingerprints_tell_weights_and_shapes() -> None:

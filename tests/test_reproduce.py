@@ -136,7 +136,7 @@ def test_when_one_lane_is_stopped_the_others_save_and_stop(tmp_path: Path) -> No
     endless = partial(_train, recipe, "resnet_tiny", splits, run, **arguments)
 
     def interrupted() -> None:
-        while not checkpoint.state_path(run).exists() or checkpoint.load_state(run)["epoch"] < 1:
+        while not checkpoint.states(run) or checkpoint.load_state(run)["epoch"] < 1:
             time.sleep(0.1)
         raise KeyboardInterrupt
 

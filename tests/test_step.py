@@ -17,7 +17,7 @@ from awnet.data import Splits, from_arrays
 from awnet.data.dataset import Batch
 from awnet.models import create_model, load_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone
-from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, graphs, read_log, train
+from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, checkpoint, graphs, read_log, train
 from awnet.training.step import Average, TrainingStep, numerics
 
 CPU = torch.device("cpu")
@@ -474,7 +474,7 @@ def test_a_run_of_steps_that_are_not_finite_ends(tmp_path: Path) -> None:
     ) as e:
         train(Standard(epochs=9, **QUICK), Breaks(range(5, 99)), splits(), tmp_path, quiet=True)
     assert "lr is 0.05" in str(e.value)
-    state = torch.load(tmp_path / "state" / "training.pt", weights_only=True)
+    state = checkpoint.load_state(tmp_path)
     assert (state["skipped"], state["skipped_in_a_row"]) == (8, 8)  # at the checkpoint of the fourth epoch
     assert all(value.isfinite().all() for value in state["model"].values())
 
@@ -483,7 +483,7 @@ def test_the_average_is_what_a_run_judges_and_saves(tmp_path: Path) -> None:
     parts = splits()
     recipe = PGDAT(epochs=2, attack_steps=1, ema_decay=0.99, **QUICK)
     result = train(recipe, "resnet_tiny", parts, tmp_path, quiet=True, tensorboard=False)
-    state = torch.load(tmp_path / "state" / "training.pt", weights_only=True)
+    state = checkpoint.load_state(tmp_path)
     last = load_model(tmp_path / "last.safetensors").state_dict()
     average = state["average"]["model"]
     assert all(torch.equal(value, average[name]) for name, value in last.items())

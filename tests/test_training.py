@@ -29,6 +29,7 @@ from awnet.training import (
     Standard,
     Teachers,
     Trades,
+    checkpoint,
     list_recipes,
     logging,
     read_log,
@@ -673,7 +674,8 @@ def test_missing_teachers_are_trained_first_and_kept(
 
     # with the student's state lost, its teachers are not trained again
     before = (clean / "last.safetensors").stat().st_mtime_ns
-    (run / "state" / "training.pt").unlink()
+    for path in checkpoint.states(run):
+        path.unlink()
     train(recipe, "resnet_tiny", splits, run, resume=True, tensorboard=False)
     assert f"{clean} is finished" in capsys.readouterr().out
     assert (clean / "last.safetensors").stat().st_mtime_ns == before
@@ -708,6 +710,8 @@ def test_what_it_prints(
         ({"seed": 1.5}, TypeError, "seed must be an integer"),
         ({"device": "gpu"}, ValueError, "device"),
         ({"max_minutes": 0}, ValueError, "max_minutes"),
+        ({"checkpoint_minutes": 0}, ValueError, "checkpoint_minutes must be a number above 0"),
+        ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints must be an integer of at least 1"),
         ({"select_on": "train"}, ValueError, "select_on"),
         ({"teachers": ("a", "b")}, ValueError, "'pgd_at' takes no teachers"),
         ({"recipe": quick(MTARD), "teachers": "runs/a"}, ValueError, r"2, \(clean, robust\)"),

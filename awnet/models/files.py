@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from awnet._version import __version__
 from awnet.files import written_atomically
@@ -19,15 +20,17 @@ _KEY = "awnet"  # in the safetensors metadata
 _FORMAT = 1
 
 
-def save_model(model: nn.Module, path: str | Path) -> None:
+def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Writes weights, buffers and configuration to one ``.safetensors`` file, whole or not at all.
 
     Args:
         model: made by :func:`create_model`; a compiled or data-parallel wrapper around it is looked through.
         path: ends in ``.safetensors``; an existing file is replaced.
+        weights: a state dict of ``model`` to write instead of its present one.
 
     Raises:
         ValueError: ``path`` ends otherwise, or ``model`` has no ``config``, so nothing could rebuild it.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -40,10 +43,20 @@ def save_model(model: nn.Module, path: str | Path) -> None:
             "have (converted networks do not); save model.state_dict() instead, and load that into a model "
             "built in the same way"
         )
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights = model.state_dict() if weights is None else weights
     about = {"format": _FORMAT, "version": __version__, "config": config}
+    write_tensors(weights, path, {"format": "pt", _KEY: json.dumps(about)})
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file, whole or not at all; OSError where it cannot be written."""
     with written_atomically(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(about)})
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # its reason is the system's
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:

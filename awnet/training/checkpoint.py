@@ -4,9 +4,12 @@
     log.jsonl            a line per logging interval and per epoch
     tensorboard/         the same for TensorBoard
     last.safetensors     the weights at the newest checkpoint;  best.safetensors  at the best validation
-    state/training.pt    weights, optimiser, schedule, MTARD weights, random states, position, best score
+    state/step-XXXXXXXX.pt         weights, the best ones too, optimiser, schedule, MTARD weights, random
+                                   states, position, best score, after so many steps; the newest few are kept
+    state/step-XXXXXXXX.pt.sha256  its checksum, as ``sha256sum`` writes it
 
-``state/training.pt`` alone decides where a run goes on: it is one file, so it is whole and of one moment.
+The newest state that is whole alone decides where a run goes on: it is one file of one moment, and whatever
+else is in the folder is cut back to it.
 """
 
 from __future__ import annotations
@@ -15,16 +18,18 @@ import hashlib
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from awnet.files import read_json, write_json, written_atomically
+from awnet.files import read_json, write_json, write_text, written_atomically
 
-FORMAT = 1
+FORMAT = 2
+KEEP = 2  # states, by default
 _MARK = "awnet training state"
 _CONFIG_MARK = "awnet run"
 _ENTRIES = (
@@ -35,24 +40,67 @@ _ENTRIES = (
 _COMPARED = ("recipe", "model", "dataset", "seed", "selected_on", "teachers")
 
 
-def state_path(folder: str | Path) -> Path:
-    return Path(folder) / "state" / "training.pt"
+def states(folder: str | Path) -> list[Path]:
+    """The state files of a run, the newest first."""
+    return sorted((Path(folder) / "state").glob("step-????????.pt"), reverse=True)
 
 
-def save_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` (tensors, numbers, strings, and lists and dicts of them), atomically."""
-    with written_atomically(state_path(folder)) as temporary:
-        torch.save({"mark": _MARK, "format": FORMAT, **state}, temporary)
+def save_state(folder: str | Path, state: dict[str, Any], *, keep: int = KEEP) -> None:
+    """Writes ``state`` (tensors, numbers, strings, lists and dicts of them) under its ``step``, atomically.
 
-
-def load_state(folder: str | Path) -> dict[str, Any]:
-    """Reads what ``save_state`` wrote, on the CPU, without running any code from the file.
-
-    Raises FileNotFoundError where there is none, ValueError for a truncated, damaged or foreign file.
+    Of the earlier states the newest stay, ``keep`` in all; later ones, which a damaged file may have left
+    behind, go.
     """
-    path = state_path(folder)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: there is nothing to resume in this folder")
+    path = Path(folder) / "state" / f"step-{state['step']:08d}.pt"
+    with written_atomically(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save({"mark": _MARK, "format": FORMAT, **state}, file)
+        except RuntimeError as error:  # torch's, in place of the file's own reason
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        write_text(_checksum_path(path), f"{_checksum(temporary)}  {path.name}\n")
+    found = states(folder)
+    old = [one for one in found if one.name <= path.name][keep:]
+    for one in [one for one in found if one.name > path.name] + old:
+        one.unlink()
+        _checksum_path(one).unlink(missing_ok=True)
+
+
+def load_state(folder: str | Path, warn: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Reads the newest state that is whole, on the CPU, without running any code from the file.
+
+    A damaged one is passed over for the one before it, and ``warn`` is told. Raises FileNotFoundError where
+    there is none, ValueError where none is whole and for a state of another version.
+    """
+    found = states(folder)
+    if not found:
+        raise FileNotFoundError(f"{folder} has no training state: there is nothing to resume in this folder")
+    damage = []
+    for path in found:
+        try:
+            state = _read(path)
+        except ValueError as error:
+            damage.append(str(error))
+            continue
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has format {state.get('format')!r}, this version of awnet reads {FORMAT}; resume "
+                "with the version that wrote it, or start again with overwrite"
+            )
+        if damage and warn is not None:
+            warn(f"{'; '.join(damage)}. Going back to the checkpoint before it, {path.name}")
+        return state
+    raise ValueError(f"{'; '.join(damage)}. Start again with overwrite, or in another folder")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        expected = _checksum_path(path).read_text(encoding="utf-8").split()[0]
+        found = _checksum(path)
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise ValueError(f"{path} or its checksum cannot be read ({type(error).__name__})") from error
+    if found != expected:
+        raise ValueError(f"{path} is truncated or damaged: its SHA-256 is not the one that was recorded")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -64,18 +112,82 @@ def load_state(folder: str | Path) -> dict[str, Any]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
-        raise ValueError(
-            f"{path} is truncated, damaged or no training state ({type(error).__name__}); start again with "
-            "overwrite, or in another folder"
-        ) from error
+        raise ValueError(f"{path} is no training state ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("mark") != _MARK:
-        raise ValueError(f"{path} is no training state of this package; start again with overwrite")
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {state.get('format')!r}, this version of awnet reads {FORMAT}; resume with "
-            "the version that wrote it, or start again with overwrite"
-        )
+        raise ValueError(f"{path} is no training state of this package")
     return state
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def sweep(folder: str | Path) -> None:
+    """Removes the temporary files that a killed process has left in a run folder."""
+    for place in (Path(folder), Path(folder) / "state"):
+        for leftover in place.glob(".*.tmp"):
+            leftover.unlink()
+
+
+def on_host(value: Any) -> Any:
+    """A copy on the CPU of all tensors in nested dicts, lists and tuples, which later steps do not change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: on_host(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(one) for one in value)
+    return value
+
+
+class Writer:
+    """Runs one job at a time in a thread of its own: training goes on while a checkpoint is written.
+
+    An OSError of a job (a full disk, say) is told to ``warn`` and stays in ``failed`` until a later job
+    succeeds; any other exception is raised by the next ``wait``.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self.failed: OSError | None = None
+        self._warn = warn
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._job: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._job is not None and not self._job.done()
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Starts ``job``, once the one before is done."""
+        self.wait()
+        self._job = self._thread.submit(self._run, job)
+
+    def wait(self) -> None:
+        """Returns when no job is running."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def close(self) -> None:
+        """Waits, and ends the thread; raises nothing of the job's."""
+        self._thread.shutdown()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except OSError as error:
+            self.failed = error
+            self._warn(
+                f"warning: a checkpoint could not be written ({error}); the one before it is whole, the run "
+                "goes on and tries again at the next: free some space"
+            )
+        else:
+            self.failed = None
 
 
 def is_run(folder: str | Path) -> bool:
@@ -147,7 +259,7 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
             f"{folder} cannot be resumed with another configuration: {'; '.join(found)}. Resume with the "
             "first values, or start again with overwrite or in another folder"
         )
-    return state_path(folder).exists()
+    return bool(states(folder))
 
 
 def write_config(folder: str | Path, config: dict[str, Any]) -> None:
@@ -187,7 +299,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+def random_state(device: torch.device) -> dict[str, Tensor]:
     """torch's generators, on the CPU and on ``device``; ours need none (see ``awnet.rng``)."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -195,7 +307,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
+    from io import RawIOBase
+
     from rich.progress import Progress, TaskID
     from torch.utils.tensorboard import SummaryWriter
 
@@ -25,18 +29,29 @@ class RunLog:
 
     ``resume_at``: length in bytes that the log had at the checkpoint the run goes on from; what was written
     after it is cut off, because the run will write it again. ``step`` does the same for TensorBoard.
+    Where nothing can be written (a full disk) ``warn`` is told, once, and the records wait for room;
+    TensorBoard's are given up.
     """
 
     def __init__(
-        self, folder: Path, *, resume_at: int | None = None, step: int = 0, tensorboard: bool = True
+        self,
+        folder: Path,
+        *,
+        resume_at: int | None = None,
+        step: int = 0,
+        tensorboard: bool = True,
+        warn: Callable[[str], None],
     ) -> None:
         path = folder / "log.jsonl"
         mode = "r+b" if resume_at is not None and path.exists() else "wb"
-        self._file: BinaryIO = open(path, mode)  # type: ignore[assignment]  # noqa: SIM115 - close() closes it
+        # without a buffer, so that it is known what has been written
+        self._file = cast("RawIOBase", open(path, mode, buffering=0))  # noqa: SIM115 - close() closes it
         if resume_at is not None:
             size = self._file.seek(0, os.SEEK_END)
             self._file.truncate(min(size, resume_at))
-            self._file.seek(0, os.SEEK_END)
+        self._written = self._file.seek(0, os.SEEK_END)
+        self._waiting = b""
+        self._warn, self._warned = warn, False
         self._writer: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -46,23 +61,51 @@ class RunLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """One record; numbers also go to TensorBoard under ``kind/name`` at ``record["step"]``."""
-        self._file.write((json.dumps(record, allow_nan=False) + "\n").encode())
-        self._file.flush()
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        self._waiting += line
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                self._warn(f"warning: the log could not be written ({error}); it waits for room on the disk")
         if self._writer is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name not in ("step", "epoch"):
-                    self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            try:
+                for name, value in record.items():
+                    if isinstance(value, int | float) and name not in ("step", "epoch"):
+                        self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+            except OSError as error:
+                self._writer = None
+                self._warn(f"warning: TensorBoard's file could not be written ({error}); it ends here")
 
-    def position(self) -> int:
-        """Length of the log in bytes, all of it on disk."""
-        self._file.flush()
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            count = self._file.write(self._waiting) or 0
+            self._written += count
+            self._waiting = self._waiting[count:]
+
+    @property
+    def length(self) -> int:
+        """Of the log in bytes, with what waits to be written."""
+        return self._written + len(self._waiting)
+
+    def sync(self, length: int) -> None:
+        """Sees the first ``length`` bytes safely to the disk, from any thread; OSError where that fails."""
+        if self._written < length:
+            raise OSError(errno.ENOSPC, "the log waits for room on the disk")
         os.fsync(self._file.fileno())
-        return self._file.tell()
 
     def close(self) -> None:
+        try:
+            self._write_waiting()
+        except OSError as error:
+            self._warn(f"warning: the end of the log is lost ({error}); --resume writes it again")
         self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._warn(f"warning: TensorBoard's file could not be written ({error})")
 
 
 def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from awnet import rng
@@ -29,15 +28,14 @@ from awnet.attacks import frozen, named_attack
 from awnet.data import Dataset, Splits
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
-from awnet.files import written_atomically
 from awnet.models import create_model, load_model, save_model
+from awnet.models.files import write_tensors
 from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, read_log
 from awnet.training.losses import Teachers
 from awnet.training.recipes import Recipe
 from awnet.training.step import Numerics, TrainingStep, numerics
 
-SAVE_EVERY_SECONDS = 600.0  # within an epoch; at its end a checkpoint is written anyway
 EVALUATION_BATCH = 256
 MOST_SKIPPED_IN_A_ROW = 10
 
@@ -75,6 +73,8 @@ def train(
     overwrite: bool = False,
     teachers: Sequence[TeacherSource] | None = None,
     max_minutes: float | None = None,
+    checkpoint_minutes: float = 10.0,
+    keep_checkpoints: int = checkpoint.KEEP,
     select_on: Literal["validation", "test"] = "validation",
     tensorboard: bool = True,
     quiet: bool = False,
@@ -89,6 +89,10 @@ def train(
     teachers: what ``recipe.teachers`` names, (clean, robust) for MTARD: modules, run folders or .safetensors
         files. Where none are given they are trained first, into ``out/teachers/clean`` and so on.
     max_minutes: stop, with a checkpoint, after so long.
+    checkpoint_minutes: time between checkpoints within an epoch; there is one at the end of each anyway. A
+        checkpoint is copied at its step and written while training goes on.
+    keep_checkpoints: how many of the newest states stay on the disk; a damaged one is passed over for the
+        one before it.
     select_on: the part whose W-Robust accuracy (PGD-20) picks the best checkpoint: held-out training images,
         or the test images, which is the paper's protocol and flatters the result; it is recorded.
 
@@ -96,11 +100,17 @@ def train(
     SystemExit is raised. A second one stops at once, without a new checkpoint.
 
     Raises FileExistsError where ``out`` holds something and neither ``resume`` nor ``overwrite`` is set,
-    ValueError for bad arguments, a damaged checkpoint, or a resumed run with another configuration, and
-    FloatingPointError when loss or gradient were NaN or infinite in ten steps in a row (a single such step
-    is left out, reported and counted).
+    ValueError for bad arguments, checkpoints that are all damaged, or a resumed run with another
+    configuration, FloatingPointError when loss or gradient were NaN or infinite in ten steps in a row (a
+    single such step is left out, reported and counted), and OSError at the end when the last checkpoint could
+    not be written (earlier ones that could not, as on a full disk, are warned of).
     """
-    deadline = math.inf if max_minutes is None else time.monotonic() + 60 * _positive(max_minutes)
+    deadline = math.inf
+    if max_minutes is not None:
+        deadline = time.monotonic() + 60 * _positive("max_minutes", max_minutes, "None or ")
+    _positive("checkpoint_minutes", checkpoint_minutes)
+    if isinstance(keep_checkpoints, bool) or not isinstance(keep_checkpoints, int) or keep_checkpoints < 1:
+        raise ValueError(f"keep_checkpoints must be an integer of at least 1, got {keep_checkpoints!r}")
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe (see recipe_for), got {type(recipe).__name__}")
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -137,10 +147,11 @@ def train(
     reporter = Reporter(_title(model, folder), quiet=quiet)
     state = None
     if under_way:
-        state = checkpoint.load_state(folder)
+        state = checkpoint.load_state(folder, reporter.say)
         if state["finished"]:
             reporter.say(f"{folder} is finished: nothing to train")
-            return _result(model, folder, state["best"], finished=True)
+            return _result(model, folder, state["best"], state["best_model"], finished=True)
+        checkpoint.sweep(folder)
         _add_session(folder, session, reporter)
 
     if recipe.teachers and given is None:
@@ -159,6 +170,8 @@ def train(
                 device=where,
                 resume=True,
                 max_minutes=minutes,
+                checkpoint_minutes=checkpoint_minutes,
+                keep_checkpoints=keep_checkpoints,
                 select_on=select_on,
                 tensorboard=tensorboard,
                 quiet=quiet,
@@ -172,8 +185,10 @@ def train(
     with torch.random.fork_rng(cuda):
         torch.manual_seed(rng.key(seed, "training") & (2**63 - 1))
         run = _Run(recipe, model, splits, folder, seed, where, given, select_on, reporter)
+        run.save_every, run.keep = 60 * checkpoint_minutes, keep_checkpoints
         finished = run.go(state, deadline, tensorboard)
-    return _result(model, folder, run.best, finished=finished)
+    weights = run.best_model if run.best else run.train_on.judged.state_dict()
+    return _result(model, folder, run.best, weights, finished=finished)
 
 
 class _Means:
@@ -222,10 +237,14 @@ class _Run:
         self.epoch, self.batch, self.step = 0, 0, 0  # epochs done, batches of this epoch done, steps done
         self.best: dict[str, float] = {}
         self.skipped, self.skipped_in_a_row = 0, 0  # steps whose loss or gradient was not finite
+        self.best_model: dict[str, Tensor] = {}  # its weights, on the CPU
+        self.best_on_disk: dict[str, Tensor] | None = None  # the ``best_model`` that was written last
+        self.save_every, self.keep = math.inf, checkpoint.KEEP
         self.seconds = 0.0
         self.of_epoch, self.of_interval = _Means(), _Means()
         self.pending: list[tuple[int, int, dict[str, Tensor]]] = []  # (step, images, terms) not yet read
         self.log: RunLog
+        self.writer: checkpoint.Writer
 
     # The run
 
@@ -234,7 +253,14 @@ class _Run:
         if state is not None:
             self._restore(state)
         resume_at = None if state is None else state["log_bytes"]
-        self.log = RunLog(self.folder, resume_at=resume_at, step=self.step, tensorboard=tensorboard)
+        self.log = RunLog(
+            self.folder,
+            resume_at=resume_at,
+            step=self.step,
+            tensorboard=tensorboard,
+            warn=self.reporter.say,
+        )
+        self.writer = checkpoint.Writer(self.reporter.say)
         try:
             steps = self.recipe.epochs * self.steps_per_epoch
             with _Signals(self.reporter) as signals, self.reporter.begin(steps, self.step):
@@ -248,6 +274,7 @@ class _Run:
                         break
                 return self._close(signals)
         finally:
+            self.writer.close()
             self.log.close()
 
     def _train_epoch(self, signals: _Signals, deadline: float) -> bool:
@@ -272,7 +299,7 @@ class _Run:
             now = time.monotonic()
             if self.batch < self.steps_per_epoch:
                 stop = self._told_to_stop(signals, deadline)
-                if stop or now - saved > SAVE_EVERY_SECONDS:
+                if stop or (now - saved > self.save_every and not self.writer.busy):
                     self.seconds += now - since
                     self._save(finished=False)
                     since = saved = time.monotonic()
@@ -295,7 +322,7 @@ class _Run:
             # of equals the later one, which has trained longer at a lower rate
             if not self.best or score >= self.best.get("w_robust_accuracy", self.best["clean_accuracy"]):
                 self.best = {"epoch": self.epoch, **scores}
-                _save_weights(self.train_on.judged, self.folder / "best.safetensors")
+                self.best_model = checkpoint.on_host(self.train_on.judged.state_dict())
         means = self.of_epoch.take()
         self.log.write(
             {
@@ -314,6 +341,13 @@ class _Run:
         self._save(finished=last)
 
     def _close(self, signals: _Signals) -> bool:
+        self.writer.wait()
+        if self.writer.failed is not None:
+            raise OSError(
+                f"the checkpoint of step {self.step} could not be written ({self.writer.failed}); the one "
+                f"before it is whole: make room on the disk of {self.folder} and run the same again with "
+                "--resume (resume=True)"
+            ) from self.writer.failed
         if self.epoch == self.recipe.epochs:
             self.reporter.say(
                 f"{self.reporter.title}: done in {self.seconds:.0f} s; best epoch {self.best['epoch']}: "
@@ -406,10 +440,10 @@ class _Run:
     # Checkpoints
 
     def _save(self, *, finished: bool) -> None:
+        """Copies all that a checkpoint holds, and has it written while training goes on."""
         self._read_pending()
-        _save_weights(self.train_on.judged, self.folder / "last.safetensors")
-        checkpoint.save_state(
-            self.folder,
+        self.writer.wait()
+        state = checkpoint.on_host(
             {
                 "model": self.model.state_dict(),
                 **self.train_on.state_dict(),
@@ -423,18 +457,34 @@ class _Run:
                 "seconds": self.seconds,
                 "of_epoch": vars(self.of_epoch),
                 "of_interval": vars(self.of_interval),
-                "log_bytes": self.log.position(),
+                "log_bytes": self.log.length,
                 "finished": finished,
-            },
+            }
         )
+        state["best_model"] = self.best_model
+
+        def write() -> None:
+            # the state last: where it says that the run is finished, all of it is there
+            self.log.sync(state["log_bytes"])
+            best = state["best_model"]
+            if best and best is not self.best_on_disk:
+                _save_weights(self.model, self.folder / "best.safetensors", best)
+                self.best_on_disk = best
+            judged = state["average"]["model"] if state["average"] else state["model"]
+            _save_weights(self.model, self.folder / "last.safetensors", judged)
+            checkpoint.save_state(self.folder, state, keep=self.keep)
+
+        self.writer.submit(write)
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.train_on.load_state_dict(state)
         checkpoint.set_random_state(state["random"], self.device)
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-        self.best, self.seconds = state["best"], state["seconds"]
+        self.best, self.best_model, self.seconds = state["best"], state["best_model"], state["seconds"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if not self.best:  # what is on the disk may be newer than this state
+            (self.folder / "best.safetensors").unlink(missing_ok=True)
         vars(self.of_epoch).update(state["of_epoch"])
         vars(self.of_interval).update(state["of_interval"])
         self.reporter.say(
@@ -478,9 +528,9 @@ class _Signals:
 # What train checks, makes and describes before the first step
 
 
-def _positive(minutes: float) -> float:
+def _positive(name: str, minutes: float, none: str = "") -> float:
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
-        raise ValueError(f"max_minutes must be None or a number above 0, got {minutes!r}")
+        raise ValueError(f"{name} must be {none}a number above 0, got {minutes!r}")
     return minutes
 
 
@@ -600,23 +650,17 @@ def _add_session(folder: Path, session: dict[str, Any], reporter: Reporter) -> N
     checkpoint.write_config(folder, config)
 
 
-def _save_weights(model: nn.Module, path: Path) -> None:
+def _save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor]) -> None:
     """With what rebuilds the model, or for a module from elsewhere the weights alone."""
     if isinstance(getattr(model, "config", None), dict):
-        save_model(model, path)
-        return
-    with written_atomically(path) as temporary:
-        save_file(
-            {
-                name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for name, value in model.state_dict().items()
-            },
-            temporary,
-        )
+        save_model(model, path, weights)
+    else:
+        write_tensors(weights, path)
 
 
-def _result(model: nn.Module, folder: Path, best: dict[str, float], *, finished: bool) -> RunResult:
-    weights = folder / ("best.safetensors" if best else "last.safetensors")
+def _result(
+    model: nn.Module, folder: Path, best: dict[str, float], weights: dict[str, Tensor], *, finished: bool
+) -> RunResult:
     chosen = copy.deepcopy(model).eval()
-    chosen.load_state_dict(load_file(weights))
+    chosen.load_state_dict(weights)
     return RunResult(chosen, folder, read_log(folder, "epoch"), dict(best), finished)
