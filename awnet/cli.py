@@ -582,7 +582,7 @@ def _commands(words: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0 or the command's own, 2 for an error, 130 after Ctrl-C."""
+    """Runs one command. Returns its exit status: 0 or its own, 2 after an error, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--traceback" in words or os.environ.get("AWNET_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"] or ["--help"]

@@ -29,8 +29,10 @@ def filter_scaled_conv2d(
     if filter_scale is None or batch == 0:
         return F.conv2d(input, weight, None, stride, padding, dilation, groups)
     own_weight = filter_scale[:, :, None, None, None] * weight  # Eq. 11, [B, C_out, C_in/groups, k, k]
+    # contiguous, since torch's float64 and float16 convolutions on CPUs give a wrong weight gradient where a
+    # channels_last image that was folded before keeps an odd stride for its batch of one
     folded = F.conv2d(  # Eq. 12: the batch folded into the groups
-        input.reshape(1, batch * c_in, height, width),
+        input.reshape(1, batch * c_in, height, width).contiguous(),
         own_weight.flatten(0, 1).to(input.dtype),
         None,
         stride,

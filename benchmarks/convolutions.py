@@ -29,45 +29,29 @@ from torch import Tensor
 from awnet import files
 from awnet.ops import triton_passes, tuning
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A 3×3 or 1×1 convolution with padding that keeps the size at stride 1."""
-
-    c_in: int
-    c_out: int
-    size: int
-    kernel: int = 3
-    stride: int = 1
-    groups: int = 1
-
-    @property
-    def where(self) -> tuple[Any, Any, Any, int]:
-        padding = self.kernel // 2
-        return (self.stride, self.stride), (padding, padding), (1, 1), self.groups
-
+from .cases import Convolution
 
 # ResNet-18 at 32×32 images: its four stages, the ways between them; and depthwise twins of the stages
 LAYERS = {
-    "stage 1": Layer(64, 64, 32),
-    "stage 2": Layer(128, 128, 16),
-    "stage 3": Layer(256, 256, 8),
-    "stage 4": Layer(512, 512, 4),
-    "to stage 2": Layer(64, 128, 32, stride=2),
-    "to stage 3": Layer(128, 256, 16, stride=2),
-    "to stage 4": Layer(256, 512, 8, stride=2),
-    "shortcut to stage 2": Layer(64, 128, 32, kernel=1, stride=2),
-    "depthwise 64": Layer(64, 64, 32, groups=64),
-    "depthwise 128": Layer(128, 128, 16, groups=128),
-    "depthwise 256": Layer(256, 256, 8, groups=256),
-    "depthwise 512": Layer(512, 512, 4, groups=512),
-    "smoke": Layer(5, 6, 4),
-    "smoke depthwise": Layer(6, 6, 4, groups=6),
+    "stage 1": Convolution(64, 64, 32),
+    "stage 2": Convolution(128, 128, 16),
+    "stage 3": Convolution(256, 256, 8),
+    "stage 4": Convolution(512, 512, 4),
+    "to stage 2": Convolution(64, 128, 32, stride=2),
+    "to stage 3": Convolution(128, 256, 16, stride=2),
+    "to stage 4": Convolution(256, 512, 8, stride=2),
+    "shortcut to stage 2": Convolution(64, 128, 32, kernel=1, stride=2),
+    "depthwise 64": Convolution(64, 64, 32, groups=64),
+    "depthwise 128": Convolution(128, 128, 16, groups=128),
+    "depthwise 256": Convolution(256, 256, 8, groups=256),
+    "depthwise 512": Convolution(512, 512, 4, groups=512),
+    "smoke": Convolution(5, 6, 4),
+    "smoke depthwise": Convolution(6, 6, 4, groups=6),
 }
 _SPELT = re.compile(r"(\d+)-(\d+)@(\d+)(?:k(\d))?(?:s(\d))?(?:g(\d+))?")
 
 
-def find_layer(name: str) -> Layer:
+def find_layer(name: str) -> Convolution:
     """A layer of ``LAYERS``, or one spelt "64-128@32k3s2g1"; kernel, stride, groups may be left out."""
     if name in LAYERS:
         return LAYERS[name]
@@ -80,7 +64,7 @@ def find_layer(name: str) -> Layer:
     assert c_in is not None
     assert c_out is not None
     assert size is not None
-    return Layer(c_in, c_out, size, kernel or 3, stride or 1, groups or 1)
+    return Convolution(c_in, c_out, size, kernel or 3, stride or 1, groups or 1)
 
 
 def _layer_name(name: str) -> str:
@@ -113,7 +97,7 @@ def _kernels() -> tuple[Any, Any]:
     return tuple(importlib.import_module(f"awnet.kernels.{name}") for name in ("conv", "grouped_conv"))  # type: ignore[return-value]
 
 
-def candidates(layer: Layer, operation: str, dtype: torch.dtype, interpreted: bool) -> list[Any]:
+def candidates(layer: Convolution, operation: str, dtype: torch.dtype, interpreted: bool) -> list[Any]:
     """The tiles to try; in the interpreter small ones, since a step of a product takes milliseconds."""
     conv, grouped_conv = _kernels()
     if layer.groups > 1:
@@ -155,7 +139,7 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _racers(
-    layer: Layer, operation: str, batch: int, dtype: torch.dtype, device: torch.device
+    layer: Convolution, operation: str, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[Any], Any], str]:
     """The library's way, its convolution alone, ours by tile, and the table's key."""
     conv, grouped_conv = _kernels()

@@ -100,9 +100,9 @@ stage_sanitize() {
 
 stage_bench() {
   if on_gpu; then
-    awnet bench run --device cuda --dtype bfloat16 --layout channels_last --batch 512 --seconds 0.5 --out "$OUT/results"
+    awnet bench run --device cuda --dtype bfloat16 --layout channels_last --seconds 0.2 --missing --out "$OUT/results"
   else
-    awnet bench run --quick --device cpu --seconds 0.02 --out "$OUT/results"
+    awnet bench run --smoke --device cpu --seconds 0.02 --out "$OUT/results"
   fi
 }
 

@@ -1,90 +1,99 @@
-"""Who computes the layer: the literal form, plain torch, a static layer, and every backend of ours."""
+"""Who computes: the literal form, plain torch, its static twin, both compiled, and every backend of ours."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awnet import reference
 from awnet.ops import available_backends, aw_conv2d
 
-from .cases import Inputs, Layer, literal
+from .cases import MODES, Layer, Mode
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to compute the layer. A static one has no filter scale and one batch norm."""
+    """A way to compute the layer, and with it blocks and networks."""
 
     layer: Layer
+    """A function with the arguments of awnet.ops.aw_conv2d."""
+    backend: str | None = None
+    """Modules then stay awnet's own and run under this backend; else ``layer`` replaces theirs."""
     static: bool = False
+    """Whether it computes the static twin: no filter scale, one batch norm, no router."""
+    compiled: bool = False
+    frozen: bool = True
+    """Whether an attack's parameters are marked as needing no gradient, as awnet's attacks do."""
+    modes: tuple[Mode, ...] = MODES
+    """What it is measured in."""
 
 
-def _batch_norm(inputs: Inputs, row: int, z: Tensor, training: bool) -> Tensor:
-    return F.batch_norm(
-        z,
-        inputs.running_mean[row],
-        inputs.running_var[row],
-        inputs.bn_weight[row],
-        inputs.bn_bias[row],
-        training,
-        0.1,
-        1e-5,
-    )
-
-
-def unfused(inputs: Inputs, training: bool) -> Tensor:
+def unfused(
+    input: Tensor,
+    weight: Tensor,
+    filter_scale: Tensor | None,
+    bn_weight: Tensor,
+    bn_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    p_clean: Tensor | None = None,
+    is_clean: Tensor | None = None,
+    training: bool = False,
+    stride: Any = 1,
+    padding: Any = 0,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+) -> Tensor:
     """What one would write in plain torch: a shared convolution, the scale, two batch norms, the ReLU.
 
-    In training the batch is concat[clean; adversarial], so that its halves are views.
+    In training the batch is concat[clean; adversarial], so that its halves are views and ``is_clean`` is not
+    looked at. With tables of one row it is the static layer: convolution, batch norm, ReLU.
     """
-    u = F.conv2d(inputs.input, inputs.weight, padding=1)
-    assert inputs.filter_scale is not None
-    z = u * inputs.filter_scale[:, :, None, None].to(u.dtype)
-    if training:
+
+    def norm(row: int, z: Tensor) -> Tensor:
+        tables = running_mean[row], running_var[row], bn_weight[row], bn_bias[row]
+        return F.batch_norm(z, *tables, training, 0.1, 1e-5)
+
+    z = F.conv2d(input, weight, None, stride, padding, 1, groups)
+    if filter_scale is not None:
+        z = z * filter_scale[:, :, None, None].to(z.dtype)
+    if len(bn_weight) == 1:
+        mixed = norm(0, z)
+    elif training:
         half = len(z) // 2
-        mixed = torch.cat([_batch_norm(inputs, 1, z[:half], True), _batch_norm(inputs, 0, z[half:], True)])
+        mixed = torch.cat([norm(1, z[:half]), norm(0, z[half:])])
     else:
-        assert inputs.p_clean is not None
-        p = inputs.p_clean[:, None, None, None].to(u.dtype)
-        mixed = (1 - p) * _batch_norm(inputs, 0, z, False) + p * _batch_norm(inputs, 1, z, False)
-    return torch.relu(mixed)
+        assert p_clean is not None
+        p = p_clean[:, None, None, None].to(z.dtype)
+        mixed = (1 - p) * norm(0, z) + p * norm(1, z)
+    if residual is not None:
+        mixed = mixed + residual
+    return torch.relu(mixed) if activation == "relu" else mixed
 
 
-def static(inputs: Inputs, training: bool) -> Tensor:
-    """A convolution, a batch norm and a ReLU: the layer of a network without dynamic weights."""
-    return torch.relu(_batch_norm(inputs, 0, F.conv2d(inputs.input, inputs.weight, padding=1), training))
-
-
-def _backend(name: str) -> Layer:
-    def layer(inputs: Inputs, training: bool) -> Tensor:
-        return aw_conv2d(
-            inputs.input,
-            inputs.weight,
-            inputs.filter_scale,
-            inputs.bn_weight,
-            inputs.bn_bias,
-            inputs.running_mean,
-            inputs.running_var,
-            p_clean=None if training else inputs.p_clean,
-            is_clean=inputs.is_clean if training else None,
-            training=training,
-            padding=1,
-            backend=name,
-        )
-
-    return layer
+COMPILED = {
+    "compile": Provider(unfused, compiled=True, frozen=False),
+    "compile_frozen": Provider(unfused, compiled=True, modes=("attack",)),  # elsewhere it is compile
+    "static_compile": Provider(unfused, compiled=True, static=True),
+}
 
 
 def providers() -> dict[str, Provider]:
     """Every provider that this machine has, by name. The backend ``reference`` is ``literal``."""
     found = {
-        "literal": Provider(literal),
+        "literal": Provider(reference.aw_conv2d, backend="reference"),
         "unfused": Provider(unfused),
-        "static": Provider(static, static=True),
+        "static": Provider(unfused, static=True),
+        **COMPILED,
     }
     for name, reason in available_backends().items():
         if reason is None and name != "reference":
-            found[name] = Provider(_backend(name))
+            found[name] = Provider(partial(aw_conv2d, backend=name), backend=name)
     return found

@@ -2,77 +2,77 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import importlib.util
+import os
 import re
-import statistics
+import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from awnet.files import write_text
-
-from .cases import CASES, MODES, QUICK_CASES, Case, Inputs, Mode, make_inputs, make_upstream, step, truth
-from .providers import Provider, providers, static, unfused
-
-COLUMNS = [
-    *("date", "commit", "device", "driver", "torch", "triton"),
-    *("case", "mode", "provider", "batch", "channels", "size", "dtype", "layout"),
-    *("ms_median", "ms_p20", "ms_p80", "peak_mib", "gb_s", "tflop_s", "roofline_share"),
-    *("verified", "command"),
-]
+from . import results
+from .cases import CASES, MODES, SMOKE_CASES, Case, LayerCase, Mode, Problem, make_upstream, step
+from .ceilings import Ceilings, measure_ceilings
+from .providers import COMPILED, Provider, providers, unfused
+from .timing import Times, measure
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ROTATED_BYTES = (
-    2**27
-)  # inputs are rotated over copies of this size together, more than a CPU's or GPU's cache
+# images are rotated over copies of this size together, more than a CPU's or GPU's cache
+_ROTATED_BYTES = 2**27
 _MOST_COPIES = 16
+_GPU_BATCHES = (1, 32, 128, 256, 512, 1024)
+# in training a branch of fewer samples than four has gradients of filter_scale that nearly cancel
+_LEAST_TRAINING_BATCH = 8
 
 
 @dataclass(frozen=True)
 class BenchOptions:
     """What to measure, and on what."""
 
-    quick: bool = False
-    """Two tiny layers instead of the four of a ResNet-18, in a file of their own."""
+    smoke: bool = False
+    """The whole registry at tiny sizes, within two minutes on a CPU, into a file of its own."""
     device: str | None = None
     """cpu, cuda, cuda:1, …; by default the GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of images and weights; everything on [B, C] is float32."""
     layout: Literal["nchw", "channels_last"] = "nchw"
     """Memory format of images and weights."""
-    batch: int | None = None
-    """Samples, at least 8 (half of them clean); by default 32 on a CPU and 256 on a GPU, 8 with --quick."""
+    batch: tuple[int, ...] = ()
+    """Samples, one or several numbers; by default 1 32 128 256 512 1024 on a GPU, 32 on a CPU (the network
+    8), 8 with --smoke. Training, with half of the samples clean, is measured from 8 on."""
     cases: tuple[str, ...] = ()
-    """Names of the layers to measure; by default all."""
+    """What to measure, by name: stage1 to stage4, stem, shortcut, transition, depthwise, block, network; by
+    default all."""
     modes: tuple[Mode, ...] = MODES
-    """forward: test mode. attack: test mode and the gradients of image, filter_scale and p_clean.
-    training: batch statistics and the gradients of image and parameters."""
+    """forward: test mode. attack: test mode, and the gradients of image, filter_scale and p_clean.
+    training: batch statistics, and the gradients of image, filter_scale and parameters."""
     providers: tuple[str, ...] = ()
-    """Who computes: literal, unfused, static, and the names of backends; by default all that are here."""
+    """Who computes: literal, unfused, static, compile, compile_frozen, static_compile, and the names of
+    backends; by default all that are here, without the three compiled ones (but for one row of --smoke)."""
+    compile: bool = False
+    """Add the three providers that torch.compile makes (on a GPU with max-autotune); each takes up to a
+    minute before it runs."""
+    missing: bool = False
+    """Leave out what the file already has of this commit: goes on where a run was stopped."""
     threads: int | None = None
     """CPU threads; by default torch's choice."""
     seconds: float = 1.0
-    """Time to spend on each row, after a warm-up; at least five steps are measured."""
-    peak_tflop_s: float | None = None
-    """The device's peak in this dtype; with peak_gb_s it gives the share of the roofline."""
-    peak_gb_s: float | None = None
-    """The device's memory bandwidth."""
+    """Time to spend on each row, after a warm-up; on a CPU at least three steps are measured."""
     seed: int = 0
     """Of the random tensors."""
-    out: Path = Path("benchmarks/results")
+    out: Path = results.FOLDER
     """Folder of the CSV files, one a device; rows are added to what is there."""
 
 
@@ -83,16 +83,28 @@ class Row:
     case: Case
     mode: Mode
     provider: str
+    batch: int
+    static: bool
     refused: str  # why there is no time; empty for a verified row
-    ms: tuple[float, float, float] | None = None  # median, 20 % and 80 % quantile
-    peak_mib: float | None = None
+    times: Times | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One case, mode and batch: its providers take turns."""
+
+    case: Case
+    mode: Mode
+    batch: int
+    providers: dict[str, Provider]
 
 
 def run(options: BenchOptions, *, extra_providers: Mapping[str, Provider] | None = None) -> Path:
-    """Measures, prints a table and adds the rows to ``<out>/<device>.csv``, whose path it returns.
+    """Measures, prints tables and adds the rows to ``<out>/<device>.csv``, whose path it returns.
 
-    Every provider's output, gradients and running statistics are first compared with the reference in
-    float64; one that fails is recorded with ``verified`` false and without a time.
+    First the device's ceilings, by a copy and a matrix product. Then every provider's output, gradients and
+    running statistics are compared with the reference in float64, and what agrees is timed; one that fails is
+    recorded with ``verified`` false and without a time. Rows are on disk as soon as they are measured.
 
     Args:
         options: what to measure.
@@ -101,36 +113,38 @@ def run(options: BenchOptions, *, extra_providers: Mapping[str, Provider] | None
     Raises:
         ValueError: an option names an unknown case, provider or device, or is out of range.
     """
-    console = Console()
+    console = Console(highlight=False)
     device = _device(options)
-    available = providers() | dict(extra_providers or {})
-    layers = {case.name: case for case in (QUICK_CASES if options.quick else CASES)}
-    cases = [layers[name] for name in _chosen(tuple(layers), options.cases, "cases")]
-    names = _chosen(tuple(available), options.providers, "providers")
-    batch = _batch(options, device)
-    path = options.out / f"{_slug(_device_name(device))}{'-quick' if options.quick else ''}.csv"
-    before = _existing_rows(path)
+    path = options.out / f"{_slug(_device_name(device))}{'-smoke' if options.smoke else ''}.csv"
+    before = results.read_rows(path)
+    jobs = _jobs(options, device, dict(extra_providers or {}))
     with _machine(options, device):
-        options = replace(options, device=str(device), batch=batch, threads=torch.get_num_threads())
-        rows: list[Row] = []
-        with console.status("") as status:
-            for case in cases:
-                for mode in options.modes:
-                    status.update(f"{case.name} {mode}")
-                    rows += _measure(case, mode, {n: available[n] for n in names}, options, device)
-        lines = [_line(row, options, device) for row in rows]
-        write_text(path, _as_csv(before + lines))
-        console.print(_table(rows, options, device))
-    for row in rows:
-        if row.refused:
-            console.print(
-                f"no time for {row.provider}, {row.case.name} {row.mode}: {row.refused}", style="red"
-            )
-    console.print(f"{len(rows)} rows added to {path}")
+        options = replace(options, device=str(device), threads=torch.get_num_threads())
+        provenance = _provenance(options, device)
+        if options.missing:
+            jobs = _left(jobs, before, provenance)
+        console.print(
+            f"{_device_name(device)}, {options.dtype}, TF32 off, {options.layout}, "
+            f"{options.threads} CPU threads: {sum(len(job.providers) for job in jobs)} rows"
+        )
+        if not jobs:
+            return path
+        ceilings = measure_ceilings(device, _DTYPES[options.dtype], options.seconds, options.smoke)
+        results.add_rows(path, _ceiling_lines(ceilings, provenance))
+        console.print(f"ceilings: copy {ceilings.gb_s:.1f} GB/s, product {ceilings.tflop_s:.3f} TFLOP/s")
+        count = 0
+        for job, rows in _measured(jobs, options, device, console):
+            results.add_rows(path, [_line(row, provenance, ceilings) for row in rows])
+            count += len(rows)
+            console.print(_table(job, rows, ceilings, _DTYPES[options.dtype].itemsize))
+            for row in rows:
+                if row.refused:
+                    console.print(f"no time for {row.provider}: {row.refused}", style="red", markup=False)
+    console.print(f"{count + 2} rows added to {path}", soft_wrap=True)
     return path
 
 
-# --- options
+# --- what to measure
 
 
 def _device(options: BenchOptions) -> torch.device:
@@ -145,6 +159,9 @@ def _device(options: BenchOptions) -> torch.device:
     unknown = [mode for mode in options.modes if mode not in MODES]
     if unknown or not options.modes:
         raise ValueError(f"modes must be some of {', '.join(MODES)}, got {options.modes}")
+    for batch in options.batch:
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -156,21 +173,72 @@ def _device(options: BenchOptions) -> torch.device:
     return device
 
 
-def _batch(options: BenchOptions, device: torch.device) -> int:
-    batch = options.batch
-    if batch is None:
-        batch = 8 if options.quick else 32 if device.type == "cpu" else 256
-    if batch < 8:
-        # gradients of filter_scale nearly cancel where a branch has fewer than three samples
-        raise ValueError(f"batch must be at least 8, got {batch}")
-    return batch
-
-
 def _chosen(known: Sequence[str], wanted: Sequence[str], option: str) -> list[str]:
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ValueError(f"{option} names {', '.join(unknown)}; there are {', '.join(known)}")
     return list(wanted or known)
+
+
+def _batches(options: BenchOptions, case: Case, device: torch.device) -> tuple[int, ...]:
+    if options.batch or options.smoke:
+        return options.batch or (8,)
+    if device.type == "cuda":
+        return _GPU_BATCHES
+    return (8,) if case.name == "network" else (32,)
+
+
+def _jobs(options: BenchOptions, device: torch.device, extra: dict[str, Provider]) -> list[_Job]:
+    available = providers() | extra
+    registry = {case.name: case for case in (SMOKE_CASES if options.smoke else CASES)}
+    names = _chosen(tuple(available), options.providers, "providers")
+    if not options.providers and not options.compile:
+        names = [name for name in names if name not in COMPILED]
+    elif options.compile:
+        names += [name for name in COMPILED if name not in names]
+    # one compiled row shows that the compiler works here; each takes some ten seconds
+    sample = {"compile": COMPILED["compile"]} if options.smoke and _has_compiler(device) else {}
+    jobs = []
+    for case_name in _chosen(tuple(registry), options.cases, "cases"):
+        for batch in _batches(options, registry[case_name], device):
+            for mode in options.modes:
+                able = {name: available[name] for name in names if mode in available[name].modes}
+                if (case_name, mode) == ("stage1", "forward") and not options.cases + options.providers:
+                    able |= sample
+                if able and (mode != "training" or batch >= _LEAST_TRAINING_BATCH):
+                    jobs.append(_Job(registry[case_name], mode, batch, able))
+    if not jobs:
+        raise ValueError(
+            f"nothing is left to measure of batch {options.batch}, modes {options.modes}, providers {names}: "
+            f"training needs a batch of {_LEAST_TRAINING_BATCH} or more, compile_frozen an attack"
+        )
+    return jobs
+
+
+def _has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can work: it needs a C++ compiler, and on a GPU Triton."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return bool(compiler) and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
+
+
+def _left(jobs: list[_Job], before: Iterable[results.Row], provenance: results.Row) -> list[_Job]:
+    """The jobs without what ``before`` has of the same commit, options and device."""
+
+    def sought(line: results.Row) -> tuple[Any, ...]:
+        return (*results.key(line), line["commit"], line["torch"])
+
+    done = {sought(line) for line in before}
+    left = []
+    for job in jobs:
+        rest = {
+            name: provider
+            for name, provider in job.providers.items()
+            if sought(provenance | _what(Row(job.case, job.mode, name, job.batch, provider.static, "")))
+            not in done
+        }
+        if rest:
+            left.append(replace(job, providers=rest))
+    return left
 
 
 @contextmanager
@@ -192,134 +260,179 @@ def _machine(options: BenchOptions, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
+# --- one provider on one problem
+
+
+class _Trial:
+    """A step to call again and again: the images rotate, so that they do not lie in the cache."""
+
+    def __init__(
+        self, case: Case, problem: Problem, provider: Provider, mode: Mode, upstream: Tensor, copies: int
+    ) -> None:
+        self.mode, self.upstream, self.provider = mode, upstream, provider
+        self.problem = problem = problem.clone()
+        module_of_ours = problem.module is not None and provider.backend is not None
+        device = problem.image.device
+        self.forward = case.forward(
+            problem,
+            None if module_of_ours else provider.layer,
+            mode,
+            _compiler(device) if provider.compiled else None,
+        )
+        self.backend = provider.backend if module_of_ours else None
+        for parameter in problem.parameters.values():
+            parameter.requires_grad_(mode == "training" or (mode == "attack" and not provider.frozen))
+        self.leaves = case.leaves(problem, mode)
+        for leaf in self.leaves.values():
+            leaf.requires_grad_()
+        self.wants_image = mode == "attack" or (mode == "training" and not case.image_is_data)
+        images = [problem.image.detach().clone() for _ in range(copies)]
+        for image in images:
+            image.requires_grad_(self.wants_image)
+        self.images = cycle(images)
+
+    def __call__(self) -> dict[str, Tensor]:
+        if self.provider.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        image = next(self.images)
+        leaves = {"image": image, **self.leaves} if self.wants_image else self.leaves
+        with _use_backend(self.backend):
+            return step(self.forward, image, leaves, self.problem.running, self.mode, self.upstream)
+
+
+def _use_backend(name: str | None) -> Any:
+    from awnet.ops import use_backend
+
+    return nullcontext() if name is None else use_backend(name)
+
+
+def _compiler(device: torch.device) -> Callable[[Any], Any]:
+    mode = "max-autotune" if device.type == "cuda" else None
+    return lambda what: torch.compile(what, mode=mode, dynamic=False)
+
+
 # --- verification
 
 
+def _exact(case: Case) -> Provider:
+    """Who gives the truth, in float64: the literal form; for a whole network plain torch, since the literal
+    form copies the weights for each sample (the tests hold the two equal)."""
+    return providers()["unfused" if case.name == "network" else "literal"]
+
+
+def _joined(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's parameters joined by kind (``conv1.bn.weight`` of all blocks), anything else by itself.
+
+    One of hundreds of gradients may be next to nothing; all of a kind are not.
+    """
+    kinds: dict[str, list[Tensor]] = {}
+    for name, value in values.items():
+        what, _, place = name.rpartition(" ")
+        kind = re.split(r"\.\d+\.", place)[-1] if "." in place else place
+        kinds.setdefault(f"{what} {kind}".strip(), []).append(value)
+    return {k: v[0] if len(v) == 1 else torch.cat([x.flatten() for x in v]) for k, v in kinds.items()}
+
+
 def _relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
-    def error(name: str) -> float:
-        if got[name].shape != want[name].shape:
-            return float("inf")
-        difference = got[name].to(torch.float64) - want[name]
-        return float(difference.norm() / want[name].norm())
-
-    return {name: error(name) for name in want}
-
-
-def _tolerances(inputs: Inputs, mode: Mode, upstream: Tensor, want: dict[str, Tensor]) -> dict[str, float]:
-    """float32: 1e-5 forward, 1e-4 for a gradient. Below it: twice what plain torch loses in that dtype."""
-    if inputs.input.dtype == torch.float32:
-        return {name: 1e-4 if name.startswith("gradient") else 1e-5 for name in want}
-    plain = static if inputs.filter_scale is None else unfused
-    yardstick = _relative_errors(step(plain, inputs.clone(), mode, upstream), want)
-    return {name: min(2 * error, 0.1) for name, error in yardstick.items()}
+    if any(got[name].shape != want[name].shape for name in want):
+        return {name: float("inf") for name in want if got[name].shape != want[name].shape}
+    mine, right = _joined(got), _joined(want)
+    return {
+        name: float((mine[name].double() - right[name]).norm() / right[name].norm().clamp(min=1e-30))
+        for name in right
+    }
 
 
-def _fault(provider: Provider, inputs: Inputs, mode: Mode, upstream: Tensor, want: dict[str, Tensor]) -> str:
-    """Why ``provider`` may not be timed; empty if its results agree with ``want``."""
-    try:
-        got = step(provider.layer, inputs.clone(), mode, upstream)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return f"it raised {type(error).__name__}: {error}"
-    limits = _tolerances(inputs, mode, upstream, want)
-    errors = _relative_errors(got, want)
-    wrong = [name for name in want if not errors[name] <= limits[name]]  # NaN is wrong too
+def _limits(
+    case: Case, problem: Problem, mode: Mode, upstream: Tensor, want: dict[str, Tensor]
+) -> dict[str, float]:
+    """The relative error allowed.
+
+    One layer in float32: 1e-5 forward, 1e-4 for a gradient; in low precision twice what plain torch loses
+    there. Where ReLUs lie between layers, rounding switches a share of eps of them, and not the same ones for
+    two providers, so that gradients differ by some √eps.
+    """
+    dtype = problem.image.dtype
+    eps = torch.finfo(dtype).eps
+    if isinstance(case, LayerCase) and dtype == torch.float32:
+        return {name: 1e-4 if name.startswith("gradient") else 1e-5 for name in _joined(want)}
+    plain = _relative_errors(_Trial(case, problem, Provider(unfused), mode, upstream, 1)(), want)
+    if isinstance(case, LayerCase):
+        return {name: min(max(eps, 2 * error), 0.1) for name, error in plain.items()}
+    worst = max((error for name, error in plain.items() if name.startswith("gradient")), default=0.0)
+    return {
+        name: min(max(4 * eps**0.5, 3 * worst), 0.5)
+        if name.startswith("gradient")
+        else min(max(100 * eps, 2 * error), 0.1)
+        for name, error in plain.items()
+    }
+
+
+def _fault(trial: Callable[[], dict[str, Tensor]], want: dict[str, Tensor], limits: dict[str, float]) -> str:
+    """Why ``trial`` may not be timed; empty if its results agree with ``want``."""
+    errors = _relative_errors(trial(), want)
+    # NaN is wrong too; a name without a limit is one of a wrong shape
+    wrong = [name for name, error in errors.items() if not error <= limits.get(name, 0.0)]
     return "; ".join(
-        f"{name} is off by {errors[name]:.1e}, at most {limits[name]:.1e} allowed" for name in wrong
+        f"{name} is off by {errors[name]:.1e}, at most {limits.get(name, 0.0):.1e} allowed" for name in wrong
     )
 
 
-# --- timing
+_REFUSED = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
-def _measure(
-    case: Case, mode: Mode, wanted: Mapping[str, Provider], options: BenchOptions, device: torch.device
-) -> list[Row]:
-    assert options.batch is not None
+def _measure(job: _Job, options: BenchOptions, device: torch.device) -> list[Row]:
     rows: dict[str, Row] = {}
-    for is_static in (False, True):
-        mine = {name: provider for name, provider in wanted.items() if provider.static == is_static}
+    if any(provider.compiled for provider in job.providers.values()):
+        torch._dynamo.reset()  # it compiles one function for a few shapes only
+    for static in (False, True):
+        mine = {name: provider for name, provider in job.providers.items() if provider.static == static}
+        for name in mine:
+            rows[name] = Row(job.case, job.mode, name, job.batch, static, "not verified")
         if not mine:
             continue
-        inputs = make_inputs(
-            case,
-            options.batch,
-            static=is_static,
-            device=device,
-            dtype=_DTYPES[options.dtype],
-            channels_last=options.layout == "channels_last",
-            seed=options.seed,
-        )
-        upstream = make_upstream(inputs, mode, options.seed + 1)
-        want = truth(inputs, mode, upstream)
+        dtype = _DTYPES[options.dtype]
+        last = options.layout == "channels_last"
+        problem = job.case.problem(job.batch, static, device, dtype, last, options.seed)
+        copies = min(max(_ROTATED_BYTES // (problem.image.numel() * dtype.itemsize), 1), _MOST_COPIES)
+        try:
+            exact = _exact(job.case)
+            upstream = make_upstream(job.case, problem, job.mode, exact.layer, options.seed + 1)
+            precise = problem.to(torch.float64)
+            want = _Trial(job.case, precise, exact, job.mode, upstream.double(), 1)()
+            if job.batch < _LEAST_TRAINING_BATCH:
+                want.pop("gradient of p_clean", None)  # so few numbers may nearly cancel
+            limits = _limits(job.case, problem, job.mode, upstream, want)
+        except torch.OutOfMemoryError as error:
+            for name in mine:
+                rows[name] = replace(rows[name], refused=f"there is no memory to verify it: {error}")
+            continue
         right: dict[str, Callable[[], object]] = {}
         for name, provider in mine.items():
-            fault = _fault(provider, inputs, mode, upstream, want)
-            rows[name] = Row(case, mode, name, fault)
+            try:
+                trial = _Trial(job.case, problem, provider, job.mode, upstream, copies)
+                fault = _fault(trial, want, limits)
+            except _REFUSED as error:
+                fault = f"it raised {type(error).__name__}: {error}"
+            rows[name] = replace(rows[name], refused=fault)
             if not fault:
-                right[name] = _repeated(provider, inputs, mode, upstream)
-        time_all = _time_on_cuda if device.type == "cuda" else _time_on_cpu
-        for name, (ms, peak) in time_all(right, options.seconds).items():
-            rows[name] = replace(rows[name], ms=ms, peak_mib=peak)
-    return [rows[name] for name in wanted]
+                right[name] = trial
+        del want
+        for name, times in measure(right, device, options.seconds).items():
+            rows[name] = replace(rows[name], times=times)
+    return [rows[name] for name in job.providers]
 
 
-def _repeated(provider: Provider, inputs: Inputs, mode: Mode, upstream: Tensor) -> Callable[[], object]:
-    """A step to call again and again: the images rotate, so that they do not lie in the cache."""
-    own = inputs.clone()
-    size = own.input.numel() * own.input.element_size()
-    copies = min(max(_ROTATED_BYTES // size, 1), _MOST_COPIES)
-    rotation = cycle([replace(own, input=own.input.detach().clone()) for _ in range(copies)])
-    return lambda: step(provider.layer, next(rotation), mode, upstream)
-
-
-Times = dict[str, tuple[tuple[float, float, float], float | None]]  # (median, 20 %, 80 %) in ms, peak in MiB
-
-
-def _time_on_cpu(steps: Mapping[str, Callable[[], object]], seconds: float) -> Times:
-    """All take turns, so that whatever else runs on the machine slows them alike."""
-
-    def turn() -> dict[str, float]:
-        took: dict[str, float] = {}
-        for name, once in steps.items():
-            start = time.perf_counter()
-            once()
-            took[name] = 1000 * (time.perf_counter() - start)
-        return took
-
-    budget = seconds * len(steps)
-    turn()
-    warm = time.perf_counter() + 0.2 * budget
-    while time.perf_counter() < warm:
-        turn()
-    turns: list[dict[str, float]] = []
-    end = time.perf_counter() + budget
-    while len(turns) < 5 or time.perf_counter() < end:
-        turns.append(turn())
-    times: Times = {}
-    for name in steps:
-        samples = [took[name] for took in turns]
-        fifths = statistics.quantiles(samples, n=5, method="inclusive")
-        times[name] = (statistics.median(samples), fifths[0], fifths[3]), None
-    return times
-
-
-def _time_on_cuda(steps: Mapping[str, Callable[[], object]], seconds: float) -> Times:
-    """By CUDA events, the L2 cache flushed before each step; the peak is of memory beside the inputs."""
-    from triton.testing import do_bench
-
-    times: Times = {}
-    for name, once in steps.items():
-        for _ in range(3):
-            once()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        once()
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - held) / 2**20
-        median, p20, p80 = do_bench(once, warmup=100, rep=round(1000 * seconds), quantiles=[0.5, 0.2, 0.8])
-        times[name] = (median, p20, p80), peak
-    return times
+def _measured(
+    jobs: list[_Job], options: BenchOptions, device: torch.device, console: Console
+) -> Iterator[tuple[_Job, list[Row]]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(jobs))
+        for job in jobs:
+            progress.update(task, description=f"{job.case.name} {job.mode}, batch {job.batch}")
+            yield job, _measure(job, options, device)
+            progress.advance(task)
 
 
 # --- records
@@ -352,10 +465,14 @@ def _output_of(*command: str, folder: Path | None = None) -> str:
 
 
 def _commit() -> str:
+    """The repository's commit, with -dirty where anything but results differs from it."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # installed: another repository's commit would be a lie
         return ""
-    return _output_of("git", "describe", "--always", "--dirty", "--exclude=*", folder=root)
+    commit = _output_of("git", "rev-parse", "--short=7", "HEAD", folder=root)
+    changes = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".")
+    excluded = f":(exclude){results.FOLDER.as_posix()}"
+    return commit + ("-dirty" if _output_of(*changes, excluded, folder=root) else "")
 
 
 def _driver(device: torch.device) -> str:
@@ -377,98 +494,105 @@ def command_line(options: BenchOptions) -> str:
     words = ["awnet", "bench", "run"]
     for field in fields(BenchOptions):  # a subclass, the command line's say, has more
         value = getattr(options, field.name)
-        if field.name == "out" or value == field.default:
+        if field.name in ("out", "missing") or value == field.default:
             continue
         words.append("--" + field.name.replace("_", "-"))
         words += [] if value is True else [str(v) for v in (value if isinstance(value, tuple) else (value,))]
     return " ".join(words)
 
 
-def _roofline_ms(row: Row, options: BenchOptions) -> float | None:
-    """The least time that the device's peak and bandwidth allow."""
-    if options.peak_tflop_s is None or options.peak_gb_s is None or options.batch is None:
-        return None
-    arithmetic = row.case.flops(row.mode, options.batch) / (options.peak_tflop_s * 1e9)
-    item = _DTYPES[options.dtype].itemsize
-    return max(arithmetic, row.case.bytes(row.mode, options.batch, item) / (options.peak_gb_s * 1e6))
-
-
-def _line(row: Row, options: BenchOptions, device: torch.device) -> dict[str, str]:
-    assert options.batch is not None
-    line = dict.fromkeys(COLUMNS, "")
-    line |= {
+def _provenance(options: BenchOptions, device: torch.device) -> results.Row:
+    return dict.fromkeys(results.COLUMNS, "") | {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
         "device": _device_name(device),
         "driver": _driver(device),
         "torch": str(torch.__version__),
         "triton": _version("triton"),
+        "dtype": options.dtype,
+        "layout": options.layout,
+        "command": command_line(options),
+    }
+
+
+def _what(row: Row) -> results.Row:
+    first = row.case.convolutions()[0]
+    return {
         "case": row.case.name,
         "mode": row.mode,
         "provider": row.provider,
-        "batch": str(options.batch),
-        "channels": str(row.case.channels),
-        "size": str(row.case.size),
-        "dtype": options.dtype,
-        "layout": options.layout,
-        "verified": "false" if row.refused else "true",
-        "command": command_line(options),
+        "batch": str(row.batch),
+        "channels": str(first.c_out),
+        "size": str(first.size),
     }
-    if row.ms is not None:
-        item = _DTYPES[options.dtype].itemsize
-        line |= {
-            name: f"{ms:.4f}" for name, ms in zip(("ms_median", "ms_p20", "ms_p80"), row.ms, strict=True)
-        }
-        line["gb_s"] = f"{row.case.bytes(row.mode, options.batch, item) / row.ms[0] / 1e6:.3f}"
-        line["tflop_s"] = f"{row.case.flops(row.mode, options.batch) / row.ms[0] / 1e9:.4f}"
-        least = _roofline_ms(row, options)
-        if least is not None:
-            line["roofline_share"] = f"{least / row.ms[0]:.4f}"
-    if row.peak_mib is not None:
-        line["peak_mib"] = f"{row.peak_mib:.2f}"
-    return line
 
 
-def _existing_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(
-                f"{path} has other columns than this version writes; move it away, or name another folder "
-                "with out"
-            )
-        return list(reader)
+def _times(times: Times) -> results.Row:
+    columns = {"ms_median": times.median, "ms_p20": times.p20, "ms_p80": times.p80}
+    line = {name: f"{ms:.4f}" for name, ms in columns.items()}
+    return line if times.peak_mib is None else line | {"peak_mib": f"{times.peak_mib:.2f}"}
 
 
-def _as_csv(lines: list[dict[str, str]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
-def _table(rows: list[Row], options: BenchOptions, device: torch.device) -> Table:
-    unfused_ms = {
-        (row.case.name, row.mode): row.ms[0] for row in rows if row.provider == "unfused" and row.ms
-    }
-    table = Table(
-        title=f"{_device_name(device)}, {options.dtype}{'' if device.type == 'cpu' else ' (no TF32)'}, "
-        f"{options.layout}, batch {options.batch}, CPU threads: {options.threads}"
+def _work(row: Row, item: int) -> tuple[float, float]:
+    """Floating-point operations, and compulsory bytes."""
+    return (
+        row.case.flops(row.mode, row.batch, row.static),
+        row.case.bytes(row.mode, row.batch, item, row.static),
     )
-    for heading in ("layer", "mode", "provider"):
-        table.add_column(heading)
-    for heading in ("median ms", "20–80 %", "× unfused"):
+
+
+def _line(row: Row, provenance: results.Row, ceilings: Ceilings) -> results.Row:
+    line = provenance | _what(row) | {"verified": "false" if row.refused else "true"}
+    if row.times is None:
+        return line
+    flops, moved = _work(row, _DTYPES[provenance["dtype"]].itemsize)
+    return line | {
+        **_times(row.times),
+        "gb_s": f"{moved / row.times.median / 1e6:.3f}",
+        "tflop_s": f"{flops / row.times.median / 1e9:.4f}",
+        "roofline_share": f"{ceilings.least_ms(flops, moved) / row.times.median:.4f}",
+    }
+
+
+def _ceiling_lines(ceilings: Ceilings, provenance: results.Row) -> list[results.Row]:
+    common = provenance | {
+        "mode": "ceiling",
+        "provider": "torch",
+        "verified": str(ceilings.verified).lower(),
+    }
+    size = str(ceilings.matmul_size)
+    return [
+        common | {"case": "copy", **_times(ceilings.copy), "gb_s": f"{ceilings.gb_s:.3f}"},
+        common
+        | {"case": "matmul", "size": size, **_times(ceilings.matmul), "tflop_s": f"{ceilings.tflop_s:.4f}"},
+    ]
+
+
+def _table(job: _Job, rows: list[Row], ceilings: Ceilings, item: int) -> Table:
+    plain = next((row.times.median for row in rows if row.provider == "unfused" and row.times), None)
+    first = job.case.convolutions()[0]
+    table = Table(
+        title=f"{job.case.name} {first.c_in}→{first.c_out}@{first.size}², {job.mode}, batch {job.batch}",
+        title_justify="left",
+    )
+    table.add_column("provider")
+    for heading in ("median ms", "20–80 %", "× unfused", "TFLOP/s", "roofline"):
         table.add_column(heading, justify="right")
     for row in rows:
-        shape = f"{row.case.name} {row.case.channels}@{row.case.size}²"
-        if row.ms is None:
-            table.add_row(shape, row.mode, row.provider, "wrong", "", "", style="red")
+        if row.times is None:
+            table.add_row(row.provider, "wrong", "", "", "", "", style="red")
             continue
-        plain = unfused_ms.get((row.case.name, row.mode))
-        ratio = "" if plain is None else f"{row.ms[0] / plain:.2f}"
-        median, p20, p80 = (f"{ms:.1f}" if ms >= 100 else f"{ms:.3f}" for ms in row.ms)
-        table.add_row(shape, row.mode, row.provider, median, f"{p20}–{p80}", ratio)
+        flops, moved = _work(row, item)
+        times = row.times
+        median, p20, p80 = (
+            f"{ms:.1f}" if ms >= 100 else f"{ms:.3f}" for ms in (times.median, times.p20, times.p80)
+        )
+        table.add_row(
+            row.provider,
+            median,
+            f"{p20}–{p80}",
+            "" if plain is None else f"{times.median / plain:.2f}",
+            f"{flops / times.median / 1e9:.3f}",
+            f"{ceilings.least_ms(flops, moved) / times.median:.0%}",
+        )
     return table

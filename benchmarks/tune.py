@@ -25,7 +25,7 @@ from torch import Tensor
 from awnet.files import write_json
 from awnet.ops import triton_passes, tuning
 
-from .cases import CASES, QUICK_CASES, Case
+from .cases import CASES, SMOKE_CASES, STAGES, Convolution, LayerCase
 
 Parameters = Mapping[str, int]
 # milliseconds of one call
@@ -49,8 +49,8 @@ class TuneOptions:
 
     device: str | None = None
     """cuda, cuda:1, …; by default the GPU."""
-    quick: bool = False
-    """Two tiny layers instead of the four of a ResNet-18."""
+    smoke: bool = False
+    """Tiny layers instead of the four stages of a ResNet-18."""
     batches: tuple[int, ...] = (256,)
     """Samples of each layer."""
     dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float32")
@@ -76,7 +76,8 @@ class Job:
 
 def jobs(options: TuneOptions, device: torch.device) -> Iterator[Job]:
     """Everything that ``options`` asks for, on random tensors; made one at a time."""
-    for case in QUICK_CASES if options.quick else CASES:
+    registry = SMOKE_CASES if options.smoke else CASES
+    for case in (c.convolution for c in registry if isinstance(c, LayerCase) and c.name in STAGES):
         for batch in options.batches:
             for dtype in options.dtypes:
                 for layout in options.layouts:
@@ -86,9 +87,9 @@ def jobs(options: TuneOptions, device: torch.device) -> Iterator[Job]:
                 yield _table_job(op, case, batch, device)
 
 
-def _image_job(op: str, case: Case, batch: int, dtype: str, layout: str, device: torch.device) -> Job:
+def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, device: torch.device) -> Job:
     passes = importlib.import_module("awnet.kernels.passes")
-    size = (batch, case.channels, case.size, case.size)
+    size = (batch, case.c_out, case.size, case.size)
     kind: torch.dtype = getattr(torch, dtype)
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
 
@@ -108,14 +109,14 @@ def _image_job(op: str, case: Case, batch: int, dtype: str, layout: str, device:
         return passes.propagate(grad, u, a, y, b, c, a, True, how)
 
     pixels = case.size**2
-    shape = (batch, case.channels, pixels)
+    shape = (batch, case.c_out, pixels)
     start = tuning.launch_parameters(op, torch.device("cpu"), *shape, kind, layout)
     return Job(f"{op}/{dtype}/{layout}/{tuning.bucket(*shape)}", start, run)
 
 
-def _table_job(op: str, case: Case, batch: int, device: torch.device) -> Job:
+def _table_job(op: str, case: Convolution, batch: int, device: torch.device) -> Job:
     kernels = importlib.import_module("awnet.kernels.coefficients")
-    channels, hw, eps = case.channels, case.size**2, 1e-5
+    channels, hw, eps = case.c_out, case.size**2, 1e-5
     g1, gc, mean, m2, omega = (torch.rand(batch, channels, device=device) for _ in range(5))
     norm = kernels.Norm(*(torch.rand(2, channels, device=device) + 0.5 for _ in range(4)))
     p = torch.rand(batch, device=device)

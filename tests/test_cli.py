@@ -342,7 +342,7 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
         (["attack", "nowhere", "--out", "x.npz", "--data", "digits"], "no file nowhere"),
         (["data", "info", "mnist"], "unknown data set 'mnist'"),
         (["data", "download", "digits"], "digits needs no download"),
-        (["bench", "run", "--batch", "3"], "batch"),
+        (["bench", "run", "--batch", "0"], "batch"),
     ],
 )
 def test_an_error_is_one_clean_line(words, message, capsys):
@@ -459,7 +459,7 @@ def test_info_as_json_and_for_people_says_what_is_here(capsys):
 
 
 def test_bench_run_takes_the_benchmarks_own_options(tmp_path, capsys):
-    words = ["bench", "run", "--quick", "--modes", "forward", "--seconds", "0.01", "--out", str(tmp_path)]
+    words = ["bench", "run", "--smoke", "--cases", "stem", "--modes", "forward", "--seconds", "0.01", "--out", str(tmp_path)]
     assert main([*words, "--providers", "eager"]) == 0
     assert list(tmp_path.glob("*.csv"))
 

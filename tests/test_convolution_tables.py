@@ -114,10 +114,10 @@ def test_the_race_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_layers_by_name_and_spelt() -> None:
-    assert convolutions.find_layer("stage 1") == convolutions.Layer(64, 64, 32)
-    assert convolutions.find_layer("512-256@7") == convolutions.Layer(512, 256, 7)
+    assert convolutions.find_layer("stage 1") == convolutions.Convolution(64, 64, 32)
+    assert convolutions.find_layer("512-256@7") == convolutions.Convolution(512, 256, 7)
     spelt = convolutions.find_layer("96-96@56k7s2g96")
-    assert spelt == convolutions.Layer(96, 96, 56, kernel=7, stride=2, groups=96)
+    assert spelt == convolutions.Convolution(96, 96, 56, kernel=7, stride=2, groups=96)
 
 
 def test_an_unknown_layer_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ def clock(run: Callable[[], object]) -> float:
 
 
 def options(folder: Path, **changes: object) -> tuner.TuneOptions:
-    defaults: dict = {"quick": True, "batches": (2,), "dtypes": ("float32",), "layouts": ("nchw",)}
+    defaults: dict = {"smoke": True, "batches": (2,), "dtypes": ("float32",), "layouts": ("nchw",)}
     return tuner.TuneOptions(device=str(DEVICE), out=folder, **(defaults | changes))
 
 
