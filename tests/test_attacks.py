@@ -420,8 +420,8 @@ def test_steps_do_not_wait_for_the_device() -> None:
 
 def test_named_attacks_have_the_papers_sizes() -> None:
     model, threat = small_cnn(), ThreatModel(8 / 255)
-    assert list_attacks() == ("fgsm", "pgd_sat", "pgd_trades", "cw")
-    found = {name: named_attack(name, model, threat, seed=3).settings for name in list_attacks()}
+    assert list_attacks()[:4] == ("fgsm", "pgd_sat", "pgd_trades", "cw")
+    found = {name: named_attack(name, model, threat, seed=3).settings for name in list_attacks()[:4]}
     expected = {
         "fgsm": (8 / 255, 1, "ce", None),
         "pgd_sat": (2 / 255, 20, "ce", "uniform"),

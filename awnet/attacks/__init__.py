@@ -1,7 +1,24 @@
 """Attacks within an L-infinity ball, on any ``nn.Module`` that maps images in [0, 1] to logits."""
 
+from awnet.attacks.autoattack import AutoAttack
 from awnet.attacks.base import Attack, frozen
+from awnet.attacks.cascade import Cascade
 from awnet.attacks.pgd import CW, FGSM, PGD
-from awnet.attacks.registry import list_attacks, named_attack
+from awnet.attacks.registry import Suite, list_attacks, named_attack
+from awnet.attacks.transfer import TransferAttack, craft, replay
 
-__all__ = ["CW", "FGSM", "PGD", "Attack", "frozen", "list_attacks", "named_attack"]
+__all__ = [
+    "CW",
+    "FGSM",
+    "PGD",
+    "Attack",
+    "AutoAttack",
+    "Cascade",
+    "Suite",
+    "TransferAttack",
+    "craft",
+    "frozen",
+    "list_attacks",
+    "named_attack",
+    "replay",
+]

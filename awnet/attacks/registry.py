@@ -1,24 +1,172 @@
-"""The attacks that the paper evaluates, by name, with sizes from a data set's threat model."""
+"""Attacks by name, with sizes from a data set's threat model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from awnet.attacks import adaptive
+from awnet.attacks.adaptive import (
+    AdaptivePaper,
+    DeepSloth,
+    ForcedStatic,
+    Joint,
+    JointAPGD,
+    Softened,
+    TwoPhase,
+)
+from awnet.attacks.autoattack import QUERIES, STEPS, TARGETS, AutoAttack, Name, OfficialAttack
 from awnet.attacks.base import Attack
+from awnet.attacks.cascade import Cascade
 from awnet.attacks.pgd import CW, FGSM, PGD
+from awnet.attacks.transfer import TransferAttack
 from awnet.data.dataset import ThreatModel
 
-_ATTACKS: dict[str, Callable[[nn.Module, ThreatModel, int], Attack]] = {
-    "fgsm": lambda model, threat, seed: FGSM(model, eps=threat.eps, seed=seed),
-    "pgd_sat": lambda model, threat, seed: PGD(
+BudgetName = Literal["smoke", "standard"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much the attacks of the suite may spend."""
+
+    steps: int = STEPS
+    """Of each search of the adaptive attacks, APGD and FAB."""
+    restarts: int = 10
+    """Of APGD on the joint loss."""
+    targets: int = TARGETS
+    """Of the targeted attacks."""
+    queries: int = QUERIES
+    """Of Square."""
+    lambdas: tuple[float, ...] = adaptive.LAMBDAS
+
+
+BUDGETS: dict[str, Budget] = {
+    "smoke": Budget(steps=20, restarts=2, targets=3, queries=200, lambdas=(0.0, 1.0, -1.0)),
+    "standard": Budget(),
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What the attacks beyond the paper's four need to know besides the model and its threat model."""
+
+    classes: int = 10
+    """K: the targeted DLR loss needs 4, and there are at most K - 1 targets."""
+    budget: BudgetName = "standard"
+    """``"smoke"`` is for trying things out: its numbers are not to be quoted."""
+    queries: int | None = None
+    """Of Square; None takes the budget's."""
+    teacher: nn.Module | None = None
+    """The robust teacher, for ``adaptive_paper``."""
+    surrogates: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Models by name, whose images the union replays."""
+    reference: Tensor | None = None
+    """Images ``[N, C, H, W]`` over which forced-static transfer averages ω; None leaves that variant out."""
+
+    @property
+    def sizes(self) -> Budget:
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {self.budget!r}")
+        return BUDGETS[self.budget]
+
+
+_Make = Callable[[nn.Module, ThreatModel, int, Suite], Attack]
+
+
+def _official(name: Name) -> _Make:
+    return lambda model, threat, seed, suite: OfficialAttack(
+        model, name, eps=threat.eps, seed=seed, **_official_sizes(suite)
+    )
+
+
+def _official_sizes(suite: Suite) -> dict[str, int]:
+    sizes = suite.sizes
+    queries = sizes.queries if suite.queries is None else suite.queries
+    return {"steps": sizes.steps, "targets": min(sizes.targets, suite.classes - 1), "queries": queries}
+
+
+def _adaptive(attack: Callable[..., Attack], *names: str) -> _Make:
+    """An attack of :mod:`awnet.attacks.adaptive`, with those of its sizes that ``names`` tells."""
+    return lambda model, threat, seed, suite: attack(
+        model, eps=threat.eps, seed=seed, **{name: getattr(suite.sizes, name) for name in names}
+    )
+
+
+def _forced(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+    means = None if suite.reference is None else adaptive.mean_scales(model, suite.reference)
+    return ForcedStatic(model, eps=threat.eps, mean_scales=means, steps=suite.sizes.steps, seed=seed)
+
+
+def _adaptive_paper(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+    if suite.teacher is None:
+        raise ValueError(
+            "adaptive_paper needs the robust teacher that the model learnt from: evaluate a run that has "
+            "teachers (RUN/teachers/robust), or pass teacher="
+        )
+    return AdaptivePaper(
+        model, eps=threat.eps, step_size=threat.pgd_trades_step_size, teacher=suite.teacher, seed=seed
+    )
+
+
+def _deepsloth(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+    # its authors' 8/256 in steps of 0.002, for eps = 8/255
+    scale = threat.eps / (8 / 255)
+    return DeepSloth(model, eps=scale * 0.03125, step_size=scale * 0.002, seed=seed)
+
+
+def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+    names = ["aa", "cw", "joint"]
+    if adaptive.has_type_head(model):
+        names.append("two_phase")
+    if adaptive.has_router(model):
+        names += ["forced", "softened"]
+    names += ["apgd_joint_ce", "apgd_joint_dlr", "apgd_joint_t"]
+    if suite.teacher is not None:
+        names.append("adaptive_paper")
+    names.append("deepsloth")
+    members = {name: _ATTACKS[name](model, threat, seed, suite) for name in names}
+    for surrogate, other in suite.surrogates.items():
+        for attack in ("pgd_sat", "cw"):
+            source = _ATTACKS[attack](other, threat, seed, suite)
+            members[f"transfer_{surrogate}_{attack}"] = TransferAttack(model, source)
+    return Cascade(model, members, eps=threat.eps, seed=seed)
+
+
+_ATTACKS: dict[str, _Make] = {
+    "fgsm": lambda model, threat, seed, suite: FGSM(model, eps=threat.eps, seed=seed),
+    "pgd_sat": lambda model, threat, seed, suite: PGD(
         model, eps=threat.eps, step_size=threat.pgd_sat_step_size, steps=20, seed=seed
     ),
-    "pgd_trades": lambda model, threat, seed: PGD(
+    "pgd_trades": lambda model, threat, seed, suite: PGD(
         model, eps=threat.eps, step_size=threat.pgd_trades_step_size, steps=20, seed=seed
     ),
-    "cw": lambda model, threat, seed: CW(model, eps=threat.eps, step_size=threat.cw_step_size, seed=seed),
+    "cw": lambda model, threat, seed, suite: CW(
+        model, eps=threat.eps, step_size=threat.cw_step_size, seed=seed
+    ),
+    "aa": lambda model, threat, seed, suite: AutoAttack(
+        model, eps=threat.eps, classes=suite.classes, seed=seed, **_official_sizes(suite)
+    ),
+    "apgd_ce": _official("apgd_ce"),
+    "apgd_t": _official("apgd_t"),
+    "fab_t": _official("fab_t"),
+    "square": _official("square"),
+    "joint": _adaptive(Joint, "steps", "lambdas"),
+    "two_phase": _adaptive(TwoPhase, "steps"),
+    "forced": _forced,
+    "softened": _adaptive(Softened, "steps"),
+    "apgd_joint_ce": _adaptive(lambda *a, **k: JointAPGD(*a, loss="ce", **k), "steps", "restarts", "lambdas"),
+    "apgd_joint_dlr": _adaptive(
+        lambda *a, **k: JointAPGD(*a, loss="dlr", **k), "steps", "restarts", "lambdas"
+    ),
+    "apgd_joint_t": _adaptive(
+        lambda *a, **k: JointAPGD(*a, loss="dlr_targeted", **k), "steps", "restarts", "lambdas"
+    ),
+    "adaptive_paper": _adaptive_paper,
+    "deepsloth": _deepsloth,
+    "union": _union,
 }
 
 
@@ -27,19 +175,25 @@ def list_attacks() -> tuple[str, ...]:
     return tuple(_ATTACKS)
 
 
-def named_attack(name: str, model: nn.Module, threat_model: ThreatModel, seed: int = 0) -> Attack:
-    """One of the paper's attacks on ``model``; at eps = 8/255 the step sizes are the paper's.
+def named_attack(
+    name: str, model: nn.Module, threat_model: ThreatModel, seed: int = 0, suite: Suite | None = None
+) -> Attack:
+    """An attack on ``model``; at eps = 8/255 the step sizes are the paper's.
 
     Args:
-        name: ``"fgsm"``: one step of eps. ``"pgd_sat"``: 20 steps of eps/4. ``"pgd_trades"``: 20 steps of
-            0.003, scaled with eps. ``"cw"``: 30 steps of eps/4 on the margin, kappa = 50. Those with more
-            than one step start uniformly in the ball.
+        name: the paper's: ``"fgsm"``: one step of eps. ``"pgd_sat"``: 20 steps of eps/4. ``"pgd_trades"``: 20
+            steps of 0.003, scaled with eps. ``"cw"``: 30 steps of eps/4 on the margin, kappa = 50. Those with
+            more than one step start uniformly in the ball. ``"aa"``: AutoAttack; ``"apgd_ce"``, ``"apgd_t"``,
+            ``"fab_t"``, ``"square"``: its parts. ``"adaptive_paper"``, ``"deepsloth"``: the paper's. Ours:
+            ``"joint"``, ``"two_phase"``, ``"forced"``, ``"softened"``, ``"apgd_joint_ce"``, ``…_dlr``,
+            ``…_t`` (:mod:`awnet.attacks.adaptive`), and ``"union"``: all of them that apply to the model.
         threat_model: eps and step sizes, a property of the data set.
-        seed: keys the random start.
+        seed: keys the random starts.
+        suite: what the attacks beyond the first four need; None for ten classes at the standard budget.
 
     Raises:
-        ValueError: there is no such attack.
+        ValueError: there is no such attack, or the model or ``suite`` lacks what it needs.
     """
     if name not in _ATTACKS:
         raise ValueError(f"unknown attack {name!r}: choose from {', '.join(_ATTACKS)}")
-    return _ATTACKS[name](model, threat_model, seed)
+    return _ATTACKS[name](model, threat_model, seed, Suite() if suite is None else suite)

@@ -1,0 +1,396 @@
+"""Attacks made for a network with a router: they steer the router, freeze it or soften it.
+
+A gated network may be robust only because its gate hides the way: the gradient through the router points
+elsewhere, saturates, or is zero. Each attack here takes one such hiding place away. On a model without a
+router those that make sense there remain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awnet.attacks.base import check_model, frozen
+from awnet.attacks.pgd import PGD, margin
+from awnet.attacks.saved import digest, model_fingerprint
+from awnet.attacks.search import APGD, APGDLoss, Objective, Search
+
+LAMBDAS = (0.0, 0.01, -0.01, 0.1, -0.1, 1.0, -1.0, 10.0, -10.0, 100.0, -100.0)
+"""Weights of the type logits' margin beside the classes' margin."""
+
+
+def has_router(model: nn.Module) -> bool:
+    """Whether the model routes its images (``route``), as an AW-Net does."""
+    return hasattr(model, "route")
+
+
+def has_type_head(model: nn.Module) -> bool:
+    """Whether its router tells clean from adversarial."""
+    if not has_router(model):
+        return False
+    router = getattr(model, "router", None)
+    return router is None or getattr(router, "type_head", None) is not None
+
+
+def type_margin(routing: Any) -> Tensor | None:
+    """Clean minus adversarial type logit ``[B]``: positive where the router calls an image clean."""
+    logits = routing.type_logits
+    return None if logits is None else (logits[:, 1] - logits[:, 0]).float()
+
+
+def _routed(model: nn.Module, x: Tensor, routing: Any) -> Tensor:
+    """Logits under ``routing``, float32 or wider."""
+    logits: Tensor = model(x, routing=routing)
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+class Joint(Search):
+    """The classes' margin plus λ times the type logits' margin, both on logits, a search for each λ.
+
+    λ > 0 makes the image look clean to the router, λ < 0 adversarial, λ = 0 leaves the router alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        lambdas: Sequence[float] = LAMBDAS,
+        steps: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, eps=eps, steps=steps, seed=seed)
+        self.lambdas = tuple(lambdas) if has_type_head(model) else (0.0,)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"loss": "margin + lambda · type margin", "lambdas": list(self.lambdas)}
+
+    def searches(self, x: Tensor) -> int:
+        return len(self.lambdas)
+
+    def objective(self, number: int, x: Tensor, y: Tensor, largest_label: int) -> Objective:
+        weight = self.lambdas[number]
+
+        def loss(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            logits, toward_clean = _observe(self, x_adv, largest_label)
+            value = -margin(logits, y[rows])
+            if weight and toward_clean is not None:
+                value = value + weight * toward_clean
+            return value, logits.argmax(1) != y[rows]
+
+        return loss
+
+
+def _observe(attack: Search, x: Tensor, largest_label: int) -> tuple[Tensor, Tensor | None]:
+    """The attacked model's logits and type margin, of one pass."""
+    if not has_router(attack.model):
+        return attack.logits(x, largest_label), None
+    routing = attack.model.route(x)  # type: ignore[operator]
+    return _routed(attack.model, x, routing), type_margin(routing)
+
+
+class JointAPGD(APGD):
+    """APGD on cross-entropy or the logits' ratio plus λ times the type logits' margin.
+
+    Each restart has its own λ: 0 first, then those of ``lambdas`` in turn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        loss: APGDLoss = "ce",
+        lambdas: Sequence[float] = LAMBDAS,
+        steps: int = 100,
+        restarts: int = 10,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, eps=eps, loss=loss, steps=steps, restarts=restarts, seed=seed)
+        self.lambdas = tuple(lambdas) if has_type_head(model) else (0.0,)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"lambdas": list(self.lambdas)}
+
+    def observe(self, x: Tensor, number: int, largest_label: int) -> tuple[Tensor, Tensor | float]:
+        logits, toward_clean = _observe(self, x, largest_label)
+        weight = self.lambdas[number % len(self.lambdas)]
+        return logits, 0.0 if toward_clean is None or weight == 0 else weight * toward_clean
+
+
+class ForcedStatic(Search):
+    """The router is taken out: p fixed at 0, ½ and 1, ω at the clean image's or at its mean.
+
+    The margin of that static network is maximised, and the image replayed on the model with its router.
+
+    Args:
+        mean_scales: ω averaged over images, ``[C_out]`` for each signal; None leaves that variant out.
+    """
+
+    P = (0.0, 0.5, 1.0)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        mean_scales: Sequence[Tensor] | None = None,
+        steps: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, eps=eps, steps=steps, seed=seed)
+        if not has_router(model):
+            raise ValueError(f"ForcedStatic needs a model with a router, got a {type(model).__name__}")
+        self.mean_scales = list(mean_scales or [])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        scales = ["of the clean image"]
+        found = super().settings | {"loss": "margin", "p_clean": list(self.P), "filter_scales": scales}
+        if self.mean_scales:
+            scales.append(f"mean, {digest(*self.mean_scales)}")
+        return found
+
+    def searches(self, x: Tensor) -> int:
+        return len(self.P) * (2 if self.mean_scales else 1)
+
+    def objective(self, number: int, x: Tensor, y: Tensor, largest_label: int) -> Objective:
+        p, of_mean = self.P[number % len(self.P)], number >= len(self.P)
+        with torch.no_grad():
+            routing = self.model.route(x)  # type: ignore[operator]
+
+        def loss(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, None]:
+            if of_mean:
+                scales = [scale.to(x.device).expand(len(rows), -1) for scale in self.mean_scales]
+            else:
+                scales = [scale[rows] for scale in routing.filter_scales]
+            p_clean = routing.p_clean.new_full((len(rows),), p)
+            fixed = replace(routing, type_logits=None, p_clean=p_clean, filter_scales=scales)
+            return -margin(_routed(self.model, x_adv, fixed), y[rows]), None
+
+        return loss
+
+
+def mean_scales(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """ω averaged over the images ``x``, ``[C_out]`` for each signal; empty without filter scaling."""
+    if not has_router(model):
+        return []
+    with frozen(model), torch.no_grad():
+        routing = model.route(x)  # type: ignore[operator]
+    return [scale.double().mean(0).to(scale.dtype) for scale in routing.filter_scales]
+
+
+class TwoPhase(Search):
+    """First make the router call the image clean, then maximise the margin while it does.
+
+    The first search, of ``steps``, maximises the type margin. The second, of ``steps`` from there, follows
+    the classes' margin where the type margin is above a bound and the type margin where it is not. The bound
+    is that of p_clean = 0.99, or for an image that did not get there, half of what it gained.
+    """
+
+    BOUND = 4.6  # log(0.99 / 0.01)
+
+    def __init__(self, model: nn.Module, *, eps: float, steps: int = 100, seed: int = 0) -> None:
+        super().__init__(model, eps=eps, steps=steps, seed=seed)
+        if not has_type_head(model):
+            raise ValueError(f"TwoPhase needs a model with a type head, got a {type(model).__name__}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"loss": "type margin, then margin where p_clean ≥ 0.99"}
+
+    def searches(self, x: Tensor) -> int:
+        return 1
+
+    def objective(self, number: int, x: Tensor, y: Tensor, largest_label: int) -> Objective:
+        def loss(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            logits, toward_clean = _observe(self, x_adv, largest_label)
+            assert toward_clean is not None
+            return toward_clean, logits.argmax(1) != y[rows]
+
+        return loss
+
+    def search(self, number: int, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        start = self.start(number, x, index)
+        clean = self.maximise(self.objective(number, x, y, largest_label), x, start, self.steps)
+        with torch.no_grad():
+            before, after = (_observe(self, at, largest_label)[1] for at in (start, clean))
+        assert before is not None
+        assert after is not None
+        bound = ((before + after) / 2).clamp(max=self.BOUND)
+
+        def constrained(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            logits, toward_clean = _observe(self, x_adv, largest_label)
+            assert toward_clean is not None
+            value = torch.where(toward_clean >= bound[rows], -margin(logits, y[rows]), toward_clean)
+            return value, logits.argmax(1) != y[rows]
+
+        return self.maximise(constrained, x, clean, self.steps)
+
+
+class Softened(Search):
+    """The margin, with gradients through a softer router: hard gates and saturated tanh let them pass.
+
+    With temperature T, p_soft = softmax(type_logits / T) and ω_soft = (tanh(a / T) + 1)^β, where a is what
+    the signal heads give. ``"through"``: values are the model's, gradients those of the soft ones (straight
+    through). ``"value"``: values are soft too, and the image is replayed on the model.
+    """
+
+    MODES = (("through", 10.0), ("through", 100.0), ("value", 10.0))
+
+    def __init__(self, model: nn.Module, *, eps: float, steps: int = 100, seed: int = 0) -> None:
+        super().__init__(model, eps=eps, steps=steps, seed=seed)
+        if not has_router(model):
+            raise ValueError(f"Softened needs a model with a router, got a {type(model).__name__}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"loss": "margin", "router": [list(mode) for mode in self.MODES]}
+
+    def searches(self, x: Tensor) -> int:
+        return len(self.MODES)
+
+    def objective(self, number: int, x: Tensor, y: Tensor, largest_label: int) -> Objective:
+        mode, temperature = self.MODES[number]
+        soft = SoftRouter(self.model, temperature, straight_through=mode == "through")
+
+        def loss(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+            logits = soft(x_adv)
+            broken = logits.argmax(1) != y[rows] if mode == "through" else None
+            return -margin(logits, y[rows]), broken
+
+        return loss
+
+
+class SoftRouter(nn.Module):
+    """A model with a router at a higher temperature; see :class:`Softened`."""
+
+    def __init__(self, model: nn.Module, temperature: float, *, straight_through: bool) -> None:
+        super().__init__()
+        self.model, self.temperature, self.straight_through = model, temperature, straight_through
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] → logits [B, K]."""
+        signals: list[Tensor] = []
+        heads = getattr(getattr(self.model, "router", None), "signal_heads", None)
+        handle = None
+        if isinstance(heads, nn.Module):
+            handle = heads.register_forward_hook(lambda module, args, output: signals.append(output))
+        try:
+            routing = self.model.route(x)  # type: ignore[operator]
+        finally:
+            if handle is not None:
+                handle.remove()
+        return _routed(self.model, x, self._soften(routing, signals))
+
+    def _soften(self, routing: Any, signals: list[Tensor]) -> Any:
+        p_clean, scales = routing.p_clean, routing.filter_scales
+        if routing.type_logits is not None:
+            p_clean = self._mixed(p_clean, (routing.type_logits.float() / self.temperature).softmax(1)[:, 1])
+        if signals and scales:
+            beta = float(self.model.router.beta)  # type: ignore[union-attr, arg-type]
+            soft = ((signals[0].float() / self.temperature).tanh() + 1).clamp(min=1e-6).pow(beta)
+            widths = [scale.shape[1] for scale in scales]
+            scales = [self._mixed(*pair) for pair in zip(scales, soft.split(widths, 1), strict=True)]
+        return replace(routing, p_clean=p_clean, filter_scales=scales)
+
+    def _mixed(self, value: Tensor, soft: Tensor) -> Tensor:
+        return soft + (value - soft).detach() if self.straight_through else soft
+
+
+class AdaptivePaper(PGD):
+    """The paper's adaptive attack: ``pgd_trades`` on cross-entropy plus the joint loss of Eq. 22.
+
+    The attack maximises CE(S(x'), y) + L_type(x') + w_adv·τ²·KL(T_adv^τ(x') ‖ S^τ(x')). L_nat does not depend
+    on x'. L_type is the type head's cross-entropy with x' called adversarial; models without a type head do
+    without it. The paper leaves w_adv open: ½, MTARD's start.
+
+    Args:
+        teacher: T_adv, the robust teacher; gradients flow through it too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        step_size: float,
+        teacher: nn.Module,
+        steps: int = 20,
+        temperature: float = 1.0,
+        adv_weight: float = 0.5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, eps=eps, step_size=step_size, steps=steps, loss=self._joint_loss, seed=seed)
+        check_model(teacher)
+        self.teacher, self.temperature, self.adv_weight = teacher, temperature, adv_weight
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {
+            "loss": "CE + joint loss of Eq. 22",
+            "teacher": model_fingerprint(self.teacher),
+            "temperature": self.temperature,
+            "adv_weight": self.adv_weight,
+        }
+
+    def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        with frozen(self.teacher):
+            return super().perturb(x, y, index, largest_label)
+
+    def _joint_loss(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        routing = model.route(x_adv) if has_router(model) else None  # type: ignore[operator]
+        logits = model(x_adv) if routing is None else _routed(model, x_adv, routing)
+        loss = F.cross_entropy(logits, y, reduction="none")
+        if routing is not None and routing.type_logits is not None:
+            loss = loss + F.cross_entropy(routing.type_logits, torch.zeros_like(y), reduction="none")
+        tau = self.temperature
+        goal = F.log_softmax(self.teacher(x_adv) / tau, dim=1)
+        own = F.log_softmax(logits / tau, dim=1)
+        divergence = (goal.exp() * (goal - own)).sum(1)
+        return loss + self.adv_weight * tau**2 * divergence
+
+
+class DeepSloth(PGD):
+    """DeepSloth (Hong et al. 2021): every exit is drawn to the uniform distribution.
+
+    Minimises Σ CE(uniform, softmax(exit)) over the exits: those of ``model.exits(x)`` where there is such a
+    method, else the final logits, and with a router its type logits.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, eps: float, step_size: float, steps: int = 30, seed: int = 0
+    ) -> None:
+        super().__init__(
+            model,
+            eps=eps,
+            step_size=step_size,
+            steps=steps,
+            loss=_uniform_exits,
+            random_start=None,
+            seed=seed,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"loss": "-CE(uniform, exits)"}
+
+
+def _uniform_exits(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    exits: list[Tensor]
+    if hasattr(model, "exits"):
+        exits = list(model.exits(x_adv))  # type: ignore[operator]
+    elif has_router(model):
+        routing = model.route(x_adv)  # type: ignore[operator]
+        exits = [_routed(model, x_adv, routing)]
+        exits += [] if routing.type_logits is None else [routing.type_logits]
+    else:
+        exits = [model(x_adv)]
+    return sum((F.log_softmax(e.float(), dim=1).mean(1) for e in exits), torch.zeros(len(x), device=x.device))

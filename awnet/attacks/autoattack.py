@@ -1,0 +1,189 @@
+"""AutoAttack (Croce and Hein 2020): the official attacks of ``pyautoattack`` in this package's form."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from awnet.attacks.base import Attack, check_count
+from awnet.attacks.cascade import Cascade
+
+Name = Literal["apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"]
+OFFICIAL: tuple[Name, ...] = ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square")
+
+STEPS, TARGETS, QUERIES = 100, 9, 5000
+"""The standard version's sizes."""
+
+
+class OfficialAttack(Attack):
+    """One of AutoAttack's attacks, as its standard version sets it.
+
+    The official code draws from torch's generator, seeded for each batch: unlike elsewhere in this package,
+    an image's noise depends on the batch it lies in. The generator is left as it was.
+
+    Args:
+        name: ``"apgd_ce"``, ``"apgd_dlr"`` (at least 3 classes), ``"apgd_t"`` (targeted DLR, at least 4
+            classes), ``"fab_t"`` or ``"square"``.
+        steps: of APGD and FAB.
+        targets: of the targeted attacks; at most the other classes that there are.
+        queries: of Square.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: Name,
+        *,
+        eps: float,
+        steps: int = STEPS,
+        targets: int = TARGETS,
+        queries: int = QUERIES,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, eps=eps, seed=seed)
+        if name not in OFFICIAL:
+            raise ValueError(f"name must be one of {', '.join(OFFICIAL)}, got {name!r}")
+        self.name = name
+        self.steps, self.targets = check_count("steps", steps), check_count("targets", targets)
+        self.queries = check_count("queries", queries)
+        self.notes: Counter[str] = Counter()
+        """What the official code logged of the last batch: ``zero_gradients``, a number of images."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        sizes: dict[str, Any] = {"square": {"queries": self.queries}}.get(self.name, {"steps": self.steps})
+        if self.name in ("apgd_t", "fab_t"):
+            sizes["targets"] = self.targets
+        return super().settings | {"attack": self.name, **sizes, "implementation": "pyautoattack"}
+
+    def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        low, high = self.ball(x)
+        with torch.no_grad():
+            classes = self.logits(x[:1], largest_label).shape[1]
+
+        def predict(images: Tensor) -> Tensor:
+            # Square asks about no image where each has margin 0
+            return self.logits(images, largest_label) if len(images) else images.new_zeros(0, classes)
+
+        needed = {"apgd_dlr": 3, "apgd_t": 4}.get(self.name, 2)
+        if classes < needed:
+            raise ValueError(f"{self.name} needs a model with at least {needed} classes, got {classes}")
+        log = _Log()
+        attack = self._build(predict, classes, x.device, log)
+        devices = [x.device] if x.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            x_adv: Tensor = attack.perturb(x.float(), y)
+        self.notes = log.notes
+        return torch.maximum(torch.minimum(x_adv.detach().to(x.dtype), high), low)
+
+    def _build(self, predict: Callable[..., Tensor], classes: int, device: torch.device, log: _Log) -> Any:
+        from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+        from pyautoattack.fab_pt import FABAttack_PT
+        from pyautoattack.square import SquareAttack
+
+        shared = {"eps": self.eps, "norm": "Linf", "n_restarts": 1, "seed": self.seed, "device": device}
+        targets = min(self.targets, classes - 1)
+        if self.name == "square":
+            return SquareAttack(predict, n_queries=self.queries, p_init=0.8, resc_schedule=False, **shared)
+        if self.name == "fab_t":
+            attack = FABAttack_PT(predict, n_iter=self.steps, n_target_classes=targets, **shared)
+            attack.targeted = True
+            return attack
+        apgd = shared | {"n_iter": self.steps, "eot_iter": 1, "rho": 0.75, "logger": log}
+        if self.name == "apgd_t":
+            return APGDAttack_targeted(predict, n_target_classes=targets, **apgd)
+        return APGDAttack(predict, loss=self.name.removeprefix("apgd_"), **apgd)
+
+
+class AutoAttack(Cascade):
+    """AutoAttack's standard version: APGD-CE, APGD-T, FAB-T and Square over the images still robust.
+
+    The same images as ``pyautoattack.AutoAttack`` gives for each batch. With 3 classes, which the targeted
+    DLR loss cannot do, APGD-DLR takes APGD-T's place, with 2 classes nothing does. ``outcome.notes`` counts
+    what the official code warns of: ``randomized``, ``probabilities`` and ``dynamic``, in batches, and
+    ``zero_gradients``, in images.
+
+    Args:
+        classes: K of the model.
+        steps, targets, queries: sizes other than the standard ones make it another, weaker attack.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        classes: int = 10,
+        steps: int = STEPS,
+        targets: int = TARGETS,
+        queries: int = QUERIES,
+        seed: int = 0,
+    ) -> None:
+        if classes < 2:
+            raise ValueError(f"classes must be at least 2, got {classes}")
+        second: tuple[Name, ...] = () if classes == 2 else ("apgd_dlr",) if classes == 3 else ("apgd_t",)
+        names: tuple[Name, ...] = ("apgd_ce", *second, "fab_t", "square")
+        targets = min(targets, classes - 1)
+        members: Mapping[str, Attack] = {
+            name: OfficialAttack(
+                model, name, eps=eps, steps=steps, targets=targets, queries=queries, seed=seed
+            )
+            for name in names
+        }
+        super().__init__(model, members, eps=eps, seed=seed)
+        self.standard = (steps, queries) == (STEPS, QUERIES) and targets == min(TARGETS, classes - 1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"version": "standard" if self.standard else "reduced"}
+
+    def examine(self, x: Tensor, y: Tensor, largest_label: int) -> Counter[str]:
+        """The official code's checks of the kind of defence, on this batch."""
+        from pyautoattack import checks
+
+        def predict(images: Tensor) -> Tensor:
+            return self.logits(images, largest_label)
+
+        log = _Log()
+        checks.check_randomized(predict, x, y, bs=len(x), logger=log)
+        checks.check_range_output(predict, x, logger=log)
+        # the official check counts calls in a table of its module, and takes away a debugger's tracing
+        tracing = sys.gettrace()
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+        try:
+            with torch.no_grad():
+                checks.check_dynamic(predict, x, logger=log)
+        finally:
+            sys.settrace(tracing)
+        return log.notes
+
+
+_WARNINGS = {
+    "randomized": re.compile(r"seems to be a randomized defense"),
+    "probabilities": re.compile(r"output is a probability distribution"),
+    "dynamic": re.compile(r"seems to be a dynamic defense"),
+    "zero_gradients": re.compile(r"there are (\d+) points with zero gradient"),
+}
+
+
+class _Log(logging.Logger):
+    """A logger that counts the official code's warnings and prints nothing."""
+
+    def __init__(self) -> None:
+        super().__init__("awnet.autoattack", logging.WARNING)
+        self.notes: Counter[str] = Counter()
+
+    def handle(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        known = [(key, match) for key, pattern in _WARNINGS.items() if (match := pattern.search(text))]
+        if not known:
+            raise RuntimeError(f"pyautoattack warns of something that this version does not know: {text}")
+        for key, match in known:
+            self.notes[key] += int(match.group(1)) if match.groups() else 1

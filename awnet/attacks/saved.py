@@ -1,0 +1,72 @@
+"""Adversarial images on disk: what an interrupted attack goes on from, and what a surrogate gave."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from awnet.files import written_atomically
+
+
+def digest(*parts: Any) -> str:
+    """32 hexadecimal digits of ``parts``: tensors (dtype, shape and values), or what JSON can write."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.update(f"{part.dtype}{list(part.shape)}".encode())
+            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(json.dumps(part, sort_keys=True).encode())
+        found.update(b"\0")
+    return found.hexdigest()[:32]
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Of a model's structure (its modules and configuration), weights and buffers, wherever they lie."""
+    config = getattr(model, "config", None)
+    about = [type(model).__qualname__, repr(model), config if isinstance(config, dict) else None]
+    state = [value for pair in sorted(model.state_dict().items()) for value in pair]
+    return digest(about, *state)
+
+
+class Saved:
+    """Named groups of tensors, a ``.safetensors`` file each, under ``folder/key``.
+
+    Args:
+        folder: of the evaluation, say.
+        key: what the tensors follow from; another key sees none of them.
+    """
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        self.folder = Path(folder) / key
+
+    def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any] | None:
+        """The tensors and what was noted beside them; None where there are none."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as opened:
+                note = json.loads((opened.metadata() or {}).get("note", "null"))
+                return {key: opened.get_tensor(key) for key in opened.keys()}, note  # noqa: SIM118
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and start again") from error
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
+        """Writes them whole or not at all; ``note`` is what JSON can write."""
+        plain = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        with written_atomically(self.folder / f"{name}.safetensors") as temporary:
+            save_file(plain, temporary, metadata={"format": "pt", "note": json.dumps(note)})
+
+    def remove(self) -> None:
+        """Deletes the group's folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
