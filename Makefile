@@ -5,13 +5,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help run test test-all lint format bench gpu docs clean
+.PHONY: help run test test-all lint format bench bench-pytest gpu docs clean
 
 help:
 	@echo "make run       train AW-Net and its static twins on digits, attack them, print the table (about 4 minutes)"
 	@echo "make test      the test suite     make test-all  with the slow tests     make lint  ruff, mypy, import rules"
-	@echo "make bench     benchmark the layer on this machine                       make clean remove what was built"
+	@echo "make bench     benchmark on this CPU, judge the goals  make bench-pytest  the same by pytest-benchmark"
 	@echo "make gpu       on a GPU machine: build, test, sanitize, benchmark, tune and profile; OUT=folder"
+	@echo "make clean     remove what was built"
 
 # A Python that already has a torch (a GPU machine, say) keeps it; elsewhere the pinned one is installed.
 $(READY): pyproject.toml setup.py constraints.txt
@@ -45,8 +46,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# the registry on 2 threads, about 7 minutes; rows are added to benchmarks/results/
 bench: $(READY)
-	$(BIN)/awnet bench run
+	$(BIN)/awnet bench run --device cpu --threads 2 --seconds 0.5
+	$(BIN)/awnet bench verify
+
+# the same cases by pytest-benchmark; OPTIONS=--benchmark-save=NAME, --benchmark-compare=…
+bench-pytest: $(READY)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_layers_benchmark.py -n 0 --benchmark-enable --benchmark-only $(OPTIONS)
 
 # the running python3's torch, no .venv, no network; OUT=folder, STAGE=one stage
 gpu:

@@ -524,8 +524,16 @@ _BENCH = {
         "runner",
         "BenchOptions",
         "run",
-        "Measure the layer on this machine: each implementation is verified, then timed.",
+        "Measure layers, a block and a network here: each implementation is verified, then timed.",
     ),
+    "verify": (
+        "goals",
+        "VerifyOptions",
+        "verify",
+        "Read what was measured and print each goal as met, not met or not measured.",
+    ),
+    "plot": ("report", "PlotOptions", "plot", "Draw what was measured: bars, roofline, batches."),
+    "table": ("report", "TableOptions", "tables", "Write tables of what was measured into documents."),
     "tune": (
         "tune",
         "TuneOptions",

@@ -8,7 +8,9 @@
 #   sanitize  compute-sanitizer (memcheck, racecheck, initcheck) on every kernel
 #   tune      awnet bench tune: this device's launch parameters
 #   race      the fused convolutions against the library's: which ones this device takes
-#   bench     awnet bench run over the registry
+#   bench     awnet bench run over the layers, every batch; a second run goes on where the first was stopped
+#   networks  the same for the block and the whole network
+#   compile   the goals' rivals by torch.compile, on the four stages; takes several runs of 8 minutes
 #   profile   one PGD step: the time of each kernel, and ncu on the five heaviest
 #
 # Without --stage all of them run in this order. A stage that has passed leaves DIR/NAME.done and is not run
@@ -19,7 +21,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-480} # seconds for a stage
-ALL=(build tests sanitize tune race bench profile)
+ALL=(build tests sanitize tune race bench networks compile profile)
 OUT='' DEVICE=cuda AGAIN='' STAGES=()
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
@@ -98,11 +100,25 @@ stage_sanitize() {
   return $wrong
 }
 
-stage_bench() {
+# Rows are on disk as soon as they are measured, and --missing leaves out those of this commit.
+measure() {
   if on_gpu; then
-    awnet bench run --device cuda --dtype bfloat16 --layout channels_last --seconds 0.2 --missing --out "$OUT/results"
+    awnet bench run --device cuda --dtype bfloat16 --layout channels_last --seconds 0.2 --missing --out "$OUT/results" "$@"
   else
-    awnet bench run --smoke --device cpu --seconds 0.02 --out "$OUT/results"
+    awnet bench run --smoke --device cpu --seconds 0.01 --missing --out "$OUT/results" "$@" --batch 8
+  fi
+}
+
+stage_bench() { measure --cases stage1 stage2 stage3 stage4 stem shortcut transition depthwise; }
+
+stage_networks() { measure --cases block network; }
+
+stage_compile() {
+  if on_gpu; then
+    measure --cases stage1 stage2 stage3 stage4 --modes attack training --batch 256 512 \
+      --providers compile compile_frozen static_compile && awnet bench verify --results "$OUT/results"
+  else
+    measure --cases stage4 --modes attack --providers static_compile && awnet bench verify --results "$OUT/results"
   fi
 }
 
@@ -152,7 +168,7 @@ for stage in "${STAGES[@]}"; do
   rm -f "$OUT/$stage.done"
   begun=$SECONDS
   # a stage runs in a process group of its own, so that the limit ends all of it
-  export -f on_gpu awnet pytest keep_tables "stage_$stage"
+  export -f on_gpu awnet pytest keep_tables measure "stage_$stage"
   export OUT DEVICE PYTHON
   timeout --kill-after=10 "$LIMIT" bash -c "set -uo pipefail; stage_$stage" 2>&1 | tee "$OUT/$stage.log"
   code=${PIPESTATUS[0]}

@@ -125,7 +125,8 @@ def run(options: BenchOptions, *, extra_providers: Mapping[str, Provider] | None
             jobs = _left(jobs, before, provenance)
         console.print(
             f"{_device_name(device)}, {options.dtype}, TF32 off, {options.layout}, "
-            f"{options.threads} CPU threads: {sum(len(job.providers) for job in jobs)} rows"
+            f"{options.threads} CPU threads: {sum(len(job.providers) for job in jobs)} rows",
+            soft_wrap=True,
         )
         if not jobs:
             return path
@@ -139,7 +140,12 @@ def run(options: BenchOptions, *, extra_providers: Mapping[str, Provider] | None
             console.print(_table(job, rows, ceilings, _DTYPES[options.dtype].itemsize))
             for row in rows:
                 if row.refused:
-                    console.print(f"no time for {row.provider}: {row.refused}", style="red", markup=False)
+                    console.print(
+                        f"no time for {row.provider}: {row.refused}",
+                        style="red",
+                        markup=False,
+                        soft_wrap=True,
+                    )
     console.print(f"{count + 2} rows added to {path}", soft_wrap=True)
     return path
 

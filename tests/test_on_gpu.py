@@ -12,6 +12,7 @@ import pytest
 from awnet.benchmarks import profile_step, sanitize
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("build", "tests", "sanitize", "tune", "race", "bench", "networks", "compile", "profile")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
@@ -44,7 +45,7 @@ def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str) -> 
 
 def test_help_lists_the_stages() -> None:
     text = on_gpu("--help").stdout
-    for stage in ("build", "tests", "sanitize", "tune", "race", "bench", "profile"):
+    for stage in STAGES:
         assert f"\n  {stage} " in text
 
 
@@ -68,9 +69,25 @@ def test_a_stage_is_run_until_it_passes_and_again_where_it_is_asked_for(tmp_path
 
 
 @pytest.mark.slow
+def test_a_benchmark_stage_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    call = ("--out", tmp_path, "--device", "cpu", "--stage", "networks")
+    stopped = on_gpu(*call, LIMIT="1")
+    assert "networks: stopped after 1 s" in stopped.stdout
+    first = on_gpu(*call)
+    assert first.returncode == 0, first.stdout + first.stderr
+    (path,) = (tmp_path / "results").glob("*-smoke.csv")
+    rows = path.read_text()
+    assert "network,training" in rows
+    second = on_gpu(*call, "--again")
+    assert second.returncode == 0
+    assert ": 0 rows" in (tmp_path / "networks.log").read_text()
+    assert path.read_text() == rows
+
+
+@pytest.mark.slow
 def test_every_stage_has_a_stand_in(tmp_path: Path) -> None:
     done = on_gpu("--out", tmp_path, "--device", "cpu")
-    for stage in ("build", "tests", "sanitize", "tune", "race", "bench", "profile"):
+    for stage in STAGES:
         assert (tmp_path / f"{stage}.done").exists(), (stage, done.stdout[-3000:], done.stderr[-1000:])
     assert list((tmp_path / "results").glob("*.csv"))
     assert (tmp_path / "convolutions.csv").exists()

@@ -1,0 +1,365 @@
+"""What the package has promised of its speed, judged by the rows that were measured: `awnet bench verify`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from .cases import CASES, MODES, STAGES
+from .results import FOLDER, Row, read_results, read_training, threads
+
+GPU, GPU_BATCHES = "NVIDIA H200", (256, 512)
+_GPU_RUN = "awnet bench run --device cuda --dtype bfloat16 --layout channels_last"
+_GPU_COMMAND = f"{_GPU_RUN} --batch 256 512 --cases {' '.join(STAGES)} --modes attack training"
+_CPU_COMMAND = "awnet bench run --device cpu --threads 2"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure, and the rows that it comes from."""
+
+    value: float
+    rows: list[Row] = field(default_factory=list)
+
+
+# None: something that the figure needs has not been measured
+Measure = Callable[["Rows"], Measured | None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one figure."""
+
+    name: str
+    where: str  # the device, dtype and shapes
+    bound: float
+    at_least: bool
+    unit: str
+    measure: Measure
+    command: str
+    stretch: bool = False
+
+    @property
+    def wanted(self) -> str:
+        return f"{'≥' if self.at_least else '≤'} {self.bound:g}{self.unit}"
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A goal and what was measured of it."""
+
+    goal: Goal
+    measured: Measured | None
+
+    @property
+    def text(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        return "met" if self.goal.met(self.measured.value) else "not met"
+
+    @property
+    def figure(self) -> str:
+        return "" if self.measured is None else f"{self.measured.value:.3g}{self.goal.unit}"
+
+    def distinct(self, column: str) -> str:
+        """The values of one column of the rows behind the figure."""
+        rows = [] if self.measured is None else self.measured.rows
+        return ", ".join(dict.fromkeys(row[column] for row in rows if row.get(column)))
+
+
+class Rows:
+    """The newest rows, looked up by what was measured."""
+
+    def __init__(self, rows: Iterable[Row], training: Sequence[Row] = ()) -> None:
+        self.training = training
+        self._gpu, self._cpu = {}, {}
+        for row in rows:
+            if row["verified"] != "true":
+                continue
+            place = (row["case"], row["mode"], row["provider"], row["batch"])
+            if row["device"].startswith(GPU) and (row["dtype"], row["layout"]) == (
+                "bfloat16",
+                "channels_last",
+            ):
+                self._gpu[place] = row
+            elif not row["driver"] and (row["dtype"], row["layout"], threads(row)) == ("float32", "nchw", 2):
+                self._cpu[place] = row  # of several CPUs the one that comes last
+
+    def gpu(self, case: str, mode: str, provider: str, batch: int) -> Row | None:
+        """A row on the GPU of the goals, bfloat16 and channels_last."""
+        return self._gpu.get((case, mode, provider, str(batch)))
+
+    def cpu(self, case: str, mode: str, provider: str) -> Row | None:
+        """A row on a CPU with 2 threads, float32, at the default batch."""
+        return self._cpu.get((case, mode, provider, "8" if case == "network" else "32"))
+
+
+def _ms(row: Row) -> float:
+    return float(row["ms_median"])
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _on_gpu(
+    ours: str,
+    rivals: dict[str, str],
+    column: str = "ms_median",
+    join: Callable[[Sequence[float]], float] = _geometric_mean,
+    inverse: bool = False,
+) -> Measure:
+    """The rival's figure over ours of every stage, batch and mode that ``rivals`` names, joined to one."""
+
+    def measure(rows: Rows) -> Measured | None:
+        ratios, found = [], []
+        for case in STAGES:
+            for batch in GPU_BATCHES:
+                for mode, rival in rivals.items():
+                    mine, other = (rows.gpu(case, mode, name, batch) for name in (ours, rival))
+                    if mine is None or other is None or not mine[column] or not other[column]:
+                        return None
+                    ratios.append(float(other[column]) / float(mine[column]))
+                    found += [mine, other]
+        return Measured(join([1 / r for r in ratios] if inverse else ratios), found)
+
+    return measure
+
+
+def _cpu_total(rival: str, inverse: bool = False) -> Measure:
+    """The rival's time over ours, both summed over the four stages and three modes."""
+
+    def measure(rows: Rows) -> Measured | None:
+        totals, found = [], []
+        for provider in (rival, "cpp"):
+            mine = [rows.cpu(case, mode, provider) for case in STAGES for mode in MODES]
+            present = [row for row in mine if row is not None]
+            if len(present) < len(mine):
+                return None
+            totals.append(sum(map(_ms, present)))
+            found += present
+        ratio = totals[0] / totals[1]
+        return Measured(1 / ratio if inverse else ratio, found)
+
+    return measure
+
+
+def _cpu_case(case: str) -> Measure:
+    """Our time over eager's, in the mode where it is greatest."""
+
+    def measure(rows: Rows) -> Measured | None:
+        pairs = [(rows.cpu(case, mode, "cpp"), rows.cpu(case, mode, "eager")) for mode in MODES]
+        known = [(mine, other) for mine, other in pairs if mine is not None and other is not None]
+        if len(known) < len(pairs):
+            return None
+        return Measured(max(_ms(a) / _ms(b) for a, b in known), [row for pair in known for row in pair])
+
+    return measure
+
+
+def _pgd_step(rows: Rows) -> Measured | None:
+    row = rows.gpu("network", "attack", "triton", 512)
+    return None if row is None else Measured(1000 * _ms(row) / 512, [row])
+
+
+def _depthwise(rows: Rows) -> Measured | None:
+    """The time over that of moving the bytes once at the measured bandwidth."""
+    found = [rows.gpu("depthwise", "forward", "triton", batch) for batch in GPU_BATCHES]
+    present = [row for row in found if row is not None and row["roofline_share"]]
+    if len(present) < len(found):
+        return None
+    return Measured(_geometric_mean([1 / float(row["roofline_share"]) for row in present]), present)
+
+
+def _epoch(unit: float) -> Measure:
+    """Seconds of an MTARD epoch of 50,000 images, times ``unit``."""
+
+    def measure(rows: Rows) -> Measured | None:
+        found = [
+            row
+            for row in rows.training
+            if row.get("device", "").startswith(GPU)
+            and (row.get("recipe"), row.get("model")) == ("mtard", "awnet_resnet18")
+            and row.get("epoch_seconds_50000")
+        ]
+        if not found:
+            return None
+        return Measured(float(found[-1]["epoch_seconds_50000"]) * unit, [found[-1]])
+
+    return measure
+
+
+_BOTH = "H200, bfloat16, four stages, B = 256 and 512"
+_CPU = "CPU, 2 threads, float32, four stages, N = 32, sum over forward, attack, training"
+_TRAIN_COMMAND = "awnet bench train --recipe mtard --model awnet_resnet18"
+_COMPILED = {"attack": "compile_frozen", "training": "compile"}
+_STATIC = {"attack": "static_compile", "training": "static_compile"}
+
+
+def _each(rival: str) -> dict[str, str]:
+    return {"attack": rival, "training": rival}
+
+
+GOALS: tuple[Goal, ...] = (
+    Goal(
+        "layer against the literal form",
+        f"{_BOTH}, attack and training",
+        20,
+        True,
+        "×",
+        _on_gpu("triton", _each("literal")),
+        _GPU_COMMAND,
+    ),
+    Goal(
+        "layer against plain torch (unfused)",
+        f"{_BOTH}, attack and training",
+        2,
+        True,
+        "×",
+        _on_gpu("triton", _each("unfused")),
+        _GPU_COMMAND,
+    ),
+    Goal(
+        "layer against torch.compile of it: worst shape",
+        f"{_BOTH}, attack (parameters frozen) and training",
+        1,
+        True,
+        "×",
+        _on_gpu("triton", _COMPILED, join=min),
+        f"{_GPU_COMMAND} --compile",
+    ),
+    Goal(
+        "layer against torch.compile of it",
+        f"{_BOTH}, attack (parameters frozen) and training",
+        1.25,
+        True,
+        "×",
+        _on_gpu("triton", _COMPILED),
+        f"{_GPU_COMMAND} --compile",
+        stretch=True,
+    ),
+    Goal(
+        "time over a compiled static layer's",
+        f"{_BOTH}, attack and training",
+        1.05,
+        False,
+        "×",
+        _on_gpu("triton", _STATIC, inverse=True),
+        f"{_GPU_COMMAND} --compile",
+    ),
+    Goal(
+        "peak memory of a training step over unfused's",
+        _BOTH,
+        0.6,
+        False,
+        "×",
+        _on_gpu("triton", {"training": "unfused"}, column="peak_mib", inverse=True),
+        _GPU_COMMAND,
+    ),
+    Goal(
+        "depthwise layer over moving its bytes once",
+        "H200, bfloat16, B = 256 and 512, forward",
+        1.3,
+        False,
+        "×",
+        _depthwise,
+        f"{_GPU_RUN} --batch 256 512 --cases depthwise --modes forward",
+    ),
+    *(
+        Goal(
+            "PGD step of AW-Net-18, an image",
+            "H200, bfloat16, B = 512",
+            bound,
+            False,
+            " µs",
+            _pgd_step,
+            f"{_GPU_RUN} --batch 512 --cases network --modes attack",
+            stretch,
+        )
+        for bound, stretch in ((14, False), (11, True))
+    ),
+    Goal(
+        "MTARD epoch, PGD-10, 50,000 images",
+        "H200, AW-Net-18",
+        12,
+        False,
+        " s",
+        _epoch(1),
+        _TRAIN_COMMAND,
+    ),
+    Goal(
+        "the paper's 100 epochs",
+        "H200, AW-Net-18",
+        25,
+        False,
+        " min",
+        _epoch(100 / 60),
+        _TRAIN_COMMAND,
+    ),
+    Goal("cpp against the literal form", _CPU, 4, True, "×", _cpu_total("literal"), _CPU_COMMAND),
+    Goal("cpp against plain torch (unfused)", _CPU, 1.15, True, "×", _cpu_total("unfused"), _CPU_COMMAND),
+    Goal("cpp over a static layer's time", _CPU, 1.1, False, "×", _cpu_total("static", True), _CPU_COMMAND),
+    *(
+        Goal(
+            f"cpp over eager's time: {case.name}",
+            "CPU, 2 threads, float32, the slowest mode",
+            1.05,
+            False,
+            "×",
+            _cpu_case(case.name),
+            _CPU_COMMAND,
+        )
+        for case in CASES
+    ),
+)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Where the measurements are."""
+
+    results: Path = FOLDER
+    """Folder of the CSV files."""
+    strict: bool = False
+    """End with status 1 where a goal (not a stretch goal) was measured and not met."""
+
+
+def judge(folder: Path, goals: Sequence[Goal] = GOALS) -> list[Verdict]:
+    """Every goal with what ``folder`` has measured of it."""
+    rows = Rows(read_results(folder), read_training(folder))
+    return [Verdict(goal, goal.measure(rows)) for goal in goals]
+
+
+def verify(options: VerifyOptions) -> int:
+    """Prints every goal as met, not met or not measured; returns the exit status."""
+    console = Console(highlight=False)
+    verdicts = judge(options.results)
+    styles = {"met": "green", "not met": "red", "not measured": "yellow"}
+    where = ""
+    for verdict in verdicts:
+        goal = verdict.goal
+        if goal.where != where:
+            where = goal.where
+            console.print(where, style="bold", soft_wrap=True)
+        source = ", ".join(filter(None, (verdict.distinct("device"), verdict.distinct("commit"))))
+        console.print(
+            f"  [{styles[verdict.text]}]{verdict.text:13}[/]{verdict.figure:>9}  {goal.wanted:9} "
+            f"{goal.name}{' (stretch)' if goal.stretch else ''}{f'  {source}' if source else ''}",
+            soft_wrap=True,
+        )
+    counts = {text: sum(verdict.text == text for verdict in verdicts) for text in styles}
+    console.print(", ".join(f"{count} {text}" for text, count in counts.items()))
+    commands = dict.fromkeys(v.goal.command for v in verdicts if v.measured is None)
+    if commands:
+        console.print("what is not measured would be by:")
+        for command in commands:
+            console.print(f"  {command}", soft_wrap=True)
+    failed = any(v.text == "not met" and not v.goal.stretch for v in verdicts)
+    return 1 if options.strict and failed else 0

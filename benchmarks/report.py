@@ -1,0 +1,270 @@
+"""Tables and figures of what was measured; the tables in the documents are made here, from the CSV files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tyro.conf import Positional
+
+from awnet.files import write_text, written_atomically
+
+from .goals import judge
+from .results import FOLDER, Row, read_results
+
+_MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
+_ORDER = (
+    *("literal", "unfused", "compile", "compile_frozen", "eager", "cpp", "cuda", "triton"),
+    *("static", "static_compile"),
+)
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Which documents."""
+
+    files: Positional[tuple[Path, ...]] = (Path("README.md"), Path("docs/benchmarks.md"))
+    """Documents with places such as <!-- bench:goals --> … <!-- /bench:goals -->."""
+    results: Path = FOLDER
+    """Folder of the CSV files."""
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    """Where from, where to."""
+
+    results: Path = FOLDER
+    """Folder of the CSV files."""
+    out: Path = FOLDER / "figures"
+    """Folder of the PNG files."""
+
+
+# --- tables
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A table whose first ``left`` columns are words."""
+    lines = ["| " + " | ".join(heads) + " |"]
+    lines.append("|" + "|".join("---" if i < left else "---:" for i in range(len(heads))) + "|")
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _goals(folder: Path) -> str:
+    rows = []
+    for verdict in judge(folder):
+        goal = verdict.goal
+        name = f"{goal.name} (stretch)" if goal.stretch else goal.name
+        source = "; ".join(filter(None, (verdict.distinct("device"), verdict.distinct("commit"))))
+        rows.append([name, goal.where, source, verdict.text, goal.wanted, verdict.figure or "–"])
+    return _markdown(("goal", "where", "measured on, at commit", "verdict", "wanted", "measured"), rows, 4)
+
+
+def _provider_order(names: set[str]) -> list[str]:
+    return sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+
+
+def _groups(rows: Sequence[Row], on_gpu: bool) -> dict[tuple[str, ...], list[Row]]:
+    """The layers' rows of CPUs or GPUs by device, dtype, layout."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if bool(row["driver"]) == on_gpu and row["mode"] != "ceiling":
+            groups.setdefault((row["device"], row["dtype"], row["layout"]), []).append(row)
+    return groups
+
+
+def _milliseconds(folder: Path, on_gpu: bool) -> str:
+    """One table a device: the median time of each case, mode and batch by each provider."""
+    parts = []
+    rows = read_results(folder)
+    for (device, dtype, layout), mine in sorted(_groups(rows, on_gpu).items()):
+        names = _provider_order({row["provider"] for row in mine})
+        lines: dict[tuple[str, ...], dict[str, str]] = {}
+        for row in mine:
+            place = (row["case"], row["mode"], row["batch"])
+            found = f"{float(row['ms_median']):.3g}" if row["ms_median"] else "wrong"
+            lines.setdefault(place, {})[row["provider"]] = found
+        table = [[*place, *(times.get(name, "–") for name in names)] for place, times in lines.items()]
+        ceilings = {
+            row["case"]: row
+            for row in rows
+            if row["mode"] == "ceiling" and (row["device"], row["dtype"]) == (device, dtype)
+        }
+        roof = (
+            f"; a copy {float(ceilings['copy']['gb_s']):.0f} GB/s, a matrix product "
+            f"{float(ceilings['matmul']['tflop_s']):.3g} TFLOP/s"
+            if {"copy", "matmul"} <= ceilings.keys()
+            else ""
+        )
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in mine if row["commit"]))
+        parts.append(
+            f"{device}, {dtype}, {layout}, torch {mine[-1]['torch']}, commit {commits}{roof}. "
+            "Median milliseconds:\n\n" + _markdown(("case", "mode", "batch", *names), table, 2)
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "goals": _goals,
+    "cpu": lambda folder: _milliseconds(folder, on_gpu=False),
+    "gpu": lambda folder: _milliseconds(folder, on_gpu=True),
+}
+
+
+def filled(text: str, folder: Path) -> str:
+    """A document with the tables between its markers made anew from the CSV files in ``folder``."""
+
+    def table(found: re.Match[str]) -> str:
+        name = found.group(2)
+        if name not in TABLES:
+            raise ValueError(f"there is no table bench:{name}; there are {', '.join(TABLES)}")
+        return found.group(1) + TABLES[name](folder) + found.group(3)
+
+    result = _MARKED.sub(table, text)
+    opened, closed = (text.count(f"<!-- {word}") for word in ("bench:", "/bench:"))
+    if not opened == closed == len(_MARKED.findall(text)):
+        raise ValueError(
+            "a marker <!-- bench:NAME --> has no <!-- /bench:NAME --> on a line of its own after it"
+        )
+    return result
+
+
+def tables(options: TableOptions) -> None:
+    """Writes the tables into the documents."""
+    console = Console(highlight=False)
+    for path in options.files:
+        text = path.read_text(encoding="utf-8")
+        try:
+            new = filled(text, options.results)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if new != text:
+            write_text(path, new)
+        count = len(_MARKED.findall(text))
+        console.print(f"{path}: {count} tables{', changed' if new != text else ''}", soft_wrap=True)
+
+
+# --- figures
+
+
+def plot(options: PlotOptions) -> list[Path]:
+    """Draws each device's bars, its roofline, and batches where there are several; returns the paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = [row for row in read_results(options.results) if row["mode"] == "ceiling" or row["ms_median"]]
+    written: list[Path] = []
+    for on_gpu in (False, True):
+        for (device, dtype, layout), mine in sorted(_groups(rows, on_gpu).items()):
+            stem = re.sub(r"[^a-z0-9]+", "-", f"{device} {dtype} {layout}".lower()).strip("-")
+            title = f"{device}, {dtype}, {layout}"
+            figures = {"bars": _bars(mine, title)}
+            ceilings = {
+                row["case"]: row
+                for row in rows
+                if row["mode"] == "ceiling" and (row["device"], row["dtype"]) == (device, dtype)
+            }
+            if {"copy", "matmul"} <= ceilings.keys():
+                figures["roofline"] = _roofline(mine, ceilings, title)
+            if len({row["batch"] for row in mine if row["case"] != "network"}) > 1:
+                figures["batches"] = _batches(mine, title)
+            for name, figure in figures.items():
+                path = options.out / f"{stem}-{name}.png"
+                with written_atomically(path) as temporary:
+                    figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
+                written.append(path)
+    if not written:
+        raise ValueError(f"{options.results} has no row with a time: `awnet bench run` measures some")
+    console = Console(highlight=False)
+    for path in written:
+        console.print(str(path), soft_wrap=True)
+    return written
+
+
+def _axes(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0], size[1] * count), layout="constrained")
+    return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
+
+
+def _shown_batch(rows: Sequence[Row], case: str) -> str:
+    """The largest batch up to 512, the goals' own."""
+    batches = {int(row["batch"]) for row in rows if row["case"] == case}
+    return str(max((b for b in batches if b <= 512), default=min(batches)))
+
+
+def _bars(rows: Sequence[Row], title: str) -> Any:
+    """A panel a mode: each provider's time over unfused's, by case."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = _provider_order({row["provider"] for row in rows})
+    figure, axes = _axes(len(modes), (1.2 * len(cases) + 3, 3))
+    shown = {case: _shown_batch(rows, case) for case in cases}
+    times = {
+        (row["case"], row["mode"], row["provider"]): float(row["ms_median"])
+        for row in rows
+        if row["batch"] == shown[row["case"]]
+    }
+    width = 0.8 / len(names)
+    for axis, mode in zip(axes, modes, strict=True):
+        for i, name in enumerate(names):
+            places, heights = [], []
+            for j, case in enumerate(cases):
+                mine, plain = times.get((case, mode, name)), times.get((case, mode, "unfused"))
+                if mine and plain:
+                    places.append(j + (i - (len(names) - 1) / 2) * width)
+                    heights.append(mine / plain)
+            axis.bar(places, heights, width, label=name)
+        axis.axhline(1, color="black", linewidth=0.6)
+        axis.set_yscale("log")
+        axis.set_ylabel(f"{mode}: time over unfused's")
+        axis.set_xticks(range(len(cases)), [f"{case}\nB = {shown[case]}" for case in cases], fontsize=8)
+    axes[0].set_title(title)
+    axes[0].legend(fontsize=7, ncols=4)
+    return figure
+
+
+def _roofline(rows: Sequence[Row], ceilings: dict[str, Row], title: str) -> Any:
+    """Each row's arithmetic rate over its operations a byte, under what the device can do."""
+    bandwidth, peak = float(ceilings["copy"]["gb_s"]), float(ceilings["matmul"]["tflop_s"])
+    figure, (axis,) = _axes(1, (8, 5))
+    for name in _provider_order({row["provider"] for row in rows}):
+        points = [
+            (1000 * float(row["tflop_s"]) / float(row["gb_s"]), float(row["tflop_s"]))
+            for row in rows
+            if row["provider"] == name and float(row["gb_s"]) > 0 and float(row["tflop_s"]) > 0
+        ]
+        axis.scatter([x for x, _ in points], [y for _, y in points], s=10, label=name)
+    low, high = axis.get_xlim()
+    intensities = [max(low, 1.0) * (max(high, 1000.0) / max(low, 1.0)) ** (i / 100) for i in range(101)]
+    axis.plot(intensities, [min(peak, bandwidth * x / 1000) for x in intensities], color="black", linewidth=1)
+    axis.set(xscale="log", yscale="log", xlabel="FLOP a compulsory byte", ylabel="TFLOP/s", title=title)
+    axis.legend(fontsize=7)
+    return figure
+
+
+def _batches(rows: Sequence[Row], title: str) -> Any:
+    """A panel a case: microseconds an image in an attack step, or the first mode there is, over the batch."""
+    modes = {row["mode"] for row in rows}
+    mode = "attack" if "attack" in modes else sorted(modes)[0]
+    cases = list(dict.fromkeys(row["case"] for row in rows if row["mode"] == mode))
+    figure, axes = _axes(len(cases), (7, 2.6))
+    for axis, case in zip(axes, cases, strict=True):
+        mine = [row for row in rows if (row["case"], row["mode"]) == (case, mode)]
+        for name in _provider_order({row["provider"] for row in mine}):
+            points = sorted(
+                (int(row["batch"]), 1000 * float(row["ms_median"]) / int(row["batch"]))
+                for row in mine
+                if row["provider"] == name
+            )
+            axis.plot([b for b, _ in points], [us for _, us in points], marker=".", label=name)
+        axis.set(xscale="log", yscale="log", ylabel=f"{case}, {mode}: µs an image")
+    axes[0].set_title(title)
+    axes[0].legend(fontsize=7, ncols=4)
+    axes[-1].set_xlabel("batch")
+    return figure
