@@ -337,30 +337,124 @@ class Attack(_OnRun):
         _say(console, f"written to {self.out}")
 
 
-# ── reproduce, bench, data, info ──────────────────────────────────────────────────────────────────────────
+# ── reproduce, analyse, bench, data, info ─────────────────────────────────────────────────────────────────
 
 
 @dataclass(kw_only=True)
 class Reproduce:
     """Run a whole experiment: train, attack, compare, print the table."""
 
-    what: Positional[Literal["digits"]]
-    """digits: AW-Net and two static twins on scikit-learn's digits, a few minutes on two CPU cores."""
-    out: Path = Path("runs/digits")
-    """The run folder."""
+    what: Positional[str]
+    """digits: AW-Net and two static twins on scikit-learn's digits, a few minutes on two CPU cores. table1 …
+    table11, fig1, fig3, fig4, fig5: the paper's, beside its own figures. weight_gap: its Section 3.2."""
+    budget: Literal["smoke", "cpu", "gpu-30min", "paper"] = "smoke"
+    """Of a table or figure: how much is run. smoke shows in a minute that the command works, on generated
+    images where there are no others; cpu takes hours, gpu-30min half an hour a network; paper is the
+    paper's."""
+    out: Maybe[Path] = None
+    """The folder; by default runs/digits, and runs/paper for tables and figures, which share networks."""
+    data_dir: Maybe[Path] = None
+    """Of a table or figure: the data sets' folder; by default `data`."""
     resume: bool = False
-    """Go on with what is in the folder, if anything is; Ctrl-C saves."""
+    """Go on with what is in the folder, if anything is; Ctrl-C saves. Tables and figures always do."""
     overwrite: bool = False
-    """Replace what is in the folder."""
+    """Replace what is in the folder (digits only)."""
     seed: int = 0
     """Of everything: weights, order, augmentation, attacks, held-out images."""
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
 
     def run(self, console: Console) -> None:
-        from awnet.reproduce import run_digits
+        from awnet.reproduce import reproduce, run_digits
 
-        run_digits(self.out, seed=self.seed, resume=self.resume, overwrite=self.overwrite, device=self.device)
+        if self.what == "digits":
+            out = self.out or Path("runs/digits")
+            run_digits(out, seed=self.seed, resume=self.resume, overwrite=self.overwrite, device=self.device)
+            return
+        if self.overwrite:
+            raise ValueError("overwrite is for digits: a table's networks are shared, so choose another out")
+        reproduce(
+            self.what,
+            self.budget,
+            out=self.out or Path("runs/paper"),
+            data_dir=self.data_dir,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+@dataclass(kw_only=True)
+class _OnRuns:
+    runs: Positional[tuple[Path, ...]]
+    """Run folders, or .safetensors files."""
+    out: Path = Path("runs/analysis")
+    """Folder of the figure and of the data behind it."""
+    data: Maybe[str] = None
+    """The data set; by default the one that the first run was trained on."""
+    data_dir: Maybe[Path] = None
+    """The data set's published folder, or its parent; by default where the run found it."""
+    device: Maybe[str] = None
+    """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
+
+    def load(self, console: Console) -> tuple[dict[str, nn.Module], Dataset]:
+        models: dict[str, nn.Module] = {}
+        dataset = None
+        for path in self.runs:
+            one = _OnRun(run_folder=path, data=self.data, data_dir=self.data_dir, device=self.device)
+            model, images = one.load(console)
+            models[str(path)] = model
+            dataset = dataset or images
+        if dataset is None:
+            raise ValueError("runs must name at least one run folder or .safetensors file")
+        return models, dataset.to(_device(self.device))
+
+
+@dataclass(kw_only=True)
+class AnalyseFilters(_OnRuns):
+    """Distributions of the filters' mean weights of any checkpoints of one network (Fig. 1 and 3)."""
+
+    layers: int = 2
+    """How many convolutions, from the first."""
+
+    def run(self, console: Console) -> None:
+        from awnet.reproduce.analyses import compare_filters
+
+        models, dataset = self.load(console)
+        x = next(dataset.batches(1)).x
+        for path in compare_filters({"network": models}, x, self.out, layers=self.layers):
+            _say(console, str(path))
+
+
+@dataclass(kw_only=True)
+class AnalyseWeightGap(_OnRuns):
+    """Section 3.2: one step of adversarial against plain training, measured and by Eq. 8."""
+
+    images: int = 128
+    """How many images the expectation is taken over."""
+
+    def run(self, console: Console) -> None:
+        from awnet.reproduce.analyses import measure_weight_gap
+
+        models, dataset = self.load(console)
+        batch = next(dataset.subset(self.images).batches(self.images))
+        for number, (run, model) in enumerate(models.items(), start=1):
+            folder = self.out if len(models) == 1 else self.out / str(number)
+            _say(console, run)
+            for path in measure_weight_gap(model, batch.x, batch.y, dataset.threat_model.eps, folder):
+                _say(console, f"  {path}")
+
+
+@dataclass
+class Analyse:
+    """Draw what is in trained networks."""
+
+    command: (
+        Annotated[AnalyseFilters, subcommand("filters")]
+        | Annotated[AnalyseWeightGap, subcommand("weight-gap")]
+    )
+
+    def run(self, console: Console) -> None:
+        self.command.run(console)
 
 
 @dataclass(kw_only=True)
@@ -582,6 +676,7 @@ def _commands(words: Sequence[str]) -> Any:
         "evaluate": Evaluate,
         "attack": Attack,
         "reproduce": Reproduce,
+        "analyse": Analyse,
         "bench": _bench(words[1:]) if words[:1] == ["bench"] else Bench,
         "data": Data,
         "info": Info,

@@ -272,6 +272,29 @@ def filter_means(
             figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
 
 
+def weight_gap_curves(gaps: Sequence[Any], path: str | Path, *, title: str) -> None:
+    """The gap against ε for each α: measured as points, Eq. 8's prediction as lines, and their cosine.
+
+    Args:
+        gaps: of :func:`awnet.analysis.weight_gaps`.
+        path: of the PNG file.
+    """
+    if not gaps:
+        raise ValueError("gaps is empty: nothing to draw")
+    with _figure(path, 8.4, 3.4) as figure:
+        left, right = figure.subplots(1, 2)
+        for number, alpha in enumerate(sorted({gap.adv_weight for gap in gaps} - {0.0})):
+            own = sorted((gap for gap in gaps if gap.adv_weight == alpha), key=lambda gap: gap.eps)
+            eps = [gap.eps for gap in own]
+            colour = CYCLE[number % len(CYCLE)]
+            left.plot(eps, [gap.predicted for gap in own], color=colour, lw=1.2)
+            left.plot(eps, [gap.measured for gap in own], "o", color=colour, label=f"α = {alpha:g}")
+        right.plot(eps[1:] or eps, [gap.cosine for gap in own][1:] or [own[0].cosine], "o-", color="#333333")
+        left.set(title=title, xlabel="ε", ylabel="norm of the gap", ylim=(0, None))
+        left.legend(title="points: measured, lines: Eq. 8")
+        right.set(title="Cosine of measured and predicted", xlabel="ε", ylim=(-0.05, 1.05))
+
+
 def _density(values: NDArray[Any], grid: NDArray[Any]) -> NDArray[Any]:
     """Gaussian kernel density with Silverman's bandwidth."""
     spread = (

@@ -1,5 +1,18 @@
 """Whole experiments: each trains, attacks, compares and prints."""
 
 from awnet.reproduce.digits import DigitsResult, run_digits
+from awnet.reproduce.experiments import BUDGETS, EXPERIMENTS
+from awnet.reproduce.paper import PaperRow, paper_rows
+from awnet.reproduce.tables import Line, Outcome, reproduce
 
-__all__ = ["DigitsResult", "run_digits"]
+__all__ = [
+    "BUDGETS",
+    "EXPERIMENTS",
+    "DigitsResult",
+    "Line",
+    "Outcome",
+    "PaperRow",
+    "paper_rows",
+    "reproduce",
+    "run_digits",
+]

@@ -1,0 +1,257 @@
+"""What each table and figure of the paper compares, as data, and what a budget allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+WHITE_BOX = ("fgsm", "pgd_sat", "pgd_trades", "cw", "aa")
+
+
+@dataclass(frozen=True)
+class System:
+    """One row: the paper's name of it, our model and how it is trained."""
+
+    label: str
+    model: str
+    recipe: str = "mtard"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the model, see ``create_model``."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of the recipe, beside the budget's."""
+    eps_scale: float = 1.0
+    """Multiplies the ε that it is trained with."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure.
+
+    kind: ``accuracy`` (white-box attacks), ``transfer`` (made on a surrogate), ``detection`` (AUC),
+    ``filters`` (distributions of filter means), ``weight_gap`` (Section 3.2).
+    table: the paper's rows to set beside ours, see ``awnet.reproduce.paper``; None where it prints none.
+    """
+
+    title: str
+    kind: Literal["accuracy", "transfer", "detection", "filters", "weight_gap"]
+    datasets: tuple[str, ...]
+    systems: tuple[System, ...]
+    attacks: tuple[str, ...] = ()
+    table: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+AWNET = System("AW-Net", "awnet_resnet18")
+AWNET_L = System("AW-Net-L", "awnet_resnet34")
+_CNNS = (
+    System("ResNet-34", "resnet34"),
+    System("ResNet-50", "resnet50"),
+    System("WideResNet-34-8", "wrn34_8"),
+    System("VGG-16-BN", "vgg16_bn"),
+    System("RepVGG-A2", "repvgg_a2"),
+    AWNET,
+)
+_PLAIN_AND_ROBUST = ("standard", "mtard")
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "table1": Experiment(
+        "White-box robustness on CIFAR-10", "accuracy", ("cifar10",), _CNNS, WHITE_BOX, table="1"
+    ),
+    "table2": Experiment(
+        "White-box robustness on CIFAR-100", "accuracy", ("cifar100",), _CNNS, WHITE_BOX, table="2"
+    ),
+    "table3": Experiment(
+        "Ablation of the components",
+        "accuracy",
+        ("cifar10",),
+        (
+            System("AW-Net, dynamic weight", "awnet_resnet18", options={"bn": "one", "type_head": False}),
+            System(
+                "AW-Net, dynamic weight and MixBN",
+                "awnet_resnet18",
+                options={"type_head": False, "test_bn": "adv"},
+            ),
+            AWNET,
+            System("ResNet-18", "resnet18"),
+        ),
+        ("pgd_trades", "cw"),
+        table="3",
+    ),
+    "table4": Experiment(
+        "AW-Net against separate networks behind a detector",
+        "accuracy",
+        ("cifar10",),
+        (
+            System("Separate-Net", "separate_net", "separate"),
+            System("Separate-Net-L", "separate_net_l", "separate"),
+            AWNET,
+            AWNET_L,
+        ),
+        ("pgd_trades", "cw"),
+        table="4",
+    ),
+    "table5": Experiment(
+        "Detectors: area under the ROC curve",
+        "detection",
+        ("cifar10",),
+        (AWNET,),
+        ("fgsm", "pgd_trades", "cw"),
+        table="5",
+        notes=(
+            "All detectors score the same images, made on AW-Net; NNIF and LNG look at AW-Net's own layers. "
+            "They learn from the validation images, half clean, half attacked by the attack of the column.",
+        ),
+    ),
+    "table6": Experiment(
+        "Black-box robustness on CIFAR-10",
+        "transfer",
+        ("cifar10",),
+        _CNNS,
+        ("pgd_sat", "cw"),
+        table="6",
+        notes=(
+            "The surrogate is a WideResNet-70-16 trained by TRADES; the paper does not say how its own was.",
+        ),
+    ),
+    "table7": Experiment(
+        "Black-box robustness on CIFAR-100", "transfer", ("cifar100",), _CNNS, ("pgd_sat", "cw"), table="7"
+    ),
+    "table8": Experiment(
+        "Transformers and other dynamic networks",
+        "accuracy",
+        ("cifar10",),
+        (
+            System("Swin-Tiny", "swin_t", "pgd_at"),
+            System("Swin-Small", "swin_s", "pgd_at"),
+            System("RDI-ResNet-38", "rdi_resnet38", "rdi"),
+            System("ADVMOE", "advmoe_resnet18", "advmoe"),
+            AWNET,
+        ),
+        ("pgd_sat", "aa"),
+        table="8",
+    ),
+    "table9": Experiment(
+        "Against helper-based adversarial training",
+        "accuracy",
+        ("cifar10",),
+        (
+            System("ResNet-18 + HAT", "resnet18", "hat"),
+            System("WRN-34-10 + HAT", "wrn34_10", "hat"),
+            AWNET,
+            AWNET_L,
+        ),
+        ("pgd_sat", "aa"),
+        table="9",
+    ),
+    "table10": Experiment(
+        "The paper's adaptive attack",
+        "accuracy",
+        ("cifar10", "cifar100"),
+        (AWNET,),
+        ("pgd_trades", "adaptive_paper"),
+        table="10",
+    ),
+    "table11": Experiment(
+        "White-box robustness on Tiny-ImageNet",
+        "accuracy",
+        ("tiny_imagenet",),
+        (System("ResNet-34", "resnet34"), System("ResNet-50", "resnet50"), AWNET),
+        WHITE_BOX,
+        table="11",
+    ),
+    "fig1": Experiment(
+        "Means of the filters' weights, ResNet-18",
+        "filters",
+        ("cifar10",),
+        tuple(System(f"ResNet-18 by {recipe}", "resnet18", recipe) for recipe in _PLAIN_AND_ROBUST),
+    ),
+    "fig3": Experiment(
+        "Means of the filters' weights, three networks",
+        "filters",
+        ("cifar10",),
+        tuple(
+            System(f"{label} by {recipe}", model, recipe)
+            for label, model in (
+                ("MobileNet-v2", "mobilenet_v2"),
+                ("ResNet-50", "resnet50"),
+                ("WideResNet-34-8", "wrn34_8"),
+            )
+            for recipe in _PLAIN_AND_ROBUST
+        ),
+    ),
+    "fig4": Experiment(
+        "β of the filter scales",
+        "accuracy",
+        ("cifar10",),
+        tuple(
+            System(f"AW-Net, β = {beta:g}", "awnet_resnet18", options={"beta": float(beta)})
+            for beta in (1, 2, 3, 4, 5)
+        ),
+        ("aa",),
+        notes=("The figure prints no numbers, so there is nothing to set beside ours.",),
+    ),
+    "fig5": Experiment(
+        "Training methods",
+        "accuracy",
+        ("cifar10",),
+        tuple(
+            System(f"AW-Net by {label}", "awnet_resnet18", recipe)
+            for label, recipe in (("PGD-AT", "pgd_at"), ("TRADES", "trades"), ("MTARD", "mtard"))
+        ),
+        ("aa",),
+        notes=("The text says that MTARD's A_w under AutoAttack is 2.29 points above the others.",),
+    ),
+    "weight_gap": Experiment(
+        "Section 3.2: the weight gap of Eq. 8 against ε and α_adv",
+        "weight_gap",
+        ("cifar10",),
+        (System("ResNet-18", "resnet18", "pgd_at"),),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of an experiment is run. None means all, or the recipe's own."""
+
+    about: str
+    width: float = 1.0
+    """Multiplies the channels of every network."""
+    epochs: int | None = None
+    fast: bool = False
+    """The fast variant of each recipe, where there is one."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of every recipe."""
+    train_limit: int | None = None
+    validation_limit: int | None = None
+    test_limit: int | None = None
+    attack_budget: Literal["smoke", "standard"] = "standard"
+    stand_in: bool = False
+    """Generated images where a data set's folder is not there."""
+
+
+BUDGETS: dict[str, Budget] = {
+    "smoke": Budget(
+        "shows that the command works, in a minute on a CPU; its figures mean nothing",
+        width=0.125,
+        epochs=1,
+        settings={"batch_size": 32, "attack_steps": 1},
+        train_limit=64,
+        validation_limit=24,
+        test_limit=24,
+        attack_budget="smoke",
+        stand_in=True,
+    ),
+    "cpu": Budget(
+        "narrow networks on part of the images, hours on a CPU",
+        width=0.25,
+        epochs=10,
+        settings={"batch_size": 128, "attack_steps": 5, "schedule": "onecycle", "validate_every": 5},
+        validation_limit=200,
+        test_limit=500,
+    ),
+    "gpu-30min": Budget(
+        "full networks by the fast recipes, about half an hour a network on an H200", fast=True
+    ),
+    "paper": Budget("the paper's own settings"),
+}

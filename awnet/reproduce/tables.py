@@ -1,0 +1,394 @@
+"""``awnet reproduce table1``: trains or finds what a table needs and sets it beside the paper's figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from awnet.analysis import w_robust_bars
+from awnet.attacks import named_attack
+from awnet.detectors import LNG, NNIF, Detector, RouterDetector
+from awnet.evaluation import Report, auc
+from awnet.evaluation.filters import filter_means
+from awnet.evaluation.report import environment
+from awnet.evaluation.table import LABELS
+from awnet.files import write_json, write_text
+from awnet.reproduce.analyses import compare_filters, measure_weight_gap
+from awnet.reproduce.experiments import BUDGETS, EXPERIMENTS, Experiment, System
+from awnet.reproduce.paper import PaperRow, paper_rows
+from awnet.reproduce.workshop import SURROGATE, Workshop
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure, ours beside the paper's; fractions, None where there is none."""
+
+    dataset: str
+    system: str
+    attack: str
+    """Empty for what no attack changes."""
+    quantity: str
+    """``clean``, ``adversarial``, ``w_robust`` or ``auc``."""
+    paper: float | None
+    ours: float | None
+    low: float | None
+    """95 % interval of ours."""
+    high: float | None
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.paper is None or self.ours is None else self.ours - self.paper
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """folder holds table.md, table.csv, table.json and figures; lines is empty for a figure."""
+
+    folder: Path
+    lines: tuple[Line, ...]
+
+
+def reproduce(
+    name: str,
+    budget: str = "smoke",
+    *,
+    out: str | Path = "runs/paper",
+    data_dir: str | Path | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    quiet: bool = False,
+) -> Outcome:
+    """Runs one experiment of :data:`EXPERIMENTS` and writes ``out/<name>-<budget>/``.
+
+    Networks are trained under ``out/runs``, where other experiments find them; an interrupted call goes on
+    where it was. The table sets the paper's figure, ours and the difference side by side and says what ours
+    was measured on.
+
+    Raises ValueError for an unknown name or budget, FileNotFoundError where a data set's folder is missing
+    (under ``smoke`` generated images stand in for it, and the table says so).
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"what must be digits or one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    if budget not in BUDGETS:
+        raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    experiment = EXPERIMENTS[name]
+    console = Console(quiet=quiet, highlight=False)
+    shop = Workshop(
+        Path(out),
+        budget,
+        BUDGETS[budget],
+        data_dir=None if data_dir is None else Path(data_dir),
+        seed=seed,
+        device=device,
+        console=console,
+    )
+    folder = Path(out) / f"{name}-{budget}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shop.say(f"{name}: {experiment.title}; budget {budget}: {BUDGETS[budget].about}")
+    lines = _KINDS[experiment.kind](name, experiment, shop, folder)
+    if lines:
+        _write(name, experiment, lines, shop, folder)
+        console.print(_rich(experiment, lines, shop))
+    shop.say(f"written to {folder}")
+    return Outcome(folder, tuple(lines))
+
+
+# --- the kinds of experiment
+
+
+def _accuracy(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+    lines = []
+    for dataset in experiment.datasets:
+        reports = {
+            system.label: shop.evaluated(system, dataset, experiment.attacks, name)
+            for system in experiment.systems
+        }
+        lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in experiment.attacks})
+        _draw_bars(experiment, reports, folder / f"{dataset}.png")
+    return lines
+
+
+def _transfer(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+    lines = []
+    for dataset in experiment.datasets:
+        surrogate = shop.trained(SURROGATE, dataset)
+        test = shop.splits(dataset).test
+        attacks = {
+            f"transfer_{attack}": named_attack(attack, surrogate, test.threat_model, seed=shop.seed)
+            for attack in experiment.attacks
+        }
+        reports = {
+            system.label: shop.evaluated(system, dataset, attacks, name) for system in experiment.systems
+        }
+        lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in attacks})
+        _draw_bars(experiment, reports, folder / f"{dataset}.png")
+    return lines
+
+
+def _detection(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+    lines = []
+    (dataset,), (system,) = experiment.datasets, experiment.systems
+    splits = shop.splits(dataset)
+    model = shop.trained(system, dataset)
+    train = next(splits.train.batches(len(splits.train)))
+    held_out, test = (next(part.batches(len(part))) for part in (splits.validation, splits.test))
+    few = max(2, min(len(train.y) // 4, 50))
+    makers: dict[str, Callable[[nn.Module], Detector]] = {
+        "NNIF": lambda m: NNIF(m, neighbours=few),
+        "LNG": lambda m: LNG(m, neighbours=min(10, len(held_out.y) - 1)),
+        system.label: RouterDetector,
+    }
+    for attack_name in experiment.attacks:
+        attack = named_attack(attack_name, model, splits.test.threat_model, seed=shop.seed)
+        adversarial = {
+            "fit": attack(held_out.x, held_out.y, index=held_out.index),
+            "test": attack(test.x, test.y, index=test.index),
+        }
+        for label, make in makers.items():
+            shop.say(f"{label} against {attack_name}")
+            detector = make(model).fit(train.x, train.y, held_out.x, adversarial["fit"])
+            found = auc(detector.score(adversarial["test"]).numpy(), detector.score(test.x).numpy())
+            paper = _paper(experiment, dataset, label, attack_name)
+            printed = None if paper is None or paper.auc is None else paper.auc / 100
+            lines.append(Line(dataset, label, attack_name, "auc", printed, found, None, None))
+    return lines
+
+
+def _filters(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+    """Fig. 1 and 3: the first two convolutions of each network, plainly and robustly trained."""
+    (dataset,) = experiment.datasets
+    image = next(shop.splits(dataset).test.batches(1)).x
+    networks: dict[str, dict[str, nn.Module]] = {}
+    for system in experiment.systems:
+        network, _, recipe = system.label.partition(" by ")
+        networks.setdefault(network, {})[recipe] = shop.trained(system, dataset)
+    compare_filters(networks, image, folder, title=experiment.title)
+    return []
+
+
+def _weight_gap(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+    """One step from the same weights against Eq. 8; and whole trainings that differ in ε and α alone."""
+    from scipy.stats import wasserstein_distance
+
+    (dataset,), (system,) = experiment.datasets, experiment.systems
+    test = shop.splits(dataset).test
+    batch = next(test.batches(min(128, len(test))))
+    eps = test.threat_model.eps
+    plain = shop.trained(_varied(system, 1.0, 0.0), dataset)
+    measure_weight_gap(plain, batch.x, batch.y, eps, folder)
+
+    image = batch.x[:1]
+    base = filter_means(plain, image, {})
+    rows = ["eps,adv_weight,layer,wasserstein,mean_difference,std_ratio"]
+    for scale, alpha in ((1.0, 0.25), (1.0, 0.5), (1.0, 1.0), (0.25, 0.5), (0.5, 0.5)):
+        means = filter_means(shop.trained(_varied(system, scale, alpha), dataset), image, {})
+        for layer, values in means.items():
+            distance = wasserstein_distance(values, base[layer])
+            shift, ratio = values.mean() - base[layer].mean(), values.std() / base[layer].std()
+            rows.append(f"{eps * scale:.8g},{alpha:g},{layer},{distance:.8g},{shift:.8g},{ratio:.8g}")
+    write_text(folder / "trained.csv", "\n".join(rows) + "\n")
+    return []
+
+
+def _varied(system: System, eps_scale: float, adv_weight: float) -> System:
+    return replace(
+        system,
+        label=f"{system.label}, eps × {eps_scale:g}, adv_weight {adv_weight:g}",
+        settings={"adv_weight": adv_weight},
+        eps_scale=eps_scale,
+    )
+
+
+_KINDS: dict[str, Callable[[str, Experiment, Workshop, Path], list[Line]]] = {
+    "accuracy": _accuracy,
+    "transfer": _transfer,
+    "detection": _detection,
+    "filters": _filters,
+    "weight_gap": _weight_gap,
+}
+
+
+# --- tables
+
+
+def _paper(experiment: Experiment, dataset: str, system: str, attack: str) -> PaperRow | None:
+    if experiment.table is None:
+        return None
+    key = (dataset, system, attack)
+    found = [row for row in paper_rows(experiment.table) if (row.dataset, row.system, row.attack) == key]
+    return found[0] if found else None
+
+
+def _lines_of(
+    experiment: Experiment, dataset: str, reports: dict[str, Report], attacks: dict[str, str]
+) -> list[Line]:
+    lines = []
+    for system, report in reports.items():
+        rows = {attack: _paper(experiment, dataset, system, attack) for attack in attacks}
+        clean = next((row.clean for row in rows.values() if row is not None and row.clean is not None), None)
+        lines.append(
+            Line(
+                dataset,
+                system,
+                "",
+                "clean",
+                _fraction(clean),
+                report.clean_accuracy,
+                *report.clean_interval_95,
+            )
+        )
+        for attack, row in rows.items():
+            result = report.attacks[attack]
+            printed = (None, None) if row is None else (_fraction(row.adversarial), _fraction(row.w_robust))
+            lines += [
+                Line(
+                    dataset,
+                    system,
+                    attack,
+                    "adversarial",
+                    printed[0],
+                    result.robust_accuracy,
+                    *result.interval_95,
+                ),
+                Line(
+                    dataset,
+                    system,
+                    attack,
+                    "w_robust",
+                    printed[1],
+                    result.w_robust_accuracy,
+                    *result.w_interval_95,
+                ),
+            ]
+    return lines
+
+
+def _fraction(per_cent: float | None) -> float | None:
+    return None if per_cent is None else per_cent / 100
+
+
+def _statement(experiment: Experiment, shop: Workshop) -> list[str]:
+    """What ours was measured on, for a reader of the table."""
+    budget = shop.budget
+    said = []
+    for dataset in experiment.datasets:
+        splits = shop.splits(dataset)
+        said.append(
+            f"Data: {splits.train.name}, {len(splits.train)} training, {len(splits.validation)} validation "
+            f"and {len(splits.test)} test images ({splits.train.source}); L-infinity eps "
+            f"{splits.test.threat_model.eps:.4g}."
+        )
+    epochs = "the recipe's epochs" if budget.epochs is None else f"{budget.epochs} epochs"
+    said += [
+        f"Training: {epochs}, channels × {budget.width:g}, seed {shop.seed}; the checkpoint is the best on "
+        "the validation images (the paper chose on the test images).",
+        f"Budget {shop.budget_name}: {budget.about}.",
+        *experiment.notes,
+    ]
+    if experiment.table is not None:
+        said += [
+            f"Table {experiment.table}, {row.system}, {row.attack}: {row.note}."
+            for row in paper_rows(experiment.table)
+            if row.note
+        ]
+    return said
+
+
+_QUANTITIES = {"clean": "A_nat", "adversarial": "A_adv", "w_robust": "A_w", "auc": "AUC"}
+
+
+def _cells(line: Line) -> list[str]:
+    def show(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.2f}"
+
+    interval = "" if line.low is None or line.high is None else f" [{show(line.low)}, {show(line.high)}]"
+    difference = "–" if line.difference is None else f"{100 * line.difference:+.2f}"
+    attack = LABELS.get(line.attack, line.attack.replace("_", " ")) or "–"
+    return [
+        line.system,
+        attack,
+        _QUANTITIES[line.quantity],
+        show(line.paper),
+        show(line.ours) + interval,
+        difference,
+    ]
+
+
+_HEADINGS = ("system", "attack", "", "paper", "ours [95 %]", "difference")
+
+
+def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop, folder: Path) -> None:
+    text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in _statement(experiment, shop)), ""]
+    for dataset in experiment.datasets:
+        own = [line for line in lines if line.dataset == dataset]
+        text += [f"Per cent, {shop.splits(dataset).test.name}:", ""]
+        text += ["| " + " | ".join(_HEADINGS) + " |", "|---|---|---|--:|--:|--:|"]
+        text += ["| " + " | ".join(_cells(line)) + " |" for line in own]
+        text.append("")
+    write_text(folder / "table.md", "\n".join(text))
+    table = io.StringIO()
+    names = [*(field.name for field in fields(Line)), "difference"]
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(
+        ["" if (v := getattr(line, n)) is None else f"{v:.6f}" if isinstance(v, float) else v for n in names]
+        for line in lines
+    )
+    write_text(folder / "table.csv", table.getvalue())
+    write_json(
+        folder / "table.json",
+        {
+            "experiment": name,
+            "title": experiment.title,
+            "budget": shop.budget_name,
+            "seed": shop.seed,
+            "statement": _statement(experiment, shop),
+            "environment": environment(torch.device(shop.device or "cpu")),
+            "runs": {
+                f"{dataset}/{system.label}": str(shop.run_folder(system, dataset).relative_to(shop.out))
+                for dataset in experiment.datasets
+                for system in experiment.systems
+            },
+        },
+    )
+
+
+def _rich(experiment: Experiment, lines: list[Line], shop: Workshop) -> Table:
+    from rich.box import SIMPLE_HEAD
+
+    table = Table(
+        title=f"{experiment.title}, per cent", box=SIMPLE_HEAD, caption=_statement(experiment, shop)[0]
+    )
+    for number, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="right" if number > 2 else "left")
+    before = None
+    for line in lines:
+        cells = [cell.replace("[", r"\[") for cell in _cells(line)]
+        if line.system == before:
+            cells[0] = ""
+        before = line.system
+        table.add_row(*cells)
+    return table
+
+
+def _draw_bars(experiment: Experiment, reports: dict[str, Report], path: Path) -> None:
+    w_robust_bars(
+        {
+            system: {
+                LABELS.get(attack, attack.replace("_", " ")): (result.w_robust_accuracy, result.w_interval_95)
+                for attack, result in report.attacks.items()
+            }
+            for system, report in reports.items()
+        },
+        path,
+        clean={system: report.clean_accuracy for system, report in reports.items()},
+        title=f"{experiment.title}: $A_w$",
+    )

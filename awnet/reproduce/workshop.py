@@ -1,0 +1,155 @@
+"""Trains or finds the networks that the paper's tables need, and evaluates them, each once a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from awnet import rng
+from awnet.attacks import Attack
+from awnet.data import Dataset, Splits, ThreatModel, load_dataset
+from awnet.evaluation import Report, evaluate
+from awnet.models import create_model
+from awnet.reproduce.experiments import Budget, System
+from awnet.reproduce.stand_in import stand_in
+from awnet.training import list_recipes, recipe_for, train
+
+_TEACHERS = {
+    "clean": System("clean teacher", "resnet18", "standard"),
+    "robust": System("robust teacher", "resnet18", "trades"),
+}
+SURROGATE = System("WideResNet-70-16", "wrn70_16", "trades")
+
+
+class Workshop:
+    """The runs under one folder, shared by all experiments of one budget and seed.
+
+    ``out/runs/<budget>/<data set>-<model>-<recipe>…`` are run folders; one that is finished is only loaded,
+    one that was interrupted goes on.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        budget_name: str,
+        budget: Budget,
+        *,
+        data_dir: Path | None,
+        seed: int,
+        device: str | torch.device | None,
+        console: Console,
+    ) -> None:
+        self.out, self.budget_name, self.budget = out, budget_name, budget
+        self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
+        self._splits: dict[str, Splits] = {}
+
+    def splits(self, name: str) -> Splits:
+        """The data set, cut to the budget.
+
+        Raises FileNotFoundError, naming the folder, where it is not there and the budget takes no stand-in.
+        """
+        if name not in self._splits:
+            budget = self.budget
+            try:
+                found = load_dataset(name, self.data_dir, seed=self.seed)
+            except FileNotFoundError as error:
+                if not budget.stand_in:
+                    raise FileNotFoundError(
+                        f"{error} (only --budget smoke runs without the images, on generated ones)"
+                    ) from error
+                found = stand_in(name, self.seed)
+                self.say(f"{name} is not here: generated images stand in for it; the figures mean nothing")
+            limits = (budget.train_limit, budget.validation_limit, budget.test_limit)
+            self._splits[name] = Splits(*(_cut(part, n) for part, n in zip(found, limits, strict=True)))
+        return self._splits[name]
+
+    def run_folder(self, system: System, dataset: str) -> Path:
+        settings = {**system.options, **{f"recipe-{k}": v for k, v in system.settings.items()}}
+        if system.eps_scale != 1:
+            settings["eps-scale"] = system.eps_scale
+        words = [f"{key}={value}" for key, value in sorted(settings.items())]
+        recipe = self._recipe_name(system.recipe)
+        name = "-".join([dataset, system.model, recipe, *words, f"seed{self.seed}"])
+        return self.out / "runs" / self.budget_name / name
+
+    def trained(self, system: System, dataset: str) -> nn.Module:
+        """The system's network, by its best checkpoint; its teachers are trained first, and shared."""
+        splits = self.splits(dataset)
+        if system.eps_scale != 1:
+            threat = ThreatModel(splits.train.threat_model.eps * system.eps_scale)
+            splits = Splits(*(replace(part, threat_model=threat) for part in splits))
+        name = self._recipe_name(system.recipe)
+        settings: dict[str, Any] = {**self.budget.settings, **system.settings}
+        if self.budget.epochs is not None:
+            settings.setdefault("epochs", self.budget.epochs)
+        recipe = recipe_for(name, dataset, **settings)
+        teachers = [_TEACHERS[kind] for kind in recipe.teachers]
+        for teacher in teachers:
+            self.trained(teacher, dataset)
+        folder = self.run_folder(system, dataset)
+        how = f"{system.model} by {name}, {recipe.epochs} epochs"
+        self.say(f"{system.label} on {splits.train.name}: {how}, in {folder}")
+        result = train(
+            recipe,
+            self._model(system, splits.train),
+            splits,
+            folder,
+            seed=self.seed,
+            device=self.device,
+            resume=True,
+            teachers=[self.run_folder(teacher, dataset) for teacher in teachers] or None,
+            tensorboard=False,
+            quiet=self.console.quiet,
+        )
+        return result.model
+
+    def evaluated(
+        self, system: System, dataset: str, attacks: Sequence[str] | Mapping[str, Attack], name: str
+    ) -> Report:
+        """The system's report on the test images; one that is there with the same attacks is read."""
+        folder = self.run_folder(system, dataset)
+        model = self.trained(system, dataset)
+        place = folder / "evaluations" / name
+        if (place / "report.json").is_file():
+            report = Report.load(place)
+            if set(report.attacks) >= set(attacks) and report.n == len(self.splits(dataset).test):
+                return report
+        self.say(f"{system.label}: {', '.join(attacks)} on {len(self.splits(dataset).test)} test images")
+        return evaluate(
+            model,
+            self.splits(dataset).test,
+            attacks,
+            seed=self.seed,
+            progress=self.console.is_terminal,
+            out=folder,
+            name=name,
+        )
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _recipe_name(self, name: str) -> str:
+        fast = f"{name}_fast"
+        return fast if self.budget.fast and fast in list_recipes() else name
+
+    def _model(self, system: System, data: Dataset) -> nn.Module:
+        options = dict(system.options)
+        if self.budget.width != 1:
+            options["width"] = self.budget.width
+        with torch.random.fork_rng([]):
+            torch.manual_seed(rng.key(self.seed, "model") & (2**63 - 1))  # as train does for a name
+            return create_model(
+                system.model, num_classes=data.num_classes, in_channels=data.in_channels, **options
+            )
+
+
+def _cut(part: Dataset, limit: int | None) -> Dataset:
+    if limit is None:
+        return part
+    return replace(part.subset(limit), source=f"{part.source}, {min(limit, len(part))} images")
