@@ -1,0 +1,222 @@
+"""Tables and figures: what they compare, what they write, and one of them end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from awnet.cli import main
+from awnet.models import create_model
+from awnet.reproduce import BUDGETS, EXPERIMENTS, paper_rows, reproduce
+from awnet.reproduce.analyses import compare_filters
+from awnet.reproduce.stand_in import stand_in
+from awnet.training import train
+
+PRINTED = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.table}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", list(PRINTED))
+def test_a_table_compares_what_the_papers_table_compares(name: str) -> None:
+    experiment = PRINTED[name]
+    rows = paper_rows(experiment.table)
+    systems = {system.label for system in experiment.systems}
+    prefix = "transfer_" if experiment.kind == "transfer" else ""
+    attacks = {prefix + attack for attack in experiment.attacks}
+    if experiment.kind == "detection":
+        systems |= {"NNIF", "LNG"}
+    assert {row.system for row in rows} == systems
+    assert {row.attack for row in rows} == attacks
+    assert {row.dataset for row in rows} == set(experiment.datasets)
+
+
+def test_a_stand_in_has_the_shape_of_what_it_stands_for_and_says_what_it_is() -> None:
+    splits = stand_in("cifar100", seed=1, train=210, validation=20, test=30)
+    assert splits.train.images.shape == (210, 3, 32, 32)
+    assert [len(part) for part in splits] == [210, 20, 30]
+    assert splits.train.num_classes == 100
+    assert "stand-in" in splits.test.name
+    assert "generated" in splits.test.source
+    assert splits.train.fingerprint() == stand_in("cifar100", seed=1, train=210).train.fingerprint()
+    assert splits.train.fingerprint() != stand_in("cifar100", seed=2, train=210).train.fingerprint()
+    # of one class, images are nearer to one another than to other classes': there is something to learn
+    x = splits.train.images.float().flatten(1)
+    spectrum = torch.fft.rfft2(splits.train.images.float()).abs().flatten(1)
+    same = (spectrum[:10] - spectrum[100:110]).norm(dim=1)
+    other = (spectrum[:10] - spectrum[101:111]).norm(dim=1)
+    assert (same < other).float().mean() > 0.8
+    assert x.std() > 20
+    with pytest.raises(ValueError, match="stand-in for cifar10, cifar100"):
+        stand_in("digits")
+
+
+def test_a_figure_from_the_command_line_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "reproduce",
+        "fig1",
+        "--out",
+        str(tmp_path / "out"),
+        "--data-dir",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "generated images stand in" in said
+    folder = tmp_path / "out" / "fig1-smoke"
+    assert (folder / "filter_means.png").stat().st_size > 10_000
+    rows = rows_of(folder / "filter_means.csv")
+    assert {row["model"] for row in rows} == {"standard", "mtard"}
+    assert {row["layer"] for row in rows} == {"weights/stem", "weights/stages.0.0.conv1"}
+    before = (folder / "filter_means.csv").read_bytes()
+    assert main(arguments) == 0
+    assert "nothing to train" in capsys.readouterr().out
+    assert (folder / "filter_means.csv").read_bytes() == before
+
+
+def test_a_table_is_written_beside_the_papers_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(
+        EXPERIMENTS["table3"],
+        systems=tuple(replace(s, recipe="pgd_at") for s in EXPERIMENTS["table3"].systems[-2:]),
+        attacks=("pgd_trades",),
+    )
+    monkeypatch.setitem(EXPERIMENTS, "table3", small)
+    outcome = reproduce("table3", "smoke", out=tmp_path / "out", data_dir=tmp_path, device="cpu", quiet=True)
+    rows = {(r["system"], r["quantity"]): r for r in rows_of(outcome.folder / "table.csv")}
+    assert set(rows) == {(s.label, q) for s in small.systems for q in ("clean", "adversarial", "w_robust")}
+    row = rows["AW-Net", "w_robust"]
+    assert float(row["paper"]) == 0.7273
+    assert float(row["difference"]) == pytest.approx(float(row["ours"]) - 0.7273, abs=1e-6)
+    assert float(row["low"]) <= float(row["ours"]) <= float(row["high"])
+    assert rows["AW-Net", "clean"]["paper"] == ""  # Table III prints A_w alone
+    text = (outcome.folder / "table.md").read_text()
+    assert "stand-in for cifar10" in text
+    assert "| AW-Net | PGD trades | A_w | 72.73 |" in text
+    record = json.loads((outcome.folder / "table.json").read_text())
+    assert record["budget"] == "smoke"
+    assert all((tmp_path / "out" / run / "report.json").is_file() for run in record["runs"].values())
+
+
+def test_without_the_images_only_a_smoke_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "reproduce",
+        "table2",
+        "--budget",
+        "cpu",
+        "--data-dir",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "cifar-100-python" in error
+    assert "smoke" in error
+
+
+def test_unknown_names_and_overwriting_a_table_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="digits or one of table1"):
+        reproduce("table12", out=tmp_path)
+    with pytest.raises(ValueError, match="budget must be one of smoke"):
+        reproduce("table1", "huge", out=tmp_path)
+    assert main(["reproduce", "table1", "--overwrite"]) == 2
+    assert "overwrite is for digits" in capsys.readouterr().err
+    assert set(BUDGETS) == {"smoke", "cpu", "gpu-30min", "paper"}  # the command line names them too
+
+
+def test_filters_of_networks_of_two_kinds_are_not_compared(tmp_path: Path) -> None:
+    x = torch.rand(1, 1, 8, 8)
+    networks = {
+        "network": {name: create_model(name, in_channels=1) for name in ("resnet_tiny", "resnet_tiny_wide")}
+    }
+    with pytest.raises(ValueError, match="networks of one kind"):
+        compare_filters(networks, x, tmp_path)
+
+
+def test_checkpoints_are_analysed_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from awnet.data import load_dataset
+    from awnet.training import recipe_for
+
+    splits = load_dataset("digits")
+    small = type(splits)(*(part.subset(32) for part in splits))
+    for seed in (0, 1):
+        train(
+            recipe_for("standard", "digits", epochs=1),
+            "resnet_tiny",
+            small,
+            tmp_path / str(seed),
+            seed=seed,
+            device="cpu",
+            tensorboard=False,
+            quiet=True,
+        )
+    runs = [str(tmp_path / "0"), str(tmp_path / "1")]
+    assert (
+        main(
+            [
+                "analyse",
+                "filters",
+                *runs,
+                "--out",
+                str(tmp_path / "filters"),
+                "--layers",
+                "3",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    rows = rows_of(tmp_path / "filters" / "filter_means.csv")
+    assert {row["model"] for row in rows} == set(runs)
+    assert len({row["layer"] for row in rows}) == 3
+    assert (
+        main(
+            [
+                "analyse",
+                "weight-gap",
+                runs[0],
+                "--images",
+                "16",
+                "--out",
+                str(tmp_path / "gap"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    gaps = rows_of(tmp_path / "gap" / "one_step.csv")
+    assert len(gaps) == 12
+    assert {row["measured"] for row in gaps if row["adv_weight"] == "0"} == {"0"}
+    assert "one_step.png" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "fig1"])
+def test_every_experiment_runs_to_its_end(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shared = tmp_path_factory.getbasetemp() / "experiments"  # networks are shared, as a user's are
+    outcome = reproduce(name, "smoke", out=shared, data_dir=shared, device="cpu", quiet=True)
+    assert any(outcome.folder.iterdir())
+    if EXPERIMENTS[name].table:
+        assert {line.quantity for line in outcome.lines} & {"w_robust", "auc"}
