@@ -336,6 +336,16 @@ def test_a_smoke_run_compiles_one_row_where_there_is_a_compiler(monkeypatch: pyt
     assert compiled(cases=()) == []
 
 
+@pytest.mark.gpu
+def test_the_registry_runs_and_is_verified_on_a_gpu(tmp_path: Path) -> None:
+    for dtype, layout in (("float32", "nchw"), ("bfloat16", "channels_last")):
+        path = run(options(tmp_path, device="cuda", cases=(), dtype=dtype, layout=layout, batch=(1, 8)))
+        rows = rows_of(path)
+        assert {"cuda", "triton"} <= {row["provider"] for row in rows}
+        assert [row for row in rows if row["verified"] != "true"] == []
+        assert all(row["driver"] and float(row["peak_mib"]) > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_the_compiled_providers_are_verified_too(tmp_path: Path) -> None:
     if not runner._has_compiler(CPU):
