@@ -135,6 +135,6 @@ def native() -> dict[str, Any]:
 setup(
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"awnet": ["py.typed", "ops/configs/*.json", "reproduce/paper.csv"]},
+    package_data={"awnet": ["py.typed", "ops/configs/*.json", "evaluation/paper.csv"]},
     **native(),
 )

@@ -9,9 +9,9 @@ from importlib import resources
 
 import pytest
 
-from awnet.reproduce.paper import paper_rows
+from awnet.evaluation.paper import paper_rows
 
-TEXT = resources.files("awnet.reproduce").joinpath("paper.csv").read_text(encoding="utf-8")
+TEXT = resources.files("awnet.evaluation").joinpath("paper.csv").read_text(encoding="utf-8")
 LINES = list(csv.DictReader(TEXT.splitlines()))
 COMPLETE = [line for line in LINES if line["clean"] and line["adversarial"] and line["w_robust"]]
 

@@ -2,7 +2,7 @@
 
 from awnet.reproduce.digits import DigitsResult, run_digits
 from awnet.reproduce.experiments import BUDGETS, EXPERIMENTS
-from awnet.reproduce.paper import PaperRow, paper_rows
+from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.reproduce.tables import Line, Outcome, reproduce
 
 __all__ = [

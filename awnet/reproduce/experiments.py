@@ -29,7 +29,7 @@ class Experiment:
 
     kind: ``accuracy`` (white-box attacks), ``transfer`` (made on a surrogate), ``detection`` (AUC),
     ``filters`` (distributions of filter means), ``weight_gap`` (Section 3.2).
-    table: the paper's rows to set beside ours, see ``awnet.reproduce.paper``; None where it prints none.
+    table: the paper's rows to set beside ours, see ``awnet.evaluation.paper``; None where it prints none.
     """
 
     title: str

@@ -23,7 +23,7 @@ from awnet.evaluation.table import LABELS
 from awnet.files import write_json, write_text
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.experiments import BUDGETS, EXPERIMENTS, Experiment, System
-from awnet.reproduce.paper import PaperRow, paper_rows
+from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.reproduce.workshop import SURROGATE, Workshop
 
 

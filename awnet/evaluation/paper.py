@@ -44,7 +44,7 @@ def paper_rows(table: str | None = None) -> tuple[PaperRow, ...]:
 
     Raises ValueError for a table that the paper does not have.
     """
-    text = resources.files("awnet.reproduce").joinpath("paper.csv").read_text(encoding="utf-8")
+    text = resources.files("awnet.evaluation").joinpath("paper.csv").read_text(encoding="utf-8")
     rows = []
     for line in csv.DictReader(text.splitlines()):
         values: dict[str, Any] = {
