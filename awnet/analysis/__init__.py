@@ -1,20 +1,28 @@
 """Figures from arrays, and measurements of modules."""
 
 from awnet.analysis.figures import (
+    example_images,
     filter_means,
     p_clean_histogram,
+    roc_curves,
+    sanity_curves,
     training_curves,
     w_robust_bars,
+    waterfall,
     weight_gap_curves,
 )
 from awnet.analysis.weight_gap import WeightGap, weight_gaps
 
 __all__ = [
     "WeightGap",
+    "example_images",
     "filter_means",
     "p_clean_histogram",
+    "roc_curves",
+    "sanity_curves",
     "training_curves",
     "w_robust_bars",
+    "waterfall",
     "weight_gap_curves",
     "weight_gaps",
 ]

@@ -272,6 +272,155 @@ def filter_means(
             figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
 
 
+def waterfall(
+    n: int, wrong_clean: int, broken: Mapping[str, int], path: str | Path, *, title: str = "What breaks it"
+) -> None:
+    """Accuracy as attack after attack takes the images that it breaks first.
+
+    Args:
+        n: images. wrong_clean: of them misclassified before any attack.
+        broken: attack → images that it was the first to break, in the order in which the attacks ran.
+        path: of the PNG file.
+    """
+    if n < 1 or wrong_clean + sum(broken.values()) > n:
+        raise ValueError(f"{wrong_clean} + {sum(broken.values())} broken images do not fit into n = {n}")
+    left = 100 * (n - wrong_clean) / n
+    with _figure(path, 7.0, 1.1 + 0.3 * (len(broken) + 2)) as figure:
+        axes = figure.subplots()
+        axes.barh(0, left, color=CLEAN, height=0.7)
+        axes.text(left + 1, 0, f"{left:.1f}", va="center", fontsize=8.5)
+        names = ["clean"]
+        for row, (name, count) in enumerate(broken.items(), start=1):
+            step = 100 * count / n
+            axes.barh(row, step, left=left - step, color=ADVERSARIAL, height=0.7)
+            axes.barh(row, left - step, color="#E4E4E4", height=0.7)
+            axes.text(left + 1, row, f"−{count}" if count else "0", va="center", fontsize=8.5)
+            left -= step
+            names.append(name)
+        axes.barh(len(names), left, color="#333333", height=0.7)
+        axes.text(left + 1, len(names), f"{left:.1f}", va="center", fontsize=8.5)
+        names.append("withstands all")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set(title=title, xlabel="per cent of the images", xlim=(0, 108))
+
+
+def sanity_curves(
+    steps: Sequence[int],
+    loss: ArrayLike,
+    accuracy: ArrayLike,
+    eps: ArrayLike,
+    accuracy_by_eps: ArrayLike,
+    path: str | Path,
+    *,
+    own_eps: float,
+) -> None:
+    """Loss and accuracy against the attack's steps, and accuracy against the size of the perturbation.
+
+    Args:
+        steps, loss, accuracy: of the attack at ``own_eps``, ``[m]`` each; accuracies are fractions.
+        eps, accuracy_by_eps: ``[k]`` each, in image units and as fractions.
+        path: of the PNG file.
+        own_eps: the threat model's, marked.
+    """
+    with _figure(path, 9.0, 3.2) as figure:
+        left, middle, right = figure.subplots(1, 3)
+        left.plot(steps, np.asarray(loss), "o-", color=ADVERSARIAL, ms=4)
+        left.set(title="Loss against steps", xlabel="steps", ylabel="cross-entropy", xscale="log")
+        middle.plot(steps, 100 * np.asarray(accuracy), "o-", color=ADVERSARIAL, ms=4)
+        middle.set(title="Accuracy against steps", xlabel="steps", ylabel="per cent", xscale="log")
+        sizes = np.asarray(eps, dtype=np.float64)
+        right.plot(sizes, 100 * np.asarray(accuracy_by_eps), "o-", color="#333333", ms=4)
+        right.axvline(own_eps, color=CLEAN, lw=1.2, ls=(0, (4, 1.5)))
+        right.set(title="Accuracy against ε", xlabel="ε", ylabel="per cent")
+        right.set_xscale("symlog", linthresh=max(own_eps, 1e-6))
+        right.set_xticks([0, own_eps, 1], ["0", f"{own_eps:.3g}", "1"], minor=False)
+        right.minorticks_off()
+        for axes in (middle, right):
+            axes.set_ylim(-2, 102)
+
+
+def roc_curves(
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    path: str | Path,
+    *,
+    auc: Mapping[str, float],
+    controls: Sequence[str] = (),
+) -> None:
+    """ROC curves of the router: clean images kept, against others let through as clean.
+
+    Args:
+        curves: kind → (share of that kind called clean, share of clean images called clean), ``[m]`` each.
+        path: of the PNG file.
+        auc: kind → area, told in the legend.
+        controls: kinds drawn in grey.
+    """
+    if not curves:
+        raise ValueError("curves is empty: nothing to draw")
+    with _figure(path, 4.6, 4.4) as figure:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color="#CCCCCC", lw=1)
+        colours, dashes = iter(CYCLE[1:] * (1 + len(curves))), iter(("-", (0, (4, 1.5)), ":") * len(curves))
+        for kind, (x, y) in curves.items():
+            control = kind in controls
+            axes.plot(
+                np.asarray(x),
+                np.asarray(y),
+                color=CONTROL if control else next(colours),
+                ls=next(dashes) if control else "-",
+                label=f"{kind}, AUC {auc[kind]:.3f}",
+            )
+        axes.set(
+            title="The router's ROC",
+            xlabel="called clean, of the others",
+            ylabel="called clean, of the clean images",
+            xlim=(-0.01, 1.01),
+            ylim=(-0.01, 1.01),
+            aspect="equal",
+        )
+        axes.legend(loc="lower right", fontsize=8)
+
+
+def example_images(
+    clean: ArrayLike,
+    adversarial: ArrayLike,
+    captions: Sequence[tuple[str, str]],
+    path: str | Path,
+    *,
+    eps: float,
+) -> None:
+    """Images before and after an attack, and the perturbation between them, magnified to the full range.
+
+    Args:
+        clean, adversarial: ``[k, C, H, W]`` in [0, 1], C = 1 or 3.
+        captions: (before, after) of each image, what the network says, for example.
+        path: of the PNG file.
+        eps: size of the perturbation; -eps is drawn black (or without that colour) and +eps white.
+    """
+    first, second = np.asarray(clean, dtype=np.float64), np.asarray(adversarial, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 4 or first.shape[1] not in (1, 3) or not len(first):
+        raise ValueError(
+            f"clean and adversarial must be [k, 1 or 3, H, W] alike, got {first.shape}, {second.shape}"
+        )
+    rows = (first, np.clip(0.5 + (second - first) / (2 * max(eps, 1e-12)), 0, 1), second)
+    with _figure(path, 1.25 * len(first) + 1.0, 4.3) as figure:
+        panels = figure.subplots(3, len(first), squeeze=False)
+        for row, images in enumerate(rows):
+            for column, image in enumerate(images):
+                axes = panels[row, column]
+                shown = np.clip(np.moveaxis(image, 0, -1), 0, 1)
+                axes.imshow(shown.squeeze(-1) if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=1)
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.grid(visible=False)
+                if row != 1:
+                    axes.set_xlabel(captions[column][row // 2], fontsize=8)
+            panels[row, 0].set_ylabel(
+                ("clean", f"difference\n× {0.5 / eps:.0f}", "adversarial")[row], fontsize=8.5
+            )
+
+
 def weight_gap_curves(gaps: Sequence[Any], path: str | Path, *, title: str) -> None:
     """The gap against ε for each α: measured as points, Eq. 8's prediction as lines, and their cosine.
 

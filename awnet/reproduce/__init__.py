@@ -1,8 +1,8 @@
 """Whole experiments: each trains, attacks, compares and prints."""
 
+from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.reproduce.digits import DigitsResult, run_digits
 from awnet.reproduce.experiments import BUDGETS, EXPERIMENTS
-from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.reproduce.tables import Line, Outcome, reproduce
 
 __all__ = [

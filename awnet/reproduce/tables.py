@@ -18,12 +18,12 @@ from awnet.attacks import named_attack
 from awnet.detectors import LNG, NNIF, Detector, RouterDetector
 from awnet.evaluation import Report, auc
 from awnet.evaluation.filters import filter_means
+from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.report import environment
 from awnet.evaluation.table import LABELS
 from awnet.files import write_json, write_text
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.experiments import BUDGETS, EXPERIMENTS, Experiment, System
-from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.reproduce.workshop import SURROGATE, Workshop
 
 
