@@ -68,8 +68,9 @@ class BenchOptions:
     """Leave out what the file already has of this commit: goes on where a run was stopped."""
     threads: int | None = None
     """CPU threads; by default torch's choice."""
-    seconds: float = 1.0
-    """Time to spend on each row, after a warm-up; on a CPU at least three steps are measured."""
+    seconds: float | None = None
+    """Time to spend on each row, after a warm-up, by default 1, 0.05 with --smoke; on a CPU at least three
+    steps are measured."""
     seed: int = 0
     """Of the random tensors."""
     out: Path = results.FOLDER
@@ -130,7 +131,7 @@ def run(options: BenchOptions, *, extra_providers: Mapping[str, Provider] | None
         )
         if not jobs:
             return path
-        ceilings = measure_ceilings(device, _DTYPES[options.dtype], options.seconds, options.smoke)
+        ceilings = measure_ceilings(device, _DTYPES[options.dtype], _seconds(options), options.smoke)
         results.add_rows(path, _ceiling_lines(ceilings, provenance))
         console.print(f"ceilings: copy {ceilings.gb_s:.1f} GB/s, product {ceilings.tflop_s:.3f} TFLOP/s")
         count = 0
@@ -156,7 +157,7 @@ def run(options: BenchOptions, *, extra_providers: Mapping[str, Provider] | None
 def _device(options: BenchOptions) -> torch.device:
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"threads must be at least 1, got {options.threads}")
-    if not options.seconds > 0:
+    if options.seconds is not None and not options.seconds > 0:
         raise ValueError(f"seconds must be positive, got {options.seconds}")
     if options.dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {options.dtype!r}")
@@ -184,6 +185,10 @@ def _chosen(known: Sequence[str], wanted: Sequence[str], option: str) -> list[st
     if unknown:
         raise ValueError(f"{option} names {', '.join(unknown)}; there are {', '.join(known)}")
     return list(wanted or known)
+
+
+def _seconds(options: BenchOptions) -> float:
+    return options.seconds or (0.05 if options.smoke else 1.0)
 
 
 def _batches(options: BenchOptions, case: Case, device: torch.device) -> tuple[int, ...]:
@@ -424,7 +429,7 @@ def _measure(job: _Job, options: BenchOptions, device: torch.device) -> list[Row
             if not fault:
                 right[name] = trial
         del want
-        for name, times in measure(right, device, options.seconds).items():
+        for name, times in measure(right, device, _seconds(options)).items():
             rows[name] = replace(rows[name], times=times)
     return [rows[name] for name in job.providers]
 
