@@ -192,6 +192,11 @@ def _axes(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
 
 
+def _colour(name: str) -> str:
+    """The same for a provider in every figure."""
+    return f"C{_ORDER.index(name)}" if name in _ORDER else "black"
+
+
 def _shown_batch(rows: Sequence[Row], case: str) -> str:
     """The largest batch up to 512, the goals' own."""
     batches = {int(row["batch"]) for row in rows if row["case"] == case}
@@ -219,13 +224,15 @@ def _bars(rows: Sequence[Row], title: str) -> Any:
                 if mine and plain:
                     places.append(j + (i - (len(names) - 1) / 2) * width)
                     heights.append(mine / plain)
-            axis.bar(places, heights, width, label=name)
+            axis.bar(places, heights, width, color=_colour(name))
         axis.axhline(1, color="black", linewidth=0.6)
         axis.set_yscale("log")
         axis.set_ylabel(f"{mode}: time over unfused's")
         axis.set_xticks(range(len(cases)), [f"{case}\nB = {shown[case]}" for case in cases], fontsize=8)
     axes[0].set_title(title)
-    axes[0].legend(fontsize=7, ncols=4)
+    from matplotlib.patches import Patch
+
+    axes[0].legend(handles=[Patch(color=_colour(n), label=n) for n in names], fontsize=7, ncols=4)
     return figure
 
 
@@ -239,7 +246,7 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row], title: str) -> Any:
             for row in rows
             if row["provider"] == name and float(row["gb_s"]) > 0 and float(row["tflop_s"]) > 0
         ]
-        axis.scatter([x for x, _ in points], [y for _, y in points], s=10, label=name)
+        axis.scatter([x for x, _ in points], [y for _, y in points], s=10, color=_colour(name), label=name)
     low, high = axis.get_xlim()
     intensities = [max(low, 1.0) * (max(high, 1000.0) / max(low, 1.0)) ** (i / 100) for i in range(101)]
     axis.plot(intensities, [min(peak, bandwidth * x / 1000) for x in intensities], color="black", linewidth=1)
@@ -262,7 +269,9 @@ def _batches(rows: Sequence[Row], title: str) -> Any:
                 for row in mine
                 if row["provider"] == name
             )
-            axis.plot([b for b, _ in points], [us for _, us in points], marker=".", label=name)
+            axis.plot(
+                [b for b, _ in points], [us for _, us in points], marker=".", color=_colour(name), label=name
+            )
         axis.set(xscale="log", yscale="log", ylabel=f"{case}, {mode}: µs an image")
     axes[0].set_title(title)
     axes[0].legend(fontsize=7, ncols=4)
