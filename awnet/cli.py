@@ -634,6 +634,12 @@ _BENCH = {
         "tune",
         "Search launch parameters of the Triton passes on this GPU, and keep them in its table.",
     ),
+    "train": (
+        "train",
+        "TrainBenchOptions",
+        "bench_train",
+        "Measure a recipe's training step: ours against the same step in plain torch.",
+    ),
 }
 
 

@@ -1,0 +1,200 @@
+"""The benchmark of training: its plain step is ours in another form, and a wrong one gets no time."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from awnet.benchmarks import plain as plain_module
+from awnet.benchmarks import train as T
+from awnet.benchmarks.plain import plain_model
+from awnet.benchmarks.train import COLUMNS, TrainBenchOptions, bench_train, command_line, flops_per_image
+from torch import Tensor, nn
+
+from awnet.cli import main
+from awnet.models import create_model
+from awnet.nn import AdversarialRouter, AWNet, Backbone
+from awnet.training import list_recipes
+
+SMALL = TrainBenchOptions(
+    model="awnet_tiny", size=8, batch=8, attack_steps=1, steps=2, device="cpu", threads=1
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(path: Path) -> dict[str, dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        assert reader.fieldnames == COLUMNS
+        return {row["provider"]: row for row in reader}
+
+
+def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "bench train --model awnet_tiny --size 8 --batch 8 --steps 2 --attack-steps 1 --device cpu"
+    assert main([*words.split(), "--threads", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-train.csv")
+    rows = rows_of(path)
+    assert list(rows) == ["awnet", "unfused", "literal"]
+    for row in rows.values():
+        assert row["verified"] == "true"
+        shares = [float(row[f"share_{part}"]) for part in T.PARTS]
+        assert all(0 <= share <= 1 for share in shares)
+        assert sum(shares) == pytest.approx(1, abs=1e-3)  # four digits each
+        assert float(row["epoch_seconds_50000"]) == pytest.approx(
+            50000 / float(row["images_per_second"]), rel=1e-3
+        )
+        assert 0 < float(row["mfu"]) < 1.5  # a busy machine's ceiling may be low
+        assert row["teachers"] == "resnet_tiny resnet_tiny"
+        assert (row["precision"], row["layout"], row["peak_mib"]) == ("float32", "nchw", "")
+        assert (
+            row["command"]
+            == f"awnet {words.replace('--steps 2 --attack-steps 1', '--attack-steps 1 --steps 2')} --threads 1"
+        )
+    assert "× ours" in capsys.readouterr().out
+    assert main(["bench", "train", "--help"]) == 0 or True
+
+
+@pytest.mark.parametrize("recipe", [name for name in list_recipes() if not name.endswith("_fast")])
+@pytest.mark.parametrize("model", ["awnet_tiny", "resnet_tiny"])
+def test_the_plain_step_is_ours(recipe: str, model: str) -> None:
+    options = replace(SMALL, recipe=recipe, model=model, attack_steps=2)
+    setting = T._setting(options, torch.device("cpu"))
+    if model == "resnet_tiny" and recipe != "standard":
+        for kind in ("unfused", "literal"):
+            assert T._fault(setting, kind, 0) == ""
+        return
+    with torch.no_grad():  # a router that has learnt something: ω differs from 1
+        if isinstance(setting.model, AWNet):
+            nn.init.normal_(setting.model.router.signal_heads.weight, std=0.2)  # type: ignore[union-attr]
+    for kind in ("unfused", "literal"):
+        assert T._fault(setting, kind, 0) == ""
+
+
+def test_a_step_that_is_wrong_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sloppy(*arguments: Any, **options: Any) -> Any:
+        attack = plain_module.plain_attack(*arguments, **options)
+        return lambda x, y, index: 0.5 * x + 0.5 * attack(x, y, index=index)
+
+    monkeypatch.setattr(T, "plain_attack", sloppy)
+    rows = rows_of(bench_train(replace(SMALL, out=tmp_path, providers=("awnet", "unfused"))))
+    assert rows["awnet"]["verified"] == "true"
+    assert (rows["unfused"]["verified"], rows["unfused"]["images_per_second"]) == ("false", "")
+    monkeypatch.undo()
+
+    def forgetful(*arguments: Any, **options: Any) -> Any:
+        recipe, *others = arguments
+        return plain_module.plain_step(replace(recipe, weight_decay=0.5), *others, **options)
+
+    monkeypatch.setattr(T, "plain_step", forgetful)
+    setting = T._setting(SMALL, torch.device("cpu"))
+    assert "its update differs from ours" in T._fault(setting, "unfused", 0)
+
+
+def test_a_second_run_adds_rows_and_another_table_is_refused(tmp_path: Path) -> None:
+    once = replace(SMALL, recipe="standard", out=tmp_path, providers=("awnet",))
+    path = bench_train(once)
+    assert bench_train(replace(once, data="digits")) == path
+    with open(path, encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["data"] for line in lines] == ["synthetic", "digits"]
+    assert [line["share_attack"] for line in lines] == ["0.0000", "0.0000"]
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        bench_train(once)
+
+
+@pytest.mark.parametrize("literal", [False, True])
+def test_the_plain_network_is_ours_in_test_mode(literal: bool) -> None:
+    torch.manual_seed(0)
+    basis = Backbone("basic", [1, 2], [4, 6], num_classes=3, in_channels=1)
+    router = AdversarialRouter(basis.signal_widths, in_channels=1, widths=(4,), blocks=(1,))
+    model = AWNet(basis, router).double()
+    nn.init.normal_(router.signal_heads.weight, std=0.3)  # type: ignore[union-attr]
+    for name, value in model.named_buffers():
+        if "running" in name:
+            value.copy_(torch.rand_like(value) + 0.5)
+    other = plain_model(model, literal=literal)
+    x = torch.rand(5, 1, 8, 8, dtype=torch.float64)
+    for one in (model, other):
+        one.eval()
+    assert torch.allclose(model(x), other(x), rtol=0, atol=1e-12)  # float64
+    assert type(model.dynamic.stem) is not type(other.dynamic.stem)
+
+
+def test_the_operations_are_those_of_the_design() -> None:
+    # GFLOP an image at 32×32: ResNet-18 forward 1.11, AW-Net forward 2.22; a PGD step is a forward pass and
+    # an input gradient, training a forward pass and a whole backward one of two images
+    options = replace(SMALL, model="awnet_resnet18", size=32, attack_steps=10)
+    found = flops_per_image(T._setting(options, torch.device("cpu"))) / 1e9
+    assert found == pytest.approx(10 * 4.44 + 2 * 3 * 2.22 + 2 * 1.11, rel=0.02)
+    plain = replace(options, model="resnet18", recipe="standard")
+    found = flops_per_image(T._setting(plain, torch.device("cpu"))) / 1e9
+    assert found == pytest.approx(3 * 1.11, rel=0.02)
+    trades = replace(options, model="resnet18", recipe="trades", attack_steps=4)
+    found = flops_per_image(T._setting(trades, torch.device("cpu"))) / 1e9
+    assert found == pytest.approx(1.11 + 4 * 2.22 + 2 * 3 * 1.11, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 1}, "batch must be at least 2"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"recipe": "mtrad"}, "unknown recipe"),
+        ({"model": "awnet_tinny"}, "unknown model"),
+        ({"data": "digits", "batch": 5000}, "batch must be at most"),
+        ({"device": "gpu"}, "device must be"),
+    ],
+)
+def test_bad_options_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench_train(replace(SMALL, out=tmp_path, **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_repeats_the_run() -> None:
+    assert command_line(TrainBenchOptions()) == "awnet bench train"
+    options = replace(SMALL, providers=("awnet", "compile"), out=Path("/tmp/x"), capture=True)
+    assert command_line(options).endswith(
+        "--providers awnet compile --steps 2 --capture --device cpu --threads 1"
+    )
+
+
+def test_the_clock_nests_and_starts_again() -> None:
+    clock = T._Clock(torch.device("cpu"))
+    with clock("step"), clock("attack"):
+        pass
+    found = clock.read()
+    assert found["step"][0] >= found["attack"][0] >= 0
+    clock.clear()
+    assert clock.read() == {}
+
+
+def test_the_literal_network_has_filters_of_each_samples_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: list[int] = []
+
+    def watched(input: Tensor, weight: Tensor, scale: Tensor | None, **options: Any) -> Tensor:
+        groups.append(0 if scale is None else len(input))
+        return original(input, weight, scale, **options)
+
+    original = plain_module.reference.filter_scaled_conv2d
+    monkeypatch.setattr(plain_module.reference, "filter_scaled_conv2d", watched)
+    model = create_model("awnet_tiny", in_channels=1).eval()
+    plain_model(copy.deepcopy(model))(torch.rand(3, 1, 8, 8))
+    assert not groups
+    plain_model(model, literal=True)(torch.rand(3, 1, 8, 8))
+    assert groups.count(3) == len(model.router.signal_widths)
