@@ -21,13 +21,13 @@ COLUMNS = [
 Row = dict[str, str]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
     """All rows of one file, oldest first; none where there is no file."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
+        if reader.fieldnames != list(columns):
             raise ValueError(
                 f"{path} has other columns than this version writes; move it away, or name another folder "
                 "with --out"
@@ -35,12 +35,12 @@ def read_rows(path: Path) -> list[Row]:
         return list(reader)
 
 
-def add_rows(path: Path, rows: Sequence[Row]) -> None:
+def add_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> None:
     """Adds rows to a file; it is replaced as a whole, so that an interruption leaves no half row."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*read_rows(path), *rows])
+    writer.writerows([*read_rows(path, columns), *rows])
     write_text(path, text.getvalue())
 
 

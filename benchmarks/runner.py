@@ -500,12 +500,12 @@ def _version(distribution: str) -> str:
         return ""
 
 
-def command_line(options: BenchOptions) -> str:
-    """The command that repeats a run: every option that is not the default, and no path."""
-    words = ["awnet", "bench", "run"]
-    for field in fields(BenchOptions):  # a subclass, the command line's say, has more
+def command_line(options: object, action: str = "run", kind: type = BenchOptions) -> str:
+    """The command that repeats a run: every option of ``kind`` that is not the default, and no path."""
+    words = ["awnet", "bench", action]
+    for field in fields(kind):  # a subclass, the command line's say, has more
         value = getattr(options, field.name)
-        if field.name in ("out", "missing") or value == field.default:
+        if field.name in ("out", "missing", "data_dir") or value == field.default:
             continue
         words.append("--" + field.name.replace("_", "-"))
         words += [] if value is True else [str(v) for v in (value if isinstance(value, tuple) else (value,))]

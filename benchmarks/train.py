@@ -7,13 +7,11 @@ adversarial images and the same update.
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +24,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from awnet.attacks import frozen
 from awnet.data import Dataset, from_arrays, load_dataset
-from awnet.files import write_text
 from awnet.models import create_model
 from awnet.nn import AWNet
 from awnet.training import MTARD, MTARDWeights, Recipe, Teachers, Trades, TrainingStep, recipe_for
 from awnet.training.step import Numerics, numerics
 
+from . import results
+from .ceilings import measure_ceilings
 from .plain import SeparatePasses, plain_attack, plain_model, plain_step
-from .runner import _commit, _device_name, _driver, _slug, _version
+from .runner import (
+    BenchOptions,
+    _commit,
+    _device,
+    _device_name,
+    _driver,
+    _machine,
+    _slug,
+    _version,
+    command_line,
+)
 
 COLUMNS = [
     *("date", "commit", "device", "driver", "torch", "triton"),
@@ -86,7 +95,7 @@ class TrainBenchOptions:
     """CPU threads; by default torch's choice."""
     seed: int = 0
     """Of weights and images."""
-    out: Path = Path("benchmarks/results")
+    out: Path = results.FOLDER
     """Folder of the CSV files, one a device; rows are added to what is there."""
 
 
@@ -126,22 +135,18 @@ def bench_train(options: TrainBenchOptions) -> Path:
     console = Console()
     device = _checked_device(options)
     path = options.out / f"{_slug(_device_name(device))}-train.csv"
-    before = _existing_rows(path)
-    threads = torch.get_num_threads()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    try:
+    results.read_rows(path, COLUMNS)  # refuses a file of other columns before the work, not after
+    with _machine(BenchOptions(threads=options.threads), device):
         setting = _setting(options, device)
         names: tuple[str, ...] = options.providers
         if not names:
             names = tuple(name for name in PROVIDERS if name != "compile" or device.type == "cuda")
         flops = flops_per_image(setting)
-        ceiling = matmul_tflop_s(device, setting.numerics.precision)
+        dtype = torch.bfloat16 if setting.numerics.precision == "bfloat16" else torch.float32
+        ceiling = measure_ceilings(device, dtype, 0.2, tiny=False).tflop_s
         rows = _measure(setting, names, options.steps or (30 if device.type == "cuda" else 5), options.seed)
         lines = [_line(row, setting, options, flops, ceiling) for row in rows]
-    finally:
-        torch.set_num_threads(threads)
-    write_text(path, _as_csv(before + lines))
+    results.add_rows(path, lines, COLUMNS)
     console.print(_table(rows, lines, setting))
     for row in rows:
         if row.fault:
@@ -154,19 +159,13 @@ def bench_train(options: TrainBenchOptions) -> Path:
 
 
 def _checked_device(options: TrainBenchOptions) -> torch.device:
-    for name in ("batch", "steps", "attack_steps", "threads", "size"):
+    for name in ("batch", "steps", "attack_steps", "size"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if options.batch is not None and options.batch < 2:
         raise ValueError("batch must be at least 2: batch norm has nothing to normalise by in one image")
-    try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {options.device!r}") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+    return _device(BenchOptions(device=options.device, threads=options.threads))
 
 
 def _setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
@@ -235,7 +234,7 @@ def _plain(setting: _Setting, timed: Timed, seed: int, kind: str) -> Callable[[A
             attack_model = model = torch.compile(model)  # type: ignore[assignment]
     teachers = None
     if setting.teachers is not None:
-        copies = [copy.deepcopy(one) for one in setting.teachers if one is not None]
+        copies = [plain_model(one) for one in setting.teachers if one is not None]
         for one in copies:
             one.to(memory_format=layout)  # type: ignore[call-overload]
         teachers = Teachers(*(_Timed(one, timed) for one in copies))
@@ -417,20 +416,6 @@ def _once(setting: _Setting, clock: _Clock, step: Callable[[Any], Any]) -> Calla
     return once
 
 
-def matmul_tflop_s(device: torch.device, precision: str) -> float:
-    """What a square matrix product reaches here: the ceiling that a step's share (MFU) is of."""
-    size = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    clock = _Clock(device)
-    for i in range(13):
-        if i == 3:
-            clock.clear()
-        with clock("matmul"):
-            a @ b
-    return 2 * size**3 / statistics.median(clock.read()["matmul"]) / 1e9
-
-
 def flops_per_image(setting: _Setting) -> float:
     """The operations that a recipe's step needs for one image, two for each multiplication and addition.
 
@@ -442,9 +427,9 @@ def flops_per_image(setting: _Setting) -> float:
     passes = SeparatePasses(model) if isinstance(model, AWNet) else model
     shape = (count, setting.data.in_channels, *setting.data.image_size)
     x, y = torch.empty(shape, device="meta"), torch.empty(count, dtype=torch.int64, device="meta")
-    teachers = None if setting.teachers is None else copy.deepcopy(setting.teachers)
-    if teachers is not None:
-        teachers = Teachers(*(one.to("meta") for one in teachers if one is not None))
+    teachers = None
+    if setting.teachers is not None:
+        teachers = Teachers(*(plain_model(one).to("meta") for one in setting.teachers if one is not None))
     attacking = 0
     if recipe.needs_attack:
         with FlopCounterMode(display=False) as forward, torch.no_grad(), frozen(model):
@@ -472,18 +457,6 @@ class _Shapes:
 # --- records
 
 
-def command_line(options: TrainBenchOptions) -> str:
-    """The command that repeats a run: every option that is not the default, and no path."""
-    words = ["awnet", "bench", "train"]
-    for field in fields(TrainBenchOptions):
-        value = getattr(options, field.name)
-        if field.name in ("out", "data_dir") or value == field.default:
-            continue
-        words.append("--" + field.name.replace("_", "-"))
-        words += [] if value is True else [str(v) for v in (value if isinstance(value, tuple) else (value,))]
-    return " ".join(words)
-
-
 def _line(
     row: Row, setting: _Setting, options: TrainBenchOptions, flops: float, ceiling: float
 ) -> dict[str, str]:
@@ -509,7 +482,7 @@ def _line(
         "gflop_per_image": f"{flops / 1e9:.4g}",
         "matmul_tflop_s": f"{ceiling:.4g}",
         "verified": "false" if row.fault else "true",
-        "command": command_line(options),
+        "command": command_line(options, "train", TrainBenchOptions),
     }
     if not row.fault:
         assert row.shares is not None
@@ -524,27 +497,6 @@ def _line(
         if row.peak_mib is not None:
             line["peak_mib"] = f"{row.peak_mib:.1f}"
     return line
-
-
-def _existing_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != COLUMNS:
-            raise ValueError(
-                f"{path} has other columns than this version writes; move it away, or name another folder "
-                "with --out"
-            )
-        return list(reader)
-
-
-def _as_csv(lines: list[dict[str, str]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
 
 
 def _table(rows: list[Row], lines: list[dict[str, str]], setting: _Setting) -> Table:

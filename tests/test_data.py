@@ -26,6 +26,7 @@ from awnet.data import (
     ThreatModel,
     check_images,
     check_labels,
+    dataset,
     download,
     downloads,
     from_arrays,
@@ -98,6 +99,83 @@ def test_start_goes_on_exactly_where_an_epoch_stopped(start):
     assert len(rest) == max(0, 5 - start)
     for a, b in zip(whole[start:], rest, strict=True):
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+def test_the_ranks_share_each_batch():
+    data = small(20, shift=2, flip=True)
+    options = {"shuffle": True, "augment": True, "seed": 4, "epoch": 2}
+    parts = [list(data.batches(6, part=(rank, 3), **options)) for rank in range(3)]
+    for whole, *own in zip(data.batches(6, **options), *parts, strict=True):
+        for rank in range(3):
+            for value, mine in zip(whole, own[rank], strict=True):
+                assert torch.equal(mine, value[rank::3])
+
+
+SHUFFLED = {"shuffle": True, "augment": True, "seed": 4, "epoch": 2}
+
+
+def assert_same_batches(one, two):
+    for a, b in zip(one, two, strict=True):
+        for value, other in zip(a, b, strict=True):
+            assert torch.equal(value, other)
+
+
+@pytest.mark.parametrize("options", [{"start": 2}, {"drop_last": True}, {"part": (1, 2)}, {"start": 9}])
+def test_a_data_set_that_is_not_on_the_device_gives_the_same_bits(options, monkeypatch):
+    data, threads = small(23, shift=2, flip=True), set()
+    want = list(data.batches(5, **SHUFFLED, **options))
+    select = torch.index_select
+
+    def watched(*arguments, **more):
+        threads.add(threading.current_thread())
+        return select(*arguments, **more)
+
+    monkeypatch.setattr(torch, "index_select", watched)
+    monkeypatch.setattr(dataset, "_resident", lambda images, device: False)
+    assert_same_batches(want, data.batches(5, **SHUFFLED, **options, device="cpu"))
+    assert threading.main_thread() not in threads
+    assert len(threads) == bool(want)
+
+
+def test_images_stay_in_the_file_that_they_are_mapped_from(tmp_path, monkeypatch):
+    data = small(23, shift=2, flip=True)
+    np.save(tmp_path / "images.npy", data.images.numpy())
+    pixels = np.load(tmp_path / "images.npy", mmap_mode="c")
+    mapped = from_arrays(pixels, data.labels, shift=2, flip=True)
+    assert mapped.images.data_ptr() == pixels.ctypes.data
+    assert mapped.placed("cpu", "host").images.data_ptr() == pixels.ctypes.data
+    monkeypatch.setattr(dataset, "_resident", lambda images, device: False)
+    assert_same_batches(data.batches(5, **SHUFFLED), mapped.batches(5, **SHUFFLED))
+
+
+def test_an_epoch_may_be_left_early(monkeypatch):
+    monkeypatch.setattr(dataset, "_resident", lambda images, device: False)
+    batches = small(20).batches(4)
+    next(batches)
+    batches.close()
+    assert threading.active_count() == 1 or not any(
+        thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate()
+    )
+
+
+def test_where_the_images_are_placed(monkeypatch):
+    data = small(4)
+    assert data.placed("cpu").device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * data.images.nbytes - 1, 10**9))
+    assert data.placed("cuda").device.type == "cpu"  # no room
+    assert data.placed("cuda", "host").device.type == "cpu"
+    with pytest.raises(ValueError, match="memory must be one of"):
+        data.placed("cpu", "disk")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_host_memory_gives_the_same_bits():
+    data = small(23, shift=2, flip=True)
+    there = data.placed("cuda", "device")
+    assert there.device.type == "cuda"
+    assert_same_batches(there.batches(5, **SHUFFLED), data.batches(5, **SHUFFLED, device="cuda"))
+    for one, other in zip(data.batches(5, **SHUFFLED), there.batches(5, **SHUFFLED), strict=True):
+        assert torch.equal(one.x, other.x.cpu())
 
 
 @settings(deadline=None, max_examples=30)

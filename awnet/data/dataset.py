@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from awnet import rng
 from awnet.data.checks import check_labels
+
+Memory = Literal["auto", "device", "host"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,20 @@ class Dataset:
             digest.update(values.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    def placed(self, device: str | torch.device, memory: Memory = "auto") -> Dataset:
+        """The same data set where ``batches(device=…)`` shall read it from.
+
+        memory: ``device``; ``host``, from where each batch is copied while the one before it is in use; or
+        ``auto``: the device, unless the images would take more than half of its free memory.
+        """
+        target = torch.device(device)
+        if memory not in get_args(Memory):
+            raise ValueError(f"memory must be one of {get_args(Memory)}, got {memory!r}")
+        if memory == "auto":
+            fits = target.type != "cuda" or 2 * self.images.nbytes <= torch.cuda.mem_get_info(target)[0]
+            memory = "device" if fits else "host"
+        return self.to(target if memory == "device" else "cpu")
+
     def batches(
         self,
         batch_size: int,
@@ -193,19 +210,26 @@ class Dataset:
         epoch: int = 0,
         start: int = 0,
         drop_last: bool = False,
+        part: tuple[int, int] = (0, 1),
+        device: str | torch.device | None = None,
     ) -> Iterator[Batch]:
-        """The batches of one epoch, made on the data set's device.
+        """The batches of one epoch, made on ``device``, by default the data set's.
 
         Order (``shuffle``) and augmentation (``augment``) are functions of (seed, epoch, global index) alone:
         a sample is cropped in the same way whatever batch it lands in, and ``start`` = number of batches to
         skip goes on exactly where an interrupted epoch stopped. The last batch may be smaller, unless
-        ``drop_last``.
+        ``drop_last``. ``part`` = (rank, ranks) takes every ranks-th sample of each batch from the rank-th on,
+        so that the ranks together have each batch once.
+
+        A data set on another device than ``device`` gives the same bits: a thread gathers the
+        next batch's pixels in pinned memory, or from the file that they are mapped from, meanwhile.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
         if start < 0:
             raise ValueError(f"start must be 0 or more batches, got {start}")
-        return self._batches(batch_size, shuffle, augment, seed, epoch, start, drop_last)
+        target = self.device if device is None else torch.device(device)
+        return self._batches(batch_size, shuffle, augment, seed, epoch, start, drop_last, part, target)
 
     def _batches(
         self,
@@ -216,20 +240,52 @@ class Dataset:
         epoch: int,
         start: int,
         drop_last: bool,
+        part: tuple[int, int],
+        device: torch.device,
     ) -> Iterator[Batch]:
         order = torch.arange(len(self), device=self.device)
         if shuffle:
             order = rng.bits(rng.key(seed, "shuffle", epoch), self.index, ()).argsort(stable=True)
         stop = len(self) - batch_size + 1 if drop_last else len(self)
+        firsts = range(start * batch_size, stop, batch_size)
+
+        def chunks(order: Tensor) -> list[Tensor]:
+            return [order[i : i + batch_size][part[0] :: part[1]] for i in firsts]
+
+        # all that is small, for the whole epoch at once
+        labels, index = self.labels.to(device), self.index.to(device)
+        moves = _moves(index, self.augmentation, seed, epoch) if augment else None
         # a tensor on the device: CUDA divides by a Python number as a product with its reciprocal, which
         # differs from the CPU's quotient in the last bit
-        scale = torch.tensor(float(self.max_value), device=self.device)
-        for first in range(start * batch_size, stop, batch_size):
-            rows = order[first : first + batch_size]
-            images, index = self.images[rows], self.index[rows]
-            if augment:
-                images = augmented(images, index, self.augmentation, seed=seed, epoch=epoch)
-            yield Batch(images.to(torch.float32) / scale, self.labels[rows], index)
+        scale = torch.tensor(float(self.max_value), device=device)
+        pixels_of = self._pixels(chunks(order), device)
+        for rows, pixels in zip(chunks(order.to(device)), pixels_of, strict=True):
+            if moves is not None:
+                pixels = _moved(pixels, moves[rows], self.augmentation)
+            yield Batch(pixels / scale, labels[rows], index[rows])
+
+    def _pixels(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        """uint8 [B, C, H, W] on ``device`` for each chunk of row numbers."""
+        if _resident(self.images, device):
+            yield from (self.images[rows] for rows in chunks)
+            return
+
+        def gather(rows: Tensor) -> Tensor:
+            shape = (len(rows), *self.images.shape[1:])
+            staged = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            return torch.index_select(self.images, 0, rows, out=staged)
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = [pool.submit(gather, rows) for rows in chunks[:1]]
+            for number in range(len(chunks)):
+                staged = coming.pop().result()
+                if number + 1 < len(chunks):
+                    coming.append(pool.submit(gather, chunks[number + 1]))
+                yield staged.to(device, non_blocking=True)
+
+
+def _resident(images: Tensor, device: torch.device) -> bool:
+    return images.device.type == device.type and device.index in (None, images.device.index)
 
 
 class Splits(NamedTuple):
@@ -244,17 +300,29 @@ def augmented(
     images: Tensor, index: Tensor, augmentation: Augmentation, *, seed: int = 0, epoch: int = 0
 ) -> Tensor:
     """``images`` [B, C, H, W] of any dtype, each shifted and flipped as (seed, epoch, ``index`` [B]) says."""
-    size, (height, width) = augmentation.shift, images.shape[2:]
+    moves = _moves(index, augmentation, seed, epoch)
+    return images if moves is None else _moved(images, moves, augmentation)
+
+
+def _moves(index: Tensor, augmentation: Augmentation, seed: int, epoch: int) -> Tensor | None:
+    """int64 [N, 3] for sample indices [N]: the corner of the image within the padded one (row, column), and
+    whether it is mirrored; None where nothing ever moves."""
+    size = augmentation.shift
     if size == 0 and not augmentation.flip:
-        return images
-    span = 2 * size + 1
-    corner = rng.integers(rng.key(seed, "shift", epoch), index, (2,), span)  # [B, 2], within the padded image
-    row = corner[:, :1] + torch.arange(height, device=images.device)  # [B, H]
-    column = torch.arange(width, device=images.device).expand(len(images), -1)  # [B, W]
+        return None
+    corner = rng.integers(rng.key(seed, "shift", epoch), index, (2,), 2 * size + 1)
+    mirrored = rng.integers(rng.key(seed, "flip", epoch), index, (1,), 2 if augmentation.flip else 1)
+    return torch.cat([corner, mirrored], 1)
+
+
+def _moved(images: Tensor, moves: Tensor, augmentation: Augmentation) -> Tensor:
+    """``images`` [B, C, H, W], each shifted and flipped as ``moves`` int64 [B, 3] says."""
+    size, (height, width) = augmentation.shift, images.shape[2:]
+    row = moves[:, :1] + torch.arange(height, device=images.device)  # [B, H], within the padded image
+    column = torch.arange(width, device=images.device)
     if augmentation.flip:
-        mirrored = rng.integers(rng.key(seed, "flip", epoch), index, (1,), 2) == 1  # [B, 1]
-        column = torch.where(mirrored, width - 1 - column, column)
-    column = corner[:, 1:] + column
+        column = torch.where(moves[:, 2:] == 1, width - 1 - column, column)  # [B, W]
+    column = column + moves[:, 1:2]
     padded = torch.nn.functional.pad(images, (size,) * 4)  # [B, C, H + 2·shift, W + 2·shift]
     pixel = (row[:, :, None] * padded.shape[3] + column[:, None, :]).flatten(1)  # [B, H·W]
     flat = padded.flatten(2)
@@ -304,8 +372,9 @@ def from_arrays(
 ) -> Dataset:
     """A data set of your own from arrays or tensors.
 
-    images: uint8 [N, C, H, W]. labels: whole numbers [N]. classes: the classes' names; by default "0", "1", …
-    up to the largest label. eps, shift and flip: the threat model and the augmentation.
+    images: uint8 [N, C, H, W]; a numpy.memmap (mode "c") in C order stays on disk and is read batch by batch.
+    labels: whole numbers [N]. classes: the classes' names; by default "0", "1", … up to the largest label.
+    eps, shift and flip: the threat model and the augmentation.
     """
     pixels = torch.as_tensor(np.ascontiguousarray(images)) if not isinstance(images, Tensor) else images
     numbers = torch.as_tensor(np.asarray(labels)) if not isinstance(labels, Tensor) else labels
