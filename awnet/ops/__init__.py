@@ -5,13 +5,19 @@
 
 from awnet.ops.backends import Explanation, available_backends, use_backend
 from awnet.ops.functional import aw_conv2d, explain, filter_scaled_conv2d, mix_batch_norm
+from awnet.ops.network import affine_conv2d, network_coefficients
+from awnet.ops.sign_step import chosen_backend, sign_step
 
 __all__ = [
     "Explanation",
+    "affine_conv2d",
     "available_backends",
     "aw_conv2d",
+    "chosen_backend",
     "explain",
     "filter_scaled_conv2d",
     "mix_batch_norm",
+    "network_coefficients",
+    "sign_step",
     "use_backend",
 ]

@@ -1,0 +1,61 @@
+"""One step of a sign-gradient attack in its ball."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from awnet.ops import backends, triton_passes
+from awnet.ops.tuning import launch_parameters
+
+
+def sign_step(
+    x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float, eps: float, *, cast: Tensor | None = None
+) -> Tensor:
+    """x_adv + step_size · sign(grad), clipped to [x − eps, x + eps] and to [0, 1].
+
+    One kernel where Triton runs. Where ``grad`` is NaN the pixel may stay or become NaN: who calls this must
+    look for broken gradients elsewhere.
+
+    Args:
+        x_adv, x: images in [0, 1] of one shape and dtype.
+        grad: of their shape, any floating dtype; 0 leaves a pixel alone.
+        step_size, eps: in image units.
+        cast: a tensor of their shape and another dtype that gets the result too, for a model in bfloat16.
+
+    Returns:
+        A new tensor like ``x_adv``.
+    """
+    for name, other in (("grad", grad), ("x", x), ("cast", cast)):
+        if other is not None and other.shape != x_adv.shape:
+            raise ValueError(f"{name} must have x_adv's shape {list(x_adv.shape)}, got {list(other.shape)}")
+    if _runs_triton(x_adv):
+        how = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
+        start = x_adv if torch.ops.aten.is_non_overlapping_and_dense(x_adv) else x_adv.clone()
+        kernel = importlib.import_module("awnet.kernels.sign_step").sign_step
+        copied = None if cast is None or cast.stride() != start.stride() else cast
+        moved: Tensor = kernel(start, _alike(grad, start), _alike(x, start), step_size, eps, how, cast=copied)
+        if cast is not None and copied is None:
+            cast.copy_(moved)
+        return moved
+    low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
+    moved = torch.add(x_adv, grad.sign().to(x_adv.dtype), alpha=step_size).clamp_(low, high)
+    if cast is not None:
+        cast.copy_(moved)
+    return moved
+
+
+def chosen_backend() -> str | None:
+    """The backend that ``use_backend`` or ``AWNET_BACKEND`` names, or None."""
+    return backends._chosen[-1]
+
+
+def _runs_triton(x: Tensor) -> bool:
+    return chosen_backend() in (None, "triton") and triton_passes.obstacle(x) is None
+
+
+def _alike(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with the strides of ``like``; a copy only where it has others."""
+    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)

@@ -1,0 +1,84 @@
+"""A frozen network on the Triton backend: all coefficients in one launch, affine layers, the sign step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import DEVICE
+from torch import Tensor
+
+from awnet import ops
+from awnet.attacks import PGD
+from awnet.models import create_model
+from awnet.ops import use_backend
+
+
+def rand(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dynamic", [0, 5, 8])
+def test_network_coefficients(dynamic: int) -> None:
+    widths, batch = (5, 3, 4), 6
+    tables = rand(4, 2, 12, seed=0)
+    tables[3].abs_().add_(0.1)
+    p = rand(batch, seed=1).sigmoid().requires_grad_()
+    omega = rand(batch, dynamic, seed=2).requires_grad_() if dynamic else None
+    leaves = [p] if omega is None else [p, omega]
+    found: dict[str, tuple[list[Tensor], tuple[Tensor, ...]]] = {}
+    for backend in ("triton", "eager"):
+        made = ops.network_coefficients(tables, widths, omega, p, eps=1e-5, backend=backend)
+        flat = [x for pair in made for x in pair]
+        upstream = [rand(*x.shape, seed=i) for i, x in enumerate(flat)]
+        found[backend] = flat, torch.autograd.grad(flat, leaves, upstream)
+    # float32 on both sides, whose reciprocal square roots differ in the last bits
+    for got, expected in zip(found["triton"][0], found["eager"][0], strict=True):
+        assert got.is_contiguous()
+        assert error(got, expected) < 1e-6
+    for got, expected in zip(found["triton"][1], found["eager"][1], strict=True):
+        assert error(got, expected) < 1e-6
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_affine_conv2d(residual: bool) -> None:
+    tensors = {
+        "input": rand(3, 4, 6, 5, seed=0),
+        "weight": rand(6, 4, 3, 3, seed=1),
+        "scale": rand(3, 6, seed=2),
+        "shift": rand(3, 6, seed=3),
+    }
+    if residual:
+        tensors["residual"] = rand(3, 6, 6, 5, seed=4)
+    found = {}
+    for backend in ("triton", "eager"):
+        leaves = {n: t.clone().requires_grad_(n != "weight") for n, t in tensors.items()}
+        y = ops.affine_conv2d(**leaves, padding=1, backend=backend)
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        found[backend] = (y, *torch.autograd.grad(y, wanted, rand(*y.shape, seed=5)))
+    for got, expected in zip(found["triton"], found["eager"], strict=True):
+        assert error(got, expected) < 1e-5  # sums of 108 and of 30 products
+
+
+def test_an_attack_on_a_frozen_network() -> None:
+    torch.manual_seed(0)
+    model = create_model("awnet_tiny", num_classes=3, in_channels=1, router_widths=[4])
+    with torch.no_grad():
+        model.router.signal_heads.weight.normal_(std=0.1)
+    model = model.to(DEVICE)
+    x = rand(2, 1, 4, 4, seed=0).sigmoid()
+    y = torch.tensor([0, 2], device=DEVICE)
+    size = {"eps": 0.1, "step_size": 0.03, "steps": 2}
+    found = {}
+    for backend in ("triton", "eager"):
+        with use_backend(backend):
+            found[backend] = {
+                dtype: PGD(model.frozen(dtype), **size)(x, y) for dtype in (torch.float32, torch.float16)
+            }
+    for dtype, least in ((torch.float32, 1.0), (torch.float16, 0.9)):  # a sign turns where a gradient is tiny
+        same = (found["triton"][dtype] - found["eager"][dtype]).abs() < 1e-6
+        assert same.float().mean() >= least
