@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
+
 from awnet.models import mobilenet, wide_resnet
 from awnet.models.common import config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
-from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter
+from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter, FrozenAWNet
 from awnet.nn.backbone import BlockNetwork
 from awnet.nn.layers import Branches
 from awnet.nn.router import TestBN
@@ -126,3 +128,12 @@ class AWResNet(AWNet, OnHub):
             router_widths=widths,
             width=width,
         )
+
+    def frozen(self, dtype: torch.dtype | None = None) -> FrozenAWNet:
+        """A copy of this network in test mode, differentiable in the images alone, for attacks.
+
+        ``dtype`` is that of weights and images, the model's own if None; ω, p and the batch norms' algebra
+        stay float32 or wider. ``refresh()`` brings the copy up to date with this network, which it leaves as
+        it is.
+        """
+        return FrozenAWNet(self, dtype)

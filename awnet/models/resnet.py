@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from awnet.models.common import config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import Backbone, BlockKind
+from awnet.nn.frozen import FrozenBackbone
 
 
 class Architecture(NamedTuple):
@@ -58,6 +59,14 @@ class ResNet(Backbone, OnHub):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes]."""
         return super().forward(x)
+
+    def frozen(self, dtype: torch.dtype | None = None) -> FrozenBackbone:
+        """A copy of this network in test mode, differentiable in the images alone, for attacks.
+
+        ``dtype`` is that of weights and images, the model's own if None. ``refresh()`` brings the copy up to
+        date with this network, which it leaves as it is.
+        """
+        return FrozenBackbone(self, self.stem.weight.dtype if dtype is None else dtype)
 
 
 def _wide(num_classes: int, in_channels: int, width: float) -> Architecture:

@@ -3,6 +3,7 @@
 from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
 from awnet.nn.conversion import convert
+from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenBackbone
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
@@ -18,6 +19,9 @@ __all__ = [
     "Backbone",
     "FilterScaledConv2d",
     "FixedRouter",
+    "Frozen",
+    "FrozenAWNet",
+    "FrozenBackbone",
     "MixBatchNorm2d",
     "MobileBackbone",
     "Routing",

@@ -39,6 +39,19 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))  # tanh(·) + 1 cancels in 16 bits
 
 
+def p_clean_of(type_logits: Tensor, p_temperature: float) -> Tensor:
+    """The probability [B] that each sample is clean, float32 or wider, Eq. 18."""
+    return (_wide(type_logits) / p_temperature).softmax(1)[:, 1]
+
+
+def filter_scales_of(signals: Tensor, beta: float) -> Tensor:
+    """ω = (tanh(signals) + 1)^β, float32 or wider, Eq. 19."""
+    base = _wide(signals).tanh() + 1
+    if beta < 1:
+        base = base.clamp(min=1e-6)
+    return base.pow(beta)
+
+
 class AdversarialRouter(nn.Module):
     """A plain ResNet without its classifier, a type head and signal heads, Eq. 17–19.
 
@@ -116,15 +129,13 @@ class AdversarialRouter(nn.Module):
             p_clean = feature.new_full((feature.shape[0],), self.fixed_p_clean)
         else:
             type_logits = self.type_head(feature)
-            p_clean = (_wide(type_logits) / self.p_temperature).softmax(1)[:, 1]  # Eq. 18
+            p_clean = p_clean_of(type_logits, self.p_temperature)
             if not self.training:
                 p_clean = p_clean * self.p_scale
         filter_scales: list[Tensor] = []
         if self.signal_heads is not None:
-            base = _wide(self.signal_heads(feature)).tanh() + 1
-            if self.beta < 1:
-                base = base.clamp(min=1e-6)
-            filter_scales = list(base.pow(self.beta).split(self.signal_widths, dim=1))  # Eq. 19
+            omega = filter_scales_of(self.signal_heads(feature), self.beta)
+            filter_scales = list(omega.split(self.signal_widths, dim=1))
         return Routing(type_logits, p_clean, filter_scales)
 
     def extra_repr(self) -> str:
