@@ -3,6 +3,7 @@
 from awnet.attacks.autoattack import AutoAttack
 from awnet.attacks.base import Attack, frozen
 from awnet.attacks.cascade import Cascade
+from awnet.attacks.graphed import GraphedPGD
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.registry import Suite, list_attacks, named_attack
 from awnet.attacks.transfer import TransferAttack, craft, replay
@@ -14,6 +15,7 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "Cascade",
+    "GraphedPGD",
     "Suite",
     "TransferAttack",
     "craft",

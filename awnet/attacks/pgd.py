@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awnet import rng
+from awnet import ops, rng
 from awnet.attacks.base import Attack, check_count, check_size
 
 #: maps (model, x_adv, x, y) to a loss ``[B]``, to be maximised
@@ -83,32 +83,42 @@ class PGD(Attack):
         return settings
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        return self.ascend(self.start(x, index), x, y, largest_label)
+
+    def start(self, x: Tensor, index: Tensor) -> Tensor:
+        """The point that the steps set out from: noise keyed by seed and ``index``, within the ball."""
         low, high = self.ball(x)
-        x_adv = self._start(x, index).clamp_(low, high)
-        if self.steps == 0:
-            return x_adv
-        objective = self._objective(x, y, largest_label)
+        key = rng.key("attack start", self.seed)
+        if self.random_start == "uniform":
+            noise = rng.uniform(key, index, x.shape[1:]).mul_(2).sub_(1)
+            return torch.add(x, noise.to(x.dtype), alpha=self.eps).clamp_(low, high)
+        if self.random_start == "normal":
+            noise = rng.normal(key, index, x.shape[1:]).to(x.dtype)
+            return torch.add(x, noise, alpha=self.noise_std).clamp_(low, high)
+        return x.clamp(low, high)
+
+    def ascend(self, start: Tensor, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
+        """All steps from ``start``: device operations only, and none that writes to an argument."""
+        objective = self._objective(x, y, largest_label) if self.steps else None
+        # a frozen module's images may be of less precision than ours
+        dtype = getattr(self.model, "image_dtype", x.dtype)
+        x_adv, image = start, start.to(dtype, copy=True)
+        broken = torch.zeros_like(x)
         for _ in range(self.steps):
-            x_adv.requires_grad_(True)
-            loss = objective(x_adv)  # [B]
+            assert objective is not None
+            image = image.detach().requires_grad_(True)
+            loss = objective(image)  # [B]
             if loss.shape != y.shape:
                 raise ValueError(f"loss must give one value an image, [{len(x)}], got {list(loss.shape)}")
             if not loss.requires_grad:
                 raise ValueError("the loss has no gradient with respect to x: does the model detach it?")
-            (gradient,) = torch.autograd.grad(loss.sum(), x_adv)
-            x_adv = torch.add(x_adv.detach(), gradient.sign(), alpha=self.step_size).clamp_(low, high)
-            # sign(NaN) is 0: without this a broken gradient would pass for a robust model
-            x_adv = torch.where(gradient.isfinite(), x_adv, torch.nan)
-        return x_adv
-
-    def _start(self, x: Tensor, index: Tensor) -> Tensor:
-        key = rng.key("attack start", self.seed)
-        if self.random_start == "uniform":
-            noise = rng.uniform(key, index, x.shape[1:]).mul_(2).sub_(1)
-            return torch.add(x, noise.to(x.dtype), alpha=self.eps)
-        if self.random_start == "normal":
-            return torch.add(x, rng.normal(key, index, x.shape[1:]).to(x.dtype), alpha=self.noise_std)
-        return x.clone()
+            (gradient,) = torch.autograd.grad(loss.sum(), image)
+            copy = None if dtype == x.dtype else torch.empty_like(image)
+            x_adv = ops.sign_step(x_adv, gradient, x, self.step_size, self.eps, cast=copy)
+            image = x_adv if copy is None else copy
+            # a step has no sense of NaN: without this a broken gradient would pass for a robust model
+            broken.add_(gradient, alpha=0)
+        return x_adv + broken
 
     def _objective(self, x: Tensor, y: Tensor, largest_label: int) -> Callable[[Tensor], Tensor]:
         """The loss ``[B]`` as a function of x_adv alone."""

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
-from awnet.attacks import PGD, frozen
+from awnet.attacks import GraphedPGD
+from awnet.attacks.base import device_of
 from awnet.data import ThreatModel
 from awnet.training import losses
-from awnet.training.losses import Attack, Loss, LossOptions, is_dynamic
+from awnet.training.losses import Loss, LossOptions, is_dynamic
 
 TeacherKind = Literal["clean", "robust"]
 
@@ -131,11 +132,12 @@ class Recipe:
             **{field.name: getattr(self, field.name) for field in fields(LossOptions) if field.name in ours}
         )
 
-    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> GraphedPGD:
         """The attack of training on ``model``: PGD on the cross-entropy, its noise keyed by ``seed``.
 
-        Unlike an attack called by a user it checks no values, so the host never waits for the device; where
-        the gradient is not finite the image becomes NaN, and with it the loss.
+        Make it once a run, and set its ``seed`` for each epoch: on a CUDA device it keeps its graphs. Unlike
+        an attack called by a user it checks no values, so the host never waits for the device; where the
+        gradient is not finite the image becomes NaN, and with it the loss.
         """
         step_size = threat_model.train_step_size
         return self._pgd(model, threat_model.eps, step_size, "ce", _cross_entropy, num_classes, seed)
@@ -149,10 +151,14 @@ class Recipe:
         objective: Objective,
         num_classes: int,
         seed: int,
-    ) -> Attack:
+    ) -> GraphedPGD:
         fools_router = bool(self.inner_type_weight) and is_dynamic(model)
-        pgd = PGD(
+        device = device_of(model)
+        return GraphedPGD(
             model,
+            num_classes=num_classes,
+            dtype=None if device is None else self.attack_dtype(device),
+            capture=True,  # none of our objectives waits for the device
             eps=eps,
             step_size=step_size if self.attack_step_size is None else self.attack_step_size,
             steps=self.attack_steps,
@@ -162,11 +168,10 @@ class Recipe:
             seed=seed,
         )
 
-        def attack(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
-            with torch.enable_grad(), frozen(model):
-                return pgd.perturb(x, y, index, num_classes - 1)
-
-        return attack
+    def attack_dtype(self, device: torch.device) -> torch.dtype | None:
+        """The dtype in which the attack runs the model; None: the model's own, as always on a CPU."""
+        precision = getattr(self, "precision", "float32")
+        return torch.bfloat16 if device.type == "cuda" and precision != "float32" else None
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         """Fused SGD, two groups: all but the router at ``lr``, the router with its heads at ``router_lr``."""
@@ -261,7 +266,7 @@ class Trades(Recipe):
     name: ClassVar[str] = "trades"
     loss: ClassVar[Loss] = staticmethod(losses.trades)
 
-    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> GraphedPGD:
         step_size = threat_model.trades_train_step_size
         return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
 
@@ -479,16 +484,20 @@ def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
     return model(x, routing=routing), routing
 
 
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _cross_entropy(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     logits, routing = _forward(model, x_adv)
-    return F.cross_entropy(logits, y, reduction="none"), routing
+    return F.cross_entropy(_wide(logits), y, reduction="none"), routing
 
 
 def _kl_from_clean(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     with torch.no_grad():
-        log_p = F.log_softmax(model(x), dim=1)
+        log_p = F.log_softmax(_wide(model(x)), dim=1)
     logits, routing = _forward(model, x_adv)
-    return (log_p.exp() * (log_p - F.log_softmax(logits, dim=1))).sum(1), routing
+    return (log_p.exp() * (log_p - F.log_softmax(_wide(logits), dim=1))).sum(1), routing
 
 
 def _with_type_loss(objective: Objective, weight: float) -> Callable[..., Tensor]:
@@ -497,7 +506,7 @@ def _with_type_loss(objective: Objective, weight: float) -> Callable[..., Tensor
         if routing.type_logits is None:  # a router without a type head
             return value
         adversarial = torch.zeros(len(y), dtype=torch.int64, device=y.device)
-        return value + weight * F.cross_entropy(routing.type_logits, adversarial, reduction="none")
+        return value + weight * F.cross_entropy(_wide(routing.type_logits), adversarial, reduction="none")
 
     return loss
 

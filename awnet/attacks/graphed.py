@@ -1,0 +1,206 @@
+"""The attack of training: all PGD steps of a batch as one CUDA graph over a frozen copy of the model."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awnet import ops
+from awnet.attacks.base import check_count, frozen
+from awnet.attacks.pgd import PGD
+
+logger = logging.getLogger(__name__)
+
+_MOST_CAPTURES = 32  # each takes seconds: with shapes that never come again the plain loop is faster
+
+Program = Callable[[], None]
+#: takes a program of device operations on memory that stays, gives what runs the same again
+Record = Callable[[Program], Program]
+
+
+def cuda_graph(program: Program) -> Program:
+    """Captures ``program`` as a CUDA graph with a memory pool of its own; returns its replay.
+
+    Two runs on a side stream come first, so that libraries choose their algorithms and kernels are compiled
+    before capture. The program may neither read a value back to the host nor draw from torch's generators.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        program()
+        program()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # other threads (a checkpoint being written, say) may go on using the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        program()
+    return graph.replay
+
+
+class GraphedPGD:
+    """PGD as a training step calls it: on the model as it now is, without a wait for the device.
+
+    Where the model offers ``frozen(dtype)``, the attack runs on that module, which takes the model's present
+    weights at each call, and leaves the model itself alone, its mode included. On a CUDA device the weights'
+    copying and all steps of a batch are one CUDA graph, captured for each batch shape, dtype, backend and
+    attack size, with the same x_adv to the last bit as without. The start's noise is keyed by seed and sample
+    (``awnet.rng``) and made outside the graph, so no random generator need be registered with it. On a CPU,
+    and where capture fails, the same steps run one by one; the log says why, once.
+
+    A model without ``frozen`` (a converted network, any other module) is frozen in place for the call
+    (:func:`awnet.attacks.frozen`).
+
+    Args:
+        model: maps images in [0, 1] to logits ``[B, K]``.
+        num_classes: K; labels are not looked at.
+        dtype: of the frozen module's weights and images; the model's own if None.
+        capture: whether the model and the loss can be captured, that is wait for nothing on the host; None
+            means yes, unless the loss is a function.
+        max_graphs: graphs that are kept, each with the memory of a whole batch (the usual one, and the last
+            of an epoch); beyond them the one used longest ago goes.
+        record: what captures and replays a batch's operations; None is :func:`cuda_graph`, on CUDA devices.
+        settings: those of :class:`PGD`. ``seed`` may be set anew at any time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        dtype: torch.dtype | None = None,
+        capture: bool | None = None,
+        max_graphs: int = 2,
+        record: Record | None = None,
+        **settings: Any,
+    ) -> None:
+        self.pgd = PGD(model, **settings)
+        self.model = model
+        self.num_classes = check_count("num_classes", num_classes)
+        self.dtype = dtype
+        self.capture = isinstance(self.pgd.loss, str) if capture is None else capture
+        self.max_graphs = max_graphs
+        self.record = record
+        self._module: Any = None  # the frozen module, None where the model offers none
+        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._captures = 0
+        self._refusal: str | None = None  # why nothing more is captured
+        self._said: set[str] = set()
+
+    @property
+    def seed(self) -> int:
+        return self.pgd.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.pgd.seed = seed
+
+    def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
+        """Adversarial images ``[B, C, H, W]`` in ``x``'s dtype, float32 or float64, for ``x`` in [0, 1].
+
+        ``y`` int64 ``[B]``; ``index`` int64 ``[B]`` keys the noise. Values are not checked: where a gradient
+        is not finite the result is NaN.
+        """
+        largest = self.num_classes - 1
+        x = x.detach()
+        with torch.inference_mode(False), torch.enable_grad():
+            offers = getattr(self.model, "frozen", None)
+            if offers is None:
+                self._say(
+                    f"{type(self.model).__name__} offers no frozen(), so the attack freezes it in place"
+                )
+                with frozen(self.model):
+                    return self.pgd.perturb(x, y, index, largest)
+            start = self.pgd.start(x, index)
+            if len(x) == 0:
+                return start
+            if self._module is None or _device(self._module) != x.device:
+                self._graphs.clear()
+                self._module = self.pgd.model = offers(self.dtype)
+            obstacle = self._obstacle(x)
+            graph = obstacle or self._graph(start, x, y)
+            if isinstance(graph, _Graph):
+                return graph(start, x, y)
+            self._say(f"attack steps run one by one: {graph}")
+            self._module.refresh()
+            return self.pgd.ascend(start, x, y, largest)
+
+    def _obstacle(self, x: Tensor) -> str | None:
+        """Why the steps cannot be recorded; None where they can."""
+        if self._refusal is not None:
+            return self._refusal
+        if not self.capture:
+            return "the loss or the model may wait for the device"
+        if self.record is not None:
+            return None
+        if x.device.type != "cuda":
+            return f"CUDA graphs need a CUDA device, and the images are on {x.device}"
+        if torch.cuda.is_current_stream_capturing():
+            return "a capture is under way, which takes them in"
+        return None
+
+    def _graph(self, start: Tensor, x: Tensor, y: Tensor) -> _Graph | str:
+        """The graph for such a batch, or why there is none."""
+        key = self._key(start, x, y)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        if self._captures >= _MOST_CAPTURES:
+            self._refusal = f"{_MOST_CAPTURES} captures, and yet another batch shape"
+            return self._refusal
+        self._captures += 1
+        while len(self._graphs) >= self.max_graphs:
+            self._graphs.popitem(last=False)
+        try:
+            graph = _Graph(self._program, self.record or cuda_graph, start, x, y)
+        except RuntimeError as error:
+            self._refusal = f"they could not be captured ({error})"
+            return self._refusal
+        self._graphs[key] = graph
+        return graph
+
+    def _key(self, *tensors: Tensor) -> tuple[Any, ...]:
+        """All that a graph holds fast: shapes, sizes of the attack, backend, addresses of the weights."""
+        pgd = self.pgd
+        shapes = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+        sizes = (pgd.eps, pgd.step_size, pgd.steps, pgd.loss, pgd.kappa, self.num_classes)
+        modes = (ops.chosen_backend(), torch.are_deterministic_algorithms_enabled())
+        return (*shapes, *sizes, *modes, *self._module.baked())
+
+    def _program(self, start: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        self._module.refresh()
+        return self.pgd.ascend(start, x, y, self.num_classes - 1)
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.info(reason)
+
+
+class _Graph:
+    """A recorded batch: its own memory for what goes in and what comes out."""
+
+    def __init__(
+        self, program: Callable[..., Tensor], record: Record, start: Tensor, x: Tensor, y: Tensor
+    ) -> None:
+        self._inputs = tuple(torch.empty_like(t).copy_(t) for t in (start, x, y))
+        self._output = torch.empty_like(start)
+
+        def run() -> None:
+            self._output.copy_(program(*self._inputs))
+
+        self._replay = record(run)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        for own, given in zip(self._inputs, tensors, strict=True):
+            own.copy_(given)
+        self._replay()
+        return self._output.clone()  # the next replay writes to it
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((p.device for p in module.parameters()), None)
