@@ -49,6 +49,7 @@ CASES = {
     "no router, one": ("awnet_tiny", {"filter_scaling": False, "type_head": False, "bn": "one"}),
     "dynamic shortcut": ("awnet_tiny", {"dynamic_shortcut": True, "p_scale": 0.7, "p_temperature": 2.0}),
     "resnet_tiny": ("resnet_tiny", {}),
+    "mobile": ("awnet_mobilenet_v2", {"width": 0.125, "router_widths": [4, 8]}),
 }
 
 

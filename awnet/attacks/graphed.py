@@ -105,7 +105,6 @@ class GraphedPGD:
         ``y`` int64 ``[B]``; ``index`` int64 ``[B]`` keys the noise. Values are not checked: where a gradient
         is not finite the result is NaN.
         """
-        largest = self.num_classes - 1
         x = x.detach()
         with torch.inference_mode(False), torch.enable_grad():
             offers = getattr(self.model, "frozen", None)
@@ -114,7 +113,7 @@ class GraphedPGD:
                     f"{type(self.model).__name__} offers no frozen(), so the attack freezes it in place"
                 )
                 with frozen(self.model):
-                    return self.pgd.perturb(x, y, index, largest)
+                    return self.pgd.perturb(x, y, index, self.num_classes - 1)
             start = self.pgd.start(x, index)
             if len(x) == 0:
                 return start
@@ -126,8 +125,7 @@ class GraphedPGD:
             if isinstance(graph, _Graph):
                 return graph(start, x, y)
             self._say(f"attack steps run one by one: {graph}")
-            self._module.refresh()
-            return self.pgd.ascend(start, x, y, largest)
+            return self._program(start, x, y)
 
     def _obstacle(self, x: Tensor) -> str | None:
         """Why the steps cannot be recorded; None where they can."""
@@ -172,8 +170,10 @@ class GraphedPGD:
         return (*shapes, *sizes, *modes, *self._module.baked())
 
     def _program(self, start: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        self._module.refresh()
-        return self.pgd.ascend(start, x, y, self.num_classes - 1)
+        # the frozen module has a dtype of its own, and its backward pass would see the caller's autocast
+        with torch.autocast(x.device.type, enabled=False):
+            self._module.refresh()
+            return self.pgd.ascend(start, x, y, self.num_classes - 1)
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:

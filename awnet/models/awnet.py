@@ -12,8 +12,9 @@ from awnet.models import mobilenet, wide_resnet
 from awnet.models.common import config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
-from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter, FrozenAWNet
+from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter
 from awnet.nn.backbone import BlockNetwork
+from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenCopy
 from awnet.nn.layers import Branches
 from awnet.nn.router import TestBN
 
@@ -129,11 +130,13 @@ class AWResNet(AWNet, OnHub):
             width=width,
         )
 
-    def frozen(self, dtype: torch.dtype | None = None) -> FrozenAWNet:
+    def frozen(self, dtype: torch.dtype | None = None) -> Frozen:
         """A copy of this network in test mode, differentiable in the images alone, for attacks.
 
         ``dtype`` is that of weights and images, the model's own if None; ω, p and the batch norms' algebra
         stay float32 or wider. ``refresh()`` brings the copy up to date with this network, which it leaves as
-        it is.
+        it is. On a :class:`Backbone` all layers' coefficients are made at once.
         """
-        return FrozenAWNet(self, dtype)
+        if isinstance(self.dynamic, Backbone):
+            return FrozenAWNet(self, dtype)
+        return FrozenCopy(self, next(self.parameters()).dtype if dtype is None else dtype)

@@ -66,7 +66,7 @@ class ResNet(Backbone, OnHub):
         ``dtype`` is that of weights and images, the model's own if None. ``refresh()`` brings the copy up to
         date with this network, which it leaves as it is.
         """
-        return FrozenBackbone(self, self.stem.weight.dtype if dtype is None else dtype)
+        return FrozenBackbone(self, next(self.parameters()).dtype if dtype is None else dtype)
 
 
 def _wide(num_classes: int, in_channels: int, width: float) -> Architecture:

@@ -3,7 +3,7 @@
 from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
 from awnet.nn.conversion import convert
-from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenBackbone
+from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenBackbone, FrozenCopy
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
@@ -22,6 +22,7 @@ __all__ = [
     "Frozen",
     "FrozenAWNet",
     "FrozenBackbone",
+    "FrozenCopy",
     "MixBatchNorm2d",
     "MobileBackbone",
     "Routing",

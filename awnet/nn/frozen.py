@@ -7,6 +7,7 @@ brings the copies up to date with the live model, which it neither changes nor h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -137,7 +138,8 @@ class FrozenBackbone(Frozen):
     def _live_layers(self) -> list[AWConv2d]:
         backbone = self.live[0]
         blocks = [block for stage in backbone._stages() for block in stage]
-        return [backbone.stem, *(layer for block in blocks for layer in block.convolutions())]
+        layers = [backbone.stem, *(layer for block in blocks for layer in block.convolutions())]
+        return cast("list[AWConv2d]", layers)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         layers = self._live_layers()
@@ -266,7 +268,7 @@ class FrozenAWNet(Frozen):
                 f"model must be an AWNet on a Backbone, got {type(dynamic).__name__} with "
                 f"{type(router).__name__}; for others use `with awnet.attacks.frozen(model)`"
             )
-        super().__init__(dynamic.stem.weight.dtype if dtype is None else dtype)
+        super().__init__(next(model.parameters()).dtype if dtype is None else dtype)
         self.dynamic = FrozenBackbone(dynamic, self.image_dtype)
         self.router = router if isinstance(router, FixedRouter) else _FrozenRouter(router, self.image_dtype)
         self.signal_widths = list(router.signal_widths)
@@ -317,3 +319,45 @@ class FrozenAWNet(Frozen):
                 p_clean = routing.p_clean
                 omega = torch.cat(routing.filter_scales, 1) if routing.filter_scales else None
             return self.dynamic.logits(x, self.dynamic.coefficients(len(x), omega, p_clean))
+
+
+class FrozenCopy(Frozen):
+    """Any network, frozen: a copy in test mode whose convolutions and linear layers are in ``dtype``.
+
+    For networks whose coefficients cannot be made ahead. What is not a tensor (a router's ``beta``) stays as
+    it was when the copy was made.
+
+    Args:
+        model: maps images [B, C, H, W] to logits [B, K].
+        dtype: of the images and of convolutions' and linear layers' weights.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.live = (model,)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        self.refresh()
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        live = self.live[0]
+        return [
+            *zip(self.model.parameters(), live.parameters(), strict=True),
+            *zip(self.model.buffers(), live.buffers(), strict=True),
+        ]
+
+    def forget(self) -> None:
+        """Nothing is made of the copies."""
+
+    def route(self, x: Tensor) -> Routing:
+        """The copy's ``route``, where it has one."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.model.route(x.to(self.image_dtype))  # type: ignore[operator]
+
+    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
+        """Images [B, C, H, W] in [0, 1], of any floating dtype → logits [B, K]; arguments as the model's."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.model(x.to(self.image_dtype), **arguments)

@@ -341,7 +341,8 @@ class _NetworkCoefficients(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if omega is not None:
                 d_scale[:, :dynamic].mul_(omega)
-            d_p = d_scale @ (gain[1] - gain[0]) + d_shift @ (offset[1] - offset[0])
+            by_p = d_scale * (gain[1] - gain[0])  # no product of matrices: autocast would take it to 16 bits
+            d_p = by_p.addcmul_(d_shift, offset[1] - offset[0]).sum(1)
         return d_omega, d_p, None, None, None, None
 
 

@@ -169,9 +169,9 @@ class Recipe:
         )
 
     def attack_dtype(self, device: torch.device) -> torch.dtype | None:
-        """The dtype in which the attack runs the model; None: the model's own, as always on a CPU."""
-        precision = getattr(self, "precision", "float32")
-        return torch.bfloat16 if device.type == "cuda" and precision != "float32" else None
+        """The dtype in which the attack runs the model on ``device``; None: the model's own."""
+        low = self.precision == "bfloat16" or (self.precision == "auto" and device.type == "cuda")
+        return torch.bfloat16 if low else None
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         """Fused SGD, two groups: all but the router at ``lr``, the router with its heads at ``router_lr``."""
@@ -344,7 +344,7 @@ class HAT(Trades):
         super().__post_init__()
         _check(self, "helper_weight", _is_number, lambda v: v >= 0, "a number of at least 0")
 
-    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> GraphedPGD:
         step_size = threat_model.train_step_size
         return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
 
