@@ -13,7 +13,8 @@ from torch import Tensor, nn
 def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
     """Records ``function`` without running it. Returns its output and what runs it into that output."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # other threads (one that gathers the next batch, say) may go on using the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function()
     return output, graph.replay
 
