@@ -97,6 +97,56 @@ def test_native_layers_of_any_shape_equal_the_reference(layer: Layer, backend: s
         assert error(got.running[name], value) <= 1e-5, name
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_native_passes_in_every_shape(dtype: torch.dtype, training: bool, last: bool) -> None:
+    # less than a vector; full vectors and a rest, more than a block of columns and of pixels; several blocks
+    for channels, size in ((5, [3, 3]), (70, [9, 11]), (130, [4, 4])):
+        layer = example(
+            training, channels, batch=4, c_in=channels, c_out=channels, groups=channels, kernel=(1, 1),
+            padding=0, size=size,
+        ).rounded(dtype)  # fmt: skip
+        # a filter that changes nothing: what is left are the passes
+        tensors = layer.tensors | {"weight": torch.ones_like(layer.tensors["weight"])}
+        if last:
+            for name in ("input", "residual"):
+                tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        layer = Layer(tensors, layer.options)
+        exact, got = run(layer, backend="reference"), run(layer.to(dtype), backend="cpp")
+        # float32 arithmetic, rounded to the nearest value of the images' dtype: half a unit in the last place
+        away = (got.output.double() - exact.output).abs()
+        assert (away <= 0.5 * torch.finfo(dtype).eps * exact.output.abs() + 1e-5 * exact.output.std()).all()
+        if dtype == torch.float32:  # in the others upstream's gradient is rounded, which is not the passes' doing
+            assert got.grads.keys() == exact.grads.keys()
+            for name, value in exact.grads.items():
+                # batch norm takes out the size of a filter of one weight, whose gradient is eps-small then
+                assert name == "weight" or error(got.grads[name], value) <= 1e-4, name
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_nan_passes_the_activation_as_in_torch(backend: str, last: bool) -> None:
+    layer = example(False, 0, batch=2, c_in=20, c_out=20, groups=20, kernel=(1, 1), padding=0).to(torch.float32)
+    broken = torch.rand(layer.tensors["input"].shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    u = layer.tensors["input"].masked_fill(broken, float("nan"))
+    u = u.contiguous(memory_format=torch.channels_last) if last else u
+    y = run(Layer(layer.tensors | {"input": u}, layer.options), backend=backend).output
+    assert torch.equal(y.isnan(), broken)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_eps_counts_where_the_variance_is_small(backend: str, training: bool) -> None:
+    layer = example(training, 0, batch=12).rounded(torch.float32)
+    small = {"input": layer.tensors["input"] / 256, "running_var": layer.tensors["running_var"] / 65536}
+    layer = Layer(layer.tensors | small, layer.options | {"eps": 1e-3})
+    expected, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend=backend)
+    assert error(got.output, expected.output) <= 1e-5
+    for name, value in expected.grads.items():
+        assert error(got.grads[name], value) <= 1e-4, name
+
+
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
@@ -109,6 +159,19 @@ def test_float32_keeps_the_digits_demanded(training: bool, offset: float, backen
         assert error(got.output, expected.output) <= 1e-5 * factor
         for name, value in expected.grads.items():
             assert error(got.grads[name], value) <= 1e-4 * factor, (name, seed)
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_the_variance_does_not_cancel_far_from_zero(backend: str) -> None:
+    for seed in range(4):
+        # without filter scales: theirs would spread the samples' means, beside which the pixels' spread is nothing
+        layer = example(True, seed, scale="none", offset=1000.0, batch=12, size=[9, 8], padding=0)
+        layer = layer.rounded(torch.float32)
+        expected, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend=backend)
+        assert kappa(layer) > 300
+        assert error(got.output, expected.output) <= 1e-5 * kappa(layer) / 10  # as above
+        for name in ("bn_weight", "bn_bias", "input"):
+            assert error(got.grads[name], expected.grads[name]) <= 1e-4 * kappa(layer) / 10, name
 
 
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
@@ -315,17 +378,21 @@ def test_the_same_call_gives_the_same_bits(backend: str) -> None:
             torch.use_deterministic_algorithms(False)
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
-    for training in (True, False):
-        layer = example(training, 0)
-        everything = run(layer).grads
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
+    for training, scale in ((True, "random"), (False, "random"), (False, "none")):
+        layer = example(training, 0, scale=scale).to(torch.float32)
+        everything = run(layer, backend=backend).grads
         for name in everything:
             leaves = {n: x.clone().requires_grad_(n == name) for n, x in layer.tensors.items()}
-            y = ops.aw_conv2d(**leaves, **layer.options)
+            leaves.setdefault("filter_scale", None)
+            y = ops.aw_conv2d(**leaves, **layer.options, backend=backend)
             upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-            y.backward(upstream)
-            assert error(leaves[name].grad, everything[name]) < 1e-12, name
-            assert all(leaf.grad is None for n, leaf in leaves.items() if n != name)
+            y.backward(upstream.to(y))
+            assert leaves[name].grad is not None, name
+            # the same sums, but for the order in which the library's convolution takes them
+            assert error(leaves[name].grad, everything[name]) < 1e-6, name
+            assert all(x is None or x.grad is None for n, x in leaves.items() if n != name)
 
 
 def test_a_second_derivative_names_the_reference() -> None:

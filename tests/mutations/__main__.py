@@ -1,0 +1,32 @@
+"""``PYTHONPATH=tests python -m mutations [part of a name or file]``: all of them write docs/mutations.md."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from .faults import FAULTS
+from .runner import LANES, PAGE, Outcome, outcomes, page
+
+
+def main(part: str) -> int:
+    chosen = [fault for fault in FAULTS if part in f"{fault.file}: {fault.name}"]
+
+    def drive(lane: str) -> list[Outcome]:
+        found = []
+        for one in outcomes(lane, chosen):
+            print(f"{one.fault.file}: {one.fault.name}: {one.caught_by or 'NOT CAUGHT: ' + one.why}", flush=True)
+            found.append(one)
+        return found
+
+    with ThreadPoolExecutor(len(LANES)) as pool:
+        found = [one for lane in pool.map(drive, LANES) for one in lane]
+    if len(found) == len(FAULTS):
+        PAGE.write_text(page(found), encoding="utf-8")
+    missed = sum(one.caught_by is None for one in found)
+    print(f"{len(found) - missed} of {len(found)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(" ".join(sys.argv[1:])))

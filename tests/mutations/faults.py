@@ -1,0 +1,311 @@
+"""The faults. Each replaces a text that occurs exactly once in its file, and is caught by one of its tests.
+
+A new one: take a line whose mathematics matters, write down what a tired author would have written, and name
+the tests that should object. Where none does, the missing test is what to write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OPS = "tests/test_ops.py::"
+CUDA = "tests/test_cuda_on_cpu.py::"
+PASSES = "tests/kernels/test_passes.py::"
+ALGEBRA = "tests/kernels/test_coefficients.py::"
+CONV = "tests/kernels/test_conv.py::"
+STEP = "tests/kernels/test_sign_step.py::"
+
+NATIVE_LAYER = OPS + "test_native_layers_of_any_shape_equal_the_reference"
+NATIVE_PASSES = OPS + "test_native_passes_in_every_shape"
+EAGER_LAYER = OPS + "test_eager_equals_the_reference_in_float64"
+CUDA_PASSES = CUDA + "test_every_pass_in_every_shape"
+CUDA_ALGEBRA = CUDA + "test_the_algebra_equals_plain_torch"
+TESTING, TRAINING = ALGEBRA + "test_testing", ALGEBRA + "test_training"
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str  # in the words of docs/mutations.md
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def build(self) -> str:
+        """What must be compiled for it: "native", "emulator", or "" for Python."""
+        if self.file.startswith("csrc/cuda/"):
+            return "emulator"
+        return "native" if self.file.startswith("csrc/") else ""
+
+
+def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name, file, old, new, tests)
+
+
+FAULTS = (
+    # --- the algebra that the CPU and the CUDA code share
+    fault(
+        "p and 1 − p exchanged in the scale", "csrc/arithmetic.h",
+        "{omega * (q * adversarial.gain() + p * clean.gain())", "{omega * (p * adversarial.gain() + q * clean.gain())",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "wrong sign of μγ/σ in the shift", "csrc/arithmetic.h",
+        "return bias - mean * weight * inv_std", "return bias + mean * weight * inv_std",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "eps left out of 1/σ", "csrc/arithmetic.h",
+        "1.0f / sqrtf(var + eps)", "1.0f / sqrtf(var + 0.0f * eps)",
+        NATIVE_LAYER, OPS + "test_eps_counts_where_the_variance_is_small",
+    ),
+    fault(
+        "ω instead of ω² in a branch's variance", "csrc/arithmetic.h",
+        "return omega * omega * m2", "return omega * m2",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "β left out of the gradient of p", "csrc/arithmetic.h",
+        "clean.gain() * about[1] + clean.bias * g1", "clean.gain() * about[1]",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "the gradient through the batch mean dropped", "csrc/arithmetic.h",
+        "r.constant = -scaled * (through_mean + through_var * d)", "r.constant = -scaled * (through_var * d)",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "hw left out of the gradient of ω", "csrc/arithmetic.h",
+        "own.weight * g1 - hw * (", "own.weight * g1 - (",
+        NATIVE_LAYER,
+    ),
+    # --- C++
+    fault(
+        "sum over the batch missing in ∂γ", "csrc/cpu/coefficients.cpp",
+        "sum[2 + row] += a;", "sum[2 + row] = a;",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "the other branch's sums in ∂u", "csrc/cpu/coefficients.cpp",
+        "static_cast<float>(sum[6 + group]) *", "static_cast<float>(sum[7 - group]) *",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "unbiased factor in the variance that normalises", "csrc/cpu/coefficients.cpp",
+        "(pass == 0 ? 1.0 : static_cast<double>(hw));", "(pass == 0 ? 1.0 : static_cast<double>(hw)) - pass;",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "values after the last full vector left out", "csrc/cpu/passes.inl",
+        "for (; i < n; ++i) {", "for (; i + 1 < n; ++i) {",
+        NATIVE_PASSES,
+    ),
+    fault(
+        "NaN becomes 0 in a vector's ReLU", "csrc/cpu/passes.inl",
+        "rectified(Vector v) { return v <= 0.0f ? Vector{} : v; }", "rectified(Vector v) { return v > 0.0f ? v : Vector{}; }",
+        OPS + "test_nan_passes_the_activation_as_in_torch",
+    ),
+    fault(
+        "bfloat16 cut off instead of rounded", "csrc/cpu/passes.inl",
+        "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16",
+        NATIVE_PASSES,
+    ),
+    fault(
+        "partial sums of a long column overwritten", "csrc/cpu/passes.inl",
+        "along += part_along;", "along = part_along;",
+        NATIVE_PASSES,
+    ),
+    fault(
+        "every sample of a channels_last batch by the first one's scale", "csrc/cpu/passes.cpp",
+        "s.channels, scale_p + b * s.channels,", "s.channels, scale_p,",
+        NATIVE_PASSES,
+    ),
+    fault(
+        "wrong stride between blocks of columns in channels_last", "csrc/cpu/passes.cpp",
+        "i % blocks * kColumns", "i % blocks * (kColumns + 1)",
+        NATIVE_PASSES,
+    ),
+    fault(
+        "a pixel of u as centre in training, where it is the mean", "csrc/layer.cpp",
+        "by_batch ? mean :", "false ? mean :",
+        NATIVE_LAYER,
+    ),
+    fault(
+        "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
+        "at::addcmul(gc, centre, g1)", "gc",
+        OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_alone",
+    ),
+    fault(
+        "gradients asked for by the argument's number, not by the edge's", "csrc/layer.cpp",
+        "edge += present[i];", "edge += 1;",
+        OPS + "test_only_what_needs_a_gradient_gets_one[cpp]",
+    ),
+    # --- CUDA, through the emulator
+    fault(
+        "the residual dropped", "csrc/cuda/apply.cu",
+        "if (residual != nullptr) v += in.residual[j];", "",
+        CUDA_PASSES,
+    ),
+    fault(
+        "the values after the last full vector left out", "csrc/cuda/elementwise.h",
+        "for (int64_t tail = i; tail < total; ++tail)", "for (int64_t tail = i; tail + 1 < total; ++tail)",
+        CUDA_PASSES,
+    ),
+    fault(
+        "vectors that straddle two planes", "csrc/cuda/layout.h",
+        "images.aligned && run % full == 0 ?", "images.aligned ?",
+        CUDA_PASSES,
+    ),
+    fault(
+        "the last step of a warp's sum left out", "csrc/cuda/device.h",
+        "for (int step = width / 2; step > 0;", "for (int step = width / 2; step > 1;",
+        CUDA_PASSES,
+    ),
+    fault(
+        "every part of an image as the first one", "csrc/cuda/reduce.cu",
+        "entry / channels * parts * channels + entry % channels", "entry",
+        CUDA_PASSES,
+    ),
+    fault(
+        "the parts' distance left out of Chan's update", "csrc/cuda/statistics.cu",
+        "sum += squares[from] + d * d * count * share;", "sum += squares[from];",
+        CUDA_PASSES,
+    ),
+    fault(
+        "the constant of ∂u dropped", "csrc/cuda/propagate.cu",
+        "* c.by_input[0] + c.constant[0]", "* c.by_input[0]",
+        CUDA_PASSES,
+    ),
+    fault(
+        "the count of the wrong branch", "csrc/cuda/coefficients.cu",
+        "n[norm.groups == 2 ? k : 0]", "n[norm.groups == 2 ? 1 - k : 0]",
+        CUDA_ALGEBRA,
+    ),
+    fault(
+        "samples beyond the first block's rows left out", "csrc/cuda/coefficients.cu",
+        "const float own = spread(mean[i], m2[i], hw, omega_at(omega, i), k == 0 ? mu[0] : mu[1]);",
+        "const float own = b < kDown ? spread(mean[i], m2[i], hw, omega_at(omega, i), k == 0 ? mu[0] : mu[1]) : 0.0f;",
+        CUDA_ALGEBRA,
+    ),
+    # --- Triton, through its interpreter
+    fault(
+        "the residual dropped", "kernels/passes.py",
+        "        v += r\n", "",
+        PASSES + "test_apply",
+    ),
+    fault(
+        "wrong stride between pixels in channels_last", "kernels/passes.py",
+        "start[:, None] + (pixel * channels)[None, :]", "start[:, None] + pixel[None, :]",
+        PASSES + "test_apply",
+    ),
+    fault(
+        "NaN becomes 0 in the ReLU", "kernels/passes.py",
+        "v = tl.where(v <= 0, 0.0, v)", "v = tl.where(v > 0, v, 0.0)",
+        PASSES + "test_nan_passes_the_activation_as_in_torch",
+    ),
+    fault(
+        "statistics that do not centre before they square", "kernels/passes.py",
+        "d = tl.where(mask, x - own_mean[:, None], 0.0)", "d = tl.where(mask, x, 0.0)",
+        PASSES + "test_statistics",
+    ),
+    fault(
+        "the mask of the last pixels dropped", "kernels/passes.py",
+        "exists[:, None] & (pixel < pixels)[None, :]", "exists[:, None] & (pixel >= 0)[None, :]",
+        PASSES + "test_reduce",
+    ),
+    fault(
+        "ω instead of ω² in a branch's variance", "kernels/coefficients.py",
+        "spread = _scaled(within, omega, places, mask) + hw * own * own", "spread = within + hw * own * own",
+        TRAINING,
+    ),
+    fault(
+        "the rows of a table exchanged", "kernels/coefficients.py",
+        "first = tl.where(clean, _row(table, 1, channel, channels, exists)[None, :], first)",
+        "first = tl.where(clean, first, _row(table, 1, channel, channels, exists)[None, :])",
+        TRAINING,
+    ),
+    fault(
+        "samples of absent rows counted", "kernels/coefficients.py",
+        "zeroth, first = _sums(ones, clean, (sample < batch)[:, None], S)", "zeroth, first = _sums(ones, clean, (sample >= 0)[:, None], S)",
+        TRAINING,
+    ),
+    fault(
+        "the second branch weighted by 1 − p", "kernels/coefficients.py",
+        "d_weight_0, d_weight_1 = q * about_0 * inv_std_0, p * about_1 * inv_std_1",
+        "d_weight_0, d_weight_1 = q * about_0 * inv_std_0, q * about_1 * inv_std_1",
+        TESTING,
+    ),
+    fault(
+        "an off-by-one tap", "kernels/conv.py",
+        "x_at = x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :]", "x_at = x_row[:, None] + ((i * W + j + 1) * C_IN + depth)[None, :]",
+        CONV + "test_apply",
+    ),
+    fault(
+        "taps not turned round in the gradient of the input", "kernels/conv.py",
+        "weight_tap_at = TAPS - 1 - tap", "weight_tap_at = tap",
+        CONV + "test_dgrad",
+    ),
+    fault(
+        "the scale of the tile's first sample for all that share the tile", "kernels/epilogue.py",
+        "own = (nearby * C)[:, None] + channel[None, :]", "own = (nearby * 0)[:, None] + channel[None, :]",
+        CONV + "test_apply",
+    ),
+    fault(
+        "the wrong group's channels", "kernels/grouped_conv.py",
+        "source = channel // OWN * READ", "source = channel // OWN",
+        CONV + "test_grouped",
+    ),
+    fault(
+        "pixels between the strides let through in the gradient of the input", "kernels/grouped_conv.py",
+        "inside & (down % STRIDE_H == 0) & (across % STRIDE_W == 0)", "inside & (across % STRIDE_W == 0)",
+        CONV + "test_grouped_dgrad",
+    ),
+    fault(
+        "the lower side of the ball dropped", "kernels/sign_step.py",
+        "tl.maximum(start - eps, 0.0)", "0.0",
+        STEP + "test_it_is_torchs_step_bit_for_bit",
+    ),
+    # --- torch
+    fault(
+        "the branches' sums exchanged", "awnet/ops/algebra.py",
+        "[torch.where(clean, zero, x).sum(0), torch.where(clean, x, zero).sum(0)]",
+        "[torch.where(clean, x, zero).sum(0), torch.where(clean, zero, x).sum(0)]",
+        EAGER_LAYER,
+    ),
+    fault(
+        "hw left out of a branch's variance", "awnet/ops/algebra.py",
+        "+ hw * own.square()", "+ own.square()",
+        EAGER_LAYER,
+    ),
+    fault(
+        "wrong sign of the gradient of p", "awnet/ops/algebra.py",
+        "d_p = (by_branch[1] - by_branch[0]).sum(1)", "d_p = (by_branch[0] - by_branch[1]).sum(1)",
+        EAGER_LAYER,
+    ),
+    fault(
+        "the centre left out of ∂ω in test mode", "awnet/ops/algebra.py",
+        "(gc + centre * g1) * _mix", "gc * _mix",
+        EAGER_LAYER,
+    ),
+    fault(
+        "statistics as E[x²] − μ²", "awnet/ops/passes.py",
+        "(wide - _image(mean)).square_().sum((2, 3))", "wide.square().sum((2, 3)) - mean.square() * wide[0, 0].numel()",
+        OPS + "test_the_variance_does_not_cancel_far_from_zero[eager]",
+    ),
+    fault(
+        "∂u without the term of the input", "awnet/ops/passes.py",
+        "d_u.mul_(_image(how.by_input))", "d_u.mul_(0)",
+        EAGER_LAYER,
+    ),
+    fault(
+        "a pixel of u as centre in training, where it is the mean", "awnet/ops/layer.py",
+        "centre = mean if by_batch else", "centre = mean if False else",
+        EAGER_LAYER,
+    ),
+    fault(
+        "the biased variance in the running statistics", "awnet/ops/backends.py",
+        "saved.batch_var * (n / (n - 1).clamp(min=1))", "saved.batch_var",
+        EAGER_LAYER,
+    ),
+)  # fmt: skip

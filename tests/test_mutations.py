@@ -1,0 +1,88 @@
+"""The faults seeded in the kernels (tests/mutations/): their texts still match, and each is caught."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from cuda_on_cpu import compiler
+from mutations import runner
+from mutations.faults import FAULTS, Fault
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.file}: {fault.name}")
+def test_a_faults_text_occurs_once_and_its_tests_exist(fault: Fault) -> None:
+    assert (ROOT / fault.file).read_text(encoding="utf-8").count(fault.old) == 1
+    assert fault.old not in fault.new or len(fault.new) > len(fault.old)
+    assert fault.tests
+    for name in fault.tests:
+        file, _, function = name.partition("[")[0].partition("::")
+        assert re.search(rf"^def {function}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+def test_faults_have_names_of_their_own() -> None:
+    named = [(fault.file, fault.name) for fault in FAULTS]
+    assert len(set(named)) == len(named)
+    assert sorted(f for lane in runner.LANES for f in map(str, runner.faults_of(lane))) == sorted(map(str, FAULTS))
+
+
+def test_the_page_lists_these_faults_all_of_them_caught() -> None:
+    text = runner.PAGE.read_text(encoding="utf-8")
+    assert f"\n{len(FAULTS)} of {len(FAULTS)} are caught.\n" in text
+    rows = re.findall(r"^\| (.+) \| `([\w./]+)` \| `(\w+)` in `([\w./]+)` \|$", text, re.MULTILINE)
+    assert [(name, file) for name, file, _, _ in rows] == [(fault.name, fault.file) for fault in FAULTS]
+    for fault, (_, _, function, file) in zip(FAULTS, rows, strict=True):
+        assert f"{file}::{function}" in {name.partition("[")[0] for name in fault.tests}
+
+
+def test_a_text_that_is_missing_or_there_twice_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("a = 1\nb = 1\n")
+    for old, number in (("c", 0), ("1", 2)):
+        with (
+            pytest.raises(ValueError, match=rf"code.py has {number} times, not once: '{old}'"),
+            runner.applied(Fault("", "code.py", old, "", ()), tmp_path),
+        ):
+            pass
+    with runner.applied(Fault("", "code.py", "b", "c", ()), tmp_path):
+        assert (tmp_path / "code.py").read_text() == "a = 1\nc = 1\n"
+    assert (tmp_path / "code.py").read_text() == "a = 1\nb = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "caught"),
+    [
+        ("assert value == 1", True),
+        ("from hypothesis import given, strategies as st\n@given(st.integers())\ndef test_it(x): assert value > 1", True),
+        ("assert value == 2", False),  # passes: the fault survives
+        ("raise RuntimeError('broken')", False),
+        ("import nothing_of_this_name", False),
+    ],
+    ids=["assertion", "hypothesis", "survives", "exception", "import"],
+)  # fmt: skip
+def test_only_an_assertion_catches(body: str, caught: bool, tmp_path: Path) -> None:
+    copy = tmp_path / "awnet"
+    (copy / "tests").mkdir(parents=True)
+    (copy / "tests" / "mutations").symlink_to(ROOT / "tests" / "mutations")
+    (copy / "value.py").write_text("value = 1\n")
+    if body.startswith("from"):
+        lines = body
+    elif body.startswith("import"):
+        lines = f"{body}\ndef test_it(): pass"
+    else:
+        lines = f"def test_it(): {body}"
+    (copy / "tests" / "test_value.py").write_text(f"from value import value\n{lines}\n")
+    found = runner.outcome(Fault("", "value.py", "1", "0+ 2" if "2" in body else "0", ("tests/test_value.py",)), copy)
+    assert (found.caught_by == "tests/test_value.py::test_it") is caught
+    assert bool(found.why) is not caught
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler to rebuild the kernels")
+@pytest.mark.parametrize("lane", runner.LANES)
+def test_every_fault_is_caught(lane: str) -> None:
+    found = list(runner.outcomes(lane))
+    assert [one.fault for one in found] == runner.faults_of(lane)
+    assert [(one.fault.file, one.fault.name, one.why) for one in found if one.caught_by is None] == []
