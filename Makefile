@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: help run test test-all lint format bench bench-pytest gpu docs clean
+.PHONY: help run test test-all mutations lint format bench bench-pytest gpu docs clean
 
 help:
 	@echo "make run       train AW-Net and its static twins on digits, attack them, print the table (about 4 minutes)"
@@ -35,6 +35,10 @@ test: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
+
+# what `make test-all` checks of the seeded faults, printed and written to docs/mutations.md
+mutations: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m mutations
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -117,7 +117,8 @@ def test_native_passes_in_every_shape(dtype: torch.dtype, training: bool, last: 
         # float32 arithmetic, rounded to the nearest value of the images' dtype: half a unit in the last place
         away = (got.output.double() - exact.output).abs()
         assert (away <= 0.5 * torch.finfo(dtype).eps * exact.output.abs() + 1e-5 * exact.output.std()).all()
-        if dtype == torch.float32:  # in the others upstream's gradient is rounded, which is not the passes' doing
+        # (in the other dtypes upstream's gradient is rounded, which is not the passes' doing)
+        if dtype == torch.float32:
             assert got.grads.keys() == exact.grads.keys()
             for name, value in exact.grads.items():
                 # batch norm takes out the size of a filter of one weight, whose gradient is eps-small then
@@ -127,7 +128,8 @@ def test_native_passes_in_every_shape(dtype: torch.dtype, training: bool, last: 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
 def test_nan_passes_the_activation_as_in_torch(backend: str, last: bool) -> None:
-    layer = example(False, 0, batch=2, c_in=20, c_out=20, groups=20, kernel=(1, 1), padding=0).to(torch.float32)
+    layer = example(False, 0, batch=2, c_in=20, c_out=20, groups=20, kernel=(1, 1), padding=0)
+    layer = layer.to(torch.float32)
     broken = torch.rand(layer.tensors["input"].shape, generator=torch.Generator().manual_seed(2)) < 0.3
     u = layer.tensors["input"].masked_fill(broken, float("nan"))
     u = u.contiguous(memory_format=torch.channels_last) if last else u
@@ -267,29 +269,38 @@ def test_gradcheck(backend: str) -> None:
         assert torch.autograd.gradcheck(function, values, atol=1e-6)
 
 
-def test_mix_batch_norm_and_filter_scaled_conv2d_alone() -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("eager", torch.float64, 1e-12), ("cpp", torch.float32, 1e-5)],  # sums cost a few of 16 and 7 digits
+    ids=["eager", "cpp"],
+)
+def test_mix_batch_norm_and_filter_scaled_conv2d_alone(
+    backend: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    both = (("reference", torch.float64), (backend, dtype))
     for training in (True, False):
-        layer = example(training, 5)
+        layer = example(training, 5).rounded(dtype)
         t = layer.tensors
         kind = {"is_clean": t["is_clean"]} if training else {"p_clean": t["p_clean"]}
         results = []
-        for backend in ("reference", "eager"):
-            x = t["residual"].clone().requires_grad_()
-            tables = [t[n].clone().requires_grad_(n[0] == "b") for n in ("bn_weight", "bn_bias")]
-            running = [t[n].clone() for n in ("running_mean", "running_var")]
-            y = ops.mix_batch_norm(x, *tables, *running, **kind, training=training, backend=backend)
+        for name, own in both:
+            x = t["residual"].to(own, copy=True).requires_grad_()
+            tables = [t[n].to(own, copy=True).requires_grad_(n[0] == "b") for n in ("bn_weight", "bn_bias")]
+            running = [t[n].to(own, copy=True) for n in ("running_mean", "running_var")]
+            given = {n: v if v.dtype == torch.bool else v.to(own) for n, v in kind.items()}
+            y = ops.mix_batch_norm(x, *tables, *running, **given, training=training, backend=name)
             grads = torch.autograd.grad(y.sin().sum(), [x, *tables])
             results.append([y, *grads, *running])
         for expected, got in zip(*results, strict=True):
-            assert error(got, expected) < 1e-12
+            assert error(got, expected) < tolerance
 
     results = []
-    for backend in ("reference", "eager"):
-        leaves = [t[n].clone().requires_grad_() for n in ("input", "weight", "filter_scale")]
-        y = ops.filter_scaled_conv2d(*leaves, padding=1, groups=2, backend=backend)
+    for name, own in both:
+        leaves = [t[n].to(own, copy=True).requires_grad_() for n in ("input", "weight", "filter_scale")]
+        y = ops.filter_scaled_conv2d(*leaves, padding=1, groups=2, backend=name)
         results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
     for expected, got in zip(*results, strict=True):
-        assert error(got, expected) < 1e-12
+        assert error(got, expected) < tolerance
 
 
 def test_agrees_with_torch_batch_norm_module() -> None:

@@ -15,7 +15,8 @@ def main(part: str) -> int:
     def drive(lane: str) -> list[Outcome]:
         found = []
         for one in outcomes(lane, chosen):
-            print(f"{one.fault.file}: {one.fault.name}: {one.caught_by or 'NOT CAUGHT: ' + one.why}", flush=True)
+            how = one.caught_by or f"NOT CAUGHT: {one.why}"
+            print(f"{one.fault.file}: {one.fault.name}: {how}", flush=True)
             found.append(one)
         return found
 

@@ -134,7 +134,7 @@ FAULTS = (
     fault(
         "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
         "at::addcmul(gc, centre, g1)", "gc",
-        OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_alone",
+        OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_alone[cpp]",
     ),
     fault(
         "gradients asked for by the argument's number, not by the edge's", "csrc/layer.cpp",
