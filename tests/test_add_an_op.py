@@ -1,0 +1,61 @@
+"""docs/add-an-op.md: its code, put into a copy of the repository, builds, passes its tests and compiles."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_on_cpu import compiler
+from mutations import runner
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "docs" / "add-an-op.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r'^```(\w+) title="([\w./]+)"\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", TEXT, re.MULTILINE)
+
+
+def before_and_after(diff: str) -> tuple[str, str]:
+    lines = diff.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] in " -")
+    return old.rstrip("\n"), "".join(line[1:] for line in lines if line[0] in " +").rstrip("\n")
+
+
+def test_every_diff_fits_the_repository() -> None:
+    assert len(re.findall(r"^```\w", TEXT, re.MULTILINE)) == len(BLOCKS) + 1  # the commands
+    for kind, file, body in BLOCKS:
+        if kind == "diff":
+            assert (ROOT / file).read_text(encoding="utf-8").count(before_and_after(body)[0]) == 1, body
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the op")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_page_works(tmp_path: Path) -> None:
+    copy = runner.copy_repository(tmp_path)
+    for kind, file, body in BLOCKS:
+        path = copy / file
+        if kind == "diff":
+            old, new = before_and_after(body)
+            path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+        else:
+            with path.open("a", encoding="utf-8") as target:
+                target.write(body)
+    python = f'function python {{ {sys.executable} "$@"; }}; '
+    assert len(COMMANDS) == 4
+    for command, said in COMMANDS:
+        done = subprocess.run(
+            ["bash", "-c", python + command], cwd=copy, env=runner.environment(copy), capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        output = done.stdout + done.stderr
+        assert done.returncode == 0, output
+        assert all(line in output for line in said.splitlines()), output
+    files = sorted({file for _, file, _ in BLOCKS if file.endswith(".py")})
+    typed = [file for file in files if not file.startswith("tests/")]
+    for check in (["ruff", "check", *files], ["ruff", "format", "--check", *files], ["mypy", *typed]):
+        done = runner.run(copy, "-m", *check)
+        assert done.returncode == 0, done.stdout + done.stderr
