@@ -1,9 +1,12 @@
-"""What the families of networks share: a width factor, and the configuration that rebuilds a model."""
+"""What the families of networks share: a width factor, a configuration that rebuilds a model, FLOPs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor, nn
 
 
 def scaled(channels: int, width: float) -> int:
@@ -18,3 +21,28 @@ def scaled(channels: int, width: float) -> int:
 def config(name: str, num_classes: int, in_channels: int, **options: Any) -> dict[str, Any]:
     """What :func:`~awnet.models.create_model` needs to build the same network again."""
     return {"name": name, "num_classes": num_classes, "in_channels": in_channels, "options": options}
+
+
+def flops(network: nn.Module, run: Callable[[], object]) -> int:
+    """Floating-point operations of the convolutions and linear layers in ``network`` that ``run()`` executes.
+
+    Two for a multiply-add; batch norms, activations and pools are left out, as is usual.
+    """
+    total = 0
+
+    def count(module: nn.Module, inputs: object, output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        total += 2 * output.numel() * module.weight[0].numel()
+
+    hooks = [
+        module.register_forward_hook(count)
+        for module in network.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from awnet.models import awnet, mobilenet, repvgg, resnet, swin, vgg, wide_resnet
+from awnet.models import advmoe, awnet, mobilenet, rdi, repvgg, resnet, separate, swin, vgg, wide_resnet
 
 Build = Callable[..., nn.Module]
 _REGISTRY: dict[str, Build] = {}
@@ -29,10 +29,13 @@ def register_model(name: str, build: Build) -> None:
 
 
 _FAMILIES: tuple[tuple[tuple[str, ...], Build], ...] = (
+    (advmoe.NAMES, advmoe.ADVMOE),
     (awnet.NAMES, awnet.AWResNet),
     (mobilenet.NAMES, mobilenet.MobileNetV2),
+    (rdi.NAMES, rdi.RDIResNet),
     (repvgg.NAMES, repvgg.RepVGG),
     (resnet.NAMES, resnet.ResNet),
+    (separate.NAMES, separate.SeparateNet),
     (swin.NAMES, swin.Swin),
     (vgg.NAMES, vgg.VGG),
     (wide_resnet.NAMES, wide_resnet.WideResNet),

@@ -100,6 +100,8 @@ def _trace(module: nn.Module) -> tuple[nn.Module, fx.Graph]:
     name = type(module).__name__
     if isinstance(module, AWNet):
         raise ValueError("module is an AW-Net already")
+    if hasattr(module, "route"):
+        raise ValueError(f"{name} has a router of its own already; convert one of its members")
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(f"{name} has forward hooks, which tracing would lose; remove them first")
     graphs = []

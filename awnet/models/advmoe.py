@@ -1,0 +1,126 @@
+"""ADVMOE (Zhang et al., "Robust Mixture-of-Expert Training for CNNs", ICCV 2023) on a CIFAR ResNet-18."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from awnet.models.common import config, scaled
+from awnet.models.hub import OnHub
+from awnet.models.resnet import ARCHITECTURES
+from awnet.nn import AWConv2d, Backbone, FilterScaledConv2d, MixBatchNorm2d
+from awnet.nn.layers import check_image, check_sizes
+
+fx.wrap("check_image")
+
+NAMES = ("advmoe_resnet18",)
+_ROUTER_WIDTHS, _ROUTER_BLOCKS = (16, 32, 64), (3, 3, 3)
+
+
+class ExpertConv2d(nn.Module):
+    """A convolution of which every sample takes one of ``experts`` sets of filters, as its gate says.
+
+    The sets lie in one convolution of experts · C_out filters, which the gate scales for each sample as a
+    router's ω does in AW-Net, and then add up: π = Σ_e g_e · conv_e(x). With a one-hot gate that is expert e
+    alone, and the gradient for the gate is what each expert would have given. It costs ``experts`` times the
+    convolution of one, but no sample waits for another and shapes never depend on the choice.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, experts: int) -> None:
+        super().__init__()
+        self.experts = experts
+        self.convolution = FilterScaledConv2d(in_channels, experts * out_channels, 3, stride, 1, bias=False)
+
+    def forward(self, input: Tensor, gate: Tensor) -> Tensor:
+        """``input`` [B, C_in, H, W], ``gate`` [B, experts] → [B, C_out, H/stride, W/stride]."""
+        filters = self.convolution.out_channels // self.experts
+        all_experts = self.convolution(input, gate.repeat_interleave(filters, dim=1))
+        return all_experts.unflatten(1, (self.experts, filters)).sum(1)
+
+
+class ExpertBlock(nn.Module):
+    """The basic block with two expert convolutions; the shortcut is shared by all."""
+
+    def __init__(self, in_channels: int, width: int, stride: int, experts: int) -> None:
+        super().__init__()
+        self.conv1 = ExpertConv2d(in_channels, width, stride, experts)
+        self.norm1 = MixBatchNorm2d(width, branches="one")
+        self.conv2 = ExpertConv2d(width, width, 1, experts)
+        self.norm2 = MixBatchNorm2d(width, branches="one")
+        self.shortcut = None
+        if stride != 1 or in_channels != width:
+            self.shortcut = AWConv2d(in_channels, width, 1, stride, dynamic=False, activation=None, bn="one")
+
+    def forward(self, input: Tensor, gate: Tensor) -> Tensor:
+        """``input`` [B, C_in, H, W], ``gate`` [B, experts] → [B, width, H/stride, W/stride]."""
+        residual = input if self.shortcut is None else self.shortcut(input)
+        hidden = F.relu(self.norm1(self.conv1(input, gate)))
+        return F.relu(self.norm2(self.conv2(hidden, gate)) + residual)
+
+
+class ADVMOE(nn.Module, OnHub):
+    """ResNet-18 whose block convolutions hold ``experts`` sets of filters, and a small ResNet that picks one.
+
+    The router scores the experts once for an image, and the best one serves in every layer. Its choice is
+    one-hot; the gradient passes straight through to the scores.
+
+    Args:
+        name: ``advmoe_resnet18``.
+        num_classes, in_channels: K and C.
+        experts: n, at least 1.
+        width: multiplies the channels of every layer, the router's too (the published code's ``ratio``
+            narrows the experts alone).
+    """
+
+    def __init__(
+        self,
+        name: str = "advmoe_resnet18",
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        experts: int = 2,
+        width: float = 1.0,
+    ) -> None:
+        if name not in NAMES:
+            raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
+        check_sizes(num_classes, in_channels)
+        if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
+            raise ValueError(f"experts must be an integer of at least 1, got {experts!r}")
+        super().__init__()
+        self.in_channels = in_channels
+        _, blocks, widths = ARCHITECTURES[name.removeprefix("advmoe_")].scaled(width)
+        channels = widths[0]
+        self.stem = AWConv2d(in_channels, channels, 3, 1, 1, dynamic=False, bn="one")
+        self.blocks = nn.ModuleList()
+        for i, (own, count) in enumerate(zip(widths, blocks, strict=True)):
+            for j in range(count):
+                self.blocks.append(ExpertBlock(channels, own, 2 if i > 0 and j == 0 else 1, experts))
+                channels = own
+        self.classifier = nn.Linear(channels, num_classes)
+        self.router = Backbone(
+            "basic",
+            _ROUTER_BLOCKS,
+            [scaled(own, width) for own in _ROUTER_WIDTHS],
+            num_classes=experts,
+            in_channels=in_channels,
+            dynamic=False,
+            bn="one",
+        )
+        self.config: dict[str, Any] = config(name, num_classes, in_channels, experts=experts, width=width)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] → the chosen expert, one-hot [B, experts], with the gradient of the scores."""
+        scores = self.router(x)
+        chosen = F.one_hot(scores.argmax(1), scores.shape[1]).to(scores.dtype)
+        return chosen + (scores - scores.detach())  # adds 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes]."""
+        check_image(x, self.in_channels)
+        gate = self.gate(x)
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, gate)
+        return self.classifier(x.mean((2, 3)))

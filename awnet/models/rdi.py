@@ -1,0 +1,181 @@
+"""RDI-ResNet-38 (Hu et al., "Triple Wins", ICLR 2020): a ResNet with side exits, and a sample takes the first
+that is sure enough."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from awnet.models.common import config, flops, scaled
+from awnet.models.hub import OnHub
+from awnet.nn import AWBasicBlock, AWConv2d
+from awnet.nn.layers import check_image, check_sizes
+
+fx.wrap("check_image")
+
+NAMES = ("rdi_resnet38",)
+_WIDTHS, _BLOCKS = (16, 32, 64), 6
+_EXITS_AFTER = (1, 4)  # blocks of each group, counted from 0
+
+
+class RDIResNet(nn.Module, OnHub):
+    """Three groups of six basic blocks, two side exits in each group, and the final exit: seven in all.
+
+    In test mode a sample's logits are those of the first exit whose entropy, as a share of its largest value
+    log K, is below that exit's threshold; the final exit takes all that come so far. The buffer
+    ``thresholds`` [6] starts at 0, where no sample leaves early; the recipe ``rdi`` sets it by
+    :func:`choose_thresholds`. All exits are computed for every sample, so that a batch keeps its shape;
+    :meth:`flops` says what leaving early would save. In training mode ``forward`` gives the final exit's
+    logits, :meth:`exits` those of all.
+
+    ``width`` multiplies the channels of every layer.
+    """
+
+    thresholds: Tensor
+
+    def __init__(
+        self, name: str = "rdi_resnet38", num_classes: int = 10, in_channels: int = 3, *, width: float = 1.0
+    ) -> None:
+        if name not in NAMES:
+            raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
+        check_sizes(num_classes, in_channels)
+        super().__init__()
+        self.in_channels, self.num_classes = in_channels, num_classes
+        widths = [scaled(own, width) for own in _WIDTHS]
+        self.stem = _convolution(in_channels, widths[0], 3)
+        self.groups = nn.ModuleList()
+        channels = widths[0]
+        for i, own in enumerate(widths):
+            group = nn.ModuleList()
+            for j in range(_BLOCKS):
+                group.append(_block(channels, own, 2 if i > 0 and j == 0 else 1))
+                channels = own
+            self.groups.append(group)
+        self.side_exits = nn.ModuleList(
+            _side_exit(i, widths, num_classes) for i in range(len(widths)) for _ in _EXITS_AFTER
+        )
+        self.final_exit = nn.Sequential(*_classifier(channels, num_classes))
+        self.register_buffer("thresholds", torch.zeros(len(self.side_exits)))
+        self.config: dict[str, Any] = config(name, num_classes, in_channels, width=width)
+
+    def exits(self, x: Tensor, last: int | None = None) -> list[Tensor]:
+        """Images [B, in_channels, H, W] in [0, 1] → the logits [B, K] of every exit, the final one last.
+
+        ``last``: stop after this exit (the first is 0).
+        """
+        check_image(x, self.in_channels)
+        found: list[Tensor] = []
+        x = self.stem(x)
+        for group in self.groups:
+            for j, block in enumerate(group):  # type: ignore[arg-type]
+                x = block(x)
+                if j in _EXITS_AFTER:
+                    found.append(self.side_exits[len(found)](x))
+                    if last is not None and len(found) > last:
+                        return found
+        return [*found, self.final_exit(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes], see the class."""
+        if self.training:
+            return self.exits(x)[-1]
+        logits = torch.stack(self.exits(x))  # [exits, B, K]
+        return logits[self._exit_of(logits), torch.arange(len(x), device=x.device)]
+
+    def exit_of(self, x: Tensor) -> Tensor:
+        """The exit that each image takes in test mode, int64 [B], 0 to 6."""
+        return self._exit_of(torch.stack(self.exits(x)))
+
+    def _exit_of(self, logits: Tensor) -> Tensor:
+        leaves = entropy(logits[:-1].detach()) < self.thresholds[:, None]  # [exits - 1, B]
+        final = torch.ones_like(leaves[:1])
+        return torch.cat([leaves, final]).int().argmax(0)  # the first
+
+    def flops(self, image_size: tuple[int, int] = (32, 32)) -> list[int]:
+        """What an image costs that leaves at each exit, in floating-point operations: the body so far, and
+        all exits up to this one, which had to be asked."""
+        network = copy.deepcopy(self).to("meta").eval()
+        x = torch.zeros(1, self.in_channels, *image_size, device="meta")
+        return [
+            flops(network, lambda last=last: network.exits(x, last))  # type: ignore[misc]
+            for last in range(len(self.side_exits) + 1)
+        ]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) [..., K] as a share of its largest value, log K: [...], in [0, 1]."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1) / math.log(max(logits.shape[-1], 2))
+
+
+def choose_thresholds(logits: Tensor, y: Tensor) -> Tensor:
+    """Thresholds [exits - 1] under which samples leave as early as costs no accuracy on these samples.
+
+    One exit after the other: of the samples that have come so far, the surest ones leave, as many as are
+    right at this exit at least as often as they would be at the final one.
+
+    Args:
+        logits: of held-out images at every exit, [exits, N, K].
+        y: labels, int64 [N].
+    """
+    unsure = entropy(logits).cpu()  # [exits, N]
+    right = (logits.argmax(-1) == y).long().cpu()
+    thresholds = torch.zeros(len(logits) - 1, dtype=logits.dtype)
+    here = torch.arange(len(y))
+    for e in range(len(thresholds)):
+        values, order = unsure[e, here].sort(stable=True)
+        gain = (right[e, here] - right[-1, here])[order].cumsum(0)
+        after = torch.cat([values[1:], values.new_full((1,), torch.inf)])
+        # a threshold can only lie between two samples of different entropy
+        possible = ((gain >= 0) & (values < after)).nonzero().flatten()
+        if len(possible):
+            number = int(possible[-1]) + 1
+            thresholds[e] = (values[number - 1] + after[number - 1].clamp(max=1.1)) / 2
+        here = here[unsure[e, here] >= thresholds[e]]
+    return thresholds
+
+
+def _convolution(in_channels: int, width: int, size: int, *, relu: bool = True) -> AWConv2d:
+    return AWConv2d(
+        in_channels,
+        width,
+        size,
+        padding=size // 2,
+        dynamic=False,
+        activation="relu" if relu else None,
+        bn="one",
+    )
+
+
+def _block(in_channels: int, width: int, stride: int = 1) -> AWBasicBlock:
+    return AWBasicBlock(in_channels, width, stride, dynamic=False, bn="one")
+
+
+def _classifier(channels: int, num_classes: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
+
+
+def _side_exit(group: int, widths: list[int], num_classes: int) -> nn.Sequential:
+    """Two convolutions in the first group, a block in the second, a linear layer alone in the third."""
+    narrow, middle, wide = widths
+    if group == 0:
+        layers: list[nn.Module] = [
+            _halved(),
+            _convolution(narrow, wide, 5),
+            _halved(),
+            _convolution(wide, middle, 3, relu=False),
+            *_classifier(middle, num_classes),
+        ]
+    elif group == 1:
+        layers = [_halved(), _block(middle, middle), *_classifier(middle, num_classes)]
+    else:
+        layers = _classifier(wide, num_classes)
+    return nn.Sequential(*layers)
+
+
+def _halved() -> nn.MaxPool2d:
+    return nn.MaxPool2d(2, ceil_mode=True)  # an odd size is rounded up, so that any image works

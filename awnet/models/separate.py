@@ -1,0 +1,119 @@
+"""Separate-Net (Section 5.2.2 of the paper): a standard network, a robust one, and a detector."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from awnet.models.common import config, scaled
+from awnet.models.hub import OnHub
+from awnet.models.mobilenet import MobileNetV2
+from awnet.models.resnet import ResNet
+from awnet.nn import AdversarialRouter, Routing
+from awnet.nn.layers import check_is_clean
+
+_ROBUST = {"separate_net": "resnet18", "separate_net_l": "resnet34"}
+NAMES = tuple(_ROBUST)
+_ROUTER_WIDTHS = (64, 128, 256, 512)
+
+Gate = Literal["hard", "soft", "standard", "robust"]
+
+
+class SeparateNet(nn.Module, OnHub):
+    """What AW-Net does filter by filter, done network by network, with AW-Net's router as the detector.
+
+    In test mode an image whose ``p_clean`` is above ``threshold`` gets the logits of the standard member, a
+    MobileNet-v2, any other those of the robust member, a ResNet-18 (ResNet-34 for ``separate_net_l``). In
+    training mode ``is_clean`` sends each sample to the member of its kind, so every recipe for AW-Nets trains
+    it; the recipe ``separate`` trains each part by itself, as the paper does.
+
+    A hard choice has no gradient for the detector. :meth:`with_gate` makes the same network with another
+    gate, for an attacker: ``"soft"`` mixes both members' logits by ``p_clean``, ``"standard"`` and
+    ``"robust"`` force a member.
+
+    Args:
+        name: ``separate_net`` or ``separate_net_l``.
+        num_classes, in_channels: K and C.
+        width: multiplies the channels of every layer in all three networks.
+        threshold: on ``p_clean``, in [0, 1].
+        router_widths: widths of the detector's stages; those of ResNet-18 times ``width`` by default.
+    """
+
+    def __init__(
+        self,
+        name: str = "separate_net",
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        width: float = 1.0,
+        threshold: float = 0.5,
+        router_widths: Sequence[int] | None = None,
+    ) -> None:
+        if name not in _ROBUST:
+            raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        super().__init__()
+        widths = [scaled(own, width) for own in _ROUTER_WIDTHS] if router_widths is None else router_widths
+        self.standard = MobileNetV2("mobilenet_v2", num_classes, in_channels, width=width)
+        self.robust = ResNet(_ROBUST[name], num_classes, in_channels, width=width)
+        self.router = AdversarialRouter([], in_channels=in_channels, widths=widths)
+        self.threshold = threshold
+        self.gate: Gate = "hard"
+        self.config: dict[str, Any] = config(
+            name,
+            num_classes,
+            in_channels,
+            width=width,
+            threshold=threshold,
+            router_widths=list(widths),
+        )
+
+    def with_gate(self, gate: Gate) -> Self:
+        """This network, weights and mode shared with it, with another gate in test mode."""
+        if gate not in get_args(Gate):
+            raise ValueError(f"gate must be one of {list(get_args(Gate))}, got {gate!r}")
+        view = copy.copy(self)
+        view.gate = gate
+        return view
+
+    def route(self, x: Tensor) -> Routing:
+        """The detector's answer for images [B, C, H, W]; there are no filter scales."""
+        return self.router(x)
+
+    def forward(self, x: Tensor, *, is_clean: Tensor | None = None, routing: Routing | None = None) -> Tensor:
+        """Images [B, C, H, W] in [0, 1] → logits [B, K]; arguments and errors are those of an AW-Net."""
+        if self.training:
+            if is_clean is None:
+                raise ValueError(
+                    "is_clean is missing: in training mode pass bool [B], True for clean samples; "
+                    "call model.eval() for test mode, where the detector decides"
+                )
+            check_is_clean(is_clean, x)
+            return self._by_kind(x, is_clean)
+        if is_clean is not None:
+            raise ValueError(
+                "is_clean is for training mode, but the model is in test mode: call model.train() first, "
+                "or leave is_clean out and let the detector decide"
+            )
+        if self.gate == "standard":
+            return self.standard(x)
+        if self.gate == "robust":
+            return self.robust(x)
+        p_clean = (self.route(x) if routing is None else routing).p_clean[:, None]  # [B, 1]
+        standard, robust = self.standard(x), self.robust(x)
+        if self.gate == "soft":
+            return p_clean * standard + (1 - p_clean) * robust
+        return torch.where(p_clean > self.threshold, standard, robust)
+
+    def _by_kind(self, x: Tensor, is_clean: Tensor) -> Tensor:
+        """Each member on the samples of its kind alone, so that its batch norms see no others."""
+        clean, adversarial = is_clean.nonzero().flatten(), (~is_clean).nonzero().flatten()
+        members = ((self.standard, clean), (self.robust, adversarial))
+        logits = [member(x[index]) for member, index in members if len(index)]
+        order = torch.cat([clean, adversarial]).argsort()
+        return torch.cat(logits)[order]
