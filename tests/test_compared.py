@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families import NARROW, OWN_RECIPES, mode, narrow, needs
 from pyautoattack import checks
 from torch import nn
 
@@ -20,22 +21,16 @@ from awnet.models import create_model, load_model, parameter_count, save_model
 from awnet.nn import AWInvertedResidual, AWPreActivationBlock, MixBatchNorm2d
 from awnet.training import recipe_for, train
 
-# name → options of a narrow version
-NARROW: dict[str, dict[str, Any]] = {
-    "resnet18": {"width": 0.1},
-    "wrn34_8": {"width": 0.06},
-    "vgg16_bn": {"width": 0.125},
-    "repvgg_a2": {"width": 0.1},
-    "mobilenet_v2": {"width": 0.1},
-    "awnet_resnet18": {"width": 0.1},
-    "awnet_wrn34_10": {"width": 0.05, "router_widths": (8, 16)},
-    "awnet_mobilenet_v2": {"width": 0.1, "router_widths": (8, 16)},
-}
 FULL = [
-    *("wrn34_8", "wrn34_10", "wrn70_16", "vgg16_bn", "repvgg_a2", "mobilenet_v2"),
+    *("wrn34_8", "wrn34_10", "wrn70_16", "vgg16_bn", "repvgg_a2", "mobilenet_v2", "swin_t", "swin_s"),
+    *("rdi_resnet38", "advmoe_resnet18", "separate_net", "separate_net_l"),
     *("awnet_wrn34_10", "awnet_mobilenet_v2"),
 ]
-# WRN-34-8 and -34-10 differ in width alone
+# those that other tests train already, and the one that trains three networks at once
+LONG = [
+    *(("pgd_at", name) for name in ("resnet18", "awnet_resnet18", *(name for _, name in OWN_RECIPES))),
+    ("separate", "separate_net"),
+]
 DIGITS = load_dataset("digits")
 SMALL = Splits(DIGITS.train.subset(32), DIGITS.validation.subset(10), DIGITS.test)
 
@@ -49,21 +44,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def narrow(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return create_model(name, in_channels=1, **NARROW[name])
-
-
-def mode(model: nn.Module, batch: int) -> dict[str, torch.Tensor]:
-    """What the model wants beside the images in training: half of them are taken as clean."""
-    return {"is_clean": torch.arange(batch) % 2 == 0} if hasattr(model, "route") else {}
-
-
 @pytest.mark.parametrize("name", NARROW)
 def test_overfits_64_images(name: str) -> None:
     model = narrow(name)
     batch = next(DIGITS.train.batches(64))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3 if name.startswith("swin") else 1e-2)
     for _ in range(80):
         logits = model(batch.x, **mode(model, 64))
         if (logits.argmax(1) == batch.y).all():
@@ -74,9 +59,15 @@ def test_overfits_64_images(name: str) -> None:
     pytest.fail(f"{(logits.argmax(1) == batch.y).sum()} of 64 images after 80 steps")
 
 
-@pytest.mark.parametrize("name", NARROW)
-def test_trains_stops_resumes_and_is_loaded(name: str, tmp_path: Path) -> None:
-    recipe = recipe_for("pgd_at", "digits", epochs=1, batch_size=16, attack_steps=1, validate_limit=2)
+@pytest.mark.parametrize(
+    ("recipe_name", "name"),
+    [
+        pytest.param(recipe, name, marks=[pytest.mark.slow] if (recipe, name) in LONG else [])
+        for recipe, name in [*(("pgd_at", name) for name in NARROW), *OWN_RECIPES]
+    ],
+)
+def test_trains_stops_resumes_and_is_loaded(recipe_name: str, name: str, tmp_path: Path) -> None:
+    recipe = recipe_for(recipe_name, "digits", epochs=1, batch_size=16, attack_steps=1, validate_limit=2)
     settings: dict[str, Any] = {"quiet": True, "tensorboard": False}
     whole = train(recipe, narrow(name), SMALL, tmp_path / "whole", **settings)
     part = train(recipe, narrow(name), SMALL, tmp_path / "part", max_minutes=1e-9, **settings)
@@ -112,7 +103,7 @@ def test_passes_autoattacks_checks(name: str) -> None:
     assert torch.equal(model(spoilt)[0], model(batch.x)[0])
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", [name for name in NARROW if not name.startswith("swin")])
 @pytest.mark.parametrize("size", [(1, 1), (9, 14)], ids=str)
 def test_any_size(name: str, size: tuple[int, int]) -> None:
     assert narrow(name).eval()(torch.rand(2, 1, *size)).shape == (2, 10)
@@ -120,6 +111,7 @@ def test_any_size(name: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", NARROW)
 def test_width_is_a_factor_of_every_layer(name: str) -> None:
+    needs(name)
     options = {key: value for key, value in NARROW[name].items() if key == "width"}
     with torch.device("meta"):
         full, half, small = (
@@ -134,6 +126,7 @@ def test_width_is_a_factor_of_every_layer(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_forward_and_backward(name: str) -> None:
+    needs(name)
     model = create_model(name)
     x = torch.rand(2, 3, 32, 32, requires_grad=True)
     logits = model(x, **mode(model, 2))

@@ -43,6 +43,12 @@ COUNTS = {
     ("vgg16_bn", 10): 33_646_666,
     ("repvgg_a2", 10): 26_815_690,
     ("mobilenet_v2", 10): 2_236_682,
+    ("rdi_resnet38", 10): 692_310,
+    # resnet18 11,173,962 + a second set of block filters 10,985,472 + router 271,954
+    ("advmoe_resnet18", 10): 22_431_388,
+    # mobilenet_v2 2,236,682 + resnet18 11,173,962 (resnet34 21,282,122) + router 11,168,832 + head 2 · 1025
+    ("separate_net", 10): 24_581_526,
+    ("separate_net_l", 10): 34_689_686,
     # wrn34_10 46,160,474 + second batch norms 22,432 + router 11,168,832 + heads (2 + 11,200) · 1025
     ("awnet_wrn34_10", 10): 68_833_788,
     # mobilenet_v2 2,236,682 + second batch norms 34,112 + router 11,168,832 + heads (2 + 7,136) · 1025

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -71,7 +71,7 @@ class RDIResNet(nn.Module, OnHub):
         found: list[Tensor] = []
         x = self.stem(x)
         for group in self.groups:
-            for j, block in enumerate(group):  # type: ignore[arg-type]
+            for j, block in enumerate(cast("nn.ModuleList", group)):
                 x = block(x)
                 if j in _EXITS_AFTER:
                     found.append(self.side_exits[len(found)](x))

@@ -1,5 +1,6 @@
 """Training: recipes, losses, the loop and the run folder."""
 
+from awnet.training.compared import RDI, AlternatingTrades, Separate
 from awnet.training.logging import read_log
 from awnet.training.loop import RunResult, train
 from awnet.training.losses import LossOptions, LossResult, MTARDWeights, Teachers
@@ -24,7 +25,9 @@ __all__ = [
     "HAT",
     "MTARD",
     "PGDAT",
+    "RDI",
     "RECIPES",
+    "AlternatingTrades",
     "LossOptions",
     "LossResult",
     "MTARDFast",
@@ -32,6 +35,7 @@ __all__ = [
     "PGDATFast",
     "Recipe",
     "RunResult",
+    "Separate",
     "Standard",
     "StandardFast",
     "Teachers",

@@ -229,8 +229,10 @@ class _Run:
         self.device, self.reporter = device, reporter
         self.data = splits.train.to(device)
         self.held_out: Dataset = getattr(splits, select_on).to(device)
+        self.calibration: Dataset = splits.validation.to(device)  # whichever part selects
         if recipe.validate_limit is not None:
             self.held_out = self.held_out.subset(recipe.validate_limit, seed=seed)
+            self.calibration = self.calibration.subset(recipe.validate_limit, seed=seed)
         self.steps_per_epoch = -(-len(self.data) // recipe.batch_size)
         self.train_on = TrainingStep(recipe, model, device, self.steps_per_epoch, teachers)
 
@@ -371,6 +373,7 @@ class _Run:
 
     def _validate(self) -> dict[str, float]:
         model = self.train_on.judged
+        self.recipe.calibrate(model, self.calibration)
         clean = accuracy(model, self.held_out, batch_size=EVALUATION_BATCH, device=self.device)
         scores = {"clean_accuracy": int(clean.sum()) / len(clean)}
         if self.recipe.needs_attack:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 
 from awnet.attacks import GraphedPGD
 from awnet.attacks.base import device_of
-from awnet.data import ThreatModel
+from awnet.data import Dataset, ThreatModel
 from awnet.training import losses
 from awnet.training.losses import Loss, LossOptions, is_dynamic
 
@@ -175,8 +175,8 @@ class Recipe:
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         """Fused SGD, two groups: all but the router at ``lr``, the router with its heads at ``router_lr``."""
-        router = getattr(model, "router", None) if is_dynamic(model) else None
-        slow = set() if router is None else {id(p) for p in router.parameters()}
+        router = getattr(model, "router", None)
+        slow = {id(p) for p in router.parameters()} if isinstance(router, nn.Module) else set()
         groups = [
             {"params": [p for p in model.parameters() if id(p) not in slow], "lr": self.lr},
             {"params": [p for p in model.parameters() if id(p) in slow], "lr": self.router_lr},
@@ -199,6 +199,13 @@ class Recipe:
                 cycle_momentum=False,
             )
         return MultiStepLR(optimizer, [m * steps_per_epoch for m in self.milestones], gamma=self.lr_decay)
+
+    def phases(self) -> tuple[Loss, ...]:
+        """The losses of one step, one after another, each followed by an update of what it trains."""
+        return (self.loss,)
+
+    def calibrate(self, model: nn.Module, data: Dataset) -> None:
+        """Sets what the model reads off held-out images rather than learns, before every validation."""
 
     def teacher_recipe(self, kind: TeacherKind) -> Recipe:
         """How this recipe trains a teacher that it was not given: plainly or robustly, for as long."""
@@ -267,8 +274,12 @@ class Trades(Recipe):
     loss: ClassVar[Loss] = staticmethod(losses.trades)
 
     def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> GraphedPGD:
-        step_size = threat_model.trades_train_step_size
+        step_size = self.usual_step_size(threat_model)
         return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
+
+    def usual_step_size(self, threat_model: ThreatModel) -> float:
+        """Of the attack, in image units, where ``attack_step_size`` is None."""
+        return threat_model.trades_train_step_size
 
 
 @dataclass(frozen=True)
@@ -344,9 +355,8 @@ class HAT(Trades):
         super().__post_init__()
         _check(self, "helper_weight", _is_number, lambda v: v >= 0, "a number of at least 0")
 
-    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> GraphedPGD:
-        step_size = threat_model.train_step_size
-        return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
+    def usual_step_size(self, threat_model: ThreatModel) -> float:
+        return threat_model.train_step_size
 
 
 # Short runs: one cycle of the learning rate in place of many epochs at a constant one

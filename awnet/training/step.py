@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.training.graphs import Graphed, Inference
-from awnet.training.losses import Attack, Batch, LossResult, MTARDWeights, Teachers
+from awnet.training.losses import Attack, Batch, Loss, LossResult, MTARDWeights, Teachers
 from awnet.training.recipes import MTARD, Recipe
 
 
@@ -125,7 +125,15 @@ class TrainingStep:
         return terms
 
     def _learn(self, batch: _Piece, attack: Attack) -> dict[str, Tensor]:
-        """All of a step that happens on the device."""
+        """All of a step that happens on the device: an update for each of the recipe's losses in turn."""
+        phases = [self._learn_by(loss, batch, attack) for loss in self.recipe.phases()]
+        terms = phases[0]
+        for later in phases[1:]:  # its own terms; of those that both have, the first loss's
+            skipped = torch.maximum(terms["skipped"], later["skipped"])
+            terms = {**later, **terms, "skipped": skipped}
+        return terms
+
+    def _learn_by(self, loss: Loss, batch: _Piece, attack: Attack) -> dict[str, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         kept = _Kept(self._guarded())
         pieces = min(self.recipe.accumulate, len(batch.y))
@@ -133,7 +141,7 @@ class TrainingStep:
         for piece in _pieces(batch, pieces):
             share = len(piece.y) / len(batch.y)
             with self._autocast():
-                result: LossResult = self.recipe.loss(
+                result: LossResult = loss(
                     self.model, piece, attack, self.options, self.teachers, self.weights
                 )
             (result.total if pieces == 1 else result.total * share).backward()

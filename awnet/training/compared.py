@@ -1,0 +1,302 @@
+"""How the compared networks that do not train as others do are trained: RDI-ResNet, ADVMOE, Separate-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awnet.attacks import PGD, frozen
+from awnet.data import Dataset, ThreatModel
+from awnet.models.advmoe import ADVMOE
+from awnet.models.rdi import RDIResNet, choose_thresholds
+from awnet.models.separate import SeparateNet
+from awnet.training.losses import (
+    Attack,
+    Batch,
+    Loss,
+    LossOptions,
+    LossResult,
+    MTARDWeights,
+    Teachers,
+    kl_divergence,
+)
+from awnet.training.recipes import PGDAT, RECIPES, Recipe, Trades
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def _expected(model: nn.Module, kind: type[Network], recipe: str) -> Network:
+    if not isinstance(model, kind):
+        raise TypeError(f"recipe {recipe!r} trains a {kind.__name__}, got a {type(model).__name__}")
+    return model
+
+
+def _result(total: Tensor, **terms: Tensor) -> LossResult:
+    return LossResult(total, {name: term.detach() for name, term in ({"total": total} | terms).items()})
+
+
+# RDI-ResNet
+
+
+def rdi(
+    model: nn.Module,
+    batch: Batch,
+    attack: Attack,
+    options: LossOptions,
+    teachers: Teachers | None = None,
+    weights: MTARDWeights | None = None,
+) -> LossResult:
+    """L = Σ over the exits of ½ CE(x_nat) + ½ CE(x_adv), with x_adv of the max-average attack."""
+    network = _expected(model, RDIResNet, "rdi")
+    x_adv = attack(batch.x, batch.y, index=batch.index)
+    exits = torch.stack(network.exits(torch.cat([batch.x, x_adv]))).float()  # [exits, 2B, K]
+    losses = _cross_entropies(exits, torch.cat([batch.y, batch.y])).sum(0)  # [2B]
+    nat, adv = (half.mean() for half in losses.split(len(batch.y)))
+    w_adv = 0.5 if options.adv_weight is None else options.adv_weight
+    return _result((1 - w_adv) * nat + w_adv * adv, nat=nat, adv=adv)
+
+
+def _cross_entropies(exits: Tensor, y: Tensor) -> Tensor:
+    """CE [exits, B] of logits [exits, B, K] and labels [B]."""
+    return F.cross_entropy(exits.movedim(0, -1), y[:, None].expand(-1, len(exits)), reduction="none").T
+
+
+@dataclass(frozen=True)
+class RDI(PGDAT):
+    """Multi-exit adversarial training of ``rdi_resnet38`` with its max-average defence.
+
+    The attack makes one PGD image against each exit, and takes for every image the one that raises the sum of
+    all exits' losses most: it costs as much as four and a half attacks on the network. Before every
+    validation the thresholds under which a sample leaves early are chosen on held-out training images, clean
+    and attacked.
+
+    ``awnet train --recipe rdi --data cifar10 --model rdi_resnet38``.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "rdi"
+    loss: ClassVar[Loss] = staticmethod(rdi)
+
+    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+        network = _expected(model, RDIResNet, self.name)
+        step_size = self.attack_step_size or threat_model.train_step_size
+        single = [
+            PGD(
+                network,
+                eps=threat_model.eps,
+                step_size=step_size,
+                steps=self.attack_steps,
+                loss=_loss_at(exit),
+                random_start="normal",
+                noise_std=self.attack_noise,
+                seed=seed,
+            )
+            for exit in range(len(network.side_exits) + 1)
+        ]
+
+        def attack(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
+            with torch.enable_grad(), frozen(network):
+                candidates = torch.stack([pgd.perturb(x, y, index, num_classes - 1) for pgd in single])
+            with torch.no_grad(), frozen(network):
+                harm = torch.stack(
+                    [_cross_entropies(torch.stack(network.exits(one)), y).sum(0) for one in candidates]
+                )
+            return candidates[harm.argmax(0), torch.arange(len(y), device=y.device)]
+
+        return attack
+
+    def calibrate(self, model: nn.Module, data: Dataset) -> None:
+        network = _expected(model, RDIResNet, self.name)
+        if not len(data):
+            raise ValueError("splits.validation is empty: rdi needs held-out images to choose its thresholds")
+        attack = self.attack(network, data.threat_model, data.num_classes, seed=0)
+        logits, labels = [], []
+        for batch in data.batches(self.batch_size):
+            for x in (batch.x, attack(batch.x, batch.y, index=batch.index)):
+                with torch.no_grad(), frozen(network):
+                    logits.append(torch.stack(network.exits(x)))
+                labels.append(batch.y)
+        network.thresholds.copy_(choose_thresholds(torch.cat(logits, dim=1), torch.cat(labels)))
+
+
+def _loss_at(exit: int) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+    def loss(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        assert isinstance(model, RDIResNet)
+        return F.cross_entropy(model.exits(x_adv, last=exit)[-1], y, reduction="none")
+
+    return loss
+
+
+# ADVMOE
+
+
+@contextmanager
+def _only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """A graph built within this block reaches no parameter of ``model`` but these."""
+    chosen = {id(parameter) for parameter in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _trades_on(
+    model: ADVMOE, parameters: Iterable[nn.Parameter], batch: Batch, attack: Attack, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CE(nat) + factor · KL(p_nat ‖ p_adv) for some of the parameters, and the two terms."""
+    x_adv = attack(batch.x, batch.y, index=batch.index)
+    with _only(model, parameters):
+        clean, adversarial = model(torch.cat([batch.x, x_adv])).float().split(len(batch.y))
+    nat, adv = F.cross_entropy(clean, batch.y), kl_divergence(clean, adversarial)
+    return nat + factor * adv, nat, adv
+
+
+@dataclass(frozen=True)
+class AlternatingTrades(Trades):
+    """TRADES for the experts of ``advmoe_resnet18`` and then for its router, on every batch.
+
+    Each of the two has an attack of its own on the network as it then is, of 2 steps of 5/8 of eps, and
+    leaves the other's weights alone. The router learns by the gradient that passes straight through its
+    choice.
+
+    adv_weight: β, the factor of the experts' KL term, 6 if None.
+    router_weight: α, the factor of the router's.
+
+    ``awnet train --recipe advmoe --data cifar10 --model advmoe_resnet18``.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "advmoe"
+
+    router_lr: float = 0.1
+    attack_steps: int = 2
+    router_weight: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.router_weight >= 0:
+            raise ValueError(f"router_weight must be a number of at least 0, got {self.router_weight!r}")
+        if self.capture:
+            raise ValueError("capture must be False: the router's step attacks what the experts' step made")
+
+    def phases(self) -> tuple[Loss, ...]:
+        return (_experts, self._router)
+
+    def _router(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        attack: Attack,
+        options: LossOptions,
+        teachers: Teachers | None = None,
+        weights: MTARDWeights | None = None,
+    ) -> LossResult:
+        network = _expected(model, ADVMOE, self.name)
+        own = network.router.parameters()
+        total, nat, adv = _trades_on(network, own, batch, attack, self.router_weight)
+        return _result(total, router_nat=nat, router_adv=adv)
+
+    def usual_step_size(self, threat_model: ThreatModel) -> float:
+        return threat_model.eps * 5 / 8
+
+
+def _experts(
+    model: nn.Module,
+    batch: Batch,
+    attack: Attack,
+    options: LossOptions,
+    teachers: Teachers | None = None,
+    weights: MTARDWeights | None = None,
+) -> LossResult:
+    network = _expected(model, ADVMOE, "advmoe")
+    routers = {id(parameter) for parameter in network.router.parameters()}
+    own = [parameter for parameter in network.parameters() if id(parameter) not in routers]
+    factor = 6.0 if options.adv_weight is None else options.adv_weight
+    total, nat, adv = _trades_on(network, own, batch, attack, factor)
+    return _result(total, nat=nat, adv=adv)
+
+
+# Separate-Net
+
+
+def separate(
+    model: nn.Module,
+    batch: Batch,
+    attack: Attack,
+    options: LossOptions,
+    teachers: Teachers | None = None,
+    weights: MTARDWeights | None = None,
+) -> LossResult:
+    """Three losses, of which each trains a part by itself:
+
+        standard member   CE(x)
+        robust member     CE(x) + 6 KL(p(x) ‖ p(x_robust)), TRADES
+        detector          ½ CE(type(x), clean) + ½ CE(type([x_robust; x_standard]), adversarial)
+
+    with x_robust made against the robust member and x_standard against the standard one.
+    """
+    network = _expected(model, SeparateNet, "separate")
+    x, y = batch.x, batch.y
+    x_robust, x_standard = attack(x, y, index=batch.index).split(len(x))
+    standard = F.cross_entropy(network.standard(x).float(), y)
+    clean, adversarial = network.robust(torch.cat([x, x_robust])).float().split(len(x))
+    nat, adv = F.cross_entropy(clean, y), kl_divergence(clean, adversarial)
+    factor = 6.0 if options.adv_weight is None else options.adv_weight
+    type_logits = network.route(torch.cat([x, x_robust, x_standard])).type_logits
+    assert type_logits is not None
+    kind = (torch.arange(3 * len(x), device=x.device) < len(x)).long()
+    each = F.cross_entropy(
+        type_logits.float(), kind, reduction="none", label_smoothing=options.type_label_smoothing
+    )
+    type_loss = 0.5 * each[: len(x)].mean() + 0.5 * each[len(x) :].mean()
+    right = type_logits.detach().argmax(1) == kind
+    total = standard + nat + factor * adv + options.type_weight * type_loss
+    return _result(
+        total,
+        standard=standard,
+        nat=nat,
+        adv=adv,
+        type=type_loss,
+        type_accuracy=0.5 * right[: len(x)].float().mean() + 0.5 * right[len(x) :].float().mean(),
+    )
+
+
+@dataclass(frozen=True)
+class Separate(Trades):
+    """Plain training of Separate-Net's standard member, TRADES for the robust one, and the detector, at once.
+
+    The parts share no weights, so that each trains as it would alone; the detector at ``router_lr``.
+
+    adv_weight: factor of the robust member's KL term, 6 if None.
+
+    ``awnet train --recipe separate --data cifar10 --model separate_net``.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "separate"
+    loss: ClassVar[Loss] = staticmethod(separate)
+
+    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+        """Gives [2B, C, H, W]: images against the robust member (its KL), then against the standard one."""
+        network = _expected(model, SeparateNet, self.name)
+        robust = super().attack(network.robust, threat_model, num_classes, seed)
+        standard = Recipe.attack(self, network.standard, threat_model, num_classes, seed)
+
+        def attack(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
+            return torch.cat([robust(x, y, index=index), standard(x, y, index=index)])
+
+        return attack
+
+
+for _kind in (RDI, AlternatingTrades, Separate):
+    RECIPES[_kind.name] = _kind
