@@ -97,9 +97,11 @@ class Train:
 
     recipe: str = "mtard"
     """mtard (two teachers, the paper's), trades, pgd_at or standard (clean images only); by one cycle of the
-    learning rate, so shorter: mtard_fast, trades_fast, pgd_at_fast, standard_fast and hat."""
+    learning rate, so shorter: mtard_fast, trades_fast, pgd_at_fast, standard_fast and hat; for one network
+    each: rdi, advmoe and separate."""
     model: Maybe[str] = None
-    """A model's name, see `awnet info`; by default awnet_tiny on digits and awnet_resnet18 elsewhere."""
+    """A model's name, see `awnet info`; by default the recipe's own network, or awnet_tiny on digits and
+    awnet_resnet18 elsewhere."""
     data: str = "digits"
     """digits (ships with scikit-learn), cifar10, cifar100 or tiny_imagenet."""
     data_dir: Maybe[Path] = None
@@ -151,7 +153,7 @@ class Train:
                 settings[name] = value
         recipe = recipe_for(self.recipe, self.data, **settings)
         splits = _load(self.data, self.data_dir, self.seed, self.eps)
-        name = self.model or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
+        name = self.model or recipe.network or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
         out = self.out or Path("runs") / f"{self.data}-{name}-{self.recipe}-{self.seed}"
         options = parse_options(self.model_options, "--model-options")
         result = train(

@@ -81,6 +81,7 @@ class RDI(PGDAT):
     """
 
     name: ClassVar[str] = "rdi"
+    network: ClassVar[str | None] = "rdi_resnet38"
     loss: ClassVar[Loss] = staticmethod(rdi)
 
     def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
@@ -177,6 +178,7 @@ class AlternatingTrades(Trades):
     """
 
     name: ClassVar[str] = "advmoe"
+    network: ClassVar[str | None] = "advmoe_resnet18"
 
     router_lr: float = 0.1
     attack_steps: int = 2
@@ -284,6 +286,7 @@ class Separate(Trades):
     """
 
     name: ClassVar[str] = "separate"
+    network: ClassVar[str | None] = "separate_net"
     loss: ClassVar[Loss] = staticmethod(separate)
 
     def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:

@@ -61,6 +61,7 @@ class Recipe:
     loss: ClassVar[Loss]
     needs_attack: ClassVar[bool] = True
     teachers: ClassVar[tuple[TeacherKind, ...]] = ()  # what must be there before training begins
+    network: ClassVar[str | None] = None  # the model that a recipe is made for; None for any
 
     epochs: int = 100
     batch_size: int = 256
@@ -473,7 +474,7 @@ def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
         if key not in known:
             raise ValueError(f"recipe {name!r} has no setting {key!r}; it has {', '.join(sorted(known))}")
     settings = dict(_SETTINGS.get(dataset_name, {}))
-    if kind in _PAPERS:
+    if kind in _PAPERS or kind.network is not None:  # compared networks are trained as the paper's is
         settings |= _PAPERS_SETTINGS.get(dataset_name, {})
     if issubclass(kind, MTARD):
         settings |= _MTARD_SETTINGS.get(dataset_name, {})
