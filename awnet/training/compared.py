@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from awnet.training.losses import (
     Teachers,
     kl_divergence,
 )
-from awnet.training.recipes import PGDAT, RECIPES, Recipe, Trades
+from awnet.training.recipes import PGDAT, RECIPES, Recipe, Trades, TrainingAttack
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -84,33 +84,20 @@ class RDI(PGDAT):
     network: ClassVar[str | None] = "rdi_resnet38"
     loss: ClassVar[Loss] = staticmethod(rdi)
 
-    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+    def attack(
+        self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
+    ) -> TrainingAttack:
         network = _expected(model, RDIResNet, self.name)
-        step_size = self.attack_step_size or threat_model.train_step_size
-        single = [
-            PGD(
-                network,
-                eps=threat_model.eps,
-                step_size=step_size,
-                steps=self.attack_steps,
-                loss=_loss_at(exit),
-                random_start="normal",
-                noise_std=self.attack_noise,
-                seed=seed,
-            )
-            for exit in range(len(network.side_exits) + 1)
-        ]
-
-        def attack(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
-            with torch.enable_grad(), frozen(network):
-                candidates = torch.stack([pgd.perturb(x, y, index, num_classes - 1) for pgd in single])
-            with torch.no_grad(), frozen(network):
-                harm = torch.stack(
-                    [_cross_entropies(torch.stack(network.exits(one)), y).sum(0) for one in candidates]
-                )
-            return candidates[harm.argmax(0), torch.arange(len(y), device=y.device)]
-
-        return attack
+        return MaxAverageAttack(
+            network,
+            num_classes,
+            eps=threat_model.eps,
+            step_size=self.attack_step_size or threat_model.train_step_size,
+            steps=self.attack_steps,
+            random_start="normal",
+            noise_std=self.attack_noise,
+            seed=seed,
+        )
 
     def calibrate(self, model: nn.Module, data: Dataset) -> None:
         network = _expected(model, RDIResNet, self.name)
@@ -124,6 +111,37 @@ class RDI(PGDAT):
                     logits.append(torch.stack(network.exits(x)))
                 labels.append(batch.y)
         network.thresholds.copy_(choose_thresholds(torch.cat(logits, dim=1), torch.cat(labels)))
+
+
+class MaxAverageAttack:
+    """One PGD image against each exit of ``network``; of them, for every image the most harmful on average.
+
+    ``settings`` are those of :class:`~awnet.attacks.PGD`; ``seed`` may be set anew. Values are not checked.
+    """
+
+    def __init__(self, network: RDIResNet, num_classes: int, **settings: Any) -> None:
+        self.network, self.num_classes = network, num_classes
+        exits = range(len(network.side_exits) + 1)
+        self.attacks = [PGD(network, loss=_loss_at(exit), **settings) for exit in exits]
+
+    @property
+    def seed(self) -> int:
+        return self.attacks[0].seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        for attack in self.attacks:
+            attack.seed = seed
+
+    def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
+        """Adversarial images for ``x`` [B, C, H, W], labels int64 [B] and indices int64 [B]."""
+        with torch.enable_grad(), frozen(self.network):
+            found = [attack.perturb(x, y, index, self.num_classes - 1) for attack in self.attacks]
+        candidates = torch.stack(found)
+        with torch.no_grad(), frozen(self.network):
+            exits = [torch.stack(self.network.exits(one)) for one in found]
+        harm = torch.stack([_cross_entropies(logits, y).sum(0) for logits in exits])  # [exits, B]
+        return candidates[harm.argmax(0), torch.arange(len(y), device=y.device)]
 
 
 def _loss_at(exit: int) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
@@ -289,16 +307,33 @@ class Separate(Trades):
     network: ClassVar[str | None] = "separate_net"
     loss: ClassVar[Loss] = staticmethod(separate)
 
-    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> Attack:
+    def attack(
+        self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
+    ) -> TrainingAttack:
         """Gives [2B, C, H, W]: images against the robust member (its KL), then against the standard one."""
         network = _expected(model, SeparateNet, self.name)
-        robust = super().attack(network.robust, threat_model, num_classes, seed)
-        standard = Recipe.attack(self, network.standard, threat_model, num_classes, seed)
+        return BothAttacks(
+            super().attack(network.robust, threat_model, num_classes, seed),
+            Recipe.attack(self, network.standard, threat_model, num_classes, seed),
+        )
 
-        def attack(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
-            return torch.cat([robust(x, y, index=index), standard(x, y, index=index)])
 
-        return attack
+class BothAttacks:
+    """Two attacks' images for the same batch, one after the other [2B, C, H, W], under one seed."""
+
+    def __init__(self, first: TrainingAttack, second: TrainingAttack) -> None:
+        self.first, self.second = first, second
+
+    @property
+    def seed(self) -> int:
+        return self.first.seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self.first.seed = self.second.seed = seed
+
+    def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
+        return torch.cat([attack(x, y, index=index) for attack in (self.first, self.second)])
 
 
 for _kind in (RDI, AlternatingTrades, Separate):

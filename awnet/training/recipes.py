@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,14 @@ from awnet.training import losses
 from awnet.training.losses import Loss, LossOptions, is_dynamic
 
 TeacherKind = Literal["clean", "robust"]
+
+
+class TrainingAttack(Protocol):
+    """The attack of training: images [B, C, H, W] and labels [B] to adversarial images."""
+
+    seed: int
+
+    def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,9 @@ class Recipe:
             **{field.name: getattr(self, field.name) for field in fields(LossOptions) if field.name in ours}
         )
 
-    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> GraphedPGD:
+    def attack(
+        self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
+    ) -> TrainingAttack:
         """The attack of training on ``model``: PGD on the cross-entropy, its noise keyed by ``seed``.
 
         Make it once a run, and set its ``seed`` for each epoch: on a CUDA device it keeps its graphs. Unlike
@@ -274,7 +284,9 @@ class Trades(Recipe):
     name: ClassVar[str] = "trades"
     loss: ClassVar[Loss] = staticmethod(losses.trades)
 
-    def attack(self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int) -> GraphedPGD:
+    def attack(
+        self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
+    ) -> TrainingAttack:
         step_size = self.usual_step_size(threat_model)
         return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
 
