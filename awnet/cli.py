@@ -130,6 +130,8 @@ class Train:
     select_on: Literal["validation", "test"] = "validation"
     """What chooses the best checkpoint: held-out training images, or the test images (the paper's protocol,
     which flatters the result; the report says so)."""
+    data_memory: Literal["auto", "device", "host"] = "auto"
+    """Where the training images lie: on the device, on the host, or on the device if it has room."""
     max_minutes: Number = None
     """Stop after so long, with a checkpoint."""
     checkpoint_minutes: float = 10.0
@@ -166,6 +168,7 @@ class Train:
             resume=self.resume,
             overwrite=self.overwrite,
             teachers=self.teachers,
+            data_memory=self.data_memory,
             max_minutes=self.max_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
             keep_checkpoints=self.keep_checkpoints,

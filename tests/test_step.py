@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awnet.data import Splits, from_arrays
+from awnet.data import Splits, dataset, from_arrays
 from awnet.data.dataset import Batch
 from awnet.models import create_model, load_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone
@@ -491,3 +491,15 @@ def test_the_average_is_what_a_run_judges_and_saves(tmp_path: Path) -> None:
     assert result.history[-1]["clean_accuracy"] >= 0
     again = train(recipe, "resnet_tiny", parts, tmp_path, resume=True, quiet=True, tensorboard=False)
     assert all(torch.equal(v, result.model.state_dict()[n]) for n, v in again.model.state_dict().items())
+
+
+def test_where_the_images_lie_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for memory in ("device", "host"):
+        monkeypatch.setattr(dataset, "_resident", lambda images, device, memory=memory: memory == "device")
+        torch.manual_seed(3)
+        recipe, model = PGDAT(epochs=2, attack_steps=1, **QUICK), linear()
+        folder = tmp_path / memory
+        train(recipe, model, splits(), folder, data_memory=memory, quiet=True, tensorboard=False)
+        states.append(list(model.state_dict().values()))
+    assert same(*states)

@@ -715,6 +715,7 @@ def test_what_it_prints(
         ({"checkpoint_minutes": 0}, ValueError, "checkpoint_minutes must be a number above 0"),
         ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints must be an integer of at least 1"),
         ({"select_on": "train"}, ValueError, "select_on"),
+        ({"data_memory": "disk"}, ValueError, "data_memory must be one of"),
         ({"teachers": ("a", "b")}, ValueError, "'pgd_at' takes no teachers"),
         ({"recipe": quick(MTARD), "teachers": "runs/a"}, ValueError, r"2, \(clean, robust\)"),
         ({"recipe": quick(MTARD), "teachers": (static_net(),)}, ValueError, r"2, \(clean, robust\)"),

@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from awnet import rng
 from awnet.attacks import frozen, named_attack
-from awnet.data import Dataset, Splits
+from awnet.data import Dataset, Memory, Splits
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
 from awnet.models import create_model, load_model, save_model
@@ -76,6 +76,7 @@ def train(
     checkpoint_minutes: float = 10.0,
     keep_checkpoints: int = checkpoint.KEEP,
     select_on: Literal["validation", "test"] = "validation",
+    data_memory: Memory = "auto",
     tensorboard: bool = True,
     quiet: bool = False,
 ) -> RunResult:
@@ -95,6 +96,8 @@ def train(
         one before it.
     select_on: the part whose W-Robust accuracy (PGD-20) picks the best checkpoint: held-out training images,
         or the test images, which is the paper's protocol and flatters the result; it is recorded.
+    data_memory: where the training images lie: ``device``; ``host``, from where each batch is copied a batch
+        ahead; or ``auto``, the device if it has room.
 
     Ctrl-C and SIGTERM finish the step, write a checkpoint and say how to go on; then KeyboardInterrupt or
     SystemExit is raised. A second one stops at once, without a new checkpoint.
@@ -117,6 +120,8 @@ def train(
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if select_on not in ("validation", "test"):
         raise ValueError(f"select_on must be 'validation' or 'test', got {select_on!r}")
+    if data_memory not in get_args(Memory):
+        raise ValueError(f"data_memory must be one of {get_args(Memory)}, got {data_memory!r}")
     for part in ("train", select_on):
         if not len(getattr(splits, part)):
             raise ValueError(f"splits.{part} is empty: it is needed to train or to select a checkpoint")
@@ -173,6 +178,7 @@ def train(
                 checkpoint_minutes=checkpoint_minutes,
                 keep_checkpoints=keep_checkpoints,
                 select_on=select_on,
+                data_memory=data_memory,
                 tensorboard=tensorboard,
                 quiet=quiet,
             )
@@ -184,7 +190,7 @@ def train(
     cuda = [where] if where.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         torch.manual_seed(rng.key(seed, "training") & (2**63 - 1))
-        run = _Run(recipe, model, splits, folder, seed, where, given, select_on, reporter)
+        run = _Run(recipe, model, splits, folder, seed, where, given, select_on, reporter, data_memory)
         run.save_every, run.keep = 60 * checkpoint_minutes, keep_checkpoints
         finished = run.go(state, deadline, tensorboard)
     weights = run.best_model if run.best else run.train_on.judged.state_dict()
@@ -224,10 +230,11 @@ class _Run:
         teachers: Teachers | None,
         select_on: str,
         reporter: Reporter,
+        data_memory: Memory,
     ) -> None:
         self.recipe, self.model, self.folder, self.seed = recipe, model, folder, seed
         self.device, self.reporter = device, reporter
-        self.data = splits.train.to(device)
+        self.data = splits.train.placed(device, data_memory)
         self.held_out: Dataset = getattr(splits, select_on).to(device)
         self.calibration: Dataset = splits.validation.to(device)  # whichever part selects
         if recipe.validate_limit is not None:
@@ -235,6 +242,7 @@ class _Run:
             self.calibration = self.calibration.subset(recipe.validate_limit, seed=seed)
         self.steps_per_epoch = -(-len(self.data) // recipe.batch_size)
         self.train_on = TrainingStep(recipe, model, device, self.steps_per_epoch, teachers)
+        self.attack = recipe.attack(model, self.data.threat_model, self.data.num_classes, seed)
 
         self.epoch, self.batch, self.step = 0, 0, 0  # epochs done, batches of this epoch done, steps done
         self.best: dict[str, float] = {}
@@ -283,15 +291,21 @@ class _Run:
         """The rest of this epoch; False when told to stop within it."""
         recipe, epoch = self.recipe, self.epoch
         key = rng.key(self.seed, "training attack", epoch)
-        attack = recipe.attack(self.model, self.data.threat_model, self.data.num_classes, key)
+        self.attack.seed = key
         self.train_on.start_epoch(epoch)
         self.reporter.start_epoch()
         since = saved = time.monotonic()
         batches = self.data.batches(
-            recipe.batch_size, shuffle=True, augment=True, seed=self.seed, epoch=epoch, start=self.batch
+            recipe.batch_size,
+            shuffle=True,
+            augment=True,
+            seed=self.seed,
+            epoch=epoch,
+            start=self.batch,
+            device=self.device,
         )
         for batch in batches:
-            terms = self.train_on(batch, attack)
+            terms = self.train_on(batch, self.attack)
             self.batch += 1
             self.step += 1
             self.pending.append((self.step, len(batch.y), terms))
