@@ -209,7 +209,7 @@ def test_router_is_asked_about_attacks_and_about_noise() -> None:
     p = model.route((x + 0.1 * noise).clamp(0, 1)).p_clean
     assert np.allclose(report.per_sample["uniform_noise_p_clean"], p, atol=1e-6)
     # off the 8-bit grid is all that this router knows: it takes noise for an attack, and the report says so
-    assert report.router_auc == {"fgsm": 1.0, "uniform_noise": 1.0}
+    assert report.router_auc == {"fgsm": 1.0, "uniform_noise": 1.0, "sign_noise": 1.0}
     assert any("noise" in flag for flag in report.flags)
     assert "uniform_noise_correct" not in report.per_sample
 
@@ -242,7 +242,7 @@ def test_aw_net_is_evaluated_and_left_as_it_was() -> None:
     report = evaluate(model, data, ["fgsm"], batch_size=5)
     assert state() == before
     assert report.model == "awnet_tiny"
-    assert set(report.router_auc) == {"fgsm", "uniform_noise"}
+    assert set(report.router_auc) == {"fgsm", "uniform_noise", "sign_noise"}
     model.eval()
     x = data.images.float() / 255
     assert np.allclose(report.per_sample["clean_p_clean"], model.route(x).p_clean.detach(), atol=1e-6)
@@ -376,7 +376,7 @@ def test_report_json_has_the_schema(tmp_path: Path) -> None:
     assert found == json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
     assert " ".join(found) == (
         "model dataset split n eps clean_accuracy clean_interval_95 attacks router_auc flags settings environment "
-        "selected_on compared_with"
+        "selected_on detection compared_with"
     )
     assert found["selected_on"] == "test"
     assert any("selected on test images" in flag for flag in found["flags"])
@@ -463,12 +463,18 @@ def test_flags() -> None:
     report.attacks["cw"].robust_accuracy = report.attacks["fgsm"].robust_accuracy + 0.1
     assert flags(report) == ["cw breaks fewer images than a single step: gradients may be masked"]
     report.attacks["cw"].robust_accuracy = 0.0
-    report.router_auc = {"fgsm": 0.99, "cw": 0.98, "uniform_noise": 0.6}
-    assert flags(report) == []
-    report.router_auc["uniform_noise"] = 0.985
-    assert len(flags(report)) == 1
-    report.router_auc = {"fgsm": 0.5, "uniform_noise": 0.52}  # it detects nothing at all
-    assert flags(report) == []
+
+    def judged(fgsm: float, cw: float, noise: float, rounded: float = 0.97) -> list[str]:
+        attacks = {"fgsm": fgsm, "cw": cw}
+        report.detection = {k: {"auc": v, "rounded": {"auc": rounded}} for k, v in attacks.items()}
+        report.detection |= {"uniform_noise": {"auc": noise}, "sign_noise": {"auc": 0.5}}
+        return flags(report)
+
+    assert judged(0.99, 0.98, 0.6) == []
+    assert len(judged(0.99, 0.98, 0.985)) == 1
+    assert judged(0.5, 0.5, 0.52, 0.5) == []  # it detects nothing at all
+    (flag,) = judged(0.99, 0.98, 0.5, rounded=0.6)
+    assert "fgsm 0.990 to 0.600, cw 0.980 to 0.600" in flag
 
 
 def test_tables_fit_a_terminal() -> None:

@@ -10,22 +10,23 @@ import numpy as np
 
 from awnet import analysis
 from awnet.analysis.figures import Measured
+from awnet.evaluation.detection import CONTROLS
 from awnet.evaluation.report import Report
 from awnet.evaluation.table import LABELS
 
-NAMES = {"clean": "clean", "uniform_noise": "uniform noise", **LABELS}
+NAMES = {"clean": "clean", "uniform_noise": "uniform noise", "sign_noise": "sign noise", **LABELS}
 PANELS = 4
 
 
 def draw(report: Report, folder: Path, training_log: Path | None = None) -> None:
     """Writes those figures into ``folder`` for which ``report`` and the log hold something."""
-    if report.attacks:
+    if report.results():
         systems, clean = _bars(report)
         title = f"W-Robust accuracy on {report.dataset} {report.split}, {report.n} images, 95 % intervals"
         analysis.w_robust_bars(systems, folder / "w_robust.png", clean=clean, title=title)
     p_clean = {
         kind: report.per_sample[f"{kind}_p_clean"]
-        for kind in ("clean", *report.attacks, "uniform_noise")
+        for kind in ("clean", *report.attacks, *CONTROLS)
         if f"{kind}_p_clean" in report.per_sample
     }
     if p_clean:
@@ -33,7 +34,7 @@ def draw(report: Report, folder: Path, training_log: Path | None = None) -> None
             {NAMES.get(kind, kind): values for kind, values in p_clean.items()},
             folder / "p_clean.png",
             auc={NAMES.get(kind, kind): value for kind, value in report.router_auc.items()},
-            controls=(NAMES["uniform_noise"],),
+            controls=tuple(NAMES[kind] for kind in CONTROLS),
             title=f"{report.model} on {report.dataset}: the router's probability that an image is clean",
         )
     layers = _layers(report)
@@ -59,7 +60,7 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
 
 def _bars(report: Report) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
     """A_w with intervals, and A_nat, of the report's model and those it is compared with."""
-    measured = {name: (a.w_robust_accuracy, a.w_interval_95) for name, a in report.attacks.items()}
+    measured = {name: (a.w_robust_accuracy, a.w_interval_95) for name, a in report.results().items()}
     systems: dict[str, dict[str, Measured]] = {report.model: _named(measured)}
     clean = {report.model: report.clean_accuracy}
     for name, other in report.compared_with.items():

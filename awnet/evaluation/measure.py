@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks import Attack, frozen, list_attacks, named_attack
+from awnet._version import __version__
+from awnet.attacks import Attack, Cascade, Suite, frozen, list_attacks, named_attack
 from awnet.attacks.base import check_count, check_model, device_of
+from awnet.attacks.registry import BudgetName
+from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Dataset
+from awnet.evaluation.detection import CONTROLS, SIGN, detection
 from awnet.evaluation.filters import filter_means
-from awnet.evaluation.report import Array, Report, attack_result, check_name, compare, environment, flags
+from awnet.evaluation.report import (
+    Array,
+    AttackResult,
+    Report,
+    attack_result,
+    check_name,
+    compare,
+    environment,
+    flags,
+)
+from awnet.evaluation.sanity import Check, sanity_table, union_check
 from awnet.evaluation.statistics import auc, wilson_interval
+from awnet.evaluation.union import WorstCase, remaining
 from awnet.files import read_json, write_json
+from awnet.models import load_model
 
-CLEAN, NOISE = "clean", "uniform_noise"
+Advance = Callable[[str, int], None]
+
+CLEAN, UNION = "clean", "union"
+REFERENCE = 256  # images over which the attack on a frozen router averages ω
 
 
 def evaluate(
@@ -31,6 +53,11 @@ def evaluate(
     seed: int = 0,
     device: str | torch.device | None = None,
     limit: int | None = None,
+    budget: BudgetName = "standard",
+    queries: int | None = None,
+    teacher: nn.Module | None = None,
+    surrogates: Mapping[str, nn.Module] | None = None,
+    sanity: bool | None = None,
     progress: bool = False,
     out: str | Path | None = None,
     name: str = "default",
@@ -39,25 +66,34 @@ def evaluate(
 ) -> Report:
     """Accuracy of ``model`` on clean and adversarial images: A_nat, A_adv and A_w (Eq. 23) for each attack.
 
-    A model with a router (``model.route``) is also asked how well its type logits tell each attack, and
-    uniform noise of the same size as a control, from clean images (area under the ROC curve).
+    With ``"union"`` among the attacks the report's headline is the worst case, image by image, over all that
+    are named and all that the union adds; what an attack breaks is not attacked again. A model with a router
+    (``model.route``) is also asked how well its type logits tell each attack, and noise of the same size as a
+    control, from clean images. Everything runs in float32, TF32 off, with parameters frozen.
 
     Args:
         model: images [0, 1] → logits ``[B, K]``, in any mode; it is left as it was found.
         dataset: whose threat model gives eps and step sizes.
         attacks: names that :func:`awnet.attacks.list_attacks` knows, or your own attacks by name.
-        batch_size: images a forward pass; changes results by rounding only.
+        batch_size: images a forward pass; changes results by rounding only (but for AutoAttack's attacks,
+            whose noise goes by the batch).
         seed: keys the attacks' random starts, the noise and the bootstrap.
         device: where the model is; None takes it from its parameters. The images follow it.
         limit: evaluate a stratified part of at most so many images.
+        budget: what the attacks beyond the paper's four may spend; ``"smoke"`` is for trying things out.
+        queries: Square's; None takes the budget's.
+        teacher: the robust teacher, for ``adaptive_paper``; None takes the run's in ``out``, if it has one.
+        surrogates: models whose images the union replays, by name; None takes the run's teachers.
+        sanity: whether to add the sanity table; None adds it where the union is measured.
         progress: show a bar.
-        out: a run folder: writes ``evaluations/<name>/`` there and the newest report as ``report.json``.
+        out: a run folder: writes ``evaluations/<name>/`` there and the newest report as ``report.json``. An
+            evaluation that is interrupted goes on from ``evaluations/<name>/state`` when called again.
         name: of the evaluation, a folder's name.
         compared_with: reports of other models on the same images, by name; paired differences are added.
         selected_on: split that chose the checkpoint; None reads it from ``config.json`` in ``out``, if there.
 
     Returns:
-        The :class:`Report`; the same bits for the same arguments on the same machine.
+        The :class:`Report`; the same bits for the same arguments on the same machine, interrupted or not.
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the model does not fit the data set.
@@ -65,38 +101,104 @@ def evaluate(
     """
     check_name(name)
     check_count("batch_size", batch_size)
-    dataset = _ready(model, dataset, batch_size, device)
+    dataset, classes = _ready(model, dataset, batch_size, device)
     if limit is not None:
         dataset = dataset.subset(check_count("limit", limit), seed=0)
-    chosen = _chosen(attacks, model, dataset, seed)
     other_reports = dict(compared_with or {})
     for other, report in other_reports.items():
         if not isinstance(report, Report):
             raise TypeError(f"compared_with[{other!r}] must be a Report, got {type(report).__name__}")
+    teachers = _teachers(out, dataset.device) if _needs_teachers(attacks) else {}
+    suite = Suite(
+        classes=classes,
+        budget=budget,
+        queries=queries,
+        teacher=teachers.get("robust teacher") if teacher is None else teacher,
+        surrogates={
+            name.replace(" ", "_"): one
+            for name, one in (teachers if surrogates is None else surrogates).items()
+        },
+        reference=next(dataset.batches(REFERENCE)).x,
+    )
+    chosen = _chosen(attacks, model, dataset, seed, suite)
+    union = chosen.pop(UNION, None)
+    rest = None if union is None else remaining(union, chosen)
+    first = [*chosen, *([] if rest is None else rest.members)]
+    saved = None
+    if out is not None:
+        whole = chosen if union is None else chosen | {UNION: union}
+        saved = _state(Path(out) / "evaluations" / name, model, dataset, whole, batch_size, suite)
 
     routed = _has_type_head(model, dataset)
-    kinds = [CLEAN, *chosen, *([NOISE] if routed else [])]
-    seen = {kind: _Seen() for kind in kinds}
+    noises = list(CONTROLS) if routed else []
+    attacked = [*chosen, *([] if union is None else [UNION])]
+    kinds = [CLEAN, *attacked, *noises]
+    seen = {kind: _Seen() for kind in kinds} | {f"{kind}_rounded": _Seen() for kind in attacked}
+    notes: dict[str, Counter[str]] = {kind: Counter() for kind in attacked}
     batches = -(-len(dataset) // batch_size)
-    with frozen(model), torch.no_grad(), _progress(progress, batches * len(kinds)) as advance:
-        for x, y, index in dataset.batches(batch_size):
+    with (
+        full_precision(),
+        frozen(model),
+        torch.no_grad(),
+        _progress(progress, batches * len(kinds)) as advance,
+    ):
+        for number, (x, y, index) in enumerate(dataset.batches(batch_size)):
+            worst = None
             for kind in kinds:
-                if kind == NOISE:
-                    images = _noisy(x, index, dataset.threat_model.eps, seed)
+                if kind in CONTROLS:
+                    images = _noisy(x, index, dataset.threat_model.eps, seed, kind)
+                elif kind == UNION:
+                    assert worst is not None
+                    if rest is not None:
+                        _attend(rest, saved, advance)
+                    worst.attack(rest, x, y, index)
+                    images = worst.x_adv
+                elif kind == CLEAN:
+                    images = x
                 else:
-                    images = chosen[kind](x, y, index=index) if kind in chosen else x
-                seen[kind].add(*_observe(model, images, y, logits=kind != NOISE))
-                advance(kind)
+                    images = _attacked(chosen[kind], kind, number, (x, y, index), saved, notes[kind], advance)
+                values, scales = _observe(model, images, y, logits=kind not in CONTROLS)
+                if kind == CLEAN:
+                    worst = WorstCase(x, values["correct"], first)
+                elif kind in chosen:
+                    assert worst is not None
+                    worst.add(kind, images, values["correct"])
+                    outcome = getattr(chosen[kind], "outcome", None)
+                    if outcome is not None:
+                        values["broken_by"] = outcome.broken_by
+                elif kind == UNION:
+                    assert worst is not None
+                    values["broken_by"] = worst.judged(values["correct"])
+                seen[kind].add(values, scales)
+                if routed and kind in attacked:
+                    grid = (images * dataset.max_value).round() / dataset.max_value
+                    seen[f"{kind}_rounded"].add(*_observe(model, grid, y, logits=False))
+                advance(kind, 1)
+        table: list[Check] = []
+        curves: dict[str, Any] = {}
+        if sanity or (sanity is None and union is not None):
+            advance("sanity", 0)
+            table, curves = _sanity(model, dataset, suite, seed, batch_size, saved)
 
     per_sample: dict[str, Array] = {
         "index": dataset.index.cpu().numpy(),
         "label": dataset.labels.cpu().numpy(),
     }
-    for kind in kinds:
+    for kind in [kind for kind in seen if seen[kind].batches]:
         per_sample |= {f"{kind}_{what}": values for what, values in seen[kind].arrays().items()}
         _check_finite(per_sample.pop(f"{kind}_finite", None), kind)
+    if union is not None and "aa" in chosen:
+        table.append(union_check(per_sample["aa_correct"], per_sample["union_correct"]))
 
     clean = per_sample["clean_correct"]
+
+    def result(kind: str, settings: dict[str, Any], names: Sequence[str]) -> AttackResult:
+        found = attack_result(clean, per_sample[f"{kind}_correct"], settings, seed)
+        if f"{kind}_broken_by" in per_sample:
+            found.broken_first_by = _broken_first_by(per_sample[f"{kind}_broken_by"], names)
+        found.warnings = dict(sorted(notes[kind].items()))
+        return found
+
     report = Report(
         model=_name_of(model),
         dataset=dataset.name,
@@ -106,19 +208,25 @@ def evaluate(
         clean_accuracy=int(clean.sum()) / len(clean),
         clean_interval_95=wilson_interval(int(clean.sum()), len(clean)),
         attacks={
-            kind: attack_result(clean, per_sample[f"{kind}_correct"], attack.settings, seed)
+            kind: result(kind, attack.settings, list(attack.members) if isinstance(attack, Cascade) else [])
             for kind, attack in chosen.items()
         },
+        union=None if union is None else result(UNION, union.settings | {"after": list(chosen)}, first),
         router_auc={
             kind: auc(per_sample["clean_type_score"], per_sample[f"{kind}_type_score"])
             for kind in kinds
             if routed and kind != CLEAN
         },
+        detection=detection(per_sample, attacked, seed) if routed else {},
+        sanity=[asdict(check) for check in table],
+        curves=curves,
         flags=[],
         settings={
             "seed": seed,
             "batch_size": batch_size,
             "limit": limit,
+            "budget": budget,
+            "precision": "float32, TF32 off",
             "source": dataset.source,
             "classes": dataset.num_classes,
             "fingerprint": dataset.fingerprint(),
@@ -130,7 +238,7 @@ def evaluate(
         filter_means=filter_means(
             model,
             next(dataset.batches(1)).x,
-            {kind: seen[kind].mean_scales() for kind in kinds if routed and kind != NOISE},
+            {kind: seen[kind].mean_scales() for kind in [CLEAN, *attacked] if routed},
         ),
     )
     report.flags = flags(report)
@@ -139,6 +247,9 @@ def evaluate(
         log = Path(out) / "log.jsonl"
         report.save(Path(out) / "evaluations" / name, log if log.is_file() else None)
         write_json(Path(out) / "report.json", report.to_dict())
+    if saved is not None:
+        saved.remove()
+        saved.folder.parent.rmdir()
     return report
 
 
@@ -174,7 +285,7 @@ def _correct(
     batch_size: int,
     device: str | torch.device | None,
 ) -> Tensor:
-    dataset = _ready(model, dataset, batch_size, device)
+    dataset, _ = _ready(model, dataset, batch_size, device)
     found, finite = [], []
     with frozen(model), torch.no_grad():
         for x, y, index in dataset.batches(batch_size):
@@ -231,13 +342,122 @@ def _logits(model: nn.Module, x: Tensor, routing: Any = None) -> Tensor:
     return output
 
 
-def _noisy(x: Tensor, index: Tensor, eps: float, seed: int) -> Tensor:
-    noise = rng.uniform(rng.key("uniform noise", seed), index, x.shape[1:]).mul_(2).sub_(1)
+def _noisy(x: Tensor, index: Tensor, eps: float, seed: int, kind: str) -> Tensor:
+    noise = rng.uniform(rng.key(kind.replace("_", " "), seed), index, x.shape[1:]).mul_(2).sub_(1)
+    if kind == SIGN:
+        noise = noise.sign()
     return torch.add(x, noise, alpha=eps).clamp_(0, 1)
 
 
-def _ready(model: nn.Module, dataset: Dataset, batch_size: int, device: str | torch.device | None) -> Dataset:
-    """The data set on the model's device, after checking that the three fit."""
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 without TF32 for a block of code: a GPU's convolutions would use it otherwise."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _attend(attack: Attack, saved: Saved | None, advance: Advance) -> None:
+    """Lets a cascade keep its state, and say which member runs."""
+    if isinstance(attack, Cascade):
+        attack.keep_in(saved)
+        attack.announce = lambda member: advance(member, 0)
+
+
+def _attacked(
+    attack: Attack,
+    kind: str,
+    number: int,
+    batch: tuple[Tensor, Tensor, Tensor],
+    saved: Saved | None,
+    notes: Counter[str],
+    advance: Advance,
+) -> Tensor:
+    """The batch's adversarial images, made now or by the evaluation that was interrupted."""
+    x, y, index = batch
+    if isinstance(attack, Cascade):
+        _attend(attack, saved, advance)
+        x_adv = attack(x, y, index=index)
+        if attack.outcome is not None:
+            notes.update(attack.outcome.notes)
+        return x_adv
+    found = None if saved is None else saved.load(f"{number}-{kind}", x.device)
+    if found is not None:
+        notes.update(found[1])
+        return found[0]["x_adv"]
+    x_adv = attack(x, y, index=index)
+    noted = dict(getattr(attack, "notes", {}))
+    notes.update(noted)
+    if saved is not None:
+        saved.save(f"{number}-{kind}", {"x_adv": x_adv}, noted)
+    return x_adv
+
+
+def _sanity(
+    model: nn.Module, dataset: Dataset, suite: Suite, seed: int, batch_size: int, saved: Saved | None
+) -> tuple[list[Check], dict[str, Any]]:
+    found = None if saved is None else saved.load("sanity")
+    if found is not None:
+        return [Check(**check) for check in found[1]["table"]], found[1]["curves"]
+    table, curves = sanity_table(model, dataset, suite, seed=seed, batch_size=batch_size)
+    if saved is not None:
+        saved.save("sanity", {}, {"table": [asdict(check) for check in table], "curves": curves})
+    return table, curves
+
+
+def _state(
+    folder: Path,
+    model: nn.Module,
+    dataset: Dataset,
+    attacks: Mapping[str, Attack],
+    batch_size: int,
+    suite: Suite,
+) -> Saved:
+    """Where this evaluation is kept; what another model, data set or attack left there is deleted."""
+    parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget]
+    parts += [suite.queries, {name: model_fingerprint(one) for name, one in suite.surrogates.items()}]
+    for name, attack in attacks.items():
+        parts += [name, attack.settings, model_fingerprint(attack.model)]
+    saved = Saved(folder / "state", digest(__version__, torch.__version__, str(dataset.device), *parts))
+    if saved.folder.parent.is_dir():
+        for other in saved.folder.parent.iterdir():
+            if other != saved.folder:
+                shutil.rmtree(other)
+    saved.folder.mkdir(parents=True, exist_ok=True)
+    return saved
+
+
+def _broken_first_by(broken_by: Array, names: Sequence[str]) -> dict[str, int]:
+    counts = {name: int((broken_by == number).sum()) for number, name in enumerate(names)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _needs_teachers(attacks: Sequence[str] | Mapping[str, Attack]) -> bool:
+    return not isinstance(attacks, Mapping) and ("adaptive_paper" in attacks or UNION in attacks)
+
+
+def _teachers(out: str | Path | None, device: torch.device) -> dict[str, nn.Module]:
+    """The models that the run in ``out`` learnt from: its own, or those that it was given."""
+    if out is None:
+        return {}
+    places = {kind: Path(out) / "teachers" / kind for kind in ("clean", "robust")}
+    config = Path(out) / "config.json"
+    sessions = read_json(config).get("sessions") if config.is_file() else None
+    given = sessions[-1].get("teachers") if sessions else None
+    if given:
+        places = dict(zip(places, map(Path, given), strict=True))
+    there = {kind: place for kind, place in places.items() if place.exists()}
+    return {f"{kind} teacher": load_model(place, device) for kind, place in there.items()}
+
+
+def _ready(
+    model: nn.Module, dataset: Dataset, batch_size: int, device: str | torch.device | None
+) -> tuple[Dataset, int]:
+    """The data set on the model's device and the model's K, after checking that the three fit."""
     check_model(model)
     if not isinstance(dataset, Dataset):
         raise TypeError(f"dataset must be a Dataset, of load_dataset say, got {type(dataset).__name__}")
@@ -262,11 +482,11 @@ def _ready(model: nn.Module, dataset: Dataset, batch_size: int, device: str | to
             f"model must return logits [1, {dataset.num_classes}] for an image of {dataset.name}, got {got}: "
             f"create it with num_classes={dataset.num_classes}"
         )
-    return dataset
+    return dataset, logits.shape[1]
 
 
 def _chosen(
-    attacks: Sequence[str] | Mapping[str, Attack], model: nn.Module, dataset: Dataset, seed: int
+    attacks: Sequence[str] | Mapping[str, Attack], model: nn.Module, dataset: Dataset, seed: int, suite: Suite
 ) -> dict[str, Attack]:
     if isinstance(attacks, str):
         raise TypeError(
@@ -275,7 +495,7 @@ def _chosen(
     if isinstance(attacks, Mapping):
         for name, attack in attacks.items():
             check_name(name)
-            if name in (CLEAN, NOISE):
+            if name in (CLEAN, *CONTROLS) or name.endswith("_rounded"):
                 raise ValueError(f"attacks must not be called {name!r}: the report uses that name itself")
             if not isinstance(attack, Attack):
                 raise TypeError(f"attacks[{name!r}] must be an Attack, got {type(attack).__name__}")
@@ -286,7 +506,7 @@ def _chosen(
     for name in names:
         if name not in list_attacks():
             raise ValueError(f"attacks must be among {', '.join(list_attacks())}, got {name!r}")
-    return {name: named_attack(name, model, dataset.threat_model, seed) for name in names}
+    return {name: named_attack(name, model, dataset.threat_model, seed, suite) for name in names}
 
 
 def _has_type_head(model: nn.Module, dataset: Dataset) -> bool:
@@ -321,10 +541,10 @@ def _selected_on(out: str | Path | None) -> str | None:
 
 
 @contextmanager
-def _progress(show: bool, total: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function to call with the kind of image after each batch."""
+def _progress(show: bool, total: int) -> Iterator[Advance]:
+    """Yields a function to call with what runs and the number of steps that are done by now."""
     if not show:
-        yield lambda kind: None
+        yield lambda kind, by: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -336,4 +556,4 @@ def _progress(show: bool, total: int) -> Iterator[Callable[[str], None]]:
     )
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda kind: bar.update(task, advance=1, description=kind)
+        yield lambda kind, by: bar.update(task, advance=by, description=kind)

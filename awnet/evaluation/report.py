@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from awnet._version import __version__
+from awnet.evaluation.detection import detection_flags
 from awnet.evaluation.statistics import (
     Interval,
     bootstrap_interval,
@@ -45,6 +46,10 @@ class AttackResult:
     w_interval_95: Interval
     """Bootstrap interval of ``w_robust_accuracy`` over images, clean and adversarial outcome paired."""
     settings: dict[str, Any]
+    broken_first_by: dict[str, int] = field(default_factory=dict)
+    """Of an attack made of several: how many images each of them broke first."""
+    warnings: dict[str, int] = field(default_factory=dict)
+    """What AutoAttack's own checks warn of, in counts (see :class:`awnet.attacks.AutoAttack`)."""
 
 
 @dataclass
@@ -88,13 +93,21 @@ class Report:
     clean_interval_95: Interval
     attacks: dict[str, AttackResult]
     router_auc: dict[str, float]
-    """How well the type logits tell each attack, and ``uniform_noise`` as a control, from clean images."""
+    """How well the type logits tell each attack, and noise as a control, from clean images."""
     flags: list[str]
     """What a reader should know before believing the numbers."""
     settings: dict[str, Any]
     environment: dict[str, Any]
     selected_on: str | None = None
     """The split whose images chose the checkpoint; None where that is not known."""
+    union: AttackResult | None = None
+    """The worst case, image by image, over all attacks: the headline where it was measured."""
+    detection: dict[str, Any] = field(default_factory=dict)
+    """``router_auc`` with intervals, over broken images and with controls, see :func:`detection`."""
+    sanity: list[dict[str, str]] = field(default_factory=list)
+    """Lines of the sanity table: ``check``, ``result`` (pass or suspicious), ``evidence``."""
+    curves: dict[str, Any] = field(default_factory=dict)
+    """What the sanity table was read from, see :func:`sanity_table`."""
     compared_with: dict[str, Comparison] = field(default_factory=dict)
     per_sample: dict[str, Array] = field(default_factory=dict, repr=False)
     """``index``, ``label``, and for each kind of image ``<kind>_correct`` and the like, all ``[n]``."""
@@ -106,9 +119,13 @@ class Report:
         whole = asdict(self)
         for name in ("per_sample", "filter_means"):
             del whole[name]
-        for name in ("selected_on", "router_auc", "compared_with"):
+        for name in ("selected_on", "router_auc", "union", "detection", "sanity", "curves", "compared_with"):
             if not whole[name]:
                 del whole[name]
+        for result in (*whole["attacks"].values(), whole.get("union", {})):
+            for name in ("broken_first_by", "warnings"):
+                if not result.get(name):
+                    result.pop(name, None)
         plain: dict[str, Any] = json.loads(json.dumps(whole))  # tuples become lists
         return plain
 
@@ -146,6 +163,8 @@ class Report:
             whole["attacks"] = {
                 name: AttackResult(**_tuples(value)) for name, value in whole["attacks"].items()
             }
+            if "union" in whole:
+                whole["union"] = AttackResult(**_tuples(whole["union"]))
             whole["compared_with"] = {
                 name: Comparison(**_tuples(value)) for name, value in whole.get("compared_with", {}).items()
             }
@@ -172,6 +191,10 @@ class Report:
         from awnet.evaluation.table import w_robust_table
 
         return w_robust_table({self.model: self})
+
+    def results(self) -> dict[str, AttackResult]:
+        """All attacks, and the union last."""
+        return self.attacks | ({} if self.union is None else {"union": self.union})
 
     def w_values(self, attack: str) -> Array:
         """½(clean correct) + ½(adversarial correct) of each image, ``[n]``: their mean is A_w."""
@@ -213,17 +236,19 @@ def compare(this: Report, other: Report, seed: int = 0) -> Comparison:
                 "evaluate both alike"
             )
     attacks = {}
-    for name in (name for name in this.attacks if name in other.attacks):
-        if this.attacks[name].settings != other.attacks[name].settings:
+    ours, others = this.results(), other.results()
+    for name in (name for name in ours if name in others):
+        # the union has the attacks that apply to a model, and starts from its own router's mean ω
+        if name != "union" and ours[name].settings != others[name].settings:
             raise ValueError(
                 f"{this.model} and {other.model} faced {name} with different settings, "
-                f"{this.attacks[name].settings} and {other.attacks[name].settings}: evaluate both alike"
+                f"{ours[name].settings} and {others[name].settings}: evaluate both alike"
             )
         mine, theirs = this.w_values(name), other.w_values(name)
         attacks[name] = AttackDifference(
-            robust_accuracy=other.attacks[name].robust_accuracy,
-            w_robust_accuracy=other.attacks[name].w_robust_accuracy,
-            w_interval_95=other.attacks[name].w_interval_95,
+            robust_accuracy=others[name].robust_accuracy,
+            w_robust_accuracy=others[name].w_robust_accuracy,
+            w_interval_95=others[name].w_interval_95,
             difference=float((mine - theirs).mean()),
             interval_95=bootstrap_interval(mine - theirs, seed=seed),
             mcnemar_p=mcnemar(this.per_sample[f"{name}_correct"], other.per_sample[f"{name}_correct"]),
@@ -256,12 +281,46 @@ def flags(report: Report) -> list[str]:
             found.append(
                 f"{', '.join(weaker)} breaks fewer images than a single step: gradients may be masked"
             )
-    noise = report.router_auc.get("uniform_noise")
-    attacks = [value for name, value in report.router_auc.items() if name != "uniform_noise"]
-    if noise is not None and attacks and noise > 0.6 and noise >= min(attacks):
+    for name, result in report.attacks.items():
+        found += _warnings(name, result, report.n)
+    if report.union is not None and "aa" in report.attacks:
+        gap = report.attacks["aa"].robust_accuracy - report.union.robust_accuracy
+        if gap > 0.02:
+            found.append(
+                f"other attacks break {100 * gap:.1f} % of the images beyond AutoAttack: gradients may be "
+                "masked"
+            )
+    found += detection_flags(report.detection)
+    suspicious = [line["check"] for line in report.sanity if line["result"] == "suspicious"]
+    if suspicious:
+        found.append(f"suspicious in the sanity table: {'; '.join(suspicious)}")
+    if report.settings.get("budget") == "smoke" and (report.union is not None or "aa" in report.attacks):
+        found.append("the attacks ran at the smoke budget, which shows that they run and no more")
+    return found
+
+
+def _warnings(name: str, result: AttackResult, n: int) -> list[str]:
+    """AutoAttack's own warnings, as sentences."""
+    said = {
+        "randomized": "gave different logits for the same image: its defence is random",
+        "probabilities": "returns probabilities, not logits, on which cross-entropy is flat",
+        "dynamic": "computes gradients in its forward pass",
+        "zero_gradients": "has no gradient at {} points: gradients may be masked",
+    }
+    found = [
+        f"{name}: the model {said[key].format(count)}"
+        for key, count in result.warnings.items()
+        if key in said
+    ]
+    gain = result.broken_first_by.get("square", 0) / n
+    if (
+        "square" in result.settings.get("members", {})
+        and len(result.settings["members"]) > 1
+        and gain > 0.002
+    ):
         found.append(
-            f"the router tells uniform noise from clean images (AUC {noise:.3f}) as well as it tells attacks "
-            f"(AUC {min(attacks):.3f} to {max(attacks):.3f}): it may know odd pixels rather than attacks"
+            f"{name}: Square broke {100 * gain:.1f} % of the images after the white-box attacks failed: "
+            "gradients may be masked"
         )
     return found
 

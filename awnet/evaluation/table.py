@@ -11,7 +11,7 @@ from awnet.evaluation.statistics import Interval
 if TYPE_CHECKING:
     from rich.table import Table
 
-LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW"}
+LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW", "aa": "AA"}
 
 
 def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> Table:
@@ -30,7 +30,7 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
     )
     table.add_column("model", no_wrap=True)
     table.add_column("Clean\nA_nat", justify="right")
-    names = list(dict.fromkeys(name for report in reports.values() for name in report.attacks))
+    names = list(dict.fromkeys(name for report in reports.values() for name in report.results()))
     for name in names:
         label = LABELS.get(name, name)
         longest = max(len(word) for word in label.split())
@@ -39,7 +39,7 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
     for label, report in reports.items():
         cells = [_cell(report.clean_accuracy, report.clean_interval_95)]
         for name in names:
-            result = report.attacks.get(name)
+            result = report.results().get(name)
             if result is None:
                 cells += ["–", "–"]
                 continue
