@@ -241,7 +241,11 @@ class Evaluate(_OnRun):
     """Judge a trained model, clean and attacked: table, report and figures."""
 
     attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
-    """Attacks by name, see `awnet info`."""
+    """Attacks by name, see `awnet info`. aa is AutoAttack, union the worst case over all of them and more."""
+    budget: Literal["smoke", "standard"] = "standard"
+    """What attacks beyond the first four may spend; smoke shows that they run, in seconds, and no more."""
+    queries: Maybe[int] = None
+    """Of Square, within aa and union; by default the budget's, 5000 at the standard one."""
     name: str = "default"
     """Of the evaluation: it is written into RUN/evaluations/NAME."""
     compare_with: Several[Path] = ()
@@ -260,6 +264,8 @@ class Evaluate(_OnRun):
             batch_size=self.batch_size,
             seed=self.seed,
             limit=self.limit,
+            budget=self.budget,
+            queries=self.queries,
             progress=console.is_terminal,
             out=self.folder,
             name=self.name,
@@ -269,6 +275,8 @@ class Evaluate(_OnRun):
         console.print(report.table())
         if others:
             console.print(comparison_table(report))
+        for line in report.sanity:
+            _say(console, f"{line['result']}: {line['check']} ({line['evidence']})")
         if report.router_auc:
             found = ", ".join(f"{kind} {auc:.3f}" for kind, auc in report.router_auc.items())
             _say(console, f"router's AUC, clean images against: {found}")
@@ -294,7 +302,7 @@ class Attack(_OnRun):
         import torch
 
         from awnet import __version__
-        from awnet.attacks import named_attack
+        from awnet.attacks import Suite, named_attack
         from awnet.files import written_atomically
 
         if self.out.exists() and not self.overwrite:
@@ -302,7 +310,8 @@ class Attack(_OnRun):
         model, dataset = self.load(console)
         if self.limit is not None:
             dataset = dataset.subset(self.limit)
-        attack = named_attack(self.attack, model, dataset.threat_model, seed=self.seed)
+        suite = Suite(classes=dataset.num_classes)
+        attack = named_attack(self.attack, model, dataset.threat_model, seed=self.seed, suite=suite)
         dataset = dataset.to(_device(self.device))
         made, predicted = [], []
         for x, y, index in dataset.batches(self.batch_size):
