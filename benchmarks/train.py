@@ -26,7 +26,7 @@ from awnet.attacks import frozen
 from awnet.data import Dataset, from_arrays, load_dataset
 from awnet.models import create_model
 from awnet.nn import AWNet
-from awnet.training import MTARD, MTARDWeights, Recipe, Teachers, Trades, TrainingStep, recipe_for
+from awnet.training import MTARD, MTARDWeights, Recipe, Teachers, Trades, TrainingStep, losses, recipe_for
 from awnet.training.step import Numerics, numerics
 
 from . import results
@@ -52,6 +52,7 @@ COLUMNS = [
     *("share_data", "verified", "command"),
 ]
 PROVIDERS = ("awnet", "unfused", "literal", "compile")
+_LOSSES = (losses.mtard, losses.trades, losses.pgd_at, losses.standard, losses.hat)
 PARTS = ("attack", "training", "teachers", "data")
 
 
@@ -177,6 +178,11 @@ def _setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
     if options.attack_steps is not None:
         changes["attack_steps"] = options.attack_steps
     recipe = recipe_for(options.recipe, options.data, **changes)
+    if type(recipe).loss not in _LOSSES:
+        raise ValueError(
+            f"recipe must be mtard, trades, pgd_at, standard, one of their short forms or hat, got "
+            f"{options.recipe!r}: the plain step does not know it"
+        )
     batch = options.batch or (16 if device.type == "cpu" else recipe.batch_size)
     recipe = replace(recipe, batch_size=batch)
     if options.data == "synthetic":
