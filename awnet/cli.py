@@ -93,7 +93,10 @@ def _value(text: str) -> Any:
 
 @dataclass(kw_only=True)
 class Train:
-    """Train a model by a recipe; all of it goes into a run folder."""
+    """Train a model by a recipe; all of it goes into a run folder.
+
+    On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet.cli train …`; with --max-restarts=2 it
+    goes on from the last checkpoint by itself. --batch-size counts the images of all GPUs together."""
 
     recipe: str = "mtard"
     """mtard (two teachers, the paper's), trades, pgd_at or standard (clean images only); by one cycle of the
@@ -145,6 +148,7 @@ class Train:
 
     def run(self, console: Console) -> None:
         from awnet.training import recipe_for, train
+        from awnet.training.distributed import is_first
 
         settings = parse_options(self.recipe_options, "--recipe-options")
         for name in ("epochs", "batch_size", "lr"):
@@ -174,7 +178,7 @@ class Train:
             keep_checkpoints=self.keep_checkpoints,
             select_on=self.select_on,
         )
-        if result.finished:
+        if result.finished and is_first():
             _say(console, f"next: awnet evaluate {result.folder}")
 
 

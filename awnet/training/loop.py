@@ -14,11 +14,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,9 @@ from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
 from awnet.models import create_model, load_model, save_model
 from awnet.models.files import write_tensors
+from awnet.nn import MixBatchNorm2d
 from awnet.training import checkpoint
+from awnet.training.distributed import Agreement, Ranks, joined, restarted
 from awnet.training.logging import Reporter, RunLog, read_log
 from awnet.training.losses import Teachers
 from awnet.training.recipes import Recipe
@@ -102,6 +104,10 @@ def train(
     Ctrl-C and SIGTERM finish the step, write a checkpoint and say how to go on; then KeyboardInterrupt or
     SystemExit is raised. A second one stops at once, without a new checkpoint.
 
+    Under torchrun, or where torch.distributed is initialised, all ranks train one model together: every rank
+    calls this with the same arguments, ``recipe.batch_size`` counts the images of all of them, and a process
+    that torchrun has restarted goes on from the last checkpoint without ``resume``.
+
     Raises FileExistsError where ``out`` holds something and neither ``resume`` nor ``overwrite`` is set,
     ValueError for bad arguments, checkpoints that are all damaged, or a resumed run with another
     configuration, FloatingPointError when loss or gradient were NaN or infinite in ten steps in a row (a
@@ -127,74 +133,110 @@ def train(
             raise ValueError(f"splits.{part} is empty: it is needed to train or to select a checkpoint")
     if teachers is not None and not recipe.teachers:
         raise ValueError(f"recipe {recipe.name!r} takes no teachers")
-    folder, where = Path(out), _device(device)
-    model = _model(model, splits.train, seed).to(where)
-    _check_outputs(model, splits.train, where)
-    given = None if teachers is None else _load_teachers(teachers, recipe, where)
-
-    config = {
-        "recipe": recipe.to_dict(),
-        "model": _describe(model),
-        "dataset": _describe_splits(splits),
-        "seed": seed,
-        "selected_on": select_on,
-        "teachers": _describe_teachers(recipe, model, given),
-    }
-    session = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.argv),
-        "teachers": None if teachers is None else [_source(teacher) for teacher in teachers],
-        "environment": environment(where) | numerics(recipe, where)._asdict(),
-    }
-    under_way = checkpoint.open_folder(
-        folder, config | {"sessions": [session]}, resume=resume, overwrite=overwrite
-    )
-    reporter = Reporter(_title(model, folder), quiet=quiet)
-    state = None
-    if under_way:
-        state = checkpoint.load_state(folder, reporter.say)
-        if state["finished"]:
+    folder = Path(out)
+    if restarted():
+        resume, overwrite = True, False
+    with joined(_device(device)) as ranks:
+        where = ranks.device
+        model = _model(model, splits.train, seed).to(where)
+        _check_outputs(model, splits.train, where)
+        _check_shares(recipe, len(splits.train), ranks)
+        ranks.share(model)
+        given = None if teachers is None else _load_teachers(teachers, recipe, where)
+        config = {
+            "recipe": recipe.to_dict(),
+            "model": _describe(model),
+            "dataset": _describe_splits(splits),
+            "seed": seed,
+            "selected_on": select_on,
+            "teachers": _describe_teachers(recipe, model, given),
+        }
+        session = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": shlex.join(sys.argv),
+            "teachers": None if teachers is None else [_source(teacher) for teacher in teachers],
+            "environment": environment(where) | numerics(recipe, where)._asdict() | {"ranks": ranks.size},
+        }
+        _check_same(config, ranks)
+        reporter = Reporter(_title(model, folder), quiet=quiet or ranks.rank > 0)
+        state = ranks.first(lambda: _begin(folder, config, session, reporter, resume, overwrite))
+        if state is not None and state["finished"]:
             reporter.say(f"{folder} is finished: nothing to train")
-            return _result(model, folder, state["best"], state["best_model"], finished=True)
+            return _result(model, folder, state["best"], state["best_model"], ranks, finished=True)
+
+        if recipe.teachers and given is None:
+            made = []
+            for kind in recipe.teachers:
+                teacher_recipe, name = recipe.teacher_recipe(kind), _teacher_name(model)
+                place = folder / "teachers" / kind
+                reporter.say(
+                    f"no {kind} teacher was given: {name}, trained by {teacher_recipe.name}, in {place}"
+                )
+                minutes = None if deadline == math.inf else max((deadline - time.monotonic()) / 60, 1e-6)
+                one = train(
+                    teacher_recipe,
+                    name,
+                    splits,
+                    place,
+                    seed=seed,
+                    device=where,
+                    resume=True,
+                    max_minutes=minutes,
+                    checkpoint_minutes=checkpoint_minutes,
+                    keep_checkpoints=keep_checkpoints,
+                    select_on=select_on,
+                    data_memory=data_memory,
+                    tensorboard=tensorboard,
+                    quiet=quiet,
+                )
+                if not one.finished:
+                    return RunResult(model.eval(), folder, [], {}, finished=False)
+                made.append(_as_teacher(one.model, where))
+            given = Teachers(*made)
+
+        cuda = [where] if where.type == "cuda" else []
+        own = [ranks.rank] if ranks.rank else []  # each rank draws its own dropout
+        with torch.random.fork_rng(cuda), _synchronized(model, ranks):
+            torch.manual_seed(rng.key(seed, "training", *own) & (2**63 - 1))
+            run = _Run(recipe, model, splits, folder, seed, ranks, given, select_on, reporter, data_memory)
+            run.save_every, run.keep = 60 * checkpoint_minutes, keep_checkpoints
+            finished = run.go(state, deadline, tensorboard)
+        weights = run.best_model if run.best else run.train_on.judged.state_dict()
+        return _result(model, folder, run.best, weights, ranks, finished=finished)
+
+
+def _begin(
+    folder: Path,
+    config: dict[str, Any],
+    session: dict[str, Any],
+    reporter: Reporter,
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any] | None:
+    """Opens the run folder; the state to go on from, None for a run that begins."""
+    sessions = {"sessions": [session]}
+    if not checkpoint.open_folder(folder, config | sessions, resume=resume, overwrite=overwrite):
+        return None
+    state = checkpoint.load_state(folder, reporter.say)
+    if not state["finished"]:
         checkpoint.sweep(folder)
         _add_session(folder, session, reporter)
+    return state
 
-    if recipe.teachers and given is None:
-        made = []
-        for kind in recipe.teachers:
-            teacher_recipe, name = recipe.teacher_recipe(kind), _teacher_name(model)
-            place = folder / "teachers" / kind
-            reporter.say(f"no {kind} teacher was given: {name}, trained by {teacher_recipe.name}, in {place}")
-            minutes = None if deadline == math.inf else max((deadline - time.monotonic()) / 60, 1e-6)
-            one = train(
-                teacher_recipe,
-                name,
-                splits,
-                place,
-                seed=seed,
-                device=where,
-                resume=True,
-                max_minutes=minutes,
-                checkpoint_minutes=checkpoint_minutes,
-                keep_checkpoints=keep_checkpoints,
-                select_on=select_on,
-                data_memory=data_memory,
-                tensorboard=tensorboard,
-                quiet=quiet,
-            )
-            if not one.finished:
-                return RunResult(model.eval(), folder, [], {}, finished=False)
-            made.append(_as_teacher(one.model, where))
-        given = Teachers(*made)
 
-    cuda = [where] if where.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.manual_seed(rng.key(seed, "training") & (2**63 - 1))
-        run = _Run(recipe, model, splits, folder, seed, where, given, select_on, reporter, data_memory)
-        run.save_every, run.keep = 60 * checkpoint_minutes, keep_checkpoints
-        finished = run.go(state, deadline, tensorboard)
-    weights = run.best_model if run.best else run.train_on.judged.state_dict()
-    return _result(model, folder, run.best, weights, finished=finished)
+@contextmanager
+def _synchronized(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+    """``model`` with batch statistics of all ranks' samples, for a block of code."""
+    if ranks.size == 1 or not any(isinstance(module, MixBatchNorm2d) for module in model.modules()):
+        yield
+        return
+    from awnet.nn import synchronize  # type: ignore[attr-defined]
+
+    synchronize(model, ranks.group_name)
+    try:
+        yield
+    finally:
+        synchronize(model, None)
 
 
 class _Means:
@@ -226,23 +268,31 @@ class _Run:
         splits: Splits,
         folder: Path,
         seed: int,
-        device: torch.device,
+        ranks: Ranks,
         teachers: Teachers | None,
         select_on: str,
         reporter: Reporter,
         data_memory: Memory,
     ) -> None:
         self.recipe, self.model, self.folder, self.seed = recipe, model, folder, seed
-        self.device, self.reporter = device, reporter
-        self.data = splits.train.placed(device, data_memory)
-        self.held_out: Dataset = getattr(splits, select_on).to(device)
-        self.calibration: Dataset = splits.validation.to(device)  # whichever part selects
+        self.ranks, self.device, self.reporter = ranks, ranks.device, reporter
+        self.data = splits.train.placed(self.device, data_memory)
+        self.held_out: Dataset = getattr(splits, select_on).to(self.device)
+        self.calibration: Dataset = splits.validation.to(self.device)  # whichever part selects
         if recipe.validate_limit is not None:
             self.held_out = self.held_out.subset(recipe.validate_limit, seed=seed)
             self.calibration = self.calibration.subset(recipe.validate_limit, seed=seed)
         self.steps_per_epoch = -(-len(self.data) // recipe.batch_size)
-        self.train_on = TrainingStep(recipe, model, device, self.steps_per_epoch, teachers)
+        self.train_on = TrainingStep(
+            recipe,
+            model,
+            self.device,
+            self.steps_per_epoch,
+            teachers,
+            average=ranks.mean if ranks.size > 1 else None,
+        )
         self.attack = recipe.attack(model, self.data.threat_model, self.data.num_classes, seed)
+        self.agreement = Agreement(ranks)
 
         self.epoch, self.batch, self.step = 0, 0, 0  # epochs done, batches of this epoch done, steps done
         self.best: dict[str, float] = {}
@@ -253,8 +303,8 @@ class _Run:
         self.seconds = 0.0
         self.of_epoch, self.of_interval = _Means(), _Means()
         self.pending: list[tuple[int, int, dict[str, Tensor]]] = []  # (step, images, terms) not yet read
-        self.log: RunLog
-        self.writer: checkpoint.Writer
+        self.log: RunLog | None = None  # rank 0's, as the writer
+        self.writer: checkpoint.Writer | None = None
 
     # The run
 
@@ -262,33 +312,36 @@ class _Run:
         """Trains to the end (True) or the deadline (False)."""
         if state is not None:
             self._restore(state)
-        resume_at = None if state is None else state["log_bytes"]
-        self.log = RunLog(
-            self.folder,
-            resume_at=resume_at,
-            step=self.step,
-            tensorboard=tensorboard,
-            warn=self.reporter.say,
-        )
-        self.writer = checkpoint.Writer(self.reporter.say)
+        if self.ranks.rank == 0:
+            self.log = RunLog(
+                self.folder,
+                resume_at=None if state is None else state["log_bytes"],
+                step=self.step,
+                tensorboard=tensorboard,
+                warn=self.reporter.say,
+            )
+            self.writer = checkpoint.Writer(self.reporter.say)
         try:
             steps = self.recipe.epochs * self.steps_per_epoch
             with _Signals(self.reporter) as signals, self.reporter.begin(steps, self.step):
                 if state is None:
                     self._save(finished=False)  # the first weights, so that even step 0 can be resumed
-                while self.epoch < self.recipe.epochs:
-                    if not self._train_epoch(signals, deadline):
-                        break
-                    self._finish_epoch()
-                    if self._told_to_stop(signals, deadline):
-                        break
-                return self._close(signals)
+                stopped = _Stop()
+                while self.epoch < self.recipe.epochs and not stopped:
+                    stopped = self._train_epoch(signals, deadline)
+                    if not stopped:
+                        self._finish_epoch()
+                        if self.epoch < self.recipe.epochs:
+                            stopped, _ = self._agreed(signals, deadline, save=False)
+                self.agreement.close()
+                return self._close(stopped)
         finally:
-            self.writer.close()
-            self.log.close()
+            if self.writer is not None and self.log is not None:
+                self.writer.close()
+                self.log.close()
 
-    def _train_epoch(self, signals: _Signals, deadline: float) -> bool:
-        """The rest of this epoch; False when told to stop within it."""
+    def _train_epoch(self, signals: _Signals, deadline: float) -> _Stop:
+        """The rest of this epoch, or less, if told to stop within it."""
         recipe, epoch = self.recipe, self.epoch
         key = rng.key(self.seed, "training attack", epoch)
         self.attack.seed = key
@@ -302,29 +355,32 @@ class _Run:
             seed=self.seed,
             epoch=epoch,
             start=self.batch,
+            part=(self.ranks.rank, self.ranks.size),
             device=self.device,
         )
         for batch in batches:
+            images = min(recipe.batch_size, len(self.data) - self.batch * recipe.batch_size)  # of all ranks
             terms = self.train_on(batch, self.attack)
             self.batch += 1
             self.step += 1
             self.pending.append((self.step, len(batch.y), terms))
-            self.reporter.step(self.step, f"{epoch + 1}/{recipe.epochs}", len(batch.y))
+            self.reporter.step(self.step, f"{epoch + 1}/{recipe.epochs}", images)
             if self.step % recipe.log_every == 0:
                 self._log_interval()
             now = time.monotonic()
             if self.batch < self.steps_per_epoch:
-                stop = self._told_to_stop(signals, deadline)
-                if stop or (now - saved > self.save_every and not self.writer.busy):
+                due = self.writer is not None and now - saved > self.save_every and not self.writer.busy
+                stop, save = self._agreed(signals, deadline, save=due)
+                if stop or save:
                     self.seconds += now - since
                     self._save(finished=False)
                     since = saved = time.monotonic()
                 if stop:
-                    return False
+                    return stop
         self._read_pending()
         self.pace = self.reporter.pace()
         self.seconds += time.monotonic() - since
-        return True
+        return _Stop()
 
     def _finish_epoch(self) -> None:
         """Validates, logs and writes the checkpoint of an epoch whose steps are all done."""
@@ -340,7 +396,7 @@ class _Run:
                 self.best = {"epoch": self.epoch, **scores}
                 self.best_model = checkpoint.on_host(self.train_on.judged.state_dict())
         means = self.of_epoch.take()
-        self.log.write(
+        self._write_log(
             {
                 "kind": "epoch",
                 "epoch": self.epoch,
@@ -356,14 +412,8 @@ class _Run:
         self._say_epoch(means, scores)
         self._save(finished=last)
 
-    def _close(self, signals: _Signals) -> bool:
-        self.writer.wait()
-        if self.writer.failed is not None:
-            raise OSError(
-                f"the checkpoint of step {self.step} could not be written ({self.writer.failed}); the one "
-                f"before it is whole: make room on the disk of {self.folder} and run the same again with "
-                "--resume (resume=True)"
-            ) from self.writer.failed
+    def _close(self, stopped: _Stop) -> bool:
+        self.ranks.first(self._finish_writing)
         if self.epoch == self.recipe.epochs:
             self.reporter.say(
                 f"{self.reporter.title}: done in {self.seconds:.0f} s; best epoch {self.best['epoch']}: "
@@ -374,28 +424,46 @@ class _Run:
             f"stopped in epoch {self.epoch + 1} of {self.recipe.epochs}, after step {self.step}; saved in "
             f"{self.folder}: run the same again with --resume (resume=True) to go on"
         )
-        if signals.came == signal.SIGINT:
+        if stopped.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        if signals.came is not None:
-            raise SystemExit(128 + signals.came)
+        if stopped.signal:
+            raise SystemExit(128 + stopped.signal)
         return False
 
-    def _told_to_stop(self, signals: _Signals, deadline: float) -> bool:
-        return self.epoch < self.recipe.epochs and (signals.came is not None or time.monotonic() > deadline)
+    def _finish_writing(self) -> None:
+        """Waits for the last checkpoint; OSError if it could not be written."""
+        assert self.writer is not None
+        self.writer.wait()
+        if self.writer.failed is not None:
+            raise OSError(
+                f"the checkpoint of step {self.step} could not be written ({self.writer.failed}); the one "
+                f"before it is whole: make room on the disk of {self.folder} and run the same again with "
+                "--resume (resume=True)"
+            ) from self.writer.failed
+
+    def _agreed(self, signals: _Signals, deadline: float, *, save: bool) -> tuple[_Stop, bool]:
+        """Whether to stop, and whether to write a checkpoint: what any rank wants, all do."""
+        came, late, due = self.agreement(signals.came or 0, time.monotonic() > deadline, save)
+        return _Stop(came, bool(late)), bool(due)
 
     # Validation
 
     def _validate(self) -> dict[str, float]:
-        model = self.train_on.judged
+        """The scores of the held-out images; each rank judges its share of them, once all have calibrated."""
+        model, share = self.train_on.judged, self.held_out
         self.recipe.calibrate(model, self.calibration)
-        clean = accuracy(model, self.held_out, batch_size=EVALUATION_BATCH, device=self.device)
-        scores = {"clean_accuracy": int(clean.sum()) / len(clean)}
+        if self.ranks.size > 1:
+            share = share.take(torch.arange(self.ranks.rank, len(share), self.ranks.size))
+
+        def part(correct: Callable[[], Tensor]) -> float:
+            found = int(correct().sum()) if len(share) else 0
+            return int(self.ranks.total(torch.tensor(found))) / len(self.held_out)
+
+        settings: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "device": self.device}
+        scores = {"clean_accuracy": part(lambda: accuracy(model, share, **settings))}
         if self.recipe.needs_attack:
             attack = named_attack("pgd_trades", model, self.held_out.threat_model, seed=self.seed)
-            robust = robust_correct(
-                model, self.held_out, attack, batch_size=EVALUATION_BATCH, device=self.device
-            )
-            scores["robust_accuracy"] = int(robust.sum()) / len(robust)
+            scores["robust_accuracy"] = part(lambda: robust_correct(model, share, attack, **settings))
             scores["w_robust_accuracy"] = w_robust_accuracy(
                 scores["clean_accuracy"], scores["robust_accuracy"]
             )
@@ -409,7 +477,10 @@ class _Run:
             return
         names = list(self.pending[0][2])
         rows = torch.stack([torch.stack([t.float() for t in terms.values()]) for _, _, terms in self.pending])
-        for (step, images, _), row in zip(self.pending, rows.tolist(), strict=True):
+        counts = [images for _, images, _ in self.pending]
+        if self.ranks.size > 1:
+            rows, counts = self._of_all_ranks(rows, counts)
+        for (step, _, _), images, row in zip(self.pending, counts, rows.tolist(), strict=True):
             terms = dict(zip(names, row, strict=True))
             if terms.pop("skipped"):
                 self._note_skipped(step, terms)
@@ -418,6 +489,12 @@ class _Run:
             self.of_epoch.add(terms, images)
             self.of_interval.add(terms, images)
         self.pending.clear()
+
+    def _of_all_ranks(self, rows: Tensor, counts: list[int]) -> tuple[Tensor, list[int]]:
+        """The means over all images of each step, and how many they were, from this rank's."""
+        weights = torch.tensor(counts, dtype=torch.float64)[:, None]
+        total = self.ranks.total(torch.cat([rows.cpu().double() * weights, weights], 1))
+        return total[:, :-1] / total[:, -1:], [int(images) for images in total[:, -1]]
 
     def _note_skipped(self, step: int, terms: dict[str, float]) -> None:
         """A step that changed nothing, because its loss or gradient was not finite."""
@@ -436,7 +513,13 @@ class _Run:
         means = self.of_interval.take()
         self.reporter.losses(means)
         self.reporter.pulse()
-        self.log.write({"kind": "step", "epoch": self.epoch + 1, "step": self.step, **means, **self._rates()})
+        self._write_log(
+            {"kind": "step", "epoch": self.epoch + 1, "step": self.step, **means, **self._rates()}
+        )
+
+    def _write_log(self, record: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(record)
 
     def _rates(self) -> dict[str, float]:
         """The learning rates that the last step leaves behind."""
@@ -459,12 +542,16 @@ class _Run:
     def _save(self, *, finished: bool) -> None:
         """Copies all that a checkpoint holds, and has it written while training goes on."""
         self._read_pending()
+        random = self.ranks.gathered(checkpoint.random_state(self.device))
+        if self.writer is None or self.log is None:
+            return
+        log = self.log
         self.writer.wait()
         state = checkpoint.on_host(
             {
                 "model": self.model.state_dict(),
                 **self.train_on.state_dict(),
-                "random": checkpoint.random_state(self.device),
+                "random": random,  # one for each rank
                 "epoch": self.epoch,
                 "batch": self.batch,
                 "step": self.step,
@@ -474,7 +561,7 @@ class _Run:
                 "seconds": self.seconds,
                 "of_epoch": vars(self.of_epoch),
                 "of_interval": vars(self.of_interval),
-                "log_bytes": self.log.length,
+                "log_bytes": log.length,
                 "finished": finished,
             }
         )
@@ -482,7 +569,7 @@ class _Run:
 
         def write() -> None:
             # the state last: where it says that the run is finished, all of it is there
-            self.log.sync(state["log_bytes"])
+            log.sync(state["log_bytes"])
             best = state["best_model"]
             if best and best is not self.best_on_disk:
                 _save_weights(self.model, self.folder / "best.safetensors", best)
@@ -496,11 +583,12 @@ class _Run:
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.train_on.load_state_dict(state)
-        checkpoint.set_random_state(state["random"], self.device)
+        if self.ranks.rank < len(state["random"]):  # else there are more ranks than there were
+            checkpoint.set_random_state(state["random"][self.ranks.rank], self.device)
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.best, self.best_model, self.seconds = state["best"], state["best_model"], state["seconds"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        if not self.best:  # what is on the disk may be newer than this state
+        if not self.best and self.ranks.rank == 0:  # what is on the disk may be newer than this state
             (self.folder / "best.safetensors").unlink(missing_ok=True)
         vars(self.of_epoch).update(state["of_epoch"])
         vars(self.of_interval).update(state["of_interval"])
@@ -508,6 +596,16 @@ class _Run:
             f"going on with {self.folder} after step {self.step} "
             f"({self.epoch} of {self.recipe.epochs} epochs are done)"
         )
+
+
+class _Stop(NamedTuple):
+    """Why a run is told to stop; false where it is not."""
+
+    signal: int = 0  # its number
+    late: bool = False  # the deadline has passed
+
+    def __bool__(self) -> bool:
+        return self.signal > 0 or self.late
 
 
 class _Signals:
@@ -585,6 +683,27 @@ def _check_outputs(model: nn.Module, data: Dataset, device: torch.device) -> Non
         )
 
 
+def _check_shares(recipe: Recipe, images: int, ranks: Ranks) -> None:
+    """Every rank needs an image of every micro-batch, in the last batch of an epoch too."""
+    last = images % recipe.batch_size or recipe.batch_size
+    smallest = min(recipe.batch_size, last)
+    if ranks.size > 1 and smallest < ranks.size * recipe.accumulate:
+        raise ValueError(
+            f"batch_size {recipe.batch_size} leaves {smallest} images for the last batch of an epoch, too "
+            f"few for {ranks.size} ranks with accumulate={recipe.accumulate}: choose another batch_size"
+        )
+
+
+def _check_same(config: dict[str, Any], ranks: Ranks) -> None:
+    for rank, other in enumerate(ranks.gathered(config)):
+        found = list(checkpoint.differences(config, other, "configuration"))
+        if found:
+            raise ValueError(
+                f"all ranks must train the same, but rank {ranks.rank} and rank {rank} differ: "
+                f"{'; '.join(found)}"
+            )
+
+
 def _load_teachers(teachers: Sequence[TeacherSource], recipe: Recipe, device: torch.device) -> Teachers:
     if isinstance(teachers, str | Path) or len(teachers) != len(recipe.teachers):
         raise ValueError(
@@ -656,9 +775,9 @@ def _source(teacher: TeacherSource) -> str:
 def _add_session(folder: Path, session: dict[str, Any], reporter: Reporter) -> None:
     """Adds this session to config.json; says so where the machine may round differently from the last one."""
     config = checkpoint.read_config(folder)
+    names = ("torch", "device", "threads", "ranks", *Numerics._fields)
     before, now = (
-        {name: one["environment"].get(name) for name in ("torch", "device", "threads", *Numerics._fields)}
-        for one in (config["sessions"][-1], session)
+        {name: one["environment"].get(name) for name in names} for one in (config["sessions"][-1], session)
     )
     changed = list(checkpoint.differences(before, now, "environment"))
     if changed:
@@ -676,8 +795,15 @@ def _save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor]) -> N
 
 
 def _result(
-    model: nn.Module, folder: Path, best: dict[str, float], weights: dict[str, Tensor], *, finished: bool
+    model: nn.Module,
+    folder: Path,
+    best: dict[str, float],
+    weights: dict[str, Tensor],
+    ranks: Ranks,
+    *,
+    finished: bool,
 ) -> RunResult:
     chosen = copy.deepcopy(model).eval()
     chosen.load_state_dict(weights)
-    return RunResult(chosen, folder, read_log(folder, "epoch"), dict(best), finished)
+    history = ranks.first(lambda: read_log(folder, "epoch"))
+    return RunResult(chosen, folder, history, dict(best), finished)

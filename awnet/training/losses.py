@@ -9,7 +9,7 @@ of its kind and adds the type loss of its router; a static model makes the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Attack = Callable[..., Tensor]
+# averages tensors over the ranks of a distributed run, in place, weighted by each rank's number of images
+Averaging = Callable[[Sequence[Tensor], int], None]
 
 
 class Batch(Protocol):
@@ -101,14 +103,22 @@ class MTARDWeights:
     far has no scale yet: its l̂ is 1 until a positive loss comes, which then counts as its first.
     """
 
-    def __init__(self, device: torch.device | str | None = None, learning_rate: float = 0.025) -> None:
+    def __init__(
+        self,
+        device: torch.device | str | None = None,
+        learning_rate: float = 0.025,
+        average: Averaging | None = None,
+    ) -> None:
         self.w_nat = torch.tensor(0.5, device=device)
         self.first = torch.zeros(2, device=device)  # the first losses: clean, adversarial
+        self._average = average
         self.learning_rate = learning_rate  # η of the coming step: the loop lowers it at the milestones
 
-    def update(self, nat: Tensor, adv: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes this step's two losses (0-d); returns the new (w_nat, w_adv), 0-d."""
+    def update(self, nat: Tensor, adv: Tensor, images: int = 1) -> tuple[Tensor, Tensor]:
+        """Takes this step's two losses (0-d), means over so many images; returns the new (w_nat, w_adv)."""
         loss = torch.stack([nat.detach(), adv.detach()]).to(self.first)
+        if self._average is not None:
+            self._average([loss], images)
         self.first.copy_(torch.where(self.first > 0, self.first, loss))
         known = self.first > 0
         relative = torch.where(known, loss / torch.where(known, self.first, 1.0), 1.0)
@@ -316,7 +326,7 @@ def mtard(
         w_nat = 1 - w_adv
     else:
         assert weights is not None
-        w_nat, w_adv = weights.update(nat, adv)
+        w_nat, w_adv = weights.update(nat, adv, len(x_nat))
     return _result({"nat": nat, "adv": adv, "w_nat": w_nat}, w_nat * nat + w_adv * adv, outputs, options)
 
 

@@ -8,14 +8,14 @@ What goes on: the learning rate's schedule, the position in the data, torch's ge
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from awnet.training.graphs import Graphed, Inference
-from awnet.training.losses import Attack, Batch, Loss, LossResult, MTARDWeights, Teachers
+from awnet.training.losses import Attack, Averaging, Batch, Loss, LossResult, MTARDWeights, Teachers
 from awnet.training.recipes import MTARD, Recipe
 
 
@@ -54,8 +54,9 @@ class TrainingStep:
         device: where the model and the batches are.
         steps_per_epoch: for the schedule.
         teachers: for a recipe that distils; private copies, as they are changed in precision and layout.
-        reduce: called after the backward pass with the gradients and the loss (0-d), to be averaged in place
-            over the ranks of a distributed run, before anything is decided upon them.
+        average: of a distributed run: ``average(tensors, count)`` replaces tensors, in place, by their means
+            over the ranks, each weighted by its ``count`` of images. Called with the gradients and the loss
+            (0-d), before anything is decided upon them, and with MTARD's losses.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class TrainingStep:
         steps_per_epoch: int,
         teachers: Teachers | None = None,
         *,
-        reduce: Callable[[list[Tensor]], None] | None = None,
+        average: Averaging | None = None,
     ) -> None:
         if recipe.capture and device.type != "cuda":
             raise ValueError(f"capture needs a CUDA device, got {device}: leave it out")
-        self.recipe, self.model, self.device, self.reduce = recipe, model, device, reduce
+        self.recipe, self.model, self.device, self._over_ranks = recipe, model, device, average
         self.numerics = numerics(recipe, device)
         self.memory_format = (
             torch.channels_last if self.numerics.layout == "channels_last" else torch.contiguous_format
@@ -86,7 +87,7 @@ class TrainingStep:
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._names: list[str] = []
         adapts = isinstance(recipe, MTARD) and recipe.adv_weight is None
-        self.weights = MTARDWeights(device) if adapts else None
+        self.weights = MTARDWeights(device, average=average) if adapts else None
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
         for group in self.optimizer.param_groups:
             if group["momentum"]:
@@ -148,22 +149,22 @@ class TrainingStep:
             shares.append(share)
             results.append(result.terms)
         terms = results[0] if pieces == 1 else _mean(results, shares)
-        return {**terms, **self._update(terms["total"], kept)}
+        return {**terms, **self._update(terms["total"], kept, len(batch.y))}
 
     def _guarded(self) -> list[Tensor]:
         """What the forward pass changes in place."""
         own = [] if self.weights is None else list(self.weights.state_dict().values())
         return [*self.model.buffers(), *own]
 
-    def _update(self, total: Tensor, kept: _Kept) -> dict[str, Tensor]:
+    def _update(self, total: Tensor, kept: _Kept, images: int) -> dict[str, Tensor]:
         """The optimiser's step, or none where something is not finite."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
                 parameter.grad = _like(parameter, parameter.grad)  # the fused optimiser wants one layout
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = total.clone()
-        if self.reduce is not None:
-            self.reduce([*gradients, total])
+        if self._over_ranks is not None:
+            self._over_ranks([*gradients, total], images)
         norm = torch.nn.utils.get_total_norm(gradients)
         failed = ~(norm.isfinite() & total.isfinite())
         # the fused optimiser does nothing where found_inf is 1, and divides by grad_scale

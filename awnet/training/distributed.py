@@ -1,0 +1,183 @@
+"""A run on several processes, its ranks, on one machine or more, as ``torchrun`` starts them.
+
+Each rank holds the whole model and takes its share of every global batch. Gradients, batch statistics and
+MTARD's losses are averaged over all samples of the global batch, so that the number of ranks changes the
+rounding and nothing else. Files, the log and the terminal belong to rank 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, and which of them this process is; alone by default.
+
+    device: this rank's.
+    group: of gradients and statistics: NCCL on CUDA, gloo on a CPU.
+    control: gloo, between the hosts alone: what it does never waits for a GPU.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+    control: Any = None
+
+    @property
+    def group_name(self) -> str | None:
+        """What ``awnet.nn.synchronize`` takes; None for a process that is alone."""
+        return None if self.group is None else str(self.group.group_name)
+
+    @torch.no_grad()
+    def mean(self, tensors: Sequence[Tensor], count: int) -> None:
+        """Averages ``tensors`` over the ranks in place, each rank's weighted by its ``count`` of samples.
+
+        One collective for each dtype; the host waits for nothing, and nothing depends on ``count``'s value
+        but the numbers, so that it can be part of a CUDA graph.
+        """
+        if self.size == 1:
+            return
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            groups.setdefault(tensor.dtype, []).append(tensor)
+        for group in groups.values():
+            own = [tensor.reshape(-1) * count for tensor in group]
+            flat = torch.cat([*own, own[0].new_full((1,), count)])
+            dist.all_reduce(flat, group=self.group)
+            parts = (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in group])
+            torch._foreach_copy_(group, [p.view(t.shape) for p, t in zip(parts, group, strict=True)])
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of ``values``, on the CPU, over the ranks."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def first(self, make: Callable[[], T]) -> T:
+        """``make()``, called by rank 0; its result, or its exception, on every rank."""
+        if self.size == 1:
+            return make()
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = make()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if box[1] is not None:
+            raise box[1]
+        result: T = box[0]
+        return result
+
+    def gathered(self, value: T) -> list[T]:
+        """Every rank's ``value``, on every rank, in order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def share(self, model: nn.Module) -> None:
+        """Gives all ranks the weights and buffers of rank 0's ``model``.
+
+        Raises ValueError for a batch norm whose statistics would be each rank's own.
+        """
+        if self.size == 1:
+            return
+        for name, module in model.named_modules():
+            if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+                raise ValueError(
+                    f"model's {name or type(module).__name__} is a plain batch norm, whose statistics would "
+                    "differ from rank to rank: use awnet.nn.MixBatchNorm2d(branches='one') instead, or on "
+                    "CUDA nn.SyncBatchNorm.convert_sync_batchnorm(model)"
+                )
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor, src=0, group=self.group)
+
+
+class Agreement:
+    """Turns what single ranks wish into what all do: the greatest wish, one call later.
+
+    Each call starts a reduction between the hosts and takes the result of the one before, so no rank waits
+    for another longer than a step. Alone, a wish is granted at once.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._under_way: tuple[Any, Tensor] | None = None
+
+    def __call__(self, *wishes: int) -> list[int]:
+        if self._ranks.size == 1:
+            return list(wishes)
+        agreed = self.close() or [0] * len(wishes)
+        values = torch.tensor(wishes)
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
+        self._under_way = work, values
+        return agreed
+
+    def close(self) -> list[int] | None:
+        """Takes what is still under way; every rank has to call it as often as the others."""
+        if self._under_way is None:
+            return None
+        work, values = self._under_way
+        self._under_way = None
+        work.wait()
+        return [int(value) for value in values]
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0 of torchrun's, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process again after a failure (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """The ranks of this run: torchrun's, those of a process group that is there already, or this one alone.
+
+    ``device`` "cuda" becomes this rank's own GPU, by torchrun's LOCAL_RANK. Raises ValueError for a numbered
+    GPU that all of torchrun's ranks would share.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    own = launched and not dist.is_initialized()
+    if own and device.type == "cuda" and device.index is not None:
+        raise ValueError(f"device must be 'cuda' under torchrun, where each rank takes a GPU, got {device}")
+    if device.type == "cuda" and device.index is None and (own or dist.is_initialized()):
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started more ranks on this machine than it has GPUs, {torch.cuda.device_count()}: "
+                "lower --nproc_per_node, or train on device='cpu'"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if own:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            yield Ranks(device)
+            return
+        control = dist.new_group(backend="gloo")
+        yield Ranks(device, dist.get_rank(), dist.get_world_size(), dist.group.WORLD, control)
+    finally:
+        if own:
+            dist.destroy_process_group()
