@@ -172,12 +172,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     if own:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            yield Ranks(device)
-            return
-        control = dist.new_group(backend="gloo")
-        yield Ranks(device, dist.get_rank(), dist.get_world_size(), dist.group.WORLD, control)
-    finally:
-        if own:
-            dist.destroy_process_group()
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield Ranks(device)
+        return
+    control = dist.new_group(backend="gloo")
+    yield Ranks(device, dist.get_rank(), dist.get_world_size(), dist.group.WORLD, control)
+    if own:  # after an error the process ends: what is under way with a lost rank would hold it up
+        dist.destroy_process_group()
