@@ -58,17 +58,18 @@ def splits(train: int = 23) -> Splits:
     return Splits(*parts)
 
 
-def steps_in_float64(ranks: Ranks, recipe: Recipe, images: int, steps: int) -> dict[str, Tensor]:
-    """awnet_tiny on digits, attack and all, for some steps; its weights, statistics and momentum after."""
+def steps_in_float64(
+    ranks: Ranks, make: Callable[[], nn.Module], recipe: Recipe, images: int, steps: int
+) -> dict[str, Tensor]:
+    """Some steps on digits, attack and all; weights, statistics and momentum after."""
     data = load_dataset("digits").train.subset(images)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = create_model("awnet_tiny", in_channels=1).double()
+        model = make().double()
         teachers = Teachers(*(create_model("resnet_tiny", in_channels=1).double().eval() for _ in range(2)))
-    per_epoch = -(-images // recipe.batch_size)
     average = ranks.mean if ranks.size > 1 else None
     with _synchronized(model, ranks):
-        step = TrainingStep(recipe, model, CPU, per_epoch, teachers, average=average)
+        step = TrainingStep(recipe, model, CPU, -(-images // recipe.batch_size), teachers, average=average)
         done = 0
         for epoch in range(recipe.epochs):
             step.start_epoch(epoch)
@@ -78,10 +79,9 @@ def steps_in_float64(ranks: Ranks, recipe: Recipe, images: int, steps: int) -> d
             for x, y, index in data.batches(
                 recipe.batch_size, shuffle=True, augment=True, epoch=epoch, part=part
             ):
-                if done == steps:
-                    break
-                step(Batch(x.double(), y, index), attack)
-                done += 1
+                if done < steps:
+                    step(Batch(x.double(), y, index), attack)
+                    done += 1
         assert done == steps
     found = dict(model.state_dict())
     for number, own in step.optimizer.state_dict()["state"].items():
@@ -91,20 +91,22 @@ def steps_in_float64(ranks: Ranks, recipe: Recipe, images: int, steps: int) -> d
     return found
 
 
+def without_norms() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(288, 10))
+
+
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "attack_steps": 2, "milestones": ()}
 # 45 images: the last batch has 13, 7 for one rank and 6 for the other
 
 
 def a_few_steps(ranks: Ranks, folder: Path) -> Any:
     recipe = MTARD(weight_lr=0.5, **SHORT)
-    return steps_in_float64(ranks, recipe, images=45, steps=3)
+    return steps_in_float64(ranks, without_norms, recipe, images=45, steps=3)
 
 
 def twenty_steps(ranks: Ranks, folder: Path) -> Any:
-    found = {}
-    for recipe in (MTARD(weight_lr=0.5, epochs=4, batch_size=32), PGDAT(epochs=4, batch_size=32)):
-        found[recipe.name] = steps_in_float64(ranks, recipe, images=179, steps=20)
-    return found
+    recipes = (MTARD(weight_lr=0.5, epochs=4, batch_size=32), PGDAT(epochs=4, batch_size=32))
+    return {r.name: steps_in_float64(ranks, without_norms, r, images=179, steps=20) for r in recipes}
 
 
 def pieces(ranks: Ranks, folder: Path) -> Any:
@@ -211,7 +213,7 @@ def on_two_ranks(jobs: list[Callable[..., Any]], folder: Path) -> dict[str, list
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two")
-    jobs: list[Callable[..., Any]] = [pieces, whole_run, stopped_by_one_rank, refusals]
+    jobs: list[Callable[..., Any]] = [pieces, a_few_steps, whole_run, stopped_by_one_rank, refusals]
     return {**on_two_ranks(jobs, folder), "folder": folder}
 
 

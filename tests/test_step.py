@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,16 +279,16 @@ def test_channels_last_gives_what_nchw_gives() -> None:
 
 
 def test_what_is_reduced_over_ranks_decides() -> None:
-    seen: list[int] = []
+    seen: list[tuple[int, int]] = []
 
-    def other_rank_is_broken(tensors: list[Tensor]) -> None:
-        seen.append(len(tensors))
-        tensors[-1] += torch.nan
+    def other_rank_is_broken(tensors: Sequence[Tensor], images: int) -> None:
+        seen.append((len(tensors), images))
+        tensors[-1].add_(torch.nan)
 
-    step = made(Standard(), linear(), reduce=other_rank_is_broken)
+    step = made(Standard(), linear(), average=other_rank_is_broken)
     before = everything(step)
     assert step(batch(), shifted)["skipped"].item() == 1
-    assert seen == [5]  # four gradients and the loss
+    assert seen == [(5, len(batch().y))]  # four gradients and the loss
     assert same(before, everything(step))
 
 
