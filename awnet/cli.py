@@ -279,6 +279,12 @@ class Evaluate(_OnRun):
         console.print(report.table())
         if others:
             console.print(comparison_table(report))
+        for kind, use in report.exits.items():
+            share = use["mean_flops"] / use["full_flops"]
+            _say(
+                console,
+                f"{kind}: mean exit {use['mean_exit']:.2f}, {100 * share:.0f} % of the full network's FLOPs",
+            )
         for line in report.sanity:
             _say(console, f"{line['result']}: {line['check']} ({line['evidence']})")
         if report.router_auc:

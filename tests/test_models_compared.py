@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from awnet.attacks import PGD, frozen
 from awnet.data import Splits, load_dataset
-from awnet.evaluation import evaluate
+from awnet.evaluation import Report, evaluate
 from awnet.models import create_model, load_model, parameter_count
 from awnet.models.advmoe import ExpertConv2d
 from awnet.models.rdi import choose_thresholds, entropy
@@ -344,6 +344,24 @@ def test_they_are_evaluated_like_any_network(name: str) -> None:
     report = evaluate(narrow(name).eval(), DIGITS.test, ["fgsm"], limit=20, batch_size=20)
     assert 0 <= report.attacks["fgsm"].robust_accuracy <= 1
     assert ("fgsm" in report.router_auc) == (name == "separate_net")
+    assert bool(report.exits) == (name == "rdi_resnet38")
+
+
+def test_the_report_tells_which_exits_were_taken(tmp_path: Path) -> None:
+    model, x, _ = rdi_images(32)
+    with torch.no_grad():
+        model.thresholds.copy_(entropy(torch.stack(model.exits(x)))[:6].quantile(0.3, dim=1))
+    report = evaluate(model, DIGITS.test, ["fgsm"], limit=20, batch_size=20, out=tmp_path)
+    again = Report.load(tmp_path / "evaluations" / "default")
+    cost = model.flops((8, 8))
+    for kind in ("clean", "fgsm"):
+        use = report.exits[kind]
+        assert again.exits[kind] == use
+        taken = report.per_sample[f"{kind}_exit"]
+        assert use["mean_exit"] == pytest.approx(taken.mean() + 1)
+        assert use["mean_flops"] == pytest.approx(sum(cost[e] for e in taken) / 20)
+        assert use["shares"] == pytest.approx([(taken == e).mean() for e in range(7)])
+        assert use["mean_flops"] < use["full_flops"] == cost[6]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,6 +71,7 @@ def evaluate(
     are named and all that the union adds; what an attack breaks is not attacked again. A model with a router
     (``model.route``) is also asked how well its type logits tell each attack, and noise of the same size as a
     control, from clean images. Everything runs in float32, TF32 off, with parameters frozen.
+    A network with side exits (``model.exit_of``) is asked which exit each image takes.
 
     Args:
         model: images [0, 1] → logits ``[B, K]``, in any mode; it is left as it was found.
@@ -241,6 +243,11 @@ def evaluate(
             {kind: seen[kind].mean_scales() for kind in [CLEAN, *attacked] if routed},
         ),
     )
+    if hasattr(model, "exit_of"):
+        report.exits = {
+            kind: _exit_use(model, per_sample[f"{kind}_exit"], dataset.image_size)
+            for kind in [CLEAN, *attacked]
+        }
     report.flags = flags(report)
     report.compared_with = {other: compare(report, value, seed) for other, value in other_reports.items()}
     if out is not None:
@@ -329,12 +336,24 @@ def _observe(
         # the difference of the two logits orders images as p does, without saturating
         found["type_score"] = (routing.type_logits[:, 1] - routing.type_logits[:, 0]).float()
         found["p_clean"] = routing.p_clean.float()
+    if logits and hasattr(model, "exit_of"):
+        found["exit"] = model.exit_of(x)  # type: ignore[operator]
     if logits:
         output = _logits(model, x, routing)
         found["prediction"] = output.argmax(1)
         found["correct"] = found["prediction"] == y
         found["finite"] = output.isfinite().all(1)
     return found, [] if routing is None else routing.filter_scales
+
+
+def _exit_use(model: nn.Module, exit_of: Array, image_size: tuple[int, int]) -> dict[str, Any]:
+    cost = np.array(model.flops(image_size))  # type: ignore[operator]
+    return {
+        "mean_exit": float(exit_of.mean()) + 1,
+        "shares": [float((exit_of == e).mean()) for e in range(len(cost))],
+        "mean_flops": float(cost[exit_of].mean()),
+        "full_flops": int(cost[-1]),
+    }
 
 
 def _logits(model: nn.Module, x: Tensor, routing: Any = None) -> Tensor:

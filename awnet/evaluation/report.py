@@ -98,6 +98,9 @@ class Report:
     """What a reader should know before believing the numbers."""
     settings: dict[str, Any]
     environment: dict[str, Any]
+    exits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of a network with side exits, for each kind of image: ``mean_exit`` (the first is 1), each exit's
+    ``shares``, ``mean_flops`` of an image that leaves there, and ``full_flops`` of one that never does."""
     selected_on: str | None = None
     """The split whose images chose the checkpoint; None where that is not known."""
     union: AttackResult | None = None
@@ -119,7 +122,16 @@ class Report:
         whole = asdict(self)
         for name in ("per_sample", "filter_means"):
             del whole[name]
-        for name in ("selected_on", "router_auc", "union", "detection", "sanity", "curves", "compared_with"):
+        for name in (
+            "selected_on",
+            "router_auc",
+            "exits",
+            "union",
+            "detection",
+            "sanity",
+            "curves",
+            "compared_with",
+        ):
             if not whole[name]:
                 del whole[name]
         for result in (*whole["attacks"].values(), whole.get("union", {})):
