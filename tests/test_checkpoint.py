@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -749,39 +750,39 @@ def test_fingerprints_tell_weights_and_shapes() -> None:
 
 # --- killed anywhere
 
-KILLED = """
-    import random, sys
-    sys.path.insert(0, {tests!r})
-    import torch, test_checkpoint as t
-    torch.set_num_threads(1)
-    t.stop_at(None)
-    t.go(t.Path({run!r}), t.LONG, resume=True, checkpoint_minutes=1e-9)
-    """
 LONG = Planned(**{**vars(RECIPE), "epochs": 12, "milestones": (6, 9)})
+
+
+def in_a_process(run: Path) -> None:
+    torch.set_num_threads(1)
+    stop_at(None)
+    go(run, LONG, resume=True, checkpoint_minutes=1e-9)
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
-    """SIGKILL at twenty random moments, with a checkpoint written at almost every step."""
+    """SIGKILL at twenty random moments, with a checkpoint being written at almost every step."""
     stop_at(None)
     whole, run = tmp_path / "whole", tmp_path / "run"
     go(whole, LONG)
-    code = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), run=str(run))
+    context = multiprocessing.get_context("forkserver")  # whose processes start at once, and without threads
+    context.set_forkserver_preload(["torch", "awnet.training", "pytest"])
     chance, kills, while_writing = random.Random(0), 0, 0
     while True:
-        process = subprocess.Popen([sys.executable, "-c", code])
+        process = context.Process(target=in_a_process, args=(run,))
         before = newest(run)
-        while newest(run) == before and process.poll() is None:  # it is under way
+        process.start()
+        while newest(run) == before and process.is_alive():  # until it is under way
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.06))
-        if kills < 20 and process.poll() is None:
+        time.sleep(chance.uniform(0, 0.03))
+        if kills < 20 and process.is_alive():
             process.kill()
             kills += 1
-        status = process.wait()
+        process.join()
         while_writing += bool(list(run.rglob("*.tmp")))
-        if status == 0:
+        if process.exitcode == 0:
             break
-        assert status == -signal.SIGKILL
+        assert process.exitcode == -signal.SIGKILL
     assert kills >= 10
     assert while_writing
     assert_same_run(whole, run)
