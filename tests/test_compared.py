@@ -124,6 +124,17 @@ def test_width_is_a_factor_of_every_layer(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", NARROW)
+def test_two_epochs_of_adversarial_training_lower_the_loss(name: str, tmp_path: Path) -> None:
+    recipe = recipe_for("pgd_at", "digits", epochs=2, attack_steps=3, validate_every=2, validate_limit=20)
+    splits = Splits(DIGITS.train.subset(512), DIGITS.validation, DIGITS.test)
+    result = train(recipe, narrow(name), splits, tmp_path, quiet=True, tensorboard=False)
+    first, second = (epoch["total"] for epoch in result.history)
+    assert second < first
+    assert result.history[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_forward_and_backward(name: str) -> None:
     needs(name)
