@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import native
-from awnet.ops.algebra import BatchStatistics, Propagation
+from awnet.ops.algebra import BatchStatistics, Needs, Propagation, Sums
 from awnet.ops.passes import EagerPasses
 
 # by a part of a warp, a warp, a block, several blocks; values that fill a 16-byte access and that do not
@@ -33,12 +33,21 @@ class _Operators:
         operator = getattr(torch.ops.awnet, name)
 
         def call(*arguments: Any) -> Any:
+            if name == "apply":
+                arguments = arguments[:-1]  # the operator is never in place
             flat: list[Any] = []
             for argument in arguments:
-                if isinstance(argument, BatchStatistics) and name == "training_coefficients":
+                if isinstance(argument, BatchStatistics) and name in (
+                    "training_coefficients",
+                    "training_sums",
+                ):
                     flat += argument[:2]  # it does without the counts
                 elif isinstance(argument, BatchStatistics | Propagation):
                     flat += argument
+                elif isinstance(argument, Sums):
+                    flat.append(argument.through)
+                elif isinstance(argument, Needs):
+                    flat.append(list(argument))
                 else:
                     flat.append(argument)
             return operator(*flat)
@@ -100,7 +109,7 @@ class _Checker:
         return [g for g, _ in kept], [w for _, w in kept]
 
     def _move(self, x: Any) -> Any:
-        if isinstance(x, BatchStatistics | Propagation):
+        if isinstance(x, BatchStatistics | Propagation | Sums):
             return type(x)(*(self._move(part) for part in x))
         if not isinstance(x, Tensor):
             return x
@@ -108,7 +117,7 @@ class _Checker:
         return moved.float() if moved.dtype == torch.float64 else moved
 
     def _widen(self, x: Any) -> Any:
-        if isinstance(x, BatchStatistics | Propagation):
+        if isinstance(x, BatchStatistics | Propagation | Sums):
             return type(x)(*(self._widen(part) for part in x))
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
@@ -128,13 +137,14 @@ def check_passes(check: _Checker, shapes: Sequence[tuple[int, ...]], dtypes: Seq
                 y, limit = other.relu(), _LIMITS[dtype]
                 check("statistics", u)
                 for residual in (None, other):
-                    for relu in (False, True):
-                        check("apply", u, scale, shift, residual, relu, limit=limit)
-                for mask in (None, y):
-                    check("reduce", grad, u, shift, mask)
+                    for relu, keep_mask in ((False, False), (True, False), (True, True)):
+                        check("apply", u, scale, shift, residual, relu, keep_mask, False, limit=limit)
+                for gate in (None, y, y > 0):
+                    check("reduce", grad, u, shift, gate)
                     for how in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
-                        check("propagate", grad, u, shift, mask, how, False, limit=limit)
-                        check("propagate", grad, u, shift, mask, how, True, limit=limit)
+                        about = (None, None) if how.by_input is None else (u, shift)
+                        check("propagate", grad, *about, gate, how, False, limit=limit)
+                        check("propagate", grad, *about, gate, how, True, limit=limit)
 
 
 def check_algebra(check: _Checker) -> None:
@@ -153,10 +163,19 @@ def check_algebra(check: _Checker) -> None:
         for scaled in (omega, None):
             probability, kind = (p, is_clean) if rows == 2 else (None, None)
             check("testing_coefficients", scaled, weight, bias, *running, probability, 1e-5, BATCH)
-            check("testing_gradients", g1, gc, mean, scaled, weight, bias, *running, probability, 1e-5)
+            tables = (scaled, weight, bias, *running, probability, 1e-5)
+            for needs in (
+                Needs(scaled is not None, rows == 2, True, True),
+                Needs(False, rows == 2, False, False),
+            ):
+                check("testing_gradients", g1, gc, mean, *tables, needs)
             own = check("batch_statistics", mean, m2, 9, scaled, kind if groups == 2 else None, groups)
             check("training_coefficients", scaled, weight, bias, own, kind, 1e-5, BATCH)
-            check("training_gradients", g1, gc, mean, m2, 9, scaled, weight, own, kind, 1e-5, limit=1e-3)
+            rest = (scaled, weight, own, kind, 1e-5)
+            sums = check("training_sums", g1, gc, mean, *rest, limit=1e-3)
+            for given in (None, sums):
+                need = scaled is not None
+                check("training_gradients", g1, gc, mean, m2, 9, *rest, need, given, limit=1e-3)
 
 
 def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> int:
@@ -181,7 +200,9 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
         for module, groups in ((conv, 1), (grouped_conv, 16)):
             weight = normal(16, 16 // groups, 3, 3).to(dtype)
             weight = weight.contiguous(memory_format=torch.channels_last)
-            applied = module.fused_apply(x, weight, scale, shift, x, True, *where, groups, True, force=True)
+            applied = module.fused_apply(
+                x, weight, scale, shift, x, True, *where, groups, True, True, force=True
+            )
             counted = module.fused_statistics(x, weight, *where, groups, force=True)
             back = module.fused_dgrad(x, weight, x.shape, *where, groups, force=True)
             for found in (applied, counted, back):

@@ -128,13 +128,15 @@ def _table_job(op: str, case: Convolution, batch: int, device: torch.device) -> 
         if op == "testing_coefficients":
             return kernels.testing_coefficients(omega, norm, p, eps, batch, how)
         if op == "testing_gradients":
-            return kernels.testing_gradients(g1, gc, mean, omega, norm, p, eps, how)
+            return kernels.testing_gradients(
+                g1, gc, mean, omega, norm, p, eps, (True, True, False, False), how
+            )
         if op == "batch_statistics":
             return kernels.batch_statistics(mean, m2, hw, omega, clean, 2, how)
         if op == "training_coefficients":
             return kernels.training_coefficients(omega, norm, clean, eps, batch, how)
         return kernels.training_gradients(
-            g1, gc, mean, m2, hw, omega, norm.weight, statistics, clean, eps, how
+            g1, gc, mean, m2, hw, omega, norm.weight, statistics, clean, eps, True, None, how
         )
 
     start = tuning.launch_parameters(op, torch.device("cpu"), batch, channels)

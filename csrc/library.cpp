@@ -5,10 +5,12 @@
 
 TORCH_LIBRARY_FRAGMENT(awnet, m) {
   m.def("statistics(Tensor u) -> (Tensor mean, Tensor m2)");
-  m.def("apply(Tensor u, Tensor scale, Tensor shift, Tensor? residual, bool relu) -> Tensor");
-  m.def("reduce(Tensor grad, Tensor u, Tensor centre, Tensor? y) -> (Tensor g1, Tensor gc)");
   m.def(
-      "propagate(Tensor grad, Tensor u, Tensor centre, Tensor? y, Tensor by_grad, Tensor? by_input, "
+      "apply(Tensor u, Tensor scale, Tensor shift, Tensor? residual, bool relu, bool keep_mask) -> (Tensor y, "
+      "Tensor mask)");
+  m.def("reduce(Tensor grad, Tensor u, Tensor centre, Tensor? gate) -> (Tensor g1, Tensor gc)");
+  m.def(
+      "propagate(Tensor grad, Tensor? u, Tensor? centre, Tensor? gate, Tensor by_grad, Tensor? by_input, "
       "Tensor? constant, bool residual) -> (Tensor d_u, Tensor d_residual)");
   m.def(
       "testing_coefficients(Tensor? omega, Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor? "
@@ -16,9 +18,8 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "float eps, int batch) -> (Tensor scale, Tensor shift)");
   m.def(
       "testing_gradients(Tensor g1, Tensor gc, Tensor centre, Tensor? omega, Tensor weight, Tensor bias, "
-      "Tensor mean, "
-      "Tensor var, Tensor? p_clean, float eps) -> (Tensor d_omega, Tensor d_p, Tensor d_weight, Tensor "
-      "d_bias)");
+      "Tensor mean, Tensor var, Tensor? p_clean, float eps, bool[4] needs) -> (Tensor d_omega, Tensor d_p, "
+      "Tensor d_weight, Tensor d_bias)");
   m.def(
       "batch_statistics(Tensor mean, Tensor m2, int hw, Tensor? omega, Tensor? is_clean, int rows) -> "
       "(Tensor batch_mean, Tensor batch_var, Tensor n)");
@@ -26,22 +27,37 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "training_coefficients(Tensor? omega, Tensor weight, Tensor bias, Tensor batch_mean, Tensor batch_var, "
       "Tensor? is_clean, float eps, int batch) -> (Tensor scale, Tensor shift)");
   m.def(
+      "training_sums(Tensor g1, Tensor gc, Tensor mean, Tensor? omega, Tensor weight, Tensor batch_mean, "
+      "Tensor batch_var, Tensor? is_clean, float eps) -> (Tensor d_weight, Tensor d_bias, Tensor through)");
+  m.def(
       "training_gradients(Tensor g1, Tensor gc, Tensor mean, Tensor m2, int hw, Tensor? omega, Tensor "
-      "weight, "
-      "Tensor batch_mean, Tensor batch_var, Tensor n, Tensor? is_clean, float eps) -> (Tensor d_omega, "
-      "Tensor d_weight, Tensor d_bias, Tensor by_grad, Tensor by_input, Tensor constant)");
+      "weight, Tensor batch_mean, Tensor batch_var, Tensor n, Tensor? is_clean, float eps, bool need_omega, "
+      "Tensor? through) -> (Tensor d_omega, Tensor d_weight, Tensor d_bias, Tensor by_grad, Tensor by_input, "
+      "Tensor constant)");
 }
 
 #define AWNET_IMPLEMENT(space)                                    \
   m.impl("statistics", &space::statistics);                       \
-  m.impl("apply", &space::apply);                                 \
+  m.impl("apply", &not_in_place<&space::apply>);                  \
   m.impl("reduce", &space::reduce);                               \
   m.impl("propagate", &space::propagate);                         \
   m.impl("testing_coefficients", &space::testing_coefficients);   \
   m.impl("testing_gradients", &space::testing_gradients);         \
   m.impl("batch_statistics", &space::batch_statistics);           \
   m.impl("training_coefficients", &space::training_coefficients); \
+  m.impl("training_sums", &space::training_sums);                 \
   m.impl("training_gradients", &space::training_gradients);
+
+namespace {
+using awnet::MaybeTensor, at::Tensor;
+
+// u may be overwritten where the layer has just made it, never where a caller brings it
+template <auto apply>
+std::tuple<Tensor, Tensor> not_in_place(const Tensor& u, const Tensor& scale, const Tensor& shift,
+                                        const MaybeTensor& residual, bool relu, bool keep_mask) {
+  return apply(u, scale, shift, residual, relu, keep_mask, false);
+}
+}  // namespace
 
 TORCH_LIBRARY_IMPL(awnet, CPU, m){AWNET_IMPLEMENT(awnet::cpu)}
 #if defined(AWNET_CUDA)

@@ -160,7 +160,10 @@ def testing_gradients_kernel(
     CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """All channels of SAMPLES samples; d_weight and d_bias [programs, K, C] get this program's sums."""
+    """All channels of SAMPLES samples; d_weight and d_bias [programs, K, C] get this program's sums.
+
+    d_omega, d_p, and d_weight with d_bias are None where nobody asks for them.
+    """
     program = tl.program_id(0).to(tl.int64)
     sample = program * SAMPLES + tl.arange(0, SAMPLES)
     sums = program * (K * channels)
@@ -192,17 +195,19 @@ def testing_gradients_kernel(
             if K == 1:
                 d_weight_0 += d_weight_1
                 d_bias_0 += d_bias_1
-            else:
+            elif d_weight is not None:
                 column = sums + channels + channel
                 tl.store(d_weight + column, tl.sum(tl.where(mask, d_weight_1, 0.0), 0), mask=exists)
                 tl.store(d_bias + column, tl.sum(tl.where(mask, d_bias_1, 0.0), 0), mask=exists)
-            difference = gain_1 * about_1 + bias_1 * own_g1 - (gain_0 * about_0 + bias_0 * own_g1)
-            by_p += tl.sum(tl.where(mask, difference, 0.0), 1)
+            if d_p is not None:
+                difference = gain_1 * about_1 + bias_1 * own_g1 - (gain_0 * about_0 + bias_0 * own_g1)
+                by_p += tl.sum(tl.where(mask, difference, 0.0), 1)
         else:
             gain = gain_0
             d_weight_0, d_bias_0 = about_0 * inv_std_0, own_g1
-        tl.store(d_weight + sums + channel, tl.sum(tl.where(mask, d_weight_0, 0.0), 0), mask=exists)
-        tl.store(d_bias + sums + channel, tl.sum(tl.where(mask, d_bias_0, 0.0), 0), mask=exists)
+        if d_weight is not None:
+            tl.store(d_weight + sums + channel, tl.sum(tl.where(mask, d_weight_0, 0.0), 0), mask=exists)
+            tl.store(d_bias + sums + channel, tl.sum(tl.where(mask, d_bias_0, 0.0), 0), mask=exists)
         if d_omega is not None:
             tl.store(d_omega + places, (own_gc + own_centre * own_g1) * gain, mask=mask)
     if d_p is not None:
@@ -322,26 +327,18 @@ def training_coefficients_kernel(
 
 
 @triton.jit
-def training_gradients_kernel(
-    d_omega,
-    d_weight,
-    d_bias,
-    by_grad,
-    by_input,
-    constant,
+def _training_sums(
     g1,
     gc,
     mean,
-    m2,
     omega,
     weight,
     batch_mean,
     batch_var,
-    n,
     is_clean,
     batch,
+    channel,
     channels,
-    pixels,
     eps,
     K: tl.constexpr,
     S: tl.constexpr,
@@ -349,14 +346,12 @@ def training_gradients_kernel(
     CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    """∂γ and ∂β of both rows, and Σ γ g and Σ γ g x̂ over each row of the statistics."""
     exists = channel < channels
-    hw = pixels * 1.0  # one pixel comes as a constant, which has no .to()
     weight_0 = tl.zeros([CHANNELS], tl.float32)
     weight_1 = tl.zeros([CHANNELS], tl.float32)
     bias_0 = tl.zeros([CHANNELS], tl.float32)
     bias_1 = tl.zeros([CHANNELS], tl.float32)
-    # sums of γ g and γ g x̂ over each row of the statistics
     a_0 = tl.zeros([CHANNELS], tl.float32)
     a_1 = tl.zeros([CHANNELS], tl.float32)
     d_0 = tl.zeros([CHANNELS], tl.float32)
@@ -384,11 +379,94 @@ def training_gradients_kernel(
         zeroth, first = _sums(gamma * along, clean, mask, S)
         d_0 += zeroth
         d_1 += first
-    tl.store(d_weight + channel, weight_0, mask=exists)
-    tl.store(d_bias + channel, bias_0, mask=exists)
-    if K == 2:
-        tl.store(d_weight + channels + channel, weight_1, mask=exists)
-        tl.store(d_bias + channels + channel, bias_1, mask=exists)
+    return weight_0, weight_1, bias_0, bias_1, a_0, a_1, d_0, d_1
+
+
+@triton.jit
+def _store_rows(table, zeroth, first, channel, channels, exists, ROWS: tl.constexpr):
+    tl.store(table + channel, zeroth, mask=exists)
+    if ROWS == 2:
+        tl.store(table + channels + channel, first, mask=exists)
+
+
+@triton.jit
+def training_sums_kernel(
+    d_weight,
+    d_bias,
+    through,  # [2, S, C]
+    g1,
+    gc,
+    mean,
+    omega,
+    weight,
+    batch_mean,
+    batch_var,
+    is_clean,
+    batch,
+    channels,
+    eps,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    weight_0, weight_1, bias_0, bias_1, a_0, a_1, d_0, d_1 = _training_sums(
+        g1, gc, mean, omega, weight, batch_mean, batch_var, is_clean, batch, channel, channels, eps,
+        K, S, SAMPLES, CHANNELS, STEPS,
+    )  # fmt: skip
+    _store_rows(d_weight, weight_0, weight_1, channel, channels, exists, K)
+    _store_rows(d_bias, bias_0, bias_1, channel, channels, exists, K)
+    _store_rows(through, a_0, a_1, channel, channels, exists, S)
+    _store_rows(through + S * channels, d_0, d_1, channel, channels, exists, S)
+
+
+@triton.jit
+def training_gradients_kernel(
+    d_omega,
+    d_weight,
+    d_bias,
+    by_grad,
+    by_input,
+    constant,
+    through,  # [2, S, C] of training_sums_kernel, other ranks' added; None: this kernel sums up
+    g1,
+    gc,
+    mean,
+    m2,
+    omega,
+    weight,
+    batch_mean,
+    batch_var,
+    n,
+    is_clean,
+    batch,
+    channels,
+    pixels,
+    eps,
+    K: tl.constexpr,
+    S: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = channel < channels
+    hw = pixels * 1.0  # one pixel comes as a constant, which has no .to()
+    if through is None:
+        weight_0, weight_1, bias_0, bias_1, a_0, a_1, d_0, d_1 = _training_sums(
+            g1, gc, mean, omega, weight, batch_mean, batch_var, is_clean, batch, channel, channels, eps,
+            K, S, SAMPLES, CHANNELS, STEPS,
+        )  # fmt: skip
+        _store_rows(d_weight, weight_0, weight_1, channel, channels, exists, K)
+        _store_rows(d_bias, bias_0, bias_1, channel, channels, exists, K)
+    else:
+        a_0 = _row(through, 0, channel, channels, exists)
+        a_1 = _row(through, S - 1, channel, channels, exists)
+        d_0 = _row(through, S, channel, channels, exists)
+        d_1 = _row(through, 2 * S - 1, channel, channels, exists)
     n_0 = tl.maximum(tl.load(n), 1.0)
     n_1 = tl.maximum(tl.load(n + S - 1), 1.0)
     for step in range(STEPS):
@@ -531,8 +609,8 @@ def testing_coefficients(
 class TestingGradients(NamedTuple):
     omega: Tensor | None  # [B, C]
     p_clean: Tensor | None  # [B]
-    weight: Tensor  # [K, C]
-    bias: Tensor  # [K, C]
+    weight: Tensor | None  # [K, C]
+    bias: Tensor | None  # [K, C]
 
 
 def testing_gradients(
@@ -543,27 +621,31 @@ def testing_gradients(
     norm: Norm,
     p_clean: Tensor | None,
     eps: float,
+    needs: Sequence[bool],
     how: Mapping[str, int],
     *,
     out: TestingGradients | None = None,  # noqa: PT028
 ) -> TestingGradients:
-    """Gradients in test mode. All tensors contiguous float32; ``how``: tile, inner, warps."""
+    """Gradients in test mode. All tensors contiguous float32; ``how``: tile, inner, warps.
+
+    ``needs``: whether ω's, p's, weight's and bias's are asked for; the last two come together or not at all.
+    """
     batch, channels = g1.shape
+    need_omega, need_p, *need_tables = needs
     if out is None:
+        tables = (_like(norm.weight), _like(norm.weight)) if any(need_tables) else (None, None)
         out = TestingGradients(
-            None if omega is None else _like(g1),
-            g1.new_empty(batch) if norm.branches == 2 else None,
-            _like(norm.weight),
-            _like(norm.weight),
+            _like(g1) if need_omega else None, g1.new_empty(batch) if need_p else None, *tables
         )
     if batch == 0:
-        out.weight.zero_()
-        out.bias.zero_()
+        for table in out[2:]:
+            if table is not None:
+                table.zero_()
         return out
     samples, wide = _sizes(batch, channels, how)
     programs = -(-batch // samples)
     sums = (out.weight, out.bias)
-    if programs > 1:
+    if programs > 1 and out.weight is not None:
         size = (programs, *norm.weight.shape)
         sums = (g1.new_empty(size), g1.new_empty(size))
     launch(
@@ -587,7 +669,7 @@ def testing_gradients(
         warps=how["warps"],
         **norm.rows,
     )
-    if programs > 1:
+    if programs > 1 and out.weight is not None:
         width, parts = norm.weight.numel(), power_of_two(programs)
         columns = min(power_of_two(width), max(1, how["tile"] // parts))
         launch(
@@ -685,6 +767,60 @@ def training_coefficients(
     return out
 
 
+class Sums(NamedTuple):
+    weight: Tensor  # [K, C]
+    bias: Tensor  # [K, C]
+    through: Tensor  # [2, S, C]
+
+
+def training_sums(
+    g1: Tensor,
+    gc: Tensor,
+    mean: Tensor,
+    omega: Tensor | None,
+    bn_weight: Tensor,
+    statistics: Statistics,
+    is_clean: Tensor | None,
+    eps: float,
+    how: Mapping[str, int],
+    *,
+    out: Sums | None = None,
+) -> Sums:
+    """What :func:`training_gradients` sums over the batch. Arguments as there."""
+    batch, channels = g1.shape
+    if out is None:
+        rows = (2, *statistics.mean.shape)
+        out = Sums(_like(bn_weight), _like(bn_weight), g1.new_empty(rows))
+    if batch == 0:
+        for x in out:
+            x.zero_()
+        return out
+    samples, wide = _sizes(batch, channels, how)
+    launch(
+        training_sums_kernel,
+        -(-channels // wide),
+        *out,
+        g1,
+        gc,
+        mean,
+        omega,
+        bn_weight,
+        statistics.mean,
+        statistics.var,
+        _bytes(is_clean),
+        batch,
+        channels,
+        eps,
+        K=len(bn_weight),
+        S=len(statistics.mean),
+        SAMPLES=samples,
+        CHANNELS=wide,
+        STEPS=power_of_two(-(-batch // samples)),
+        warps=how["warps"],
+    )
+    return out
+
+
 class TrainingGradients(NamedTuple):
     omega: Tensor | None  # [B, C]
     weight: Tensor  # [K, C]
@@ -705,21 +841,21 @@ def training_gradients(
     statistics: Statistics,
     is_clean: Tensor | None,
     eps: float,
+    need_omega: bool,
+    sums: Sums | None,
     how: Mapping[str, int],
     *,
     out: TrainingGradients | None = None,
 ) -> TrainingGradients:
-    """Gradients in training. All tensors contiguous float32, is_clean bool; ``how``: tile, inner, warps."""
+    """Gradients in training. All tensors contiguous float32, is_clean bool; ``how``: tile, inner, warps.
+
+    ``sums`` of :func:`training_sums`, where other ranks' have been added to ``sums.through``; else None.
+    """
     batch, channels = g1.shape
     if out is None:
-        out = TrainingGradients(
-            None if omega is None else _like(g1),
-            _like(bn_weight),
-            _like(bn_weight),
-            _like(g1),
-            _like(g1),
-            _like(g1),
-        )
+        tables = (_like(bn_weight), _like(bn_weight)) if sums is None else (sums.weight, sums.bias)
+        coefficients = (_like(g1), _like(g1), _like(g1))
+        out = TrainingGradients(_like(g1) if need_omega else None, *tables, *coefficients)
     if batch == 0:
         out.weight.zero_()
         out.bias.zero_()
@@ -729,6 +865,7 @@ def training_gradients(
         training_gradients_kernel,
         -(-channels // wide),
         *out,
+        None if sums is None else sums.through,
         g1,
         gc,
         mean,
@@ -879,12 +1016,16 @@ def _case(
         if op == "testing_coefficients":
             return testing_coefficients(omega, norm, p, 1e-5, batch, how)
         if op == "testing_gradients":
-            return testing_gradients(c, c, c, omega, norm, p, 1e-5, how)
+            needs = (scaled, rows == 2, True, True)
+            return testing_gradients(c, c, c, omega, norm, p, 1e-5, needs, how)
         if op == "batch_statistics":
             return batch_statistics(c, c, 1024, omega, clean, rows, how)
         if op == "training_coefficients":
             return training_coefficients(omega, norm, clean, 1e-5, batch, how)
-        return training_gradients(c, c, c, c, 1024, omega, table, statistics, clean, 1e-5, how)
+        sums = training_sums(c, c, c, omega, table, statistics, clean, 1e-5, how)
+        for given in (None, sums):
+            training_gradients(c, c, c, c, 1024, omega, table, statistics, clean, 1e-5, scaled, given, how)
+        return sums
 
     title = f"{key} {batch}×{channels}, {rows} row{'s' if rows == 2 else ''}{', ω' if scaled else ''}"
     return Case(title, run, quick=rows == 2 and batch == 256)

@@ -68,6 +68,7 @@ def conv_kernel(
     weight_ptr,
     u_ptr,  # outputs and their companions: see finish
     y_ptr,
+    mask_ptr,
     residual_ptr,
     scale_ptr,
     shift_ptr,
@@ -165,6 +166,7 @@ def conv_kernel(
         batch,
         u_ptr,
         y_ptr,
+        mask_ptr,
         residual_ptr,
         scale_ptr,
         shift_ptr,
@@ -237,6 +239,7 @@ def _launch(
     *,
     u: Tensor | None,
     y: Tensor | None = None,
+    mask: Tensor | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -255,7 +258,7 @@ def _launch(
         by_out, by_in = by_in, by_out
     launch(
         conv_kernel, tiles * triton.cdiv(problem.c_out, tile.block_n),
-        x, weight, u, y, residual, scale, shift, mean, m2, problem.batch, by_out, by_in, by_tap,
+        x, weight, u, y, mask, residual, scale, shift, mean, m2, problem.batch, by_out, by_in, by_tap,
         **fixed, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 
@@ -331,19 +334,22 @@ def fused_apply(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    save: bool,
+    keep_u: bool,
+    keep_mask: bool = False,
     *,
     table: Table | None = None,
     precision: str = "ieee",
     force: bool = False,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """y = act(conv(input, weight) · scale + shift + residual), and u = conv(input, weight) if ``save``.
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """y = act(conv(input, weight) · scale + shift + residual); u = conv(input, weight) if ``keep_u``; and the
+    bool mask of where the activation passed if ``keep_mask``.
 
     ``input`` [B, C_in, H, W] channels_last; ``scale``, ``shift`` [B, C_out] float32, contiguous; ``residual``
-    and the results [B, C_out, H', W'] channels_last; u is empty without ``save``. ``precision`` is "ieee" or
-    "tf32", for float32 only. None where the kernel cannot run the call (see :func:`refusal`) or ``table``
-    does not say that it wins; ``force`` takes it all the same, and ``tile`` with these parameters.
+    and the results [B, C_out, H', W'] channels_last; u and mask are empty where they are not kept.
+    ``precision`` is "ieee" or "tf32", for float32 only. None where the kernel cannot run the call (see
+    :func:`refusal`) or ``table`` does not say that it wins; ``force`` takes it all the same, and ``tile``
+    with these parameters.
     """
     if refusal(input, weight, stride, padding, dilation, groups) is not None:
         return None
@@ -355,13 +361,21 @@ def fused_apply(
     tile = tile or _tile("apply", input, problem, precision, table or {}, force)
     if tile is None:
         return None
+    if keep_mask and constants(problem, tile, False, relu, precision)["SPAN"]:
+        return None  # where rows run on from sample to sample, a mask too is more than the registers hold
     y = _output(problem, input)
-    u = _output(problem, input) if save else None
+    u = _output(problem, input) if keep_u else None
+    mask = torch.empty_like(y, dtype=torch.bool) if keep_mask else None
     _launch(
         problem, tile, precision, input, weight,
-        u=u, y=y, residual=residual, scale=scale.contiguous(), shift=shift.contiguous(), relu=relu,
+        u=u, y=y, mask=None if mask is None else mask.view(torch.uint8), residual=residual,
+        scale=scale.contiguous(), shift=shift.contiguous(), relu=relu,
     )  # fmt: skip
-    return y, input.new_empty(0) if u is None else u
+    return (
+        y,
+        input.new_empty(0) if u is None else u,
+        input.new_empty(0, dtype=torch.bool) if mask is None else mask,
+    )
 
 
 def fused_statistics(
@@ -461,7 +475,8 @@ def _sample_call(key: str, tile: Tile) -> None:
         scale = torch.empty(32, c_out, device="meta")
         residual = image(c_out, oh, ow)
         x = image(c_in, h, w)
-        fused_apply(x, weight, scale, scale, residual, True, *where, True, precision=precision, tile=tile)
+        kept = (True, tile.block_m % (oh * ow) == 0 or oh * ow % tile.block_m == 0)
+        fused_apply(x, weight, scale, scale, residual, True, *where, *kept, precision=precision, tile=tile)
     elif operation == "statistics":
         fused_statistics(image(c_in, h, w), weight, *where, precision=precision, tile=tile)
     else:

@@ -31,6 +31,7 @@ def finish(
     batch,
     u_ptr,  # [B, C, HW] in the images' layout, or None
     y_ptr,  # the same, or None for no affine map
+    mask_ptr,  # the same in bytes, or None: 1 where the activation passed
     residual_ptr,  # the same, or None
     scale_ptr,  # [B, C] float32
     shift_ptr,
@@ -76,6 +77,9 @@ def finish(
         if RELU:
             y = tl.where(y < 0, 0.0, y)  # as torch's, this keeps NaN
         tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=ok)
+        if mask_ptr is not None:  # of y as it is stored
+            stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+            tl.store(mask_ptr + start + at, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=ok)
     if mean_ptr is not None:
         SAMPLES: tl.constexpr = BLOCK_M // ROWS
         PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS

@@ -69,6 +69,7 @@ def grouped_conv_kernel(
     weight_ptr,
     u_ptr,  # outputs and their companions: see finish
     y_ptr,
+    mask_ptr,
     residual_ptr,
     scale_ptr,
     shift_ptr,
@@ -164,6 +165,7 @@ def grouped_conv_kernel(
         batch,
         u_ptr,
         y_ptr,
+        mask_ptr,
         residual_ptr,
         scale_ptr,
         shift_ptr,
@@ -236,6 +238,7 @@ def _launch(
     *,
     u: Tensor | None,
     y: Tensor | None = None,
+    mask: Tensor | None = None,
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -248,7 +251,7 @@ def _launch(
     )
     launch(
         grouped_conv_kernel, programs,
-        x, weight, u, y, residual, scale, shift, mean, m2, problem.batch, *weight.stride(),
+        x, weight, u, y, mask, residual, scale, shift, mean, m2, problem.batch, *weight.stride(),
         **constants(problem, tile, relu), warps=tile.warps, stages=1,
     )  # fmt: skip
 
@@ -333,18 +336,20 @@ def fused_apply(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    save: bool,
+    keep_u: bool,
+    keep_mask: bool = False,
     *,
     table: Table | None = None,
     force: bool = False,
     tile: Tile | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """y = act(conv(input, weight) · scale + shift + residual), and u = conv(input, weight) if ``save``.
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """y = act(conv(input, weight) · scale + shift + residual); u = conv(input, weight) if ``keep_u``; and the
+    bool mask of where the activation passed if ``keep_mask``.
 
     ``input`` [B, C_in, H, W] contiguous or channels_last, the results and ``residual`` [B, C_out, H', W']
-    laid out alike; ``weight`` [C_out, C_in/groups, k, k]; ``scale``, ``shift`` [B, C_out] float32; u is empty
-    without ``save``. None where the kernel cannot run the call (see :func:`refusal`) or ``table`` does not
-    say that it wins; ``force`` takes it all the same, and ``tile`` with these parameters.
+    laid out alike; ``weight`` [C_out, C_in/groups, k, k]; ``scale``, ``shift`` [B, C_out] float32; u and
+    mask are empty where they are not kept. None where the kernel cannot run the call (see :func:`refusal`) or
+    ``table`` does not say that it wins; ``force`` takes it all the same, and ``tile`` with these parameters.
     """
     if refusal(input, weight, stride, padding, dilation, groups) is not None:
         return None
@@ -358,12 +363,18 @@ def fused_apply(
     if tile is None:
         return None
     y = _output(problem, input)
-    u = _output(problem, input) if save else None
+    u = _output(problem, input) if keep_u else None
+    mask = torch.empty_like(y, dtype=torch.bool) if keep_mask else None
     _launch(
         problem, tile, input, weight,
-        u=u, y=y, residual=residual, scale=scale.contiguous(), shift=shift.contiguous(), relu=relu,
+        u=u, y=y, mask=None if mask is None else mask.view(torch.uint8), residual=residual,
+        scale=scale.contiguous(), shift=shift.contiguous(), relu=relu,
     )  # fmt: skip
-    return y, input.new_empty(0) if u is None else u
+    return (
+        y,
+        input.new_empty(0) if u is None else u,
+        input.new_empty(0, dtype=torch.bool) if mask is None else mask,
+    )
 
 
 def fused_statistics(
@@ -449,7 +460,7 @@ def _sample_call(key: str, tile: Tile | None) -> None:
     if operation == "apply":
         scale = torch.empty(32, c_out, device="meta")
         residual, x = image(c_out, oh, ow), image(c_in, h, w)
-        fused_apply(x, weight, scale, scale, residual, True, *where, True, tile=tile, force=force)
+        fused_apply(x, weight, scale, scale, residual, True, *where, True, True, tile=tile, force=force)
     elif operation == "statistics":
         fused_statistics(image(c_in, h, w), weight, *where, tile=tile, force=force)
     else:

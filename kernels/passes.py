@@ -66,17 +66,18 @@ def _write(pointer, places, values, mask):
 
 
 @triton.jit
-def _read_masked_grad(grad, y, places, mask):
-    """∂L/∂y where the activation passed; NaN in y lets it pass, as torch does."""
+def _read_gated_grad(grad, gate, places, mask):
+    """∂L/∂y where the activation passed by ``gate``: y, where NaN lets it pass as in torch, or 0 and 1."""
     g = _read(grad, places, mask)
-    if y is not None:
-        g = tl.where(_read(y, places, mask) <= 0, 0.0, g)
+    if gate is not None:
+        g = tl.where(_read(gate, places, mask) <= 0, 0.0, g)
     return g
 
 
 @triton.jit
 def apply_kernel(
     y,
+    passed,
     u,
     scale,
     shift,
@@ -108,6 +109,9 @@ def apply_kernel(
     if RELU:
         v = tl.where(v <= 0, 0.0, v)  # NaN passes, as in torch
     _write(y, places, v, mask)
+    if passed is not None:  # of y as it is stored
+        stored = v.to(y.dtype.element_ty).to(tl.float32)
+        tl.store(passed + places, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -180,7 +184,7 @@ def reduce_kernel(
     grad,
     u,
     centre,
-    y,
+    gate,
     total,
     channels,
     pixels,
@@ -199,7 +203,7 @@ def reduce_kernel(
     gc = tl.zeros([MAPS, PIXELS], tl.float32)
     for step in range(STEPS):
         places, mask = _places(start, exists, first + step * PIXELS, channels, pixels, LAST, PIXELS)
-        g = _read_masked_grad(grad, y, places, mask)
+        g = _read_gated_grad(grad, gate, places, mask)
         g1 += g
         gc += tl.where(mask, g * (_read(u, places, mask) - middle), 0.0)
     tl.store(g1_out + split * total + maps, tl.sum(g1, 1), mask=exists)
@@ -223,7 +227,7 @@ def propagate_kernel(
     grad,
     u,
     centre,
-    y,
+    gate,
     by_grad,
     by_input,
     constant,
@@ -239,7 +243,7 @@ def propagate_kernel(
     maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
     first = (program % splits).to(tl.int64) * PIXELS
     places, mask = _places(start, exists, first, channels, pixels, LAST, PIXELS)
-    g = _read_masked_grad(grad, y, places, mask)
+    g = _read_gated_grad(grad, gate, places, mask)
     d = g * _read(by_grad, maps, exists)[:, None]
     if by_input is not None:
         away = _read(u, places, mask) - _read(centre, maps, exists)[:, None]
@@ -325,6 +329,10 @@ def _table(u: Tensor, splits: int = 1) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=u.device)
 
 
+def _bytes(gate: Tensor | None) -> Tensor | None:
+    return gate.view(torch.uint8) if gate is not None and gate.dtype == torch.bool else gate
+
+
 def apply(
     u: Tensor,
     scale: Tensor,
@@ -336,6 +344,7 @@ def apply(
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     out: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """y = act(u · scale + shift + r) with r = residual, or residual · residual_scale + residual_shift.
 
@@ -345,7 +354,8 @@ def apply(
         residual: of ``u``'s shape, dtype and layout, or None.
         relu: whether act is the ReLU; else it is the identity.
         how: launch parameters ``tile``, ``inner``, ``warps``.
-        out: where to write; a new tensor like ``u`` if None.
+        out: where to write, ``u`` itself too; a new tensor like ``u`` if None.
+        mask: bool like ``u``, gets where the activation passed: where y is not <= 0.
     """
     y = torch.empty_like(u) if out is None else out
     shape = shape_of(u)
@@ -354,6 +364,7 @@ def apply(
         apply_kernel,
         grid.programs,
         y,
+        _bytes(mask),
         u,
         scale,
         shift,
@@ -415,15 +426,16 @@ def reduce(
     grad: Tensor,
     u: Tensor,
     centre: Tensor,
-    y: Tensor | None,
+    gate: Tensor | None,
     how: Mapping[str, int],
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """G1 = Σ g and Gc = Σ g (u − centre) over each map, float32 [B, C]; g is ``grad`` where y > 0.
+    """G1 = Σ g and Gc = Σ g (u − centre) over each map, float32 [B, C]; g is ``grad`` where the gate passes.
 
     Args:
-        grad, u, y: [B, C, H, W] of one dtype and layout; y None where there is no activation.
+        grad, u: [B, C, H, W] of one dtype and layout.
+        gate: y, or the bool mask that :func:`apply` leaves, laid out alike; None without an activation.
         centre: contiguous float32 [B, C].
         how: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
         out: where to write.
@@ -440,7 +452,7 @@ def reduce(
         grad,
         u,
         centre,
-        y,
+        _bytes(gate),
         total,
         shape.channels,
         shape.pixels,
@@ -455,9 +467,9 @@ def reduce(
 
 def propagate(
     grad: Tensor,
-    u: Tensor,
-    centre: Tensor,
-    y: Tensor | None,
+    u: Tensor | None,
+    centre: Tensor | None,
+    gate: Tensor | None,
     by_grad: Tensor,
     by_input: Tensor | None,
     constant: Tensor | None,
@@ -469,14 +481,19 @@ def propagate(
     """∂u = by_grad · g + by_input · (u − centre) + constant, and ∂residual = g with ``residual``.
 
     Args:
-        grad, u, y: as in :func:`reduce`; u is not read where by_input is None.
-        centre, by_grad, by_input, constant: contiguous float32 [B, C]; the last two both None or neither.
+        grad, u, gate: as in :func:`reduce`.
+        centre, by_grad, by_input, constant: contiguous float32 [B, C]; u, centre, by_input and constant are
+            None all together.
         how: launch parameters ``tile``, ``inner``, ``warps``.
         out: where to write.
     """
-    shape = shape_of(u)
+    shape = shape_of(grad)
     grid = _grid(shape, how)
-    d_u, d_residual = (torch.empty_like(u), torch.empty_like(u) if residual else None) if out is None else out
+    if by_input is None:
+        u = centre = None
+    if out is None:
+        out = torch.empty_like(grad), torch.empty_like(grad) if residual else None
+    d_u, d_residual = out
     launch(
         propagate_kernel,
         grid.programs,
@@ -485,7 +502,7 @@ def propagate(
         grad,
         u,
         centre,
-        y,
+        _bytes(gate),
         by_grad,
         by_input,
         constant,
@@ -528,6 +545,7 @@ def _cases_of(
 ) -> Iterator[Case]:
     layout = torch.channels_last if last else torch.contiguous_format
     u = torch.empty(size, dtype=getattr(torch, dtype), device="meta", memory_format=layout)
+    gate = torch.empty(size, dtype=torch.bool, device="meta", memory_format=layout)
     c = torch.empty(size[:2], device="meta")
     title = f"{key} {dtype} {name}"
     plain = name == "64@32²"  # the options make other kernels; one shape shows them
@@ -536,6 +554,7 @@ def _cases_of(
         yield Case(title + " residual relu", lambda: apply(u, c, c, u, True, how), quick=quick)
         if plain:
             yield Case(title, lambda: apply(u, c, c, None, False, how))
+            yield Case(title + " relu mask", lambda: apply(u, c, c, u, True, how, mask=gate), quick=quick)
             yield Case(
                 title + " shortcut relu",
                 lambda: apply(u, c, c, u, True, how, residual_scale=c, residual_shift=c),
@@ -546,7 +565,13 @@ def _cases_of(
         yield Case(title + " relu", lambda: reduce(u, u, c, u, how), quick=quick)
         if plain:
             yield Case(title, lambda: reduce(u, u, c, None, how))
+            yield Case(title + " mask", lambda: reduce(u, u, c, gate, how), quick=quick)
     elif op == "propagate":
         yield Case(title + " training relu", lambda: propagate(u, u, c, u, c, c, c, True, how), quick=quick)
         if plain:
-            yield Case(title + " attack relu", lambda: propagate(u, u, c, u, c, None, None, False, how))
+            yield Case(
+                title + " attack mask", lambda: propagate(u, None, None, gate, c, None, None, False, how)
+            )
+            yield Case(
+                title + " training mask", lambda: propagate(u, u, c, gate, c, c, c, True, how), quick=quick
+            )

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
+from awnet.ops.algebra import BatchStatistics, Gradients, Propagation, Sums
 from awnet.ops.passes import LibraryConvolutions
 
 ROOT = Path(__file__).parent.parent
@@ -85,7 +85,8 @@ class CudaOnCpu(LibraryConvolutions):
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         size = torch.Size(shape).numel()
         shift = 1 if self.misaligned else 0
-        buffer = torch.full((size + 2 * GUARD + shift,), float("nan"), dtype=dtype)
+        poison = 0x5A if dtype == torch.uint8 else float("nan")
+        buffer = torch.full((size + 2 * GUARD + shift,), poison, dtype=dtype)
         self._bands += [("before", buffer[: GUARD + shift]), ("after", buffer[GUARD + shift + size :])]
         inside = buffer[GUARD + shift : GUARD + shift + size]
         if channels_last:
@@ -102,7 +103,8 @@ class CudaOnCpu(LibraryConvolutions):
         assert error is None, error
         assert emulated.awnet_emulator_diverged() == 0, f"{name}: a thread skipped a barrier"
         for where, band in self._bands:
-            assert band.isnan().all(), f"{name} wrote {where} an output"
+            untouched = band == 0x5A if band.dtype == torch.uint8 else band.isnan()
+            assert untouched.all(), f"{name} wrote {where} an output"
         self._bands.clear()
 
     def _images(self, u: Tensor, *others: Tensor | None) -> Images:
@@ -114,11 +116,15 @@ class CudaOnCpu(LibraryConvolutions):
 
     @staticmethod
     def _alike(x: Tensor | None, u: Tensor) -> Tensor | None:
-        return x if x is None or x.stride() == u.stride() else torch.empty_like(u).copy_(x)
+        return x if x is None or x.stride() == u.stride() else torch.empty_like(u, dtype=x.dtype).copy_(x)
 
-    def _new_image(self, u: Tensor) -> Tensor:
+    def _new_image(self, u: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         last = not u.is_contiguous() and u.is_contiguous(memory_format=torch.channels_last)
-        return self._new(tuple(u.shape), u.dtype, last)
+        return self._new(tuple(u.shape), dtype or u.dtype, last)
+
+    @staticmethod
+    def _gate(gate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, gate) if gate is not None and gate.dtype == torch.bool else (gate, None)
 
     def _new_table(self, u: Tensor, rows: int | None = None) -> Tensor:
         return self._new((len(u) if rows is None else rows, u.shape[1]), torch.float32)
@@ -133,30 +139,31 @@ class CudaOnCpu(LibraryConvolutions):
         )
         return mean, m2
 
-    def apply(self, u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def apply(self, u, scale, shift, residual, relu, keep_mask, in_place):
         residual, scale, shift = self._alike(residual, u), scale.contiguous(), shift.contiguous()
-        y = self._new_image(u)
-        images = self._images(u, y, residual, scale, shift)
-        operands = (pointer(x) for x in (y, u, residual, scale, shift))
+        y = u if in_place else self._new_image(u)
+        mask = self._new_image(u, torch.uint8) if keep_mask else None
+        images = self._images(u, y, mask, residual, scale, shift)
+        operands = (pointer(x) for x in (y, mask, u, residual, scale, shift))
         self._call("apply", ctypes.byref(images), *operands, int(relu))
-        return y
+        return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask.view(torch.bool)
 
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        grad, y, centre = self._alike(grad, u), self._alike(y, u), centre.contiguous()
-        images, g1, gc = self._images(u, grad, y, centre), self._new_table(u), self._new_table(u)
+    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        grad, gate, centre = self._alike(grad, u), self._alike(gate, u), centre.contiguous()
+        images, g1, gc = self._images(u, grad, gate, centre), self._new_table(u), self._new_table(u)
         workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
-        operands = (pointer(x) for x in (grad, u, y, centre, g1, gc, workspace))
+        operands = (pointer(x) for x in (grad, u, *self._gate(gate), centre, g1, gc, workspace))
         self._call("reduce", ctypes.byref(images), *operands)
         return g1, gc
 
-    def propagate(
-        self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        grad, y, centre = self._alike(grad, u), self._alike(y, u), centre.contiguous()
-        d_u, d_residual = self._new_image(u), self._new_image(u) if residual else None
+    def propagate(self, grad, u, centre, gate, how: Propagation, residual: bool):
+        gate = self._alike(gate, grad)
+        u = None if how.by_input is None else self._alike(u, grad)
+        centre = None if how.by_input is None else centre.contiguous()
+        d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
         by = [None if x is None else x.contiguous() for x in how]
-        images = self._images(u, d_u, d_residual, grad, y, centre, *by)
-        operands = (pointer(x) for x in (d_u, d_residual, grad, u, y, centre, *by))
+        images = self._images(grad, u, d_u, d_residual, gate, centre, *by)
+        operands = (pointer(x) for x in (d_u, d_residual, grad, u, *self._gate(gate), centre, *by))
         self._call("propagate", ctypes.byref(images), *operands)
         return d_u, d_residual
 
@@ -179,11 +186,12 @@ class CudaOnCpu(LibraryConvolutions):
         self._call("testing_coefficients", self._norm(weight, bias, mean, var, eps), *sizes, *operands)
         return scale, shift
 
-    def testing_gradients(self, g1, gc, centre, omega, weight, bias, mean, var, p, eps):
+    def testing_gradients(self, g1, gc, centre, omega, weight, bias, mean, var, p, eps, needs):
         g1, gc, centre, omega, p = self._dense(g1, gc, centre, omega, p)
         batch, channels = g1.shape
-        d_omega, d_p = self._new_table(g1), self._new((batch,), torch.float32)
-        d_weight, d_bias = self._new_table(weight), self._new_table(weight)
+        d_omega = self._new_table(g1) if needs[0] else None
+        d_p = self._new((batch,), torch.float32) if needs[1] else None
+        d_weight, d_bias = (self._new_table(weight) if any(needs[2:]) else None for _ in range(2))
         operands = (pointer(x) for x in (g1, gc, centre, omega, p, d_omega, d_p, d_weight, d_bias))
         sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
         self._call("testing_gradients", self._norm(weight, bias, mean, var, eps), *sizes, *operands)
@@ -208,14 +216,31 @@ class CudaOnCpu(LibraryConvolutions):
         self._call("training_coefficients", norm, *sizes, *operands)
         return scale, shift
 
-    def training_gradients(self, g1, gc, mean, m2, hw, omega, weight, statistics, is_clean, eps):
+    def training_sums(self, g1, gc, mean, omega, weight, statistics, is_clean, eps):
+        g1, gc, mean, omega, is_clean = self._dense(g1, gc, mean, omega, is_clean)
+        batch, channels = g1.shape
+        d_weight, d_bias = self._new_table(weight), self._new_table(weight)
+        through = self._new((2, *statistics.mean.shape), torch.float32)
+        norm = self._norm(weight, None, statistics.mean, statistics.var, eps)
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
+        operands = (pointer(x) for x in (g1, gc, mean, omega, is_clean, d_weight, d_bias, through))
+        self._call("training_sums", norm, *sizes, *operands)
+        return Sums(d_weight, d_bias, through)
+
+    def training_gradients(
+        self, g1, gc, mean, m2, hw, omega, weight, statistics, is_clean, eps, need_scale, sums
+    ):
         g1, gc, mean, m2, omega, is_clean = self._dense(g1, gc, mean, m2, omega, is_clean)
         batch, channels = g1.shape
-        d_omega, by_grad, by_input, constant = (self._new_table(g1) for _ in range(4))
-        d_weight, d_bias = self._new_table(weight), self._new_table(weight)
+        d_omega = self._new_table(g1) if need_scale else None
+        by_grad, by_input, constant = (self._new_table(g1) for _ in range(3))
+        d_weight, d_bias = (self._new_table(weight) if sums is None else None for _ in range(2))
         outputs = (d_omega, d_weight, d_bias, by_grad, by_input, constant)
         sizes = (ctypes.c_int64(x) for x in (batch, channels, hw))
         norm = self._norm(weight, None, statistics.mean, statistics.var, eps)
-        operands = (pointer(x) for x in (g1, gc, mean, m2, omega, statistics.n, is_clean, *outputs))
+        through = None if sums is None else sums.through.contiguous()
+        inputs = (g1, gc, mean, m2, omega, statistics.n, is_clean, through)
+        operands = (pointer(x) for x in (*inputs, *outputs))
         self._call("training_gradients", norm, *sizes, *operands)
-        return Gradients(d_omega, None, d_weight, d_bias), Propagation(by_grad, by_input, constant)
+        tables = (d_weight, d_bias) if sums is None else sums[:2]
+        return Gradients(d_omega, None, *tables), Propagation(by_grad, by_input, constant)

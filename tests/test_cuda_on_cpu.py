@@ -12,7 +12,7 @@ from torch import Tensor
 
 from awnet import ops
 from awnet.ops import layer as layer_module
-from awnet.ops.algebra import Propagation
+from awnet.ops.algebra import Needs, Propagation
 from awnet.ops.passes import EagerPasses
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
@@ -49,47 +49,45 @@ def tables(shape: tuple[int, ...], count: int) -> list[Tensor]:
     return [torch.randn(shape[:2], generator=generator) for _ in range(count)]
 
 
-def everything(shape: tuple[int, ...], dtype: torch.dtype, last: bool, offset: bool) -> dict[str, Tensor]:
+def everything(passes: object, operands: list[Tensor], entries: list[Tensor]) -> dict[str, Tensor]:
     """Every pass with every option once."""
-    u, grad, other = images(shape, dtype, last, offset, 3)
+    u, grad, other = operands
     y = torch.empty_like(other).copy_(other.relu())
-    scale, shift, by_input = tables(shape, 3)
-    PASSES.misaligned = offset
+    scale, shift, by_input = entries
     results: dict[str, Tensor] = {}
-    results["mean"], results["m2"] = PASSES.statistics(u)
+    results["mean"], results["m2"] = passes.statistics(u)
     for residual in (None, other):
-        for relu in (False, True):
-            name = f"apply {residual is not None} {relu}"
-            results[name] = PASSES.apply(u, scale, shift, residual, relu)
-    for mask in (None, y):
-        results[f"g1 {mask is None}"], results[f"gc {mask is None}"] = PASSES.reduce(grad, u, shift, mask)
+        for relu, keep_mask in ((False, False), (True, False), (True, True)):
+            name = f"apply {residual is not None} {relu} {keep_mask}"
+            arguments = (scale, shift, residual, relu, keep_mask)
+            results[name], mask = passes.apply(u, *arguments, False)
+            # the mask is of y as it is stored, and y may take u's place
+            assert torch.equal(mask, ~(results[name] <= 0)) if keep_mask else mask.numel() == 0
+            ours = u.new_empty(u.numel() + 1)[1:] if u.data_ptr() % 16 else u.new_empty(u.numel())
+            ours = ours.as_strided(u.shape, u.stride()).copy_(u)
+            again, _ = passes.apply(ours, *arguments, True)
+            assert torch.equal(again, results[name])
+            assert again.data_ptr() == ours.data_ptr() or u.dtype != again.dtype
+    for gate_name, gate in (("none", None), ("y", y), ("mask", y > 0)):
+        results[f"g1 {gate_name}"], results[f"gc {gate_name}"] = passes.reduce(grad, u, shift, gate)
         for how in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
             for residual in (False, True):
-                name = f"propagate {mask is None} {how.by_input is None} {residual}"
-                results[name], d_residual = PASSES.propagate(grad, u, shift, mask, how, residual)
+                name = f"propagate {gate_name} {how.by_input is None} {residual}"
+                about = (None, None) if how.by_input is None else (u, shift)
+                results[name], d_residual = passes.propagate(grad, *about, gate, how, residual)
                 if residual:
                     results[f"{name} residual"] = d_residual
     return results
+
+
+def on_emulator(shape: tuple[int, ...], dtype: torch.dtype, last: bool, offset: bool) -> dict[str, Tensor]:
+    PASSES.misaligned = offset
+    return everything(PASSES, images(shape, dtype, last, offset, 3), tables(shape, 3))
 
 
 def expected(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> dict[str, Tensor]:
-    u, grad, other = (x.double() for x in images(shape, dtype, last, False, 3))
-    y = other.relu()
-    scale, shift, by_input = (x.double() for x in tables(shape, 3))
-    results: dict[str, Tensor] = {}
-    results["mean"], results["m2"] = EAGER.statistics(u)
-    for residual in (None, other):
-        for relu in (False, True):
-            results[f"apply {residual is not None} {relu}"] = EAGER.apply(u, scale, shift, residual, relu)
-    for mask in (None, y):
-        results[f"g1 {mask is None}"], results[f"gc {mask is None}"] = EAGER.reduce(grad, u, shift, mask)
-        for how in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
-            for residual in (False, True):
-                name = f"propagate {mask is None} {how.by_input is None} {residual}"
-                results[name], d_residual = EAGER.propagate(grad, u, shift, mask, how, residual)
-                if residual:
-                    results[f"{name} residual"] = d_residual
-    return results
+    operands = [x.double() for x in images(shape, dtype, last, False, 3)]
+    return everything(EAGER, operands, [x.double() for x in tables(shape, 3)])
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
@@ -98,7 +96,7 @@ def test_every_pass_in_every_shape(dtype: torch.dtype, last: bool) -> None:
     for shape in SHAPES:
         want = expected(shape, dtype, last)
         for offset in (False, True):
-            got = everything(shape, dtype, last, offset)
+            got = on_emulator(shape, dtype, last, offset)
             assert got.keys() == want.keys()
             for name, value in want.items():
                 # sums are float32 whatever the images are; an image rounds once to its own dtype
@@ -117,10 +115,10 @@ def test_every_pass_in_every_shape(dtype: torch.dtype, last: bool) -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
 def test_the_order_of_the_threads_changes_no_bit(last: bool) -> None:
     for shape in SHAPES:
-        first = everything(shape, torch.bfloat16, last, False)
+        first = on_emulator(shape, torch.bfloat16, last, False)
         PASSES.backwards = True
         try:
-            second = everything(shape, torch.bfloat16, last, False)
+            second = on_emulator(shape, torch.bfloat16, last, False)
         finally:
             PASSES.backwards = False
         for name, value in first.items():
@@ -158,7 +156,9 @@ def test_nan_passes_as_torchs_relu_lets_it() -> None:
     PASSES.misaligned = False
     u = torch.full((1, 4, 2, 2), float("nan"))
     ones = torch.ones(1, 4)
-    assert PASSES.apply(u, ones, ones, None, True).isnan().all()
+    y, mask = PASSES.apply(u, ones, ones, None, True, True, False)
+    assert y.isnan().all()
+    assert mask.all()
 
 
 # --- the whole layer around them
@@ -214,7 +214,7 @@ def algebra_inputs(batch: int, channels: int, rows: int, groups: int, seed: int)
     }  # fmt: skip
 
 
-TRAINING_D_OMEGA = 2 + 4 + 3 + 2  # its place among the results
+TRAINING_D_OMEGA = (2 + 2 * 4 + 3 + 2 + 3, 2 + 2 * 4 + 3 + 2 + 3 + 7)  # its places among the results
 
 
 @few
@@ -238,19 +238,24 @@ def test_the_algebra_equals_plain_torch(
         running = t["weight"], t["bias"], t["running_mean"], t["running_var"]
         clean, p = (t["is_clean"], t["p"]) if max(kind) == 2 else (None, None)
         found = [*passes.testing_coefficients(omega, *running, p, 1e-5, batch)]
-        found += passes.testing_gradients(t["g1"], t["gc"], t["mean"], omega, *running, p, 1e-5)
+        sums = (t["g1"], t["gc"], t["mean"])
+        for needs in (Needs(scaled, max(kind) == 2, True, True), Needs(scaled, False, False, False)):
+            found += passes.testing_gradients(*sums, omega, *running, p, 1e-5, needs)
         own = passes.batch_statistics(t["mean"], t["m2"], 9, omega, clean if groups == 2 else None, groups)
         found += own
         found += passes.training_coefficients(omega, t["weight"], t["bias"], own, clean, 1e-5, batch)
-        for part in passes.training_gradients(
-            t["g1"], t["gc"], t["mean"], t["m2"], 9, omega, t["weight"], own, clean, 1e-5
-        ):
-            found += part
+        rest = (omega, t["weight"], own, clean, 1e-5)
+        shared = passes.training_sums(*sums, *rest)
+        found += shared
+        # another rank's sums, as large as ours, have been added to one of them
+        for others in (None, shared._replace(through=2 * shared.through)):
+            for part in passes.training_gradients(*sums, t["m2"], 9, *rest, scaled, others):
+                found += part
         return found
 
     got = results(PASSES, lambda x: x)
     for i, (ours, truth) in enumerate(zip(got, results(EAGER, Tensor.double), strict=True)):
         if truth is not None:  # None: a gradient that nobody asks for
             # the gradient of filter_scale in training nearly cancels where a branch holds few samples
-            few_samples = i == TRAINING_D_OMEGA and batch < 20
+            few_samples = i in TRAINING_D_OMEGA and batch < 20
             assert few_samples or error(ours, truth) <= 1e-4, i

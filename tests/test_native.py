@@ -20,7 +20,8 @@ from awnet.ops import native
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = (
     "statistics", "apply", "reduce", "propagate", "testing_coefficients", "testing_gradients",
-    "batch_statistics", "training_coefficients", "training_gradients", "layer_native", "layer_native_backward",
+    "batch_statistics", "training_coefficients", "training_sums", "training_gradients", "layer_native",
+    "layer_native_backward",
 )  # fmt: skip
 
 built = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))

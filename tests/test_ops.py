@@ -15,6 +15,8 @@ from layers import DIFFERENTIABLE, Layer, build, error, has_single_value, layers
 from awnet import ops, reference
 from awnet.ops import functional
 from awnet.ops.backends import BACKENDS
+from awnet.ops.layer import kept
+from awnet.ops.passes import EagerPasses
 
 LAYER_BACKENDS = [b.name for b in BACKENDS if b.name not in ("reference", "triton", "cuda")]
 few = settings(max_examples=60, deadline=None)
@@ -390,6 +392,73 @@ def test_the_same_call_gives_the_same_bits(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mask_in_place_of_y_changes_nothing(dtype, layout: torch.memory_format, backend: str) -> None:
+    for training in (True, False):
+        layer = example(training, 4, size=[9, 7]).to(dtype)
+        tensors = layer.tensors
+        for name in ("input", "residual"):
+            tensors[name] = tensors[name].contiguous(memory_format=layout)
+        tensors["residual"][0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), 1e-7])
+        if not training:  # y as it is stored: in float16 this is next to zero and rounds to it
+            tensors["residual"][1] = 1e-8
+            for name in ("filter_scale", "bn_bias", "running_mean"):
+                tensors[name][-1 if name == "filter_scale" else slice(None)] = 0.0
+        whole = run(layer, backend=backend)  # the weight needs its gradient, so y is kept
+        names = [n for n in ("input", "filter_scale", "p_clean", "residual") if n in tensors]
+        leaves = {n: x.clone().requires_grad_(n in names) for n, x in tensors.items()}
+        y = ops.aw_conv2d(**leaves, **layer.options, backend=backend)
+        assert torch.equal(y.nan_to_num(7.0), whole.output.nan_to_num(7.0))
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        found = torch.autograd.grad(y, [leaves[n] for n in names], upstream.to(y))
+        for name, got in zip(names, found, strict=True):
+            got, want = got.nan_to_num(7.0), whole.grads[name].nan_to_num(7.0)
+            # the compiler contracts products and sums of the two loops in its own way, the library may convolve
+            # in another order: rounding, where a wrong gate would show in whole pixels
+            assert error(got, want) <= 4 * torch.finfo(dtype).eps, name
+        # and with nothing to save at all the layer may write over its own u, never over the caller's tensors
+        before = {n: x.clone() for n, x in tensors.items()}
+        with torch.no_grad():
+            again = ops.aw_conv2d(**before, **layer.options, backend=backend)
+        assert torch.equal(again.nan_to_num(7.0), whole.output.nan_to_num(7.0))
+        for n in ("input", "weight", "residual", "filter_scale"):
+            assert torch.equal(before[n].nan_to_num(7.0), tensors[n].nan_to_num(7.0)), n
+
+
+def test_mix_batch_norm_never_writes_to_its_input() -> None:
+    t = example(False, 0).to(torch.float32).tensors
+    tables = [t[n] for n in ("bn_weight", "bn_bias", "running_mean", "running_var")]
+    for backend in LAYER_BACKENDS:
+        x = t["residual"].clone()
+        ops.mix_batch_norm(x, *tables, p_clean=t["p_clean"], backend=backend)
+        assert torch.equal(x, t["residual"])
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_gradients_that_nobody_asks_for_are_not_computed(backend: str, monkeypatch) -> None:
+    # in the attack that is ∂γ, ∂β; a router's layer has neither ω nor p
+    asked = []
+    if backend == "eager":
+        plain = EagerPasses.testing_gradients
+        monkeypatch.setattr(
+            EagerPasses, "testing_gradients", staticmethod(lambda *a: asked.append(a[-1]) or plain(*a))
+        )
+    layer = example(False, 0).to(torch.float32)
+    leaves = {n: x.clone().requires_grad_(n in ("filter_scale", "p_clean")) for n, x in layer.tensors.items()}
+    y = ops.aw_conv2d(**leaves, **layer.options, backend=backend)
+    torch.autograd.grad(y.sum(), [leaves["filter_scale"], leaves["p_clean"]])
+    assert asked == ([(True, True, False, False)] if backend == "eager" else [])
+    if backend == "cpp":
+        sums = [torch.randn(6, 6) for _ in range(3)]
+        tables = [layer.tensors[n] for n in ("bn_weight", "bn_bias", "running_mean", "running_var")]
+        arguments = (*sums, layer.tensors["filter_scale"], *tables, layer.tensors["p_clean"], 1e-5)
+        for needs in ([True, True, False, False], [False, True, False, False], [False, False, True, True]):
+            found = torch.ops.awnet.testing_gradients(*arguments, needs)
+            assert [x.numel() > 0 for x in found] == needs
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
 def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
     for training, scale in ((True, "random"), (False, "random"), (False, "none")):
         layer = example(training, 0, scale=scale).to(torch.float32)
@@ -429,7 +498,7 @@ def operator_arguments(layer: Layer) -> tuple:
         **{"filter_scale": None} | layer.tensors,
         **layer.options,
     )
-    return (*call, True)
+    return (*call, *kept(call))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -439,11 +508,13 @@ def test_opcheck(training: bool, layout: torch.memory_format, backend: str) -> N
     layer = example(training, 0).to(torch.float32)
     for name in ("input", "residual"):
         layer.tensors[name] = layer.tensors[name].contiguous(memory_format=layout)
-    for name in layer.tensors:
-        if name in DIFFERENTIABLE:
-            layer.tensors[name].requires_grad_()
     operator = getattr(torch.ops.awnet, "layer_native" if backend == "cpp" else f"layer_{backend}").default
-    torch.library.opcheck(operator, operator_arguments(layer))
+    # training saves u and y, an attack u and a mask, a frozen router a mask alone
+    for names in (DIFFERENTIABLE, ("input", "filter_scale", "p_clean", "residual"), ("input",)):
+        for name, x in layer.tensors.items():
+            if x.is_floating_point():
+                x.requires_grad_(name in names)
+        torch.library.opcheck(operator, operator_arguments(layer))
 
 
 def compiled(function):

@@ -26,6 +26,15 @@ class Gradients(NamedTuple):
     bn_bias: Tensor | None  # [K, C]
 
 
+class Needs(NamedTuple):
+    """Which gradients of the [B, C] quantities are asked for."""
+
+    filter_scale: bool
+    p_clean: bool
+    bn_weight: bool
+    bn_bias: bool
+
+
 class Propagation(NamedTuple):
     """∂u = by_grad · g + by_input · (u − mean) + constant, each [B, C]; None means zero."""
 
@@ -40,6 +49,14 @@ class BatchStatistics(NamedTuple):
     mean: Tensor  # [S, C]
     var: Tensor  # [S, C], biased
     n: Tensor  # [S], N_k: values per channel, 0 where a branch has no sample
+
+
+class Sums(NamedTuple):
+    """What a backward in training sums over the batch."""
+
+    bn_weight: Tensor  # [K, C], the gradients of γ and β
+    bn_bias: Tensor
+    through: Tensor  # [2, S, C], Σ γ g and Σ γ g x̂ over all values that share the statistics
 
 
 def _times(x: Tensor, omega: Tensor | None) -> Tensor:
@@ -127,24 +144,29 @@ def testing_gradients(
     running_var: Tensor,
     p_clean: Tensor | None,
     eps: float,
+    needs: Needs,
 ) -> Gradients:
-    """Gradients in test mode from G1 = Σ g and Gc = Σ g (u − centre)."""
+    """The gradients of ``needs`` in test mode from G1 = Σ g and Gc = Σ g (u − centre)."""
     branch = _branches(bn_weight, bn_bias, running_mean, running_var, eps)
     number = len(branch.gain)
     weights = _probabilities(p_clean, number)
-    d_omega = None if omega is None else (gc + centre * g1) * _mix(branch.gain, weights)
+    d_omega = d_p = d_weight = d_bias = None
+    if needs.filter_scale:
+        d_omega = (gc + centre * g1) * _mix(branch.gain, weights)
     # Σ g (ωu − μ_k) without the difference of two large sums: ω Gc + (ω centre − μ_k) G1
     scaled_gc, scaled_centre = _times(gc, omega), _times(centre, omega)
     about_mean = [scaled_gc + (scaled_centre - branch.mean[k]) * g1 for k in range(number)]
-    d_weight = [_times(about_mean[k] * branch.inv_std[k], weights[k]).sum(0) for k in range(number)]
-    d_bias = [_times(g1, weights[k]).sum(0) for k in range(number)]
-    d_p = None
-    if number == 2:
+    if needs.p_clean:
         by_branch = [branch.gain[k] * about_mean[k] + branch.bias[k] * g1 for k in range(2)]
         d_p = (by_branch[1] - by_branch[0]).sum(1)
-    if len(bn_weight) < number:
-        d_weight, d_bias = [d_weight[0] + d_weight[1]], [d_bias[0] + d_bias[1]]
-    return Gradients(d_omega, d_p, torch.stack(d_weight), torch.stack(d_bias))
+    if needs.bn_weight:
+        rows = [_times(about_mean[k] * branch.inv_std[k], weights[k]).sum(0) for k in range(number)]
+        d_weight = torch.stack(rows)
+    if needs.bn_bias:
+        d_bias = torch.stack([_times(g1, weights[k]).sum(0) for k in range(number)])
+    if len(bn_weight) < number:  # both branches have one affine row
+        d_weight, d_bias = (None if x is None else x.sum(0, keepdim=True) for x in (d_weight, d_bias))
+    return Gradients(d_omega, d_p, d_weight, d_bias)
 
 
 # --- training: batch statistics of each branch's own samples
@@ -180,6 +202,29 @@ def training_coefficients(
     return _times(gain, omega), shift
 
 
+def training_sums(
+    g1: Tensor,
+    gc: Tensor,
+    mean: Tensor,
+    omega: Tensor | None,
+    bn_weight: Tensor,
+    statistics: BatchStatistics,
+    is_clean: Tensor | None,
+    eps: float,
+) -> Sums:
+    """The sums over the batch behind :func:`training_gradients`, which ranks add up in between."""
+    batch, rows = len(mean), len(statistics.mean)
+    inv_std = _rows(torch.rsqrt(statistics.var + eps), is_clean, batch)
+    gamma = _rows(bn_weight, is_clean, batch)
+    d = _times(mean, omega) - _rows(statistics.mean, is_clean, batch)
+    along = (_times(gc, omega) + d * g1) * inv_std  # Σ_hw g · normalised
+    return Sums(
+        _sum_by_row(along, is_clean, len(bn_weight)),
+        _sum_by_row(g1, is_clean, len(bn_weight)),
+        torch.stack([_sum_by_row(gamma * x, is_clean, rows) for x in (g1, along)]),
+    )
+
+
 def training_gradients(
     g1: Tensor,
     gc: Tensor,
@@ -191,21 +236,23 @@ def training_gradients(
     statistics: BatchStatistics,
     is_clean: Tensor | None,
     eps: float,
+    need_scale: bool,
+    sums: Sums | None = None,
 ) -> tuple[Gradients, Propagation]:
-    """Gradients in training mode from G1 = Σ g and Gc = Σ g (u − m), and the coefficients of ∂u."""
+    """Gradients in training mode from G1 = Σ g and Gc = Σ g (u − m), and the coefficients of ∂u.
+
+    ``sums``: this batch's, with ``through`` of all batches that share the statistics; None: there is but one.
+    """
+    if sums is None:
+        sums = training_sums(g1, gc, mean, omega, bn_weight, statistics, is_clean, eps)
     batch = len(mean)
-    rows = len(statistics.mean)
     inv_std = _rows(torch.rsqrt(statistics.var + eps), is_clean, batch)
     gamma = _rows(bn_weight, is_clean, batch)
     n = _rows(statistics.n[:, None].clamp(min=1), is_clean, batch)  # [B, 1]
     d = _times(mean, omega) - _rows(statistics.mean, is_clean, batch)
-
-    along = (_times(gc, omega) + d * g1) * inv_std  # Σ_hw g · normalised
-    d_weight = _sum_by_row(along, is_clean, len(bn_weight))
-    d_bias = _sum_by_row(g1, is_clean, len(bn_weight))
-    # what reaches each sample through its statistics: the sums over all samples that share them
-    through_mean = _rows(_sum_by_row(gamma * g1, is_clean, rows), is_clean, batch) / n
-    through_var = _rows(_sum_by_row(gamma * along, is_clean, rows), is_clean, batch) * inv_std / n
+    # what reaches each sample through its statistics
+    through_mean = _rows(sums.through[0], is_clean, batch) / n
+    through_var = _rows(sums.through[1], is_clean, batch) * inv_std / n
 
     scaled_inv_std = _times(inv_std, omega)
     propagation = Propagation(
@@ -214,7 +261,8 @@ def training_gradients(
         constant=-scaled_inv_std * (through_mean + through_var * d),
     )
     d_omega = None
-    if omega is not None:
+    if need_scale:
+        assert omega is not None
         at_mean = gamma * g1 - hw * (through_mean + through_var * d)
         d_omega = inv_std * (gamma * gc - through_var * omega * m2 + mean * at_mean)
-    return Gradients(d_omega, None, d_weight, d_bias), propagation
+    return Gradients(d_omega, None, sums.bn_weight, sums.bn_bias), propagation

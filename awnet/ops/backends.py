@@ -19,7 +19,7 @@ from torch import Tensor
 
 from awnet import reference
 from awnet.ops import native, triton_passes
-from awnet.ops.layer import Call, Layer, Saved, describe, register
+from awnet.ops.layer import Call, Layer, Saved, describe, kept, register
 from awnet.ops.passes import EagerPasses
 
 Momentum = float | Tensor
@@ -37,16 +37,25 @@ class Backend:
 
 def _runner(operator: Layer) -> Callable[[Call, Momentum], Tensor]:
     def run(call: Call, momentum: Momentum) -> Tensor:
-        y, *rest = operator(*call, _needs_grad(call))
+        y, *rest = operator(*call, *kept(call))
         if call.training and call.running_mean is not None:
-            _update_running_statistics(call, momentum, Saved(*rest))
+            saved = Saved(*rest)
+            if call.process_group and y.shape[2] * y.shape[3] == 1:
+                _check_more_than_one_value(saved.n)
+            _update_running_statistics(call, momentum, saved)
         return y
 
     return run
 
 
-def _needs_grad(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call)
+def _check_more_than_one_value(n: Tensor) -> None:
+    # over ranks the counts are known afterwards only; all ranks see the same and raise alike
+    if torch.compiler.is_compiling() or n.is_meta or (n.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if bool((n == 1).any()):
+        raise ValueError(
+            "expected more than 1 value per channel when training, got one in a branch over all ranks"
+        )
 
 
 @torch.no_grad()
@@ -122,6 +131,10 @@ def _runs_anything(call: Call) -> str | None:
     return None
 
 
+def _reference_refuses(call: Call) -> str | None:
+    return "it knows nothing of process groups" if call.process_group else None
+
+
 # in order of preference
 BACKENDS: tuple[Backend, ...] = (
     Backend(
@@ -138,7 +151,9 @@ BACKENDS: tuple[Backend, ...] = (
         _runs_anything,
         _runner(register("eager", EagerPasses())),
     ),
-    Backend("reference", "the paper's equations literally, gradients by autograd", _runs_anything, _literal),
+    Backend(
+        "reference", "the paper's equations literally, gradients by autograd", _reference_refuses, _literal
+    ),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 

@@ -60,6 +60,7 @@ def mix_batch_norm(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
+    process_group: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Two-branch batch norm: each sample's own branch in training (Eq. 13), blended by p in testing (Eq. 14).
@@ -75,6 +76,9 @@ def mix_batch_norm(
         is_clean: ``[B]`` bool, the sample's kind; training only.
         momentum: weight of the batch in the running statistics, a float or a tensor with one value a row.
         eps: added to the variance.
+        process_group: name of a torch.distributed group (``group.group_name``), whose ranks then share the
+            batch statistics in training, exactly, whatever each rank's batch holds; all ranks have to make
+            the call. The gradients of weight and bias stay the rank's own sums. None: this process alone.
         backend: a backend's name, or None for the best that can run this call.
 
     Returns:
@@ -82,7 +86,8 @@ def mix_batch_norm(
 
     Raises:
         TypeError, ValueError: as in :func:`filter_scaled_conv2d`; ValueError too where a branch has a single
-            value per channel in training.
+            value per channel in training. Over a process group the count is that of all ranks, and is looked
+            at after the forward, on every rank; inside torch.compile or a CUDA graph it is not looked at.
     """
     call = _norm_call(
         input,
@@ -95,6 +100,7 @@ def mix_batch_norm(
         training=training,
         momentum=momentum,
         eps=eps,
+        process_group=process_group,
     )
     return select(call, backend).run(call, momentum)
 
@@ -119,6 +125,7 @@ def aw_conv2d(
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str | None = "relu",
+    process_group: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The fused layer, Eq. 11 to 16: act(BN_mix(ω ⊙ conv(input, weight)) + residual).
@@ -126,8 +133,8 @@ def aw_conv2d(
     Args:
         input, weight, filter_scale, stride, padding, dilation, groups: as in :func:`filter_scaled_conv2d`;
             ``filter_scale=None`` makes a static convolution with MixBN (a stem, a shortcut).
-        bn_weight, bn_bias, running_mean, running_var, p_clean, is_clean, training, momentum, eps: as in
-            :func:`mix_batch_norm`.
+        bn_weight, bn_bias, running_mean, running_var, p_clean, is_clean, training, momentum, eps,
+            process_group: as in :func:`mix_batch_norm`.
         residual: ``[B, C_out, H', W']`` of ``input``'s dtype, added before the activation, or None.
         activation: ``"relu"`` or None.
         backend: a backend's name, or None for the best that can run this call.
@@ -159,6 +166,7 @@ def aw_conv2d(
         groups=groups,
         residual=residual,
         activation=activation,
+        process_group=process_group,
     )
     return select(call, backend).run(call, momentum)
 
@@ -236,6 +244,7 @@ def _norm_call(
     training: bool = False,
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
+    process_group: str | None = None,
     names: tuple[str, str] = ("weight", "bias"),
     convolution: Call | None = None,
 ) -> Call:
@@ -273,7 +282,9 @@ def _norm_call(
         raise ValueError("p_clean is for testing only: in training is_clean decides each sample's branch")
     if two and not training and is_clean is not None:
         raise ValueError("is_clean is for training only: in testing p_clean blends the branches")
-    if training and height * width == 1 and not torch.compiler.is_compiling():
+    if process_group is not None and (not isinstance(process_group, str) or not process_group):
+        raise TypeError(f"process_group must be a group's name or None, got {process_group!r}")
+    if training and height * width == 1 and process_group is None and not torch.compiler.is_compiling():
         _check_more_than_one_value(is_clean if running_mean.shape[0] == 2 else None, batch, input)
     return convolution._replace(
         p_clean=p_clean if two else None,
@@ -284,6 +295,7 @@ def _norm_call(
         is_clean=is_clean if two else None,
         training=training,
         eps=float(eps),
+        process_group=process_group if training and process_group else "",
     )
 
 

@@ -16,17 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
+from awnet.ops.algebra import BatchStatistics, Gradients, Needs, Propagation
+from awnet.ops.distributed import joined_statistics, summed
 from awnet.ops.passes import Passes, wide_dtype
 
 _ARGUMENTS = """Tensor{optional} input, Tensor? weight, Tensor? filter_scale, Tensor? p_clean,
     Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, Tensor? running_mean, Tensor? running_var,
     Tensor? is_clean, bool training, float eps, bool relu, int[2] stride, int[2] padding, int[2] dilation,
-    int groups"""
-_FORWARD = f"""({_ARGUMENTS.format(optional="")}, bool save)
-    -> (Tensor y, Tensor u, Tensor mean, Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n)"""
-_BACKWARD = f"""(Tensor grad, {_ARGUMENTS.format(optional="?")}, Tensor u, Tensor? y, Tensor mean, Tensor m2,
-    Tensor batch_mean, Tensor batch_var, Tensor n, SymInt[] input_shape, bool[] needs)
+    int groups, str process_group"""
+_FORWARD = f"""({_ARGUMENTS.format(optional="")}, bool keep_u, bool keep_mask)
+    -> (Tensor y, Tensor u, Tensor mask, Tensor mean, Tensor m2, Tensor batch_mean, Tensor batch_var,
+    Tensor n)"""
+_BACKWARD = f"""(Tensor grad, {_ARGUMENTS.format(optional="?")}, Tensor? u, Tensor? gate, Tensor mean,
+    Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n, SymInt[] input_shape, bool channels_last,
+    bool[] needs)
     -> (Tensor input, Tensor weight, Tensor filter_scale, Tensor p_clean, Tensor bn_weight, Tensor bn_bias,
     Tensor residual)"""
 Layer = Callable[..., tuple[Tensor, ...]]
@@ -54,17 +57,36 @@ class Call(NamedTuple):
     padding: Sequence[int]
     dilation: Sequence[int]
     groups: int
+    process_group: str = ""  # whose ranks share the batch statistics; empty: this process alone
 
 
 class Saved(NamedTuple):
     """What the forward operator returns beside y."""
 
-    u: Tensor  # [B, C_out, H', W']; empty where it is the input itself or no gradient will be asked for
+    u: Tensor  # [B, C_out, H', W']; empty where it is the input itself or the backward will not need it
+    mask: Tensor  # of u's shape, bool: where the activation passed; empty where y itself says so
     mean: Tensor  # [B, C_out] of u; this and the rest are empty outside training
     m2: Tensor
     batch_mean: Tensor  # [S, C_out] of ω ⊙ u
     batch_var: Tensor
     n: Tensor  # [S], values per channel
+
+
+def kept(call: Call) -> tuple[bool, bool]:
+    """``keep_u`` and ``keep_mask``: whether the backward of ``call`` will need u, and a mask in place of y.
+
+    Where the weight is trained, so is the next layer's, which keeps y as its input: y costs nothing then.
+    Else, in an attack, nobody keeps y, and a mask takes a byte an element.
+    """
+
+    def wanted(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.requires_grad
+
+    if not torch.is_grad_enabled() or not any(map(wanted, call[:_DIFFERENTIABLE])):
+        return False, False
+    by_batch = call.training and call.bn_weight is not None
+    keep_u = by_batch or any(map(wanted, call[2 : _DIFFERENTIABLE - 1]))
+    return keep_u, call.relu and not wanted(call.weight)
 
 
 class _Norm(NamedTuple):
@@ -110,23 +132,23 @@ def _where(call: Call) -> tuple[Sequence[int], Sequence[int], Sequence[int], int
 
 
 def _forward(passes: Passes, *arguments: Any) -> tuple[Tensor, ...]:
-    call, save = Call(*arguments[:-1]), arguments[-1]
+    call, keep_u, keep_mask = Call(*arguments[:-2]), *arguments[-2:]
     assert call.input is not None
     wide = wide_dtype(call.input.dtype)
+    keep_u = keep_u and call.weight is not None
     with torch.autocast(call.input.device.type, enabled=False):
         omega, p_clean, norm = _widened(call, wide)
         if norm is not None and call.training:
-            y, u, statistics = _train(passes, call, omega, norm)
+            y, u, mask, statistics = _train(passes, call, omega, norm, keep_u, keep_mask)
         else:
-            y, u = _test(passes, call, omega, p_clean, norm, save)
+            y, u, mask = _test(passes, call, omega, p_clean, norm, keep_u, keep_mask)
             statistics = tuple(y.new_empty(0, dtype=wide) for _ in range(5))
-    kept = u if save and call.weight is not None else y.new_empty(0)
-    return y, kept, *statistics
+    return y, u if keep_u else y.new_empty(0), mask, *statistics
 
 
 def _train(
-    passes: Passes, call: Call, omega: Tensor | None, norm: _Norm
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    passes: Passes, call: Call, omega: Tensor | None, norm: _Norm, keep_u: bool, keep_mask: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     assert call.input is not None
     fused = None
     if call.weight is not None:
@@ -138,15 +160,25 @@ def _train(
         u, mean, m2 = fused
     rows, hw = len(norm.mean), u.shape[2] * u.shape[3]
     batch = passes.batch_statistics(mean, m2, hw, omega, call.is_clean, rows)
+    if call.process_group:
+        batch = joined_statistics(batch, call.process_group)
     scale, shift = passes.training_coefficients(
         omega, norm.weight, norm.bias, batch, call.is_clean, call.eps, len(u)
     )
-    return passes.apply(u, scale, shift, call.residual, call.relu), u, (mean, m2, *batch)
+    in_place = call.weight is not None and not keep_u
+    y, mask = passes.apply(u, scale, shift, call.residual, call.relu, keep_mask, in_place)
+    return y, u, mask, (mean, m2, *batch)
 
 
 def _test(
-    passes: Passes, call: Call, omega: Tensor | None, p_clean: Tensor | None, norm: _Norm | None, save: bool
-) -> tuple[Tensor, Tensor]:
+    passes: Passes,
+    call: Call,
+    omega: Tensor | None,
+    p_clean: Tensor | None,
+    norm: _Norm | None,
+    keep_u: bool,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     assert call.input is not None
     if norm is not None:
         scale, shift = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(call.input))
@@ -156,11 +188,12 @@ def _test(
     epilogue = (scale, shift, call.residual, call.relu)
     fused = None
     if call.weight is not None:
-        fused = passes.fused_apply(call.input, call.weight, *epilogue, *_where(call), save)
+        fused = passes.fused_apply(call.input, call.weight, *epilogue, *_where(call), keep_u, keep_mask)
     if fused is not None:
         return fused
     u = _convolved(call)
-    return passes.apply(u, *epilogue), u
+    y, mask = passes.apply(u, *epilogue, keep_mask, call.weight is not None and not keep_u)
+    return y, u, mask
 
 
 def _ones(call: Call) -> Tensor:
@@ -172,7 +205,7 @@ def _ones(call: Call) -> Tensor:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    call, save = Call(*arguments[:-1]), arguments[-1]
+    call, keep_u, keep_mask = Call(*arguments[:-2]), *arguments[-2:]
     assert call.input is not None
     u = _convolved(call)
     wide = wide_dtype(call.input.dtype)
@@ -180,131 +213,135 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     if call.training and call.running_mean is not None:
         per_sample, per_branch = [u.shape[0], u.shape[1]], [call.running_mean.shape[0], u.shape[1]]
         sizes = [per_sample, per_sample, per_branch, per_branch, per_branch[:1]]
-    kept = torch.empty_like(u) if save and call.weight is not None else u.new_empty(0)
-    return torch.empty_like(u), kept, *(u.new_empty(size, dtype=wide) for size in sizes)
+    own_u = torch.empty_like(u) if keep_u and call.weight is not None else u.new_empty(0)
+    mask = torch.empty_like(u, dtype=torch.bool) if keep_mask else u.new_empty(0, dtype=torch.bool)
+    return torch.empty_like(u), own_u, mask, *(u.new_empty(size, dtype=wide) for size in sizes)
 
 
-def _placeholder(u: Tensor, shape: Sequence[int]) -> Tensor:
-    """Stands for an input of which only the shape matters. The library would copy one that is not dense."""
-    return torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=memory_format(u))
+def _convolution_gradients(
+    call: Call, d_u: Tensor, input_shape: Sequence[int], need_input: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    assert call.weight is not None
+    source = call.input
+    if source is None:
+        # only its shape matters, and the library would copy one that is not dense
+        source = torch.empty(
+            input_shape, dtype=d_u.dtype, device=d_u.device, memory_format=memory_format(d_u)
+        )
+    wanted = [need_input, need_weight, False]
+    stride, padding, dilation, groups = _where(call)
+    convolution = (stride, padding, dilation, False, [0, 0], groups)
+    found = torch.ops.aten.convolution_backward(d_u, source, call.weight, None, *convolution, wanted)
+    return found[0], found[1]
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+_FIELDS = len(Call._fields)
 
 
 def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments[:17])
-    u, y = arguments[17:19]
-    mean, m2, *batch = arguments[19:24]
-    input_shape, needs = arguments[24:]
-    need_input, need_weight, need_scale, need_p, need_gamma, need_beta, need_residual = needs
-    wide = wide_dtype(u.dtype)
-    with torch.autocast(u.device.type, enabled=False):
-        grad = grad.contiguous(memory_format=memory_format(u))
+    call = Call(*arguments[:_FIELDS])
+    u, gate, mean, m2, *batch, input_shape, channels_last, needs = arguments[_FIELDS:]
+    need_input, need_weight, *need_tables, need_residual = needs
+    asked = Needs(*need_tables)
+    wide = wide_dtype(grad.dtype)
+    with torch.autocast(grad.device.type, enabled=False):
+        grad = grad.contiguous(memory_format=_layout(channels_last))
         omega, p_clean, norm = _widened(call, wide)
         by_batch = norm is not None and call.training
-        # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is such a one
-        centre = mean if by_batch else u[:, :, 0, 0].to(wide)
+        need_images = need_input or need_weight or need_residual
+        centre = None
         found = Gradients(None, None, None, None)
         how: Propagation | None = None
-        need_images = need_input or need_weight or need_residual
-        if need_scale or need_p or need_gamma or need_beta or (by_batch and need_images):
-            g1, gc = passes.reduce(grad, u, centre, y)
+        if any(asked) or (by_batch and need_images):
+            # any centre is exact; one near the channel's mean keeps the digits, as a pixel of u does
+            centre = mean if by_batch else u[:, :, 0, 0].to(wide)
+            g1, gc = passes.reduce(grad, u, centre, gate)
             if norm is None:
                 found = Gradients(gc + centre * g1, None, None, None)
-            elif call.training:
-                hw = u.shape[2] * u.shape[3]
-                found, how = passes.training_gradients(
-                    g1, gc, mean, m2, hw, omega, norm.weight, BatchStatistics(*batch), call.is_clean, call.eps
-                )
+            elif by_batch:
+                statistics = BatchStatistics(*batch)
+                sums = None
+                if call.process_group:
+                    arguments = (g1, gc, mean, omega, norm.weight, statistics, call.is_clean, call.eps)
+                    sums = passes.training_sums(*arguments)
+                    sums = sums._replace(through=summed(sums.through, call.process_group))
+                hw, need_scale = grad.shape[2] * grad.shape[3], asked.filter_scale
+                rest = (norm.weight, statistics, call.is_clean, call.eps, need_scale, sums)
+                found, how = passes.training_gradients(g1, gc, mean, m2, hw, omega, *rest)
             else:
-                found = passes.testing_gradients(g1, gc, centre, omega, *norm, p_clean, call.eps)
+                found = passes.testing_gradients(g1, gc, centre, omega, *norm, p_clean, call.eps, asked)
         d_input = d_weight = d_residual = None
         if need_images:
             if how is None:
                 if norm is not None:
-                    scale = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(u))[0]
+                    scale = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(grad))[0]
                 else:
-                    scale = u.new_ones(u.shape[:2], dtype=wide) if omega is None else omega
+                    scale = grad.new_ones(grad.shape[:2], dtype=wide) if omega is None else omega
                 how = Propagation(scale, None, None)
-            d_input, d_residual = passes.propagate(grad, u, centre, y, how, need_residual)
-        fused = None
-        if call.weight is not None and need_input:
+            d_input, d_residual = passes.propagate(grad, u, centre, gate, how, need_residual)
+        if call.weight is not None and (need_input or need_weight):
             assert d_input is not None
-            fused = passes.fused_dgrad(d_input, call.weight, input_shape, *_where(call))
-        if call.weight is not None and (need_weight or (need_input and fused is None)):
-            source = _placeholder(u, input_shape) if call.input is None else call.input
-            d_input, d_weight, _ = torch.ops.aten.convolution_backward(
-                d_input,
-                source,
-                call.weight,
-                None,
-                call.stride,
-                call.padding,
-                call.dilation,
-                False,
-                [0, 0],
-                call.groups,
-                [need_input and fused is None, need_weight, False],
-            )
-        if fused is not None:
-            d_input = fused
+            d_u, fused = d_input, None
+            if need_input:
+                fused = passes.fused_dgrad(d_u, call.weight, input_shape, *_where(call))
+            if need_weight or fused is None:
+                d_input, d_weight = _convolution_gradients(
+                    call, d_u, input_shape, need_input and fused is None, need_weight
+                )
+            d_input = d_input if fused is None else fused
     wanted = (d_input, d_weight, *found, d_residual)
-    like = (u, u, call.filter_scale, call.p_clean, call.bn_weight, call.bn_bias, u)
+    like = (grad, grad, call.filter_scale, call.p_clean, call.bn_weight, call.bn_bias, grad)
     return tuple(
-        value.to(of.dtype) if need and value is not None and of is not None else u.new_empty(0)
+        value.to(of.dtype) if need and value is not None and of is not None else grad.new_empty(0)
         for need, value, of in zip(needs, wanted, like, strict=True)
     )
 
 
 def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call, u = Call(*arguments[:17]), arguments[17]
-    input_shape, needs = arguments[24:]
-    d_input = u.new_empty(input_shape)
+    call = Call(*arguments[:_FIELDS])
+    input_shape, channels_last, needs = arguments[-3:]
+    d_input = d_u = torch.empty_like(grad, memory_format=_layout(channels_last))
     if call.weight is not None:
-        source = _placeholder(u, input_shape) if call.input is None else call.input
-        d_input = torch.ops.aten.convolution_backward(
-            u,
-            source,
-            call.weight,
-            None,
-            call.stride,
-            call.padding,
-            call.dilation,
-            False,
-            [0, 0],
-            call.groups,
-            [True, False, False],
-        )[0]
-    like = (d_input, *call[1 : _DIFFERENTIABLE - 1], u)
+        d_input = _convolution_gradients(call, d_u, input_shape, True, False)[0]
+    like: tuple[Any, ...] = (d_input, *call[1 : _DIFFERENTIABLE - 1], d_u)
     return tuple(
-        torch.empty_like(of) if need and of is not None else u.new_empty(0)
+        torch.empty_like(of) if need and of is not None else grad.new_empty(0)
         for need, of in zip(needs, like, strict=True)
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call = Call(*inputs[:-1])
+    call, keep_u, keep_mask = Call(*inputs[:-2]), *inputs[-2:]
     assert call.input is not None
     y, saved = output[0], Saved(*output[1:])
     # without a weight the input is u itself; with one, its values serve the weight's gradient only
-    keep_input = call.weight is None or ctx.needs_input_grad[1]
+    keep_input = keep_u if call.weight is None else ctx.needs_input_grad[1]
     ctx.input_shape = call.input.shape
+    ctx.channels_last = memory_format(y) == torch.channels_last
     ctx.options = call[10:]
     ctx.set_materialize_grads(False)
+    gate = saved.mask if keep_mask else y
     ctx.save_for_backward(
         call.input if keep_input else None,
         *call[1 : _DIFFERENTIABLE - 1],
         # training normalises by the batch, and is about to change the running statistics in place
-        *(saved[3:5] if call.training else call[_DIFFERENTIABLE:9]),
+        *((saved.batch_mean, saved.batch_var) if call.training else call[_DIFFERENTIABLE:9]),
         call.is_clean,
-        y if call.relu else None,
-        *saved,
+        gate if call.relu else None,
+        saved.u if keep_u and call.weight is not None else None,
+        *saved[2:],
     )
 
 
 def _autograd(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    undifferentiable: tuple[Any, ...] = (None,) * (len(Call._fields) + 1 - _DIFFERENTIABLE)
+    undifferentiable: tuple[Any, ...] = (None,) * (_FIELDS + 2 - _DIFFERENTIABLE)
     if grads[0] is None:
         return (None,) * _DIFFERENTIABLE + undifferentiable
-    *tensors, y, u, mean, m2, batch_mean, batch_var, n = ctx.saved_tensors
+    *tensors, gate, u, mean, m2, batch_mean, batch_var, n = ctx.saved_tensors
     residual = None  # its gradient needs no values
     arguments = [*tensors[: _DIFFERENTIABLE - 1], residual, *tensors[_DIFFERENTIABLE - 1 :], *ctx.options]
     call = Call(*arguments)
@@ -312,7 +349,9 @@ def _autograd(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]
         u = call.input
         call = call._replace(input=None)
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    found = operator(grads[0], *call, u, y, mean, m2, batch_mean, batch_var, n, list(ctx.input_shape), needs)
+    statistics = (mean, m2, batch_mean, batch_var, n)
+    where = (list(ctx.input_shape), ctx.channels_last, needs)
+    found = operator(grads[0], *call, u, gate, *statistics, *where)
     return tuple(value if need else None for need, value in zip(needs, found, strict=True)) + undifferentiable
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import algebra
-from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
+from awnet.ops.algebra import BatchStatistics, Gradients, Needs, Propagation, Sums
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -22,24 +22,50 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Passes(Protocol):
-    """What a backend implements. Outputs keep the memory format of ``u``."""
+    """What a backend implements. Outputs keep the memory format of ``u``.
+
+    ``gate`` says where the activation passed: y itself, or a bool mask that is True where y is not <= 0 (so
+    NaN passes, as in torch); None where there is no activation. g is ``grad`` where it passed, else 0.
+    """
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Per-sample mean [B, C] and centred sum of squares M2 [B, C]."""
         ...
 
-    def apply(self, u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        """y = act(u · scale + shift + residual), [B, C, H, W]."""
+    def apply(
+        self,
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        keep_mask: bool,
+        in_place: bool,
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """y = act(u · scale + shift + residual), [B, C, H, W], in u's own memory if ``in_place``.
+
+        And the mask, empty without ``keep_mask``.
+        """
         ...
 
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """G1 = Σ g and Gc = Σ g (u − centre), [B, C]; g is ``grad`` where y > 0 (y None: no activation)."""
+    def reduce(
+        self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]:
+        """G1 = Σ g and Gc = Σ g (u − centre), [B, C]."""
         ...
 
     def propagate(
-        self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
+        self,
+        grad: Tensor,
+        u: Tensor | None,
+        centre: Tensor | None,
+        gate: Tensor | None,
+        how: Propagation,
+        residual: bool,
+        /,
     ) -> tuple[Tensor, Tensor | None]:
-        """∂u by ``how``, and ∂residual = g where asked for."""
+        """∂u by ``how``, and ∂residual = g if asked for; u and centre only where ``how`` has ``by_input``."""
         ...
 
     # convolutions with the layer's work in their epilogue; None: the library's convolution and the passes
@@ -56,10 +82,11 @@ class Passes(Protocol):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
-        save: bool,
+        keep_u: bool,
+        keep_mask: bool,
         /,
-    ) -> tuple[Tensor, Tensor] | None:
-        """y = act(u · scale + shift + residual) and u = conv(input, weight), empty without ``save``."""
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What ``apply`` gives of u = conv(input, weight), and u in between, empty without ``keep_u``."""
         ...
 
     def fused_statistics(
@@ -116,6 +143,7 @@ class Passes(Protocol):
         running_var: Tensor,
         p_clean: Tensor | None,
         eps: float,
+        needs: Needs,
         /,
     ) -> Gradients: ...
 
@@ -135,6 +163,19 @@ class Passes(Protocol):
         /,
     ) -> tuple[Tensor, Tensor]: ...
 
+    def training_sums(
+        self,
+        g1: Tensor,
+        gc: Tensor,
+        mean: Tensor,
+        omega: Tensor | None,
+        bn_weight: Tensor,
+        statistics: BatchStatistics,
+        is_clean: Tensor | None,
+        eps: float,
+        /,
+    ) -> Sums: ...
+
     def training_gradients(
         self,
         g1: Tensor,
@@ -147,6 +188,8 @@ class Passes(Protocol):
         statistics: BatchStatistics,
         is_clean: Tensor | None,
         eps: float,
+        need_scale: bool,
+        sums: Sums | None,
         /,
     ) -> tuple[Gradients, Propagation]: ...
 
@@ -155,8 +198,12 @@ def _image(x: Tensor) -> Tensor:
     return x[:, :, None, None]
 
 
-def _masked(grad: Tensor, y: Tensor | None) -> Tensor:
-    return grad if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
+def _masked(grad: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return grad
+    if gate.dtype == torch.bool:
+        return torch.where(gate, grad, 0)
+    return torch.ops.aten.threshold_backward(grad, gate, 0)
 
 
 class LibraryConvolutions:
@@ -179,6 +226,7 @@ class EagerPasses(LibraryConvolutions):
     testing_gradients = staticmethod(algebra.testing_gradients)
     batch_statistics = staticmethod(algebra.batch_statistics)
     training_coefficients = staticmethod(algebra.training_coefficients)
+    training_sums = staticmethod(algebra.training_sums)
     training_gradients = staticmethod(algebra.training_gradients)
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,33 +234,53 @@ class EagerPasses(LibraryConvolutions):
         mean = wide.mean((2, 3))
         return mean, (wide - _image(mean)).square_().sum((2, 3))
 
-    def apply(self, u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def apply(
+        self,
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        keep_mask: bool,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:
         wide = u.to(wide_dtype(u.dtype))
-        y = torch.empty_like(wide)
+        y = wide if in_place or wide is not u else torch.empty_like(wide)
         torch.addcmul(_image(shift), wide, _image(scale), out=y)
         if residual is not None:
             y.add_(residual)
         if relu:
             y.relu_()
-        return y.to(u.dtype)
+        y = y.to(u.dtype)
+        mask = (y <= 0).logical_not_() if keep_mask else y.new_empty(0, dtype=torch.bool)
+        return y, mask
 
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
         wide = wide_dtype(u.dtype)
-        g = _masked(grad, y).to(wide)
+        g = _masked(grad, gate).to(wide)
         return g.sum((2, 3)), (u.to(wide) - _image(centre)).mul_(g).sum((2, 3))
 
     def propagate(
-        self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
+        self,
+        grad: Tensor,
+        u: Tensor | None,
+        centre: Tensor | None,
+        gate: Tensor | None,
+        how: Propagation,
+        residual: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        wide = wide_dtype(u.dtype)
-        g = _masked(grad, y)
-        d_u = torch.empty_like(u, dtype=wide)
+        wide = wide_dtype(grad.dtype)
+        g = _masked(grad, gate)
+        own = g is not grad and g.dtype == wide and not residual and how.by_input is None
+        d_u = g if own else torch.empty_like(grad, dtype=wide)
         if how.by_input is None or how.constant is None:
             torch.mul(g.to(wide), _image(how.by_grad), out=d_u)
         else:
+            assert u is not None
+            assert centre is not None
             torch.sub(u.to(wide), _image(centre), out=d_u)
             d_u.mul_(_image(how.by_input)).add_(_image(how.constant))
             d_u.addcmul_(g.to(wide), _image(how.by_grad))
         if not residual:
-            return d_u.to(u.dtype), None
-        return d_u.to(u.dtype), g.clone() if y is None else g
+            return d_u.to(grad.dtype), None
+        return d_u.to(grad.dtype), g.clone() if gate is None else g

@@ -34,14 +34,15 @@ class TritonConvolutions:
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
-        save: bool,
-    ) -> tuple[Tensor, Tensor] | None:
-        """y = act(u · scale + shift + residual) and u = conv(input, weight), empty without ``save``."""
+        keep_u: bool,
+        keep_mask: bool,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """y = act(u · scale + shift + residual), u = conv(input, weight) and the mask, if they are kept."""
         table = convolutions(input.device)
         if not table:
             return None
         where = (stride, padding, dilation, groups)
-        arguments = (input, weight, scale, shift, residual, relu, *where, save)
+        arguments = (input, weight, scale, shift, residual, relu, *where, keep_u, keep_mask)
         return _kernels(groups).fused_apply(*arguments, table=table)
 
     def fused_statistics(

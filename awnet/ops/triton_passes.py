@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.algebra import BatchStatistics, Gradients, Propagation
+from awnet.ops.algebra import BatchStatistics, Gradients, Needs, Propagation, Sums
 from awnet.ops.triton_convolutions import TritonConvolutions
 from awnet.ops.tuning import Parameters, launch_parameters
 
@@ -86,23 +86,38 @@ class TritonPasses(TritonConvolutions):
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         return _kernels("passes").statistics(u, _for_images("statistics", u))
 
-    def apply(self, u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def apply(
+        self,
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        keep_mask: bool,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:
         other = None if residual is None else _alike(residual, u)
-        how = _for_images("apply", u)
-        return _kernels("passes").apply(u, _dense(scale), _dense(shift), other, relu, how)
+        how, out = _for_images("apply", u), u if in_place else None
+        mask = torch.empty_like(u, dtype=torch.bool) if keep_mask else None
+        y = _kernels("passes").apply(u, _dense(scale), _dense(shift), other, relu, how, out=out, mask=mask)
+        return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
 
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
         how = _for_images("reduce", u)
-        return _kernels("passes").reduce(_alike(grad, u), u, _dense(centre), y, how)
+        return _kernels("passes").reduce(_alike(grad, u), u, _dense(centre), gate, how)
 
     def propagate(
-        self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
+        self,
+        grad: Tensor,
+        u: Tensor | None,
+        centre: Tensor | None,
+        gate: Tensor | None,
+        how: Propagation,
+        residual: bool,
     ) -> tuple[Tensor, Tensor | None]:
         coefficients = [_dense(x) for x in how]
-        launch = _for_images("propagate", u)
-        return _kernels("passes").propagate(
-            _alike(grad, u), u, _dense(centre), y, *coefficients, residual, launch
-        )
+        launch = _for_images("propagate", grad)
+        return _kernels("passes").propagate(grad, u, _dense(centre), gate, *coefficients, residual, launch)
 
     def testing_coefficients(
         self,
@@ -132,12 +147,13 @@ class TritonPasses(TritonConvolutions):
         running_var: Tensor,
         p_clean: Tensor | None,
         eps: float,
+        needs: Needs,
     ) -> Gradients:
         kernels = _kernels("coefficients")
         norm = kernels.Norm(_dense(bn_weight), _dense(bn_bias), _dense(running_mean), _dense(running_var))
         how = _for_table("testing_gradients", g1.device, *g1.shape)
         images = (g1, gc, _dense(centre), _dense(omega))
-        return Gradients(*kernels.testing_gradients(*images, norm, _dense(p_clean), eps, how))
+        return Gradients(*kernels.testing_gradients(*images, norm, _dense(p_clean), eps, needs, how))
 
     def batch_statistics(
         self, mean: Tensor, m2: Tensor, hw: int, omega: Tensor | None, is_clean: Tensor | None, rows: int
@@ -163,6 +179,21 @@ class TritonPasses(TritonConvolutions):
         how = _for_table("training_coefficients", bn_weight.device, batch, bn_weight.shape[1])
         return kernels.training_coefficients(_dense(omega), norm, _dense(is_clean), eps, batch, how)
 
+    def training_sums(
+        self,
+        g1: Tensor,
+        gc: Tensor,
+        mean: Tensor,
+        omega: Tensor | None,
+        bn_weight: Tensor,
+        statistics: BatchStatistics,
+        is_clean: Tensor | None,
+        eps: float,
+    ) -> Sums:
+        how = _for_table("training_gradients", g1.device, *g1.shape)
+        tables = (_dense(omega), _dense(bn_weight), statistics, _dense(is_clean))
+        return Sums(*_kernels("coefficients").training_sums(g1, gc, mean, *tables, eps, how))
+
     def training_gradients(
         self,
         g1: Tensor,
@@ -175,11 +206,13 @@ class TritonPasses(TritonConvolutions):
         statistics: BatchStatistics,
         is_clean: Tensor | None,
         eps: float,
+        need_scale: bool,
+        sums: Sums | None,
     ) -> tuple[Gradients, Propagation]:
         how = _for_table("training_gradients", g1.device, *g1.shape)
         weight, kind = _dense(bn_weight), _dense(is_clean)
         found = _kernels("coefficients").training_gradients(
-            g1, gc, mean, m2, hw, _dense(omega), weight, statistics, kind, eps, how
+            g1, gc, mean, m2, hw, _dense(omega), weight, statistics, kind, eps, need_scale, sums, how
         )
         gradients = Gradients(found.omega, None, found.weight, found.bias)
         return gradients, Propagation(found.by_grad, found.by_input, found.constant)

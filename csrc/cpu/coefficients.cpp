@@ -104,7 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, c
                                                              const Tensor& centre, const MaybeTensor& omega,
                                                              const Tensor& weight, const Tensor& bias,
                                                              const Tensor& mean, const Tensor& var,
-                                                             const MaybeTensor& p_clean, double eps) {
+                                                             const MaybeTensor& p_clean, double eps,
+                                                             Needs needs) {
   const Norm norm(weight, bias, mean, var, eps);
   const int64_t batch = g1.size(0), channels = weight.size(1), rows = weight.size(0);
   const float *g1_p = floats(g1, {batch, channels}, "g1"), *gc_p = floats(gc, {batch, channels}, "gc");
@@ -112,19 +113,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, c
   const float *w = floats(omega, {batch, channels}, "omega"), *p = floats(p_clean, {batch}, "p_clean");
   const bool two = norm.branches() == 2;
   TORCH_CHECK(!two || p_clean.has_value(), "two branches need p_clean");
-  Tensor d_omega = at::empty({batch, channels}, weight.options()), p_share = at::empty_like(d_omega);
-  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(bias);
-  float *d_omega_p = d_omega.data_ptr<float>(), *share = p_share.data_ptr<float>();
+  const auto made = [&](bool needed, at::IntArrayRef shape) {
+    return at::empty(needed ? shape : at::IntArrayRef({0}), weight.options());
+  };
+  const bool need_tables = needs[2] || needs[3];
+  Tensor d_omega = made(needs[0], {batch, channels}), p_share = made(needs[1], {batch, channels});
+  Tensor d_weight = made(need_tables, weight.sizes()), d_bias = made(need_tables, weight.sizes());
+  float* d_omega_p = needs[0] ? d_omega.data_ptr<float>() : nullptr;
+  float* share = needs[1] ? p_share.data_ptr<float>() : nullptr;
   float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>();
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
-    std::vector<double> sums(4 * (last - first), 0.0);
+    std::vector<double> sums(need_tables ? 4 * (last - first) : 0, 0.0);
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
         const TestingGradients d =
             testing_gradients(g1_p[i], gc_p[i], centre_p[i], w ? w[i] : 1.0f, two ? p[b] : 0.0f,
                               norm.branch(0, c), norm.branch(two ? 1 : 0, c));
-        d_omega_p[i] = d.omega;
-        share[i] = d.p;
+        if (d_omega_p != nullptr) d_omega_p[i] = d.omega;
+        if (share != nullptr) share[i] = d.p;
+        if (!need_tables) continue;
         double* sum = sums.data() + 4 * (c - first);
         sum[0] += d.weight[0];
         sum[1] += d.weight[1];
@@ -132,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, c
         sum[3] += d.bias[1];
       }
     }
-    for (int64_t c = first; c < last; ++c) {
+    for (int64_t c = first; c < last && need_tables; ++c) {
       const double* sum = sums.data() + 4 * (c - first);
       if (rows == 2) {
         d_weight_p[c] = sum[0];
@@ -145,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, c
       }
     }
   });
-  return {d_omega, p_share.sum(1), d_weight, d_bias};
+  return {d_omega, needs[1] ? p_share.sum(1) : p_share, d_weight, d_bias};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& mean, const Tensor& m2, int64_t hw,
@@ -211,58 +218,130 @@ std::tuple<Tensor, Tensor> training_coefficients(const MaybeTensor& omega, const
   return {scale, shift};
 }
 
+namespace {
+
+// The batch of a backward in training, checked.
+struct Backward {
+  const Norm norm;
+  const int64_t batch, channels, rows, groups;
+  const float *g1, *gc, *mean, *omega;
+  const bool* clean;
+
+  Backward(const Tensor& g1, const Tensor& gc, const Tensor& mean, const MaybeTensor& omega,
+           const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
+           const MaybeTensor& is_clean, double eps)
+      : norm(weight, weight, batch_mean, batch_var, eps),  // the bias is not used
+        batch(g1.size(0)),
+        channels(weight.size(1)),
+        rows(weight.size(0)),
+        groups(batch_mean.size(0)),
+        g1(floats(g1, {batch, channels}, "g1")),
+        gc(floats(gc, {batch, channels}, "gc")),
+        mean(floats(mean, {batch, channels}, "mean")),
+        omega(floats(omega, {batch, channels}, "omega")),
+        clean(bools(is_clean, batch)) {
+    TORCH_CHECK(norm.branches() == 1 || is_clean.has_value(), "two branches need is_clean");
+  }
+
+  int64_t kind(int64_t b) const { return clean != nullptr && clean[b]; }
+  int64_t group(int64_t b) const { return groups == 2 ? kind(b) : 0; }
+  float scale(int64_t i) const { return omega ? omega[i] : 1.0f; }
+
+  // For channels [first, last): d_weight and d_bias, and sums over each row of the statistics, times the weight:
+  // 4 a channel, of g for both rows, then of g . normalised.
+  std::vector<double> sums(int64_t first, int64_t last, float* d_weight, float* d_bias) const {
+    const int64_t width = last - first;
+    std::vector<double> tables(4 * width, 0.0), through(4 * width, 0.0);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t k = kind(b), row = rows == 2 ? k : 0, own_group = group(b);
+      for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
+        const Branch own = norm.branch(k, c);
+        const float a = along(g1[i], gc[i], mean[i], scale(i), own);
+        double *table = tables.data() + 4 * (c - first), *sum = through.data() + 4 * (c - first);
+        table[row] += g1[i];
+        table[2 + row] += a;
+        sum[own_group] += own.weight * g1[i];
+        sum[2 + own_group] += own.weight * a;
+      }
+    }
+    for (int64_t c = first; c < last; ++c) {
+      for (int64_t row = 0; row < rows; ++row) {
+        d_bias[row * channels + c] = tables[4 * (c - first) + row];
+        d_weight[row * channels + c] = tables[4 * (c - first) + 2 + row];
+      }
+    }
+    return through;
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> training_sums(const Tensor& g1, const Tensor& gc, const Tensor& mean,
+                                                 const MaybeTensor& omega, const Tensor& weight,
+                                                 const Tensor& batch_mean, const Tensor& batch_var,
+                                                 const MaybeTensor& is_clean, double eps) {
+  const Backward of(g1, gc, mean, omega, weight, batch_mean, batch_var, is_clean, eps);
+  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
+  Tensor through = at::empty({2, of.groups, of.channels}, weight.options());
+  float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>(),
+        *through_p = through.data_ptr<float>();
+  for_channels(of.batch, of.channels, [&](int64_t first, int64_t last) {
+    const std::vector<double> sums = of.sums(first, last, d_weight_p, d_bias_p);
+    for (int64_t c = first; c < last; ++c) {
+      for (int64_t half = 0; half < 2; ++half) {
+        for (int64_t k = 0; k < of.groups; ++k) {
+          through_p[(half * of.groups + k) * of.channels + c] = sums[4 * (c - first) + 2 * half + k];
+        }
+      }
+    }
+  });
+  return {d_weight, d_bias, through};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
     const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,
     const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
-    const Tensor& n, const MaybeTensor& is_clean, double eps) {
-  const Norm norm(weight, weight, batch_mean, batch_var, eps);  // the bias is not used
-  const int64_t batch = g1.size(0), channels = weight.size(1), rows = weight.size(0),
-                groups = batch_mean.size(0);
-  const float *g1_p = floats(g1, {batch, channels}, "g1"), *gc_p = floats(gc, {batch, channels}, "gc");
-  const float *m = floats(mean, {batch, channels}, "mean"), *squares = floats(m2, {batch, channels}, "m2");
-  const float *w = floats(omega, {batch, channels}, "omega"), *n_p = floats(n, {groups}, "n");
-  const bool* clean = bools(is_clean, batch);
-  TORCH_CHECK(norm.branches() == 1 || is_clean.has_value(), "two branches need is_clean");
+    const Tensor& n, const MaybeTensor& is_clean, double eps, bool need_omega, const MaybeTensor& through) {
+  const Backward of(g1, gc, mean, omega, weight, batch_mean, batch_var, is_clean, eps);
+  const int64_t batch = of.batch, channels = of.channels, groups = of.groups;
+  const float *squares = floats(m2, {batch, channels}, "m2"), *n_p = floats(n, {groups}, "n");
+  const float* through_p = floats(through, {2, groups, channels}, "through");
   const auto options = weight.options();
-  Tensor d_omega = at::empty({batch, channels}, options), by_grad = at::empty_like(d_omega),
-         by_input = at::empty_like(d_omega), constant = at::empty_like(d_omega);
-  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
+  const auto made = [&](bool needed, at::IntArrayRef shape) {
+    return at::empty(needed ? shape : at::IntArrayRef({0}), options);
+  };
+  Tensor d_omega = made(need_omega, {batch, channels}), by_grad = at::empty({batch, channels}, options),
+         by_input = at::empty_like(by_grad), constant = at::empty_like(by_grad);
+  Tensor d_weight = made(!through, weight.sizes()), d_bias = made(!through, weight.sizes());
   float *d_omega_p = d_omega.data_ptr<float>(), *by_grad_p = by_grad.data_ptr<float>(),
         *by_input_p = by_input.data_ptr<float>(), *constant_p = constant.data_ptr<float>();
   float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>();
   const float hw_f = static_cast<float>(hw);
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
-    // per affine row: sums of g1 and of g · normalised; per statistics row: the same, times the weight
-    std::vector<double> sums(8 * (last - first), 0.0);
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t k = clean != nullptr && clean[b], row = rows == 2 ? k : 0, group = groups == 2 ? k : 0;
-      for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
-        const Branch own = norm.branch(k, c);
-        const float a = along(g1_p[i], gc_p[i], m[i], w ? w[i] : 1.0f, own);
-        double* sum = sums.data() + 8 * (c - first);
-        sum[row] += g1_p[i];
-        sum[2 + row] += a;
-        sum[4 + group] += own.weight * g1_p[i];
-        sum[6 + group] += own.weight * a;
-      }
-    }
-    for (int64_t c = first; c < last; ++c) {
-      for (int64_t row = 0; row < rows; ++row) {
-        d_bias_p[row * channels + c] = sums[8 * (c - first) + row];
-        d_weight_p[row * channels + c] = sums[8 * (c - first) + 2 + row];
+    std::vector<double> sums;
+    if (through_p == nullptr) {
+      sums = of.sums(first, last, d_weight_p, d_bias_p);
+    } else {
+      sums.resize(4 * (last - first));
+      for (int64_t c = first; c < last; ++c) {
+        for (int64_t half = 0; half < 2; ++half) {
+          for (int64_t k = 0; k < groups; ++k) {
+            sums[4 * (c - first) + 2 * half + k] = through_p[(half * groups + k) * channels + c];
+          }
+        }
       }
     }
     for (int64_t b = 0; b < batch; ++b) {
-      const int64_t k = clean != nullptr && clean[b], group = groups == 2 ? k : 0;
+      const int64_t k = of.kind(b), group = of.group(b);
       const float count = std::max(n_p[group], 1.0f);
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
-        const Branch own = norm.branch(k, c);
-        const double* sum = sums.data() + 8 * (c - first);
+        const Branch own = of.norm.branch(k, c);
+        const double* sum = sums.data() + 4 * (c - first);
         const TrainingGradients d =
-            training_gradients(g1_p[i], gc_p[i], m[i], squares[i], hw_f, w ? w[i] : 1.0f, own,
-                               static_cast<float>(sum[4 + group]) / count,
-                               static_cast<float>(sum[6 + group]) * own.inv_std / count);
-        d_omega_p[i] = d.omega;
+            training_gradients(of.g1[i], of.gc[i], of.mean[i], squares[i], hw_f, of.scale(i), own,
+                               static_cast<float>(sum[group]) / count,
+                               static_cast<float>(sum[2 + group]) * own.inv_std / count);
+        if (need_omega) d_omega_p[i] = d.omega;
         by_grad_p[i] = d.by_grad;
         by_input_p[i] = d.by_input;
         constant_p[i] = d.constant;

@@ -66,8 +66,13 @@ struct Shape {
     TORCH_CHECK(
         x.dim() == 4 && x.size(0) == batch && x.size(1) == channels && x.size(2) * x.size(3) == pixels, name,
         " must have u's shape, got ", x.sizes());
-    TORCH_CHECK(x.scalar_type() == dtype, name, " must have u's dtype ", dtype, ", got ", x.scalar_type());
+    TORCH_CHECK(x.scalar_type() == dtype, name, " must have dtype ", dtype, ", got ", x.scalar_type());
     return x.contiguous(format);
+  }
+
+  at::Tensor gate(const std::optional<at::Tensor>& x, at::ScalarType dtype) const {
+    if (!x) return at::Tensor();
+    return laid_out(*x, "gate", x->scalar_type() == at::kBool ? at::kBool : dtype);
   }
 
   at::Tensor table(const at::Tensor& x, const char* name) const {
@@ -133,6 +138,12 @@ T* data(const at::Tensor& x) {
   return x.defined() ? static_cast<T*>(x.data_ptr()) : nullptr;
 }
 
+template <class T>
+Gate<T> gate_of(const at::Tensor& x) {
+  if (x.defined() && x.scalar_type() == at::kBool) return {nullptr, data<uint8_t>(x)};
+  return {data<T>(x), nullptr};
+}
+
 const float* table_data(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
 }  // namespace
@@ -179,15 +190,21 @@ std::tuple<at::Tensor, at::Tensor> statistics(const at::Tensor& u_in) {
   return {mean, m2};
 }
 
-at::Tensor apply(const at::Tensor& u_in, const at::Tensor& scale_in, const at::Tensor& shift_in,
-                 const std::optional<at::Tensor>& residual_in, bool relu) {
+std::tuple<at::Tensor, at::Tensor> apply(const at::Tensor& u_in, const at::Tensor& scale_in,
+                                         const at::Tensor& shift_in,
+                                         const std::optional<at::Tensor>& residual_in, bool relu,
+                                         bool keep_mask, bool in_place) {
   const Shape s(u_in);
   const at::Tensor u = u_in.contiguous(s.format);
   const at::Tensor scale = s.table(scale_in, "scale"), shift = s.table(shift_in, "shift");
+  TORCH_CHECK(relu || !keep_mask, "there is no mask without an activation");
   at::Tensor residual;
   if (residual_in) residual = s.laid_out(*residual_in, "residual", u.scalar_type());
-  at::Tensor y = at::empty_like(u, u.options(), s.format);
+  const at::Tensor y = in_place ? u : at::empty_like(u, u.options(), s.format);
+  const auto bools = u.options().dtype(at::kBool);
+  const at::Tensor mask = keep_mask ? at::empty_like(u, bools, s.format) : at::empty({0}, bools);
   const float *scale_p = table_data(scale), *shift_p = table_data(shift);
+  uint8_t* mask_p = keep_mask ? data<uint8_t>(mask) : nullptr;
   for_dtype(u.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *p = data<T>(u), *r = data<T>(residual);
@@ -195,89 +212,91 @@ at::Tensor apply(const at::Tensor& u_in, const at::Tensor& scale_in, const at::T
     if (s.rows()) {
       for_pixels(s, [&](int64_t b, int64_t first, int64_t last) {
         const int64_t at = (b * s.pixels + first) * s.channels;
-        kernels<T>().apply_rows(out + at, p + at, r ? r + at : nullptr, last - first, s.channels, 0,
-                                s.channels, scale_p + b * s.channels, shift_p + b * s.channels, relu);
+        kernels<T>().apply_rows(out + at, mask_p ? mask_p + at : nullptr, p + at, r ? r + at : nullptr,
+                                last - first, s.channels, scale_p + b * s.channels, shift_p + b * s.channels,
+                                relu);
       });
     } else {
       for_planes(s, [&](int64_t i) {
         const int64_t at = i * s.pixels;
-        kernels<T>().apply_plane(out + at, p + at, r ? r + at : nullptr, s.pixels, scale_p[i], shift_p[i],
-                                 relu);
+        kernels<T>().apply_plane(out + at, mask_p ? mask_p + at : nullptr, p + at, r ? r + at : nullptr,
+                                 s.pixels, scale_p[i], shift_p[i], relu);
       });
     }
   });
-  return y;
+  return {y, mask};
 }
 
 std::tuple<at::Tensor, at::Tensor> reduce(const at::Tensor& grad_in, const at::Tensor& u_in,
                                           const at::Tensor& centre_in,
-                                          const std::optional<at::Tensor>& y_in) {
+                                          const std::optional<at::Tensor>& gate_in) {
   const Shape s(u_in);
   const at::Tensor u = u_in.contiguous(s.format), grad = s.laid_out(grad_in, "grad", u.scalar_type());
-  const at::Tensor centre = s.table(centre_in, "centre");
-  at::Tensor y;
-  if (y_in) y = s.laid_out(*y_in, "y", u.scalar_type());
+  const at::Tensor centre = s.table(centre_in, "centre"), gate = s.gate(gate_in, u.scalar_type());
   at::Tensor g1 = at::empty_like(centre), gc = at::empty_like(centre);
   const float* centre_p = table_data(centre);
   float *g1_p = data<float>(g1), *gc_p = data<float>(gc);
   for_dtype(u.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const T *g = data<T>(grad), *p = data<T>(u), *mask = data<T>(y);
+    const T *g = data<T>(grad), *p = data<T>(u);
+    const Gate<T> passed = gate_of<T>(gate);
     if (s.rows()) {
       for_columns(s, [&](int64_t b, int64_t first, int64_t last) {
         const int64_t at = b * s.pixels * s.channels, row = b * s.channels;
-        kernels<T>().reduce_rows(g + at, p + at, mask ? mask + at : nullptr, s.pixels, s.channels, first,
-                                 last, centre_p + row, g1_p + row, gc_p + row);
+        kernels<T>().reduce_rows(g + at, p + at, passed.from(at), s.pixels, s.channels, first, last,
+                                 centre_p + row, g1_p + row, gc_p + row);
       });
     } else {
       for_planes(s, [&](int64_t i) {
         const int64_t at = i * s.pixels;
-        kernels<T>().reduce_plane(g + at, p + at, mask ? mask + at : nullptr, s.pixels, centre_p[i], g1_p + i,
-                                  gc_p + i);
+        kernels<T>().reduce_plane(g + at, p + at, passed.from(at), s.pixels, centre_p[i], g1_p + i, gc_p + i);
       });
     }
   });
   return {g1, gc};
 }
 
-std::tuple<at::Tensor, at::Tensor> propagate(const at::Tensor& grad_in, const at::Tensor& u_in,
-                                             const at::Tensor& centre_in,
-                                             const std::optional<at::Tensor>& y_in,
+std::tuple<at::Tensor, at::Tensor> propagate(const at::Tensor& grad_in, const std::optional<at::Tensor>& u_in,
+                                             const std::optional<at::Tensor>& centre_in,
+                                             const std::optional<at::Tensor>& gate_in,
                                              const at::Tensor& by_grad_in,
                                              const std::optional<at::Tensor>& by_input_in,
                                              const std::optional<at::Tensor>& constant_in, bool residual) {
-  const Shape s(u_in);
-  const at::Tensor u = u_in.contiguous(s.format), grad = s.laid_out(grad_in, "grad", u.scalar_type());
-  const at::Tensor centre = s.table(centre_in, "centre"), by_grad = s.table(by_grad_in, "by_grad");
+  const Shape s(grad_in);
+  const at::Tensor grad = grad_in.contiguous(s.format), by_grad = s.table(by_grad_in, "by_grad");
+  const at::Tensor gate = s.gate(gate_in, grad.scalar_type());
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
-  at::Tensor y, by_input, constant;
-  if (y_in) y = s.laid_out(*y_in, "y", u.scalar_type());
+  at::Tensor u, centre, by_input, constant;
   if (by_input_in) {
+    TORCH_CHECK(u_in && centre_in, "by_input needs u and centre");
+    u = s.laid_out(*u_in, "u", grad.scalar_type());
+    centre = s.table(*centre_in, "centre");
     by_input = s.table(*by_input_in, "by_input");
     constant = s.table(*constant_in, "constant");
   }
-  at::Tensor d_u = at::empty_like(u, u.options(), s.format);
-  at::Tensor d_residual = residual ? at::empty_like(d_u) : at::empty({0}, u.options());
+  at::Tensor d_u = at::empty_like(grad, grad.options(), s.format);
+  at::Tensor d_residual = residual ? at::empty_like(d_u) : at::empty({0}, grad.options());
   const float *centre_p = table_data(centre), *grad_p = table_data(by_grad), *input_p = table_data(by_input),
               *constant_p = table_data(constant);
-  for_dtype(u.scalar_type(), [&](auto tag) {
+  for_dtype(grad.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const T *g = data<T>(grad), *p = data<T>(u), *mask = data<T>(y);
+    const T *g = data<T>(grad), *p = data<T>(u);
+    const Gate<T> passed = gate_of<T>(gate);
     T *out = data<T>(d_u), *r = residual ? data<T>(d_residual) : nullptr;
+    const auto from = [](auto* x, int64_t i) { return x ? x + i : nullptr; };
     if (s.rows()) {
       for_pixels(s, [&](int64_t b, int64_t first, int64_t last) {
         const int64_t at = (b * s.pixels + first) * s.channels, row = b * s.channels;
-        kernels<T>().propagate_rows(out + at, r ? r + at : nullptr, g + at, p + at,
-                                    mask ? mask + at : nullptr, last - first, s.channels, 0, s.channels,
-                                    centre_p + row, grad_p + row, input_p ? input_p + row : nullptr,
-                                    constant_p ? constant_p + row : nullptr);
+        kernels<T>().propagate_rows(out + at, from(r, at), g + at, from(p, at), passed.from(at), last - first,
+                                    s.channels, from(centre_p, row), grad_p + row, from(input_p, row),
+                                    from(constant_p, row));
       });
     } else {
       for_planes(s, [&](int64_t i) {
         const int64_t at = i * s.pixels;
-        kernels<T>().propagate_plane(out + at, r ? r + at : nullptr, g + at, p + at,
-                                     mask ? mask + at : nullptr, s.pixels, centre_p[i], grad_p[i],
-                                     input_p ? input_p[i] : 0.0f, constant_p ? constant_p[i] : 0.0f);
+        kernels<T>().propagate_plane(out + at, from(r, at), g + at, from(p, at), passed.from(at), s.pixels,
+                                     p ? centre_p[i] : 0.0f, grad_p[i], p ? input_p[i] : 0.0f,
+                                     p ? constant_p[i] : 0.0f);
       });
     }
   });

@@ -16,26 +16,37 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Where the activation passed: where y is not <= 0, or by a mask of 1 and 0; both null without an activation.
+template <class T>
+struct Gate {
+  const T* y;
+  const uint8_t* mask;
+
+  Gate from(int64_t i) const { return {y ? y + i : nullptr, mask ? mask + i : nullptr}; }
+};
+
 template <class T>
 struct Kernels {
-  // y = act(u * scale + shift + residual); residual may be null
-  void (*apply_plane)(T* y, const T* u, const T* residual, int64_t n, float scale, float shift, bool relu);
-  void (*apply_rows)(T* y, const T* u, const T* residual, int64_t pixels, int64_t channels, int64_t first,
-                     int64_t last, const float* scale, const float* shift, bool relu);
+  // y = act(u * scale + shift + residual) and the mask; residual and mask may be null, y may be u
+  void (*apply_plane)(T* y, uint8_t* mask, const T* u, const T* residual, int64_t n, float scale, float shift,
+                      bool relu);
+  void (*apply_rows)(T* y, uint8_t* mask, const T* u, const T* residual, int64_t pixels, int64_t channels,
+                     const float* scale, const float* shift, bool relu);
   // mean and centred sum of squares
   void (*statistics_plane)(const T* u, int64_t n, float* mean, float* m2);
   void (*statistics_rows)(const T* u, int64_t pixels, int64_t channels, int64_t first, int64_t last,
                           float* mean, float* m2);
-  // g1 = sum g, gc = sum g (u - centre), where g is grad masked by y > 0; y may be null
-  void (*reduce_plane)(const T* grad, const T* u, const T* y, int64_t n, float centre, float* g1, float* gc);
-  void (*reduce_rows)(const T* grad, const T* u, const T* y, int64_t pixels, int64_t channels, int64_t first,
+  // g1 = sum g, gc = sum g (u - centre), where g is grad where the gate passes
+  void (*reduce_plane)(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1, float* gc);
+  void (*reduce_rows)(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels, int64_t first,
                       int64_t last, const float* centre, float* g1, float* gc);
-  // d_u = by_grad * g + by_input * (u - centre) + constant, d_residual = g; d_residual may be null
-  void (*propagate_plane)(T* d_u, T* d_residual, const T* grad, const T* u, const T* y, int64_t n,
+  // d_u = by_grad * g + by_input * (u - centre) + constant, d_residual = g; d_residual may be null, and u
+  // where d_u = by_grad * g
+  void (*propagate_plane)(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t n,
                           float centre, float by_grad, float by_input, float constant);
-  void (*propagate_rows)(T* d_u, T* d_residual, const T* grad, const T* u, const T* y, int64_t pixels,
-                         int64_t channels, int64_t first, int64_t last, const float* centre,
-                         const float* by_grad, const float* by_input, const float* constant);
+  void (*propagate_rows)(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t pixels,
+                         int64_t channels, const float* centre, const float* by_grad, const float* by_input,
+                         const float* constant);
 };
 
 #define AWNET_DECLARE_KERNELS(isa)                 \

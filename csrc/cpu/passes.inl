@@ -5,6 +5,7 @@
 using Vector = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
 using Halves = uint16_t __attribute__((vector_size(32)));
+using Bytes = uint8_t __attribute__((vector_size(16)));
 
 constexpr int kWidth = 16;
 // Sequential float sums of a long channels_last image would lose digits: this many pixels are added to a
@@ -68,10 +69,25 @@ AWNET_INLINE void store(Float16* p, Vector v) {
 #endif
 }
 
+// A mask: 1 where y is not <= 0, so that NaN passes.
+AWNET_INLINE Vector load(const uint8_t* p) {
+  Bytes b;
+  __builtin_memcpy(&b, p, sizeof(b));
+  return __builtin_convertvector(__builtin_convertvector(b, Words), Vector);
+}
+
+AWNET_INLINE void store(uint8_t* p, Vector y) {
+  const Words cut = (Words)(y <= 0.0f);
+  const Bytes b = __builtin_convertvector(cut + 1u, Bytes);
+  __builtin_memcpy(p, &b, sizeof(b));
+}
+
 // One value, for what is left when the vectors are done.
 AWNET_INLINE float load_one(const float* p) { return *p; }
 AWNET_INLINE float load_one(const BFloat16* p) { return c10::detail::f32_from_bits(p->bits); }
 AWNET_INLINE float load_one(const Float16* p) { return c10::detail::fp16_ieee_to_fp32_value(p->bits); }
+AWNET_INLINE float load_one(const uint8_t* p) { return *p; }
+AWNET_INLINE void store_one(uint8_t* p, float y) { *p = !(y <= 0.0f); }
 AWNET_INLINE void store_one(float* p, float v) { *p = v; }
 AWNET_INLINE void store_one(BFloat16* p, float v) { p->bits = c10::detail::round_to_nearest_even(v); }
 AWNET_INLINE void store_one(Float16* p, float v) { p->bits = c10::detail::fp16_ieee_from_fp32_value(v); }
@@ -114,35 +130,48 @@ AWNET_INLINE Vector masked(Vector grad, Vector y) { return y <= 0.0f ? Vector{} 
 AWNET_INLINE float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
 AWNET_INLINE float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
+// g at value i; `read` as for_values gives it.
+template <class T, class Read>
+AWNET_INLINE auto gated(const T* grad, Gate<T> gate, int64_t i, Read read) {
+  const auto g = read(grad + i);
+  if (gate.y != nullptr) return masked(g, read(gate.y + i));
+  if (gate.mask != nullptr) return masked(g, read(gate.mask + i));
+  return g;
+}
+
 template <class T, bool kResidual, bool kRelu>
-AWNET_INLINE void apply_values(T* y, const T* u, const T* r, int64_t n, float scale, float shift) {
+AWNET_INLINE void apply_values(T* y, uint8_t* mask, const T* u, const T* r, int64_t n, float scale,
+                               float shift) {
   for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
     auto v = read(u + i) * scale + shift;
     if (kResidual) v += read(r + i);
     write(y + i, kRelu ? rectified(v) : v);
+    if (kRelu && mask != nullptr) write(mask + i, read(y + i));  // of y as it is stored
   });
 }
 
 template <class T>
-void apply_plane(T* y, const T* u, const T* r, int64_t n, float scale, float shift, bool relu) {
+void apply_plane(T* y, uint8_t* mask, const T* u, const T* r, int64_t n, float scale, float shift,
+                 bool relu) {
   if (r != nullptr) {
-    relu ? apply_values<T, true, true>(y, u, r, n, scale, shift)
-         : apply_values<T, true, false>(y, u, r, n, scale, shift);
+    relu ? apply_values<T, true, true>(y, mask, u, r, n, scale, shift)
+         : apply_values<T, true, false>(y, mask, u, r, n, scale, shift);
   } else {
-    relu ? apply_values<T, false, true>(y, u, r, n, scale, shift)
-         : apply_values<T, false, false>(y, u, r, n, scale, shift);
+    relu ? apply_values<T, false, true>(y, mask, u, r, n, scale, shift)
+         : apply_values<T, false, false>(y, mask, u, r, n, scale, shift);
   }
 }
 
 template <class T>
-void apply_rows(T* y, const T* u, const T* r, int64_t pixels, int64_t channels, int64_t first, int64_t last,
+void apply_rows(T* y, uint8_t* mask, const T* u, const T* r, int64_t pixels, int64_t channels,
                 const float* scale, const float* shift, bool relu) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    const int64_t row = pixel * channels + first;
-    for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-      auto v = read(u + row + i) * read(scale + first + i) + read(shift + first + i);
+    const int64_t row = pixel * channels;
+    for_values(channels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+      auto v = read(u + row + i) * read(scale + i) + read(shift + i);
       if (r != nullptr) v += read(r + row + i);
       write(y + row + i, relu ? rectified(v) : v);
+      if (mask != nullptr) write(mask + row + i, read(y + row + i));
     });
   }
 }
@@ -191,11 +220,10 @@ void statistics_rows(const T* u, int64_t pixels, int64_t channels, int64_t first
 }
 
 template <class T>
-void reduce_plane(const T* grad, const T* u, const T* y, int64_t n, float centre, float* g1, float* gc) {
+void reduce_plane(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1, float* gc) {
   Sum sum, along;
   for_values(n, [&](int64_t i, auto read, auto) __attribute__((always_inline)) {
-    auto g = read(grad + i);
-    if (y != nullptr) g = masked(g, read(y + i));
+    const auto g = gated(grad, gate, i, read);
     sum += g;
     along += g * (read(u + i) - centre);
   });
@@ -204,7 +232,7 @@ void reduce_plane(const T* grad, const T* u, const T* y, int64_t n, float centre
 }
 
 template <class T>
-void reduce_rows(const T* grad, const T* u, const T* y, int64_t pixels, int64_t channels, int64_t first,
+void reduce_rows(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels, int64_t first,
                  int64_t last, const float* centre, float* g1, float* gc) {
   for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
     const int64_t column = first + i;
@@ -215,8 +243,7 @@ void reduce_rows(const T* grad, const T* u, const T* y, int64_t pixels, int64_t 
       const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
       Value part_sum = {}, part_along = {};
       for (int64_t at = begin * channels + column; at < end * channels + column; at += channels) {
-        auto g = read(grad + at);
-        if (y != nullptr) g = masked(g, read(y + at));
+        const auto g = gated(grad, gate, at, read);
         part_sum += g;
         part_along += g * (read(u + at) - middle);
       }
@@ -229,31 +256,28 @@ void reduce_rows(const T* grad, const T* u, const T* y, int64_t pixels, int64_t 
 }
 
 template <class T>
-void propagate_plane(T* d_u, T* d_residual, const T* grad, const T* u, const T* y, int64_t n, float centre,
+void propagate_plane(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t n, float centre,
                      float by_grad, float by_input, float constant) {
   for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-    auto g = read(grad + i);
-    if (y != nullptr) g = masked(g, read(y + i));
+    const auto g = gated(grad, gate, i, read);
     auto d = g * by_grad;
-    if (by_input != 0.0f || constant != 0.0f) d += (read(u + i) - centre) * by_input + constant;
+    if (u != nullptr) d += (read(u + i) - centre) * by_input + constant;
     write(d_u + i, d);
     if (d_residual != nullptr) write(d_residual + i, g);
   });
 }
 
 template <class T>
-void propagate_rows(T* d_u, T* d_residual, const T* grad, const T* u, const T* y, int64_t pixels,
-                    int64_t channels, int64_t first, int64_t last, const float* centre, const float* by_grad,
-                    const float* by_input, const float* constant) {
+void propagate_rows(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t pixels,
+                    int64_t channels, const float* centre, const float* by_grad, const float* by_input,
+                    const float* constant) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    const int64_t row = pixel * channels + first;
-    for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-      auto g = read(grad + row + i);
-      if (y != nullptr) g = masked(g, read(y + row + i));
-      auto d = g * read(by_grad + first + i);
-      if (by_input != nullptr) {
-        d += (read(u + row + i) - read(centre + first + i)) * read(by_input + first + i) +
-             read(constant + first + i);
+    const int64_t row = pixel * channels;
+    for_values(channels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+      const auto g = gated(grad, gate, row + i, read);
+      auto d = g * read(by_grad + i);
+      if (u != nullptr) {
+        d += (read(u + row + i) - read(centre + i)) * read(by_input + i) + read(constant + i);
       }
       write(d_u + row + i, d);
       if (d_residual != nullptr) write(d_residual + row + i, g);

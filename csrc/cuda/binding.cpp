@@ -60,6 +60,12 @@ void succeed(const char* error, const char* op) {
 
 float* data(const Tensor& x) { return x.data_ptr<float>(); }
 
+// An output that is empty where it is not asked for; the kernels then get null.
+Tensor made(bool needed, at::IntArrayRef shape, const Tensor& like) {
+  return at::empty(needed ? shape : at::IntArrayRef({0}), like.options());
+}
+float* wanted(const Tensor& x) { return x.dim() == 1 && x.size(0) == 0 ? nullptr : data(x); }
+
 // --- images
 
 class Batch {
@@ -93,11 +99,10 @@ class Batch {
   int64_t batch() const { return images_.batch; }
   int64_t channels() const { return images_.channels; }
 
-  Tensor image(const Tensor& x, const char* name) {
-    on_.check(x, name);
-    TORCH_CHECK(x.sizes() == shape_, name, " must have u's shape ", shape_, ", got ", x.sizes());
-    TORCH_CHECK(x.scalar_type() == dtype_, name, " must have u's dtype ", dtype_, ", got ", x.scalar_type());
-    return seen(x.contiguous(format_));
+  Tensor image(const Tensor& x, const char* name) { return image(x, name, dtype_); }
+  Tensor gate(const MaybeTensor& x) {
+    if (!x) return Tensor();
+    return image(*x, "gate", x->scalar_type() == at::kBool ? at::kBool : dtype_);
   }
   Tensor image(const MaybeTensor& x, const char* name) { return x ? image(*x, name) : Tensor(); }
 
@@ -111,6 +116,10 @@ class Batch {
   Tensor table(const MaybeTensor& x, const char* name) { return x ? table(*x, name) : Tensor(); }
 
   Tensor new_image(const Tensor& like) { return seen(at::empty_like(like, like.options(), format_)); }
+  Tensor new_mask(const Tensor& like, bool needed) {
+    const auto options = like.options().dtype(at::kBool);
+    return needed ? seen(at::empty_like(like, options, format_)) : at::empty({0}, options);
+  }
   Tensor new_table(const Tensor& like) {
     return at::empty({batch(), channels()}, like.options().dtype(at::kFloat));
   }
@@ -122,6 +131,13 @@ class Batch {
   }
 
  private:
+  Tensor image(const Tensor& x, const char* name, at::ScalarType dtype) {
+    on_.check(x, name);
+    TORCH_CHECK(x.sizes() == shape_, name, " must have u's shape ", shape_, ", got ", x.sizes());
+    TORCH_CHECK(x.scalar_type() == dtype, name, " must have dtype ", dtype, ", got ", x.scalar_type());
+    return seen(x.contiguous(format_));
+  }
+
   Tensor seen(const Tensor& x) {
     if (reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 != 0) images_.aligned = false;
     return x;
@@ -134,6 +150,9 @@ class Batch {
   Images images_;
 };
 
+bool is_mask(const Tensor& x) { return x.defined() && x.scalar_type() == at::kBool && x.numel() > 0; }
+uint8_t* mask_of(const Tensor& x) { return is_mask(x) ? static_cast<uint8_t*>(x.data_ptr()) : nullptr; }
+const void* y_of(const Tensor& x) { return x.defined() && !is_mask(x) ? x.const_data_ptr() : nullptr; }
 const void* address(const Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
 const float* entries(const Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
@@ -172,48 +191,52 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& u_in) {
   return {mean, m2};
 }
 
-Tensor apply(const Tensor& u_in, const Tensor& scale_in, const Tensor& shift_in,
-             const MaybeTensor& residual_in, bool relu) {
+std::tuple<Tensor, Tensor> apply(const Tensor& u_in, const Tensor& scale_in, const Tensor& shift_in,
+                                 const MaybeTensor& residual_in, bool relu, bool keep_mask, bool in_place) {
   const On on(u_in);
   Batch batch(u_in, on);
   const Tensor u = batch.image(u_in, "u"), residual = batch.image(residual_in, "residual");
   const Tensor scale = batch.table(scale_in, "scale"), shift = batch.table(shift_in, "shift");
-  Tensor y = batch.new_image(u);
-  succeed(awnet_cuda_apply(batch.images(), y.data_ptr(), address(u), address(residual), entries(scale),
-                           entries(shift), relu, on.stream()),
+  TORCH_CHECK(relu || !keep_mask, "there is no mask without an activation");
+  const Tensor y = in_place ? u : batch.new_image(u), mask = batch.new_mask(u, keep_mask);
+  succeed(awnet_cuda_apply(batch.images(), y.data_ptr(), mask_of(mask), address(u), address(residual),
+                           entries(scale), entries(shift), relu, on.stream()),
           "apply");
-  return y;
+  return {y, mask};
 }
 
 std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, const Tensor& centre_in,
-                                  const MaybeTensor& y_in) {
+                                  const MaybeTensor& gate_in) {
   const On on(u_in);
   Batch batch(u_in, on);
-  const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"), y = batch.image(y_in, "y");
+  const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"), gate = batch.gate(gate_in);
   const Tensor centre = batch.table(centre_in, "centre");
   Tensor g1 = batch.new_table(u), gc = batch.new_table(u), workspace = batch.workspace(u);
-  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), address(y), entries(centre), data(g1),
-                            data(gc), data(workspace), on.stream()),
+  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), y_of(gate), mask_of(gate),
+                            entries(centre), data(g1), data(gc), data(workspace), on.stream()),
           "reduce");
   return {g1, gc};
 }
 
-std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const Tensor& u_in, const Tensor& centre_in,
-                                     const MaybeTensor& y_in, const Tensor& by_grad_in,
-                                     const MaybeTensor& by_input_in, const MaybeTensor& constant_in,
-                                     bool residual) {
-  const On on(u_in);
-  Batch batch(u_in, on);
+std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u_in,
+                                     const MaybeTensor& centre_in, const MaybeTensor& gate_in,
+                                     const Tensor& by_grad_in, const MaybeTensor& by_input_in,
+                                     const MaybeTensor& constant_in, bool residual) {
+  const On on(grad_in);
+  Batch batch(grad_in, on);
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
-  const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"), y = batch.image(y_in, "y");
-  const Tensor centre = batch.table(centre_in, "centre"), by_grad = batch.table(by_grad_in, "by_grad");
+  TORCH_CHECK(!by_input_in || (u_in && centre_in), "by_input needs u and centre");
+  const MaybeTensor none;
+  const Tensor grad = batch.image(grad_in, "grad"), u = batch.image(by_input_in ? u_in : none, "u");
+  const Tensor gate = batch.gate(gate_in), by_grad = batch.table(by_grad_in, "by_grad");
+  const Tensor centre = batch.table(by_input_in ? centre_in : none, "centre");
   const Tensor by_input = batch.table(by_input_in, "by_input"),
                constant = batch.table(constant_in, "constant");
-  Tensor d_u = batch.new_image(u);
-  Tensor d_residual = residual ? batch.new_image(u) : at::empty({0}, u.options());
+  Tensor d_u = batch.new_image(grad);
+  Tensor d_residual = residual ? batch.new_image(grad) : at::empty({0}, grad.options());
   succeed(awnet_cuda_propagate(batch.images(), d_u.data_ptr(), residual ? d_residual.data_ptr() : nullptr,
-                               address(grad), address(u), address(y), entries(centre), entries(by_grad),
-                               entries(by_input), entries(constant), on.stream()),
+                               address(grad), address(u), y_of(gate), mask_of(gate), entries(centre),
+                               entries(by_grad), entries(by_input), entries(constant), on.stream()),
           "propagate");
   return {d_u, d_residual};
 }
@@ -237,18 +260,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, c
                                                              const Tensor& centre, const MaybeTensor& omega,
                                                              const Tensor& weight, const Tensor& bias,
                                                              const Tensor& mean, const Tensor& var,
-                                                             const MaybeTensor& p_clean, double eps) {
+                                                             const MaybeTensor& p_clean, double eps,
+                                                             Needs needs) {
   const On on(weight);
   const Norm norm = norm_of(on, weight, bias, mean, var, eps);
   const int64_t batch = g1.size(0), channels = weight.size(1);
   const float *w = on.floats(omega, {batch, channels}, "omega"), *p = on.floats(p_clean, {batch}, "p_clean");
   TORCH_CHECK(!has_two(norm) || p != nullptr, "two branches need p_clean");
-  Tensor d_omega = at::empty({batch, channels}, weight.options()), d_p = at::empty({batch}, weight.options());
-  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
+  const bool need_tables = needs[2] || needs[3];
+  Tensor d_omega = made(needs[0], {batch, channels}, weight), d_p = made(needs[1], {batch}, weight);
+  Tensor d_weight = made(need_tables, weight.sizes(), weight),
+         d_bias = made(need_tables, weight.sizes(), weight);
   succeed(awnet_cuda_testing_gradients(&norm, batch, channels, on.floats(g1, {batch, channels}, "g1"),
                                        on.floats(gc, {batch, channels}, "gc"),
-                                       on.floats(centre, {batch, channels}, "centre"), w, p, data(d_omega),
-                                       data(d_p), data(d_weight), data(d_bias), on.stream()),
+                                       on.floats(centre, {batch, channels}, "centre"), w, p, wanted(d_omega),
+                                       wanted(d_p), wanted(d_weight), wanted(d_bias), on.stream()),
           "testing_gradients");
   return {d_omega, d_p, d_weight, d_bias};
 }
@@ -287,24 +313,45 @@ std::tuple<Tensor, Tensor> training_coefficients(const MaybeTensor& omega, const
   return {scale, shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
-    const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,
-    const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
-    const Tensor& n, const MaybeTensor& is_clean, double eps) {
+std::tuple<Tensor, Tensor, Tensor> training_sums(const Tensor& g1, const Tensor& gc, const Tensor& mean,
+                                                 const MaybeTensor& omega, const Tensor& weight,
+                                                 const Tensor& batch_mean, const Tensor& batch_var,
+                                                 const MaybeTensor& is_clean, double eps) {
   const On on(weight);
   const Norm norm = norm_of(on, weight, std::nullopt, batch_mean, batch_var, eps);
   const int64_t batch = g1.size(0), channels = weight.size(1);
   const bool* clean = on.bools(is_clean, batch);
   TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
   const std::array<int64_t, 2> shape{batch, channels};
-  Tensor d_omega = at::empty(shape, weight.options()), by_grad = at::empty_like(d_omega),
-         by_input = at::empty_like(d_omega), constant = at::empty_like(d_omega);
-  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
+  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight),
+         through = at::empty({2, norm.groups, channels}, weight.options());
+  succeed(awnet_cuda_training_sums(&norm, batch, channels, on.floats(g1, shape, "g1"),
+                                   on.floats(gc, shape, "gc"), on.floats(mean, shape, "mean"),
+                                   on.floats(omega, shape, "omega"), clean, data(d_weight), data(d_bias),
+                                   data(through), on.stream()),
+          "training_sums");
+  return {d_weight, d_bias, through};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
+    const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,
+    const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
+    const Tensor& n, const MaybeTensor& is_clean, double eps, bool need_omega, const MaybeTensor& through) {
+  const On on(weight);
+  const Norm norm = norm_of(on, weight, std::nullopt, batch_mean, batch_var, eps);
+  const int64_t batch = g1.size(0), channels = weight.size(1);
+  const bool* clean = on.bools(is_clean, batch);
+  TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
+  const std::array<int64_t, 2> shape{batch, channels};
+  Tensor d_omega = made(need_omega, shape, weight), by_grad = at::empty(shape, weight.options()),
+         by_input = at::empty_like(by_grad), constant = at::empty_like(by_grad);
+  Tensor d_weight = made(!through, weight.sizes(), weight), d_bias = made(!through, weight.sizes(), weight);
   succeed(awnet_cuda_training_gradients(
               &norm, batch, channels, hw, on.floats(g1, shape, "g1"), on.floats(gc, shape, "gc"),
               on.floats(mean, shape, "mean"), on.floats(m2, shape, "m2"), on.floats(omega, shape, "omega"),
-              on.floats(n, {norm.groups}, "n"), clean, data(d_omega), data(d_weight), data(d_bias),
-              data(by_grad), data(by_input), data(constant), on.stream()),
+              on.floats(n, {norm.groups}, "n"), clean,
+              on.floats(through, {2, norm.groups, channels}, "through"), wanted(d_omega), wanted(d_weight),
+              wanted(d_bias), data(by_grad), data(by_input), data(constant), on.stream()),
           "training_gradients");
   return {d_omega, d_weight, d_bias, by_grad, by_input, constant};
 }

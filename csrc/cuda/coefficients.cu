@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kThreads)
     const TestingGradients d =
         testing_gradients(g1[i], gc[i], centre[i], omega_at(omega, i), p, branch_of(norm, channels, 0, c),
                           branch_of(norm, channels, two ? 1 : 0, c));
-    d_omega[i] = d.omega;
+    if (d_omega != nullptr) d_omega[i] = d.omega;
     share += d.p;
   }
   share = block_sum(share);
-  if (threadIdx.x == 0) d_p[b] = share;
+  if (threadIdx.x == 0 && d_p != nullptr) d_p[b] = share;
 }
 
 // A block for kAcross channels: d_weight and d_bias.
@@ -168,18 +168,18 @@ __global__ void __launch_bounds__(kThreads)
   shift[i] = a.shift;
 }
 
-__global__ void __launch_bounds__(kAcross* kDown)
-    training_gradients_kernel(Norm norm, int64_t batch, int64_t channels, float hw, const float* g1,
-                              const float* gc, const float* mean, const float* m2, const float* omega,
-                              const float* n, const bool* is_clean, float* d_omega, float* d_weight,
-                              float* d_bias, float* by_grad, float* by_input, float* constant) {
-  const int64_t c = int64_t{blockIdx.x} * kAcross + threadIdx.x;
-  const bool inside = c < channels;
-  Branch branch[2] = {};
+// A block for kAcross channels: d_weight and d_bias, and for each row of the statistics the sums over all samples
+// that share it, times their weights. All threads get the latter.
+struct Through {
+  float mean[2], var[2];
+};
+
+__device__ __forceinline__ Through training_sums_of(const Norm& norm, int64_t batch, int64_t channels,
+                                                    int64_t c, const Branch (&branch)[2], const float* g1,
+                                                    const float* gc, const float* mean, const float* omega,
+                                                    const bool* is_clean, float* d_weight, float* d_bias) {
   float sum[4] = {};  // of both kinds: g1, g . normalised
-  if (inside) {
-    branch[0] = branch_of(norm, channels, 0, c);
-    branch[1] = has_two(norm) ? branch_of(norm, channels, 1, c) : branch[0];
+  if (c < channels) {
     for (int64_t b = threadIdx.y; b < batch; b += kDown) {
       const int k = kind_of(is_clean, b);
       const int64_t i = b * channels + c;
@@ -191,8 +191,7 @@ __global__ void __launch_bounds__(kAcross* kDown)
     }
   }
   sum_over_samples(sum);
-  if (!inside) return;
-  if (threadIdx.y == 0) {
+  if (threadIdx.y == 0 && c < channels) {
     if (norm.rows == 2) {
       d_bias[c] = sum[0];
       d_bias[channels + c] = sum[1];
@@ -203,16 +202,65 @@ __global__ void __launch_bounds__(kAcross* kDown)
       d_weight[c] = sum[2] + sum[3];
     }
   }
-  // what reaches a sample through the statistics: sums over all samples that share them, times their weights
-  float of_mean[2], of_var[2];
+  Through of;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    of_mean[k] = branch[k].weight * sum[k];
-    of_var[k] = branch[k].weight * sum[2 + k];
+    of.mean[k] = branch[k].weight * sum[k];
+    of.var[k] = branch[k].weight * sum[2 + k];
   }
   if (norm.groups == 1) {
-    of_mean[0] = of_mean[1] = of_mean[0] + of_mean[1];
-    of_var[0] = of_var[1] = of_var[0] + of_var[1];
+    of.mean[0] = of.mean[1] = of.mean[0] + of.mean[1];
+    of.var[0] = of.var[1] = of.var[0] + of.var[1];
+  }
+  return of;
+}
+
+__device__ __forceinline__ void branches_of(const Norm& norm, int64_t channels, int64_t c,
+                                            Branch (&branch)[2]) {
+  if (c >= channels) return;
+  branch[0] = branch_of(norm, channels, 0, c);
+  branch[1] = has_two(norm) ? branch_of(norm, channels, 1, c) : branch[0];
+}
+
+__global__ void __launch_bounds__(kAcross* kDown)
+    training_sums_kernel(Norm norm, int64_t batch, int64_t channels, const float* g1, const float* gc,
+                         const float* mean, const float* omega, const bool* is_clean, float* d_weight,
+                         float* d_bias, float* through) {
+  const int64_t c = int64_t{blockIdx.x} * kAcross + threadIdx.x;
+  Branch branch[2] = {};
+  branches_of(norm, channels, c, branch);
+  const Through of =
+      training_sums_of(norm, batch, channels, c, branch, g1, gc, mean, omega, is_clean, d_weight, d_bias);
+  if (threadIdx.y != 0 || c >= channels) return;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (k == norm.groups) break;
+    through[k * channels + c] = of.mean[k];
+    through[(norm.groups + k) * channels + c] = of.var[k];
+  }
+}
+
+__global__ void __launch_bounds__(kAcross* kDown)
+    training_gradients_kernel(Norm norm, int64_t batch, int64_t channels, float hw, const float* g1,
+                              const float* gc, const float* mean, const float* m2, const float* omega,
+                              const float* n, const bool* is_clean, const float* through, float* d_omega,
+                              float* d_weight, float* d_bias, float* by_grad, float* by_input,
+                              float* constant) {
+  const int64_t c = int64_t{blockIdx.x} * kAcross + threadIdx.x;
+  Branch branch[2] = {};
+  branches_of(norm, channels, c, branch);
+  Through of;
+  if (through == nullptr) {
+    of = training_sums_of(norm, batch, channels, c, branch, g1, gc, mean, omega, is_clean, d_weight, d_bias);
+  }
+  if (c >= channels) return;
+  if (through != nullptr) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int64_t group = norm.groups == 2 ? k : 0;
+      of.mean[k] = through[group * channels + c];
+      of.var[k] = through[(norm.groups + group) * channels + c];
+    }
   }
   for (int64_t b = threadIdx.y; b < batch; b += kDown) {
     const int k = kind_of(is_clean, b);
@@ -220,9 +268,9 @@ __global__ void __launch_bounds__(kAcross* kDown)
     const Branch own = k == 0 ? branch[0] : branch[1];
     const float count = fmaxf(n[norm.groups == 2 ? k : 0], 1.0f);
     const TrainingGradients d = training_gradients(g1[i], gc[i], mean[i], m2[i], hw, omega_at(omega, i), own,
-                                                   (k == 0 ? of_mean[0] : of_mean[1]) / count,
-                                                   (k == 0 ? of_var[0] : of_var[1]) * own.inv_std / count);
-    d_omega[i] = d.omega;
+                                                   (k == 0 ? of.mean[0] : of.mean[1]) / count,
+                                                   (k == 0 ? of.var[0] : of.var[1]) * own.inv_std / count);
+    if (d_omega != nullptr) d_omega[i] = d.omega;
     by_grad[i] = d.by_grad;
     by_input[i] = d.by_input;
     constant[i] = d.constant;
@@ -243,9 +291,12 @@ extern "C" const char* awnet_cuda_testing_gradients(const Norm* norm, int64_t ba
                                                     const float* omega, const float* p_clean, float* d_omega,
                                                     float* d_p, float* d_weight, float* d_bias,
                                                     void* stream) {
-  const char* error = launch(testing_gradients_of_samples, batch, 1, dim3(kThreads), stream, *norm, channels,
-                             g1, gc, centre, omega, p_clean, d_omega, d_p);
-  if (error != nullptr) return error;
+  if (d_omega != nullptr || d_p != nullptr) {
+    const char* error = launch(testing_gradients_of_samples, batch, 1, dim3(kThreads), stream, *norm, channels,
+                               g1, gc, centre, omega, p_clean, d_omega, d_p);
+    if (error != nullptr) return error;
+  }
+  if (d_weight == nullptr) return nullptr;
   return launch(testing_gradients_of_tables, divided_up(channels, kAcross), 1, kColumns, stream, *norm, batch,
                 channels, g1, gc, centre, omega, p_clean, d_weight, d_bias);
 }
@@ -266,15 +317,24 @@ extern "C" const char* awnet_cuda_training_coefficients(const Norm* norm, int64_
                 stream, *norm, batch, channels, omega, is_clean, scale, shift);
 }
 
+extern "C" const char* awnet_cuda_training_sums(const Norm* norm, int64_t batch, int64_t channels,
+                                                const float* g1, const float* gc, const float* mean,
+                                                const float* omega, const bool* is_clean, float* d_weight,
+                                                float* d_bias, float* through, void* stream) {
+  return launch(training_sums_kernel, divided_up(channels, kAcross), 1, kColumns, stream, *norm, batch,
+                channels, g1, gc, mean, omega, is_clean, d_weight, d_bias, through);
+}
+
 extern "C" const char* awnet_cuda_training_gradients(const Norm* norm, int64_t batch, int64_t channels,
                                                      int64_t hw, const float* g1, const float* gc,
                                                      const float* mean, const float* m2, const float* omega,
-                                                     const float* n, const bool* is_clean, float* d_omega,
-                                                     float* d_weight, float* d_bias, float* by_grad,
-                                                     float* by_input, float* constant, void* stream) {
+                                                     const float* n, const bool* is_clean,
+                                                     const float* through, float* d_omega, float* d_weight,
+                                                     float* d_bias, float* by_grad, float* by_input,
+                                                     float* constant, void* stream) {
   return launch(training_gradients_kernel, divided_up(channels, kAcross), 1, kColumns, stream, *norm, batch,
-                channels, static_cast<float>(hw), g1, gc, mean, m2, omega, n, is_clean, d_omega, d_weight,
-                d_bias, by_grad, by_input, constant);
+                channels, static_cast<float>(hw), g1, gc, mean, m2, omega, n, is_clean, through, d_omega,
+                d_weight, d_bias, by_grad, by_input, constant);
 }
 
 }  // namespace awnet::cuda

@@ -27,12 +27,36 @@ struct alignas(V * sizeof(T)) Vector {
   __device__ __forceinline__ float operator[](int j) const { return static_cast<float>(value[j]); }
 };
 
-// Two to a register until they are used; __nv_bfloat16 members would be taken apart as soon as they arrive.
+// Two to a register until they are used; members of 16 bits would be taken apart as soon as they arrive.
 template <>
 struct alignas(16) Vector<__nv_bfloat16, 8> {
   uint32_t pair[4];
   __device__ __forceinline__ float operator[](int j) const {
     return __uint_as_float(j % 2 == 0 ? pair[j / 2] << 16 : pair[j / 2] & 0xffff0000u);
+  }
+};
+
+template <>
+struct alignas(16) Vector<__half, 8> {
+  uint32_t pair[4];
+  __device__ __forceinline__ float operator[](int j) const {
+    return static_cast<float>(__ushort_as_half(static_cast<unsigned short>(pair[j / 2] >> 16 * (j % 2))));
+  }
+};
+
+// Bytes of a mask, four to a register.
+template <>
+struct alignas(4) Vector<uint8_t, 4> {
+  uint32_t word;
+  __device__ __forceinline__ float operator[](int j) const {
+    return static_cast<float>(word >> 8 * j & 0xffu);
+  }
+};
+template <>
+struct alignas(8) Vector<uint8_t, 8> {
+  uint32_t word[2];
+  __device__ __forceinline__ float operator[](int j) const {
+    return static_cast<float>(word[j / 4] >> 8 * (j % 4) & 0xffu);
   }
 };
 
@@ -54,6 +78,11 @@ __device__ __forceinline__ __half rounded(float x) {
   return __float2half_rn(x);
 }
 
+template <>
+__device__ __forceinline__ uint8_t rounded(float x) {
+  return x != 0.0f;
+}
+
 template <int V, class T>
 __device__ __forceinline__ void store(T* to, const float (&value)[V]) {
   struct alignas(V * sizeof(T)) Packed {
@@ -63,6 +92,40 @@ __device__ __forceinline__ void store(T* to, const float (&value)[V]) {
   for (int j = 0; j < V; ++j) packed.value[j] = rounded<T>(value[j]);
   *reinterpret_cast<Packed*>(to) = packed;
 }
+
+// As torch's ReLU: NaN passes.
+__device__ __forceinline__ float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
+__device__ __forceinline__ float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
+
+// g = grad where the activation passed, by y or by the mask, of which at most one is there.
+template <class T, int V>
+struct Gated {
+  Vector<T, V> grad, y;
+  Vector<uint8_t, V> mask;
+};
+
+template <class T>
+struct Gate {
+  const T *grad, *y;
+  const uint8_t* mask;
+
+  template <int V>
+  __device__ __forceinline__ Gated<T, V> read(int64_t i) const {
+    Gated<T, V> in;
+    in.grad = load<V>(grad + i);
+    if (y != nullptr) in.y = load<V>(y + i);
+    if (mask != nullptr) in.mask = load<V>(mask + i);
+    return in;
+  }
+
+  template <int V>
+  __device__ __forceinline__ float of(const Gated<T, V>& in, int j) const {
+    const float g = in.grad[j];
+    if (y != nullptr) return masked(g, in.y[j]);
+    if (mask != nullptr) return masked(g, in.mask[j]);
+    return g;
+  }
+};
 
 // V entries of a [B, C] table; where V > 1, the first one lies at a multiple of 16 bytes.
 template <int V>
@@ -75,10 +138,6 @@ __device__ __forceinline__ void load_entries(const float* from, float (&entries)
     for (int k = 0; k < kAtOnce; ++k) entries[j + k] = some[k];
   }
 }
-
-// As torch's ReLU: NaN passes.
-__device__ __forceinline__ float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
-__device__ __forceinline__ float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
 // --- sums, always in the same order
 

@@ -37,19 +37,24 @@ int64_t awnet_cuda_workspace(const Images* images);
 
 const char* awnet_cuda_statistics(const Images* images, const void* u, float* mean, float* m2,
                                   float* workspace, void* stream);
-const char* awnet_cuda_apply(const Images* images, void* y, const void* u, const void* residual,
-                             const float* scale, const float* shift, int32_t relu, void* stream);
+// mask, in bytes of 1 and 0: where the activation passed. The backward takes y or mask, or neither.
+const char* awnet_cuda_apply(const Images* images, void* y, uint8_t* mask, const void* u,
+                             const void* residual, const float* scale, const float* shift, int32_t relu,
+                             void* stream);
 const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const void* y,
-                              const float* centre, float* g1, float* gc, float* workspace, void* stream);
+                              const uint8_t* mask, const float* centre, float* g1, float* gc,
+                              float* workspace, void* stream);
 const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual, const void* grad,
-                                 const void* u, const void* y, const float* centre, const float* by_grad,
-                                 const float* by_input, const float* constant, void* stream);
+                                 const void* u, const void* y, const uint8_t* mask, const float* centre,
+                                 const float* by_grad, const float* by_input, const float* constant,
+                                 void* stream);
 
 // --- the [B, C] mathematics
 
 const char* awnet_cuda_testing_coefficients(const Norm* norm, int64_t batch, int64_t channels,
                                             const float* omega, const float* p_clean, float* scale,
                                             float* shift, void* stream);
+// d_omega, d_p, and d_weight with d_bias are null where nobody asks for them
 const char* awnet_cuda_testing_gradients(const Norm* norm, int64_t batch, int64_t channels, const float* g1,
                                          const float* gc, const float* centre, const float* omega,
                                          const float* p_clean, float* d_omega, float* d_p, float* d_weight,
@@ -61,13 +66,18 @@ const char* awnet_cuda_batch_statistics(int64_t batch, int64_t channels, int64_t
 const char* awnet_cuda_training_coefficients(const Norm* norm, int64_t batch, int64_t channels,
                                              const float* omega, const bool* is_clean, float* scale,
                                              float* shift, void* stream);
-// norm->mean and norm->var are the batch's, norm->bias is not used
+// norm->mean and norm->var are the batch's, norm->bias is not used; through: [2, groups, channels]
+const char* awnet_cuda_training_sums(const Norm* norm, int64_t batch, int64_t channels, const float* g1,
+                                     const float* gc, const float* mean, const float* omega,
+                                     const bool* is_clean, float* d_weight, float* d_bias, float* through,
+                                     void* stream);
+// through: null, or the sums of all ranks, and then d_weight and d_bias are not written; d_omega may be null
 const char* awnet_cuda_training_gradients(const Norm* norm, int64_t batch, int64_t channels, int64_t hw,
                                           const float* g1, const float* gc, const float* mean,
                                           const float* m2, const float* omega, const float* n,
-                                          const bool* is_clean, float* d_omega, float* d_weight,
-                                          float* d_bias, float* by_grad, float* by_input, float* constant,
-                                          void* stream);
+                                          const bool* is_clean, const float* through, float* d_omega,
+                                          float* d_weight, float* d_bias, float* by_grad, float* by_input,
+                                          float* constant, void* stream);
 
 // Runs a small kernel on the current device and checks its result; waits for it.
 const char* awnet_cuda_self_test();

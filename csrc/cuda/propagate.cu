@@ -1,4 +1,4 @@
-// d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is grad masked by y > 0
+// d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is grad where the activation passed
 #include "elementwise.h"
 
 namespace awnet::cuda {
@@ -10,12 +10,14 @@ struct Propagate {
   static constexpr int kUnroll = 2;
 
   T *d_u, *d_residual;
-  const T *grad, *u, *y;
+  Gate<T> gate;
+  const T* u;
   const float *centre, *by_grad, *by_input, *constant;
 
   template <int V>
   struct Inputs {
-    Vector<T, V> grad, u, y;
+    Gated<T, V> gated;
+    Vector<T, V> u;
   };
   template <int V>
   struct Coefficients {
@@ -28,9 +30,8 @@ struct Propagate {
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
-    in.grad = load<V>(grad + i);
+    in.gated = gate.template read<V>(i);
     if (by_input != nullptr) in.u = load<V>(u + i);
-    if (y != nullptr) in.y = load<V>(y + i);
     return in;
   }
 
@@ -52,8 +53,7 @@ struct Propagate {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const Coefficients<1> c = of(j);
-      float g = in.grad[j];
-      if (y != nullptr) g = masked(g, in.y[j]);
+      const float g = gate.of(in.gated, j);
       float d = g * c.by_grad[0];
       if (by_input != nullptr) d += (in.u[j] - c.centre[0]) * c.by_input[0] + c.constant[0];
       out[j] = d;
@@ -68,15 +68,14 @@ struct Propagate {
 
 extern "C" const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual,
                                             const void* grad, const void* u, const void* y,
-                                            const float* centre, const float* by_grad, const float* by_input,
-                                            const float* constant, void* stream) {
+                                            const uint8_t* mask, const float* centre, const float* by_grad,
+                                            const float* by_input, const float* constant, void* stream) {
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
     const Propagate<T> op{static_cast<T*>(d_u),
                           static_cast<T*>(d_residual),
-                          static_cast<const T*>(grad),
+                          {static_cast<const T*>(grad), static_cast<const T*>(y), mask},
                           static_cast<const T*>(u),
-                          static_cast<const T*>(y),
                           centre,
                           by_grad,
                           by_input,

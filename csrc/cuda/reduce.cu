@@ -1,4 +1,4 @@
-// g1 = sum g and gc = sum g (u - centre) over each plane, where g is grad masked by y > 0.
+// g1 = sum g and gc = sum g (u - centre) over each plane, where g is grad where the activation passed.
 #include "sums.h"
 
 namespace awnet::cuda {
@@ -6,21 +6,22 @@ namespace {
 
 template <class T>
 struct Operands {
-  const T *grad, *u, *y;  // y may be null
+  Gate<T> gate;
+  const T* u;
   const float* centre;
   float *g1, *gc;
 
   template <int V>
   struct Inputs {
-    Vector<T, V> grad, u, y;
+    Gated<T, V> gated;
+    Vector<T, V> u;
   };
 
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
-    in.grad = load<V>(grad + i);
+    in.gated = gate.template read<V>(i);
     in.u = load<V>(u + i);
-    if (y != nullptr) in.y = load<V>(y + i);
     return in;
   }
 
@@ -28,8 +29,7 @@ struct Operands {
   template <int V>
   __device__ __forceinline__ void add(const Inputs<V>& in, int j, float middle, float& sum,
                                       float& along) const {
-    float g = in.grad[j];
-    if (y != nullptr) g = masked(g, in.y[j]);
+    const float g = gate.of(in.gated, j);
     sum += g;
     along += g * (in.u[j] - middle);
   }
@@ -138,14 +138,17 @@ const char* launch_reduce(const Images& images, Operands<T> op, float* workspace
 }  // namespace
 
 extern "C" const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const void* y,
-                                         const float* centre, float* g1, float* gc, float* workspace,
-                                         void* stream) {
+                                         const uint8_t* mask, const float* centre, float* g1, float* gc,
+                                         float* workspace, void* stream) {
   if (const char* reason = refusal(*images)) return reason;
   if (images->pixels == 0) return "sums need at least one pixel";
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
-    const Operands<T> op{
-        static_cast<const T*>(grad), static_cast<const T*>(u), static_cast<const T*>(y), centre, g1, gc};
+    const Operands<T> op{{static_cast<const T*>(grad), static_cast<const T*>(y), mask},
+                         static_cast<const T*>(u),
+                         centre,
+                         g1,
+                         gc};
     return vector_width(*images) > 1 ? launch_reduce<T, kFull<T>>(*images, op, workspace, stream)
                                      : launch_reduce<T, 1>(*images, op, workspace, stream);
   });

@@ -93,10 +93,17 @@ def test_testing(k: int, s: int, omega: bool, how: dict) -> None:
             x.new(k, channels),
         )
         sums = [x.put(v) for v in (x.g1, x.gc, x.centre)]
-        found = kernels.testing_gradients(*sums, own_omega, norm, p, EPS, how, out=buffers)
-        expected = algebra.testing_gradients(*(v.double() for v in (x.g1, x.gc, x.centre)), *exact)
-        for a, b in zip(found, expected, strict=True):
-            assert_agrees(a, b, scale=1.0)
+        for needs in (
+            algebra.Needs(omega, max(k, s) == 2, True, True),
+            algebra.Needs(omega, False, False, False),
+        ):
+            wanted = kernels.TestingGradients(
+                *(v if need else None for v, need in zip(buffers, needs, strict=True))
+            )
+            found = kernels.testing_gradients(*sums, own_omega, norm, p, EPS, needs, how, out=wanted)
+            expected = algebra.testing_gradients(*(v.double() for v in (x.g1, x.gc, x.centre)), *exact, needs)
+            for a, b in zip(found, expected, strict=True):
+                assert_agrees(a, b, scale=1.0)
         x.guarded.check()
 
 
@@ -126,27 +133,40 @@ def test_training(k: int, s: int, omega: bool, how: dict) -> None:
         for a, b in zip(found_pair, expected_pair, strict=True):
             assert_agrees(a, b)
 
-        buffers = kernels.TrainingGradients(
-            x.new(batch, channels) if omega else None,
-            *(x.new(k, channels) for _ in range(2)),
-            *(x.new(batch, channels) for _ in range(3)),
-        )
         sums = x.put(x.g1), x.put(x.gc)
-        found = kernels.training_gradients(
-            *sums, mean, m2, HW, own_omega, norm.weight, got, clean, EPS, how, out=buffers
-        )
-        gradients, how_to = algebra.training_gradients(
-            x.g1.double(), x.gc.double(), *exact_images, weight, given, x.clean, EPS
-        )
-        # ∂ω of a branch of few samples is what is left of large terms
-        inv_std = torch.rsqrt(given.var.min() + EPS)
-        size = float(inv_std * (weight.abs().max() * x.gc.abs().max() + HW * x.mean.abs().max()))
-        assert_agrees(found.omega, gradients.filter_scale, scale=size)
-        assert_agrees(found.weight, gradients.bn_weight)
-        assert_agrees(found.bias, gradients.bn_bias)
-        for a, b in zip(found[3:], how_to, strict=True):
+        rest = (own_omega, norm.weight, got, clean, EPS)
+        exact_sums, exact_rest = (x.g1.double(), x.gc.double()), (wide(x.omega), weight, given, x.clean, EPS)
+        own = kernels.Sums(x.new(k, channels), x.new(k, channels), x.new(2, s, channels))
+        own = kernels.training_sums(*sums, mean, *rest, how, out=own)
+        exact_own = algebra.training_sums(*exact_sums, exact_images[0], *exact_rest)
+        for a, b in zip(own, exact_own, strict=True):
             assert_agrees(a, b)
+        # alone, and where another rank has added its sums, as large as ours
+        for others in (False, True):
+            buffers = kernels.TrainingGradients(
+                x.new(batch, channels) if omega else None,
+                *((own.weight, own.bias) if others else (x.new(k, channels), x.new(k, channels))),
+                *(x.new(batch, channels) for _ in range(3)),
+            )
+            shared = own._replace(through=2 * own.through) if others else None
+            exact_shared = exact_own._replace(through=2 * exact_own.through) if others else None
+            found = kernels.training_gradients(*sums, mean, m2, HW, *rest, omega, shared, how, out=buffers)
+            gradients, how_to = algebra.training_gradients(
+                *exact_sums, *exact_images[:3], *exact_rest, omega, exact_shared
+            )
+            check_training(x, found, gradients, how_to, given, weight)
         x.guarded.check()
+
+
+def check_training(x: Problem, found, gradients, how_to, given, weight: Tensor) -> None:
+    # ∂ω of a branch of few samples is what is left of large terms
+    inv_std = torch.rsqrt(given.var.min() + EPS)
+    size = float(inv_std * (weight.abs().max() * x.gc.abs().max() + HW * x.mean.abs().max()))
+    assert_agrees(found.omega, gradients.filter_scale, scale=size)
+    assert_agrees(found.weight, gradients.bn_weight)
+    assert_agrees(found.bias, gradients.bn_bias)
+    for a, b in zip(found[3:], how_to, strict=True):
+        assert_agrees(a, b)
 
 
 @tiles
@@ -163,7 +183,7 @@ def test_a_row_is_untouched_by_nan_in_the_other(how: dict) -> None:
         mean, m2, g1, gc = (x.put(v) for v in (x.mean, x.m2, x.g1, x.gc))
         statistics = kernels.batch_statistics(mean, m2, HW, omega, kind, 2, how)
         found = kernels.training_gradients(
-            g1, gc, mean, m2, HW, omega, norm.weight, statistics, kind, EPS, how
+            g1, gc, mean, m2, HW, omega, norm.weight, statistics, kind, EPS, True, None, how
         )
         rows = [v[1] for v in (statistics.mean, statistics.var, found.weight, found.bias)]
         results.append([*rows, *(v[:4] for v in (found.omega, *found[3:]) if v is not None)])
@@ -176,12 +196,12 @@ def test_an_empty_batch() -> None:
     norm, clean = x.norm(), torch.empty(0, dtype=torch.bool, device=DEVICE)
     empty, p = torch.empty(0, 3, device=DEVICE), torch.empty(0, device=DEVICE)
     assert kernels.testing_coefficients(empty, norm, p, EPS, 0, SMALL)[0].shape == (0, 3)
-    found = kernels.testing_gradients(empty, empty, empty, empty, norm, p, EPS, SMALL)
+    found = kernels.testing_gradients(empty, empty, empty, empty, norm, p, EPS, (True,) * 4, SMALL)
     assert float(found.weight.abs().sum()) == float(found.bias.abs().sum()) == 0
     statistics = kernels.batch_statistics(empty, empty, HW, empty, clean, 2, SMALL)
     assert all(float(v.abs().sum()) == 0 for v in statistics)
     trained = kernels.training_gradients(
-        empty, empty, empty, empty, HW, empty, norm.weight, statistics, clean, EPS, SMALL
+        empty, empty, empty, empty, HW, empty, norm.weight, statistics, clean, EPS, True, None, SMALL
     )
     assert float(trained.weight.abs().sum()) == float(trained.bias.abs().sum()) == 0
 

@@ -170,11 +170,18 @@ def test_apply(
 ) -> None:
     layer = Layer(shape, dtype, guarded)
     other = layer.residual if residual else None
-    found = conv.fused_apply(
-        layer.x, layer.weight, layer.scale, layer.shift, other, relu, *shape.where, save, tile=tile
+    keep_mask = (
+        not save
+        and not conv.constants(
+            conv._problem(layer.x, layer.weight, shape.stride, shape.padding), tile, False, relu, "ieee"
+        )["SPAN"]
     )
+    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, other, relu, *shape.where, save)
+    found = conv.fused_apply(*arguments, keep_mask, tile=tile)
     assert found is not None
-    y, u = found
+    assert keep_mask or conv.fused_apply(*arguments, True, tile=tile) is None or save
+    y, u, mask = found
+    assert torch.equal(mask, ~(y <= 0)) if keep_mask else mask.numel() == 0
     assert error(y, layer.y(residual, relu)) < TOLERANCE[dtype]
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -246,7 +253,7 @@ def test_the_same_call_gives_the_same_bits_and_other_samples_never_matter(name: 
         counted = conv.fused_statistics(x, layer.weight, *shape.where, tile=SWAPPED)
         assert applied is not None
         assert counted is not None
-        return [*applied, *counted]
+        return [*applied[:2], *counted]
 
     first = run(layer.x)
     poisoned = layer.x.clone(memory_format=torch.preserve_format)
@@ -296,10 +303,13 @@ def test_grouped(shape: Shape, channels_last: bool, dtype: torch.dtype, guarded:
     layer = Layer(shape, dtype, guarded, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift)
-    full = grouped_conv.fused_apply(*arguments, layer.residual, True, *shape.where, True, tile=GROUPED_TILE)
+    full = grouped_conv.fused_apply(
+        *arguments, layer.residual, True, *shape.where, True, True, tile=GROUPED_TILE
+    )
     assert full is not None
     assert error(full[0], layer.y(True, True)) < TOLERANCE[dtype]
     assert error(full[1], layer.u) < TOLERANCE[dtype]
+    assert torch.equal(full[2], ~(full[0] <= 0))
     assert all(x.is_contiguous(memory_format=layout) for x in full)
     found = grouped_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=GROUPED_TILE)
     check_statistics(found, layer, dtype)
@@ -417,7 +427,8 @@ def test_the_backend_asks_the_devices_table(
 ) -> None:
     shape = Shape(2, 4, 6, (3, 4), (3, 3), padding=(1, 1), groups=groups)
     layer = Layer(shape, torch.float32, guarded)
-    forward: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, True)
+    kept = (True, False)
+    forward: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, *kept)
     backend = TritonConvolutions()
     calls = {
         "apply": lambda: backend.fused_apply(*forward),

@@ -103,6 +103,11 @@ def test_apply(
         expected = expected.relu() if relu else expected
         y = passes.apply(u, scale, shift, r, relu, how, **affine, out=guarded.output(u))
         assert_close(y, expected, size, dtype)
+        # in u's own place, and with the mask of y as it is stored
+        ours, mask = guarded.output(u).copy_(u), torch.empty_like(u, dtype=torch.bool)
+        again = passes.apply(ours, scale, shift, r, relu, how, **affine, out=ours, mask=mask)
+        assert torch.equal(again, y)
+        assert torch.equal(mask, ~(y <= 0))
     guarded.check()
 
 
@@ -141,6 +146,9 @@ def test_reduce(guarded: Guarded, loops: None, relu: bool, dtype: torch.dtype, l
         empty = torch.empty(shape[:2], device=DEVICE)
         out = guarded.output(empty), guarded.output(empty)
         g1, gc = passes.reduce(grad, u, centre, y if relu else None, how, out=out)
+        if relu:
+            by_mask = passes.reduce(grad, u, centre, y > 0, how)
+            assert all(torch.equal(a, b) for a, b in zip(by_mask, (g1, gc), strict=True))
         g = torch.where(y > 0, grad, 0).double() if relu else grad.double()
         along = g * (u.double() - image(centre))
         assert_close(g1, g.sum((2, 3)), g.abs().sum((2, 3)), torch.float32)
@@ -178,9 +186,13 @@ def test_propagate(
             )
         rest = (by_input, constant) if training else (None, None)
         out = guarded.output(u), guarded.output(u) if residual else None
+        about = (u, centre) if training else (None, None)
         d_u, d_residual = passes.propagate(
-            grad, u, centre, y if relu else None, by_grad, *rest, residual, how, out=out
+            grad, *about, y if relu else None, by_grad, *rest, residual, how, out=out
         )
+        if relu:
+            by_mask = passes.propagate(grad, *about, y > 0, by_grad, *rest, residual, how)
+            assert torch.equal(by_mask[0], d_u)
         assert_close(d_u, expected, size, dtype)
         if residual:
             assert d_residual is not None

@@ -136,9 +136,10 @@ def test_opcheck() -> None:
         leaves = [t[n].clone().requires_grad_() if n in t else None for n in names]
         arguments = (
             *leaves, t["running_mean"], t["running_var"], t.get("is_clean"), training, 1e-5, True,
-            (1, 1), (1, 1), (1, 1), 2, True,
+            (1, 1), (1, 1), (1, 1), 2, "", True,
         )  # fmt: skip
-        torch.library.opcheck(torch.ops.awnet.layer_triton.default, arguments)
+        for keep_mask in (False, True):
+            torch.library.opcheck(torch.ops.awnet.layer_triton.default, (*arguments, keep_mask))
 
 
 def test_float64_is_refused_and_explained() -> None:

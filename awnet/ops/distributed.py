@@ -1,0 +1,60 @@
+"""Batch statistics and their gradients over the ranks of a process group: one collective each.
+
+Both are registered operators, so that ``csrc/layer.cpp`` reaches them too. A process group goes by its name,
+``group.group_name``; every rank has to take part in every call, with an empty batch if it has no other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from awnet.ops.algebra import BatchStatistics
+
+
+def _group_size(name: str) -> int:
+    from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+    try:
+        return _resolve_process_group(GroupName(name)).size()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"process_group {name!r} is the name of no process group here; give torch.distributed's "
+            "group.group_name after init_process_group"
+        ) from error
+
+
+@torch.library.custom_op("awnet::joined_statistics", mutates_args=())
+def _joined_statistics(
+    mean: Tensor, var: Tensor, n: Tensor, process_group: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = _group_size(process_group)
+    own = torch.cat([mean, var, n[:, None]], 1)[None]  # [1, S, 2C + 1]
+    collectives = torch.ops._c10d_functional
+    gathered = collectives.all_gather_into_tensor(own.contiguous(), size, process_group)
+    means, variances, counts = collectives.wait_tensor(gathered).split([mean.shape[1], var.shape[1], 1], 2)
+    total = counts.sum(0)  # [S, 1]
+    divisor = total.clamp(min=1)
+    joined = (means * counts).sum(0) / divisor
+    squares = (counts * (variances + (means - joined).square())).sum(0)  # Chan's rule: never E[z²] − μ²
+    return joined, squares / divisor, total[:, 0].clone()
+
+
+@torch.library.custom_op("awnet::summed", mutates_args=())
+def _summed(x: Tensor, process_group: str) -> Tensor:
+    collectives = torch.ops._c10d_functional
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", process_group))
+
+
+def joined_statistics(own: BatchStatistics, process_group: str) -> BatchStatistics:
+    """The statistics of all ranks' values from those of each; exact whatever the ranks' counts, 0 too.
+
+    The ranks' (n, mean, variance) are gathered and merged in the order of the ranks: all get the same bits.
+    Raises ValueError where ``process_group`` names no group.
+    """
+    return BatchStatistics(*_joined_statistics(own.mean, own.var, own.n, process_group))
+
+
+def summed(x: Tensor, process_group: str) -> Tensor:
+    """The sum of ``x`` over the ranks."""
+    return _summed(x, process_group)
