@@ -112,7 +112,7 @@ def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
     assert "all right" in capsys.readouterr().out
     assert called == {
         "statistics", "apply", "reduce", "propagate", "testing_coefficients", "testing_gradients",
-        "batch_statistics", "training_coefficients", "training_gradients",
+        "batch_statistics", "training_coefficients", "training_sums", "training_gradients",
     }  # fmt: skip
     spoilt = sanitize._Operators()
     monkeypatch.setattr(

@@ -37,16 +37,31 @@ from awnet.ops.tuning import launch_parameters
 class _NativePasses(LibraryConvolutions):
     """The passes of ``csrc/``, on a CPU or a CUDA device."""
 
-    def apply(self, u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        return torch.ops.awnet.apply(u, scale, shift, residual, relu)
+    def apply(
+        self,
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        keep_mask: bool,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.awnet.apply(u, scale, shift, residual, relu, keep_mask)
 
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.ops.awnet.reduce(grad, u, centre, y)
+    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.awnet.reduce(grad, u, centre, gate)
 
     def propagate(
-        self, grad: Tensor, u: Tensor, centre: Tensor, y: Tensor | None, how: Propagation, residual: bool
+        self,
+        grad: Tensor,
+        u: Tensor | None,
+        centre: Tensor | None,
+        gate: Tensor | None,
+        how: Propagation,
+        residual: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        d_u, d_residual = torch.ops.awnet.propagate(grad, u, centre, y, *how, residual)
+        d_u, d_residual = torch.ops.awnet.propagate(grad, u, centre, gate, *how, residual)
         return d_u, d_residual if residual else None
 
 
@@ -150,19 +165,21 @@ _Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 def _affine(tensors: _Tensors, where: _Where) -> Tensor:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Affine.apply(*tensors, where)
-    return _run(tensors, where, save=False)[0]
+    return _run(tensors, where, keep_u=False, keep_mask=False)[0]
 
 
-def _run(tensors: _Tensors, where: _Where, save: bool) -> tuple[Tensor, Tensor]:
+def _run(tensors: _Tensors, where: _Where, keep_u: bool, keep_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y, u and the mask of where the activation passed, the last two of use where they are kept."""
     input, weight, scale, shift, residual = tensors
     passes, relu, *place = where
-    fused = passes.fused_apply(input, weight, scale, shift, residual, relu, *place, save)
+    fused = passes.fused_apply(input, weight, scale, shift, residual, relu, *place, keep_u, keep_mask)
     if fused is not None:
         return fused
     *sizes, groups = place
     u = torch.ops.aten.convolution(input, weight, None, *sizes, False, [0, 0], groups)
     u = u.contiguous(memory_format=memory_format(input))
-    return passes.apply(u, scale, shift, residual, relu), u
+    y, mask = passes.apply(u, scale, shift, residual, relu, keep_mask, not keep_u)
+    return y, u, mask
 
 
 class _Affine(torch.autograd.Function):
@@ -177,36 +194,35 @@ class _Affine(torch.autograd.Function):
         where: _Where,
     ) -> Tensor:
         need_weight, need_table = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:4])
-        y, u = _run((input, weight, scale, shift, residual), where, save=need_table)
-        ctx.where, ctx.input_shape = where, input.shape
+        # y is the next layer's saved input where weights are trained; else a mask takes a byte an element
+        keep_mask = where.relu and not need_weight
+        y, u, mask = _run((input, weight, scale, shift, residual), where, need_table, keep_mask)
+        ctx.where, ctx.input_shape, ctx.layout = where, input.shape, memory_format(y)
         ctx.save_for_backward(
             input if need_weight else None,
             weight,
             scale,
             u if need_table else None,
-            y if where.relu else None,
+            (mask if keep_mask else y) if where.relu else None,
         )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, weight, scale, u, y = ctx.saved_tensors
+        input, weight, scale, u, gate = ctx.saved_tensors
         passes, _, *place = ctx.where
         need_input, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
-        like = y if u is None else u
-        if like is not None:
-            grad = grad.contiguous(memory_format=memory_format(like))
+        grad = grad.contiguous(memory_format=ctx.layout)
         d_input = d_weight = d_scale = d_shift = d_residual = None
         if need_scale or need_shift:
             # any centre is exact; one near the channel's mean keeps the digits, a pixel of u is such a one
             centre = u[:, :, 0, 0].to(scale.dtype)
-            d_shift, gc = passes.reduce(grad, u, centre, y)
+            d_shift, gc = passes.reduce(grad, u, centre, gate)
             d_scale = torch.addcmul(gc, centre, d_shift)
         if need_input or need_weight or need_residual:
-            # with a gradient by scale alone neither u nor a centre is read: any of their shape will do
             how = Propagation(scale, None, None)
-            d_u, d_residual = passes.propagate(grad, grad if u is None else u, scale, y, how, need_residual)
+            d_u, d_residual = passes.propagate(grad, None, None, gate, how, need_residual)
             if need_input:
                 d_input = passes.fused_dgrad(d_u, weight, ctx.input_shape, *place)
             if need_weight or (need_input and d_input is None):

@@ -83,12 +83,12 @@ FAULTS = (
     # --- C++
     fault(
         "sum over the batch missing in ∂γ", "csrc/cpu/coefficients.cpp",
-        "sum[2 + row] += a;", "sum[2 + row] = a;",
+        "table[2 + row] += a;", "table[2 + row] = a;",
         NATIVE_LAYER,
     ),
     fault(
         "the other branch's sums in ∂u", "csrc/cpu/coefficients.cpp",
-        "static_cast<float>(sum[6 + group]) *", "static_cast<float>(sum[7 - group]) *",
+        "static_cast<float>(sum[2 + group]) *", "static_cast<float>(sum[3 - group]) *",
         NATIVE_LAYER,
     ),
     fault(
@@ -133,7 +133,7 @@ FAULTS = (
     ),
     fault(
         "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
-        "at::addcmul(gc, centre, g1)", "gc",
+        "at::addcmul(gc, *centre, g1)", "gc",
         OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_alone[cpp]",
     ),
     fault(
