@@ -500,6 +500,13 @@ def test_tables_fit_a_terminal() -> None:
     assert len(printed(report.table())) > 4
     differences = "\n".join(printed(comparison_table(report)))
     assert f"{100 * report.compared_with['static'].clean_difference:+.1f} [" in differences
+    for extra in ("aa", "deepsloth"):
+        report.attacks[extra] = report.attacks["cw"]
+    tall = printed(w_robust_table({"resnet_tiny": report, "static": static}))
+    assert not any("…" in line for line in tall)
+    cw = next(line.split() for line in tall if line.split()[:1] == ["CW"])
+    assert cw[1] == f"{100 * report.attacks['cw'].robust_accuracy:.1f}"
+    assert next(line.split() for line in tall if line.split()[:1] == ["deepsloth"])[-2:] == ["–", "–"]
     with pytest.raises(ValueError, match="compared with nothing"):
         comparison_table(static)
     with pytest.raises(ValueError, match="empty"):

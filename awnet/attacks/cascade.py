@@ -81,7 +81,9 @@ class Cascade(Attack):
             closest.fill_(torch.inf)  # the first attack's image replaces x, however well it holds
         else:
             tensors, note = found
-            x_adv, broken_by, closest = (tensors[key] for key in ("x_adv", "broken_by", "closest"))
+            # with x's strides, whatever they are: they choose a convolution's path, and so its rounding
+            x_adv = torch.empty_like(x).copy_(tensors["x_adv"])
+            broken_by, closest = tensors["broken_by"], tensors["closest"]
             done, notes = note["done"], Counter(note["notes"])
         for number, (member_name, member) in list(enumerate(self.members.items()))[done:]:
             rows = (broken_by == ROBUST).nonzero()[:, 0]

@@ -57,7 +57,9 @@ class Saved:
         try:
             with safe_open(path, framework="pt", device=str(device)) as opened:
                 note = json.loads((opened.metadata() or {}).get("note", "null"))
-                return {key: opened.get_tensor(key) for key in opened.keys()}, note  # noqa: SIM118
+                # a copy lies on an aligned address, as tensors that were never saved do: in a file's memory
+                # kernels take other paths, which round otherwise
+                return {key: opened.get_tensor(key).clone() for key in opened.keys()}, note  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and start again") from error
 

@@ -159,6 +159,8 @@ def evaluate(
                     images = x
                 else:
                     images = _attacked(chosen[kind], kind, number, (x, y, index), saved, notes[kind], advance)
+                # with x's strides also where they were read back: these choose a convolution's path
+                images = torch.empty_like(x).copy_(images)
                 values, scales = _observe(model, images, y, logits=kind not in CONTROLS)
                 if kind == CLEAN:
                     worst = WorstCase(x, values["correct"], first)

@@ -12,25 +12,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW", "aa": "AA"}
+WIDEST = 4  # attacks beside each other in 80 characters; with more of them the table is turned
 
 
 def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> Table:
-    """A row for each report: A_nat, then A_adv and A_w (Eq. 23) for each attack, ± half a 95 % interval."""
+    """A row for each report: A_nat, then A_adv and A_w (Eq. 23) for each attack, ± half a 95 % interval.
+
+    With more attacks than fit beside each other the attacks are the rows.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     if not reports:
         raise ValueError("reports is empty: nothing to tabulate")
     first = next(iter(reports.values()))
+    names = list(dict.fromkeys(name for report in reports.values() for name in report.results()))
     table = Table(
         title=title or _title(first),
         caption="per cent; ± half the width of a 95 % interval",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # nine columns in 80 characters
     )
+    if len(names) > WIDEST:
+        return _tall(table, reports, names)
     table.add_column("model", no_wrap=True)
     table.add_column("Clean\nA_nat", justify="right")
-    names = list(dict.fromkeys(name for report in reports.values() for name in report.results()))
     for name in names:
         label = LABELS.get(name, name)
         longest = max(len(word) for word in label.split())
@@ -46,6 +52,27 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
             cells.append(_cell(result.robust_accuracy, result.interval_95))
             cells.append(_cell(result.w_robust_accuracy, result.w_interval_95))
         table.add_row(label, *cells)
+    return table
+
+
+def _tall(table: Table, reports: Mapping[str, Report], names: list[str]) -> Table:
+    """A row for each attack, two columns for each report."""
+    table.add_column("", no_wrap=True)
+    for label in reports:
+        table.add_column(f"{label}\nA_adv", justify="right")
+        table.add_column("\nA_w", justify="right", style="bold")
+    clean = [(_cell(r.clean_accuracy, r.clean_interval_95), "") for r in reports.values()]
+    table.add_row("Clean (A_nat)", *(cell for pair in clean for cell in pair))
+    for name in names:
+        cells = []
+        for report in reports.values():
+            result = report.results().get(name)
+            if result is None:
+                cells += ["–", "–"]
+            else:
+                cells.append(_cell(result.robust_accuracy, result.interval_95))
+                cells.append(_cell(result.w_robust_accuracy, result.w_interval_95))
+        table.add_row(LABELS.get(name, name), *cells)
     return table
 
 
