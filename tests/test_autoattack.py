@@ -253,6 +253,7 @@ class Interrupted(Exception):
 def test_interrupted_cascade_goes_on_where_it_stopped(tmp_path: Path) -> None:
     model = small_cnn(4)
     x, y = batch(model)
+    x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # strides that choose another convolution
 
     def made() -> Cascade:
         members = {
@@ -281,7 +282,9 @@ def test_interrupted_cascade_goes_on_where_it_stopped(tmp_path: Path) -> None:
         again, rest = made(), list[str]()
         again.announce = again.members["aa"].announce = rest.append
         again.keep_in(Saved(tmp_path / stop, "key"))
-        assert torch.equal(again(x, y), expected)
+        x_adv = again(x, y)
+        assert torch.equal(x_adv, expected)
+        assert x_adv.stride() == expected.stride()
         assert torch.equal(again.outcome.broken_by, whole.outcome.broken_by)
         assert not {name for name in ran if name != "aa"} & set(rest)  # nothing twice
         assert stop in rest
