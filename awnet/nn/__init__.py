@@ -4,7 +4,7 @@ from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
 from awnet.nn.conversion import convert
 from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenBackbone, FrozenCopy
-from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d
+from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, synchronize
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
 
@@ -28,4 +28,5 @@ __all__ = [
     "Routing",
     "WideBackbone",
     "convert",
+    "synchronize",
 ]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet import ops
+from awnet.ops.distributed import summed
 
 Branches = Literal["mix", "dual", "one"]
 Activation = Literal["relu"] | None
@@ -70,11 +71,15 @@ class MixBatchNorm2d(nn.Module):
 
     A branch without a sample in the batch keeps its running statistics. ``momentum=None`` averages all
     batches that a branch has seen; ``num_batches_tracked`` int64 ``[1 or 2]`` counts them for each branch.
+
+    ``process_group``, None at first and no part of the state: the name of a torch.distributed group whose
+    ranks share the statistics in training, see :func:`synchronize`.
     """
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    process_group: str | None = None
 
     def __init__(
         self,
@@ -134,7 +139,7 @@ class MixBatchNorm2d(nn.Module):
 
         The caller stores the counts when the op has succeeded. Nothing here waits for the device.
         """
-        common = {"training": self.training, "eps": self.eps}
+        common: dict[str, Any] = {"training": self.training, "eps": self.eps}
         if not self.training:
             if is_clean is not None:
                 raise ValueError(
@@ -165,14 +170,19 @@ class MixBatchNorm2d(nn.Module):
         if self.branches == "mix":
             assert is_clean is not None
             present = torch.stack([~is_clean, is_clean]).any(1)  # [2]
+            if self.process_group is not None and self.momentum is None:
+                # all ranks must weigh a batch alike; else the count is this rank's own, for information
+                present = summed(present.long(), self.process_group) > 0
             tracked = self.num_batches_tracked + present
         else:
-            tracked = self.num_batches_tracked + (1 if input.shape[0] else 0)
+            seen = input.shape[0] > 0 or self.process_group is not None
+            tracked = self.num_batches_tracked + (1 if seen else 0)
         momentum: float | Tensor
         if self.momentum is None:  # cumulative mean: the n-th batch of a branch weighs 1/n
             momentum = tracked.clamp(min=1).to(self.running_mean.dtype).reciprocal()
         else:
             momentum = self.momentum
+        common["process_group"] = self.process_group
         return {**common, "is_clean": is_clean, "momentum": momentum}, tracked
 
     def forward(
@@ -193,6 +203,24 @@ class MixBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, branches={self.branches!r}"
+
+
+def synchronize(model: nn.Module, group: str | None) -> None:
+    """Lets every :class:`MixBatchNorm2d` of ``model`` share its batch statistics over a process group's ranks.
+
+    Statistics and gradients are then those of one process with all ranks' samples, exactly, with unequal
+    batches and where a rank lacks a branch. Each layer takes one collective forward and one backward (with
+    ``momentum=None`` a small third one), in which all ranks take part; the gradients of γ and β stay each
+    rank's own sums. It is not part of the state.
+
+    Args:
+        group: its name, ``torch.distributed.group.WORLD.group_name`` say; None: each rank on its own.
+    """
+    if group is not None and not isinstance(group, str):
+        raise TypeError(f"group must be a process group's name or None, got {type(group).__name__}")
+    for module in model.modules():
+        if isinstance(module, MixBatchNorm2d):
+            module.process_group = group
 
 
 class FilterScaledConv2d(nn.Conv2d):
