@@ -206,7 +206,7 @@ class MixBatchNorm2d(nn.Module):
 
 
 def synchronize(model: nn.Module, group: str | None) -> None:
-    """Lets every :class:`MixBatchNorm2d` of ``model`` share its batch statistics over a process group's ranks.
+    """Lets every :class:`MixBatchNorm2d` of ``model`` share batch statistics over a process group's ranks.
 
     Statistics and gradients are then those of one process with all ranks' samples, exactly, with unequal
     batches and where a rank lacks a branch. Each layer takes one collective forward and one backward (with

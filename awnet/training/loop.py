@@ -230,7 +230,7 @@ def _synchronized(model: nn.Module, ranks: Ranks) -> Iterator[None]:
     if ranks.size == 1 or not any(isinstance(module, MixBatchNorm2d) for module in model.modules()):
         yield
         return
-    from awnet.nn import synchronize  # type: ignore[attr-defined]
+    from awnet.nn import synchronize
 
     synchronize(model, ranks.group_name)
     try:
