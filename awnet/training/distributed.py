@@ -145,9 +145,16 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process again after a failure (``--max-restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun has started the ranks again after a failure (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _init_process_group(backend: str) -> None:
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun with --master_addr keeps its store: in it are addresses of processes that are dead by now
+    store = dist.PrefixStore(f"attempt {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 @contextmanager
@@ -171,7 +178,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if own:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _init_process_group("nccl" if device.type == "cuda" else "gloo")
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Ranks(device)
         return

@@ -32,7 +32,7 @@ from awnet.models import create_model, load_model, save_model
 from awnet.models.files import write_tensors
 from awnet.nn import MixBatchNorm2d
 from awnet.training import checkpoint
-from awnet.training.distributed import Agreement, Ranks, joined, restarted
+from awnet.training.distributed import Agreement, Ranks, joined, restarts
 from awnet.training.logging import Reporter, RunLog, read_log
 from awnet.training.losses import Teachers
 from awnet.training.recipes import Recipe
@@ -134,7 +134,7 @@ def train(
     if teachers is not None and not recipe.teachers:
         raise ValueError(f"recipe {recipe.name!r} takes no teachers")
     folder = Path(out)
-    if restarted():
+    if restarts():
         resume, overwrite = True, False
     with joined(_device(device)) as ranks:
         where = ranks.device
