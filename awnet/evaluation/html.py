@@ -1,0 +1,293 @@
+"""A report as one HTML page that needs nothing else: for a browser, a phone, or paper."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from awnet.evaluation.paper import PaperRow, paper_rows
+from awnet.evaluation.table import LABELS
+
+if TYPE_CHECKING:
+    from awnet.evaluation.report import Report
+
+# our names of the networks of Tables I, II and XI
+_SYSTEMS = {
+    "resnet34": "ResNet-34",
+    "resnet50": "ResNet-50",
+    "wrn34_8": "WideResNet-34-8",
+    "vgg16_bn": "VGG-16-BN",
+    "repvgg_a2": "RepVGG-A2",
+    "awnet_resnet18": "AW-Net",
+}
+_TABLES = {"cifar10": "1", "cifar100": "2", "tiny_imagenet": "11"}
+_FIGURES = {
+    "waterfall.png": "Accuracy as attack after attack takes the images that it is the first to break",
+    "w_robust.png": "W-Robust accuracy under each attack, with 95 % intervals",
+    "examples.png": "Images before and after the attack that broke them, and the magnified difference",
+    "sanity.png": "Loss and accuracy against steps, accuracy against the size of the perturbation",
+    "roc.png": "ROC of the router's type head",
+    "p_clean.png": "The router's probability that an image is clean, for each kind of image",
+    "filter_means.png": "Means of the filters' weights",
+    "training.png": "Training",
+}
+
+_STYLE = """
+:root { --ink: #1c1c1c; --soft: #5a5a5a; --line: #d9d9d9; --clean: #0072b2; --adv: #d55e00; --good: #00734f; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink); background: #fff;
+  font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p, li { max-width: 46rem; } .soft, figcaption, caption { color: var(--soft); font-size: .875rem; }
+.cards { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; padding: 0; }
+.card { flex: 1 1 9rem; border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
+.card b { display: block; font-size: 1.7rem; line-height: 1.2; } .card.head { border: 2px solid var(--ink); }
+.flags { border-left: 4px solid var(--adv); padding: .1rem 1rem; background: #fdf4ee; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
+caption { text-align: left; padding-bottom: .3rem; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+th:first-child, td:first-child, td.text, th.text { text-align: left; }
+thead th { border-bottom: 2px solid var(--ink); }
+.suspicious { color: var(--adv); font-weight: bold; } .pass { color: var(--good); }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+details { margin: 1rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
+@media print { body { font-size: 10.5pt; max-width: none; padding: 0; } .wide { overflow: visible; }
+  figure, table, .cards, .flags { break-inside: avoid; } h2 { break-after: avoid; } }
+"""
+
+
+def page(report: Report, folder: Path) -> str:
+    """The page for ``report``; figures are taken from the PNG files in ``folder`` and embedded."""
+    title = f"{report.model} on {report.dataset}"
+    where = f"{report.n} {report.split} images of {report.dataset}, L-infinity, ε = {report.eps:.4g}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(where)}. Per cent; in brackets 95 % intervals.</p>',
+        _cards(report),
+        _flags(report.flags),
+        _attacks(report),
+        *_figures(folder, ("waterfall.png", "w_robust.png", "examples.png")),
+        _sanity(report.sanity),
+        *_figures(folder, ("sanity.png",)),
+        _detection(report),
+        *_figures(folder, ("roc.png", "p_clean.png")),
+        _compared(report),
+        *_figures(folder, ("filter_means.png", "training.png")),
+        _settings(report),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{_percent(value)} [{_percent(interval[0])}, {_percent(interval[1])}]"
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def _table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", text: Sequence[int] = ()
+) -> str:
+    """Cells are HTML already; columns in ``text`` are set to the left."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        marked = (f'<{tag} class="text">' if i in text else f"<{tag}>" for i in range(len(cells)))
+        return "<tr>" + "".join(f"{m}{c}</{tag}>" for m, c in zip(marked, cells, strict=True)) + "</tr>"
+
+    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    body = "\n".join(line(row, "td") for row in rows)
+    return (
+        f'<div class="wide"><table>{said}<thead>{line([escape(h) for h in headings], "th")}</thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _cards(report: Report) -> str:
+    """Clean, the headline (the worst case if it was measured, else the strongest attack), and its A_w."""
+    if report.union is not None:
+        name, worst = "the worst case over all attacks", report.union
+    elif report.attacks:
+        kind, worst = min(report.attacks.items(), key=lambda item: item[1].robust_accuracy)
+        name = f"{_label(kind)}, the strongest of {len(report.attacks)} attacks (no union was measured)"
+    else:
+        name, worst = "", None
+    cards = [("", "clean", report.clean_accuracy, report.clean_interval_95)]
+    if worst is not None:
+        cards.append((" head", f"robust: {name}", worst.robust_accuracy, worst.interval_95))
+        cards.append(("", "W-Robust, ½ clean + ½ robust", worst.w_robust_accuracy, worst.w_interval_95))
+    return (
+        '<div class="cards">'
+        + "".join(
+            f'<div class="card{kind}"><b>{_percent(value)}</b>{escape(what)}<br>'
+            f'<span class="soft">[{_percent(low)}, {_percent(high)}]</span></div>'
+            for kind, what, value, (low, high) in cards
+        )
+        + "</div>"
+    )
+
+
+def _flags(flags: Sequence[str]) -> str:
+    if not flags:
+        return ""
+    items = "".join(f"<li>{escape(flag)}</li>" for flag in flags)
+    return f'<div class="flags"><h2>Before you believe it</h2><ul>{items}</ul></div>'
+
+
+def _paper_row(report: Report, attack: str) -> PaperRow | None:
+    table, system = _TABLES.get(report.dataset), _SYSTEMS.get(report.model)
+    if table is None or system is None:
+        return None
+    found = [row for row in paper_rows(table) if row.system == system and row.attack == attack]
+    return found[0] if found else None
+
+
+def _attacks(report: Report) -> str:
+    results = dict(report.attacks) | ({} if report.union is None else {"union": report.union})
+    if not results:
+        return ""
+    printed = {name: _paper_row(report, name) for name in results}
+    beside = any(row is not None for row in printed.values())
+    rows = []
+    for name, result in results.items():
+        cells = [
+            escape(_label(name)),
+            _with_interval(result.robust_accuracy, result.interval_95),
+            _with_interval(result.w_robust_accuracy, result.w_interval_95),
+        ]
+        if beside:
+            row = printed[name]
+            cells += ["–", "–"] if row is None else [f"{row.adversarial:.2f}", f"{row.w_robust:.2f}"]
+        rows.append(cells)
+    headings = ["attack", "robust, A_adv", "W-Robust, A_w"]
+    caption = ""
+    if beside:
+        clean = next(row.clean for row in printed.values() if row is not None)
+        headings += ["paper's A_adv", "paper's A_w"]
+        caption = (
+            f"Beside ours, the paper's Table {_TABLES[report.dataset]} (clean {clean:.2f}): all test images "
+            "as published, checkpoint selected on them. Ours: images from "
+            f"{report.settings.get('source', '?')}, checkpoint selected on {report.selected_on or '?'}."
+        )
+    return "<h2>Attacks</h2>" + _table(headings, rows, caption)
+
+
+def _sanity(lines: Sequence[dict[str, str]]) -> str:
+    if not lines:
+        return ""
+    rows = [
+        (
+            escape(line["check"]),
+            f'<span class="{escape(line["result"])}">{escape(line["result"])}</span>',
+            escape(line["evidence"]),
+        )
+        for line in lines
+    ]
+    return "<h2>Can it be believed?</h2>" + _table(("check", "result", "evidence"), rows, text=(1, 2))
+
+
+def _detection(report: Report) -> str:
+    if not report.detection:
+        return ""
+
+    def area(found: dict[str, Any] | None) -> str:
+        if found is None:
+            return "–"
+        low, high = found["interval_95"]
+        return f"{found['auc']:.3f} [{low:.3f}, {high:.3f}]"
+
+    rows = [
+        (
+            escape(_label(name)),
+            area(found),
+            area(found.get("successful"))
+            + (f", n = {found['successful']['n']}" if "successful" in found else ""),
+            area(found.get("rounded")),
+        )
+        for name, found in report.detection.items()
+    ]
+    return "<h2>What the router detects</h2>" + _table(
+        ("clean images against", "AUC", "of broken images only", "rounded to the data's levels"),
+        rows,
+        "Area under the ROC curve of the type logits' difference; noise of size ε is the control.",
+    )
+
+
+def _compared(report: Report) -> str:
+    if not report.compared_with:
+        return ""
+    rows = []
+    for other, found in report.compared_with.items():
+        low, high = found.clean_interval_95
+        rows.append(
+            (
+                escape(other),
+                "clean",
+                _signed(found.clean_difference),
+                f"[{_signed(low)}, {_signed(high)}]",
+                _p(found.clean_mcnemar_p),
+            )
+        )
+        for name, attack in found.attacks.items():
+            low, high = attack.interval_95
+            rows.append(
+                (
+                    "",
+                    f"A_w, {escape(_label(name))}",
+                    _signed(attack.difference),
+                    f"[{_signed(low)}, {_signed(high)}]",
+                    _p(attack.mcnemar_p),
+                )
+            )
+    return "<h2>Against other networks</h2>" + _table(
+        (f"{report.model} minus", "", "points", "95 %", "p (McNemar)"), rows, "Paired by image.", text=(1,)
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _p(value: float) -> str:
+    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _figures(folder: Path, names: Sequence[str]) -> list[str]:
+    found = []
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            data = base64.b64encode(path.read_bytes()).decode("ascii")
+            said = escape(_FIGURES[name])
+            image = f'<img alt="{said}" src="data:image/png;base64,{data}">'
+            found.append(f"<figure>{image}<figcaption>{said}</figcaption></figure>")
+    return found
+
+
+def _settings(report: Report) -> str:
+    import json
+
+    plain = {
+        "settings": report.settings,
+        "attacks": {name: result.settings for name, result in report.attacks.items()},
+        "selected_on": report.selected_on,
+        "environment": report.environment,
+    }
+    return (
+        "<details><summary>Settings and environment</summary><pre>"
+        + escape(json.dumps(plain, indent=2, default=str))
+        + "</pre></details>"
+    )
