@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, make_dataclass, replace
 from functools import reduce
 from operator import or_
@@ -361,7 +362,7 @@ class Attack(_OnRun):
         _say(console, f"written to {self.out}")
 
 
-# ── reproduce, analyse, bench, data, info ─────────────────────────────────────────────────────────────────
+# ── reproduce, analyse, export, bench, data, info ─────────────────────────────────────────────────────────
 
 
 @dataclass(kw_only=True)
@@ -475,6 +476,90 @@ class Analyse:
     command: (
         Annotated[AnalyseFilters, subcommand("filters")]
         | Annotated[AnalyseWeightGap, subcommand("weight-gap")]
+    )
+
+    def run(self, console: Console) -> None:
+        self.command.run(console)
+
+
+@dataclass(kw_only=True)
+class ExportRobustBench(_OnRun):
+    """Write a model as RobustBench takes it: rules checked, weights, model_info and a zoo entry."""
+
+    name: str
+    """Of the entry, in RobustBench's style, such as Wei2024Revisiting."""
+    out: Path = Path("robustbench")
+    """The folder to write to."""
+    evaluation: str = "default"
+    """Of the run: the evaluation whose figures are written; without `aa` among its attacks the accuracy under
+    AutoAttack stays empty."""
+    title: Maybe[str] = None
+    """Of the publication; by default the paper's, as for the next three."""
+    authors: Maybe[str] = None
+    link: Maybe[str] = None
+    venue: Maybe[str] = None
+    additional_data: bool = False
+    """The model was trained on more than the data set's training images."""
+    footnote: Maybe[str] = None
+    """What readers of the table should know."""
+
+    def run(self, console: Console) -> None:
+        from awnet.evaluation import Report
+        from awnet.evaluation.robustbench import Entry, export_robustbench
+
+        model, dataset = self.load(console)
+        place = self.folder / "evaluations" / self.evaluation
+        report = Report.load(place) if (place / "report.json").is_file() else None
+        if report is None:
+            _say(console, f"note: {place} holds no report, so the entry has no accuracies")
+        elif "aa" not in report.attacks:
+            _say(console, f"note: {place} did not measure AutoAttack: autoattack_acc stays empty")
+        given = {n: getattr(self, n) for n in ("title", "authors", "link", "venue", "footnote")}
+        entry = Entry(
+            self.name, additional_data=self.additional_data, **{k: v for k, v in given.items() if v}
+        )
+        dataset = dataset.to(_device(self.device))
+        for path in export_robustbench(model, dataset, report, self.out, entry):
+            _say(console, str(path))
+
+
+@dataclass(kw_only=True)
+class ExportProgram(_OnRun):
+    """Write a model as a program of torch.export, for any batch size, in test mode."""
+
+    out: Path
+    """The .pt2 file to write; torch.export.load reads it."""
+    standalone: bool = False
+    """Of torch's own operators alone, by the paper's literal equations: slower, but it runs without awnet. Else
+    `import awnet.ops` must come before the program is loaded."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+
+    def run(self, console: Console) -> None:
+        import torch
+
+        from awnet.files import written_atomically
+        from awnet.ops import use_backend
+
+        if self.out.exists() and not self.overwrite:
+            raise FileExistsError(f"{self.out} exists: choose another file, or replace it by --overwrite")
+        model, dataset = self.load(console)
+        x = next(dataset.to(_device(self.device)).batches(2)).x
+        batch = torch.export.Dim("batch", min=1, max=2**16)
+        with use_backend("reference") if self.standalone else nullcontext():
+            program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: batch},))
+        with written_atomically(self.out) as temporary, temporary.open("wb") as file:
+            torch.export.save(program, file)
+        _say(console, str(self.out))
+
+
+@dataclass
+class Export:
+    """Write models in the form that others take."""
+
+    command: (
+        Annotated[ExportRobustBench, subcommand("robustbench")]
+        | Annotated[ExportProgram, subcommand("program")]
     )
 
     def run(self, console: Console) -> None:
@@ -709,6 +794,7 @@ def _commands(words: Sequence[str]) -> Any:
         "analyse": Analyse,
         "bench": _bench(words[1:]) if words[:1] == ["bench"] else Bench,
         "data": Data,
+        "export": Export,
         "info": Info,
     }
     return reduce(or_, (_named(command, name) for name, command in commands.items()))
