@@ -530,8 +530,8 @@ class ExportProgram(_OnRun):
     out: Path
     """The .pt2 file to write; torch.export.load reads it."""
     standalone: bool = False
-    """Of torch's own operators alone, by the paper's literal equations: slower, but it runs without awnet. Else
-    `import awnet.ops` must come before the program is loaded."""
+    """Of torch's own operators alone, by the paper's literal equations: slower, but it runs without awnet.
+    Else `import awnet.ops` must come before the program is loaded."""
     overwrite: bool = False
     """Replace the file if it exists."""
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from awnet import analysis
 from awnet.analysis.figures import Measured
-from awnet.evaluation.detection import CONTROLS
+from awnet.evaluation.detection import CONTROLS, roc_curve
 from awnet.evaluation.report import Report
 from awnet.evaluation.table import LABELS
 
@@ -22,7 +22,7 @@ def draw(report: Report, folder: Path, training_log: Path | None = None) -> None
     """Writes those figures into ``folder`` for which ``report`` and the log hold something."""
     if report.results():
         systems, clean = _bars(report)
-        title = f"W-Robust accuracy on {report.dataset} {report.split}, {report.n} images, 95 % intervals"
+        title = f"W-Robust accuracy on {report.dataset} {report.split}"
         analysis.w_robust_bars(systems, folder / "w_robust.png", clean=clean, title=title)
     p_clean = {
         kind: report.per_sample[f"{kind}_p_clean"]
@@ -37,6 +37,7 @@ def draw(report: Report, folder: Path, training_log: Path | None = None) -> None
             controls=tuple(NAMES[kind] for kind in CONTROLS),
             title=f"{report.model} on {report.dataset}: the router's probability that an image is clean",
         )
+    _draw_doubts(report, folder)
     layers = _layers(report)
     if layers:
         analysis.filter_means(
@@ -46,6 +47,54 @@ def draw(report: Report, folder: Path, training_log: Path | None = None) -> None
         epochs = read_epochs(training_log)
         if epochs:
             analysis.training_curves(epochs, folder / "training.png", title=report.model)
+
+
+def _draw_doubts(report: Report, folder: Path) -> None:
+    """What a sceptical reader looks for: the worst case, the curves, the detector, the images."""
+    if report.union is not None:
+        withstood, broken = int(report.per_sample["union_correct"].sum()), report.union.broken_first_by
+        analysis.waterfall(
+            report.n,
+            report.n - withstood - sum(broken.values()),
+            {NAMES.get(name, name.replace("_", " ")): count for name, count in broken.items()},
+            folder / "waterfall.png",
+            title=f"{report.model}: what breaks it first",
+        )
+    if report.curves:
+        steps, eps = report.curves["loss_against_steps"], report.curves["accuracy_against_eps"]
+        analysis.sanity_curves(
+            steps["steps"],
+            steps["loss"],
+            steps["accuracy"],
+            eps["eps"],
+            eps["accuracy"],
+            folder / "sanity.png",
+            own_eps=report.eps,
+        )
+    kinds = [kind for kind in report.router_auc if f"{kind}_type_score" in report.per_sample]
+    if kinds:
+        scores = report.per_sample["clean_type_score"]
+        analysis.roc_curves(
+            {
+                NAMES.get(kind, kind): roc_curve(scores, report.per_sample[f"{kind}_type_score"])
+                for kind in kinds
+            },
+            folder / "roc.png",
+            auc={NAMES.get(kind, kind): report.router_auc[kind] for kind in kinds},
+            controls=tuple(NAMES[kind] for kind in CONTROLS),
+        )
+    if report.examples:
+        found = report.examples
+        analysis.example_images(
+            found["clean"],
+            found["adversarial"],
+            [
+                (str(before), str(after))
+                for before, after in zip(found["before"], found["after"], strict=True)
+            ],
+            folder / "examples.png",
+            eps=report.eps,
+        )
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:

@@ -137,6 +137,7 @@ def evaluate(
     kinds = [CLEAN, *attacked, *noises]
     seen = {kind: _Seen() for kind in kinds} | {f"{kind}_rounded": _Seen() for kind in attacked}
     notes: dict[str, Counter[str]] = {kind: Counter() for kind in attacked}
+    examples = _Examples()
     batches = -(-len(dataset) // batch_size)
     with (
         full_precision(),
@@ -173,6 +174,10 @@ def evaluate(
                 elif kind == UNION:
                     assert worst is not None
                     values["broken_by"] = worst.judged(values["correct"])
+                if kind == CLEAN:
+                    before = values["prediction"]
+                elif attacked and kind == attacked[-1]:
+                    examples.add(x, images, y, before, values["prediction"])
                 seen[kind].add(values, scales)
                 if routed and kind in attacked:
                     grid = (images * dataset.max_value).round() / dataset.max_value
@@ -239,6 +244,7 @@ def evaluate(
         environment=environment(dataset.device),
         selected_on=_selected_on(out) if selected_on is None else selected_on,
         per_sample=per_sample,
+        examples=examples.arrays(),
         filter_means=filter_means(
             model,
             next(dataset.batches(1)).x,
@@ -303,6 +309,25 @@ def _correct(
             finite.append(logits.isfinite().all(1))
     _check_finite(torch.cat(finite).cpu().numpy(), CLEAN if attack is None else "adversarial")
     return torch.cat(found).cpu()
+
+
+class _Examples:
+    """The first images that the last attack broke, for a figure."""
+
+    most = 8
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[Array]] = {}
+
+    def add(self, x: Tensor, x_adv: Tensor, y: Tensor, before: Tensor, after: Tensor) -> None:
+        left = self.most - len(self.found.get("label", []))
+        rows = ((before == y) & (after != y)).nonzero()[:left, 0]
+        values = {"clean": x, "adversarial": x_adv, "label": y, "before": before, "after": after}
+        for name, value in values.items():
+            self.found.setdefault(name, []).extend(value[rows].cpu().numpy())
+
+    def arrays(self) -> dict[str, Array]:
+        return {name: np.stack(values) for name, values in self.found.items() if values}
 
 
 class _Seen:

@@ -25,12 +25,14 @@ from awnet.evaluation.statistics import (
     w_robust_accuracy,
     wilson_interval,
 )
-from awnet.files import read_json, write_json, written_atomically
+from awnet.files import read_json, write_json, write_text, written_atomically
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Array = NDArray[Any]
+
+_ARRAYS = ("per_sample", "examples", "filter_means")  # of a report: files of their own
 
 
 @dataclass
@@ -114,13 +116,15 @@ class Report:
     compared_with: dict[str, Comparison] = field(default_factory=dict)
     per_sample: dict[str, Array] = field(default_factory=dict, repr=False)
     """``index``, ``label``, and for each kind of image ``<kind>_correct`` and the like, all ``[n]``."""
+    examples: dict[str, Array] = field(default_factory=dict, repr=False)
+    """A few broken images: ``clean``, ``adversarial`` [k, C, H, W], ``label``, ``before``, ``after`` [k]."""
     filter_means: dict[str, Array] = field(default_factory=dict, repr=False)
     """``<kind>/<layer>`` → ``[C_out]``: mean of each filter's weights, see :func:`filter_means`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready; keys without content are left out."""
         whole = asdict(self)
-        for name in ("per_sample", "filter_means"):
+        for name in _ARRAYS:
             del whole[name]
         for name in (
             "selected_on",
@@ -142,19 +146,22 @@ class Report:
         return plain
 
     def save(self, folder: str | Path, training_log: str | Path | None = None) -> Path:
-        """Writes ``report.json``, the arrays and the figures into ``folder``; returns the path of the former.
+        """Writes ``report.json``, ``report.html``, the arrays and the figures; returns the path of the first.
 
         ``training_log``: the run's ``log.jsonl``, for a figure of its training curves.
         """
         from awnet.evaluation.figures import draw
+        from awnet.evaluation.html import page
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, arrays in (("per_sample", self.per_sample), ("filter_means", self.filter_means)):
+        for name in _ARRAYS:
+            arrays = getattr(self, name)
             if arrays:
                 with written_atomically(folder / f"{name}.npz") as path, open(path, "wb") as file:
-                    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+                    np.savez_compressed(file, **arrays)
         draw(self, folder, None if training_log is None else Path(training_log))
+        write_text(folder / "report.html", page(self, folder))
         write_json(folder / "report.json", self.to_dict())
         return folder / "report.json"
 
@@ -188,7 +195,7 @@ class Report:
             report = cls(**_tuples(whole))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a report of this version: {error}; evaluate again") from error
-        for name in ("per_sample", "filter_means"):
+        for name in _ARRAYS:
             path = folder / f"{name}.npz"
             if path.is_file():
                 try:

@@ -1,0 +1,152 @@
+"""The report's page: self-contained, escaped, with the worst case at its head and the paper's row beside ours."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from awnet.data import load_dataset
+from awnet.evaluation import Report, evaluate
+from awnet.evaluation.html import page
+from awnet.models import create_model
+
+VOID = {"meta", "br", "img"}
+
+
+class Outline(HTMLParser):
+    """Fails on a tag that is closed by another, and collects what the tests ask for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.alternatives: list[str] = []
+        self.words = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        for name in ("src", "href"):
+            if values.get(name):
+                self.sources.append(values[name] or "")
+        if tag == "img":
+            self.alternatives.append(values.get("alt") or "")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+    """A network that has learnt nothing, judged by all that a report can hold."""
+    torch.manual_seed(0)
+    model = create_model("awnet_tiny", in_channels=1)
+    out = tmp_path_factory.mktemp("run")
+    test = load_dataset("digits").test
+    found = evaluate(model, test, ["fgsm", "pgd_sat", "union"], budget="smoke", limit=12, out=out)
+    return found, out / "evaluations" / "default"
+
+
+def test_the_page_needs_nothing_else_and_says_the_worst_case_first(report: tuple[Report, Path]) -> None:
+    found, folder = report
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert outline.sources
+    assert all(source.startswith("data:image/png;base64,") for source in outline.sources)
+    assert not re.search(r"https?://|<script|@import", text)
+    assert all(outline.alternatives)
+    assert 'name="viewport"' in text
+    assert found.union is not None
+    headline = f"{100 * found.union.robust_accuracy:.1f}robust: the worst case over all attacks"
+    assert headline in outline.words
+    for words in ("Can it be believed?", "What the router detects", "sign noise", "Settings and environment"):
+        assert words in outline.words
+    for flag in found.flags:
+        assert flag in outline.words
+    # every figure that was drawn is on the page
+    assert len(outline.sources) == len(list(folder.glob("*.png"))) >= 5
+
+
+def test_examples_are_images_that_the_last_attack_broke(report: tuple[Report, Path]) -> None:
+    found, folder = report
+    again = Report.load(folder)
+    for name, values in found.examples.items():
+        assert np.array_equal(again.examples[name], values)
+    broken = found.per_sample["clean_correct"] & ~found.per_sample["union_correct"]
+    assert len(found.examples.get("label", [])) == min(8, int(broken.sum()))
+    if broken.any():
+        assert (found.examples["before"] == found.examples["label"]).all()
+        assert (found.examples["after"] != found.examples["label"]).all()
+        distance = np.abs(found.examples["adversarial"] - found.examples["clean"]).max()
+        assert 0 < distance <= found.eps + 1e-6
+
+
+def test_names_are_escaped(report: tuple[Report, Path], tmp_path: Path) -> None:
+    found = replace(report[0], model="<b>&", flags=["<script>alert(1)</script>"])
+    text = page(found, tmp_path)
+    assert "<script>" not in text
+    assert "&lt;b&gt;&amp; on digits" in text
+    assert Outline(text).sources == []  # there are no figures in that folder
+
+
+def test_the_papers_row_stands_beside_ours_and_says_what_it_was_measured_on(
+    report: tuple[Report, Path], tmp_path: Path
+) -> None:
+    assert "paper" not in Outline(page(report[0], tmp_path)).words
+    ours = replace(report[0], model="awnet_resnet18", dataset="cifar10")
+    words = Outline(page(ours, tmp_path)).words
+    assert "the paper's Table 1 (clean 93.08)" in words
+    assert "checkpoint selected on them" in words
+    for figure in ("77.38", "85.23", "50.93", "72.01"):  # FGSM and PGD sat, A_adv and A_w
+        assert figure in words
+
+
+def test_without_a_union_the_strongest_attack_is_the_headline(
+    report: tuple[Report, Path], tmp_path: Path
+) -> None:
+    plain = replace(report[0], union=None, sanity=[], detection={}, flags=[])
+    words = Outline(page(plain, tmp_path)).words
+    assert "the strongest of 2 attacks (no union was measured)" in words
+    for absent in ("Can it be believed?", "Before you believe it", "What the router detects"):
+        assert absent not in words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1000])
+def test_a_browser_draws_it(report: tuple[Report, Path], tmp_path: Path, width: int) -> None:
+    from PIL import Image
+
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no chromium on the PATH")
+    shot = tmp_path / "page.png"
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width},4000", f"--screenshot={shot}", (report[1] / "report.html").as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(shot).convert("L"), dtype=np.float64)
+    assert pixels.shape[1] == width
+    for band in np.array_split(pixels[:2000], 8):  # text or a figure in every part of it
+        assert (band < 128).mean() > 1e-4
