@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from awnet.cli import main
-from awnet.models import create_model
+from awnet.models import create_model, list_models
 from awnet.reproduce import BUDGETS, EXPERIMENTS, paper_rows, reproduce
 from awnet.reproduce.analyses import compare_filters
 from awnet.reproduce.stand_in import stand_in
-from awnet.training import train
+from awnet.training import list_recipes, train
 
 PRINTED = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.table}
 
@@ -37,6 +37,13 @@ def test_a_table_compares_what_the_papers_table_compares(name: str) -> None:
     assert {row.system for row in rows} == systems
     assert {row.attack for row in rows} == attacks
     assert {row.dataset for row in rows} == set(experiment.datasets)
+
+
+@pytest.mark.parametrize("name", list(EXPERIMENTS))
+def test_every_system_exists(name: str) -> None:
+    for system in EXPERIMENTS[name].systems:
+        assert system.model in list_models()
+        assert system.recipe in list_recipes()
 
 
 def test_a_stand_in_has_the_shape_of_what_it_stands_for_and_says_what_it_is() -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from awnet.analysis import w_robust_bars
 from awnet.attacks import named_attack
+from awnet.attacks.transfer import craft, replay
 from awnet.detectors import LNG, NNIF, Detector, RouterDetector
 from awnet.evaluation import Report, auc
 from awnet.evaluation.filters import filter_means
@@ -121,14 +122,17 @@ def _transfer(name: str, experiment: Experiment, shop: Workshop, folder: Path) -
     for dataset in experiment.datasets:
         surrogate = shop.trained(SURROGATE, dataset)
         test = shop.splits(dataset).test
-        attacks = {
-            f"transfer_{attack}": named_attack(attack, surrogate, test.threat_model, seed=shop.seed)
-            for attack in experiment.attacks
-        }
-        reports = {
-            system.label: shop.evaluated(system, dataset, attacks, name) for system in experiment.systems
-        }
-        lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in attacks})
+        crafted = {}
+        for attack in experiment.attacks:
+            shop.say(f"{attack} on {SURROGATE.label}, {len(test)} test images")
+            place = shop.run_folder(SURROGATE, dataset) / "crafted"
+            crafted[f"transfer_{attack}"] = craft(surrogate, test, attack, folder=place, seed=shop.seed)
+        reports = {}
+        for system in experiment.systems:
+            model = shop.trained(system, dataset)
+            replayed = {attack: replay(model, images) for attack, images in crafted.items()}
+            reports[system.label] = shop.evaluated(system, dataset, replayed, name)
+        lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in crafted})
         _draw_bars(experiment, reports, folder / f"{dataset}.png")
     return lines
 

@@ -126,6 +126,7 @@ class Workshop:
             self.splits(dataset).test,
             attacks,
             seed=self.seed,
+            budget=self.budget.attack_budget,
             progress=self.console.is_terminal,
             out=folder,
             name=name,
