@@ -1,0 +1,64 @@
+"""What a layer keeps for its backward, to the byte, and the page that states it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from awnet.benchmarks import memory
+
+from awnet.ops import aw_conv2d, native
+
+BACKENDS = ["eager", "cpp"]
+B, C, SIZE = 6, 8, 5
+ELEMENTS = B * C * SIZE * SIZE
+
+
+def expected(mode: memory.Mode, item: int, relu: bool) -> int:
+    """The design's list: u and the mask in an attack; u, y and the statistics in training."""
+    if mode == "training":
+        # mean and M2 of each sample and channel; mean and variance of each branch, and their counts
+        statistics = 4 * (2 * B * C + 2 * 2 * C + 2)
+        return ELEMENTS * item * (2 if relu else 1) + statistics
+    mask = ELEMENTS if relu else 0
+    return mask + (ELEMENTS * item if mode == "attack" else 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", memory.MODES)
+def test_a_layer_keeps_these_bytes(mode: memory.Mode, dtype: torch.dtype, backend: str) -> None:
+    if backend == "cpp" and native.load() is not None:
+        pytest.skip(str(native.load()))
+    layer = partial(aw_conv2d, backend=backend)
+    devices = ["cpu", "meta"] if backend == "eager" else ["cpu"]
+    for device in devices:
+        for residual in (False, True):
+            for activation in ("relu", None):
+                kept = memory.kept_by_layer(
+                    layer, mode, B, C, SIZE, dtype, residual=residual, activation=activation, device=device
+                )
+                want = expected(mode, dtype.itemsize, activation == "relu")
+                # the library hands an empty tensor out for what is not kept; it has no bytes
+                assert kept == want, (device, residual, activation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_kept_where_nobody_wants_a_gradient(backend: str) -> None:
+    if backend == "cpp" and native.load() is not None:
+        pytest.skip(str(native.load()))
+    with torch.no_grad():
+        layer = partial(aw_conv2d, backend=backend)
+        assert memory.kept_by_layer(layer, "attack", B, C, SIZE, torch.float32, device="cpu") == 0
+
+
+def test_a_shared_storage_counts_once_and_arguments_do_not() -> None:
+    x, w = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
+    assert memory.saved_bytes(lambda: x * w, []) == 80
+    assert memory.saved_bytes(lambda: x * w, [w]) == 40
+    assert memory.saved_bytes(lambda: (x * x)[:5] * x[:5], []) == 80  # x, and x² of which a half is saved
+
+
+def test_the_page_is_what_is_measured() -> None:
+    assert memory.PAGE.read_text(encoding="utf-8") == memory.page()
