@@ -108,10 +108,13 @@ def reproduce(
 def _accuracy(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
     lines = []
     for dataset in experiment.datasets:
-        reports = {
-            system.label: shop.evaluated(system, dataset, experiment.attacks, name)
-            for system in experiment.systems
-        }
+        reports = {}
+        for system in experiment.systems:
+            try:
+                reports[system.label] = shop.evaluated(system, dataset, experiment.attacks, name)
+            except ImportError as error:  # a network that an optional package brings
+                shop.say(f"{system.label} is left out: {error}")
+                shop.left_out[system.label] = str(error)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in experiment.attacks})
         _draw_bars(experiment, reports, folder / f"{dataset}.png")
     return lines
@@ -222,6 +225,9 @@ _KINDS: dict[str, Callable[[str, Experiment, Workshop, Path], list[Line]]] = {
 
 # --- tables
 
+Figures = tuple[float | None, float | None, float | None]  # ours, and its interval
+NOTHING: Figures = (None, None, None)
+
 
 def _paper(experiment: Experiment, dataset: str, system: str, attack: str) -> PaperRow | None:
     if experiment.table is None:
@@ -235,7 +241,8 @@ def _lines_of(
     experiment: Experiment, dataset: str, reports: dict[str, Report], attacks: dict[str, str]
 ) -> list[Line]:
     lines = []
-    for system, report in reports.items():
+    for system in (one.label for one in experiment.systems):
+        report = reports.get(system)
         rows = {attack: _paper(experiment, dataset, system, attack) for attack in attacks}
         clean = next((row.clean for row in rows.values() if row is not None and row.clean is not None), None)
         lines.append(
@@ -245,32 +252,19 @@ def _lines_of(
                 "",
                 "clean",
                 _fraction(clean),
-                report.clean_accuracy,
-                *report.clean_interval_95,
+                *(NOTHING if report is None else (report.clean_accuracy, *report.clean_interval_95)),
             )
         )
         for attack, row in rows.items():
-            result = report.attacks[attack]
+            result = None if report is None else report.attacks[attack]
             printed = (None, None) if row is None else (_fraction(row.adversarial), _fraction(row.w_robust))
+            adversarial, w_robust = NOTHING, NOTHING
+            if result is not None:
+                adversarial = (result.robust_accuracy, *result.interval_95)
+                w_robust = (result.w_robust_accuracy, *result.w_interval_95)
             lines += [
-                Line(
-                    dataset,
-                    system,
-                    attack,
-                    "adversarial",
-                    printed[0],
-                    result.robust_accuracy,
-                    *result.interval_95,
-                ),
-                Line(
-                    dataset,
-                    system,
-                    attack,
-                    "w_robust",
-                    printed[1],
-                    result.w_robust_accuracy,
-                    *result.w_interval_95,
-                ),
+                Line(dataset, system, attack, "adversarial", printed[0], *adversarial),
+                Line(dataset, system, attack, "w_robust", printed[1], *w_robust),
             ]
     return lines
 
@@ -296,6 +290,7 @@ def _statement(experiment: Experiment, shop: Workshop) -> list[str]:
         "the validation images (the paper chose on the test images).",
         f"Budget {shop.budget_name}: {budget.about}.",
         *experiment.notes,
+        *(f"{system} was not measured: {reason}." for system, reason in shop.left_out.items()),
     ]
     if experiment.table is not None:
         said += [
@@ -376,9 +371,12 @@ def _rich(experiment: Experiment, lines: list[Line], shop: Workshop) -> Table:
     before = None
     for line in lines:
         cells = [cell.replace("[", r"\[") for cell in _cells(line)]
-        if line.system == before:
+        if len(experiment.datasets) > 1:
+            cells[0] += f", {line.dataset}"
+        if cells[0] == before:
             cells[0] = ""
-        before = line.system
+        else:
+            before = cells[0]
         table.add_row(*cells)
     return table
 

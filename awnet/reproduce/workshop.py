@@ -47,6 +47,8 @@ class Workshop:
     ) -> None:
         self.out, self.budget_name, self.budget = out, budget_name, budget
         self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
+        self.left_out: dict[str, str] = {}
+        """Systems that cannot be made here, and why."""
         self._splits: dict[str, Splits] = {}
 
     def splits(self, name: str) -> Splits:
