@@ -21,6 +21,7 @@ from awnet import rng
 from awnet.data import Splits, from_arrays, load_dataset
 from awnet.data.dataset import Batch
 from awnet.models import create_model
+from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, read_log, train
 from awnet.training import checkpoint as C
 from awnet.training.distributed import Agreement, Ranks, joined
@@ -76,11 +77,11 @@ def steps_in_float64(
             key = rng.key(0, "training attack", epoch)
             attack = recipe.attack(model, data.threat_model, data.num_classes, key)
             part = (ranks.rank, ranks.size)
-            for x, y, index in data.batches(
-                recipe.batch_size, shuffle=True, augment=True, epoch=epoch, part=part
-            ):
+            batches = data.batches(recipe.batch_size, shuffle=True, augment=True, epoch=epoch, part=part)
+            for number, (x, y, index) in enumerate(batches):
+                images = min(recipe.batch_size, len(data) - number * recipe.batch_size)
                 if done < steps:
-                    step(Batch(x.double(), y, index), attack)
+                    step(Batch(x.double(), y, index), attack, len(y) * ranks.size / images)
                     done += 1
         assert done == steps
     found = dict(model.state_dict())
@@ -91,8 +92,15 @@ def steps_in_float64(
     return found
 
 
-def without_norms() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(288, 10))
+def awnet_tiny() -> nn.Module:
+    return create_model("awnet_tiny", in_channels=1)
+
+
+def awnet_smaller() -> nn.Module:
+    dynamic = Backbone("basic", [1, 1], [4, 8], num_classes=10, in_channels=1)
+    return AWNet(
+        dynamic, AdversarialRouter(dynamic.signal_widths, in_channels=1, widths=(4, 8), blocks=(1, 1))
+    )
 
 
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "attack_steps": 2, "milestones": ()}
@@ -101,12 +109,12 @@ SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "attack_steps": 2, "mile
 
 def a_few_steps(ranks: Ranks, folder: Path) -> Any:
     recipe = MTARD(weight_lr=0.5, **SHORT)
-    return steps_in_float64(ranks, without_norms, recipe, images=45, steps=3)
+    return steps_in_float64(ranks, awnet_smaller, recipe, images=45, steps=3)
 
 
 def twenty_steps(ranks: Ranks, folder: Path) -> Any:
     recipes = (MTARD(weight_lr=0.5, epochs=4, batch_size=32), PGDAT(epochs=4, batch_size=32))
-    return {r.name: steps_in_float64(ranks, without_norms, r, images=179, steps=20) for r in recipes}
+    return {r.name: steps_in_float64(ranks, awnet_tiny, r, images=179, steps=20) for r in recipes}
 
 
 def pieces(ranks: Ranks, folder: Path) -> Any:

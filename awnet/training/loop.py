@@ -30,7 +30,7 @@ from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
 from awnet.models import create_model, load_model, save_model
 from awnet.models.files import write_tensors
-from awnet.nn import MixBatchNorm2d
+from awnet.nn import synchronize
 from awnet.training import checkpoint
 from awnet.training.distributed import Agreement, Ranks, joined, restarts
 from awnet.training.logging import Reporter, RunLog, read_log
@@ -227,11 +227,6 @@ def _begin(
 @contextmanager
 def _synchronized(model: nn.Module, ranks: Ranks) -> Iterator[None]:
     """``model`` with batch statistics of all ranks' samples, for a block of code."""
-    if ranks.size == 1 or not any(isinstance(module, MixBatchNorm2d) for module in model.modules()):
-        yield
-        return
-    from awnet.nn import synchronize
-
     synchronize(model, ranks.group_name)
     try:
         yield
@@ -360,7 +355,7 @@ class _Run:
         )
         for batch in batches:
             images = min(recipe.batch_size, len(self.data) - self.batch * recipe.batch_size)  # of all ranks
-            terms = self.train_on(batch, self.attack)
+            terms = self.train_on(batch, self.attack, len(batch.y) * self.ranks.size / images)
             self.batch += 1
             self.step += 1
             self.pending.append((self.step, len(batch.y), terms))

@@ -55,8 +55,8 @@ class TrainingStep:
         steps_per_epoch: for the schedule.
         teachers: for a recipe that distils; private copies, as they are changed in precision and layout.
         average: of a distributed run: ``average(tensors, count)`` replaces tensors, in place, by their means
-            over the ranks, each weighted by its ``count`` of images. Called with the gradients and the loss
-            (0-d), before anything is decided upon them, and with MTARD's losses.
+            over the ranks, each weighted by its ``count``. Called with the gradients and the loss (0-d), with
+            equal counts, before anything is decided upon them, and with MTARD's losses.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class TrainingStep:
         self.scheduler = recipe.scheduler(self.optimizer, steps_per_epoch)
         self._graphed = Graphed(self._learn_from) if recipe.capture else None
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
+        self._weight = torch.ones((), dtype=torch.float64, device=device)  # which a graph reads
         self._names: list[str] = []
         adapts = isinstance(recipe, MTARD) and recipe.adv_weight is None
         self.weights = MTARDWeights(device, average=average) if adapts else None
@@ -111,13 +112,18 @@ class TrainingStep:
         # without its cache of cast weights: an attack in between would leave casts that know of no gradient
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
 
-    def __call__(self, batch: Batch, attack: Attack) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, attack: Attack, weight: float = 1.0) -> dict[str, Tensor]:
         """Trains on one batch, in ``recipe.accumulate`` micro-batches.
+
+        ``weight``: of this rank's loss in the mean over the ranks, its number of images over the ranks' mean
+        number. It multiplies the loss, not the gradient, since a gradient through shared batch statistics has
+        parts of all ranks' losses.
 
         Returns the loss's terms, means over the batch, with ``grad_norm`` (before clipping) and ``skipped``,
         1 for a step that was left out because loss or gradient was not finite; all 0-d, on the device.
         """
         batch = _Piece(batch.x.contiguous(memory_format=self.memory_format), batch.y, batch.index)
+        self._weight.fill_(weight)
         if self._graphed is None:
             terms = self._learn(batch, attack)
         else:
@@ -145,18 +151,21 @@ class TrainingStep:
                 result: LossResult = loss(
                     self.model, piece, attack, self.options, self.teachers, self.weights
                 )
-            (result.total if pieces == 1 else result.total * share).backward()
+            total = result.total if pieces == 1 else result.total * share
+            if self._over_ranks is not None:
+                total = total * self._weight.to(total.dtype)
+            total.backward()
             shares.append(share)
             results.append(result.terms)
         terms = results[0] if pieces == 1 else _mean(results, shares)
-        return {**terms, **self._update(terms["total"], kept, len(batch.y))}
+        return {**terms, **self._update(terms["total"], kept)}
 
     def _guarded(self) -> list[Tensor]:
         """What the forward pass changes in place."""
         own = [] if self.weights is None else list(self.weights.state_dict().values())
         return [*self.model.buffers(), *own]
 
-    def _update(self, total: Tensor, kept: _Kept, images: int) -> dict[str, Tensor]:
+    def _update(self, total: Tensor, kept: _Kept) -> dict[str, Tensor]:
         """The optimiser's step, or none where something is not finite."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
@@ -164,7 +173,7 @@ class TrainingStep:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = total.clone()
         if self._over_ranks is not None:
-            self._over_ranks([*gradients, total], images)
+            self._over_ranks([*gradients, total], 1)
         norm = torch.nn.utils.get_total_norm(gradients)
         failed = ~(norm.isfinite() & total.isfinite())
         # the fused optimiser does nothing where found_inf is 1, and divides by grad_scale
