@@ -15,6 +15,7 @@ from mutations import runner
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "add-an-op.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r'^```(\w+) title="([\w./]+)"\n(.*?)^```$', TEXT, re.MULTILINE | re.DOTALL)
+PYTHON_FILES = sorted({file for _, file, _ in BLOCKS if file.endswith(".py")})
 COMMANDS = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", TEXT, re.MULTILINE)
 
 
@@ -24,26 +25,33 @@ def before_and_after(diff: str) -> tuple[str, str]:
     return old.rstrip("\n"), "".join(line[1:] for line in lines if line[0] in " +").rstrip("\n")
 
 
-def test_every_diff_fits_the_repository() -> None:
-    assert len(re.findall(r"^```\w", TEXT, re.MULTILINE)) == len(BLOCKS) + 1  # the commands
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the repository with the op of the page."""
+    copy = runner.copy_repository(tmp_path)
     for kind, file, body in BLOCKS:
+        path = copy / file
         if kind == "diff":
-            assert (ROOT / file).read_text(encoding="utf-8").count(before_and_after(body)[0]) == 1, body
+            (old, new), text = before_and_after(body), path.read_text(encoding="utf-8")
+            assert text.count(old) == 1, body
+            path.write_text(text.replace(old, new), encoding="utf-8")
+        else:
+            with path.open("a", encoding="utf-8") as target:
+                target.write(body)
+    return copy
+
+
+def test_the_code_fits_the_repository(copy: Path) -> None:
+    assert len(re.findall(r"^```\w", TEXT, re.MULTILINE)) == len(BLOCKS) + 1  # the commands
+    for check in (["check"], ["format", "--check"]):
+        done = runner.run(copy, "-m", "ruff", *check, *PYTHON_FILES)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the op")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_page_works(tmp_path: Path) -> None:
-    copy = runner.copy_repository(tmp_path)
-    for kind, file, body in BLOCKS:
-        path = copy / file
-        if kind == "diff":
-            old, new = before_and_after(body)
-            path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
-        else:
-            with path.open("a", encoding="utf-8") as target:
-                target.write(body)
+def test_the_page_works(copy: Path) -> None:
     python = f'function python {{ {sys.executable} "$@"; }}; '
     assert len(COMMANDS) == 4
     for command, said in COMMANDS:
@@ -54,8 +62,5 @@ def test_the_page_works(tmp_path: Path) -> None:
         output = done.stdout + done.stderr
         assert done.returncode == 0, output
         assert all(line in output for line in said.splitlines()), output
-    files = sorted({file for _, file, _ in BLOCKS if file.endswith(".py")})
-    typed = [file for file in files if not file.startswith("tests/")]
-    for check in (["ruff", "check", *files], ["ruff", "format", "--check", *files], ["mypy", *typed]):
-        done = runner.run(copy, "-m", *check)
-        assert done.returncode == 0, done.stdout + done.stderr
+    done = runner.run(copy, "-m", "mypy", *(file for file in PYTHON_FILES if not file.startswith("tests/")))
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""``PYTHONPATH=tests python -m mutations [part of a name or file]``: all of them write docs/mutations.md."""
+"""``PYTHONPATH=tests python -m mutations [part of a name or file]``: runs faults, writes docs/mutations.md."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def main(part: str) -> int:
 
     with ThreadPoolExecutor(len(LANES)) as pool:
         found = [one for lane in pool.map(drive, LANES) for one in lane]
-    if len(found) == len(FAULTS):
-        PAGE.write_text(page(found), encoding="utf-8")
+    PAGE.write_text(page(found), encoding="utf-8")
     missed = sum(one.caught_by is None for one in found)
     print(f"{len(found) - missed} of {len(found)} caught")
     return 1 if missed else 0

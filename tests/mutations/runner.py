@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -145,9 +146,17 @@ def outcomes(lane: str, faults: Sequence[Fault] = FAULTS) -> Iterator[Outcome]:
             yield outcome(fault, copy)
 
 
-def page(found: Sequence[Outcome]) -> str:
-    """docs/mutations.md."""
-    by_fault = {one.fault: one for one in found}
+def listed() -> dict[tuple[str, str], str]:
+    """By name and file, the test that docs/mutations.md says has caught a fault."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    rows = re.findall(r"^\| (.+) \| `([\w./]+)` \| `(\w+)` in `([\w./]+)` \|$", text, re.MULTILINE)
+    return {(name, file): f"{tests}::{test}" for name, file, test, tests in rows}
+
+
+def page(run: Sequence[Outcome]) -> str:
+    """docs/mutations.md with these outcomes; what was not run stays as it is listed."""
+    before, now = listed(), {one.fault: one for one in run}
+    found = [now.get(f) or Outcome(f, before.get((f.name, f.file)), "never run") for f in FAULTS]
     lines = [
         "# Seeded faults",
         "",
@@ -161,12 +170,10 @@ def page(found: Sequence[Outcome]) -> str:
         "| fault | in | caught by |",
         "|---|---|---|",
     ]
-    for fault in FAULTS:
-        caught = by_fault[fault].caught_by
-        if caught is None:
-            by = "**nothing**"
-        else:
-            file, _, name = caught.partition("[")[0].partition("::")
+    for one in found:
+        by = "**nothing**"
+        if one.caught_by is not None:
+            file, _, name = one.caught_by.partition("[")[0].partition("::")
             by = f"`{name}` in `{file}`"
-        lines.append(f"| {fault.name} | `{fault.file}` | {by} |")
+        lines.append(f"| {one.fault.name} | `{one.fault.file}` | {by} |")
     return "\n".join([*lines, ""])
