@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -198,14 +199,15 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
 
     calls = 0
     where: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1))
-    for dtype in dtypes:
-        x = normal(2, 16, 9, 9).to(dtype).contiguous(memory_format=torch.channels_last)
+    # odd images, whose rows run on from sample to sample, and even ones, which alone keep a mask too
+    for dtype, (size, keep_mask) in product(dtypes, ((9, False), (8, True))):
+        x = normal(2, 16, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
         scale, shift = normal(2, 16), normal(2, 16)
         for module, groups in ((conv, 1), (grouped_conv, 16)):
             weight = normal(16, 16 // groups, 3, 3).to(dtype)
             weight = weight.contiguous(memory_format=torch.channels_last)
             applied = module.fused_apply(
-                x, weight, scale, shift, x, True, *where, groups, True, True, force=True
+                x, weight, scale, shift, x, True, *where, groups, True, keep_mask, force=True
             )
             counted = module.fused_statistics(x, weight, *where, groups, force=True)
             back = module.fused_dgrad(x, weight, x.shape, *where, groups, force=True)

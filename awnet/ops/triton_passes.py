@@ -209,10 +209,12 @@ class TritonPasses(TritonConvolutions):
         need_scale: bool,
         sums: Sums | None,
     ) -> tuple[Gradients, Propagation]:
+        kernels = _kernels("coefficients")
         how = _for_table("training_gradients", g1.device, *g1.shape)
         weight, kind = _dense(bn_weight), _dense(is_clean)
-        found = _kernels("coefficients").training_gradients(
-            g1, gc, mean, m2, hw, _dense(omega), weight, statistics, kind, eps, need_scale, sums, how
+        given = None if sums is None else kernels.Sums(*sums)
+        found = kernels.training_gradients(
+            g1, gc, mean, m2, hw, _dense(omega), weight, statistics, kind, eps, need_scale, given, how
         )
         gradients = Gradients(found.omega, None, found.weight, found.bias)
         return gradients, Propagation(found.by_grad, found.by_input, found.constant)

@@ -11,6 +11,7 @@ from interpreter import DEVICE, INTERPRETED
 from layers import Layer, build, error, has_single_value, layers, run
 
 from awnet import ops
+from awnet.ops.passes import EagerPasses
 from awnet.ops.triton_passes import TritonPasses
 
 few = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -179,3 +180,25 @@ def test_the_fused_convolutions_within_the_layer(
     assert error(got.output.cpu(), exact.output) <= 1e-5
     for name, value in exact.grads.items():
         assert error(got.grads[name].cpu(), value) <= 1e-4, name
+
+
+def test_gradients_from_the_sums_of_several_ranks() -> None:
+    # what a rank hands in where others share its statistics: here its own sums twice
+    generator = torch.Generator().manual_seed(0)
+    g1, gc, mean, m2, omega = torch.rand(5, 5, 6, generator=generator, dtype=torch.float64).unbind(1)
+    weight = torch.rand(2, 6, generator=generator, dtype=torch.float64)
+    is_clean = torch.tensor([True, False, False, True, False])
+    results = []
+    for passes, device, dtype in (
+        (EagerPasses(), "cpu", torch.float64), (TritonPasses(), DEVICE, torch.float32),
+    ):  # fmt: skip
+        x = [t.to(device, dtype) for t in (g1, gc, mean, m2, omega, weight)]
+        kind = is_clean.to(device)
+        own = passes.batch_statistics(x[2], x[3], 9, x[4], kind, 2)
+        sums = passes.training_sums(*x[:3], *x[4:], own, kind, 1e-5)
+        both = sums._replace(through=2 * sums.through)
+        own = own._replace(n=2 * own.n)
+        gradients, how = passes.training_gradients(*x[:4], 9, *x[4:], own, kind, 1e-5, True, both)
+        results.append([y for y in (*sums, *gradients, *how) if y is not None])
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert error(got.cpu(), expected) <= 1e-4
