@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from awnet.benchmarks import tune as tuner
-from awnet.benchmarks.cases import Case
+from awnet.benchmarks.cases import Convolution, LayerCase
 from interpreter import DEVICE, INTERPRETED
 
 from awnet.ops import tuning
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU `awnet bench t
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner, "QUICK_CASES", (Case("tiny", 3, 2),))
+    monkeypatch.setattr(tuner, "SMOKE_CASES", (LayerCase("stage1", Convolution(3, 3, 2)),))
     monkeypatch.setattr(tuner, "_IMAGES", ("apply", "statistics"))
     monkeypatch.setattr(tuner, "_TABLES", ("testing_gradients",))
 
