@@ -107,6 +107,11 @@ FAULTS = (
         OPS + "test_nan_passes_the_activation_as_in_torch",
     ),
     fault(
+        "the mask of the ReLU dropped from the gradient", "csrc/cpu/passes.inl",
+        "if (gate.mask != nullptr) return masked(g, read(gate.mask + i));", "",
+        OPS + "test_only_what_needs_a_gradient_gets_one[cpp]",
+    ),
+    fault(
         "bfloat16 cut off instead of rounded", "csrc/cpu/passes.inl",
         "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16",
         NATIVE_PASSES,
@@ -145,6 +150,11 @@ FAULTS = (
     fault(
         "the residual dropped", "csrc/cuda/apply.cu",
         "if (residual != nullptr) v += in.residual[j];", "",
+        CUDA_PASSES,
+    ),
+    fault(
+        "the first value's mask for the whole vector", "csrc/cuda/device.h",
+        "return masked(g, in.mask[j]);", "return masked(g, in.mask[0]);",
         CUDA_PASSES,
     ),
     fault(
@@ -203,6 +213,11 @@ FAULTS = (
         "NaN becomes 0 in the ReLU", "kernels/passes.py",
         "v = tl.where(v <= 0, 0.0, v)", "v = tl.where(v > 0, v, 0.0)",
         PASSES + "test_nan_passes_the_activation_as_in_torch",
+    ),
+    fault(
+        "the gradient let through where the ReLU gave 0", "kernels/passes.py",
+        "g = tl.where(_read(gate, places, mask) <= 0, 0.0, g)", "g = tl.where(_read(gate, places, mask) < 0, 0.0, g)",
+        PASSES + "test_reduce",
     ),
     fault(
         "statistics that do not centre before they square", "kernels/passes.py",
@@ -287,6 +302,11 @@ FAULTS = (
         "the centre left out of ∂ω in test mode", "awnet/ops/algebra.py",
         "(gc + centre * g1) * _mix", "gc * _mix",
         EAGER_LAYER,
+    ),
+    fault(
+        "the mask turned round", "awnet/ops/passes.py",
+        "(y <= 0).logical_not_()", "(y <= 0)",
+        OPS + "test_only_what_needs_a_gradient_gets_one[eager]",
     ),
     fault(
         "statistics as E[x²] − μ²", "awnet/ops/passes.py",
