@@ -472,6 +472,10 @@ def test_the_race_runs_and_refuses_a_wrong_kernel(tmp_path: Path, monkeypatch: p
         ["smoke", "dgrad", "2", "float32"],
         ["smoke depthwise", "dgrad", "2", "float32"],
     ]
+    # samples whole in a tile, which keeps a mask; and rows that run on from sample to sample, which does not
+    for layer in ("smoke", "8-8@5k3s1g1"):
+        apply = [*usual[:-1], "apply", "--layers", layer]
+        assert convolutions.main([*apply, "--out", str(tmp_path / "apply.csv")]) == 0
     right = conv.fused_dgrad
     monkeypatch.setattr(conv, "fused_dgrad", lambda *args, **how: right(*args, **how) + 1)
     with pytest.raises(RuntimeError, match="is not the library's result"):
