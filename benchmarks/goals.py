@@ -176,6 +176,28 @@ def _trained(rows: Rows, batch: str | None = None) -> Row | None:
     return found[-1] if found else None
 
 
+def _cpu_step(model: str, rival: str) -> Measure:
+    """The plain step's time over ours, in the newest run on a CPU with 2 threads that measured both."""
+    wanted = {"recipe": "mtard", "model": model, "batch": "16", "size": "32", "attack_steps": "10"}
+    wanted |= {"precision": "float32", "threads": "2", "verified": "true"}
+
+    def measure(rows: Rows) -> Measured | None:
+        run: dict[str, Row] = {}
+        newest: Measured | None = None
+        for row in rows.training:
+            if row.get("driver") or any(row.get(name) != value for name, value in wanted.items()):
+                continue
+            if row["provider"] == "awnet":
+                run = {}  # a run's rows follow one another, ours first
+            run[row["provider"]] = row
+            if row["provider"] == rival and "awnet" in run:
+                pace = [float(run[name]["images_per_second"]) for name in ("awnet", rival)]
+                newest = Measured(pace[0] / pace[1], [run["awnet"], row])
+        return newest
+
+    return measure
+
+
 def _pgd_step(rows: Rows) -> Measured | None:
     """Microseconds an image: a tenth of a training step's attack, or else the network's attack step alone."""
     trained = _trained(rows, batch="512")
@@ -326,6 +348,19 @@ GOALS: tuple[Goal, ...] = (
             _CPU_COMMAND,
         )
         for case in CASES
+    ),
+    *(
+        Goal(
+            f"training step of {model} against plain torch ({rival})",
+            "CPU, 2 threads, float32, MTARD with PGD-10, N = 16",
+            bound,
+            True,
+            "×",
+            _cpu_step(model, rival),
+            f"awnet bench train --model {model} --device cpu --threads 2",
+        )
+        for model in ("awnet_tiny", "awnet_resnet18")
+        for rival, bound in (("literal", 3), ("unfused", 1.3))
     ),
 )
 

@@ -11,6 +11,7 @@
 #   bench     awnet bench run over the layers, every batch; a second run goes on where the first was stopped
 #   networks  the same for the block and the whole network
 #   compile   the goals' rivals by torch.compile, on the four stages; takes several runs of 8 minutes
+#   training  awnet bench train: each recipe's step against plain ones; goes on where it was stopped
 #   profile   one PGD step: the time of each kernel, and ncu on the five heaviest
 #
 # Without --stage all of them run in this order. A stage that has passed leaves DIR/NAME.done and is not run
@@ -21,7 +22,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-480} # seconds for a stage
-ALL=(build tests sanitize tune race bench networks compile profile)
+ALL=(build tests sanitize tune race bench networks compile training profile)
 OUT='' DEVICE=cuda AGAIN='' STAGES=()
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
@@ -122,6 +123,28 @@ stage_compile() {
   fi
 }
 
+# One mark a run, so that a stage that was stopped measures only what is missing.
+trained() {
+  local mark="$OUT/training.$1"
+  shift
+  [ -e "$mark" ] || { awnet bench train --device "$DEVICE" --out "$OUT/results" "$@" && touch "$mark"; }
+}
+
+stage_training() {
+  if ! on_gpu; then
+    trained tiny --recipe pgd_at --model awnet_tiny --size 8 --batch 4 --attack-steps 1 --steps 1
+    return
+  fi
+  trained mtard-512 --recipe mtard --batch 512 --providers awnet unfused \
+    && trained mtard --recipe mtard --providers awnet unfused \
+    && trained mtard-captured --recipe mtard --batch 512 --capture --providers awnet \
+    && trained mtard-fast --recipe mtard_fast --providers awnet unfused \
+    && trained trades-fast --recipe trades_fast --model resnet18 --providers awnet unfused \
+    && trained standard-fast --recipe standard_fast --model resnet18 --providers awnet unfused \
+    && trained literal --recipe mtard --steps 5 --providers awnet literal \
+    && trained compile --recipe mtard --providers awnet compile
+}
+
 # The tables that the next two write are awnet's own and count at once; DIR gets a copy.
 keep_tables() { mkdir -p "$OUT/configs" && cp awnet/ops/configs/*.json "$OUT/configs"; }
 
@@ -168,7 +191,7 @@ for stage in "${STAGES[@]}"; do
   rm -f "$OUT/$stage.done"
   begun=$SECONDS
   # a stage runs in a process group of its own, so that the limit ends all of it
-  export -f on_gpu awnet pytest keep_tables measure "stage_$stage"
+  export -f on_gpu awnet pytest keep_tables measure trained "stage_$stage"
   export OUT DEVICE PYTHON
   timeout --kill-after=10 "$LIMIT" bash -c "set -uo pipefail; stage_$stage" 2>&1 | tee "$OUT/$stage.log"
   code=${PIPESTATUS[0]}

@@ -12,7 +12,7 @@ import pytest
 from awnet.benchmarks import profile_step, sanitize
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("build", "tests", "sanitize", "tune", "race", "bench", "networks", "compile", "profile")
+STAGES = ("build", "tests", "sanitize", "tune", "race", "bench", "networks", "compile", "training", "profile")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
 
@@ -91,6 +91,7 @@ def test_every_stage_has_a_stand_in(tmp_path: Path) -> None:
         assert (tmp_path / f"{stage}.done").exists(), (stage, done.stdout[-3000:], done.stderr[-1000:])
     assert list((tmp_path / "results").glob("*.csv"))
     assert (tmp_path / "convolutions.csv").exists()
+    assert list((tmp_path / "results").glob("*-train.csv"))
 
 
 def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
