@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import re
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from extras import optional
 from torch import nn
 
 from awnet.models import create_model
@@ -45,29 +41,6 @@ def mode(model: nn.Module, batch: int) -> dict[str, torch.Tensor]:
 
 
 def needs(name: str) -> None:
-    """Skips a Swin where timm is not installed; else lets torchvision, which timm imports, be imported."""
-    if not name.startswith("swin"):
-        return
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is an optional extra and not installed")
-    declare_operators()
-
-
-_LIBRARIES: list[torch.library.Library] = []  # the schemas live as long as these do
-
-
-@functools.cache
-def declare_operators() -> None:
-    """Gives torchvision the schemas of operators that its own library would bring, if that does not load.
-
-    It registers fake kernels for them and fails where they are unknown. The networks here call none of them.
-    """
-    found = importlib.util.find_spec("torchvision")
-    assert found is not None
-    assert found.origin is not None
-    registered = (Path(found.origin).parent / "_meta_registrations.py").read_text()
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in sorted(set(re.findall(r'register_fake\("torchvision::(\w+)"', registered))):
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}() -> ()")
-    _LIBRARIES.append(library)
+    """Skips a Swin where timm cannot be imported."""
+    if name.startswith("swin"):
+        optional("timm")

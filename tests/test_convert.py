@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from extras import optional
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -383,7 +384,7 @@ def test_dropout_and_other_modules_keep_working():
 
 
 def test_timm_resnet():
-    timm = pytest.importorskip("timm", reason="timm is an optional extra and not installed")
+    timm = optional("timm")
     original = trained(timm.create_model("resnet18", num_classes=5)).eval()
     network = convert(original, **ROUTER)
     check_same_logits(original, network)
