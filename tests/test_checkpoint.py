@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import multiprocessing
 import os
 import pickle
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +32,7 @@ from awnet.training import checkpoint as C
 from awnet.training import losses as L
 from awnet.training.logging import RunLog
 
+CPU = torch.device("cpu")
 K, STEPS = 3, 4  # classes, steps an epoch
 
 
@@ -441,15 +442,165 @@ def test_another_configuration_is_not_resumed(
         train(out=uninterrupted, resume=True, quiet=True, **(arguments | change))  # type: ignore[arg-type]
 
 
-def test_another_machine_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def change_state(run: Path, **changes: Any) -> None:
+    """Rewrites the newest state, with a checksum that fits."""
+    C.save_state(run, C.load_state(run) | changes)
+
+
+def test_a_state_made_elsewhere_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the state, not by the last session: that may have ended before it had saved anything."""
     stop_at(None)
     go(tmp_path / "run", max_minutes=1e-9)
-    path = tmp_path / "run" / "config.json"
-    config = json.loads(path.read_text())
-    config["sessions"][0]["environment"]["torch"] = "1.0"
-    path.write_text(json.dumps(config))
-    go(tmp_path / "run", resume=True, quiet=False)
-    assert "the last bits may differ" in capsys.readouterr().out
+    environment = C.load_state(tmp_path / "run")["environment"]
+    assert environment["threads"] == torch.get_num_threads() == 1
+    stop_at(1, crash)
+    with pytest.raises(MemoryError):
+        go(tmp_path / "run", resume=True, quiet=False)
+    assert "the last bits" not in capsys.readouterr().out
+    other = {"awnet": "0.0.1", "commit": "0" * 40, "torch": "1.0", "device": "tpu", "threads": 64}
+    change_state(tmp_path / "run", environment=environment | other)
+    stop_at(None)
+    assert go(tmp_path / "run", resume=True, quiet=False).finished
+    said = capsys.readouterr().out
+    assert "note: the last bits may differ from an uninterrupted run: environment.awnet was '0.0.1'" in said
+    assert all(f"environment.{name} was {value!r}, is now" in said for name, value in other.items())
+    assert C.load_state(tmp_path / "run")["environment"] == environment
+
+
+def test_another_number_of_threads_goes_on(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_at(None)
+    torch.set_num_threads(2)
+    try:
+        go(tmp_path / "run", max_minutes=1e-9)
+    finally:
+        torch.set_num_threads(1)
+    assert C.load_state(tmp_path / "run")["environment"]["threads"] == 2
+    assert go(tmp_path / "run", resume=True, quiet=False).finished
+    assert "environment.threads was 2, is now 1" in capsys.readouterr().out
+    one, two = (C.load_state(run) for run in (uninterrupted, tmp_path / "run"))
+    for name, value in one["model"].items():  # float32, sums in another order, through twelve steps
+        assert torch.allclose(value, two["model"][name], rtol=0, atol=1e-4), name
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_state_that_the_code_has_outgrown_says_which_version_wrote_it(tmp_path: Path, part: str) -> None:
+    """The recipe, the model's name and the data are the same, but not what the code makes of them."""
+    stop_at(None)
+    go(tmp_path / "run", max_minutes=1e-9)
+    state = C.load_state(tmp_path / "run")
+    if part == "model":
+        changed = dict(list(state["model"].items())[1:])
+    else:
+        changed = state["optimizer"] | {"param_groups": state["optimizer"]["param_groups"][:1]}
+    change_state(tmp_path / "run", **{part: changed})
+    before = C.states(tmp_path / "run")[0].read_bytes()
+    commit = state["environment"]["commit"]
+    with pytest.raises(ValueError, match=rf"step 1 in .*does not fit.*awnet [\d.]+\w* at commit {commit}"):
+        go(tmp_path / "run", resume=True)
+    assert C.states(tmp_path / "run")[0].read_bytes() == before
+
+
+# --- two processes, one folder
+
+TRAINS = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    import test_checkpoint as t
+    t.torch.set_num_threads(1)
+
+    t.stop_at(2, lambda: (print("under way", flush=True), sys.stdin.readline()))
+    t.go(t.Path({run!r}), quiet=True)
+    """
+
+
+def test_a_second_process_is_refused_while_the_first_trains(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = textwrap.dedent(TRAINS).format(tests=str(Path(__file__).parent), run=str(run))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "under way\n"
+        before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(
+                BlockingIOError, match=rf"another process .*\(process {first.pid} on .*, since"
+            ):
+                go(run, **options)
+        with pytest.raises(BlockingIOError, match="another process trains in"):
+            C.claim(run, overwrite=True)
+        with pytest.raises(FileExistsError, match="already holds a run"):
+            go(run)
+        assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+        first.kill()  # which leaves no lock behind
+    stop_at(None)
+    assert go(run, resume=True).finished
+    assert_same_run(uninterrupted, run)
+
+
+def test_two_that_start_at_once_in_a_new_folder(tmp_path: Path) -> None:
+    with C.locked(tmp_path / "run"):
+        with pytest.raises(BlockingIOError, match=r"another process trains in .*run: wait for it"):
+            go(tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    stop_at(None)
+    assert go(tmp_path / "run").finished  # the lock's file alone is no run
+
+
+def test_a_file_system_without_locks_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unable(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(C.fcntl, "flock", unable)
+    stop_at(None)
+    assert go(tmp_path / "run", quiet=False).finished
+    assert "could not be locked ([Errno 37] No locks available)" in capsys.readouterr().out
+
+
+# --- out of memory
+
+
+def gpu_is_full() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def host_is_full() -> None:
+    torch.empty(2**50)  # a pebibyte, which the system refuses in earnest
+
+
+@pytest.mark.parametrize(
+    ("full", "told"),
+    [(gpu_is_full, "Tried to allocate 2.00 GiB"), (host_is_full, "can't allocate memory"), (crash, "fell")],
+)
+def test_out_of_memory_comes_with_advice(
+    uninterrupted: Path, tmp_path: Path, full: Callable[[], None], told: str
+) -> None:
+    stop_at(7, full)
+    with pytest.raises(MemoryError, match=f"memory of cpu or of the host is full .*{told}") as raised:
+        go(tmp_path / "run")
+    advice = str(raised.value)
+    for part in ("--resume", "on more ranks", "accumulate (now 1)", "batch_size (now 4)", "bfloat16"):
+        assert part in advice
+    assert C.load_state(tmp_path / "run")["step"] == 4
+    stop_at(None)
+    assert go(tmp_path / "run", resume=True).finished
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_the_advice_is_the_devices(tmp_path: Path) -> None:
+    with (
+        pytest.raises(MemoryError) as raised,
+        loop._advised_on_memory(RECIPE, torch.device("cuda"), tmp_path),
+    ):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    assert "--data-memory host" in str(raised.value)
+    assert "bfloat16" not in str(raised.value)  # it is that already
+    with pytest.raises(RuntimeError, match="shapes"), loop._advised_on_memory(RECIPE, CPU, tmp_path):
+        raise RuntimeError("shapes cannot be multiplied")
 
 
 # --- damaged and foreign states
@@ -756,37 +907,42 @@ LONG = Planned(**{**vars(RECIPE), "epochs": 12, "milestones": (6, 9)})
 def in_a_process(run: Path) -> None:
     torch.set_num_threads(1)
     stop_at(None)
-    go(run, LONG, resume=True, checkpoint_minutes=1e-9)
+    go(run, LONG, checkpoint_minutes=1e-9)
+
+
+def newest(run: Path) -> int:
+    return max((int(path.stem[5:]) for path in C.states(run)), default=-1)
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
-    """SIGKILL at twenty random moments, with a checkpoint being written at almost every step."""
+    """Twenty runs, with a checkpoint being written at almost every step: SIGKILL to each at a random moment,
+    to every second one while a state is being written. All of them go on and end with the same bits."""
     stop_at(None)
-    whole, run = tmp_path / "whole", tmp_path / "run"
+    whole, steps = tmp_path / "whole", LONG.epochs * STEPS
     go(whole, LONG)
     context = multiprocessing.get_context("forkserver")  # whose processes start at once, and without threads
     context.set_forkserver_preload(["torch", "awnet.training", "pytest"])
-    chance, kills, while_writing = random.Random(0), 0, 0
-    while True:
-        process = context.Process(target=in_a_process, args=(run,))
-        before = newest(run)
-        process.start()
-        while newest(run) == before and process.is_alive():  # until it is under way
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.03))
-        if kills < 20 and process.is_alive():
+    chance, stages, torn = random.Random(), [], 0
+    for number in range(20):
+        run, killed = tmp_path / f"run {number}", False
+        while not killed:  # the rare one that ends before its moment comes begins anew
+            shutil.rmtree(run, ignore_errors=True)
+            process = context.Process(target=in_a_process, args=(run,))
+            process.start()
+            after, writing = chance.randrange(-1, steps - 1), number % 2 == 1
+            while process.is_alive() and newest(run) < after:
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, 0.03))
+            while process.is_alive() and writing and not list((run / "state").glob(".step-*.pt.*.tmp")):
+                pass
             process.kill()
-            kills += 1
-        process.join()
-        while_writing += bool(list(run.rglob("*.tmp")))
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-    assert kills >= 10
-    assert while_writing
-    assert_same_run(whole, run)
-
-
-def newest(run: Path) -> str:
-    return max((path.name for path in C.states(run)), default="")
+            process.join()
+            killed = process.exitcode == -signal.SIGKILL
+        stages.append(newest(run))
+        torn += bool(list(run.rglob(".*.tmp")))
+        assert go(run, LONG, resume=True).finished
+        assert_same_run(whole, run)
+        shutil.rmtree(run)
+    assert len(set(stages)) > 5  # at moments of all kinds
+    assert torn >= 5  # and in the middle of a file: of ten that were awaited some finish it just in time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -175,6 +176,21 @@ def stopped_by_one_rank(ranks: Ranks, folder: Path) -> Any:
     return {"step": step, "finished": result.finished}
 
 
+def begun(ranks: Ranks, folder: Path) -> Any:
+    """A run like ``whole_run``, left after its first steps, in the middle of an epoch."""
+    out = folder / f"begun on {ranks.size}"
+    assert not train(RECIPE, plain_net(), splits(), out, quiet=True, max_minutes=1e-9).finished
+    return C.load_state(out)["batch"]
+
+
+def gone_on(ranks: Ranks, folder: Path) -> Any:
+    """The run that another number of ranks has begun."""
+    out = folder / f"begun on {3 - ranks.size}"
+    result = train(RECIPE, plain_net(seed=9), splits(), out, quiet=True, resume=True)
+    assert result.finished
+    return {"weights": result.model.state_dict(), "history": result.history}
+
+
 def refusals(ranks: Ranks, folder: Path) -> Any:
     with pytest.raises(
         ValueError, match=r"all ranks must train the same.*recipe\.lr was 0\.1, is now 0\.2|0\.2, is now 0\.1"
@@ -221,8 +237,9 @@ def on_two_ranks(jobs: list[Callable[..., Any]], folder: Path) -> dict[str, list
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two")
+    assert begun(Ranks(CPU), folder) == 1
     jobs: list[Callable[..., Any]] = [pieces, a_few_steps, whole_run, stopped_by_one_rank, refusals]
-    return {**on_two_ranks(jobs, folder), "folder": folder}
+    return {**on_two_ranks([*jobs, begun, gone_on], folder), "folder": folder}
 
 
 def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: float) -> None:
@@ -282,6 +299,23 @@ def test_a_whole_run_on_two_ranks_is_that_of_one(both: dict[str, Any], tmp_path:
     assert len(C.load_state(both["folder"] / "run")["random"]) == 2
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(both: dict[str, Any]) -> None:
+    """Order, augmentation and noise are the images', so it is the same run up to rounding: float32, 1e-4."""
+    whole = both["whole_run"][0]
+    assert both["begun"] == [2, 2]
+    more, fewer = both["gone_on"][0], gone_on(Ranks(CPU), both["folder"])
+    for found in (more, fewer):
+        assert_close(whole["weights"], found["weights"], 1e-4)
+        for ours, theirs in zip(whole["history"], found["history"], strict=True):
+            for name in ("total", "nat", "adv", "clean_accuracy", "robust_accuracy", "lr"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for before, now in ((1, 2), (2, 1)):
+        run = both["folder"] / f"begun on {before}"
+        sessions = C.read_config(run)["sessions"]
+        assert [one["environment"]["ranks"] for one in sessions] == [before, now]
+        assert [record["step"] for record in read_log(run, "step")] == [2, 4, 6, 8]
+
+
 def test_a_signal_to_one_rank_stops_both_at_one_step(both: dict[str, Any]) -> None:
     for found in both["stopped_by_one_rank"]:
         assert found == {"step": 3, "finished": True}  # the signal came in step 2
@@ -318,7 +352,7 @@ def test_a_rank_of_torchrun_takes_no_numbered_gpu(monkeypatch: pytest.MonkeyPatc
 
 # --- torchrun and the command line
 
-# trains on two ranks; rank 1 of the first attempt dies at once within step 5
+# trains on two ranks; one of the first attempt dies at once within a step
 KILLED = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
@@ -331,7 +365,7 @@ KILLED = """
         def forward(self, x):
             self.passes += self.training
             first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-            if first and self.passes == 5 and self.training and os.environ["RANK"] == "1":
+            if first and self.passes == {step} and self.training and os.environ["RANK"] == "{rank}":
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().forward(x)
 
@@ -349,14 +383,18 @@ def torchrun(*arguments: str, restarts: int = 0) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
-def test_a_killed_rank_restarts_both_from_the_last_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rank", "step", "after"), [(1, 5, "3"), (0, 8, "[36]"), (1, 1, "0")])
+def test_a_killed_rank_restarts_both_from_the_last_checkpoint(
+    tmp_path: Path, rank: int, step: int, after: str
+) -> None:
+    """Rank 0 may be killed while it still writes the checkpoint of the epoch before."""
     run = tmp_path / "run"
     (tmp_path / "job.py").write_text(
-        textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), run=str(run))
+        textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), run=str(run), rank=rank, step=step)
     )
     found = torchrun(str(tmp_path / "job.py"), restarts=2)
     assert found.returncode == 0, found.stderr[-3000:]
-    assert "after step 3 (1 of 3 epochs are done)" in found.stdout
+    assert re.search(rf"after step {after} \(\d of 3 epochs are done\)", found.stdout)
     assert len(C.read_config(run)["sessions"]) == 2
     whole = train(RECIPE, plain_net(), splits(), tmp_path / "whole", quiet=True, tensorboard=False)
     state = C.load_state(run)

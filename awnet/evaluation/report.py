@@ -349,7 +349,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "awnet": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a class of its own, which no file should need
         "python": platform.python_version(),
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),

@@ -7,6 +7,7 @@
     state/step-XXXXXXXX.pt         weights, the best ones too, optimiser, schedule, MTARD weights, random
                                    states, position, best score, after so many steps; the newest few are kept
     state/step-XXXXXXXX.pt.sha256  its checksum, as ``sha256sum`` writes it
+    .lock                empty; the process that trains here holds a lock on it, which ends with the process
 
 The newest state that is whole alone decides where a run goes on: it is one file of one moment, and whatever
 else is in the folder is cut back to it.
@@ -14,12 +15,16 @@ else is in the folder is cut back to it.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import os
 import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,7 @@ FORMAT = 2
 KEEP = 2  # states, by default
 _MARK = "awnet training state"
 _CONFIG_MARK = "awnet run"
+_LOCK = ".lock"
 _ENTRIES = (
     *("config.json", "log.jsonl", "tensorboard", "last.safetensors", "best.safetensors", "state"),
     *("teachers", "compared", "evaluations", "report.json"),
@@ -200,11 +206,11 @@ def _is_config(value: Any) -> bool:
     return isinstance(value, dict) and value.get("kind") == _CONFIG_MARK
 
 
-def claim(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+def check(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Sees to it that a run may be written to ``folder``: new or empty, or a run to go on with or to replace.
 
-    ``overwrite`` deletes the run's own files and nothing else. Runs in ``teachers`` and ``compared``, in a
-    folder that holds nothing besides, count as the beginning of a run.
+    Runs in ``teachers`` and ``compared``, in a folder that holds nothing besides, count as the beginning of a
+    run. Nothing is changed.
 
     Raises FileExistsError for a run without ``resume`` or ``overwrite``, and for a folder that holds anything
     else; ValueError for both together.
@@ -214,41 +220,95 @@ def claim(folder: str | Path, *, resume: bool = False, overwrite: bool = False) 
         raise ValueError("resume and overwrite exclude each other: go on with the run, or start it again")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out must be a folder, but {folder} is a file")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not _inside(folder):
         return
     if not is_run(folder) and not _begun(folder):
         raise FileExistsError(
             f"{folder} exists and holds no training run; nothing there is touched: choose another folder"
         )
-    if overwrite:
-        for name in _ENTRIES:
-            entry = folder / name
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
-    elif not resume:
+    if not resume and not overwrite:
         raise FileExistsError(
             f"{folder} already holds a run: go on with it (resume=True, --resume), replace it "
             "(overwrite=True, --overwrite), or choose another folder"
         )
 
 
+def claim(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Checks as ``check`` does; with ``overwrite`` deletes the run's own files and nothing else.
+
+    Raises what ``check`` raises, and BlockingIOError where another process trains in a folder to overwrite.
+    """
+    check(folder, resume=resume, overwrite=overwrite)
+    if overwrite and Path(folder).is_dir():
+        with locked(folder):
+            _clear(Path(folder))
+
+
+def _clear(folder: Path) -> None:
+    for name in _ENTRIES:
+        entry = folder / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _inside(folder: Path) -> list[Path]:
+    return [entry for entry in folder.iterdir() if entry.name != _LOCK]
+
+
 def _begun(folder: Path) -> bool:
-    inner = list(folder.iterdir())
+    inner = _inside(folder)
     if not all(entry.name in ("teachers", "compared") and entry.is_dir() for entry in inner):
         return False
-    return all(is_run(run) or not any(run.iterdir()) for entry in inner for run in entry.iterdir())
+    return all(is_run(run) or not _inside(run) for entry in inner for run in entry.iterdir())
+
+
+@contextmanager
+def locked(folder: str | Path, warn: Callable[[str], None] | None = None) -> Iterator[None]:
+    """``folder`` for this process alone, for a block of code; it is made where it is missing.
+
+    The lock is the system's, so that a killed process leaves none behind. Where the file system knows no
+    locks, ``warn`` is told. Raises BlockingIOError where another process holds it, saying which.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = None
+    try:
+        try:
+            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                errno.EAGAIN,
+                f"another process trains in {folder}{_trainer(folder)}: wait for it, stop it, or choose "
+                "another folder",
+            ) from None
+        except OSError as error:
+            if warn is not None:
+                warn(f"note: {folder} could not be locked ({error}): start no second process in it")
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _trainer(folder: Path) -> str:
+    """Of the newest session, as far as there is one yet."""
+    sessions = read_config(folder).get("sessions") if is_run(folder) else None
+    return f" ({sessions[-1].get('process')}, since {sessions[-1].get('started')})" if sessions else ""
 
 
 def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
-    """Claims a run folder, writes its config.json, and returns whether there is a run to go on with.
+    """Claims a locked run folder, writes its config.json, and returns whether there is a run to go on with.
 
-    A new or empty folder starts a run, with ``resume`` too. Raises what ``claim`` raises, and ValueError for
+    A new or empty folder starts a run, with ``resume`` too. Raises what ``check`` raises, and ValueError for
     a resumed run whose recipe, model, data set, seed or teachers differ, naming each difference.
     """
     folder = Path(folder)
-    claim(folder, resume=resume, overwrite=overwrite)
+    check(folder, resume=resume, overwrite=overwrite)
+    if overwrite:
+        _clear(folder)
     if not is_run(folder):
         write_config(folder, config)
         return False

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import platform
 import shlex
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -109,10 +111,12 @@ def train(
     that torchrun has restarted goes on from the last checkpoint without ``resume``.
 
     Raises FileExistsError where ``out`` holds something and neither ``resume`` nor ``overwrite`` is set,
-    ValueError for bad arguments, checkpoints that are all damaged, or a resumed run with another
-    configuration, FloatingPointError when loss or gradient were NaN or infinite in ten steps in a row (a
-    single such step is left out, reported and counted), and OSError at the end when the last checkpoint could
-    not be written (earlier ones that could not, as on a full disk, are warned of).
+    BlockingIOError where another process trains in ``out``, ValueError for bad arguments, for checkpoints
+    that are all damaged or of another version's network, or a resumed run with another configuration,
+    FloatingPointError when loss or gradient were NaN or infinite in ten steps in a row (a single such step is
+    left out, reported and counted), MemoryError with advice where the device's or the host's memory is full,
+    and OSError at the end when the last checkpoint could not be written (earlier ones that could not, as on a
+    full disk, are warned of).
     """
     deadline = math.inf
     if max_minutes is not None:
@@ -136,7 +140,7 @@ def train(
     folder = Path(out)
     if restarts():
         resume, overwrite = True, False
-    with joined(_device(device)) as ranks:
+    with joined(_device(device)) as ranks, ExitStack() as held:
         where = ranks.device
         model = _model(model, splits.train, seed).to(where)
         _check_outputs(model, splits.train, where)
@@ -151,15 +155,17 @@ def train(
             "selected_on": select_on,
             "teachers": _describe_teachers(recipe, model, given),
         }
+        about = environment(where) | numerics(recipe, where)._asdict() | {"ranks": ranks.size}
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "process": f"process {os.getpid()} on {platform.node()}",
             "command": shlex.join(sys.argv),
             "teachers": None if teachers is None else [_source(teacher) for teacher in teachers],
-            "environment": environment(where) | numerics(recipe, where)._asdict() | {"ranks": ranks.size},
+            "environment": about,
         }
         _check_same(config, ranks)
         reporter = Reporter(_title(model, folder), quiet=quiet or ranks.rank > 0)
-        state = ranks.first(lambda: _begin(folder, config, session, reporter, resume, overwrite))
+        state = ranks.first(lambda: _begin(folder, config, session, reporter, resume, overwrite, held))
         if state is not None and state["finished"]:
             reporter.say(f"{folder} is finished: nothing to train")
             return _result(model, folder, state["best"], state["best_model"], ranks, finished=True)
@@ -198,9 +204,12 @@ def train(
         own = [ranks.rank] if ranks.rank else []  # each rank draws its own dropout
         with torch.random.fork_rng(cuda), _synchronized(model, ranks):
             torch.manual_seed(rng.key(seed, "training", *own) & (2**63 - 1))
-            run = _Run(recipe, model, splits, folder, seed, ranks, given, select_on, reporter, data_memory)
-            run.save_every, run.keep = 60 * checkpoint_minutes, keep_checkpoints
-            finished = run.go(state, deadline, tensorboard)
+            with _advised_on_memory(recipe, where, folder):
+                run = _Run(
+                    recipe, model, splits, folder, seed, ranks, given, select_on, reporter, data_memory
+                )
+                run.save_every, run.keep, run.about = 60 * checkpoint_minutes, keep_checkpoints, about
+                finished = run.go(state, deadline, tensorboard)
         weights = run.best_model if run.best else run.train_on.judged.state_dict()
         return _result(model, folder, run.best, weights, ranks, finished=finished)
 
@@ -212,15 +221,18 @@ def _begin(
     reporter: Reporter,
     resume: bool,
     overwrite: bool,
+    held: ExitStack,
 ) -> dict[str, Any] | None:
-    """Opens the run folder; the state to go on from, None for a run that begins."""
+    """Opens the run folder, locked by ``held``; the state to go on from, None for a run that begins."""
+    checkpoint.check(folder, resume=resume, overwrite=overwrite)
+    held.enter_context(checkpoint.locked(folder, reporter.say))
     sessions = {"sessions": [session]}
     if not checkpoint.open_folder(folder, config | sessions, resume=resume, overwrite=overwrite):
         return None
     state = checkpoint.load_state(folder, reporter.say)
     if not state["finished"]:
         checkpoint.sweep(folder)
-        _add_session(folder, session, reporter)
+        _add_session(folder, session, state, reporter)
     return state
 
 
@@ -295,6 +307,7 @@ class _Run:
         self.best_model: dict[str, Tensor] = {}  # its weights, on the CPU
         self.best_on_disk: dict[str, Tensor] | None = None  # the ``best_model`` that was written last
         self.save_every, self.keep = math.inf, checkpoint.KEEP
+        self.about: dict[str, Any] = {}  # this session's environment
         self.seconds = 0.0
         self.of_epoch, self.of_interval = _Means(), _Means()
         self.pending: list[tuple[int, int, dict[str, Tensor]]] = []  # (step, images, terms) not yet read
@@ -558,6 +571,7 @@ class _Run:
                 "of_interval": vars(self.of_interval),
                 "log_bytes": log.length,
                 "finished": finished,
+                "environment": self.about,
             }
         )
         state["best_model"] = self.best_model
@@ -576,8 +590,16 @@ class _Run:
         self.writer.submit(write)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.train_on.load_state_dict(state)
+        try:
+            self.model.load_state_dict(state["model"])
+            self.train_on.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            about, why = state.get("environment", {}), " ".join(str(error).split())
+            raise ValueError(
+                f"the state of step {state['step']} in {self.folder} does not fit this version's network or "
+                f"optimiser ({why}): go on with the version that wrote it, awnet {about.get('awnet')} at "
+                f"commit {about.get('commit')}, or start again with overwrite"
+            ) from error
         if self.ranks.rank < len(state["random"]):  # else there are more ranks than there were
             checkpoint.set_random_state(state["random"][self.ranks.rank], self.device)
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
@@ -767,18 +789,41 @@ def _source(teacher: TeacherSource) -> str:
     return f"a {type(teacher).__name__} of the caller's" if isinstance(teacher, nn.Module) else str(teacher)
 
 
-def _add_session(folder: Path, session: dict[str, Any], reporter: Reporter) -> None:
-    """Adds this session to config.json; says so where the machine may round differently from the last one."""
-    config = checkpoint.read_config(folder)
-    names = ("torch", "device", "threads", "ranks", *Numerics._fields)
-    before, now = (
-        {name: one["environment"].get(name) for name in names} for one in (config["sessions"][-1], session)
-    )
+def _add_session(folder: Path, session: dict[str, Any], state: dict[str, Any], reporter: Reporter) -> None:
+    """Adds this session to config.json; says so where it may round differently from what made ``state``."""
+    names = ("awnet", "commit", "modified", "torch", "device", "threads", "ranks", *Numerics._fields)
+    before, now = ({name: one.get("environment", {}).get(name) for name in names} for one in (state, session))
     changed = list(checkpoint.differences(before, now, "environment"))
     if changed:
         reporter.say(f"note: the last bits may differ from an uninterrupted run: {'; '.join(changed)}")
+    config = checkpoint.read_config(folder)
     config["sessions"].append(session)
     checkpoint.write_config(folder, config)
+
+
+@contextmanager
+def _advised_on_memory(recipe: Recipe, device: torch.device, folder: Path) -> Iterator[None]:
+    """Makes a MemoryError that says what to do of whatever torch or Python raises when memory is full."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")  # of what has no type of its own
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(s in text for s in signs):
+            raise
+        less = [f"accumulate (now {recipe.accumulate}), which cuts a batch into micro-batches"]
+        if numerics(recipe, device).precision == "float32":
+            less.append("precision='bfloat16'")
+        less.append(f"a smaller batch_size (now {recipe.batch_size})")
+        ways = ["once other programs have left more memory"]
+        if device.type == "cuda":
+            ways.append("with the images on the host (--data-memory host, data_memory='host')")
+        ways.append("on more ranks, each with its share of the same batch_size")
+        raise MemoryError(
+            f"the memory of {device} or of the host is full ({text}). The last checkpoint stays in {folder}; "
+            f"the same run goes on from it by --resume (resume=True) {', '.join(ways[:-1])} or {ways[-1]}. "
+            f"A new run needs less with a higher {', '.join(less[:-1])} or {less[-1]}"
+        ) from error
 
 
 def _save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor]) -> None:
