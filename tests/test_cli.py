@@ -18,6 +18,8 @@ from awnet.evaluation import Report
 from awnet.models import create_model, list_models, load_model, save_model
 from awnet.reproduce import run_digits
 from awnet.training import list_recipes
+from awnet.training.checkpoint import locked
+from awnet.training.step import TrainingStep
 
 
 @pytest.fixture(autouse=True)
@@ -409,6 +411,46 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("awnet.data.load_dataset", defect)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["data", "info", "digits"])
+
+
+def test_a_data_file_that_was_damaged_or_changed_stops_a_resumed_run(tmp_path, capsys):
+    data, out = write_cifar10(tmp_path / "data", rows=(8, 8, 8, 8, 8, 8)), tmp_path / "run"
+    train = [
+        "train",
+        "--data",
+        "cifar10",
+        "--data-dir",
+        data,
+        "--model",
+        "resnet_tiny",
+        "--recipe",
+        "standard",
+    ]
+    train = [*map(str, train), "--epochs", "1", "--batch-size", "8", "--out", str(out)]
+    assert main([*train, "--max-minutes", "1e-9"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    path = data / "data_batch_3"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    assert "data_batch_3" in fails(capsys, *train, "--resume")
+    path.write_bytes(whole.replace(content := whole[5000:5004], bytes(255 - b for b in content), 1))
+    said = fails(capsys, *train, "--resume")
+    assert "another configuration: dataset.fingerprints.train was" in said
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    path.write_bytes(whole)
+    assert main([*train, "--resume"]) == 0
+
+
+def test_a_full_memory_and_a_second_process_are_one_line_each(tmp_path, capsys, monkeypatch):
+    def full(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    train = [*TRAIN, "--recipe", "standard", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", full)
+        assert "Tried to allocate 2.00 GiB" in fails(capsys, *train)
+    with locked(tmp_path / "run"):
+        assert "another process trains in" in fails(capsys, *train, "--resume")
 
 
 # ── data, info, bench ─────────────────────────────────────────────────────────────────────────────────────
