@@ -233,6 +233,22 @@ def test_the_derivation_names_functions_that_exist() -> None:
         assert name in parameters
 
 
+def test_every_fault_on_the_page_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| (?!fault \|)([^|]+) \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert len(rows) == text.count("\n| ") - 1 >= 20  # all but the head
+    for fault, _, shown in rows:
+        groups = re.findall(r"((?:\*?`test_\w+`\*?(?:, )?)+) in `(tests/\w+\.py)`", shown)
+        assert groups, fault
+        assert shown.count("`test_") == sum(names.count("`test_") for names, _ in groups), fault
+        for names, file in groups:
+            source = (ROOT / file).read_text()
+            for slow, name in re.findall(r"(\*?)`(test_\w+)`", names):
+                found = re.search(rf"((?:^@.*\n(?:^[ )].*\n)*)*)^def {name}\(", source, re.MULTILINE)
+                assert found, f"{file} has no {name}"
+                assert ("pytest.mark.slow" in found[1]) == bool(slow), name
+
+
 def test_every_page_is_in_the_sites_navigation() -> None:
     navigation = re.findall(r"^  - [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(navigation) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
