@@ -108,7 +108,7 @@ Outputs forward(const Tensor& input, const MaybeTensor& weight, const MaybeTenso
          batch_var = at::empty({0}, floats), n = at::empty({0}, floats), scale, shift;
   if (!norm) {
     scale = omega ? *omega : at::ones_like(at::empty({batch, u.size(1)}, floats));
-    shift = at::zeros_like(scale);
+    shift = bn_bias ? *table(bn_bias) : at::zeros_like(scale);  // without a norm's weight the shift itself
   } else if (training) {
     std::tie(mean, m2) = passes.statistics(u);
     const auto kind = dense(is_clean);
@@ -158,6 +158,7 @@ Gradients backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeT
     const auto [g1, gc] = passes.reduce(grad, *u, *centre, gate);
     if (!norm) {
       d_scale = at::addcmul(gc, *centre, g1);
+      d_beta = g1;
     } else if (training) {
       const auto kind = dense(is_clean);
       Tensor gamma_part, beta_part, input_part, constant_part;

@@ -171,7 +171,7 @@ def on_kernels(**arguments: object) -> Tensor:
     from awnet.ops import backends
 
     momentum = arguments.pop("momentum", 0.1)
-    call = ops.functional._layer_call(**arguments)
+    call = ops.arguments.layer_call(**arguments)
     return backends._runner(OPERATOR)(call, momentum)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layers import DIFFERENTIABLE, Layer, build, error, has_single_value, layers, run, unfused
 
 from awnet import ops, reference
-from awnet.ops import functional
+from awnet.ops import arguments
 from awnet.ops.backends import BACKENDS
 from awnet.ops.layer import kept
 from awnet.ops.passes import EagerPasses
@@ -494,7 +494,7 @@ def test_a_second_derivative_names_the_reference() -> None:
 
 
 def operator_arguments(layer: Layer) -> tuple:
-    call = functional._layer_call(
+    call = arguments.layer_call(
         **{"filter_scale": None} | layer.tensors,
         **layer.options,
     )
@@ -596,7 +596,7 @@ def test_explain_says_which_backend_and_why_not_the_others() -> None:
 
 
 def ran_by(backend, layer: Layer) -> bool:
-    return backend.refusal(functional._layer_call(**layer.tensors, **layer.options)) is None
+    return backend.refusal(arguments.layer_call(**layer.tensors, **layer.options)) is None
 
 
 def test_use_backend_and_the_environment_choose() -> None:

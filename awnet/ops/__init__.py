@@ -3,10 +3,10 @@
 ``docs/equations.md`` derives them, ``awnet/reference.py`` states what they must equal.
 """
 
-from awnet.ops.backends import Explanation, available_backends, use_backend
-from awnet.ops.functional import aw_conv2d, explain, filter_scaled_conv2d, mix_batch_norm
-from awnet.ops.network import affine_conv2d, network_coefficients
-from awnet.ops.sign_step import chosen_backend, sign_step
+from awnet.ops.backends import Explanation, available_backends, chosen_backend, use_backend
+from awnet.ops.functional import affine_conv2d, aw_conv2d, explain, filter_scaled_conv2d, mix_batch_norm
+from awnet.ops.network import network_coefficients
+from awnet.ops.sign_step import sign_step
 
 __all__ = [
     "Explanation",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from awnet import reference
 from awnet.ops import native, triton_passes
-from awnet.ops.layer import Call, Layer, Saved, describe, kept, register
+from awnet.ops.layer import Call, Layer, Saved, describe, kept, memory_format, register
 from awnet.ops.passes import EagerPasses
 
 Momentum = float | Tensor
@@ -71,7 +71,12 @@ def _update_running_statistics(call: Call, momentum: Momentum, saved: Saved) -> 
 
 
 def _literal(call: Call, momentum: Momentum) -> Tensor:
-    """The call on ``awnet.reference``."""
+    """The call on ``awnet.reference``, in the input's memory format."""
+    assert call.input is not None
+    return _equations(call, momentum).contiguous(memory_format=memory_format(call.input))
+
+
+def _equations(call: Call, momentum: Momentum) -> Tensor:
     convolution: dict[str, Any] = {
         "stride": tuple(call.stride),
         "padding": tuple(call.padding),
@@ -88,7 +93,11 @@ def _literal(call: Call, momentum: Momentum) -> Tensor:
     images: list[Any] = [call.input, call.weight, call.filter_scale]
     tables: list[Any] = [call.bn_weight, call.bn_bias, call.running_mean, call.running_var]
     if call.bn_weight is None:
-        return reference.filter_scaled_conv2d(*images, **convolution)
+        y = reference.filter_scaled_conv2d(*images, **convolution)
+        if call.bn_bias is not None:
+            y = y + call.bn_bias.to(y.dtype)[:, :, None, None]
+        y = y if call.residual is None else y + call.residual
+        return torch.relu(y) if call.relu else y
     if call.weight is None:
         return reference.mix_batch_norm(images[0], *tables, **norm)
     last = {"residual": call.residual, "activation": "relu" if call.relu else None}
@@ -184,11 +193,16 @@ def use_backend(name: str | None) -> Iterator[None]:
         _chosen.pop()
 
 
+def chosen_backend() -> str | None:
+    """The backend that ``use_backend`` or ``AWNET_BACKEND`` names, or None."""
+    return _chosen[-1]
+
+
 def select(call: Call, backend: str | None) -> Backend:
     """The backend that runs ``call``. Raises ValueError when a named one is unknown or cannot run it."""
     source = "backend"
     if backend is None:
-        backend = _chosen[-1]
+        backend = chosen_backend()
         source = "AWNET_BACKEND" if len(_chosen) == 1 else "use_backend"
     if backend is None:
         for candidate in BACKENDS:

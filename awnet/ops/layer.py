@@ -1,10 +1,10 @@
 """The layer as a registered forward/backward pair of operators, one pair for each backend.
 
 ``register(name, passes)`` assembles convolution, passes and algebra into ``torch.ops.awnet.layer_<name>``
-and ``layer_<name>_backward``, with fake kernels and autograd. One pair serves all three public functions:
+and ``layer_<name>_backward``, with fake kernels and autograd. One pair serves all four public functions:
 without a weight there is no convolution (``mix_batch_norm``); without a batch norm the affine map is the
-filter scale alone (``filter_scaled_conv2d``). ``csrc/layer.cpp`` is the same in C++, ``layer_native``, for
-the backends whose passes are native.
+filter scale alone (``filter_scaled_conv2d``), or it and ``bn_bias`` as the shift (``affine_conv2d``).
+``csrc/layer.cpp`` is the same in C++, ``layer_native``, for the backends whose passes are native.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _DIFFERENTIABLE = 7  # the first seven arguments; the backward returns their gra
 
 
 class Call(NamedTuple):
-    """The arguments of one layer call, in the operators' order; ``awnet.ops.functional`` has checked them."""
+    """The arguments of one layer call, in the operators' order; ``awnet.ops.arguments`` has checked them."""
 
     input: Tensor | None  # [B, C_in, H, W]; None in a backward that needs only its shape
     weight: Tensor | None  # [C_out, C_in/groups, k, k]
     filter_scale: Tensor | None  # [B, C_out]
     p_clean: Tensor | None  # [B]
     bn_weight: Tensor | None  # [K, C_out]
-    bn_bias: Tensor | None
+    bn_bias: Tensor | None  # the same; without a bn_weight the shift itself, [B, C_out]
     residual: Tensor | None  # [B, C_out, H', W']
     running_mean: Tensor | None  # [S, C_out]
     running_var: Tensor | None
@@ -184,7 +184,7 @@ def _test(
         scale, shift = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(call.input))
     else:
         scale = _ones(call) if omega is None else omega
-        shift = torch.zeros_like(scale)
+        shift = torch.zeros_like(scale) if call.bn_bias is None else call.bn_bias.to(scale.dtype)
     epilogue = (scale, shift, call.residual, call.relu)
     fused = None
     if call.weight is not None:
@@ -261,7 +261,7 @@ def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ..
             centre = mean if by_batch else u[:, :, 0, 0].to(wide)
             g1, gc = passes.reduce(grad, u, centre, gate)
             if norm is None:
-                found = Gradients(gc + centre * g1, None, None, None)
+                found = Gradients(torch.addcmul(gc, centre, g1), None, None, g1)
             elif by_batch:
                 statistics = BatchStatistics(*batch)
                 sums = None

@@ -1,8 +1,8 @@
-"""A whole network in test mode: every layer's scale and shift at once, and the layer that takes them.
+"""A whole network in test mode: every layer's scale and shift at once.
 
 With the weights frozen, nothing in a layer depends on the images but ω and p. All coefficients are then known
 before the network runs (``docs/equations.md``), each layer is ``act(conv(x) · scale + shift + residual)``,
-and an attack needs the gradients of images, ω and p alone.
+``affine_conv2d``, and an attack needs the gradients of images, ω and p alone.
 """
 
 from __future__ import annotations
@@ -10,233 +10,15 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from awnet import reference
-from awnet.ops import backends, triton_passes
-from awnet.ops.algebra import Propagation
-from awnet.ops.functional import (
-    Size2,
-    _autocast,
-    _check_image,
-    _check_like,
-    _check_table,
-    _conv_call,
-    _output_shape,
-)
-from awnet.ops.layer import Call, memory_format
-from awnet.ops.passes import EagerPasses, LibraryConvolutions, wide_dtype
+from awnet.ops import backends
+from awnet.ops.layer import Call
 from awnet.ops.tuning import launch_parameters
-
-
-class _NativePasses(LibraryConvolutions):
-    """The passes of ``csrc/``, on a CPU or a CUDA device."""
-
-    def apply(
-        self,
-        u: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        keep_mask: bool,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.awnet.apply(u, scale, shift, residual, relu, keep_mask)
-
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.ops.awnet.reduce(grad, u, centre, gate)
-
-    def propagate(
-        self,
-        grad: Tensor,
-        u: Tensor | None,
-        centre: Tensor | None,
-        gate: Tensor | None,
-        how: Propagation,
-        residual: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        d_u, d_residual = torch.ops.awnet.propagate(grad, u, centre, gate, *how, residual)
-        return d_u, d_residual if residual else None
-
-
-_PASSES: dict[str, Any] = {
-    "triton": triton_passes.TritonPasses(),
-    "cuda": _NativePasses(),
-    "cpp": _NativePasses(),
-    "eager": EagerPasses(),
-}
-
-
-def affine_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    stride: Size2 = 1,
-    padding: Size2 = 0,
-    dilation: Size2 = 1,
-    groups: int = 1,
-    residual: Tensor | None = None,
-    activation: str | None = "relu",
-    backend: str | None = None,
-) -> Tensor:
-    """act(conv(input, weight) · scale + shift + residual): the fused layer once its coefficients are known.
-
-    Args:
-        input, weight, stride, padding, dilation, groups: as in :func:`filter_scaled_conv2d`.
-        scale, shift: ``[B, C_out]``, of any floating dtype; float32 or wider keeps their digits.
-        residual: ``[B, C_out, H', W']`` of ``input``'s dtype, added before the activation, or None.
-        activation: ``"relu"`` or None.
-        backend: a backend's name, or None for the best that can run this call.
-
-    Returns:
-        ``[B, C_out, H', W']`` in ``input``'s dtype and memory format. Differentiable once in input, weight,
-        scale, shift and residual (for second derivatives use ``backend="reference"``); the convolution's
-        output is kept only for scale and shift, the input only for the weight.
-
-    Raises:
-        TypeError, ValueError: as in :func:`aw_conv2d`.
-    """
-    if activation not in ("relu", None):
-        raise ValueError(f'activation must be "relu" or None, got {activation!r}')
-    call = _conv_call(input, weight, None, stride, padding, dilation, groups)
-    assert call.input is not None
-    assert call.weight is not None
-    input, weight = call.input, call.weight
-    shape = _output_shape(call)
-    for label, table in (("scale", scale), ("shift", shift)):
-        _check_table(table, label, shape[:2], "[B, C_out]", input)
-    if residual is not None:
-        residual = _autocast(_check_image(residual, "residual"))
-        if tuple(residual.shape) != shape:
-            raise ValueError(
-                f"residual must have the output's shape {list(shape)}, got {list(residual.shape)}"
-            )
-        _check_like(residual, "residual", input, "input")
-    call = call._replace(filter_scale=scale, residual=residual, relu=activation == "relu")
-    name = backends.select(call, backend).name
-    if name == "reference":
-        return _literal(call, shift)
-    wide = wide_dtype(input.dtype)
-    tensors = (input, weight, scale.to(wide), shift.to(wide), residual)
-    where = _Where(_PASSES[name], call.relu, call.stride, call.padding, call.dilation, call.groups)
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return _affine(tensors, where)
-    return _affine(tensors, where)
-
-
-def _literal(call: Call, shift: Tensor) -> Tensor:
-    convolution: dict[str, Any] = {
-        "stride": tuple(call.stride),
-        "padding": tuple(call.padding),
-        "dilation": tuple(call.dilation),
-        "groups": call.groups,
-    }
-    images: list[Any] = [call.input, call.weight, call.filter_scale]
-    y = reference.filter_scaled_conv2d(*images, **convolution)
-    y = y + shift.to(y.dtype)[:, :, None, None]
-    if call.residual is not None:
-        y = y + call.residual
-    y = F.relu(y) if call.relu else y
-    return y if call.input is None else y.contiguous(memory_format=memory_format(call.input))
-
-
-class _Where(NamedTuple):
-    passes: Any
-    relu: bool
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-
-
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
-
-
-def _affine(tensors: _Tensors, where: _Where) -> Tensor:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _Affine.apply(*tensors, where)
-    return _run(tensors, where, keep_u=False, keep_mask=False)[0]
-
-
-def _run(tensors: _Tensors, where: _Where, keep_u: bool, keep_mask: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y, u and the mask of where the activation passed, the last two of use where they are kept."""
-    input, weight, scale, shift, residual = tensors
-    passes, relu, *place = where
-    fused = passes.fused_apply(input, weight, scale, shift, residual, relu, *place, keep_u, keep_mask)
-    if fused is not None:
-        return fused
-    *sizes, groups = place
-    u = torch.ops.aten.convolution(input, weight, None, *sizes, False, [0, 0], groups)
-    u = u.contiguous(memory_format=memory_format(input))
-    y, mask = passes.apply(u, scale, shift, residual, relu, keep_mask, not keep_u)
-    return y, u, mask
-
-
-class _Affine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        where: _Where,
-    ) -> Tensor:
-        need_weight, need_table = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:4])
-        # y is the next layer's saved input where weights are trained; else a mask takes a byte an element
-        keep_mask = where.relu and not need_weight
-        y, u, mask = _run((input, weight, scale, shift, residual), where, need_table, keep_mask)
-        ctx.where, ctx.input_shape, ctx.layout = where, input.shape, memory_format(y)
-        ctx.save_for_backward(
-            input if need_weight else None,
-            weight,
-            scale,
-            u if need_table else None,
-            (mask if keep_mask else y) if where.relu else None,
-        )
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, weight, scale, u, gate = ctx.saved_tensors
-        passes, _, *place = ctx.where
-        need_input, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
-        grad = grad.contiguous(memory_format=ctx.layout)
-        d_input = d_weight = d_scale = d_shift = d_residual = None
-        if need_scale or need_shift:
-            # any centre is exact; one near the channel's mean keeps the digits, a pixel of u is such a one
-            centre = u[:, :, 0, 0].to(scale.dtype)
-            d_shift, gc = passes.reduce(grad, u, centre, gate)
-            d_scale = torch.addcmul(gc, centre, d_shift)
-        if need_input or need_weight or need_residual:
-            how = Propagation(scale, None, None)
-            d_u, d_residual = passes.propagate(grad, None, None, gate, how, need_residual)
-            if need_input:
-                d_input = passes.fused_dgrad(d_u, weight, ctx.input_shape, *place)
-            if need_weight or (need_input and d_input is None):
-                *sizes, groups = place
-                if input is None:
-                    input = torch.empty(
-                        ctx.input_shape, dtype=d_u.dtype, device=d_u.device, memory_format=memory_format(d_u)
-                    )
-                needs = [need_input and d_input is None, need_weight, False]
-                found = torch.ops.aten.convolution_backward(
-                    d_u, input, weight, None, *sizes, False, [0, 0], groups, needs
-                )
-                d_input, d_weight = found[0] if needs[0] else d_input, found[1]
-        return d_input, d_weight, d_scale, d_shift, d_residual, None
 
 
 def network_coefficients(

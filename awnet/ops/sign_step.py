@@ -47,13 +47,8 @@ def sign_step(
     return moved
 
 
-def chosen_backend() -> str | None:
-    """The backend that ``use_backend`` or ``AWNET_BACKEND`` names, or None."""
-    return backends._chosen[-1]
-
-
 def _runs_triton(x: Tensor) -> bool:
-    return chosen_backend() in (None, "triton") and triton_passes.obstacle(x) is None
+    return backends.chosen_backend() in (None, "triton") and triton_passes.obstacle(x) is None
 
 
 def _alike(x: Tensor, like: Tensor) -> Tensor:
