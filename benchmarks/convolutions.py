@@ -93,33 +93,29 @@ class Result:
         return min(self.tiles_ms, key=lambda tile: self.tiles_ms[tile])
 
 
-def _kernels() -> tuple[Any, Any]:
-    return tuple(importlib.import_module(f"awnet.kernels.{name}") for name in ("conv", "grouped_conv"))  # type: ignore[return-value]
+def _kernels() -> Any:
+    return importlib.import_module("awnet.kernels.fused_conv")
 
 
 def candidates(layer: Convolution, operation: str, dtype: torch.dtype, interpreted: bool) -> list[Any]:
     """The tiles to try; in the interpreter small ones, since a step of a product takes milliseconds."""
-    conv, grouped_conv = _kernels()
+    make = _kernels().kernel_of(layer.groups).Tile
     if layer.groups > 1:
         if interpreted:
-            return [grouped_conv.Tile(16, 8, 4)]
+            return [make(16, 8, 4)]
         sizes = [(16, 32), (16, 64), (16, 128), (32, 32), (32, 64), (64, 32), (64, 64), (128, 16)]
-        return [grouped_conv.Tile(*size, warps) for size in sizes for warps in (2, 4, 8)]
+        return [make(*size, warps) for size in sizes for warps in (2, 4, 8)]
     if interpreted:
-        return [conv.Tile(16, 16, 16, 4, 2, swap) for swap in (0, 1)]
+        return [make(16, 16, 16, 4, 2, swap) for swap in (0, 1)]
     if dtype == torch.float32:
         return [
-            conv.Tile(m, n, k, 8, s)
-            for m in (32, 64, 128)
-            for n in (32, 64)
-            for k in (16, 32)
-            for s in (2, 3)
+            make(m, n, k, 8, s) for m in (32, 64, 128) for n in (32, 64) for k in (16, 32) for s in (2, 3)
         ]
     widest = layer.c_in if operation == "dgrad" else layer.c_out
     shapes = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (256, 64, 4), (256, 64, 8), (64, 128, 4)]
     shapes += [(128, 128, 4), (128, 128, 8), (256, 128, 8), (64, 256, 8), (128, 256, 8)]
     return [
-        conv.Tile(m, n, 64, warps, stages, swap)
+        make(m, n, 64, warps, stages, swap)
         for m, n, warps in shapes
         for stages in (3, 4)
         for swap in (0, 1)
@@ -142,7 +138,7 @@ def _racers(
     layer: Convolution, operation: str, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[Any], Any], str]:
     """The library's way, its convolution alone, ours by tile, and the table's key."""
-    conv, grouped_conv = _kernels()
+    kernels = _kernels()
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -163,13 +159,8 @@ def _racers(
     # sample, and the kernel keeps none
     keep_mask = groups > 1 or out & (out - 1) == 0
     passes = triton_passes.TritonPasses()
-    module: Any = conv if groups == 1 else grouped_conv
-    size, taps = (layer.size, layer.size), (layer.kernel, layer.kernel)
-    channels = (layer.c_in, layer.c_out)
-    if groups == 1:
-        name = conv.key(operation, dtype, "ieee", *channels, size, layer.kernel, layer.stride)
-    else:
-        name = grouped_conv.key(operation, dtype, True, *channels, groups, size, taps, stride)
+    read = d_u if operation == "dgrad" else x
+    name = kernels.kernel_of(groups).key(kernels.problem_of(operation, read, weight, x.shape, *layer.where))
 
     def forward() -> Tensor:
         return torch.ops.aten.convolution(x, weight, None, *layer.where[:3], False, [0, 0], groups)
@@ -192,13 +183,13 @@ def _racers(
     def ours(tile: Any) -> Any:
         if operation == "apply":
             kept = (True, keep_mask)
-            found = module.fused_apply(
+            found = kernels.fused_apply(
                 x, weight, scale, shift, residual, True, *layer.where, *kept, tile=tile
             )
             return None if found is None else found[:2]  # a mask may differ where y is next to zero
         if operation == "statistics":
-            return module.fused_statistics(x, weight, *layer.where, tile=tile)
-        return module.fused_dgrad(d_u, weight, x.shape, *layer.where, tile=tile)
+            return kernels.fused_statistics(x, weight, *layer.where, tile=tile)
+        return kernels.fused_dgrad(d_u, weight, x.shape, *layer.where, tile=tile)
 
     ways: dict[str, Callable[[], Any]] = {"apply": apply, "statistics": statistics, "dgrad": backward}
     return ways[operation], backward if operation == "dgrad" else forward, ours, name

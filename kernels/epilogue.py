@@ -1,4 +1,4 @@
-"""What a convolution does with a finished tile before it leaves the registers.
+"""What the convolutions have in common: the problem, and what becomes of a finished tile in the registers.
 
 Either the layer's affine map, y = act(u · scale + shift + residual), or the statistics of u: each tile writes
 the mean and the centred sum of squares of its own pixels, and ``combine`` joins the tiles of a sample by
@@ -9,7 +9,7 @@ Chan's update. Nothing is added atomically, so the same call gives the same bits
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +17,72 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, power_of_two
+
+
+class Image(NamedTuple):
+    """The size of one sample."""
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+
+class Problem(NamedTuple):
+    """What a convolution kernel is to do for a layer of this shape."""
+
+    operation: str  # "apply", "statistics" or "dgrad", the gradient of the input
+    dtype: torch.dtype
+    precision: str  # of float32's products on tensor cores: "ieee" or "tf32"
+    channels_last: bool
+    batch: int
+    c_in: int
+    c_out: int
+    groups: int
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def input(self) -> Image:
+        return Image(self.c_in, *self.size)
+
+    @property
+    def output(self) -> Image:
+        sizes = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        height, width = ((n + 2 * pad - by * (taps - 1) - 1) // step + 1 for n, taps, step, pad, by in sizes)
+        return Image(self.c_out, height, width)
+
+    @property
+    def dgrad(self) -> bool:
+        return self.operation == "dgrad"
+
+    @property
+    def reads(self) -> Image:
+        """What the kernel reads beside the weight: the input, or ∂u."""
+        return self.output if self.dgrad else self.input
+
+    @property
+    def writes(self) -> Image:
+        return self.input if self.dgrad else self.output
+
+
+class Epilogue(NamedTuple):
+    """What ``finish`` writes and reads, in its order; None for what a call does without."""
+
+    u: Tensor | None
+    y: Tensor | None = None
+    mask: Tensor | None = None
+    residual: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    m2: Tensor | None = None
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from torch import Tensor
 from awnet.ops.tuning import convolutions
 
 
-def _kernels(groups: int) -> Any:
-    return importlib.import_module("awnet.kernels.conv" if groups == 1 else "awnet.kernels.grouped_conv")
+def _kernels() -> Any:
+    return importlib.import_module("awnet.kernels.fused_conv")
 
 
 class TritonConvolutions:
@@ -43,7 +43,7 @@ class TritonConvolutions:
             return None
         where = (stride, padding, dilation, groups)
         arguments = (input, weight, scale, shift, residual, relu, *where, keep_u, keep_mask)
-        return _kernels(groups).fused_apply(*arguments, table=table)
+        return _kernels().fused_apply(*arguments, table=table)
 
     def fused_statistics(
         self,
@@ -59,7 +59,7 @@ class TritonConvolutions:
         if not table:
             return None
         where = (stride, padding, dilation, groups)
-        return _kernels(groups).fused_statistics(input, weight, *where, table=table)
+        return _kernels().fused_statistics(input, weight, *where, table=table)
 
     def fused_dgrad(
         self,
@@ -76,4 +76,4 @@ class TritonConvolutions:
         if not table:
             return None
         where = (stride, padding, dilation, groups)
-        return _kernels(groups).fused_dgrad(d_u, weight, input_shape, *where, table=table)
+        return _kernels().fused_dgrad(d_u, weight, input_shape, *where, table=table)

@@ -65,7 +65,7 @@ def read_table(path: Path) -> dict[str, dict[str, int]]:
 def convolutions(device: torch.device) -> Mapping[str, Parameters]:
     """The cases in which our convolution beat the library's on ``device``, with their launch parameters.
 
-    The keys are those of ``awnet.kernels.conv.key`` and ``awnet.kernels.grouped_conv.key``; an entry holds
+    The keys are those of ``key`` in ``awnet.kernels.conv`` and ``awnet.kernels.grouped_conv``; an entry holds
     the fields of the kernel's ``Tile`` and ``least_batch``, the batch from which it wins.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from awnet.benchmarks import convolutions
-from awnet.kernels import conv, epilogue, grouped_conv
+from awnet.kernels import conv, epilogue, fused_conv, grouped_conv
 from awnet.kernels.launch import recorded
 from interpreter import DEVICE, Guarded
 from torch import Tensor
@@ -72,7 +72,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     def new_tensor(shape: Any, like: Tensor, dtype: torch.dtype = torch.float32, **layout: Any) -> Tensor:
         return bands.output(torch.empty(shape, dtype=dtype, device=like.device, **layout))
 
-    for module in (conv, grouped_conv, epilogue):
+    for module in (fused_conv, epilogue):
         monkeypatch.setattr(module, "new_tensor", new_tensor)
     yield bands
     bands.check()
@@ -170,16 +170,12 @@ def test_apply(
 ) -> None:
     layer = Layer(shape, dtype, guarded)
     other = layer.residual if residual else None
-    keep_mask = (
-        not save
-        and not conv.constants(
-            conv._problem(layer.x, layer.weight, shape.stride, shape.padding), tile, False, relu, "ieee"
-        )["SPAN"]
-    )
+    problem = fused_conv.problem_of("apply", layer.x, layer.weight, layer.x.shape, *shape.where)
+    keep_mask = not save and conv.keeps_mask(problem, tile)
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, other, relu, *shape.where, save)
-    found = conv.fused_apply(*arguments, keep_mask, tile=tile)
+    found = fused_conv.fused_apply(*arguments, keep_mask, tile=tile)
     assert found is not None
-    assert keep_mask or conv.fused_apply(*arguments, True, tile=tile) is None or save
+    assert keep_mask or fused_conv.fused_apply(*arguments, True, tile=tile) is None or save
     y, u, mask = found
     assert torch.equal(mask, ~(y <= 0)) if keep_mask else mask.numel() == 0
     assert error(y, layer.y(residual, relu)) < TOLERANCE[dtype]
@@ -196,7 +192,7 @@ def test_apply(
 @ways
 def test_statistics(shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded) -> None:
     layer = Layer(shape, dtype, guarded)
-    found = conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=tile)
+    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=tile)
     check_statistics(found, layer, dtype)
 
 
@@ -205,7 +201,7 @@ def test_statistics_are_centred_before_they_are_squared(size: tuple[int, int], g
     # |mean| is about 3000 times the deviation: E[x²] − mean² would keep no digit of M2 in float32. The tiles'
     # means are rounded, to 3000 · 2^-24 of a deviation, and that much error M2 may have for each pixel.
     layer = Layer(Shape(2, 4, 5, size, (1, 1)), torch.float32, guarded, offset=3000.0)
-    found = conv.fused_statistics(layer.x, layer.weight, *layer.shape.where, tile=TILE)
+    found = fused_conv.fused_statistics(layer.x, layer.weight, *layer.shape.where, tile=TILE)
     check_statistics(found, layer, torch.float32, m2_tolerance=3e-4)
 
 
@@ -221,7 +217,7 @@ DGRADS = {
 @ways
 def test_dgrad(shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded) -> None:
     layer = Layer(shape, dtype, guarded)
-    d_input = conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=tile)
+    d_input = fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=tile)
     assert d_input is not None
     assert d_input.shape == layer.x.shape
     assert d_input.is_contiguous(memory_format=torch.channels_last)
@@ -233,8 +229,8 @@ def test_weight_in_channels_last_gives_the_same_bits(guarded: Guarded) -> None:
     weight = guarded.input(layer.weight.to(memory_format=torch.channels_last))
     assert weight.stride() != layer.weight.stride()
     for run in (
-        lambda w: conv.fused_statistics(layer.x, w, *layer.shape.where, tile=TILE)[0],  # type: ignore[index]
-        lambda w: conv.fused_dgrad(layer.d_u, w, layer.x.shape, *layer.shape.where, tile=TILE),
+        lambda w: fused_conv.fused_statistics(layer.x, w, *layer.shape.where, tile=TILE)[0],  # type: ignore[index]
+        lambda w: fused_conv.fused_dgrad(layer.d_u, w, layer.x.shape, *layer.shape.where, tile=TILE),
     ):
         assert torch.equal(run(weight), run(layer.weight))
 
@@ -247,10 +243,10 @@ def test_the_same_call_gives_the_same_bits_and_other_samples_never_matter(name: 
     layer = Layer(shape, torch.float32, Guarded())
 
     def run(x: Tensor) -> list[Tensor]:
-        applied = conv.fused_apply(
+        applied = fused_conv.fused_apply(
             x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, True, tile=TILE
         )
-        counted = conv.fused_statistics(x, layer.weight, *shape.where, tile=SWAPPED)
+        counted = fused_conv.fused_statistics(x, layer.weight, *shape.where, tile=SWAPPED)
         assert applied is not None
         assert counted is not None
         return [*applied[:2], *counted]
@@ -303,7 +299,7 @@ def test_grouped(shape: Shape, channels_last: bool, dtype: torch.dtype, guarded:
     layer = Layer(shape, dtype, guarded, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift)
-    full = grouped_conv.fused_apply(
+    full = fused_conv.fused_apply(
         *arguments, layer.residual, True, *shape.where, True, True, tile=GROUPED_TILE
     )
     assert full is not None
@@ -311,14 +307,14 @@ def test_grouped(shape: Shape, channels_last: bool, dtype: torch.dtype, guarded:
     assert error(full[1], layer.u) < TOLERANCE[dtype]
     assert torch.equal(full[2], ~(full[0] <= 0))
     assert all(x.is_contiguous(memory_format=layout) for x in full)
-    found = grouped_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=GROUPED_TILE)
+    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=GROUPED_TILE)
     check_statistics(found, layer, dtype)
 
 
 def test_grouped_without_residual_activation_and_u(guarded: Guarded) -> None:
     shape = GROUPED["groups of several"]
     layer = Layer(shape, torch.float32, guarded)
-    found = grouped_conv.fused_apply(
+    found = fused_conv.fused_apply(
         layer.x, layer.weight, layer.scale, layer.shift, None, False, *shape.where, False, tile=GROUPED_TILE
     )
     assert found is not None
@@ -331,9 +327,7 @@ def test_grouped_without_residual_activation_and_u(guarded: Guarded) -> None:
 def test_grouped_dgrad(shape: Shape, channels_last: bool, guarded: Guarded) -> None:
     layer = Layer(shape, torch.float32, guarded, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    d_input = grouped_conv.fused_dgrad(
-        layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=GROUPED_TILE
-    )
+    d_input = fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=GROUPED_TILE)
     assert d_input is not None
     assert d_input.shape == layer.x.shape
     assert d_input.is_contiguous(memory_format=layout)
@@ -341,7 +335,6 @@ def test_grouped_dgrad(shape: Shape, channels_last: bool, guarded: Guarded) -> N
 
 
 REFUSED = {
-    "no groups": (Shape(1, 4, 4, (4, 4), (3, 3), groups=2), {}),
     "1×1 and 3×3": (Shape(1, 4, 4, (6, 6), (5, 5)), {}),
     "stride 1 and 2": (Shape(1, 4, 4, (6, 6), (3, 3), (3, 3)), {}),
     "padding 0 and 1": (Shape(1, 4, 4, (6, 6), (3, 3), padding=(1, 0)), {}),
@@ -355,29 +348,28 @@ REFUSED = {
 def test_what_it_does_not_take_it_refuses_by_name(reason: str, case: tuple[Shape, dict[str, Any]]) -> None:
     shape, how = case
     layer = Layer(shape, how.get("dtype", torch.float32), Guarded(), how.get("channels_last", True))
-    assert reason in str(conv.refusal(layer.x, layer.weight, *shape.where))
+    assert reason in str(conv.refusal(layer.x, layer.weight, *shape.where[:3]))
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True)
-    assert conv.fused_apply(*arguments, *shape.where, False, force=True) is None
-    assert conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
-    assert conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, force=True) is None
+    assert fused_conv.fused_apply(*arguments, *shape.where, False, force=True) is None
+    assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
+    assert fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, force=True) is None
 
 
 def test_grouped_refusals() -> None:
-    for shape, reason in (
-        (Shape(1, 4, 4, (4, 4), (3, 3)), "groups > 1"),
-        (Shape(1, 4, 4, (9, 9), (8, 1), groups=2), "up to 7×7"),
-    ):
+    for shape, reason in ((Shape(1, 4, 4, (9, 9), (8, 1), groups=2), "up to 7×7"),):
         layer = Layer(shape, torch.float32, Guarded())
-        assert reason in str(grouped_conv.refusal(layer.x, layer.weight, *shape.where))
-        assert grouped_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
+        assert reason in str(grouped_conv.refusal(layer.x, layer.weight, *shape.where[:3]))
+        assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
     layer = Layer(Shape(2, 4, 4, (4, 4), (3, 3), groups=4), torch.float32, Guarded())
     cropped = layer.x[:, :, 1:]
-    assert "neither contiguous" in str(grouped_conv.refusal(cropped, layer.weight, *layer.shape.where))
+    assert "neither contiguous" in str(grouped_conv.refusal(cropped, layer.weight, *layer.shape.where[:3]))
 
 
 def test_strided_dgrad_is_the_librarys() -> None:
     layer = Layer(Shape(1, 4, 4, (6, 6), (3, 3), (2, 2)), torch.float32, Guarded())
-    assert conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *layer.shape.where, force=True) is None
+    assert (
+        fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *layer.shape.where, force=True) is None
+    )
 
 
 def test_the_library_convolves_unless_the_table_says_that_the_kernel_wins(guarded: Guarded) -> None:
@@ -385,19 +377,19 @@ def test_the_library_convolves_unless_the_table_says_that_the_kernel_wins(guarde
     layer = Layer(shape, torch.float32, guarded)
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, False)
     entry = TILE._asdict() | {"least_batch": 3}
-    name = conv.key("apply", torch.float32, "ieee", 5, 7, (3, 4), 3, 1)
-    assert conv.fused_apply(*arguments) is None
-    assert conv.fused_apply(*arguments, table={name: entry | {"least_batch": 4}}) is None
-    assert conv.fused_statistics(layer.x, layer.weight, *shape.where, table={name: entry}) is None
-    found = conv.fused_apply(*arguments, table={name: entry})
+    name = "conv/apply/float32/5x7/3x4/k3s1"
+    assert fused_conv.fused_apply(*arguments) is None
+    assert fused_conv.fused_apply(*arguments, table={name: entry | {"least_batch": 4}}) is None
+    assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, table={name: entry}) is None
+    found = fused_conv.fused_apply(*arguments, table={name: entry})
     assert found is not None
     assert error(found[0], layer.y(False, True)) < TOLERANCE[torch.float32]
 
     with recorded() as launches:
-        conv.fused_apply(*arguments, table={name: entry}, force=True)
-        conv.fused_apply(*arguments, force=True)
-        backwards = conv.key("dgrad", torch.float32, "ieee", 5, 7, (3, 4), 3, 1)
-        conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, table={backwards: entry})
+        fused_conv.fused_apply(*arguments, table={name: entry}, force=True)
+        fused_conv.fused_apply(*arguments, force=True)
+        backwards = "conv/dgrad/float32/5x7/3x4/k3s1"
+        fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, table={backwards: entry})
     assert [x.arguments["BLOCK_M"] for x in launches] == [16, 64, 16]
 
 
@@ -406,13 +398,13 @@ def test_the_grouped_table(guarded: Guarded) -> None:
     layer = Layer(shape, torch.float32, guarded, channels_last=False)
     entry = GROUPED_TILE._asdict() | {"least_batch": 3}
     for operation, run in (
-        ("statistics", lambda t: grouped_conv.fused_statistics(layer.x, layer.weight, *shape.where, table=t)),
+        ("statistics", lambda t: fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, table=t)),
         (
             "dgrad",
-            lambda t: grouped_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, table=t),
+            lambda t: fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, table=t),
         ),
     ):
-        name = grouped_conv.key(operation, torch.float32, False, 4, 8, 4, (3, 4), (3, 3), (2, 1))
+        name = f"grouped_conv/{operation}/nchw/float32/4x8g4/3x4/k3x3s2x1"
         with recorded() as launches:
             assert run({}) is None
             assert run({name: entry | {"least_batch": 4}}) is None
@@ -442,9 +434,9 @@ def test_the_backend_asks_the_devices_table(
     table = {}
     for operation in calls:
         if groups == 1:
-            name = conv.key(operation, torch.float32, "ieee", 4, 6, (3, 4), 3, 1)
+            name = f"conv/{operation}/float32/4x6/3x4/k3s1"
         else:
-            name = grouped_conv.key(operation, torch.float32, True, 4, 6, 2, (3, 4), (3, 3), (1, 1))
+            name = f"grouped_conv/{operation}/channels_last/float32/4x6g2/3x4/k3x3s1x1"
         tile: Any = TILE if groups == 1 else GROUPED_TILE
         table[name] = tile._asdict() | {"least_batch": 1}
     path = tmp_path / f"{tuning.device_slug(DEVICE)}.json"
@@ -476,8 +468,8 @@ def test_the_race_runs_and_refuses_a_wrong_kernel(tmp_path: Path, monkeypatch: p
     for layer in ("smoke", "8-8@5k3s1g1"):
         apply = [*usual[:-1], "apply", "--layers", layer]
         assert convolutions.main([*apply, "--out", str(tmp_path / "apply.csv")]) == 0
-    right = conv.fused_dgrad
-    monkeypatch.setattr(conv, "fused_dgrad", lambda *args, **how: right(*args, **how) + 1)
+    right = fused_conv.fused_dgrad
+    monkeypatch.setattr(fused_conv, "fused_dgrad", lambda *args, **how: right(*args, **how) + 1)
     with pytest.raises(RuntimeError, match="is not the library's result"):
         convolutions.main([*usual, "--layers", "smoke"])
 
@@ -485,12 +477,12 @@ def test_the_race_runs_and_refuses_a_wrong_kernel(tmp_path: Path, monkeypatch: p
 def test_default_tiles(guarded: Guarded) -> None:
     shape = Shape(2, 5, 7, (5, 4), (3, 3), padding=(1, 1))
     layer = Layer(shape, torch.float16, guarded)
-    found = conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True)
+    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True)
     check_statistics(found, layer, torch.float16)
     depthwise = Shape(2, 70, 70, (5, 4), (3, 3), padding=(1, 1), groups=70)
     for channels_last in (True, False):
         layer = Layer(depthwise, torch.float32, guarded, channels_last)
-        found = grouped_conv.fused_statistics(layer.x, layer.weight, *depthwise.where, force=True)
+        found = fused_conv.fused_statistics(layer.x, layer.weight, *depthwise.where, force=True)
         check_statistics(found, layer, torch.float32)
 
 
@@ -503,8 +495,9 @@ def test_default_tiles(guarded: Guarded) -> None:
     ids=["conv", "grouped_conv"],
 )
 def test_what_is_compiled_ahead_of_time(module: Any, name: str, entry: Any) -> None:
+    assert module.key(module.read_key(name)) == name
     table = {f"{name}@some-device": entry._asdict() | {"least_batch": 1}, "apply/nchw": {"tile": 1}}
-    cases = list(module.cases(table))
+    cases = [case for case in fused_conv.cases(table) if case.name.startswith(f"{module.NAME}/")]
     assert cases[-1].name == f"{name}@some-device"
     assert sum(case.quick for case in cases) >= 1
     for case in cases:

@@ -159,7 +159,7 @@ def test_the_fused_convolutions_within_the_layer(
     training: bool, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # what a device's table would choose, taken by force: values and gradients stay the reference's
-    kernels = importlib.import_module("awnet.kernels.conv" if groups == 1 else "awnet.kernels.grouped_conv")
+    kernels = importlib.import_module("awnet.kernels.fused_conv")
     taken = []
 
     def forced(name: str):

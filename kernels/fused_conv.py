@@ -1,0 +1,235 @@
+"""Convolutions with the layer's work in their epilogue: by conv.py without groups, by grouped_conv.py with.
+
+The library's convolution is the default everywhere: a function here returns None unless a measured table says
+that our kernel wins for the case, or ``force`` is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import conv, grouped_conv
+from .epilogue import Epilogue, Image, Problem, combine, new_tensor
+from .launch import Case, Table
+
+
+def kernel_of(groups: int) -> Any:
+    """The module that convolves with so many groups."""
+    return conv if groups == 1 else grouped_conv
+
+
+def problem_of(
+    operation: str,
+    x: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    precision: str = "ieee",
+) -> Problem:
+    """The problem of a layer with these arguments; ``x``: its input, or for a dgrad ∂u."""
+    batch, c_in, *size = input_shape
+    c_out, _, *kernel = weight.shape
+    precision = precision if x.dtype == torch.float32 else "ieee"
+    pairs: Any = (tuple(pair) for pair in (size, kernel, stride, padding, dilation))
+    return Problem(
+        operation, x.dtype, precision, not x.is_contiguous(), batch, c_in, c_out, groups, *pairs
+    )  # fmt: skip
+
+
+def _tile(problem: Problem, table: Table | None, force: bool) -> Any:
+    kernel = kernel_of(problem.groups)
+    entry = (table or {}).get(kernel.key(problem))
+    if entry is not None and (force or problem.batch >= entry["least_batch"]):
+        return _tile_of(kernel, entry)
+    return kernel.default_tile(problem) if force else None
+
+
+def _tile_of(kernel: Any, entry: Mapping[str, int]) -> Any:
+    return kernel.Tile(**{name: entry[name] for name in kernel.Tile._fields})
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _result(problem: Problem, like: Tensor) -> Tensor:
+    shape = (problem.batch, *problem.writes)
+    return new_tensor(shape, like, like.dtype, memory_format=_layout(problem.channels_last))
+
+
+def fused_apply(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    keep_u: bool,
+    keep_mask: bool = False,
+    *,
+    table: Table | None = None,
+    precision: str = "ieee",
+    force: bool = False,
+    tile: Any = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """y = act(conv(input, weight) · scale + shift + residual); u = conv(input, weight) if ``keep_u``; and the
+    bool mask of where the activation passed if ``keep_mask``.
+
+    Args:
+        input: [B, C_in, H, W], contiguous or channels_last; the results are laid out alike.
+        weight: [C_out, C_in/groups, k_h, k_w].
+        scale, shift: [B, C_out] float32.
+        residual: [B, C_out, H', W'] of the input's dtype and layout, or None.
+        stride, padding, dilation: pairs.
+        keep_u, keep_mask: else u and the mask are empty.
+        table: the cases in which our kernel wins, and the tile for each.
+        precision: "ieee" or "tf32", for float32 without groups.
+        force: take our kernel all the same, with a default tile if the table has none.
+        tile: take it with this one, a ``Tile`` of the kernel's module.
+
+    Returns:
+        None where the kernel cannot run the call (its module's ``refusal``) or ``table`` does not name it.
+    """
+    kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
+    if kernel.refusal(input, weight, *where[:3]) is not None:
+        return None
+    problem = problem_of("apply", input, weight, input.shape, *where, precision)
+    layout = _layout(problem.channels_last)
+    if residual is not None and not (
+        residual.dtype == input.dtype and residual.is_contiguous(memory_format=layout)
+    ):
+        return None
+    tile = tile or _tile(problem, table, force)
+    if tile is None or (keep_mask and not kernel.keeps_mask(problem, tile)):
+        return None
+    y = _result(problem, input)
+    u = _result(problem, input) if keep_u else None
+    mask = torch.empty_like(y, dtype=torch.bool) if keep_mask else None
+    passed = None if mask is None else mask.view(torch.uint8)
+    epilogue = Epilogue(u, y, passed, residual, scale.contiguous(), shift.contiguous())
+    kernel.run(problem, tile, input, weight, epilogue, relu)
+    return (
+        y,
+        input.new_empty(0) if u is None else u,
+        input.new_empty(0, dtype=torch.bool) if mask is None else mask,
+    )
+
+
+def fused_statistics(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    table: Table | None = None,
+    precision: str = "ieee",
+    force: bool = False,
+    tile: Any = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """u = conv(input, weight) and its per-sample mean and centred sum of squares, [B, C_out] float32.
+
+    Arguments as for :func:`fused_apply`.
+    """
+    kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
+    if kernel.refusal(input, weight, *where[:3]) is not None:
+        return None
+    problem = problem_of("statistics", input, weight, input.shape, *where, precision)
+    tile = tile or _tile(problem, table, force)
+    if tile is None:
+        return None
+    u = _result(problem, input)
+    rows, pixels = kernel.rows(problem, tile), problem.output.pixels
+    parts = (problem.batch, -(-pixels // rows), problem.c_out)
+    mean, m2 = (new_tensor(parts, input) for _ in range(2))
+    kernel.run(problem, tile, input, weight, Epilogue(u, mean=mean, m2=m2), False)
+    return u, *combine(mean, m2, pixels, rows)
+
+
+def fused_dgrad(
+    d_u: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    table: Table | None = None,
+    precision: str = "ieee",
+    force: bool = False,
+    tile: Any = None,
+) -> Tensor | None:
+    """The gradient of the convolution's input, laid out as ``d_u`` [B, C_out, H', W'].
+
+    Other arguments as for :func:`fused_apply`; without groups for stride 1 only.
+    """
+    kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
+    if kernel.refusal(d_u, weight, *where[:3]) is not None:
+        return None
+    problem = problem_of("dgrad", d_u, weight, input_shape, *where, precision)
+    if kernel.dgrad_refusal(problem) is not None:
+        return None
+    tile = tile or _tile(problem, table, force)
+    if tile is None:
+        return None
+    d_input = _result(problem, d_u)
+    kernel.run(problem, tile, d_u, weight, Epilogue(d_input), False)
+    return d_input
+
+
+def _sample_call(problem: Problem, tile: Any) -> None:
+    """A call of ``problem`` with all that an epilogue can take, on the meta device."""
+
+    def image(size: Image) -> Tensor:
+        shape = (problem.batch, *size)
+        return torch.empty(
+            shape, dtype=problem.dtype, device="meta", memory_format=_layout(problem.channels_last)
+        )
+
+    weight = torch.empty(
+        problem.c_out,
+        problem.c_in // problem.groups,
+        *problem.kernel,
+        dtype=problem.dtype,
+        device="meta",
+        memory_format=torch.channels_last if problem.groups == 1 else torch.contiguous_format,
+    )
+    where: Any = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    how: Any = {"precision": problem.precision, "tile": tile}
+    x, other = image(problem.reads), image(problem.writes)
+    if problem.operation == "apply":
+        scale = torch.empty(problem.batch, problem.c_out, device="meta")
+        keep_mask = kernel_of(problem.groups).keeps_mask(problem, tile)
+        arguments: Any = (x, weight, scale, scale, other, True, *where, True, keep_mask)
+        fused_apply(*arguments, **how)
+    elif problem.operation == "statistics":
+        fused_statistics(x, weight, *where, **how)
+    else:
+        fused_dgrad(x, weight, other.shape, *where, **how)
+
+
+def cases(table: Table) -> Iterator[Case]:
+    """The calls that kernels/ahead.py compiles: each kernel's own, and the table's."""
+    for kernel in (conv, grouped_conv):
+        calls: list[tuple[str, Problem, Any]] = list(kernel.shipped())
+        for key, entry in table.items():
+            if key.startswith(f"{kernel.NAME}/"):
+                calls.append((key, kernel.read_key(key.split("@")[0]), _tile_of(kernel, entry)))
+        for name, problem, tile in calls:
+            in_full = problem.dtype == torch.float32 and problem.precision == "ieee"
+            call = partial(_sample_call, problem, tile)
+            yield Case(name, call, "" if in_full else "wgmma", name in kernel.QUICK)
