@@ -56,6 +56,35 @@ def _places(start, exists, first, channels, pixels, LAST: tl.constexpr, PIXELS: 
 
 
 @triton.jit
+def _tile(total, channels, pixels, splits, LAST: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr):
+    """The one tile of a program: its maps, which exist, the tile's addresses, and which of these exist."""
+    program = tl.program_id(0)
+    maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
+    first = (program % splits).to(tl.int64) * PIXELS
+    places, mask = _places(start, exists, first, channels, pixels, LAST, PIXELS)
+    return maps, exists, places, mask
+
+
+@triton.jit
+def _run_of_tiles(total, channels, pixels, splits, span, LAST: tl.constexpr, MAPS: tl.constexpr):
+    """A program of several tiles: its maps, which exist, their starts, its first pixel, its part's place."""
+    program = tl.program_id(0)
+    split = (program % splits).to(tl.int64)
+    maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
+    return maps, exists, start, split * span, split * total
+
+
+@triton.jit
+def _parts(total, splits, MAPS: tl.constexpr, SPLITS: tl.constexpr):
+    """What combines: the maps and which exist, the splits, and the addresses and existence of their parts."""
+    maps = tl.program_id(0).to(tl.int64) * MAPS + tl.arange(0, MAPS)
+    split = tl.arange(0, SPLITS).to(tl.int64)
+    exists = maps < total
+    places = split[None, :] * total + maps[:, None]
+    return maps, exists, split, places, exists[:, None] & (split < splits)[None, :]
+
+
+@triton.jit
 def _read(pointer, places, mask):
     return tl.load(pointer + places, mask=mask, other=0.0).to(tl.float32)
 
@@ -93,10 +122,7 @@ def apply_kernel(
     MAPS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
-    first = (program % splits).to(tl.int64) * PIXELS
-    places, mask = _places(start, exists, first, channels, pixels, LAST, PIXELS)
+    maps, exists, places, mask = _tile(total, channels, pixels, splits, LAST, MAPS, PIXELS)
     v = _read(u, places, mask) * _read(scale, maps, exists)[:, None] + _read(shift, maps, exists)[:, None]
     if residual is not None:
         r = _read(residual, places, mask)
@@ -128,10 +154,9 @@ def statistics_kernel(
     PIXELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    split = (program % splits).to(tl.int64)
-    maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
-    first = split * (PIXELS * STEPS)
+    maps, exists, start, first, part = _run_of_tiles(
+        total, channels, pixels, splits, PIXELS * STEPS, LAST, MAPS
+    )
     mean = tl.zeros([MAPS], tl.float32)
     m2 = tl.zeros([MAPS], tl.float32)
     for step in range(STEPS):
@@ -147,8 +172,8 @@ def statistics_kernel(
         apart = own_mean - mean
         mean += apart * share
         m2 += tl.sum(d * d, 1) + apart * apart * (before * share)
-    tl.store(mean_out + split * total + maps, mean, mask=exists)
-    tl.store(m2_out + split * total + maps, m2, mask=exists)
+    tl.store(mean_out + part + maps, mean, mask=exists)
+    tl.store(m2_out + part + maps, m2, mask=exists)
 
 
 @triton.jit
@@ -164,17 +189,14 @@ def combine_statistics_kernel(
     MAPS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    maps = tl.program_id(0).to(tl.int64) * MAPS + tl.arange(0, MAPS)
-    split = tl.arange(0, SPLITS).to(tl.int64)
-    mask = (maps < total)[:, None] & (split < splits)[None, :]
-    places = split[None, :] * total + maps[:, None]
+    maps, exists, split, places, mask = _parts(total, splits, MAPS, SPLITS)
     count = tl.minimum(tl.maximum(pixels - split * SPAN, 0), SPAN).to(tl.float32)[None, :]
     means = _read(means, places, mask)
     mean = tl.sum(means * count, 1) / pixels
     apart = tl.where(mask, means - mean[:, None], 0.0)
     m2 = tl.sum(_read(m2s, places, mask) + count * apart * apart, 1)
-    tl.store(mean_out + maps, mean, mask=maps < total)
-    tl.store(m2_out + maps, m2, mask=maps < total)
+    tl.store(mean_out + maps, mean, mask=exists)
+    tl.store(m2_out + maps, m2, mask=exists)
 
 
 @triton.jit
@@ -194,10 +216,9 @@ def reduce_kernel(
     PIXELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    split = (program % splits).to(tl.int64)
-    maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
-    first = split * (PIXELS * STEPS)
+    maps, exists, start, first, part = _run_of_tiles(
+        total, channels, pixels, splits, PIXELS * STEPS, LAST, MAPS
+    )
     middle = _read(centre, maps, exists)[:, None]
     g1 = tl.zeros([MAPS, PIXELS], tl.float32)
     gc = tl.zeros([MAPS, PIXELS], tl.float32)
@@ -206,18 +227,15 @@ def reduce_kernel(
         g = _read_gated_grad(grad, gate, places, mask)
         g1 += g
         gc += tl.where(mask, g * (_read(u, places, mask) - middle), 0.0)
-    tl.store(g1_out + split * total + maps, tl.sum(g1, 1), mask=exists)
-    tl.store(gc_out + split * total + maps, tl.sum(gc, 1), mask=exists)
+    tl.store(g1_out + part + maps, tl.sum(g1, 1), mask=exists)
+    tl.store(gc_out + part + maps, tl.sum(gc, 1), mask=exists)
 
 
 @triton.jit
 def combine_sums_kernel(g1_out, gc_out, g1s, gcs, total, splits, MAPS: tl.constexpr, SPLITS: tl.constexpr):
-    maps = tl.program_id(0).to(tl.int64) * MAPS + tl.arange(0, MAPS)
-    split = tl.arange(0, SPLITS).to(tl.int64)
-    mask = (maps < total)[:, None] & (split < splits)[None, :]
-    places = split[None, :] * total + maps[:, None]
-    tl.store(g1_out + maps, tl.sum(_read(g1s, places, mask), 1), mask=maps < total)
-    tl.store(gc_out + maps, tl.sum(_read(gcs, places, mask), 1), mask=maps < total)
+    maps, exists, _, places, mask = _parts(total, splits, MAPS, SPLITS)
+    tl.store(g1_out + maps, tl.sum(_read(g1s, places, mask), 1), mask=exists)
+    tl.store(gc_out + maps, tl.sum(_read(gcs, places, mask), 1), mask=exists)
 
 
 @triton.jit
@@ -239,10 +257,7 @@ def propagate_kernel(
     MAPS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
-    first = (program % splits).to(tl.int64) * PIXELS
-    places, mask = _places(start, exists, first, channels, pixels, LAST, PIXELS)
+    maps, exists, places, mask = _tile(total, channels, pixels, splits, LAST, MAPS, PIXELS)
     g = _read_gated_grad(grad, gate, places, mask)
     d = g * _read(by_grad, maps, exists)[:, None]
     if by_input is not None:

@@ -27,9 +27,9 @@ def conv_call(
     groups: int = 1,
 ) -> Call:
     """``filter_scaled_conv2d``."""
-    input = _autocast(_check_image(input, "input"))
-    weight = _autocast(_check_image(weight, "weight"))
-    _check_like(weight, "weight", input, "input")
+    input = _autocast(check_image(input, "input"))
+    weight = _autocast(check_image(weight, "weight"))
+    check_like(weight, "weight", input, "input")
     sizes = (
         _pair(stride, "stride", 1),
         _pair(padding, "padding", 0),
@@ -55,7 +55,7 @@ def conv_call(
             f"padding={padding}, dilation={dilation}: the output would have size {list(output[2:])}"
         )
     if filter_scale is not None:
-        _check_table(filter_scale, "filter_scale", (output[0], output[1]), "[B, C_out]", input)
+        check_table(filter_scale, "filter_scale", (output[0], output[1]), "[B, C_out]", input)
     return call
 
 
@@ -77,14 +77,14 @@ def norm_call(
 ) -> Call:
     """``mix_batch_norm``; with ``convolution`` the norm of that call's output."""
     if convolution is None:
-        input = _autocast(_check_image(input, "input"))
+        input = _autocast(check_image(input, "input"))
         convolution = Call(input, *(None,) * 9, False, eps, False, (1, 1), (0, 0), (1, 1), 1)
         if input.shape[2] == 0 or input.shape[3] == 0:
             raise ValueError(f"input must have at least one pixel, got shape {list(input.shape)}")
     batch, channels, height, width = _output_shape(convolution)
     tables = {names[0]: weight, names[1]: bias, "running_mean": running_mean, "running_var": running_var}
     for name, table in tables.items():
-        _check_table(table, name, (None, channels), "[2, C] or [1, C]", input)
+        check_table(table, name, (None, channels), "[2, C] or [1, C]", input)
         if table.shape[0] not in (1, 2):
             raise ValueError(f"{name} must have 1 or 2 rows (adversarial, clean), got {table.shape[0]}")
     for first, second in (names, ("running_mean", "running_var")):
@@ -100,7 +100,7 @@ def norm_call(
     _check_momentum(momentum, running_mean)
     for value, name in ((p_clean, "p_clean"), (is_clean, "is_clean")):
         if value is not None:
-            _check_table(value, name, (batch,), "[B]", input, boolean=name == "is_clean")
+            check_table(value, name, (batch,), "[B]", input, boolean=name == "is_clean")
     two = weight.shape[0] == 2 or running_mean.shape[0] == 2
     if two and training and is_clean is None:
         raise ValueError("is_clean is missing: training with two branches needs each sample's kind, bool [B]")
@@ -176,7 +176,7 @@ def affine_call(
     call = conv_call(input, weight, None, stride, padding, dilation, groups)
     assert call.input is not None
     for name, table in (("scale", scale), ("shift", shift)):
-        _check_table(table, name, _output_shape(call)[:2], "[B, C_out]", call.input)
+        check_table(table, name, _output_shape(call)[:2], "[B, C_out]", call.input)
     return _finished(call._replace(filter_scale=scale, bn_bias=shift), residual, activation)
 
 
@@ -185,21 +185,21 @@ def _finished(call: Call, residual: Tensor | None, activation: str | None) -> Ca
     if activation not in ("relu", None):
         raise ValueError(f'activation must be "relu" or None, got {activation!r}')
     if residual is not None:
-        residual = _autocast(_check_image(residual, "residual"))
+        residual = _autocast(check_image(residual, "residual"))
         output = _output_shape(call)
         if tuple(residual.shape) != output:
             raise ValueError(
                 f"residual must have the output's shape {list(output)}, got {list(residual.shape)}"
             )
         assert call.input is not None
-        _check_like(residual, "residual", call.input, "input")
+        check_like(residual, "residual", call.input, "input")
     return call._replace(residual=residual, relu=activation == "relu")
 
 
 # --- checks
 
 
-def _check_image(x: object, name: str) -> Tensor:
+def check_image(x: object, name: str) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 4:
@@ -211,14 +211,14 @@ def _check_image(x: object, name: str) -> Tensor:
     return x
 
 
-def _check_like(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+def check_like(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}: put both on one device")
     if x.dtype != other.dtype:
         raise TypeError(f"{name} has dtype {x.dtype}, {other_name} {other.dtype}: they must be the same")
 
 
-def _check_table(
+def check_table(
     x: object, name: str, shape: tuple[int | None, ...], meaning: str, input: Tensor, boolean: bool = False
 ) -> None:
     if not isinstance(x, Tensor):

@@ -8,7 +8,6 @@ before the network runs (``docs/equations.md``), each layer is ``act(conv(x) · 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from awnet.ops import backends
+from awnet.ops import backends, triton_passes
 from awnet.ops.layer import Call
 from awnet.ops.tuning import launch_parameters
 
@@ -154,7 +153,7 @@ def _folded(tables: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _by_one_kernel(
     omega: Tensor | None, p_clean: Tensor, tables: Tensor, widths: tuple[int, ...], eps: float
 ) -> tuple[Tensor, ...]:
-    kernels = importlib.import_module("awnet.kernels.coefficients")
+    kernels = triton_passes.kernels("coefficients")
     dynamic = 0 if omega is None else omega.shape[1]
     packed = kernels.PackedNorms(tables, _layout(widths, dynamic, tables.device), widths, dynamic, eps)
     how = launch_parameters("network_coefficients", tables.device, len(p_clean), sum(widths))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -34,7 +32,7 @@ def sign_step(
     if _runs_triton(x_adv):
         how = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
         start = x_adv if torch.ops.aten.is_non_overlapping_and_dense(x_adv) else x_adv.clone()
-        kernel = importlib.import_module("awnet.kernels.sign_step").sign_step
+        kernel = triton_passes.kernels("sign_step").sign_step
         copied = None if cast is None or cast.stride() != start.stride() else cast
         moved: Tensor = kernel(start, _alike(grad, start), _alike(x, start), step_size, eps, how, cast=copied)
         if cast is not None and copied is None:

@@ -19,7 +19,8 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 @functools.cache
-def _kernels(name: str) -> Any:
+def kernels(name: str) -> Any:
+    """The module ``awnet.kernels.<name>``."""
     return importlib.import_module(f"awnet.kernels.{name}")
 
 
@@ -84,7 +85,7 @@ class TritonPasses(TritonConvolutions):
     """See :class:`awnet.ops.passes.Passes`. float32, bfloat16 and float16 images, either layout."""
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        return _kernels("passes").statistics(u, _for_images("statistics", u))
+        return kernels("passes").statistics(u, _for_images("statistics", u))
 
     def apply(
         self,
@@ -99,12 +100,12 @@ class TritonPasses(TritonConvolutions):
         other = None if residual is None else _alike(residual, u)
         how, out = _for_images("apply", u), u if in_place else None
         mask = torch.empty_like(u, dtype=torch.bool) if keep_mask else None
-        y = _kernels("passes").apply(u, _dense(scale), _dense(shift), other, relu, how, out=out, mask=mask)
+        y = kernels("passes").apply(u, _dense(scale), _dense(shift), other, relu, how, out=out, mask=mask)
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
 
     def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
         how = _for_images("reduce", u)
-        return _kernels("passes").reduce(_alike(grad, u), u, _dense(centre), gate, how)
+        return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), gate, how)
 
     def propagate(
         self,
@@ -117,7 +118,7 @@ class TritonPasses(TritonConvolutions):
     ) -> tuple[Tensor, Tensor | None]:
         coefficients = [_dense(x) for x in how]
         launch = _for_images("propagate", grad)
-        return _kernels("passes").propagate(grad, u, _dense(centre), gate, *coefficients, residual, launch)
+        return kernels("passes").propagate(grad, u, _dense(centre), gate, *coefficients, residual, launch)
 
     def testing_coefficients(
         self,
@@ -130,10 +131,10 @@ class TritonPasses(TritonConvolutions):
         eps: float,
         batch: int,
     ) -> tuple[Tensor, Tensor]:
-        kernels = _kernels("coefficients")
-        norm = kernels.Norm(_dense(bn_weight), _dense(bn_bias), _dense(running_mean), _dense(running_var))
+        algebra = kernels("coefficients")
+        norm = algebra.Norm(_dense(bn_weight), _dense(bn_bias), _dense(running_mean), _dense(running_var))
         how = _for_table("testing_coefficients", bn_weight.device, batch, bn_weight.shape[1])
-        return kernels.testing_coefficients(_dense(omega), norm, _dense(p_clean), eps, batch, how)
+        return algebra.testing_coefficients(_dense(omega), norm, _dense(p_clean), eps, batch, how)
 
     def testing_gradients(
         self,
@@ -149,17 +150,17 @@ class TritonPasses(TritonConvolutions):
         eps: float,
         needs: Needs,
     ) -> Gradients:
-        kernels = _kernels("coefficients")
-        norm = kernels.Norm(_dense(bn_weight), _dense(bn_bias), _dense(running_mean), _dense(running_var))
+        algebra = kernels("coefficients")
+        norm = algebra.Norm(_dense(bn_weight), _dense(bn_bias), _dense(running_mean), _dense(running_var))
         how = _for_table("testing_gradients", g1.device, *g1.shape)
         images = (g1, gc, _dense(centre), _dense(omega))
-        return Gradients(*kernels.testing_gradients(*images, norm, _dense(p_clean), eps, needs, how))
+        return Gradients(*algebra.testing_gradients(*images, norm, _dense(p_clean), eps, needs, how))
 
     def batch_statistics(
         self, mean: Tensor, m2: Tensor, hw: int, omega: Tensor | None, is_clean: Tensor | None, rows: int
     ) -> BatchStatistics:
         how = _for_table("batch_statistics", mean.device, *mean.shape)
-        found = _kernels("coefficients").batch_statistics(
+        found = kernels("coefficients").batch_statistics(
             mean, m2, hw, _dense(omega), _dense(is_clean), rows, how
         )
         return BatchStatistics(*found)
@@ -174,10 +175,10 @@ class TritonPasses(TritonConvolutions):
         eps: float,
         batch: int,
     ) -> tuple[Tensor, Tensor]:
-        kernels = _kernels("coefficients")
-        norm = kernels.Norm(_dense(bn_weight), _dense(bn_bias), statistics.mean, statistics.var)
+        algebra = kernels("coefficients")
+        norm = algebra.Norm(_dense(bn_weight), _dense(bn_bias), statistics.mean, statistics.var)
         how = _for_table("training_coefficients", bn_weight.device, batch, bn_weight.shape[1])
-        return kernels.training_coefficients(_dense(omega), norm, _dense(is_clean), eps, batch, how)
+        return algebra.training_coefficients(_dense(omega), norm, _dense(is_clean), eps, batch, how)
 
     def training_sums(
         self,
@@ -192,7 +193,7 @@ class TritonPasses(TritonConvolutions):
     ) -> Sums:
         how = _for_table("training_gradients", g1.device, *g1.shape)
         tables = (_dense(omega), _dense(bn_weight), statistics, _dense(is_clean))
-        return Sums(*_kernels("coefficients").training_sums(g1, gc, mean, *tables, eps, how))
+        return Sums(*kernels("coefficients").training_sums(g1, gc, mean, *tables, eps, how))
 
     def training_gradients(
         self,
@@ -209,11 +210,11 @@ class TritonPasses(TritonConvolutions):
         need_scale: bool,
         sums: Sums | None,
     ) -> tuple[Gradients, Propagation]:
-        kernels = _kernels("coefficients")
+        algebra = kernels("coefficients")
         how = _for_table("training_gradients", g1.device, *g1.shape)
         weight, kind = _dense(bn_weight), _dense(is_clean)
-        given = None if sums is None else kernels.Sums(*sums)
-        found = kernels.training_gradients(
+        given = None if sums is None else algebra.Sums(*sums)
+        found = algebra.training_gradients(
             g1, gc, mean, m2, hw, _dense(omega), weight, statistics, kind, eps, need_scale, given, how
         )
         gradients = Gradients(found.omega, None, found.weight, found.bias)
