@@ -50,6 +50,31 @@ def _tile(sample, channel, batch, channels):
 
 
 @triton.jit
+def _own_tile(channels, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr):
+    """This program's samples and channels in a grid of tiles, and which of the channels exist."""
+    groups = tl.cdiv(channels, CHANNELS)
+    program = tl.program_id(0)
+    sample = (program // groups).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
+    channel = (program % groups) * CHANNELS + tl.arange(0, CHANNELS)
+    return sample, channel, channel < channels
+
+
+@triton.jit
+def _own_channels(channels, CHANNELS: tl.constexpr):
+    """The channels of a program that takes all samples in steps, and which exist."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    return channel, channel < channels
+
+
+@triton.jit
+def _step(step, channel, is_clean, batch, channels, SAMPLES: tl.constexpr):
+    """A step's samples: their numbers, addresses [SAMPLES, CHANNELS], which exist, and which are clean."""
+    sample = step * SAMPLES + tl.arange(0, SAMPLES).to(tl.int64)
+    places, mask = _tile(sample, channel, batch, channels)
+    return sample, places, mask, _is_clean(is_clean, sample, batch)
+
+
+@triton.jit
 def _scaled(x, omega, places, mask):
     if omega is not None:
         x = x * tl.load(omega + places, mask=mask, other=0.0)
@@ -119,11 +144,7 @@ def testing_coefficients_kernel(
     SAMPLES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    groups = tl.cdiv(channels, CHANNELS)
-    program = tl.program_id(0)
-    sample = (program // groups).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    channel = (program % groups) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < channels
+    sample, channel, exists = _own_tile(channels, SAMPLES, CHANNELS)
     places, mask = _tile(sample, channel, batch, channels)
     scale, shift, _, _, _ = _branch(weight, bias, mean, var, eps, 0, channel, channels, exists, K, S)
     if K == 2 or S == 2:
@@ -247,18 +268,14 @@ def batch_statistics_kernel(
     CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    channel = program * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < channels
+    channel, exists = _own_channels(channels, CHANNELS)
     hw = pixels * 1.0  # one pixel comes as a constant, which has no .to()
     total_0 = tl.zeros([CHANNELS], tl.float32)
     total_1 = tl.zeros([CHANNELS], tl.float32)
     count_0 = tl.zeros([1], tl.float32)
     count_1 = tl.zeros([1], tl.float32)
     for step in range(STEPS):
-        sample = step * SAMPLES + tl.arange(0, SAMPLES).to(tl.int64)
-        places, mask = _tile(sample, channel, batch, channels)
-        clean = _is_clean(is_clean, sample, batch)
+        sample, places, mask, clean = _step(step, channel, is_clean, batch, channels, SAMPLES)
         x = _scaled(tl.load(mean + places, mask=mask, other=0.0), omega, places, mask)
         zeroth, first = _sums(x, clean, mask, S)
         total_0 += zeroth
@@ -272,9 +289,7 @@ def batch_statistics_kernel(
     spread_0 = tl.zeros([CHANNELS], tl.float32)
     spread_1 = tl.zeros([CHANNELS], tl.float32)
     for step in range(STEPS):
-        sample = step * SAMPLES + tl.arange(0, SAMPLES).to(tl.int64)
-        places, mask = _tile(sample, channel, batch, channels)
-        clean = _is_clean(is_clean, sample, batch)
+        _, places, mask, clean = _step(step, channel, is_clean, batch, channels, SAMPLES)
         x = _scaled(tl.load(mean + places, mask=mask, other=0.0), omega, places, mask)
         own = x - tl.where(clean, mu_1[None, :], mu_0[None, :])
         within = _scaled(tl.load(m2 + places, mask=mask, other=0.0), omega, places, mask)
@@ -284,7 +299,7 @@ def batch_statistics_kernel(
         spread_1 += first
     tl.store(mean_out + channel, mu_0, mask=exists)
     tl.store(var_out + channel, spread_0 / (tl.maximum(count_0, 1.0) * hw), mask=exists)
-    once = tl.arange(0, 1) + program == 0
+    once = tl.arange(0, 1) + tl.program_id(0) == 0
     tl.store(n_out + tl.arange(0, 1), count_0 * hw, mask=once)
     if S == 2:
         tl.store(mean_out + channels + channel, mu_1, mask=exists)
@@ -310,11 +325,7 @@ def training_coefficients_kernel(
     SAMPLES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    groups = tl.cdiv(channels, CHANNELS)
-    program = tl.program_id(0)
-    sample = (program // groups).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    channel = (program % groups) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < channels
+    sample, channel, exists = _own_tile(channels, SAMPLES, CHANNELS)
     places, mask = _tile(sample, channel, batch, channels)
     clean = _is_clean(is_clean, sample, batch)
     inv_std = _inv_std(_own_row(var, clean, channel, channels, exists, S), eps)
@@ -357,9 +368,7 @@ def _training_sums(
     d_0 = tl.zeros([CHANNELS], tl.float32)
     d_1 = tl.zeros([CHANNELS], tl.float32)
     for step in range(STEPS):
-        sample = step * SAMPLES + tl.arange(0, SAMPLES).to(tl.int64)
-        places, mask = _tile(sample, channel, batch, channels)
-        clean = _is_clean(is_clean, sample, batch)
+        _, places, mask, clean = _step(step, channel, is_clean, batch, channels, SAMPLES)
         inv_std = _inv_std(_own_row(batch_var, clean, channel, channels, exists, S), eps)
         gamma = _own_row(weight, clean, channel, channels, exists, K)
         own_g1 = tl.load(g1 + places, mask=mask, other=0.0)
@@ -411,8 +420,7 @@ def training_sums_kernel(
     CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < channels
+    channel, exists = _own_channels(channels, CHANNELS)
     weight_0, weight_1, bias_0, bias_1, a_0, a_1, d_0, d_1 = _training_sums(
         g1, gc, mean, omega, weight, batch_mean, batch_var, is_clean, batch, channel, channels, eps,
         K, S, SAMPLES, CHANNELS, STEPS,
@@ -452,8 +460,7 @@ def training_gradients_kernel(
     CHANNELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = channel < channels
+    channel, exists = _own_channels(channels, CHANNELS)
     hw = pixels * 1.0  # one pixel comes as a constant, which has no .to()
     if through is None:
         weight_0, weight_1, bias_0, bias_1, a_0, a_1, d_0, d_1 = _training_sums(
@@ -470,9 +477,7 @@ def training_gradients_kernel(
     n_0 = tl.maximum(tl.load(n), 1.0)
     n_1 = tl.maximum(tl.load(n + S - 1), 1.0)
     for step in range(STEPS):
-        sample = step * SAMPLES + tl.arange(0, SAMPLES).to(tl.int64)
-        places, mask = _tile(sample, channel, batch, channels)
-        clean = _is_clean(is_clean, sample, batch)
+        _, places, mask, clean = _step(step, channel, is_clean, batch, channels, SAMPLES)
         inv_std = _inv_std(_own_row(batch_var, clean, channel, channels, exists, S), eps)
         gamma = _own_row(weight, clean, channel, channels, exists, K)
         own_mean = tl.load(mean + places, mask=mask, other=0.0)
@@ -509,11 +514,7 @@ def network_coefficients_kernel(
     CHANNELS: tl.constexpr,
 ):
     """Every layer's scale and shift: :class:`PackedNorms` says how ``tables`` and ``layout`` are laid out."""
-    groups = tl.cdiv(columns, CHANNELS)
-    program = tl.program_id(0)
-    sample = (program // groups).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    column = (program % groups) * CHANNELS + tl.arange(0, CHANNELS)
-    exists = column < columns
+    sample, column, exists = _own_tile(columns, SAMPLES, CHANNELS)
     mask = (sample < batch)[:, None] & exists[None, :]
     begin = tl.load(layout + column, mask=exists, other=0).to(tl.int64)
     width = tl.load(layout + columns + column, mask=exists, other=0)
@@ -553,15 +554,34 @@ class Norm(NamedTuple):
     def rows(self) -> dict[str, int]:
         return {"K": len(self.weight), "S": len(self.mean)}
 
-    @property
-    def branches(self) -> int:
-        return max(len(self.weight), len(self.mean))
-
 
 def _sizes(batch: int, channels: int, how: Mapping[str, int]) -> tuple[int, int]:
     """SAMPLES and CHANNELS of a tile."""
     wide = min(power_of_two(channels), how["inner"])
     return min(power_of_two(batch), max(1, how["tile"] // wide)), wide
+
+
+def _launch_tiles(
+    kernel: object, batch: int, channels: int, how: Mapping[str, int], *arguments: object, **constants: int
+) -> None:
+    """One program for each tile of samples and channels."""
+    samples, wide = _sizes(batch, channels, how)
+    launch(
+        kernel, -(-batch // samples) * -(-channels // wide), *arguments,
+        SAMPLES=samples, CHANNELS=wide, warps=how["warps"], **constants,
+    )  # fmt: skip
+
+
+def _launch_channels(
+    kernel: object, batch: int, channels: int, how: Mapping[str, int], *arguments: object, **constants: int
+) -> None:
+    """One program for each run of channels, which takes all samples in steps."""
+    samples, wide = _sizes(batch, channels, how)
+    launch(
+        kernel, -(-channels // wide), *arguments,
+        SAMPLES=samples, CHANNELS=wide, STEPS=power_of_two(-(-batch // samples)), warps=how["warps"],
+        **constants,
+    )  # fmt: skip
 
 
 def _like(x: Tensor) -> Tensor:
@@ -587,22 +607,10 @@ def testing_coefficients(
     if out is None:
         size = (batch, channels)
         out = (norm.weight.new_empty(size), norm.weight.new_empty(size))
-    samples, wide = _sizes(batch, channels, how)
-    launch(
-        testing_coefficients_kernel,
-        -(-batch // samples) * -(-channels // wide),
-        *out,
-        omega,
-        *norm,
-        p_clean,
-        batch,
-        channels,
-        eps,
-        SAMPLES=samples,
-        CHANNELS=wide,
-        warps=how["warps"],
-        **norm.rows,
-    )
+    _launch_tiles(
+        testing_coefficients_kernel, batch, channels, how,
+        *out, omega, *norm, p_clean, batch, channels, eps, **norm.rows,
+    )  # fmt: skip
     return out
 
 
@@ -712,24 +720,10 @@ def batch_statistics(
         for x in out:
             x.zero_()
         return out
-    samples, wide = _sizes(batch, channels, how)
-    launch(
-        batch_statistics_kernel,
-        -(-channels // wide),
-        *out,
-        mean,
-        m2,
-        omega,
-        _bytes(is_clean),
-        batch,
-        channels,
-        hw,
-        S=rows,
-        SAMPLES=samples,
-        CHANNELS=wide,
-        STEPS=power_of_two(-(-batch // samples)),
-        warps=how["warps"],
-    )
+    _launch_channels(
+        batch_statistics_kernel, batch, channels, how,
+        *out, mean, m2, omega, _bytes(is_clean), batch, channels, hw, S=rows,
+    )  # fmt: skip
     return out
 
 
@@ -748,22 +742,10 @@ def training_coefficients(
     if out is None:
         size = (batch, channels)
         out = (norm.weight.new_empty(size), norm.weight.new_empty(size))
-    samples, wide = _sizes(batch, channels, how)
-    launch(
-        training_coefficients_kernel,
-        -(-batch // samples) * -(-channels // wide),
-        *out,
-        omega,
-        *norm,
-        _bytes(is_clean),
-        batch,
-        channels,
-        eps,
-        SAMPLES=samples,
-        CHANNELS=wide,
-        warps=how["warps"],
-        **norm.rows,
-    )
+    _launch_tiles(
+        training_coefficients_kernel, batch, channels, how,
+        *out, omega, *norm, _bytes(is_clean), batch, channels, eps, **norm.rows,
+    )  # fmt: skip
     return out
 
 
@@ -795,29 +777,11 @@ def training_sums(
         for x in out:
             x.zero_()
         return out
-    samples, wide = _sizes(batch, channels, how)
-    launch(
-        training_sums_kernel,
-        -(-channels // wide),
-        *out,
-        g1,
-        gc,
-        mean,
-        omega,
-        bn_weight,
-        statistics.mean,
-        statistics.var,
-        _bytes(is_clean),
-        batch,
-        channels,
-        eps,
-        K=len(bn_weight),
-        S=len(statistics.mean),
-        SAMPLES=samples,
-        CHANNELS=wide,
-        STEPS=power_of_two(-(-batch // samples)),
-        warps=how["warps"],
-    )
+    _launch_channels(
+        training_sums_kernel, batch, channels, how,
+        *out, g1, gc, mean, omega, bn_weight, statistics.mean, statistics.var, _bytes(is_clean),
+        batch, channels, eps, K=len(bn_weight), S=len(statistics.mean),
+    )  # fmt: skip
     return out
 
 
@@ -860,31 +824,11 @@ def training_gradients(
         out.weight.zero_()
         out.bias.zero_()
         return out
-    samples, wide = _sizes(batch, channels, how)
-    launch(
-        training_gradients_kernel,
-        -(-channels // wide),
-        *out,
-        None if sums is None else sums.through,
-        g1,
-        gc,
-        mean,
-        m2,
-        omega,
-        bn_weight,
-        *statistics,
-        _bytes(is_clean),
-        batch,
-        channels,
-        hw,
-        eps,
-        K=len(bn_weight),
-        S=len(statistics.mean),
-        SAMPLES=samples,
-        CHANNELS=wide,
-        STEPS=power_of_two(-(-batch // samples)),
-        warps=how["warps"],
-    )
+    _launch_channels(
+        training_gradients_kernel, batch, channels, how,
+        *out, None if sums is None else sums.through, g1, gc, mean, m2, omega, bn_weight, *statistics,
+        _bytes(is_clean), batch, channels, hw, eps, K=len(bn_weight), S=len(statistics.mean),
+    )  # fmt: skip
     return out
 
 
@@ -963,23 +907,10 @@ def network_coefficients(
         raise ValueError(f"omega must have shape {list(expected)} (None where D is 0), got {got}")
     if out is None:
         out = (p_clean.new_empty(batch * columns), p_clean.new_empty(batch * columns))
-    samples, wide = _sizes(batch, columns, how)
-    launch(
-        network_coefficients_kernel,
-        -(-batch // samples) * -(-columns // wide),
-        *out,
-        omega,
-        packed.tables,
-        packed.layout,
-        p_clean,
-        batch,
-        columns,
-        packed.omega_width,
-        packed.eps,
-        SAMPLES=samples,
-        CHANNELS=wide,
-        warps=how["warps"],
-    )
+    _launch_tiles(
+        network_coefficients_kernel, batch, columns, how,
+        *out, omega, packed.tables, packed.layout, p_clean, batch, columns, packed.omega_width, packed.eps,
+    )  # fmt: skip
     sizes = [batch * width for width in packed.widths]
     blocks = zip(*(buffer.split(sizes) for buffer in out), packed.widths, strict=True)
     return [(scale.view(batch, width), shift.view(batch, width)) for scale, shift, width in blocks]
