@@ -251,6 +251,8 @@ class Evaluate(_OnRun):
     """What attacks beyond the first four may spend; smoke shows that they run, in seconds, and no more."""
     queries: Maybe[int] = None
     """Of Square, within aa and union; by default the budget's, 5000 at the standard one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 may be faster and is for trying things out: its report says that no figure is a headline."""
     name: str = "default"
     """Of the evaluation: it is written into RUN/evaluations/NAME."""
     compare_with: Several[Path] = ()
@@ -271,6 +273,7 @@ class Evaluate(_OnRun):
             limit=self.limit,
             budget=self.budget,
             queries=self.queries,
+            precision=self.precision,
             progress=console.is_terminal,
             out=self.folder,
             name=self.name,

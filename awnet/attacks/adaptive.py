@@ -352,7 +352,7 @@ class AdaptivePaper(PGD):
         if routing is not None and routing.type_logits is not None:
             loss = loss + F.cross_entropy(routing.type_logits, torch.zeros_like(y), reduction="none")
         tau = self.temperature
-        goal = F.log_softmax(self.teacher(x_adv) / tau, dim=1)
+        goal = F.log_softmax(self.teacher(x_adv.to(x.dtype)) / tau, dim=1)
         own = F.log_softmax(logits / tau, dim=1)
         divergence = (goal.exp() * (goal - own)).sum(1)
         return loss + self.adv_weight * tau**2 * divergence

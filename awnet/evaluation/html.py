@@ -117,16 +117,14 @@ def _table(
 
 
 def _cards(report: Report) -> str:
-    """Clean, the headline (the worst case if it was measured, else the strongest attack), and its A_w."""
-    if report.union is not None:
-        name, worst = "the worst case over all attacks", report.union
-    elif report.attacks:
-        kind, worst = min(report.attacks.items(), key=lambda item: item[1].robust_accuracy)
-        name = f"{_label(kind)}, the strongest of {len(report.attacks)} attacks (no union was measured)"
-    else:
-        name, worst = "", None
+    """Clean, the headline and its A_w; nothing but clean where the precision allows no headline."""
     cards = [("", "clean", report.clean_accuracy, report.clean_interval_95)]
-    if worst is not None:
+    headline = None if report.approximate else report.headline()
+    if headline is not None:
+        kind, worst = headline
+        name = "the worst case over all attacks"
+        if kind != "union":
+            name = f"{_label(kind)}, the strongest of {len(report.attacks)} attacks (no union was measured)"
         cards.append((" head", f"robust: {name}", worst.robust_accuracy, worst.interval_95))
         cards.append(("", "W-Robust, ½ clean + ½ robust", worst.w_robust_accuracy, worst.w_interval_95))
     return (

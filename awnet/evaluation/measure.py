@@ -23,6 +23,7 @@ from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Dataset
 from awnet.evaluation.detection import CONTROLS, SIGN, detection
 from awnet.evaluation.filters import filter_means
+from awnet.evaluation.precision import SAID, PrecisionName, judged
 from awnet.evaluation.report import (
     Array,
     AttackResult,
@@ -56,6 +57,7 @@ def evaluate(
     limit: int | None = None,
     budget: BudgetName = "standard",
     queries: int | None = None,
+    precision: PrecisionName = "float32",
     teacher: nn.Module | None = None,
     surrogates: Mapping[str, nn.Module] | None = None,
     sanity: bool | None = None,
@@ -70,7 +72,8 @@ def evaluate(
     With ``"union"`` among the attacks the report's headline is the worst case, image by image, over all that
     are named and all that the union adds; what an attack breaks is not attacked again. A model with a router
     (``model.route``) is also asked how well its type logits tell each attack, and noise of the same size as a
-    control, from clean images. Everything runs in float32, TF32 off, with parameters frozen.
+    control, from clean images. Everything runs in float32, TF32 off, with parameters frozen: on
+    ``model.frozen()`` where the model offers it.
     A network with side exits (``model.exit_of``) is asked which exit each image takes.
 
     Args:
@@ -84,6 +87,8 @@ def evaluate(
         limit: evaluate a stratified part of at most so many images.
         budget: what the attacks beyond the paper's four may spend; ``"smoke"`` is for trying things out.
         queries: Square's; None takes the budget's.
+        precision: ``"bfloat16"`` is for trying things out faster: the report marks its figures, and neither
+            calls them the headline nor lets them be exported or compared with those of float32.
         teacher: the robust teacher, for ``adaptive_paper``; None takes the run's in ``out``, if it has one.
         surrogates: models whose images the union replays, by name; None takes the run's teachers.
         sanity: whether to add the sanity table; None adds it where the union is measured.
@@ -104,6 +109,7 @@ def evaluate(
     check_name(name)
     check_count("batch_size", batch_size)
     dataset, classes = _ready(model, dataset, batch_size, device)
+    live, model = model, judged(model, precision)
     if limit is not None:
         dataset = dataset.subset(check_count("limit", limit), seed=0)
     other_reports = dict(compared_with or {})
@@ -129,7 +135,8 @@ def evaluate(
     saved = None
     if out is not None:
         whole = chosen if union is None else chosen | {UNION: union}
-        saved = _state(Path(out) / "evaluations" / name, model, dataset, whole, batch_size, suite)
+        folder = Path(out) / "evaluations" / name
+        saved = _state(folder, live, dataset, whole, batch_size, suite, precision)
 
     routed = _has_type_head(model, dataset)
     noises = list(CONTROLS) if routed else []
@@ -209,7 +216,7 @@ def evaluate(
         return found
 
     report = Report(
-        model=_name_of(model),
+        model=_name_of(live),
         dataset=dataset.name,
         split=dataset.split,
         n=len(dataset),
@@ -235,7 +242,7 @@ def evaluate(
             "batch_size": batch_size,
             "limit": limit,
             "budget": budget,
-            "precision": "float32, TF32 off",
+            "precision": SAID[precision],
             "source": dataset.source,
             "classes": dataset.num_classes,
             "fingerprint": dataset.fingerprint(),
@@ -246,14 +253,14 @@ def evaluate(
         per_sample=per_sample,
         examples=examples.arrays(),
         filter_means=filter_means(
-            model,
+            live,
             next(dataset.batches(1)).x,
             {kind: seen[kind].mean_scales() for kind in [CLEAN, *attacked] if routed},
         ),
     )
-    if hasattr(model, "exit_of"):
+    if hasattr(live, "exit_of"):
         report.exits = {
-            kind: _exit_use(model, per_sample[f"{kind}_exit"], dataset.image_size)
+            kind: _exit_use(live, per_sample[f"{kind}_exit"], dataset.image_size)
             for kind in [CLEAN, *attacked]
         }
     report.flags = flags(report)
@@ -462,9 +469,10 @@ def _state(
     attacks: Mapping[str, Attack],
     batch_size: int,
     suite: Suite,
+    precision: PrecisionName,
 ) -> Saved:
     """Where this evaluation is kept; what another model, data set or attack left there is deleted."""
-    parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget]
+    parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget, precision]
     parts += [suite.queries, {name: model_fingerprint(one) for name, one in suite.surrogates.items()}]
     for name, attack in attacks.items():
         parts += [name, attack.settings, model_fingerprint(attack.model)]

@@ -211,6 +211,25 @@ class Report:
 
         return w_robust_table({self.model: self})
 
+    @property
+    def approximate(self) -> bool:
+        """Whether it was measured in less than float32: then it has no headline."""
+        return not str(self.settings.get("precision", "float32")).startswith("float32")
+
+    def headline(self) -> tuple[str, AttackResult] | None:
+        """The attack that the report is judged by, and its result; None where nothing attacked.
+
+        The union where it was measured, else the strongest attack. Raises ValueError for figures that were
+        measured in less than float32.
+        """
+        if self.approximate:
+            raise ValueError(
+                f"figures measured in {self.settings['precision']} are no headline: evaluate in float32"
+            )
+        if self.union is not None:
+            return "union", self.union
+        return min(self.attacks.items(), key=lambda item: item[1].robust_accuracy, default=None)
+
     def results(self) -> dict[str, AttackResult]:
         """All attacks, and the union last."""
         return self.attacks | ({} if self.union is None else {"union": self.union})
@@ -254,6 +273,10 @@ def compare(this: Report, other: Report, seed: int = 0) -> Comparison:
                 f"{this.n} of {this.dataset} {this.split} and {other.n} of {other.dataset} {other.split}; "
                 "evaluate both alike"
             )
+    if this.approximate != other.approximate:
+        raise ValueError(
+            f"{this.model} and {other.model} were evaluated in different precisions: evaluate both in float32"
+        )
     attacks = {}
     ours, others = this.results(), other.results()
     for name in (name for name in ours if name in others):
@@ -287,6 +310,11 @@ def compare(this: Report, other: Report, seed: int = 0) -> Comparison:
 def flags(report: Report) -> list[str]:
     """Doubts that the numbers themselves raise."""
     found = []
+    if report.approximate:
+        found.append(
+            f"measured in {report.settings['precision']}, whose rounding may decide: no figure here is a "
+            "headline; evaluate in float32 for one"
+        )
     if report.selected_on == "test":
         found.append("the checkpoint was selected on test images, as in the paper, which flatters the result")
     one_step = report.attacks.get("fgsm")

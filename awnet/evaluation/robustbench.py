@@ -74,12 +74,18 @@ def export_robustbench(
     ``autoattack_acc`` where AutoAttack was measured. What was not measured is null.
 
     Raises ValueError for a model that breaks the rules (each is named), a data set that RobustBench does not
-    know, or a model that :func:`awnet.models.create_model` cannot rebuild.
+    know, figures measured in less than float32, or a model that :func:`awnet.models.create_model` cannot
+    rebuild.
     """
     check_name(entry.name)
     if dataset.name not in FOLDERS:
         raise ValueError(
             f"RobustBench has leaderboards for {', '.join(FOLDERS)} under L-infinity, not for {dataset.name}"
+        )
+    if report is not None and report.approximate:
+        raise ValueError(
+            f"the report's figures were measured in {report.settings['precision']}: evaluate in float32, "
+            "as the leaderboard does"
         )
     config = getattr(model, "config", None)
     if not isinstance(config, dict):

@@ -107,7 +107,8 @@ def comparison_table(report: Report, label: str | None = None, title: str | None
 
 
 def _title(report: Report) -> str:
-    return f"{report.dataset} {report.split}, {report.n} images, eps {report.eps:.4g}"
+    marked = f", {report.settings['precision']}: no headline" if report.approximate else ""
+    return f"{report.dataset} {report.split}, {report.n} images, eps {report.eps:.4g}{marked}"
 
 
 def _cell(value: float, interval: Interval) -> str:

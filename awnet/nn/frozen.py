@@ -223,6 +223,11 @@ class _FrozenRouter(Frozen):
         heads = (self.type_head, self.signal_heads)
         return self.backbone.copies() + [pair for head in heads if head is not None for pair in head.copies()]
 
+    @property
+    def beta(self) -> float:
+        """The live router's."""
+        return self.live[0].beta
+
     def forget(self) -> None:
         self.backbone.forget()
 
@@ -351,6 +356,11 @@ class FrozenCopy(Frozen):
 
     def forget(self) -> None:
         """Nothing is made of the copies."""
+
+    @property
+    def router(self) -> nn.Module:
+        """The copy's, where it has one."""
+        return self.model.router  # type: ignore[return-value]
 
     def route(self, x: Tensor) -> Routing:
         """The copy's ``route``, where it has one."""
