@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from awnet.data import Splits, from_arrays
+from awnet.models.files import weights_fingerprint
 from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import MTARD, PGDAT, loop, read_log, train
 from awnet.training import checkpoint as C
@@ -892,11 +893,11 @@ def test_no_state_and_no_run(tmp_path: Path) -> None:
 
 def test_fingerprints_tell_weights_and_shapes() -> None:
     one, two = teacher(1), teacher(1)
-    assert C.fingerprint(one) == C.fingerprint(two)
+    assert weights_fingerprint(one) == weights_fingerprint(two)
     with torch.no_grad():
         two[1].weight[0, 0] += 1e-6  # type: ignore[union-attr, index]
-    assert C.fingerprint(one) != C.fingerprint(two)
-    assert C.fingerprint(nn.BatchNorm2d(3)) != C.fingerprint(nn.BatchNorm2d(4))
+    assert weights_fingerprint(one) != weights_fingerprint(two)
+    assert weights_fingerprint(nn.BatchNorm2d(3)) != weights_fingerprint(nn.BatchNorm2d(4))
 
 
 # --- killed anywhere

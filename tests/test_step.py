@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet.data import Splits, dataset, from_arrays
 from awnet.data.dataset import Batch
 from awnet.models import create_model, load_model
-from awnet.nn import AdversarialRouter, AWNet, Backbone
+from awnet.nn import AdversarialRouter, AWNet, Backbone, synchronize
 from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, checkpoint, graphs, read_log, train
+from awnet.training.distributed import Ranks
 from awnet.training.step import Average, TrainingStep, numerics
 
 CPU = torch.device("cpu")
@@ -360,6 +362,30 @@ def test_a_captured_step_is_the_step(recorded: list[Recorded]) -> None:
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-6)  # a rate in float32
 
 
+def test_a_captured_step_averages_over_ranks_and_weighs_each_batch(recorded: list[Recorded]) -> None:
+    """The collectives are in the graph, which reads the batch's weight at each replay."""
+    recipe, calls, models = MTARD(weight_lr=0.3), [0, 0], [dynamic()]
+    models.append(copy.deepcopy(models[0]))
+    steps = []
+    for number, model in enumerate(models):
+
+        def average(tensors: Sequence[Tensor], count: int, number: int = number) -> None:
+            calls[number] += 1
+            for tensor in tensors:
+                tensor.mul_(0.5)  # as if another rank had nothing to learn
+
+        steps.append(made(recipe, model, teachers=Teachers(linear(), linear()), average=average))
+    steps[1].teachers = steps[0].teachers
+    steps[1]._graphed = graphs.Graphed(steps[1]._learn_from)
+    for i, weight in enumerate((1.0, 1.0, 1.2, 0.8)):
+        one, other = (step(batch(seed=i), shifted, weight) for step in steps)
+        assert other["total"].item() == pytest.approx(one["total"].item(), rel=1e-6)  # float32
+    assert len(recorded) == 1
+    assert calls[0] == calls[1] == 8  # the gradients, and MTARD's losses
+    for a, b in zip(everything(steps[0]), everything(steps[1]), strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-6)  # a rate in float32
+
+
 def test_capture_needs_a_gpu_and_whole_batches() -> None:
     with pytest.raises(ValueError, match="capture needs a CUDA device"):
         made(Standard(capture=True), linear())
@@ -411,6 +437,50 @@ def test_on_a_gpu_a_captured_step_is_the_step(name: str) -> None:
     for a, b in zip(everything(steps[0]), everything(steps[1]), strict=True):
         # atomics in cuDNN's weight gradients, through six steps at a rate of 0.1
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_step_holds_its_collectives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's, in a group of this process alone: averages and statistics of all ranks are those of one."""
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        ranks = Ranks(device, 0, 2, dist.group.WORLD)  # a size above 1, so that it does average
+        made, reduce = [0], dist.all_reduce
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            made[0] += 1
+            return reduce(*arguments, **options)
+
+        monkeypatch.setattr(dist, "all_reduce", counted)
+        model = create_model("awnet_tiny", num_classes=K).to(device)
+        teacher = create_model("resnet_tiny", num_classes=K).to(device)
+        recipe = MTARD(epochs=2, precision="float32", layout="nchw")
+        steps = []
+        for capture, average in ((False, None), (True, ranks.mean)):
+            own = copy.deepcopy(model)
+            synchronize(own, None if average is None else ranks.group_name)
+            teachers = Teachers(copy.deepcopy(teacher), copy.deepcopy(teacher))
+            step = TrainingStep(replace(recipe, capture=capture), own, device, 6, teachers, average=average)
+            step.start_epoch(0)
+            steps.append(step)
+        counts = []
+        for i in range(6):
+            x = torch.rand(16, 3, 8, 8, device=device, generator=torch.Generator(device).manual_seed(i))
+            data = Batch(x, torch.arange(16, device=device) % K, torch.arange(16, device=device))
+            terms = [step(data, lambda x, y, index: 0.9 * x) for step in steps]
+            counts.append(made[0])
+            assert terms[1]["total"].item() == pytest.approx(terms[0]["total"].item(), rel=1e-4)
+        assert steps[1]._graphed is not None
+        assert not steps[1]._graphed._plain
+        assert counts[0] < counts[1] == counts[5]  # plain, captured, and then only replayed
+        for a, b in zip(everything(steps[0]), everything(steps[1]), strict=True):
+            # atomics in cuDNN's weight gradients, through six steps at a rate of 0.1
+            assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-3)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,33 +13,11 @@ from torch import Tensor, nn
 from awnet import ops
 from awnet.attacks.base import check_count, frozen
 from awnet.attacks.pgd import PGD
+from awnet.graphs import Record, Recorded, capture
 
 logger = logging.getLogger(__name__)
 
 _MOST_CAPTURES = 32  # each takes seconds: with shapes that never come again the plain loop is faster
-
-Program = Callable[[], None]
-#: takes a program of device operations on memory that stays, gives what runs the same again
-Record = Callable[[Program], Program]
-
-
-def cuda_graph(program: Program) -> Program:
-    """Captures ``program`` as a CUDA graph with a memory pool of its own; returns its replay.
-
-    Two runs on a side stream come first, so that libraries choose their algorithms and kernels are compiled
-    before capture. The program may neither read a value back to the host nor draw from torch's generators.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        program()
-        program()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # other threads (a checkpoint being written, say) may go on using the device meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        program()
-    return graph.replay
 
 
 class GraphedPGD:
@@ -63,7 +41,7 @@ class GraphedPGD:
             means yes, unless the loss is a function.
         max_graphs: graphs that are kept, each with the memory of a whole batch (the usual one, and the last
             of an epoch); beyond them the one used longest ago goes.
-        record: what captures and replays a batch's operations; None is :func:`cuda_graph`, on CUDA devices.
+        record: what captures and replays a batch's operations; None is a CUDA graph, on CUDA devices.
         settings: those of :class:`PGD`. ``seed`` may be set anew at any time.
     """
 
@@ -86,7 +64,7 @@ class GraphedPGD:
         self.max_graphs = max_graphs
         self.record = record
         self._module: Any = None  # the frozen module, None where the model offers none
-        self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Any, ...], Recorded] = OrderedDict()
         self._captures = 0
         self._refusal: str | None = None  # why nothing more is captured
         self._said: set[str] = set()
@@ -122,7 +100,7 @@ class GraphedPGD:
                 self._module = self.pgd.model = offers(self.dtype)
             obstacle = self._obstacle(x)
             graph = obstacle or self._graph(start, x, y)
-            if isinstance(graph, _Graph):
+            if isinstance(graph, Recorded):
                 return graph(start, x, y)
             self._say(f"attack steps run one by one: {graph}")
             return self._program(start, x, y)
@@ -141,7 +119,7 @@ class GraphedPGD:
             return "a capture is under way, which takes them in"
         return None
 
-    def _graph(self, start: Tensor, x: Tensor, y: Tensor) -> _Graph | str:
+    def _graph(self, start: Tensor, x: Tensor, y: Tensor) -> Recorded | str:
         """The graph for such a batch, or why there is none."""
         key = self._key(start, x, y)
         if key in self._graphs:
@@ -154,7 +132,8 @@ class GraphedPGD:
         while len(self._graphs) >= self.max_graphs:
             self._graphs.popitem(last=False)
         try:
-            graph = _Graph(self._program, self.record or cuda_graph, start, x, y)
+            record = self.record or partial(capture, warm_ups=2)
+            graph = Recorded(self._program, (start, x, y), record)
         except RuntimeError as error:
             self._refusal = f"they could not be captured ({error})"
             return self._refusal
@@ -179,27 +158,6 @@ class GraphedPGD:
         if reason not in self._said:
             self._said.add(reason)
             logger.info(reason)
-
-
-class _Graph:
-    """A recorded batch: its own memory for what goes in and what comes out."""
-
-    def __init__(
-        self, program: Callable[..., Tensor], record: Record, start: Tensor, x: Tensor, y: Tensor
-    ) -> None:
-        self._inputs = tuple(torch.empty_like(t).copy_(t) for t in (start, x, y))
-        self._output = torch.empty_like(start)
-
-        def run() -> None:
-            self._output.copy_(program(*self._inputs))
-
-        self._replay = record(run)
-
-    def __call__(self, *tensors: Tensor) -> Tensor:
-        for own, given in zip(self._inputs, tensors, strict=True):
-            own.copy_(given)
-        self._replay()
-        return self._output.clone()  # the next replay writes to it
 
 
 def _device(module: nn.Module) -> torch.device | None:

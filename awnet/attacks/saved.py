@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from awnet.files import written_atomically
+from awnet.models.files import raw_bytes, weights_fingerprint
 
 
 def digest(*parts: Any) -> str:
@@ -23,7 +24,7 @@ def digest(*parts: Any) -> str:
     for part in parts:
         if isinstance(part, Tensor):
             found.update(f"{part.dtype}{list(part.shape)}".encode())
-            found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(raw_bytes(part))
         else:
             found.update(json.dumps(part, sort_keys=True).encode())
         found.update(b"\0")
@@ -34,8 +35,7 @@ def model_fingerprint(model: nn.Module) -> str:
     """Of a model's structure (its modules and configuration), weights and buffers, wherever they lie."""
     config = getattr(model, "config", None)
     about = [type(model).__qualname__, repr(model), config if isinstance(config, dict) else None]
-    state = [value for pair in sorted(model.state_dict().items()) for value in pair]
-    return digest(about, *state)
+    return digest(about, weights_fingerprint(model))
 
 
 class Saved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,20 @@ def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor]
     weights = model.state_dict() if weights is None else weights
     about = {"format": _FORMAT, "version": __version__, "config": config}
     write_tensors(weights, path, {"format": "pt", _KEY: json.dumps(about)})
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    """A tensor's values as they lie in memory, row by row, wherever they are."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's names, shapes, weights and buffers, in hex."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(raw_bytes(value))
+    return digest.hexdigest()
 
 
 def write_tensors(

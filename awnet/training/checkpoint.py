@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awnet.files import read_json, write_json, write_text, written_atomically
 
@@ -348,15 +348,6 @@ def differences(old: Any, new: Any, path: str) -> Iterator[str]:
 
 def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's names, shapes and weights, in hex."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def capture(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """Records ``function`` without running it. Returns its output and what runs it into that output."""
-    graph = torch.cuda.CUDAGraph()
-    # other threads (one that gathers the next batch, say) may go on using the device meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = function()
-    return output, graph.replay
+from awnet.graphs import Recorded, capture
 
 
 class Graphed:
@@ -28,7 +21,7 @@ class Graphed:
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
-        self._graphs: dict[Hashable, tuple[list[Tensor], Tensor, Callable[[], None]] | None] = {}
+        self._graphs: dict[Hashable, Recorded | None] = {}
         self._plain = False
 
     def __call__(self, *tensors: Tensor, key: Hashable = None) -> Tensor:
@@ -39,19 +32,13 @@ class Graphed:
             return self.function(*tensors)
         found = self._graphs[whole]
         if found is None:
-            own = [tensor.clone() for tensor in tensors]
             try:
-                found = (own, *capture(lambda: self.function(*own)))
+                found = self._graphs[whole] = Recorded(self.function, tensors, capture)
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph, so slower: {error}", stacklevel=2)
                 self._plain = True
                 return self.function(*tensors)
-            self._graphs[whole] = found
-        inputs, output, replay = found
-        for mine, given in zip(inputs, tensors, strict=True):
-            mine.copy_(given)
-        replay()
-        return output.clone()
+        return found(*tensors)
 
 
 class Inference(nn.Module):

@@ -31,7 +31,7 @@ from awnet.data import Dataset, Memory, Splits
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
 from awnet.models import create_model, load_model, save_model
-from awnet.models.files import write_tensors
+from awnet.models.files import weights_fingerprint, write_tensors
 from awnet.nn import synchronize
 from awnet.training import checkpoint
 from awnet.training.distributed import Agreement, Ranks, joined, restarts
@@ -767,7 +767,7 @@ def _describe_teachers(
 ) -> dict[str, dict[str, Any]] | None:
     """By their weights, which are the same wherever the files lie; or as this run trains them."""
     if given is not None:
-        return {kind: {"weights": checkpoint.fingerprint(getattr(given, kind))} for kind in recipe.teachers}
+        return {kind: {"weights": weights_fingerprint(getattr(given, kind))} for kind in recipe.teachers}
     if not recipe.teachers:
         return None
     return {
