@@ -34,7 +34,7 @@ Each command has its own --help. An error prints one line and ends with status 2
 (or AWNET_DEBUG=1) shows where it came from."""
 
 # what a user can cause and mend; anything else is a defect and keeps its traceback
-EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, MemoryError)
+EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, MemoryError, ImportError)
 
 
 def number(text: str) -> float:

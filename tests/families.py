@@ -22,6 +22,7 @@ NARROW: dict[str, dict[str, Any]] = {
     "advmoe_resnet18": {"width": 0.1, "experts": 3},
     "separate_net": {"width": 0.1, "router_widths": (8, 16)},
     "awnet_resnet18": {"width": 0.1},
+    "awnet_resnet50": {"width": 0.05, "router_widths": (8, 16)},
     "awnet_wrn34_10": {"width": 0.05, "router_widths": (8, 16)},
     "awnet_mobilenet_v2": {"width": 0.1, "router_widths": (8, 16)},
 }

@@ -253,9 +253,14 @@ def test_our_own_static_networks(name):
 
 @pytest.mark.parametrize(
     ("name", "twin", "width"),
-    [("wrn34_10", "awnet_wrn34_10", 0.04), ("mobilenet_v2", "awnet_mobilenet_v2", 0.1)],
+    [
+        ("resnet34", "awnet_resnet34", 0.05),
+        ("resnet50", "awnet_resnet50", 0.05),
+        ("wrn34_10", "awnet_wrn34_10", 0.04),
+        ("mobilenet_v2", "awnet_mobilenet_v2", 0.1),
+    ],
 )
-def test_static_networks_on_other_bases_become_their_awnets(name, twin, width):
+def test_static_networks_become_their_awnets(name, twin, width):
     original = trained(create_model(name, num_classes=5, width=width))
     network = convert(original, **ROUTER)
     check_same_logits(original, network)

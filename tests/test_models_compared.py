@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from awnet.attacks import PGD, frozen
+from awnet.cli import main
 from awnet.data import Splits, load_dataset
 from awnet.evaluation import Report, evaluate
 from awnet.models import create_model, load_model, parameter_count
@@ -324,6 +325,20 @@ def test_swin_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'swin_t needs timm.*pip install "awnet\[timm\]"'):
         create_model("swin_t")
+
+
+def test_swin_says_that_torchvision_and_torch_differ(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, module)
+    (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"torchvision::nms does not exist.*pip install torchvision"):
+        create_model("swin_t")
+    assert main(["train", "--model", "swin_t", "--device", "cpu", "--out", str(tmp_path / "run")]) != 0
+    assert "pip install torchvision" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("name", "count"), [("swin_t", 27_505_108), ("swin_s", 48_805_732)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from awnet.models.common import config, scaled
@@ -25,7 +26,7 @@ class Swin(nn.Module, OnHub):
         width: multiplies the width of the attention heads (32), and with it of everything.
         image_size: side of the images; unlike a CNN this network is made for one size.
 
-    Raises ImportError where timm is not installed.
+    Raises ImportError where timm is not installed, or its torchvision was built for another torch.
     """
 
     def __init__(
@@ -48,6 +49,12 @@ class Swin(nn.Module, OnHub):
             raise ImportError(
                 f"{name} needs timm, which is not installed or does not import here ({error}): "
                 'pip install "awnet[timm]"'
+            ) from error
+        except RuntimeError as error:  # torchvision's, when its operators were built for another torch
+            raise ImportError(
+                f"{name} needs timm, whose torchvision does not import beside torch {torch.__version__} "
+                f"({error}): install the torchvision of the same release and index, for a torch without CUDA "
+                "pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
             ) from error
         super().__init__()
         self.in_channels, self.image_size = in_channels, image_size
