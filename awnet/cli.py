@@ -424,32 +424,48 @@ class _OnRuns:
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
 
-    def load(self, console: Console) -> tuple[dict[str, nn.Module], Dataset]:
-        models: dict[str, nn.Module] = {}
-        dataset = None
-        for path in self.runs:
+    def load(self, console: Console) -> dict[str, tuple[nn.Module, Dataset]]:
+        """Each model with its images, under what sets its path apart from the others'."""
+        if not self.runs:
+            raise ValueError("runs must name at least one run folder or .safetensors file")
+        found = {}
+        for path, label in zip(self.runs, _labels(self.runs), strict=True):
             one = _OnRun(run_folder=path, data=self.data, data_dir=self.data_dir, device=self.device)
             model, images = one.load(console)
-            models[str(path)] = model
-            dataset = dataset or images
-        if dataset is None:
-            raise ValueError("runs must name at least one run folder or .safetensors file")
-        return models, dataset.to(_device(self.device))
+            found[label] = model, images.to(_device(self.device))
+        return found
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The paths without the folders that all have in common."""
+    whole = [path.resolve() for path in paths]
+    common = Path(os.path.commonpath(whole))
+    return [path.name if path == common else str(path.relative_to(common)) for path in whole]
 
 
 @dataclass(kw_only=True)
 class AnalyseFilters(_OnRuns):
-    """Distributions of the filters' mean weights of any checkpoints of one network (Fig. 1 and 3)."""
+    """Distributions of the filters' mean weights of any checkpoints, those alike in one panel (Fig. 1 and 3);
+    and of AW-Nets' effective filters, as the router scales them for clean and for adversarial images."""
 
     layers: int = 2
-    """How many convolutions, from the first."""
+    """How many convolutions of each network are drawn, from the first."""
+    images: int = 128
+    """How many test images the router's scales are averaged over."""
+    attack: str = "pgd_sat"
+    """What makes the adversarial ones, see `awnet info`."""
 
     def run(self, console: Console) -> None:
-        from awnet.reproduce.analyses import compare_filters
+        from awnet.reproduce.analyses import alike, compare_filters, effective_filters
 
-        models, dataset = self.load(console)
-        x = next(dataset.batches(1)).x
-        for path in compare_filters({"network": models}, x, self.out, layers=self.layers):
+        if self.layers < 1:
+            raise ValueError(f"layers must be 1 or more, got {self.layers}")
+        found = self.load(console)
+        groups = alike({label: model for label, (model, _) in found.items()})
+        written = compare_filters(groups, self.out, layers=self.layers)
+        subsets = {label: (model, images.subset(self.images)) for label, (model, images) in found.items()}
+        written += effective_filters(subsets, self.out, attack=self.attack, layers=self.layers)
+        for path in written:
             _say(console, str(path))
 
 
@@ -463,10 +479,10 @@ class AnalyseWeightGap(_OnRuns):
     def run(self, console: Console) -> None:
         from awnet.reproduce.analyses import measure_weight_gap
 
-        models, dataset = self.load(console)
-        batch = next(dataset.subset(self.images).batches(self.images))
-        for number, (run, model) in enumerate(models.items(), start=1):
-            folder = self.out if len(models) == 1 else self.out / str(number)
+        found = self.load(console)
+        for number, (run, (model, dataset)) in enumerate(found.items(), start=1):
+            batch = next(dataset.subset(self.images).batches(self.images))
+            folder = self.out if len(found) == 1 else self.out / str(number)
             _say(console, run)
             for path in measure_weight_gap(model, batch.x, batch.y, dataset.threat_model.eps, folder):
                 _say(console, f"  {path}")

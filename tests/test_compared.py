@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from awnet import reference
+from awnet.attacks import PGD, GraphedPGD
 from awnet.data import Batch, Splits, load_dataset
 from awnet.models import create_model, list_models, load_model, parameter_count, save_model
 from awnet.nn import (
@@ -26,6 +28,7 @@ from awnet.nn import (
     MixBatchNorm2d,
     convert,
 )
+from awnet.nn.frozen import Frozen
 from awnet.training import recipe_for, train
 
 FULL = [name for name in list_models() if "tiny" not in name]
@@ -35,6 +38,7 @@ LONG = [
     *(("pgd_at", name) for _, name in OWN_RECIPES),
     ("separate", "separate_net"),
 ]
+CNNS = [name for name in NARROW if not name.startswith("swin")]
 CONVERTIBLE = ["resnet18", "wrn34_8", "vgg16_bn", "repvgg_a2", "mobilenet_v2"]
 # of the two epochs where the recipes' own learning rate is too much for some 3 channels a layer, or no batch norm
 GENTLER: dict[str, dict[str, Any]] = {"mobilenet_v2": {"lr": 0.01}, "swin_t": {"clip_norm": 1.0}}
@@ -116,7 +120,39 @@ def check_by_autoattack(model: nn.Module) -> None:
     assert torch.equal(model(spoilt)[0], model(batch.x)[0])
 
 
-@pytest.mark.parametrize("name", [name for name in NARROW if not name.startswith("swin")])
+@pytest.mark.parametrize("name", CNNS)
+def test_the_attack_of_training_runs_on_a_copy(name: str) -> None:
+    model, (x, y, index) = narrow(name), next(DIGITS.train.batches(16))
+    size: dict[str, Any] = {"eps": 0.1, "step_size": 0.025, "steps": 2, "random_start": "normal"}
+    attack, in_place = GraphedPGD(model, num_classes=10, **size), PGD(model, **size)
+    for _ in range(2):
+        model(x, **mode(model, 16))
+        assert torch.equal(attack(x, y, index=index), in_place(x, y, index=index))
+        with torch.no_grad():  # the copy follows
+            for parameter in model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+    assert isinstance(attack.pgd.model, Frozen)
+    model.eval()
+    with torch.no_grad():
+        logits, low = model(x), model.frozen(torch.bfloat16)(x)
+    assert (low - logits).norm() < 0.01 * logits.norm()  # bfloat16 rounds by 2⁻⁹ at each layer
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CNNS)
+def test_the_attack_of_training_is_a_cuda_graph(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, (x, y, index) = narrow(name).cuda(), (part.cuda() for part in next(DIGITS.train.batches(16)))
+    size: dict[str, Any] = {"eps": 0.1, "step_size": 0.025, "steps": 2, "random_start": "normal"}
+    attack = GraphedPGD(model, num_classes=10, **size)
+    with caplog.at_level(logging.INFO, "awnet"):
+        found = attack(x, y, index=index)
+    assert "could not be captured" not in caplog.text
+    plain = GraphedPGD(model, num_classes=10, capture=False, **size)(x, y, index=index)
+    # cuDNN may sum in another order: steps agree but for signs of tiny gradients
+    assert ((found - plain).abs() < 1e-6).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", CNNS)
 @pytest.mark.parametrize("size", [(1, 1), (9, 14)], ids=str)
 def test_any_size(name: str, size: tuple[int, int]) -> None:
     assert narrow(name).eval()(torch.rand(2, 1, *size)).shape == (2, 10)
@@ -204,6 +240,7 @@ def test_a_converted_network_trains_stops_and_resumes(name: str, tmp_path: Path)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(part.model.state_dict()[key], value), key
     weights = load_file(tmp_path / "whole" / "best.safetensors")  # no config that could rebuild it
+    router.load_state_dict(start)
     again = converted().eval()
     again.load_state_dict(weights)
     x = next(SMALL.test.batches(4)).x

@@ -24,7 +24,8 @@ from awnet.evaluation import Report, evaluate
 from awnet.models import create_model, load_model, parameter_count
 from awnet.models.advmoe import ExpertConv2d
 from awnet.models.rdi import choose_thresholds, entropy
-from awnet.nn import Routing, convert
+from awnet.nn import FilterScaledConv2d, FrozenBackbone, Routing, convert
+from awnet.nn.frozen import FrozenCopy
 from awnet.ops import use_backend
 from awnet.training import TrainingStep, recipe_for, train
 
@@ -352,6 +353,24 @@ def test_swin_has_the_parameters_of_the_paper(name: str, count: int) -> None:
 
 
 # --- all of them
+
+
+@pytest.mark.parametrize("name", ["advmoe_resnet18", "separate_net", "separate_net_l", "rdi_resnet38"])
+def test_their_convolutions_and_batch_norms_are_the_packages(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name, width=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert isinstance(module, FilterScaledConv2d)
+        assert not isinstance(module, nn.BatchNorm2d)
+
+
+def test_members_of_separate_net_are_attacked_on_their_fast_copies() -> None:
+    model, batch = narrow("separate_net"), next(DIGITS.train.batches(8))
+    attack = recipe_for("separate", "digits", attack_steps=1).attack(model, THREAT, 10, seed=1)
+    attack(batch.x, batch.y, index=batch.index)
+    assert isinstance(attack.first.pgd.model, FrozenBackbone)
+    assert isinstance(attack.second.pgd.model, FrozenCopy)
 
 
 @pytest.mark.parametrize("name", [name for _, name in OWN_RECIPES])

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from awnet.attacks import named_attack
 from awnet.cli import main
+from awnet.data import load_dataset
 from awnet.models import create_model, list_models
 from awnet.reproduce import BUDGETS, EXPERIMENTS, paper_rows, reproduce
-from awnet.reproduce.analyses import compare_filters
+from awnet.reproduce.analyses import alike, compare_filters, effective_filters
 from awnet.reproduce.stand_in import stand_in
 from awnet.training import list_recipes, train
 
@@ -86,7 +88,7 @@ def test_a_figure_from_the_command_line_goes_on_where_it_was(
     assert (folder / "filter_means.png").stat().st_size > 10_000
     rows = rows_of(folder / "filter_means.csv")
     assert {row["model"] for row in rows} == {"standard", "mtard"}
-    assert {row["layer"] for row in rows} == {"weights/stem", "weights/stages.0.0.conv1"}
+    assert {row["layer"] for row in rows} == {"stem", "stages.0.0.conv1"}
     before = (folder / "filter_means.csv").read_bytes()
     assert main(arguments) == 0
     assert "nothing to train" in capsys.readouterr().out
@@ -150,18 +152,16 @@ def test_unknown_names_and_overwriting_a_table_are_refused(
 
 
 def test_filters_of_networks_of_two_kinds_are_not_compared(tmp_path: Path) -> None:
-    x = torch.rand(1, 1, 8, 8)
     networks = {
         "network": {name: create_model(name, in_channels=1) for name in ("resnet_tiny", "resnet_tiny_wide")}
     }
     with pytest.raises(ValueError, match="networks of one kind"):
-        compare_filters(networks, x, tmp_path)
+        compare_filters(networks, tmp_path)
 
 
 def test_checkpoints_are_analysed_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from awnet.data import load_dataset
     from awnet.training import recipe_for
 
     splits = load_dataset("digits")
@@ -195,8 +195,10 @@ def test_checkpoints_are_analysed_from_the_command_line(
         == 0
     )
     rows = rows_of(tmp_path / "filters" / "filter_means.csv")
-    assert {row["model"] for row in rows} == set(runs)
+    assert {row["model"] for row in rows} == {"0", "1"}
+    assert {row["network"] for row in rows} == {"resnet_tiny"}
     assert len({row["layer"] for row in rows}) == 3
+    assert not (tmp_path / "filters" / "effective_filters.csv").exists()  # no router
     assert (
         main(
             [
@@ -217,6 +219,36 @@ def test_checkpoints_are_analysed_from_the_command_line(
     assert len(gaps) == 12
     assert {row["measured"] for row in gaps if row["adv_weight"] == "0"} == {"0"}
     assert "one_step.png" in capsys.readouterr().out
+
+
+def test_effective_filters_are_weights_times_scales(tmp_path: Path) -> None:
+    data = load_dataset("digits").test.subset(12)
+    models = {name: create_model(name, in_channels=1) for name in ("awnet_tiny", "resnet_tiny")}
+    wide = create_model("resnet_tiny_wide", in_channels=1)
+    model = models["awnet_tiny"]
+    with torch.no_grad():
+        model.router.signal_heads.weight.normal_(std=0.5)
+    groups = alike({**models, "wide": wide})
+    assert {name: list(group) for name, group in groups.items()} == {
+        "awnet_tiny and resnet_tiny": ["awnet_tiny", "resnet_tiny"],
+        "resnet_tiny_wide": ["wide"],
+    }
+    assert len(compare_filters(groups, tmp_path)) == 2
+    found = effective_filters({name: (one, data) for name, one in models.items()}, tmp_path, attack="fgsm")
+    assert [path.name for path in found] == ["effective_filters.png", "effective_filters.csv"]
+    rows = rows_of(tmp_path / "effective_filters.csv")
+    assert {row["model"] for row in rows} == {"awnet_tiny"}
+    assert len({row["layer"] for row in rows}) == len(model.dynamic.signal_widths)
+    x, y, index = next(data.batches(12))
+    x_adv = named_attack("fgsm", model, data.threat_model)(x, y, index=index)
+    weights = model.dynamic.get_submodule("stages.0.0.conv1").weight.mean((1, 2, 3))
+    for kind, images in (("clean", x), ("adversarial", x_adv)):
+        own = [row for row in rows if row["layer"] == "stages.0.0.conv1" and row["images"] == kind]
+        expected = weights * model.eval().route(images).filter_scales[0].mean(0)
+        got = torch.tensor([float(row["mean"]) for row in own])
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-6)  # float32
+    assert effective_filters({"plain": (models["resnet_tiny"], data)}, tmp_path / "none") == []
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

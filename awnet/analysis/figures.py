@@ -235,7 +235,7 @@ def filter_means(
     }
     columns = min(len(layers), 2)
     rows = -(-len(layers) // columns)
-    with _figure(path, 4.4 * columns + 0.4, 2.5 * rows + 0.8) as figure:
+    with _figure(path, 4.4 * columns + 0.4, 2.5 * rows + 0.8 + 0.1 * len(names)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (layer, series) in zip(panels, layers.items(), strict=False):
             arrays = {name: np.asarray(values, dtype=np.float64) for name, values in series.items()}
@@ -268,8 +268,13 @@ def filter_means(
             axes.set_axis_off()
         figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         if len(names) > 1:
-            handles, labels = panels[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=len(names))
+            lines = {
+                line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]
+            }
+            labels, handles = list(lines), list(lines.values())
+            across = int(15 * columns * 4.4 / (max(len(name) for name in names) + 8))  # 15 letters to an inch
+            ncols = min(max(across, 1), len(names))
+            figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
 
 
 def waterfall(
@@ -439,9 +444,12 @@ def weight_gap_curves(gaps: Sequence[Any], path: str | Path, *, title: str) -> N
             left.plot(eps, [gap.predicted for gap in own], color=colour, lw=1.2)
             left.plot(eps, [gap.measured for gap in own], "o", color=colour, label=f"α = {alpha:g}")
         right.plot(eps[1:] or eps, [gap.cosine for gap in own][1:] or [own[0].cosine], "o-", color="#333333")
+        lowest = min(gap.cosine for gap in own)
         left.set(title=title, xlabel="ε", ylabel="norm of the gap", ylim=(0, None))
         left.legend(title="points: measured, lines: Eq. 8")
-        right.set(title="Cosine of measured and predicted", xlabel="ε", ylim=(-0.05, 1.05))
+        right.set(
+            title="Cosine of measured and predicted", xlabel="ε", ylim=(-1.05 if lowest < 0 else -0.05, 1.05)
+        )
 
 
 def _density(values: NDArray[Any], grid: NDArray[Any]) -> NDArray[Any]:

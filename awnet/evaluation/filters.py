@@ -16,7 +16,9 @@ from awnet.nn import FilterScaledConv2d
 Array = NDArray[Any]
 
 
-def filter_means(model: nn.Module, x: Tensor, scales: Mapping[str, Sequence[Tensor]]) -> dict[str, Array]:
+def filter_means(
+    model: nn.Module, x: Tensor | None = None, scales: Mapping[str, Sequence[Tensor]] | None = None
+) -> dict[str, Array]:
     """Means over (C_in, k, k) of the filters of every convolution larger than 1×1, float64 ``[C_out]`` each.
 
     Keys are ``weights/<layer>`` and, for each kind of image in ``scales`` (``clean``, an attack's name),
@@ -24,7 +26,8 @@ def filter_means(model: nn.Module, x: Tensor, scales: Mapping[str, Sequence[Tens
     own convolutions are left out.
 
     Args:
-        x: an image ``[1, C, H, W]``, run once to see which layer takes which of the router's signals.
+        x: an image ``[1, C, H, W]``, run once to see which layer takes which of the router's signals; needed
+            with ``scales`` alone.
         scales: that average, ``[C_out]`` for each signal in the order of ``Routing.filter_scales``.
     """
     body = getattr(model, "dynamic", model)
@@ -34,7 +37,11 @@ def filter_means(model: nn.Module, x: Tensor, scales: Mapping[str, Sequence[Tens
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
     }
     found = {f"weights/{name}": mean for name, mean in means.items()}
-    takers = _takers(model, body, x) if scales else {}
+    if not scales:
+        return found
+    if x is None:
+        raise ValueError("x is missing: scales need an image that shows which layer each of them is for")
+    takers = _takers(model, body, x)
     for kind, values in scales.items():
         for name, signal in takers.items():
             if name in means:

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from awnet.models.common import config, scaled
+from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
 from awnet.nn import AWConv2d, Backbone, FilterScaledConv2d, MixBatchNorm2d
@@ -60,7 +60,7 @@ class ExpertBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(hidden, gate)) + residual)
 
 
-class ADVMOE(nn.Module, OnHub):
+class ADVMOE(Freezable, OnHub):
     """ResNet-18 whose block convolutions hold ``experts`` sets of filters, and a small ResNet that picks one.
 
     The router scores the experts once for an image, and the best one serves in every layer. Its choice is

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from awnet.models import mobilenet, wide_resnet
-from awnet.models.common import config, scaled
+from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
 from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter
 from awnet.nn.backbone import BlockNetwork
-from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenCopy
+from awnet.nn.frozen import Frozen, FrozenAWNet
 from awnet.nn.layers import Branches
 from awnet.nn.router import TestBN
 
@@ -42,7 +42,7 @@ _BASES = {
 NAMES = tuple(_BASES)
 
 
-class AWResNet(AWNet, OnHub):
+class AWResNet(AWNet, Freezable, OnHub):
     """An AW-Net whose dynamic sub-network is the residual network of the same name, for small images.
 
     ``awnet_resnet18`` is the paper's AW-Net (26.3 M parameters), ``awnet_resnet34`` its AW-Net-L. Beside the
@@ -137,6 +137,4 @@ class AWResNet(AWNet, OnHub):
         stay float32 or wider. ``refresh()`` brings the copy up to date with this network, which it leaves as
         it is. On a :class:`Backbone` all layers' coefficients are made at once.
         """
-        if isinstance(self.dynamic, Backbone):
-            return FrozenAWNet(self, dtype)
-        return FrozenCopy(self, next(self.parameters()).dtype if dtype is None else dtype)
+        return FrozenAWNet(self, dtype) if isinstance(self.dynamic, Backbone) else super().frozen(dtype)

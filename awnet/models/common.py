@@ -6,7 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from awnet.nn.frozen import Frozen, FrozenCopy
 
 
 def scaled(channels: int, width: float) -> int:
@@ -46,3 +49,15 @@ def flops(network: nn.Module, run: Callable[[], object]) -> int:
         for hook in hooks:
             hook.remove()
     return total
+
+
+class Freezable(nn.Module):
+    """Offers ``frozen`` for attacks, by a copy; a network with a faster way overrides it."""
+
+    def frozen(self, dtype: torch.dtype | None = None) -> Frozen:
+        """A copy of this network in test mode, differentiable in the images alone, for attacks.
+
+        ``dtype`` is that of weights and images, the model's own if None. ``refresh()`` brings the copy up to
+        date with this network, which it leaves as it is.
+        """
+        return FrozenCopy(self, next(self.parameters()).dtype if dtype is None else dtype)

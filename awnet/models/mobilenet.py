@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from awnet.models.common import config, scaled
+from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import MobileBackbone
 
@@ -36,7 +36,7 @@ def backbone(width: float, *, dynamic_shortcut: bool = False, **options: Any) ->
     return MobileBackbone(*_architecture(width), **options)
 
 
-class MobileNetV2(MobileBackbone, OnHub):
+class MobileNetV2(MobileBackbone, Freezable, OnHub):
     """The static MobileNet-v2, without dropout. ``width`` multiplies the channels of every layer."""
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from awnet.models.common import config, scaled
+from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.layers import AWConv2d, MixBatchNorm2d, check_image, check_sizes
 
@@ -76,7 +76,7 @@ class FusedBlock(nn.Module):
         return F.relu(self.conv(input))
 
 
-class RepVGG(nn.Module, OnHub):
+class RepVGG(Freezable, OnHub):
     """RepVGG-A2, with stem and first stage of stride 1.
 
     ``width`` multiplies the channels of every layer. ``fused=True`` is the re-parameterised form, one 3×3

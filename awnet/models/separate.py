@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from awnet.models.common import config, scaled
+from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.mobilenet import MobileNetV2
 from awnet.models.resnet import ResNet
@@ -23,7 +23,7 @@ _ROUTER_WIDTHS = (64, 128, 256, 512)
 Gate = Literal["hard", "soft", "standard", "robust"]
 
 
-class SeparateNet(nn.Module, OnHub):
+class SeparateNet(Freezable, OnHub):
     """What AW-Net does filter by filter, done network by network, with AW-Net's router as the detector.
 
     In test mode an image whose ``p_clean`` is above ``threshold`` gets the logits of the standard member, a

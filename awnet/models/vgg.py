@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from awnet.models.common import config, scaled
+from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.layers import check_image, check_sizes
 
@@ -18,7 +18,7 @@ _HIDDEN = 4096  # width of the two hidden linear layers
 _DROPOUT = 0.5
 
 
-class VGG(nn.Module, OnHub):
+class VGG(Freezable, OnHub):
     """Thirteen 3×3 convolutions with bias, batch norm and ReLU, a global average pool, three linear layers.
 
     The linear layers are 512-4096-4096-K with dropout ½ between them, as in the ImageNet network but for the

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from awnet.models.common import config, scaled
+from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import WideBackbone
 
@@ -26,7 +26,7 @@ def backbone(name: str, width: float, **options: Any) -> WideBackbone:
     return WideBackbone(*_architecture(name, width), **options)
 
 
-class WideResNet(WideBackbone, OnHub):
+class WideResNet(WideBackbone, Freezable, OnHub):
     """A static WideResNet of pre-activation blocks, without dropout, as in adversarial training.
 
     ``wrn34_10`` has depth 34 and widening factor 10. ``width`` multiplies the channels of every layer.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from awnet.analysis import WeightGap, weight_gap_curves, weight_gaps
 from awnet.analysis import filter_means as draw_filter_means
+from awnet.attacks import named_attack
+from awnet.data import Dataset
 from awnet.evaluation.filters import filter_means
 from awnet.files import write_text
 from awnet.ops import use_backend
@@ -22,7 +25,6 @@ _ADV_WEIGHTS = (0.0, 0.5, 1.0)
 
 def compare_filters(
     networks: Mapping[str, Mapping[str, nn.Module]],
-    x: Tensor,
     out: Path,
     *,
     layers: int = 2,
@@ -33,7 +35,6 @@ def compare_filters(
     Args:
         networks: network → (how it was trained → model): a panel for each network and layer, a curve for each
             model in it.
-        x: an image [1, C, H, W] that the models take.
         layers: how many convolutions of each network, from the first.
 
     Raises ValueError where the models of a network differ in their convolutions.
@@ -43,18 +44,102 @@ def compare_filters(
     for network, models in networks.items():
         shapes: dict[str, int] = {}
         for label, model in models.items():
-            means = filter_means(model, x, {})
-            for number, (layer, values) in enumerate(list(means.items())[:layers], start=1):
+            for layer, values in _weight_means(model, layers).items():
                 if shapes.setdefault(layer, len(values)) != len(values):
                     raise ValueError(
                         f"the models of {network} differ in {layer}: compare networks of one kind"
                     )
-                panels.setdefault(f"{network}, convolution {number}", {})[label] = values
+                panels.setdefault(f"{network}: {layer}", {})[label] = values
                 rows += [f"{network},{layer},{label},{i},{value:.8g}" for i, value in enumerate(values)]
+    return _write(panels, rows, out, "filter_means", title)
+
+
+def alike(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+    """The models in groups that :func:`compare_filters` takes: those whose convolutions have the same names
+    and widths, under the architectures' names."""
+    groups: dict[tuple[tuple[str, int], ...], dict[str, nn.Module]] = {}
+    for label, model in models.items():
+        key = tuple((layer, len(values)) for layer, values in filter_means(model).items())
+        groups.setdefault(key, {})[label] = model
+    found: dict[str, dict[str, nn.Module]] = {}
+    for group in groups.values():
+        name = " and ".join(dict.fromkeys(_name(model) for model in group.values()))
+        number = sum(known.split(", kind")[0] == name for known in found)  # other widths, say
+        found[f"{name}, kind {number + 1}" if number else name] = group
+    return found
+
+
+def effective_filters(
+    models: Mapping[str, tuple[nn.Module, Dataset]],
+    out: Path,
+    *,
+    attack: str = "pgd_sat",
+    layers: int = 2,
+    title: str = "Means of the filters as the router scales them",
+) -> list[Path]:
+    """Fig. 3's counterpart for AW-Nets: means of the effective filters ω·𝒦 beside those of the weights.
+
+    ω is averaged over clean images, and over their adversarial ones; ``effective_filters.{png,csv}`` in
+    ``out``.
+
+    Args:
+        models: label → model and the images for it, one batch. Those without filter scales are left out.
+        attack: makes the adversarial images, by name and with its threat model from the images' data set.
+        layers: how many dynamic convolutions of each are drawn, from the first; the table holds all.
+
+    Returns the files, none where no model has filter scales.
+    """
+    panels: dict[str, dict[str, NDArray[np.float64]]] = {}
+    rows = ["model,layer,images,filter,mean"]
+    for label, (model, dataset) in models.items():
+        model.eval()
+        x, y, index = next(dataset.batches(len(dataset)))
+        if not hasattr(model, "route") or not model.route(x[:1]).filter_scales:  # type: ignore[operator]
+            continue
+        x_adv = named_attack(attack, model, dataset.threat_model)(x, y, index=index)
+        with torch.no_grad():
+            scales = {
+                kind: [scale.mean(0) for scale in model.route(images).filter_scales]  # type: ignore[operator]
+                for kind, images in (("clean", x), ("adversarial", x_adv))
+            }
+        series: dict[str, dict[str, NDArray[np.float64]]] = {}
+        for key, values in filter_means(model, x[:1], scales).items():
+            kind, layer = key.split("/", 1)
+            series.setdefault(layer, {})[kind] = values
+        dynamic = {layer: found for layer, found in series.items() if len(found) == 3}
+        for number, (layer, found) in enumerate(dynamic.items()):
+            for kind, values in found.items():
+                rows += [f"{label},{layer},{kind},{i},{value:.8g}" for i, value in enumerate(values)]
+            if number < layers:
+                panels[f"{label}: {layer}"] = {
+                    "weights": found["weights"],
+                    "clean images, ω·weights": found["clean"],
+                    f"adversarial images ({attack}), ω·weights": found["adversarial"],
+                }
+    return _write(panels, rows, out, "effective_filters", title) if panels else []
+
+
+def _weight_means(model: nn.Module, layers: int) -> dict[str, NDArray[np.float64]]:
+    means = list(filter_means(model).items())[:layers]
+    return {key.removeprefix("weights/"): values for key, values in means}
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    return str(config["name"]) if isinstance(config, dict) else type(model).__name__
+
+
+def _write(
+    panels: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    rows: Sequence[str],
+    out: Path,
+    name: str,
+    title: str,
+) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "filter_means.csv", "\n".join(rows) + "\n")
-    draw_filter_means(panels, out / "filter_means.png", title=title)
-    return [out / "filter_means.png", out / "filter_means.csv"]
+    write_text(out / f"{name}.csv", "\n".join(rows) + "\n")
+    draw_filter_means(panels, out / f"{name}.png", title=title)
+    return [out / f"{name}.png", out / f"{name}.csv"]
 
 
 def measure_weight_gap(model: nn.Module, x: Tensor, y: Tensor, eps: float, out: Path) -> list[Path]:

@@ -121,8 +121,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "accuracy",
         ("cifar10",),
         (
-            System("Swin-Tiny", "swin_t", "pgd_at"),
-            System("Swin-Small", "swin_s", "pgd_at"),
+            System("Swin-Tiny", "swin_t", "pgd_at", settings={"clip_norm": 1.0}),
+            System("Swin-Small", "swin_s", "pgd_at", settings={"clip_norm": 1.0}),
             System("RDI-ResNet-38", "rdi_resnet38", "rdi"),
             System("ADVMOE", "advmoe_resnet18", "advmoe"),
             AWNET,

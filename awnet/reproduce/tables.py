@@ -172,12 +172,11 @@ def _detection(name: str, experiment: Experiment, shop: Workshop, folder: Path) 
 def _filters(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
     """Fig. 1 and 3: the first two convolutions of each network, plainly and robustly trained."""
     (dataset,) = experiment.datasets
-    image = next(shop.splits(dataset).test.batches(1)).x
     networks: dict[str, dict[str, nn.Module]] = {}
     for system in experiment.systems:
         network, _, recipe = system.label.partition(" by ")
         networks.setdefault(network, {})[recipe] = shop.trained(system, dataset)
-    compare_filters(networks, image, folder, title=experiment.title)
+    compare_filters(networks, folder, title=experiment.title)
     return []
 
 
@@ -192,11 +191,10 @@ def _weight_gap(name: str, experiment: Experiment, shop: Workshop, folder: Path)
     plain = shop.trained(_varied(system, 1.0, 0.0), dataset)
     measure_weight_gap(plain, batch.x, batch.y, eps, folder)
 
-    image = batch.x[:1]
-    base = filter_means(plain, image, {})
+    base = filter_means(plain)
     rows = ["eps,adv_weight,layer,wasserstein,mean_difference,std_ratio"]
     for scale, alpha in ((1.0, 0.25), (1.0, 0.5), (1.0, 1.0), (0.25, 0.5), (0.5, 0.5)):
-        means = filter_means(shop.trained(_varied(system, scale, alpha), dataset), image, {})
+        means = filter_means(shop.trained(_varied(system, scale, alpha), dataset))
         for layer, values in means.items():
             distance = wasserstein_distance(values, base[layer])
             shift, ratio = values.mean() - base[layer].mean(), values.std() / base[layer].std()
