@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from awnet.models.common import Freezable, config, flops, scaled
+from awnet.models.common import config, flops, scaled
 from awnet.models.hub import OnHub
 from awnet.nn import AWBasicBlock, AWConv2d
 from awnet.nn.layers import check_image, check_sizes
@@ -22,7 +22,7 @@ _WIDTHS, _BLOCKS = (16, 32, 64), 6
 _EXITS_AFTER = (1, 4)  # blocks of each group, counted from 0
 
 
-class RDIResNet(Freezable, OnHub):
+class RDIResNet(nn.Module, OnHub):
     """Three groups of six basic blocks, two side exits in each group, and the final exit: seven in all.
 
     In test mode a sample's logits are those of the first exit whose entropy, as a share of its largest value

@@ -362,8 +362,12 @@ class FrozenCopy(Frozen):
         """The copy's, where it has one."""
         return self.model.router  # type: ignore[return-value]
 
-    def route(self, x: Tensor) -> Routing:
-        """The copy's ``route``, where it has one."""
+    def __getattr__(self, name: str) -> Any:
+        if name == "route" and hasattr(super().__getattr__("model"), "route"):
+            return self._route  # absent where the network has none
+        return super().__getattr__(name)
+
+    def _route(self, x: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
             return self.model.route(x.to(self.image_dtype))  # type: ignore[operator]
 
