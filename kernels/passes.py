@@ -66,12 +66,12 @@ def _tile(total, channels, pixels, splits, LAST: tl.constexpr, MAPS: tl.constexp
 
 
 @triton.jit
-def _run_of_tiles(total, channels, pixels, splits, span, LAST: tl.constexpr, MAPS: tl.constexpr):
-    """A program of several tiles: its maps, which exist, their starts, its first pixel, its part's place."""
+def _run_of_tiles(total, channels, pixels, splits, LAST: tl.constexpr, MAPS: tl.constexpr):
+    """A program of several tiles: its maps, which exist, their starts, and which of the splits it is."""
     program = tl.program_id(0)
     split = (program % splits).to(tl.int64)
     maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
-    return maps, exists, start, split * span, split * total
+    return maps, exists, start, split
 
 
 @triton.jit
@@ -154,9 +154,8 @@ def statistics_kernel(
     PIXELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    maps, exists, start, first, part = _run_of_tiles(
-        total, channels, pixels, splits, PIXELS * STEPS, LAST, MAPS
-    )
+    maps, exists, start, split = _run_of_tiles(total, channels, pixels, splits, LAST, MAPS)
+    first = split * (PIXELS * STEPS)
     mean = tl.zeros([MAPS], tl.float32)
     m2 = tl.zeros([MAPS], tl.float32)
     for step in range(STEPS):
@@ -172,8 +171,8 @@ def statistics_kernel(
         apart = own_mean - mean
         mean += apart * share
         m2 += tl.sum(d * d, 1) + apart * apart * (before * share)
-    tl.store(mean_out + part + maps, mean, mask=exists)
-    tl.store(m2_out + part + maps, m2, mask=exists)
+    tl.store(mean_out + split * total + maps, mean, mask=exists)
+    tl.store(m2_out + split * total + maps, m2, mask=exists)
 
 
 @triton.jit
@@ -216,9 +215,8 @@ def reduce_kernel(
     PIXELS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    maps, exists, start, first, part = _run_of_tiles(
-        total, channels, pixels, splits, PIXELS * STEPS, LAST, MAPS
-    )
+    maps, exists, start, split = _run_of_tiles(total, channels, pixels, splits, LAST, MAPS)
+    first = split * (PIXELS * STEPS)
     middle = _read(centre, maps, exists)[:, None]
     g1 = tl.zeros([MAPS, PIXELS], tl.float32)
     gc = tl.zeros([MAPS, PIXELS], tl.float32)
@@ -227,8 +225,8 @@ def reduce_kernel(
         g = _read_gated_grad(grad, gate, places, mask)
         g1 += g
         gc += tl.where(mask, g * (_read(u, places, mask) - middle), 0.0)
-    tl.store(g1_out + part + maps, tl.sum(g1, 1), mask=exists)
-    tl.store(gc_out + part + maps, tl.sum(gc, 1), mask=exists)
+    tl.store(g1_out + split * total + maps, tl.sum(g1, 1), mask=exists)
+    tl.store(gc_out + split * total + maps, tl.sum(gc, 1), mask=exists)
 
 
 @triton.jit
