@@ -1,0 +1,118 @@
+"""An evaluation that is killed by the system, at any moment, and started again gives the same report."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from broken_defences import Gated, images
+
+from awnet.data import load_dataset
+from awnet.evaluation import Report, evaluate
+from awnet.models import create_model, save_model
+
+OPTIONS = {
+    "attacks": ["fgsm", "square", "union"],
+    "budget": "smoke",
+    "queries": 50,
+    "batch_size": 4,
+    "sanity": False,
+    "seed": 3,
+}
+EVALUATE = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[2]))
+from test_killed import judge
+judge(sys.argv[1])
+"""
+
+
+def judge(out: str | Path) -> None:
+    evaluate(Gated(), images(8), out=out, **OPTIONS)  # type: ignore[arg-type]
+
+
+def start(words: list[str]) -> subprocess.Popen[bytes]:
+    """This Python with ``words``, which finds the tests' own modules."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, *words], env=os.environ | {"PYTHONPATH": path}, stdout=quiet)
+
+
+def check_same(first: Path, second: Path) -> None:
+    """Reports and arrays of two run folders; there is nothing in a report that tells the time."""
+    folders = [place / "evaluations" / "default" for place in (first, second)]
+    found = [json.loads((folder / "report.json").read_text()) for folder in folders]
+    assert found[0] == found[1]
+    arrays = [Report.load(folder).per_sample for folder in folders]
+    assert arrays[0].keys() == arrays[1].keys()
+    for name, values in arrays[0].items():
+        assert np.array_equal(values, arrays[1][name]), name
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+
+
+def test_killed_once(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    judge(whole)
+    state = killed / "evaluations" / "default" / "state"
+    process = start(["-c", EVALUATE, str(killed), str(torch.get_num_threads())])
+    try:
+        while not list(state.glob("*/*.safetensors")):  # the kill falls between two writes, or within one
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert state.is_dir()
+    assert not (killed / "report.json").exists()
+    judge(killed)
+    check_same(whole, killed)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_from_the_command_line(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("awnet_tiny", in_channels=1)
+    x = load_dataset("digits").train.images[:64].float() / 16
+    with torch.no_grad():
+        model(x, is_clean=torch.arange(64) % 2 == 0)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        save_model(model, tmp_path / name / "model.safetensors")
+
+    def command(name: str) -> list[str]:
+        words = ["--data", "digits", "--limit", "8", "--batch-size", "4", "--budget", "smoke"]
+        words += ["--queries", "20", "--attacks", "pgd_sat", "aa", "union"]
+        return ["-m", "awnet.cli", "evaluate", str(tmp_path / name / "model.safetensors"), *words]
+
+    began = time.monotonic()
+    assert start(command("whole")).wait() == 0
+    took = time.monotonic() - began
+    kills, resumed = 0, 0
+    state = tmp_path / "killed" / "evaluations" / "default" / "state"
+    for attempt in range(9):
+        resumed += attempt > 0 and bool(list(state.glob("*/*.safetensors")))
+        process = start(command("killed"))
+        try:
+            process.wait(None if attempt == 8 else random.uniform(0.2, 0.6) * took)
+        except subprocess.TimeoutExpired:
+            kills += 1
+            process.kill()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills >= 1
+    assert resumed >= 1
+    check_same(tmp_path / "whole", tmp_path / "killed")
