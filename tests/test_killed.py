@@ -93,7 +93,7 @@ def test_killed_again_and_again_from_the_command_line(tmp_path: Path) -> None:
         save_model(model, tmp_path / name / "model.safetensors")
 
     def command(name: str) -> list[str]:
-        words = ["--data", "digits", "--limit", "8", "--batch-size", "4", "--budget", "smoke"]
+        words = ["--data", "digits", "--limit", "4", "--batch-size", "2", "--budget", "smoke"]
         words += ["--queries", "20", "--attacks", "pgd_sat", "aa", "union"]
         return ["-m", "awnet.cli", "evaluate", str(tmp_path / name / "model.safetensors"), *words]
 
@@ -102,11 +102,11 @@ def test_killed_again_and_again_from_the_command_line(tmp_path: Path) -> None:
     took = time.monotonic() - began
     kills, resumed = 0, 0
     state = tmp_path / "killed" / "evaluations" / "default" / "state"
-    for attempt in range(9):
+    for attempt in range(5):
         resumed += attempt > 0 and bool(list(state.glob("*/*.safetensors")))
         process = start(command("killed"))
         try:
-            process.wait(None if attempt == 8 else random.uniform(0.2, 0.6) * took)
+            process.wait(None if attempt == 4 else random.uniform(0.4, 0.8) * took)
         except subprocess.TimeoutExpired:
             kills += 1
             process.kill()
