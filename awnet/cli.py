@@ -247,8 +247,9 @@ class Evaluate(_OnRun):
 
     attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
     """Attacks by name, see `awnet info`. aa is AutoAttack, union the worst case over all of them and more."""
-    budget: Literal["smoke", "standard"] = "standard"
-    """What attacks beyond the first four may spend; smoke shows that they run, in seconds, and no more."""
+    budget: Literal["smoke", "short", "standard"] = "standard"
+    """What attacks beyond the first four may spend; smoke shows that they run, in seconds, and no more; short is
+    for small networks on a CPU, and what it leaves robust the standard budget may break."""
     queries: Maybe[int] = None
     """Of Square, within aa and union; by default the budget's, 5000 at the standard one."""
     precision: Literal["float32", "bfloat16"] = "float32"

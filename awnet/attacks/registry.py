@@ -25,7 +25,7 @@ from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.transfer import TransferAttack
 from awnet.data.dataset import ThreatModel
 
-BudgetName = Literal["smoke", "standard"]
+BudgetName = Literal["smoke", "short", "standard"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Budget:
 
 BUDGETS: dict[str, Budget] = {
     "smoke": Budget(steps=20, restarts=2, targets=3, queries=200, lambdas=(0.0, 1.0, -1.0)),
+    "short": Budget(steps=30, restarts=1, targets=3, queries=300, lambdas=(0.0, 1.0, -1.0)),
     "standard": Budget(),
 }
 
@@ -56,7 +57,8 @@ class Suite:
     classes: int = 10
     """K: the targeted DLR loss needs 4, and there are at most K - 1 targets."""
     budget: BudgetName = "standard"
-    """``"smoke"`` is for trying things out: its numbers are not to be quoted."""
+    """``"smoke"`` is for trying things out: its numbers are not to be quoted. ``"short"`` is for small networks
+    on a CPU: what it leaves robust, the standard budget may break."""
     queries: int | None = None
     """Of Square; None takes the budget's."""
     teacher: nn.Module | None = None

@@ -30,6 +30,7 @@ class Effort:
 
 EFFORTS = {
     "smoke": Effort(images=64, steps=(5, 20, 100), eps_steps=20),
+    "short": Effort(images=128, steps=(10, 50, 200), eps_steps=40),
     "standard": Effort(images=256, steps=(10, 20, 50, 100, 200, 500, 1000), eps_steps=100),
 }
 EPS_FACTORS = (1, 2, 4, 8, 16)

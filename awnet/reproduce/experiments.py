@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from awnet.attacks.registry import BudgetName
 
 WHITE_BOX = ("fgsm", "pgd_sat", "pgd_trades", "cw", "aa")
 
@@ -39,6 +42,11 @@ class Experiment:
     attacks: tuple[str, ...] = ()
     table: str | None = None
     notes: tuple[str, ...] = ()
+    equal_cost: bool = False
+    """The budget's epochs are the first system's; each other one trains for as many as come nearest to its
+    multiply-adds."""
+    changes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Fields of a budget, by its name, that are others here."""
 
 
 AWNET = System("AW-Net", "awnet_resnet18")
@@ -201,6 +209,43 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("aa",),
         notes=("The text says that MTARD's A_w under AutoAttack is 2.29 points above the others.",),
     ),
+    "systems": Experiment(
+        "Small dynamic networks at equal training cost",
+        "accuracy",
+        ("cifar10",),
+        (
+            System("AW-Net", "awnet_tiny", "pgd_at"),
+            System("Static twin", "resnet_tiny", "pgd_at"),
+            System("RDI-ResNet-38", "rdi_resnet38", "rdi", {"width": 0.5}),
+            System("ADVMOE", "advmoe_resnet18", "advmoe", {"width": 0.125}),
+            System("Separate-Net", "separate_net", "separate", {"width": 0.1875}),
+        ),
+        ("pgd_sat", "union"),
+        notes=(
+            "AW-Net and its static twin (the same layers without a router) train by PGD-AT, not by MTARD, whose "
+            "teachers would have to be paid too; the others by their own recipes.",
+            "The union is the worst case, image by image, over AutoAttack, CW and the adaptive attacks that "
+            "apply to the network; for Separate-Net also images made on its soft gate and on each member alone.",
+        ),
+        equal_cost=True,
+        changes={
+            "cpu": {
+                "about": "an hour on one CPU core",
+                "width": 1.0,
+                "epochs": 3,
+                "settings": {
+                    "batch_size": 64,
+                    "attack_steps": 2,
+                    "attack_step_size": 5 / 255,
+                    "schedule": "onecycle",
+                    "layout": "channels_last",
+                    "validate_every": 100,
+                },
+                "test_limit": 300,
+                "attack_budget": "short",
+            }
+        },
+    ),
     "weight_gap": Experiment(
         "Section 3.2: the weight gap of Eq. 8 against ε and α_adv",
         "weight_gap",
@@ -225,7 +270,7 @@ class Budget:
     train_limit: int | None = None
     validation_limit: int | None = None
     test_limit: int | None = None
-    attack_budget: Literal["smoke", "standard"] = "standard"
+    attack_budget: BudgetName = "standard"
     stand_in: bool = False
     """Generated images where a data set's folder is not there."""
 

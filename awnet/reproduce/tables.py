@@ -20,7 +20,7 @@ from awnet.detectors import LNG, NNIF, Detector, RouterDetector
 from awnet.evaluation import Report, auc
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.paper import PaperRow, paper_rows
-from awnet.evaluation.report import environment
+from awnet.evaluation.report import AttackResult, environment
 from awnet.evaluation.table import LABELS
 from awnet.files import write_json, write_text
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
@@ -82,10 +82,11 @@ def reproduce(
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     experiment = EXPERIMENTS[name]
     console = Console(quiet=quiet, highlight=False)
+    allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
     shop = Workshop(
         Path(out),
         budget,
-        BUDGETS[budget],
+        allowed,
         data_dir=None if data_dir is None else Path(data_dir),
         seed=seed,
         device=device,
@@ -93,7 +94,10 @@ def reproduce(
     )
     folder = Path(out) / f"{name}-{budget}"
     folder.mkdir(parents=True, exist_ok=True)
-    shop.say(f"{name}: {experiment.title}; budget {budget}: {BUDGETS[budget].about}")
+    shop.say(f"{name}: {experiment.title}; budget {budget}: {allowed.about}")
+    if experiment.equal_cost:
+        (dataset,) = experiment.datasets
+        experiment = replace(experiment, systems=shop.at_equal_cost(experiment.systems, dataset))
     lines = _KINDS[experiment.kind](name, experiment, shop, folder)
     if lines:
         _write(name, experiment, lines, shop, folder)
@@ -254,7 +258,7 @@ def _lines_of(
             )
         )
         for attack, row in rows.items():
-            result = None if report is None else report.attacks[attack]
+            result = None if report is None else _result(report, attack)
             printed = (None, None) if row is None else (_fraction(row.adversarial), _fraction(row.w_robust))
             adversarial, w_robust = NOTHING, NOTHING
             if result is not None:
@@ -265,6 +269,13 @@ def _lines_of(
                 Line(dataset, system, attack, "w_robust", printed[1], *w_robust),
             ]
     return lines
+
+
+def _result(report: Report, attack: str) -> AttackResult:
+    if attack != "union":
+        return report.attacks[attack]
+    assert report.union is not None
+    return report.union
 
 
 def _fraction(per_cent: float | None) -> float | None:
@@ -384,7 +395,10 @@ def _draw_bars(experiment: Experiment, reports: dict[str, Report], path: Path) -
         {
             system: {
                 LABELS.get(attack, attack.replace("_", " ")): (result.w_robust_accuracy, result.w_interval_95)
-                for attack, result in report.attacks.items()
+                for attack, result in [
+                    *report.attacks.items(),
+                    *([("union", report.union)] if report.union is not None else []),
+                ]
             }
             for system, report in reports.items()
         },

@@ -16,9 +16,11 @@ from awnet.attacks import Attack
 from awnet.data import Dataset, Splits, ThreatModel, load_dataset
 from awnet.evaluation import Report, evaluate
 from awnet.models import create_model
+from awnet.models.separate import SeparateNet
 from awnet.reproduce.experiments import Budget, System
 from awnet.reproduce.stand_in import stand_in
-from awnet.training import list_recipes, recipe_for, train
+from awnet.training import Recipe, list_recipes, recipe_for, train
+from awnet.training.cost import multiply_adds
 
 _TEACHERS = {
     "clean": System("clean teacher", "resnet18", "standard"),
@@ -49,6 +51,8 @@ class Workshop:
         self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
         self.left_out: dict[str, str] = {}
         """Systems that cannot be made here, and why."""
+        self.costs: dict[str, int] = {}
+        """Multiply-adds of training, of the systems for which they were counted."""
         self._splits: dict[str, Splits] = {}
 
     def splits(self, name: str) -> Splits:
@@ -80,22 +84,43 @@ class Workshop:
         name = "-".join([dataset, system.model, recipe, *words, f"seed{self.seed}"])
         return self.out / "runs" / self.budget_name / name
 
+    def recipe(self, system: System, dataset: str) -> Recipe:
+        """How the system is trained under this budget."""
+        settings: dict[str, Any] = {**self.budget.settings, **system.settings}
+        if self.budget.epochs is not None:
+            settings.setdefault("epochs", self.budget.epochs)
+        return recipe_for(self._recipe_name(system.recipe), dataset, **settings)
+
+    def at_equal_cost(self, systems: Sequence[System], dataset: str) -> tuple[System, ...]:
+        """The systems with epochs of their own, so that training each costs about what the first one does."""
+        train = self.splits(dataset).train
+        found: list[System] = []
+        total = 0
+        for system in systems:
+            recipe = self.recipe(system, dataset)
+            cost = multiply_adds(recipe, self._model(system, train), train)
+            total = total or cost * recipe.epochs
+            epochs = max(1, round(total / cost))
+            found.append(replace(system, settings={**system.settings, "epochs": epochs}))
+            self.costs[system.label] = epochs * cost * len(train)
+            self.say(
+                f"{system.label}: {cost / 1e6:.0f} million multiply-adds an image, so {epochs} epochs of "
+                f"{len(train)} images: {self.costs[system.label] / 1e12:.2f}·10¹²"
+            )
+        return tuple(found)
+
     def trained(self, system: System, dataset: str) -> nn.Module:
         """The system's network, by its best checkpoint; its teachers are trained first, and shared."""
         splits = self.splits(dataset)
         if system.eps_scale != 1:
             threat = ThreatModel(splits.train.threat_model.eps * system.eps_scale)
             splits = Splits(*(replace(part, threat_model=threat) for part in splits))
-        name = self._recipe_name(system.recipe)
-        settings: dict[str, Any] = {**self.budget.settings, **system.settings}
-        if self.budget.epochs is not None:
-            settings.setdefault("epochs", self.budget.epochs)
-        recipe = recipe_for(name, dataset, **settings)
+        recipe = self.recipe(system, dataset)
         teachers = [_TEACHERS[kind] for kind in recipe.teachers]
         for teacher in teachers:
             self.trained(teacher, dataset)
         folder = self.run_folder(system, dataset)
-        how = f"{system.model} by {name}, {recipe.epochs} epochs"
+        how = f"{system.model} by {recipe.name}, {recipe.epochs} epochs"
         self.say(f"{system.label} on {splits.train.name}: {how}, in {folder}")
         result = train(
             recipe,
@@ -120,7 +145,8 @@ class Workshop:
         place = folder / "evaluations" / name
         if (place / "report.json").is_file():
             report = Report.load(place)
-            if set(report.attacks) >= set(attacks) and report.n == len(self.splits(dataset).test):
+            there = {*report.attacks, *(["union"] if report.union is not None else [])}
+            if there >= set(attacks) and report.n == len(self.splits(dataset).test):
                 return report
         self.say(f"{system.label}: {', '.join(attacks)} on {len(self.splits(dataset).test)} test images")
         return evaluate(
@@ -129,6 +155,8 @@ class Workshop:
             attacks,
             seed=self.seed,
             budget=self.budget.attack_budget,
+            surrogates=_gates(model),
+            sanity=False,
             progress=self.console.is_terminal,
             out=folder,
             name=name,
@@ -144,12 +172,22 @@ class Workshop:
     def _model(self, system: System, data: Dataset) -> nn.Module:
         options = dict(system.options)
         if self.budget.width != 1:
-            options["width"] = self.budget.width
+            options["width"] = self.budget.width * options.get("width", 1.0)
         with torch.random.fork_rng([]):
             torch.manual_seed(rng.key(self.seed, "model") & (2**63 - 1))  # as train does for a name
             return create_model(
                 system.model, num_classes=data.num_classes, in_channels=data.in_channels, **options
             )
+
+
+def _gates(model: nn.Module) -> dict[str, nn.Module] | None:
+    """Where the union also attacks a network whose choice between its members has no gradient."""
+    if not isinstance(model, SeparateNet):
+        return None
+    views: dict[str, nn.Module] = {
+        f"{gate}_gate": model.with_gate(gate) for gate in ("soft", "standard", "robust")
+    }
+    return views
 
 
 def _cut(part: Dataset, limit: int | None) -> Dataset:
