@@ -248,8 +248,8 @@ class Evaluate(_OnRun):
     attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
     """Attacks by name, see `awnet info`. aa is AutoAttack, union the worst case over all of them and more."""
     budget: Literal["smoke", "short", "standard"] = "standard"
-    """What attacks beyond the first four may spend; smoke shows that they run, in seconds, and no more; short is
-    for small networks on a CPU, and what it leaves robust the standard budget may break."""
+    """What attacks beyond the first four may spend; smoke shows that they run, in seconds, and no more; short
+    is for small networks on a CPU, and what it leaves robust the standard budget may break."""
     queries: Maybe[int] = None
     """Of Square, within aa and union; by default the budget's, 5000 at the standard one."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -375,7 +375,8 @@ class Reproduce:
 
     what: Positional[str]
     """digits: AW-Net and two static twins on scikit-learn's digits, a few minutes on two CPU cores. table1 …
-    table11, fig1, fig3, fig4, fig5: the paper's, beside its own figures. weight_gap: its Section 3.2."""
+    table11, fig1, fig3, fig4, fig5: the paper's, beside its own figures. weight_gap: its Section 3.2.
+    systems: small dynamic networks of several kinds at equal training cost."""
     budget: Literal["smoke", "cpu", "gpu-30min", "paper"] = "smoke"
     """Of a table or figure: how much is run. smoke shows in a minute that the command works, on generated
     images where there are no others; cpu takes hours, gpu-30min half an hour a network; paper is the

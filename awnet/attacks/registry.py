@@ -57,8 +57,8 @@ class Suite:
     classes: int = 10
     """K: the targeted DLR loss needs 4, and there are at most K - 1 targets."""
     budget: BudgetName = "standard"
-    """``"smoke"`` is for trying things out: its numbers are not to be quoted. ``"short"`` is for small networks
-    on a CPU: what it leaves robust, the standard budget may break."""
+    """``"smoke"`` is for trying things out: its numbers are not to be quoted. ``"short"`` is for small
+    networks on a CPU: what it leaves robust, the standard budget may break."""
     queries: int | None = None
     """Of Square; None takes the budget's."""
     teacher: nn.Module | None = None

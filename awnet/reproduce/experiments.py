@@ -222,17 +222,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         ("pgd_sat", "union"),
         notes=(
-            "AW-Net and its static twin (the same layers without a router) train by PGD-AT, not by MTARD, whose "
-            "teachers would have to be paid too; the others by their own recipes.",
+            "AW-Net and its static twin (the same layers without a router) train by PGD-AT, not by MTARD, "
+            "whose teachers would have to be paid too; the others by their own recipes.",
             "The union is the worst case, image by image, over AutoAttack, CW and the adaptive attacks that "
-            "apply to the network; for Separate-Net also images made on its soft gate and on each member alone.",
+            "apply to the network; for Separate-Net also images made on its soft gate and on each member "
+            "alone.",
         ),
         equal_cost=True,
         changes={
             "cpu": {
-                "about": "an hour on one CPU core",
+                "about": "images of half the size, about half an hour on one CPU core",
                 "width": 1.0,
-                "epochs": 3,
+                "epochs": 5,
+                "shrink": 2,
                 "settings": {
                     "batch_size": 64,
                     "attack_steps": 2,
@@ -241,7 +243,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                     "layout": "channels_last",
                     "validate_every": 100,
                 },
-                "test_limit": 300,
+                "test_limit": 500,
                 "attack_budget": "short",
             }
         },
@@ -270,6 +272,8 @@ class Budget:
     train_limit: int | None = None
     validation_limit: int | None = None
     test_limit: int | None = None
+    shrink: int = 1
+    """Images are averaged over squares of so many pixels a side; augmentation shifts them by as much less."""
     attack_budget: BudgetName = "standard"
     stand_in: bool = False
     """Generated images where a data set's folder is not there."""

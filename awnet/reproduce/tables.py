@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,14 +17,15 @@ from awnet.analysis import w_robust_bars
 from awnet.attacks import named_attack
 from awnet.attacks.transfer import craft, replay
 from awnet.detectors import LNG, NNIF, Detector, RouterDetector
-from awnet.evaluation import Report, auc
+from awnet.evaluation import Report, auc, compare
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.report import AttackResult, environment
 from awnet.evaluation.table import LABELS
 from awnet.files import write_json, write_text
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
-from awnet.reproduce.experiments import BUDGETS, EXPERIMENTS, Experiment, System
+from awnet.reproduce.digits import verdict
+from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
 from awnet.reproduce.workshop import SURROGATE, Workshop
 
 
@@ -112,7 +113,7 @@ def reproduce(
 def _accuracy(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
     lines = []
     for dataset in experiment.datasets:
-        reports = {}
+        reports: dict[str, Report] = {}
         for system in experiment.systems:
             try:
                 reports[system.label] = shop.evaluated(system, dataset, experiment.attacks, name)
@@ -120,6 +121,7 @@ def _accuracy(name: str, experiment: Experiment, shop: Workshop, folder: Path) -
                 shop.say(f"{system.label} is left out: {error}")
                 shop.left_out[system.label] = str(error)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in experiment.attacks})
+        _remark(reports, shop, dataset)
         _draw_bars(experiment, reports, folder / f"{dataset}.png")
     return lines
 
@@ -140,6 +142,7 @@ def _transfer(name: str, experiment: Experiment, shop: Workshop, folder: Path) -
             replayed = {attack: replay(model, images) for attack, images in crafted.items()}
             reports[system.label] = shop.evaluated(system, dataset, replayed, name)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in crafted})
+        _remark(reports, shop, dataset)
         _draw_bars(experiment, reports, folder / f"{dataset}.png")
     return lines
 
@@ -258,7 +261,7 @@ def _lines_of(
             )
         )
         for attack, row in rows.items():
-            result = None if report is None else _result(report, attack)
+            result = None if report is None else report.results()[attack]
             printed = (None, None) if row is None else (_fraction(row.adversarial), _fraction(row.w_robust))
             adversarial, w_robust = NOTHING, NOTHING
             if result is not None:
@@ -271,11 +274,34 @@ def _lines_of(
     return lines
 
 
-def _result(report: Report, attack: str) -> AttackResult:
-    if attack != "union":
-        return report.attacks[attack]
-    assert report.union is not None
-    return report.union
+def _remark(reports: dict[str, Report], shop: Workshop, dataset: str) -> None:
+    """Attack settings, paired differences and doubts, told beside the table."""
+    attacks = {name: result for report in reports.values() for name, result in report.results().items()}
+    for name, result in attacks.items():
+        said = _settings(name, result, shop)
+        if said not in shop.attack_settings:
+            shop.attack_settings.append(said)
+    first = reports.get(AWNET.label)
+    for label, report in reports.items():
+        if first is not None and report is not first:
+            shop.differences.append(
+                f"{AWNET.label} against {label}, {dataset}: {verdict(compare(first, report, shop.seed))}."
+            )
+        shop.doubts += [f"{label}, {dataset}: {flag}." for flag in report.flags]
+
+
+def _settings(name: str, result: AttackResult, shop: Workshop) -> str:
+    settings = result.settings
+    if "members" in settings:
+        said = ", ".join(settings["members"])
+    else:
+        kept = {k: v for k, v in settings.items() if k not in ("attack", "seed", "eps")}
+        said = ", ".join(
+            f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in kept.items()
+            if isinstance(value, str | int | float)
+        )
+    return f"{LABELS.get(name, name.replace('_', ' '))}: {said or 'see report.json'}."
 
 
 def _fraction(per_cent: float | None) -> float | None:
@@ -293,11 +319,12 @@ def _statement(experiment: Experiment, shop: Workshop) -> list[str]:
             f"and {len(splits.test)} test images ({splits.train.source}); L-infinity eps "
             f"{splits.test.threat_model.eps:.4g}."
         )
-    epochs = "the recipe's epochs" if budget.epochs is None else f"{budget.epochs} epochs"
+    channels = "" if budget.width == 1 else f"channels × {budget.width:g}; "
     said += [
-        f"Training: {epochs}, channels × {budget.width:g}, seed {shop.seed}; the checkpoint is the best on "
-        "the validation images (the paper chose on the test images).",
         f"Budget {shop.budget_name}: {budget.about}.",
+        f"Training: {channels}seed {shop.seed}, one run of each network; the checkpoint is the best on the "
+        "validation images (the paper chose on the test images).",
+        *_budget_settings(shop),
         *experiment.notes,
         *(f"{system} was not measured: {reason}." for system, reason in shop.left_out.items()),
     ]
@@ -310,37 +337,72 @@ def _statement(experiment: Experiment, shop: Workshop) -> list[str]:
     return said
 
 
+def _budget_settings(shop: Workshop) -> list[str]:
+    settings = shop.budget.settings
+    if not settings:
+        return []
+    eps = "attack_step_size"  # in image units, which a reader of attacks thinks of in 255ths
+    said = [f"{k.replace('_', ' ')} {f'{255 * v:.3g}/255' if k == eps else v}" for k, v in settings.items()]
+    return [f"Settings of all recipes: {', '.join(said)}."]
+
+
 _QUANTITIES = {"clean": "A_nat", "adversarial": "A_adv", "w_robust": "A_w", "auc": "AUC"}
 
 
-def _cells(line: Line) -> list[str]:
+def _cells(line: Line, printed: bool) -> list[str]:
     def show(value: float | None) -> str:
         return "–" if value is None else f"{100 * value:.2f}"
 
     interval = "" if line.low is None or line.high is None else f" [{show(line.low)}, {show(line.high)}]"
-    difference = "–" if line.difference is None else f"{100 * line.difference:+.2f}"
     attack = LABELS.get(line.attack, line.attack.replace("_", " ")) or "–"
-    return [
-        line.system,
-        attack,
-        _QUANTITIES[line.quantity],
-        show(line.paper),
-        show(line.ours) + interval,
-        difference,
-    ]
+    cells = [line.system, attack, _QUANTITIES[line.quantity], show(line.ours) + interval]
+    if printed:
+        difference = "–" if line.difference is None else f"{100 * line.difference:+.2f}"
+        cells = [*cells[:3], show(line.paper), cells[3], difference]
+    return cells
 
 
-_HEADINGS = ("system", "attack", "", "paper", "ours [95 %]", "difference")
+def _headings(printed: bool) -> list[str]:
+    """``printed``: whether the paper has figures to set beside ours."""
+    before = ["system", "attack", "quantity"]
+    return [*before, "paper", "ours [95 %]", "difference"] if printed else [*before, "ours [95 %]"]
+
+
+def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
+    """A table in Markdown, all but the first columns set to the right."""
+    rule = ["---"] * text_columns + ["--:"] * (len(headings) - text_columns)
+    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
+
+
+def _trainings(shop: Workshop) -> list[str]:
+    counted = any(one.multiply_adds is not None for one in shop.trainings)
+    headings = ["data", "network trained", "as", "recipe", "parameters", "epochs", "minutes"]
+    rows = []
+    for one in shop.trainings:
+        cells = [one.dataset, one.label, one.network, one.recipe, f"{one.parameters:,}", str(one.epochs)]
+        cells.append(f"{one.seconds / 60:.1f}")
+        if counted:
+            cells.append("–" if one.multiply_adds is None else f"{one.multiply_adds / 1e12:.2f}")
+        rows.append(cells)
+    return _rows([*headings, *(["multiply-adds, 10¹²"] if counted else [])], rows, 4)
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return [f"## {title}", "", *lines, ""] if lines else []
 
 
 def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop, folder: Path) -> None:
     text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in _statement(experiment, shop)), ""]
+    printed = any(line.paper is not None for line in lines)
     for dataset in experiment.datasets:
-        own = [line for line in lines if line.dataset == dataset]
-        text += [f"Per cent, {shop.splits(dataset).test.name}:", ""]
-        text += ["| " + " | ".join(_HEADINGS) + " |", "|---|---|---|--:|--:|--:|"]
-        text += ["| " + " | ".join(_cells(line)) + " |" for line in own]
-        text.append("")
+        own = [_cells(line, printed) for line in lines if line.dataset == dataset]
+        text += _section(f"{shop.splits(dataset).test.name}, per cent", _rows(_headings(printed), own, 3))
+    text += _section("Paired by image, 95 % intervals", [f"- {said}" for said in shop.differences])
+    text += _section("Attacks", [f"- {said}" for said in shop.attack_settings])
+    text += _section("Doubts that the numbers themselves raise", [f"- {said}" for said in shop.doubts])
+    text += _section(
+        "Trainings, minutes by the clock of a machine that may have had other work", _trainings(shop)
+    )
     write_text(folder / "table.md", "\n".join(text))
     table = io.StringIO()
     names = [*(field.name for field in fields(Line)), "difference"]
@@ -359,6 +421,10 @@ def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop,
             "budget": shop.budget_name,
             "seed": shop.seed,
             "statement": _statement(experiment, shop),
+            "attacks": shop.attack_settings,
+            "differences": shop.differences,
+            "doubts": shop.doubts,
+            "trainings": [asdict(training) for training in shop.trainings],
             "environment": environment(torch.device(shop.device or "cpu")),
             "runs": {
                 f"{dataset}/{system.label}": str(shop.run_folder(system, dataset).relative_to(shop.out))
@@ -375,11 +441,12 @@ def _rich(experiment: Experiment, lines: list[Line], shop: Workshop) -> Table:
     table = Table(
         title=f"{experiment.title}, per cent", box=SIMPLE_HEAD, caption=_statement(experiment, shop)[0]
     )
-    for number, heading in enumerate(_HEADINGS):
+    printed = any(line.paper is not None for line in lines)
+    for number, heading in enumerate(_headings(printed)):
         table.add_column(heading, justify="right" if number > 2 else "left")
     before = None
     for line in lines:
-        cells = [cell.replace("[", r"\[") for cell in _cells(line)]
+        cells = [cell.replace("[", r"\[") for cell in _cells(line, printed)]
         if len(experiment.datasets) > 1:
             cells[0] += f", {line.dataset}"
         if cells[0] == before:
@@ -395,10 +462,7 @@ def _draw_bars(experiment: Experiment, reports: dict[str, Report], path: Path) -
         {
             system: {
                 LABELS.get(attack, attack.replace("_", " ")): (result.w_robust_accuracy, result.w_interval_95)
-                for attack, result in [
-                    *report.attacks.items(),
-                    *([("union", report.union)] if report.union is not None else []),
-                ]
+                for attack, result in report.results().items()
             }
             for system, report in reports.items()
         },

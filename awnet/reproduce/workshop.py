@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
@@ -27,6 +28,22 @@ _TEACHERS = {
     "robust": System("robust teacher", "resnet18", "trades"),
 }
 SURROGATE = System("WideResNet-70-16", "wrn70_16", "trades")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a table says of how one of its networks was trained."""
+
+    label: str
+    dataset: str
+    network: str
+    parameters: int
+    recipe: str
+    epochs: int
+    multiply_adds: int | None
+    """Of the whole training; None where they were not counted."""
+    seconds: float
+    """By the clock, on whatever else the machine did meanwhile."""
 
 
 class Workshop:
@@ -51,8 +68,14 @@ class Workshop:
         self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
         self.left_out: dict[str, str] = {}
         """Systems that cannot be made here, and why."""
-        self.costs: dict[str, int] = {}
-        """Multiply-adds of training, of the systems for which they were counted."""
+        self.trainings: list[Training] = []
+        """In the order in which they were asked for, teachers before their students."""
+        self.attack_settings: list[str] = []
+        self.differences: list[str] = []
+        """Paired by image, each with its verdict."""
+        self.doubts: list[str] = []
+        """Flags of the reports."""
+        self._costs: dict[str, int] = {}  # label → multiply-adds of training, where they were counted
         self._splits: dict[str, Splits] = {}
 
     def splits(self, name: str) -> Splits:
@@ -72,7 +95,8 @@ class Workshop:
                 found = stand_in(name, self.seed)
                 self.say(f"{name} is not here: generated images stand in for it; the figures mean nothing")
             limits = (budget.train_limit, budget.validation_limit, budget.test_limit)
-            self._splits[name] = Splits(*(_cut(part, n) for part, n in zip(found, limits, strict=True)))
+            parts = (_cut(part, n) for part, n in zip(found, limits, strict=True))
+            self._splits[name] = Splits(*(_shrunk(part, budget.shrink) for part in parts))
         return self._splits[name]
 
     def run_folder(self, system: System, dataset: str) -> Path:
@@ -102,10 +126,10 @@ class Workshop:
             total = total or cost * recipe.epochs
             epochs = max(1, round(total / cost))
             found.append(replace(system, settings={**system.settings, "epochs": epochs}))
-            self.costs[system.label] = epochs * cost * len(train)
+            self._costs[system.label] = epochs * cost * len(train)
             self.say(
-                f"{system.label}: {cost / 1e6:.0f} million multiply-adds an image, so {epochs} epochs of "
-                f"{len(train)} images: {self.costs[system.label] / 1e12:.2f}·10¹²"
+                f"{system.label}: {cost / 1e6:.3g}·10⁶ multiply-adds an image, so {epochs} epochs of "
+                f"{len(train)} images, {self._costs[system.label] / 1e12:.3g}·10¹² in all"
             )
         return tuple(found)
 
@@ -134,6 +158,18 @@ class Workshop:
             tensorboard=False,
             quiet=self.console.quiet,
         )
+        training = Training(
+            label=system.label,
+            dataset=dataset,
+            network=_described(system.model, self._options(system)),
+            parameters=sum(parameter.numel() for parameter in result.model.parameters()),
+            recipe=recipe.name,
+            epochs=recipe.epochs,
+            multiply_adds=self._costs.get(system.label),
+            seconds=result.history[-1]["seconds"],
+        )
+        if training not in self.trainings:
+            self.trainings.append(training)
         return result.model
 
     def evaluated(
@@ -170,14 +206,38 @@ class Workshop:
         return fast if self.budget.fast and fast in list_recipes() else name
 
     def _model(self, system: System, data: Dataset) -> nn.Module:
-        options = dict(system.options)
-        if self.budget.width != 1:
-            options["width"] = self.budget.width * options.get("width", 1.0)
         with torch.random.fork_rng([]):
             torch.manual_seed(rng.key(self.seed, "model") & (2**63 - 1))  # as train does for a name
             return create_model(
-                system.model, num_classes=data.num_classes, in_channels=data.in_channels, **options
+                system.model,
+                num_classes=data.num_classes,
+                in_channels=data.in_channels,
+                **self._options(system),
             )
+
+    def _options(self, system: System) -> dict[str, Any]:
+        options = dict(system.options)
+        if self.budget.width != 1:
+            options["width"] = self.budget.width * options.get("width", 1.0)
+        return options
+
+
+def _shrunk(part: Dataset, factor: int) -> Dataset:
+    if factor == 1:
+        return part
+    images = F.avg_pool2d(part.images.float(), factor).round_().to(torch.uint8)
+    height, width = images.shape[2:]
+    return replace(
+        part,
+        images=images,
+        augmentation=replace(part.augmentation, shift=part.augmentation.shift // factor),
+        name=f"{part.name} at {height}×{width}",
+        source=f"{part.source}, averaged down to {height}×{width} pixels",
+    )
+
+
+def _described(model: str, options: Mapping[str, Any]) -> str:
+    return ", ".join([model, *(f"{key} {value}" for key, value in options.items())])
 
 
 def _gates(model: nn.Module) -> dict[str, nn.Module] | None:
