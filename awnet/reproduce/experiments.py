@@ -233,10 +233,10 @@ EXPERIMENTS: dict[str, Experiment] = {
             "cpu": {
                 "about": "images of half the size, about half an hour on one CPU core",
                 "width": 1.0,
-                "epochs": 5,
+                "epochs": 3,
                 "shrink": 2,
                 "settings": {
-                    "batch_size": 64,
+                    "batch_size": 32,
                     "attack_steps": 2,
                     "attack_step_size": 5 / 255,
                     "schedule": "onecycle",
