@@ -236,7 +236,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "epochs": 3,
                 "shrink": 2,
                 "settings": {
-                    "batch_size": 32,
+                    "batch_size": 64,
                     "attack_steps": 2,
                     "attack_step_size": 5 / 255,
                     "schedule": "onecycle",

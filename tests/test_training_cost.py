@@ -1,0 +1,92 @@
+"""Multiply-adds of training: against torch's own counter, by hand, and as a way to set epochs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from awnet.data import Batch, load_dataset
+from awnet.models import create_model
+from awnet.ops import use_backend
+from awnet.reproduce import BUDGETS, EXPERIMENTS
+from awnet.reproduce.workshop import Workshop
+from awnet.training import TrainingStep, recipe_for
+from awnet.training.cost import _Counter, multiply_adds
+
+DIGITS = load_dataset("digits").train
+
+
+def no_attack(x: torch.Tensor, y: torch.Tensor, *, index: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("plain training attacks nothing")
+
+
+def test_plain_training_costs_what_torch_counts() -> None:
+    recipe = recipe_for("standard", "digits")
+    model = create_model("resnet_tiny", in_channels=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = multiply_adds(recipe, model, DIGITS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    step = TrainingStep(recipe, model, torch.device("cpu"), steps_per_epoch=10)
+    step.start_epoch(0)
+    batch: Batch = next(DIGITS.batches(8))
+    with use_backend("reference"), FlopCounterMode(display=False) as counter:
+        step(batch, no_attack)
+    assert found * 8 * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_grouped_convolution_costs_its_groups_share_in_both_directions(groups: int) -> None:
+    x = torch.rand(3, 8, 6, 5, requires_grad=True)
+    weight = torch.rand(12, 8 // groups, 3, 3, requires_grad=True)
+    once = 3 * 12 * 6 * 5 * (8 // groups) * 9
+    with _Counter() as forward:
+        y = F.conv2d(x, weight, padding=1, groups=groups)
+    assert forward.total == once
+    with _Counter() as both:
+        y.sum().backward()
+    assert both.total == 2 * once
+    y = F.conv2d(x.detach(), weight, padding=1, groups=groups)
+    with _Counter() as one:
+        y.sum().backward()
+    assert one.total == once  # the input's gradient is not wanted
+
+
+@pytest.mark.parametrize("name", ["resnet_tiny", "awnet_tiny"])
+def test_a_step_of_the_attack_costs_a_forward_pass_and_a_gradient_for_the_image(name: str) -> None:
+    model = create_model(name, in_channels=1)
+    costs = [multiply_adds(recipe_for("pgd_at", "digits", attack_steps=n), model, DIGITS) for n in (1, 2, 5)]
+    batch = next(DIGITS.batches(8))
+    with use_backend("reference"), _Counter() as counter, torch.no_grad():
+        model.eval()(batch.x)
+    forward = counter.total / 8
+    # every product has a gradient for its input, as large as itself; none is wanted for a weight
+    step = 2 * forward
+    assert costs[1] - costs[0] == pytest.approx(step, abs=2)  # costs are rounded to an image's
+    assert costs[2] - costs[1] == pytest.approx(3 * step, abs=2)
+
+
+def test_a_recipe_with_teachers_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs teachers"):
+        multiply_adds(recipe_for("mtard", "digits"), nn.Identity(), DIGITS)
+
+
+def test_epochs_at_equal_cost_are_those_that_come_nearest(tmp_path: Path) -> None:
+    budget = replace(BUDGETS["smoke"], epochs=20)
+    shop = Workshop(
+        tmp_path, "smoke", budget, data_dir=tmp_path, seed=0, device="cpu", console=Console(quiet=True)
+    )
+    systems = shop.at_equal_cost(EXPERIMENTS["systems"].systems[:3], "cifar10")
+    train = shop.splits("cifar10").train
+    costs = [multiply_adds(shop.recipe(s, "cifar10"), shop._model(s, train), train) for s in systems]
+    epochs = [system.settings["epochs"] for system in systems]
+    assert epochs[0] == 20
+    assert epochs[1] > 20  # the static twin is cheaper
+    for cost, count in zip(costs, epochs, strict=True):
+        assert abs(cost * count - costs[0] * 20) <= cost / 2
