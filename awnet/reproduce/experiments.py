@@ -275,6 +275,8 @@ class Budget:
     shrink: int = 1
     """Images are averaged over squares of so many pixels a side; augmentation shifts them by as much less."""
     attack_budget: BudgetName = "standard"
+    queries: int | None = None
+    """Of Square; None takes the attack budget's."""
     stand_in: bool = False
     """Generated images where a data set's folder is not there."""
 
@@ -286,9 +288,10 @@ BUDGETS: dict[str, Budget] = {
         epochs=1,
         settings={"batch_size": 32, "attack_steps": 1},
         train_limit=64,
-        validation_limit=24,
-        test_limit=24,
+        validation_limit=16,
+        test_limit=16,
         attack_budget="smoke",
+        queries=40,
         stand_in=True,
     ),
     "cpu": Budget(

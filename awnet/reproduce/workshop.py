@@ -191,6 +191,7 @@ class Workshop:
             attacks,
             seed=self.seed,
             budget=self.budget.attack_budget,
+            queries=self.budget.queries,
             surrogates=_gates(model),
             sanity=False,
             progress=self.console.is_terminal,
