@@ -17,6 +17,7 @@ from awnet.models import create_model, list_models
 from awnet.reproduce import BUDGETS, EXPERIMENTS, paper_rows, reproduce
 from awnet.reproduce.analyses import alike, compare_filters, effective_filters
 from awnet.reproduce.stand_in import stand_in
+from awnet.reproduce.workshop import _shrunk
 from awnet.training import list_recipes, train
 
 PRINTED = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.table}
@@ -118,6 +119,43 @@ def test_a_table_is_written_beside_the_papers_figures(
     record = json.loads((outcome.folder / "table.json").read_text())
     assert record["budget"] == "smoke"
     assert all((tmp_path / "out" / run / "report.json").is_file() for run in record["runs"].values())
+
+
+def test_small_systems_are_compared_at_equal_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = EXPERIMENTS["systems"]
+    small = replace(whole, systems=whole.systems[:2], changes={"smoke": {"shrink": 2, "queries": 5}})
+    monkeypatch.setitem(EXPERIMENTS, "systems", small)
+    outcome = reproduce("systems", "smoke", out=tmp_path / "out", data_dir=tmp_path, device="cpu", quiet=True)
+    record = json.loads((outcome.folder / "table.json").read_text())
+    ours, twin = record["trainings"]
+    assert (ours["label"], twin["label"]) == ("AW-Net", "Static twin")
+    assert twin["epochs"] == round(ours["multiply_adds"] / (twin["multiply_adds"] / twin["epochs"]))
+    for one in record["trainings"]:
+        config = json.loads(
+            (tmp_path / "out" / record["runs"][f"cifar10/{one['label']}"] / "config.json").read_text()
+        )
+        assert config["recipe"]["epochs"] == one["epochs"]
+        assert config["dataset"]["name"] == "stand-in for cifar10 at 16×16"
+    rows = {(r["system"], r["attack"], r["quantity"]): r for r in rows_of(outcome.folder / "table.csv")}
+    assert float(rows["AW-Net", "union", "adversarial"]["ours"]) <= float(
+        rows["AW-Net", "pgd_sat", "adversarial"]["ours"]
+    )
+    text = (outcome.folder / "table.md").read_text()
+    assert "| system | attack | quantity | ours [95 %] |" in text  # the paper has no figures for these
+    assert "multiply-adds, 10¹²" in text
+    assert "AW-Net against Static twin" in text
+    assert (outcome.folder / "cifar10.png").stat().st_size > 10_000
+
+
+def test_images_are_averaged_over_squares() -> None:
+    part = stand_in("cifar10", seed=0, train=12).train
+    shrunk = _shrunk(part, 2)
+    assert shrunk.images.shape == (12, 3, 16, 16)
+    square = part.images[3, 1, 4:6, 8:10].float().mean()
+    assert abs(float(shrunk.images[3, 1, 2, 4]) - float(square)) <= 0.5
+    assert shrunk.augmentation.shift == part.augmentation.shift // 2
+    assert "16×16" in shrunk.name
+    assert _shrunk(part, 1) is part
 
 
 def test_without_the_images_only_a_smoke_run_goes_on(

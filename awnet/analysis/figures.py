@@ -145,7 +145,7 @@ def w_robust_bars(
         raise ValueError("systems holds no attack: nothing to draw")
     count = len(systems)
     width = min(0.8 / count, 0.34)
-    with _figure(path, max(5.0, 1.2 + len(attacks) * (0.7 + 0.55 * count)), 3.9) as figure:
+    with _figure(path, min(max(5.0, 1.2 + len(attacks) * (0.7 + 0.55 * count)), 13.0), 3.9) as figure:
         axes = figure.subplots()
         top = 0.0
         for number, (system, measured) in enumerate(systems.items()):

@@ -122,7 +122,7 @@ def _accuracy(name: str, experiment: Experiment, shop: Workshop, folder: Path) -
                 shop.left_out[system.label] = str(error)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in experiment.attacks})
         _remark(reports, shop, dataset)
-        _draw_bars(experiment, reports, folder / f"{dataset}.png")
+        _draw_bars(experiment, reports, folder / f"{dataset}.png", shop.splits(dataset).test.name)
     return lines
 
 
@@ -143,7 +143,7 @@ def _transfer(name: str, experiment: Experiment, shop: Workshop, folder: Path) -
             reports[system.label] = shop.evaluated(system, dataset, replayed, name)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in crafted})
         _remark(reports, shop, dataset)
-        _draw_bars(experiment, reports, folder / f"{dataset}.png")
+        _draw_bars(experiment, reports, folder / f"{dataset}.png", shop.splits(dataset).test.name)
     return lines
 
 
@@ -301,7 +301,14 @@ def _settings(name: str, result: AttackResult, shop: Workshop) -> str:
             for key, value in kept.items()
             if isinstance(value, str | int | float)
         )
-    return f"{LABELS.get(name, name.replace('_', ' '))}: {said or 'see report.json'}."
+    return f"{_attack_label(name)}: {said or 'see report.json'}."
+
+
+def _attack_label(name: str) -> str:
+    """For a reader; empty for no attack."""
+    if name.startswith("transfer_"):
+        return f"{_attack_label(name.removeprefix('transfer_'))}, transferred"
+    return LABELS.get(name, name.replace("_", " "))
 
 
 def _fraction(per_cent: float | None) -> float | None:
@@ -354,7 +361,7 @@ def _cells(line: Line, printed: bool) -> list[str]:
         return "–" if value is None else f"{100 * value:.2f}"
 
     interval = "" if line.low is None or line.high is None else f" [{show(line.low)}, {show(line.high)}]"
-    attack = LABELS.get(line.attack, line.attack.replace("_", " ")) or "–"
+    attack = _attack_label(line.attack) or "–"
     cells = [line.system, attack, _QUANTITIES[line.quantity], show(line.ours) + interval]
     if printed:
         difference = "–" if line.difference is None else f"{100 * line.difference:+.2f}"
@@ -457,16 +464,16 @@ def _rich(experiment: Experiment, lines: list[Line], shop: Workshop) -> Table:
     return table
 
 
-def _draw_bars(experiment: Experiment, reports: dict[str, Report], path: Path) -> None:
+def _draw_bars(experiment: Experiment, reports: dict[str, Report], path: Path, data: str) -> None:
     w_robust_bars(
         {
             system: {
-                LABELS.get(attack, attack.replace("_", " ")): (result.w_robust_accuracy, result.w_interval_95)
+                _attack_label(attack): (result.w_robust_accuracy, result.w_interval_95)
                 for attack, result in report.results().items()
             }
             for system, report in reports.items()
         },
         path,
         clean={system: report.clean_accuracy for system, report in reports.items()},
-        title=f"{experiment.title}: $A_w$",
+        title=f"{experiment.title}: $A_w$ with 95 % intervals, {data}",
     )

@@ -38,8 +38,8 @@ def multiply_adds(recipe: Recipe, model: nn.Module, dataset: Dataset) -> int:
         step.start_epoch(0)
 
         def attacked(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
-            # the reference would pay for a gradient of each sample's own filters, of which a frozen layer wants
-            # their scales' alone
+            # the reference would pay for a gradient of each sample's own filters, of which a frozen layer
+            # wants their scales' alone
             with use_backend("eager" if hasattr(model, "frozen") else "reference"):
                 return attack(x, y, index=index)
 
