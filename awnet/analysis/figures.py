@@ -145,7 +145,11 @@ def w_robust_bars(
         raise ValueError("systems holds no attack: nothing to draw")
     count = len(systems)
     width = min(0.8 / count, 0.34)
-    with _figure(path, min(max(5.0, 1.2 + len(attacks) * (0.7 + 0.55 * count)), 13.0), 3.9) as figure:
+    inches = min(max(7.5, 1.2 + len(attacks) * (0.7 + 0.55 * count)), 13.0)
+    label_inches = 0.7 + 0.085 * max(
+        len(system) + (0 if clean is None else len(" (clean 00.0 %)")) for system in systems
+    )
+    with _figure(path, inches, 3.9) as figure:
         axes = figure.subplots()
         top = 0.0
         for number, (system, measured) in enumerate(systems.items()):
@@ -165,7 +169,7 @@ def w_robust_bars(
         axes.tick_params(axis="x", length=0)
         axes.set(title=title, ylabel="$A_w$ in per cent", ylim=(0, max(top + 9, 20)))
         axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
-        figure.legend(loc="outside lower center", ncols=min(count, 3))
+        figure.legend(loc="outside lower center", ncols=max(1, min(count, 3, int(inches / label_inches))))
 
 
 def p_clean_histogram(
