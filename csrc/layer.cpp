@@ -6,11 +6,11 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "cpu/convolution.h"
 #include "ops.h"
 
 namespace awnet {
@@ -97,20 +97,26 @@ Outputs forward(const Tensor& input, const MaybeTensor& weight, const MaybeTenso
   const auto layout = layout_of(input);
   const auto floats = input.options().dtype(at::kFloat);
   Tensor u = input.contiguous(layout);
-  if (weight) {
+  Tensor mean = at::empty({0}, floats), m2 = at::empty({0}, floats);
+  const auto norm = norm_of(bn_weight, bn_bias, running_mean, running_var);
+  const bool by_batch = norm && training;
+  const bool direct = weight && u.is_cpu() && cpu::convolves(u, *weight, groups);
+  const cpu::Window window{stride, padding, dilation};
+  if (direct && by_batch) {
+    std::tie(u, mean, m2) = cpu::convolve_statistics(u, *weight, window);
+  } else if (weight && !direct) {
     u = at::convolution(u, *weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups)
             .contiguous(layout);
   }
-  const int64_t batch = u.size(0);
+  const int64_t batch = u.size(0), channels = weight ? weight->size(0) : u.size(1);
   const MaybeTensor omega = table(filter_scale);
-  const auto norm = norm_of(bn_weight, bn_bias, running_mean, running_var);
-  Tensor mean = at::empty({0}, floats), m2 = at::empty({0}, floats), batch_mean = at::empty({0}, floats),
-         batch_var = at::empty({0}, floats), n = at::empty({0}, floats), scale, shift;
+  Tensor batch_mean = at::empty({0}, floats), batch_var = at::empty({0}, floats),
+         n = at::empty({0}, floats), scale, shift;
   if (!norm) {
-    scale = omega ? *omega : at::ones_like(at::empty({batch, u.size(1)}, floats));
+    scale = omega ? *omega : at::ones({batch, channels}, floats);
     shift = bn_bias ? *table(bn_bias) : at::zeros_like(scale);  // without a norm's weight the shift itself
   } else if (training) {
-    std::tie(mean, m2) = passes.statistics(u);
+    if (!direct) std::tie(mean, m2) = passes.statistics(u);
     const auto kind = dense(is_clean);
     std::tie(batch_mean, batch_var, n) =
         passes.batch_statistics(mean, m2, u.size(2) * u.size(3), omega, kind, norm->mean.size(0));
@@ -122,6 +128,11 @@ Outputs forward(const Tensor& input, const MaybeTensor& weight, const MaybeTenso
   } else {
     std::tie(scale, shift) = passes.testing_coefficients(omega, norm->weight, norm->bias, norm->mean,
                                                          norm->var, table(p_clean), eps, batch);
+  }
+  if (direct && !by_batch) {
+    const auto [y, kept, mask] =
+        cpu::convolve_apply(u, *weight, window, scale, shift, residual, relu, keep_u, keep_mask);
+    return {y, kept, mask, mean, m2, batch_mean, batch_var, n};
   }
   const bool own_u = weight.has_value();
   auto [y, mask] = passes.apply(u, scale, shift, residual, relu, keep_mask, own_u && !keep_u);
@@ -148,14 +159,29 @@ Gradients backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeT
   const bool need_images = need_input || need_weight || need_residual;
   const int64_t hw = grad.size(2) * grad.size(3);
 
+  const bool direct = weight && need_input && grad.is_cpu() && cpu::convolves(grad, *weight, groups);
   Tensor d_scale, d_p, d_gamma, d_beta, by_grad;
   MaybeTensor u, centre, by_input, constant;
+  std::optional<cpu::Back> back;
+  const auto convolve_back = [&](bool sums) {
+    const cpu::Window window{stride, padding, dilation};
+    back = cpu::convolve_back(grad, u, centre, gate, by_grad, by_input, constant, *weight, input_shape, window,
+                              sums, need_residual, need_weight);
+  };
   if (need_scale || need_p || need_gamma || need_beta || (by_batch && need_images)) {
     TORCH_CHECK(u_in.has_value(), "the forward was told that its backward would not need u");
     u = u_in->contiguous(layout);
     // any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is such a one
     centre = by_batch ? mean : u->select(3, 0).select(2, 0).to(at::kFloat).contiguous();
-    const auto [g1, gc] = passes.reduce(grad, *u, *centre, gate);
+    Tensor g1, gc;
+    if (direct && !norm) {
+      by_grad = omega ? *omega : at::ones({grad.size(0), grad.size(1)}, grad.options());
+      convolve_back(true);
+      g1 = back->g1;
+      gc = back->gc;
+    } else {
+      std::tie(g1, gc) = passes.reduce(grad, *u, *centre, gate);
+    }
     if (!norm) {
       d_scale = at::addcmul(gc, *centre, g1);
       d_beta = g1;
@@ -183,7 +209,7 @@ Gradients backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeT
                                    eps, {need_scale, need_p, need_gamma, need_beta});
     }
   }
-  Tensor d_input, d_weight, d_residual;
+  Tensor d_input, d_weight, d_residual, d_u;
   if (need_images) {
     if (!by_grad.defined()) {
       if (norm) {
@@ -193,15 +219,27 @@ Gradients backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeT
         by_grad = omega ? *omega : at::ones({grad.size(0), grad.size(1)}, grad.options().dtype(at::kFloat));
       }
     }
-    std::tie(d_input, d_residual) =
-        passes.propagate(grad, u, centre, gate, by_grad, by_input, constant, need_residual);
+    if (direct) {
+      if (!back) convolve_back(false);
+      d_input = back->d_input;
+      d_residual = back->d_residual;
+      d_u = back->d_u;
+    } else {
+      std::tie(d_u, d_residual) =
+          passes.propagate(grad, u, centre, gate, by_grad, by_input, constant, need_residual);
+    }
   }
-  if (weight && (need_input || need_weight)) {
+  const bool ask_input = need_input && !direct;
+  if (!weight) {
+    d_input = d_u;
+  } else if (ask_input || need_weight) {
     // the gradient of the input needs the input's shape alone
     const Tensor source = input ? *input : at::empty(input_shape, grad.options(), layout);
-    std::tie(d_input, d_weight, std::ignore) =
-        at::convolution_backward(d_input, source, *weight, std::nullopt, stride, padding, dilation, false,
-                                 {0, 0}, groups, {need_input, need_weight, false});
+    Tensor found;
+    std::tie(found, d_weight, std::ignore) =
+        at::convolution_backward(d_u, source, *weight, std::nullopt, stride, padding, dilation, false, {0, 0},
+                                 groups, {ask_input, need_weight, false});
+    if (ask_input) d_input = found;
   }
   const auto wanted = [&](bool need, const Tensor& value, at::ScalarType dtype) {
     return need && value.defined() ? value.to(dtype) : at::empty({0}, grad.options());

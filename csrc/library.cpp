@@ -1,6 +1,7 @@
 // Registers the operators with torch, once for all devices.
 #include <torch/library.h>
 
+#include "cpu/convolution.h"
 #include "ops.h"
 
 TORCH_LIBRARY_FRAGMENT(awnet, m) {
@@ -34,6 +35,15 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "weight, Tensor batch_mean, Tensor batch_var, Tensor n, Tensor? is_clean, float eps, bool need_omega, "
       "Tensor? through) -> (Tensor d_omega, Tensor d_weight, Tensor d_bias, Tensor by_grad, Tensor by_input, "
       "Tensor constant)");
+  m.def("convolves(Tensor input, Tensor weight, int groups) -> bool");
+  m.def(
+      "convolve_apply(Tensor input, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, bool relu, "
+      "int[2] stride, int[2] padding, int[2] dilation, bool keep_u, bool keep_mask) -> (Tensor y, Tensor u, "
+      "Tensor mask)");
+  m.def(
+      "convolve_back(Tensor grad, Tensor? u, Tensor? centre, Tensor? gate, Tensor scale, Tensor weight, int[] "
+      "input_shape, int[2] stride, int[2] padding, int[2] dilation, bool residual) -> (Tensor d_input, Tensor "
+      "d_residual, Tensor g1, Tensor gc)");
 }
 
 #define AWNET_IMPLEMENT(space)                                    \
@@ -57,9 +67,34 @@ std::tuple<Tensor, Tensor> not_in_place(const Tensor& u, const Tensor& scale, co
                                         const MaybeTensor& residual, bool relu, bool keep_mask) {
   return apply(u, scale, shift, residual, relu, keep_mask, false);
 }
+
+using awnet::cpu::Sizes;
+
+std::tuple<Tensor, Tensor, Tensor> convolve_apply(const Tensor& input, const Tensor& weight, const Tensor& scale,
+                                                  const Tensor& shift, const MaybeTensor& residual, bool relu,
+                                                  Sizes stride, Sizes padding, Sizes dilation, bool keep_u,
+                                                  bool keep_mask) {
+  return awnet::cpu::convolve_apply(input, weight, {stride, padding, dilation}, scale, shift, residual, relu,
+                                    keep_u, keep_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> convolve_back(const Tensor& grad, const MaybeTensor& u,
+                                                         const MaybeTensor& centre, const MaybeTensor& gate,
+                                                         const Tensor& scale, const Tensor& weight,
+                                                         Sizes input_shape, Sizes stride, Sizes padding,
+                                                         Sizes dilation, bool residual) {
+  const auto back = awnet::cpu::convolve_back(grad, u, centre, gate, scale, {}, {}, weight, input_shape,
+                                              {stride, padding, dilation}, u.has_value(), residual, false);
+  return {back.d_input, back.d_residual, back.g1, back.gc};
+}
 }  // namespace
 
-TORCH_LIBRARY_IMPL(awnet, CPU, m){AWNET_IMPLEMENT(awnet::cpu)}
+TORCH_LIBRARY_IMPL(awnet, CPU, m) {
+  AWNET_IMPLEMENT(awnet::cpu)
+  m.impl("convolves", &awnet::cpu::convolves);
+  m.impl("convolve_apply", &convolve_apply);
+  m.impl("convolve_back", &convolve_back);
+}
 #if defined(AWNET_CUDA)
 TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
   AWNET_IMPLEMENT(awnet::cuda)

@@ -23,6 +23,7 @@ OPERATORS = (
     "batch_statistics", "training_coefficients", "training_sums", "training_gradients", "layer_native",
     "layer_native_backward",
 )  # fmt: skip
+ON_CPU = ("convolves", "convolve_apply", "convolve_back")
 
 built = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
 
@@ -65,6 +66,88 @@ def test_every_operator_has_its_kernels(name: str) -> None:
     assert registered(f"awnet::{name}", "CPU")
     # loading needs no driver; without one the CUDA kernels are there all the same
     assert registered(f"awnet::{name}", "CUDA") == (native.build_info()["cuda"] is not False)
+
+
+@built
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_direct_convolution_is_there_on_the_cpu(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"awnet::{name}", "CPU")
+
+
+# --- the direct convolution, which takes float32 images of few channels on processors with AVX512
+
+direct = pytest.mark.skipif(
+    native.load() is not None or native.build_info()["instruction_set"] != "avx512",
+    reason="the direct convolution needs the native module and AVX512",
+)
+# channels in and out, image, filter, stride, padding, dilation, batch
+GEOMETRIES = [
+    (3, 16, (9, 11), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    (16, 20, (8, 8), (3, 3), (2, 2), (1, 1), (1, 1), 3),  # more than two blocks of outputs, the last not full
+    (5, 7, (10, 13), (3, 3), (2, 2), (1, 1), (1, 1), 1),  # one sample, shared by threads; odd and even sizes
+    (4, 6, (7, 8), (1, 1), (2, 2), (0, 0), (1, 1), 2),  # phases of the gradient that no tap reaches
+    (4, 6, (9, 8), (5, 5), (3, 3), (2, 2), (1, 1), 2),
+    (4, 9, (12, 9), (3, 3), (1, 1), (2, 2), (2, 2), 2),
+    (3, 3, (11, 12), (3, 3), (2, 2), (2, 2), (2, 2), 2),
+    (4, 4, (6, 6), (1, 3), (1, 2), (0, 1), (1, 1), 2),
+    (3, 4, (4, 5), (3, 3), (4, 4), (0, 0), (1, 1), 2),  # pixels that no output reads
+    (3, 4, (1, 1), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    (64, 64, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+]
+
+
+@direct
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_the_direct_convolution_and_its_gradients(geometry, threads: int) -> None:
+    channels, outputs, size, kernel, stride, padding, dilation, batch = geometry
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, weight = random(batch, channels, *size), random(outputs, channels, *kernel)
+    scale, shift = random(batch, outputs), random(batch, outputs)
+    place = (stride, padding, dilation)
+    wide = [v.double().requires_grad_() for v in (x, scale, shift)]
+    u = torch.nn.functional.conv2d(wide[0], weight.double(), None, *place)
+    residual, grad = random(*u.shape), random(*u.shape)
+    wide.append(residual.double().requires_grad_())
+    y = (u * wide[1][..., None, None] + wide[2][..., None, None] + wide[3]).relu()
+    gradients = torch.autograd.grad(y, wide, grad.double())
+
+    ops, before = torch.ops.awnet, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert ops.convolves(x, weight, 1)
+        epilogue = (scale, shift, residual, True)
+        got_y, got_u, mask = ops.convolve_apply(x, weight, *epilogue, *place, True, True)
+        centre = got_u[:, :, 0, 0].contiguous()
+        tables = (got_u, centre, mask, scale)
+        d_x, d_residual, g1, gc = ops.convolve_back(grad, *tables, weight, x.shape, *place, True)
+        alone = ops.convolve_back(grad, None, None, mask, scale, weight, x.shape, *place, False)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(mask, got_y > 0)
+    assert torch.equal(alone[0], d_x)  # what else is asked for changes no bit
+    found = (got_y, got_u, d_x, gc + centre * g1, g1, d_residual)
+    for name, one, other in zip(
+        ("y", "u", "input", "scale", "shift", "residual"), found, (y, u, *gradients), strict=True
+    ):
+        # sums of at most 576 products in float32: below 1e-6 of their norm
+        error = (one - other.detach()).norm() / other.detach().norm().clamp(min=1e-6)
+        assert error <= 1e-5, (name, float(error))
+
+
+@direct
+def test_the_direct_convolution_leaves_other_calls_to_the_library() -> None:
+    x, weight = torch.zeros(1, 8, 4, 4), torch.zeros(8, 8, 3, 3)
+    takes = torch.ops.awnet.convolves
+    assert takes(x, weight, 1)
+    assert not takes(x, weight[:, :4], 2)
+    assert not takes(x.bfloat16(), weight.bfloat16(), 1)
+    assert not takes(x.contiguous(memory_format=torch.channels_last), weight, 1)
+    assert not takes(x, torch.zeros(1000, 8, 3, 3), 1)
 
 
 @built

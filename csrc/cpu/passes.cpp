@@ -167,6 +167,8 @@ const char* instruction_set() {
 #endif
 }
 
+const Kernels<float>& float32_passes() { return kernels<float>(); }
+
 std::tuple<at::Tensor, at::Tensor> statistics(const at::Tensor& u_in) {
   const Shape s(u_in);
   const at::Tensor u = u_in.contiguous(s.format);

@@ -60,4 +60,17 @@ AWNET_DECLARE_KERNELS(baseline)
 AWNET_DECLARE_KERNELS(avx2)
 AWNET_DECLARE_KERNELS(avx512)
 
+// float32's, for this processor
+const Kernels<float>& float32_passes();
+
+// out[r][q] = sum over c, t of weights[c][t][r] * in[c * in_stride + offsets[t] + q], for as many r as the
+// entry's number plus one, and `vectors` * 16 q; weights lie one after another
+using ConvolveRows = void (*)(float* out, int64_t vectors, const float* in, int64_t in_stride, int64_t channels,
+                              const int64_t* offsets, int64_t taps, const float* weights);
+constexpr int64_t kConvolveRows = 8;
+
+namespace avx512 {
+extern const ConvolveRows convolve[kConvolveRows];
+}
+
 }  // namespace awnet::cpu

@@ -294,5 +294,3 @@ constexpr Kernels<T> table() {
 extern const Kernels<float> float32_kernels = table<float>();
 extern const Kernels<BFloat16> bfloat16_kernels = table<BFloat16>();
 extern const Kernels<Float16> float16_kernels = table<Float16>();
-
-#undef AWNET_INLINE

@@ -16,6 +16,8 @@
 
 namespace awnet::cpu::avx512 {
 #include "passes.inl"
+
+#include "convolution.inl"
 }  // namespace awnet::cpu::avx512
 
 #if defined(__clang__)

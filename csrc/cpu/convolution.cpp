@@ -1,0 +1,401 @@
+// The direct convolution of convolution.h: geometry, packing, threads.
+//
+// An image is packed with its padding, row after row, and a stride's phases apart, so that of every tap of the
+// filter all inputs lie at one distance from the outputs: the convolution is then a sum of shifted vectors
+// times numbers. The outputs come out at the packed image's width; what lies between its rows is dropped.
+#include "convolution.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../ops.h"
+#include "passes.h"
+
+namespace awnet::cpu {
+namespace {
+
+constexpr int64_t kLanes = 16;
+// Beyond, the library's convolution was faster: docs/performance-notes.md.
+constexpr int64_t kMostChannels = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
+
+// One phase of the outputs, those at begin, begin + stride, ...: its taps.
+struct Phase {
+  int64_t begin[2];             // row, column
+  std::vector<int64_t> offset;  // of a tap's input from the output, in the packed image
+  std::vector<int64_t> tap;     // its place in the filter
+  int64_t weights;              // where its packed weights begin
+};
+
+struct Plan {
+  int64_t inputs, outputs;    // channels that come in and go out
+  int64_t pixels;             // of a plane of what comes in
+  int64_t size[2];            // of a phase of the packed image
+  int64_t plane;              // values of a packed channel
+  int64_t rows, vectors;      // rows of a phase of outputs, and its vectors
+  int64_t blocks;             // of kConvolveRows outputs
+  std::vector<Phase> phases;  // of the outputs
+  std::vector<float> weights;
+
+  Plan(int64_t inputs, int64_t outputs) : inputs(inputs), outputs(outputs) {
+    blocks = ceil_div(outputs, kConvolveRows);
+  }
+
+  // `at(output, input, tap)` reads the filter
+  template <class At>
+  void pack_weights(At at) {
+    int64_t count = 0;
+    for (Phase& phase : phases) {
+      phase.weights = count;
+      count += outputs * inputs * static_cast<int64_t>(phase.tap.size());
+    }
+    weights.resize(count);
+    float* to = weights.data();
+    for (const Phase& phase : phases) {
+      for (int64_t first = 0; first < outputs; first += kConvolveRows) {
+        const int64_t last = std::min<int64_t>(outputs, first + kConvolveRows);
+        for (int64_t input = 0; input < inputs; ++input) {
+          for (const int64_t tap : phase.tap) {
+            for (int64_t output = first; output < last; ++output) *to++ = at(output, input, tap);
+          }
+        }
+      }
+    }
+  }
+
+  void lay_out(int64_t in_phases, int64_t out_rows, int64_t out_columns) {
+    plane = in_phases * size[0] * size[1];
+    rows = out_rows;
+    vectors = ceil_div((out_rows - 1) * size[1] + out_columns, kLanes);
+  }
+
+  int64_t packed() const { return inputs * plane + kLanes; }  // the last vectors read beyond
+  int64_t phase_values() const { return kConvolveRows * vectors * kLanes; }
+  int64_t scratch() const { return static_cast<int64_t>(phases.size()) * phase_values(); }
+
+  // Block `block` of the outputs of a packed image, a phase after the other, each [channel][vectors * 16].
+  void run(float* out, const float* image, int64_t block) const {
+    const int64_t first = block * kConvolveRows, count = std::min<int64_t>(kConvolveRows, outputs - first);
+#if defined(__x86_64__)
+    for (const Phase& phase : phases) {
+      const int64_t taps = static_cast<int64_t>(phase.tap.size());
+      avx512::convolve[count - 1](out, vectors, image, plane, inputs, phase.offset.data(), taps,
+                                  weights.data() + phase.weights + first * inputs * taps);
+      out += phase_values();
+    }
+#endif
+  }
+};
+
+// Samples and blocks of outputs over the threads: body(sample, block, whether the sample is new to the
+// thread, its buffer). A sample may be shared by threads; each packs it for itself.
+template <class Body>
+void for_blocks(const Plan& plan, int64_t batch, int64_t buffer, Body body) {
+  const at::Tensor memory = at::empty({at::get_num_threads(), buffer}, at::kFloat);
+  float* const start = memory.data_ptr<float>();
+  at::parallel_for(0, batch * plan.blocks, 1, [&](int64_t begin, int64_t end) {
+    float* const own = start + at::get_thread_num() * buffer;
+    std::memset(own, 0, plan.packed() * sizeof(float));
+    int64_t packed = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sample = i / plan.blocks;
+      body(sample, i % plan.blocks, sample != packed, own);
+      packed = sample;
+    }
+  });
+}
+
+struct Forward : Plan {
+  int64_t in_size[2], out_size[2];
+  struct Source {
+    int64_t phase[2];
+  };
+  std::vector<Source> sources;  // phases of the input that a tap reads
+  Window window;
+
+  Forward(const at::Tensor& input, const at::Tensor& weight, const Window& window)
+      : Plan(weight.size(1), weight.size(0)), window(window) {
+    const int64_t kernel[2] = {weight.size(2), weight.size(3)};
+    pixels = input.size(2) * input.size(3);
+    for (int d = 0; d < 2; ++d) {
+      const int64_t reach = window.dilation[d] * (kernel[d] - 1);
+      in_size[d] = input.size(2 + d);
+      out_size[d] = (in_size[d] + 2 * window.padding[d] - reach - 1) / window.stride[d] + 1;
+      size[d] = out_size[d] + reach / window.stride[d];
+    }
+    Phase phase{{0, 0}, {}, {}, 0};
+    for (int64_t i = 0; i < kernel[0]; ++i) {
+      for (int64_t j = 0; j < kernel[1]; ++j) {
+        const int64_t at[2] = {i * window.dilation[0], j * window.dilation[1]};
+        const int64_t row = at[0] % window.stride[0], column = at[1] % window.stride[1];
+        const auto same = [&](const Source& s) { return s.phase[0] == row && s.phase[1] == column; };
+        const auto found = std::find_if(sources.begin(), sources.end(), same);
+        const int64_t number = found - sources.begin();
+        if (found == sources.end()) sources.push_back({{row, column}});
+        phase.offset.push_back((number * size[0] + at[0] / window.stride[0]) * size[1] +
+                               at[1] / window.stride[1]);
+        phase.tap.push_back(i * kernel[1] + j);
+      }
+    }
+    phases.push_back(phase);
+    lay_out(static_cast<int64_t>(sources.size()), out_size[0], out_size[1]);
+    const float* from = weight.const_data_ptr<float>();
+    const int64_t taps = kernel[0] * kernel[1];
+    pack_weights([=, this](int64_t output, int64_t input, int64_t tap) {
+      return from[(output * inputs + input) * taps + tap];
+    });
+  }
+
+  // The padding is zero already.
+  void pack(float* to, const float* image) const {
+    for (int64_t channel = 0; channel < inputs; ++channel, image += pixels) {
+      for (const Source& source : sources) {
+        const int64_t stride = window.stride[1];
+        const int64_t first = ceil_div(window.padding[1] - source.phase[1], stride);
+        const int64_t left = source.phase[1] + first * stride - window.padding[1];
+        const int64_t count = std::min(size[1] - first, ceil_div(in_size[1] - left, stride));
+        for (int64_t i = 0; i < size[0]; ++i, to += size[1]) {
+          const int64_t row = source.phase[0] + i * window.stride[0] - window.padding[0];
+          if (row < 0 || row >= in_size[0] || count <= 0) continue;
+          const float* from = image + row * in_size[1] + left;
+          if (stride == 1) {
+            std::memcpy(to + first, from, count * sizeof(float));
+          } else if (stride == 2) {
+            for (int64_t j = 0; j < count; ++j) to[first + j] = from[2 * j];
+          } else {
+            for (int64_t j = 0; j < count; ++j) to[first + j] = from[j * stride];
+          }
+        }
+      }
+    }
+  }
+
+  // A channel's outputs without what lies between the rows.
+  void unpack(float* to, const float* from) const {
+    for (int64_t i = 0; i < out_size[0]; ++i) {
+      std::memcpy(to + i * out_size[1], from + i * size[1], out_size[1] * sizeof(float));
+    }
+  }
+};
+
+// Calls finish(sample, channel, u's plane) for every plane of u = conv(input, weight), in u's memory.
+template <class Finish>
+void convolve_each(const at::Tensor& input, const at::Tensor& weight, const Forward& plan, float* u,
+                   Finish finish) {
+  const int64_t batch = input.size(0), values = plan.out_size[0] * plan.out_size[1];
+  const float* images = input.const_data_ptr<float>();
+  for_blocks(plan, batch, plan.packed() + plan.scratch(), [&](int64_t b, int64_t block, bool fresh, float* own) {
+    float* const out = own + plan.packed();
+    if (fresh) plan.pack(own, images + b * plan.inputs * plan.pixels);
+    plan.run(out, own, block);
+    const int64_t first = block * kConvolveRows;
+    for (int64_t c = first; c < std::min<int64_t>(plan.outputs, first + kConvolveRows); ++c) {
+      const int64_t plane = b * plan.outputs + c;
+      plan.unpack(u + plane * values, out + (c - first) * plan.vectors * kLanes);
+      finish(plane);
+    }
+  });
+}
+
+std::vector<int64_t> output_shape(const at::Tensor& input, const Forward& plan) {
+  return {input.size(0), plan.outputs, plan.out_size[0], plan.out_size[1]};
+}
+
+struct Backward : Plan {
+  int64_t in_size[2], out_size[2], low[2];  // in: of the gradient that comes out, out: of the one given
+  Window window;
+
+  Backward(Sizes input_shape, const at::Tensor& grad, const at::Tensor& weight, const Window& window)
+      : Plan(weight.size(0), weight.size(1)), window(window) {
+    const int64_t kernel[2] = {weight.size(2), weight.size(3)};
+    pixels = grad.size(2) * grad.size(3);
+    int64_t high[2] = {0, 0};
+    const auto distance = [&](int d, int64_t begin, int64_t k) {
+      return begin + window.padding[d] - k * window.dilation[d];
+    };
+    for (int d = 0; d < 2; ++d) {
+      in_size[d] = input_shape[2 + d];
+      out_size[d] = grad.size(2 + d);
+      low[d] = 0;
+      for (int64_t begin = 0; begin < window.stride[d]; ++begin) {
+        for (int64_t k = 0; k < kernel[d]; ++k) {
+          const int64_t far = distance(d, begin, k);
+          if (far % window.stride[d] != 0) continue;
+          low[d] = std::min(low[d], far / window.stride[d]);
+          high[d] = std::max(high[d], far / window.stride[d]);
+        }
+      }
+      size[d] = ceil_div(in_size[d], window.stride[d]) + high[d] - low[d];
+    }
+    for (int64_t row = 0; row < window.stride[0]; ++row) {
+      for (int64_t column = 0; column < window.stride[1]; ++column) {
+        Phase phase{{row, column}, {}, {}, 0};
+        for (int64_t i = 0; i < kernel[0]; ++i) {
+          for (int64_t j = 0; j < kernel[1]; ++j) {
+            const int64_t down = distance(0, row, i), right = distance(1, column, j);
+            if (down % window.stride[0] != 0 || right % window.stride[1] != 0) continue;
+            phase.offset.push_back((down / window.stride[0] - low[0]) * size[1] + right / window.stride[1] -
+                                   low[1]);
+            phase.tap.push_back(i * kernel[1] + j);
+          }
+        }
+        phases.push_back(phase);
+      }
+    }
+    lay_out(1, ceil_div(in_size[0], window.stride[0]), ceil_div(in_size[1], window.stride[1]));
+    const float* from = weight.const_data_ptr<float>();
+    const int64_t taps = kernel[0] * kernel[1];
+    pack_weights([=, this](int64_t output, int64_t input, int64_t tap) {
+      return from[(input * outputs + output) * taps + tap];
+    });
+  }
+
+  void pack(float* to, const float* d_u) const {
+    const int64_t last = std::min(out_size[0], size[0] + low[0]);
+    const int64_t count = std::min(out_size[1], size[1] + low[1]);
+    to -= low[0] * size[1] + low[1];
+    for (int64_t i = 0; i < last; ++i) {
+      std::memcpy(to + i * size[1], d_u + i * out_size[1], count * sizeof(float));
+    }
+  }
+
+  // A channel of the input's gradient, its phases put together again.
+  void unpack(float* to, const float* from) const {
+    const int64_t step[2] = {window.stride[0], window.stride[1]};
+    for (int64_t row = 0; row < in_size[0]; ++row, to += in_size[1]) {
+      const float* line = from + row % step[0] * step[1] * phase_values() + row / step[0] * size[1];
+      if (step[1] == 1) {
+        std::memcpy(to, line, in_size[1] * sizeof(float));
+        continue;
+      }
+      if (step[1] == 2) {
+        const float* odd = line + phase_values();
+        const int64_t pairs = in_size[1] / 2;
+        for (int64_t j = 0; j < pairs; ++j) {
+          to[2 * j] = line[j];
+          to[2 * j + 1] = odd[j];
+        }
+        if (in_size[1] % 2 != 0) to[2 * pairs] = line[pairs];
+        continue;
+      }
+      for (int64_t j = 0; j < in_size[1]; ++j) to[j] = line[j % step[1] * phase_values() + j / step[1]];
+    }
+  }
+};
+
+const float* plane_of(const std::optional<at::Tensor>& x, int64_t at) {
+  return x ? x->const_data_ptr<float>() + at : nullptr;
+}
+
+}  // namespace
+
+bool convolves(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
+  if (groups != 1 || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat) return false;
+  if (!input.is_contiguous() || weight.size(0) > kMostChannels || weight.size(1) > kMostChannels) return false;
+  static const bool able = std::string(instruction_set()) == "avx512";
+  return able && weight.numel() > 0;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(
+    const at::Tensor& input, const at::Tensor& weight_in, const Window& window, const at::Tensor& scale_in,
+    const at::Tensor& shift_in, const std::optional<at::Tensor>& residual_in, bool relu, bool keep_u,
+    bool keep_mask) {
+  const at::Tensor weight = weight_in.contiguous();
+  const Forward plan(input, weight, window);
+  const at::Tensor y = at::empty(output_shape(input, plan), input.options());
+  const at::Tensor u = keep_u ? at::empty_like(y) : at::empty({0}, input.options());
+  const at::Tensor mask = at::empty(keep_mask ? y.sizes() : Sizes({0}), input.options().dtype(at::kBool));
+  const at::Tensor scale = scale_in.contiguous(), shift = shift_in.contiguous();
+  std::optional<at::Tensor> residual;
+  if (residual_in) residual = residual_in->contiguous();
+  const int64_t values = plan.out_size[0] * plan.out_size[1];
+  float *const y_p = y.data_ptr<float>(), *const u_p = keep_u ? u.data_ptr<float>() : y_p;
+  const float *const scale_p = scale.const_data_ptr<float>(), *const shift_p = shift.const_data_ptr<float>();
+  uint8_t* const mask_p = keep_mask ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr;
+  const Kernels<float>& kernels = float32_passes();
+  convolve_each(input, weight, plan, u_p, [&](int64_t plane) {
+    const int64_t at = plane * values;
+    kernels.apply_plane(y_p + at, mask_p ? mask_p + at : nullptr, u_p + at, plane_of(residual, at), values,
+                        scale_p[plane], shift_p[plane], relu);
+  });
+  return {y, u, mask};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Tensor& input,
+                                                                   const at::Tensor& weight_in,
+                                                                   const Window& window) {
+  const at::Tensor weight = weight_in.contiguous();
+  const Forward plan(input, weight, window);
+  const at::Tensor u = at::empty(output_shape(input, plan), input.options());
+  const int64_t values = plan.out_size[0] * plan.out_size[1];
+  const std::vector<int64_t> table = {u.size(0), u.size(1)};
+  const at::Tensor mean = at::empty(table, input.options()), m2 = at::empty(table, input.options());
+  float *const u_p = u.data_ptr<float>(), *const mean_p = mean.data_ptr<float>(), *const m2_p = m2.data_ptr<float>();
+  const Kernels<float>& kernels = float32_passes();
+  convolve_each(input, weight, plan, u_p, [&](int64_t plane) {
+    kernels.statistics_plane(u_p + plane * values, values, mean_p + plane, m2_p + plane);
+  });
+  return {u, mean, m2};
+}
+
+Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in,
+                   const std::optional<at::Tensor>& centre_in, const std::optional<at::Tensor>& gate_in,
+                   const at::Tensor& by_grad_in, const std::optional<at::Tensor>& by_input,
+                   const std::optional<at::Tensor>& constant, const at::Tensor& weight_in, Sizes input_shape,
+                   const Window& window, bool sums, bool residual, bool keep_d_u) {
+  const at::Tensor weight = weight_in.contiguous(), by_grad = by_grad_in.contiguous();
+  const Backward plan(input_shape, grad, weight, window);
+  const auto dense = [](const std::optional<at::Tensor>& x) {
+    return x ? std::optional<at::Tensor>(x->contiguous()) : std::nullopt;
+  };
+  const auto u = dense(u_in), centre = dense(centre_in), gate = dense(gate_in);
+  const at::Tensor none = at::empty({0}, grad.options());
+  Back back{at::empty(input_shape, grad.options()), residual ? at::empty_like(grad) : none,
+            keep_d_u ? at::empty_like(grad) : none, sums ? at::empty_like(by_grad) : none,
+            sums ? at::empty_like(by_grad) : none};
+  const int64_t values = plan.pixels, out_values = plan.in_size[0] * plan.in_size[1];
+  const auto pointer = [](const at::Tensor& x) { return x.numel() > 0 ? x.data_ptr<float>() : nullptr; };
+  float *const d_input = back.d_input.data_ptr<float>(), *const d_residual = pointer(back.d_residual),
+               *const d_u = pointer(back.d_u), *const g1 = pointer(back.g1), *const gc = pointer(back.gc);
+  const float *const g_p = grad.const_data_ptr<float>(), *const by_grad_p = by_grad.const_data_ptr<float>();
+  const bool by_mask = gate && gate->scalar_type() == at::kBool;
+  const Gate<float> passed = {gate && !by_mask ? gate->const_data_ptr<float>() : nullptr,
+                              by_mask ? static_cast<const uint8_t*>(gate->const_data_ptr()) : nullptr};
+  const Kernels<float>& kernels = float32_passes();
+
+  const auto pack = [&](int64_t b, bool first, float* to, float* spare) {
+    for (int64_t c = 0; c < plan.inputs; ++c) {
+      const int64_t plane = b * plan.inputs + c, at = plane * values;
+      const float middle = centre ? centre->const_data_ptr<float>()[plane] : 0.0f;
+      if (first && sums) {
+        kernels.reduce_plane(g_p + at, plane_of(u, at), passed.from(at), values, middle, g1 + plane, gc + plane);
+      }
+      float* const d = first && d_u != nullptr ? d_u + at : spare;
+      kernels.propagate_plane(d, first && d_residual != nullptr ? d_residual + at : nullptr, g_p + at,
+                              by_input ? plane_of(u, at) : nullptr, passed.from(at), values, middle,
+                              by_grad_p[plane], by_input ? by_input->const_data_ptr<float>()[plane] : 0.0f,
+                              by_input ? constant->const_data_ptr<float>()[plane] : 0.0f);
+      plan.pack(to + c * plan.plane, d);
+    }
+  };
+  const int64_t packed = plan.packed(), scratch = plan.scratch();
+  for_blocks(plan, grad.size(0), packed + scratch + values, [&](int64_t b, int64_t block, bool fresh, float* own) {
+    // what is written besides is written by one thread
+    if (fresh) pack(b, block == 0, own, own + packed + scratch);
+    float* const out = own + packed;
+    plan.run(out, own, block);
+    const int64_t first = block * kConvolveRows;
+    for (int64_t c = first; c < std::min<int64_t>(plan.outputs, first + kConvolveRows); ++c) {
+      plan.unpack(d_input + (b * plan.outputs + c) * out_values, out + (c - first) * plan.vectors * kLanes);
+    }
+  });
+  return back;
+}
+
+}  // namespace awnet::cpu
