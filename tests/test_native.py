@@ -148,6 +148,21 @@ def test_the_direct_convolution_leaves_other_calls_to_the_library() -> None:
     assert not takes(x.bfloat16(), weight.bfloat16(), 1)
     assert not takes(x.contiguous(memory_format=torch.channels_last), weight, 1)
     assert not takes(x, torch.zeros(1000, 8, 3, 3), 1)
+    assert not takes(torch.zeros(1, 8, 256, 256), weight, 1)
+
+
+@direct
+def test_the_direct_convolution_refuses_what_it_cannot_read() -> None:
+    def apply(x: torch.Tensor) -> None:
+        tables = torch.ones(1, 8), torch.zeros(1, 8)
+        torch.ops.awnet.convolve_apply(
+            x, torch.zeros(8, 8, 3, 3), *tables, None, False, (1, 1), (0, 0), (1, 1), False, False
+        )
+
+    with pytest.raises(RuntimeError, match="expected 8 channels, got 7"):
+        apply(torch.zeros(1, 7, 4, 4))
+    with pytest.raises(RuntimeError, match="larger than the padded image"):
+        apply(torch.zeros(1, 8, 2, 4))
 
 
 @built

@@ -1,8 +1,9 @@
 // The direct convolution of convolution.h: geometry, packing, threads.
 //
-// An image is packed with its padding, row after row, and a stride's phases apart, so that of every tap of the
-// filter all inputs lie at one distance from the outputs: the convolution is then a sum of shifted vectors
-// times numbers. The outputs come out at the packed image's width; what lies between its rows is dropped.
+// An image is packed with its padding, row after row, and a stride's phases apart, so that of every tap of
+// the filter all inputs lie at one distance from the outputs: the convolution is then a sum of shifted
+// vectors times numbers. The outputs come out at the packed image's width; what lies between its rows is
+// dropped.
 #include "convolution.h"
 
 #include <ATen/Parallel.h>
@@ -22,6 +23,8 @@ namespace {
 constexpr int64_t kLanes = 16;
 // Beyond, the library's convolution was faster: docs/performance-notes.md.
 constexpr int64_t kMostChannels = 64;
+// An image beyond does not stay in the second cache while all its filters pass over it.
+constexpr int64_t kMostValues = 1 << 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 
@@ -122,11 +125,14 @@ struct Forward : Plan {
   Forward(const at::Tensor& input, const at::Tensor& weight, const Window& window)
       : Plan(weight.size(1), weight.size(0)), window(window) {
     const int64_t kernel[2] = {weight.size(2), weight.size(3)};
+    TORCH_CHECK(input.size(1) == inputs, "expected ", inputs, " channels, got ", input.size(1));
     pixels = input.size(2) * input.size(3);
     for (int d = 0; d < 2; ++d) {
       const int64_t reach = window.dilation[d] * (kernel[d] - 1);
       in_size[d] = input.size(2 + d);
-      out_size[d] = (in_size[d] + 2 * window.padding[d] - reach - 1) / window.stride[d] + 1;
+      const int64_t room = in_size[d] + 2 * window.padding[d] - reach - 1;
+      TORCH_CHECK(room >= 0, "the filter is larger than the padded image");
+      out_size[d] = room / window.stride[d] + 1;
       size[d] = out_size[d] + reach / window.stride[d];
     }
     Phase phase{{0, 0}, {}, {}, 0};
@@ -190,17 +196,18 @@ void convolve_each(const at::Tensor& input, const at::Tensor& weight, const Forw
                    Finish finish) {
   const int64_t batch = input.size(0), values = plan.out_size[0] * plan.out_size[1];
   const float* images = input.const_data_ptr<float>();
-  for_blocks(plan, batch, plan.packed() + plan.scratch(), [&](int64_t b, int64_t block, bool fresh, float* own) {
-    float* const out = own + plan.packed();
-    if (fresh) plan.pack(own, images + b * plan.inputs * plan.pixels);
-    plan.run(out, own, block);
-    const int64_t first = block * kConvolveRows;
-    for (int64_t c = first; c < std::min<int64_t>(plan.outputs, first + kConvolveRows); ++c) {
-      const int64_t plane = b * plan.outputs + c;
-      plan.unpack(u + plane * values, out + (c - first) * plan.vectors * kLanes);
-      finish(plane);
-    }
-  });
+  for_blocks(plan, batch, plan.packed() + plan.scratch(),
+             [&](int64_t b, int64_t block, bool fresh, float* own) {
+               float* const out = own + plan.packed();
+               if (fresh) plan.pack(own, images + b * plan.inputs * plan.pixels);
+               plan.run(out, own, block);
+               const int64_t first = block * kConvolveRows;
+               for (int64_t c = first; c < std::min<int64_t>(plan.outputs, first + kConvolveRows); ++c) {
+                 const int64_t plane = b * plan.outputs + c;
+                 plan.unpack(u + plane * values, out + (c - first) * plan.vectors * kLanes);
+                 finish(plane);
+               }
+             });
 }
 
 std::vector<int64_t> output_shape(const at::Tensor& input, const Forward& plan) {
@@ -297,7 +304,9 @@ const float* plane_of(const std::optional<at::Tensor>& x, int64_t at) {
 
 bool convolves(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
   if (groups != 1 || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat) return false;
-  if (!input.is_contiguous() || weight.size(0) > kMostChannels || weight.size(1) > kMostChannels) return false;
+  if (!input.is_contiguous() || weight.size(0) > kMostChannels || weight.size(1) > kMostChannels)
+    return false;
+  if (input.size(1) * input.size(2) * input.size(3) > kMostValues) return false;
   static const bool able = std::string(instruction_set()) == "avx512";
   return able && weight.numel() > 0;
 }
@@ -336,7 +345,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Ten
   const int64_t values = plan.out_size[0] * plan.out_size[1];
   const std::vector<int64_t> table = {u.size(0), u.size(1)};
   const at::Tensor mean = at::empty(table, input.options()), m2 = at::empty(table, input.options());
-  float *const u_p = u.data_ptr<float>(), *const mean_p = mean.data_ptr<float>(), *const m2_p = m2.data_ptr<float>();
+  float *const u_p = u.data_ptr<float>(), *const mean_p = mean.data_ptr<float>(),
+               *const m2_p = m2.data_ptr<float>();
   const Kernels<float>& kernels = float32_passes();
   convolve_each(input, weight, plan, u_p, [&](int64_t plane) {
     kernels.statistics_plane(u_p + plane * values, values, mean_p + plane, m2_p + plane);
@@ -374,7 +384,8 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
       const int64_t plane = b * plan.inputs + c, at = plane * values;
       const float middle = centre ? centre->const_data_ptr<float>()[plane] : 0.0f;
       if (first && sums) {
-        kernels.reduce_plane(g_p + at, plane_of(u, at), passed.from(at), values, middle, g1 + plane, gc + plane);
+        kernels.reduce_plane(g_p + at, plane_of(u, at), passed.from(at), values, middle, g1 + plane,
+                             gc + plane);
       }
       float* const d = first && d_u != nullptr ? d_u + at : spare;
       kernels.propagate_plane(d, first && d_residual != nullptr ? d_residual + at : nullptr, g_p + at,
@@ -385,16 +396,18 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
     }
   };
   const int64_t packed = plan.packed(), scratch = plan.scratch();
-  for_blocks(plan, grad.size(0), packed + scratch + values, [&](int64_t b, int64_t block, bool fresh, float* own) {
-    // what is written besides is written by one thread
-    if (fresh) pack(b, block == 0, own, own + packed + scratch);
-    float* const out = own + packed;
-    plan.run(out, own, block);
-    const int64_t first = block * kConvolveRows;
-    for (int64_t c = first; c < std::min<int64_t>(plan.outputs, first + kConvolveRows); ++c) {
-      plan.unpack(d_input + (b * plan.outputs + c) * out_values, out + (c - first) * plan.vectors * kLanes);
-    }
-  });
+  for_blocks(plan, grad.size(0), packed + scratch + values,
+             [&](int64_t b, int64_t block, bool fresh, float* own) {
+               // what is written besides is written by one thread
+               if (fresh) pack(b, block == 0, own, own + packed + scratch);
+               float* const out = own + packed;
+               plan.run(out, own, block);
+               const int64_t first = block * kConvolveRows;
+               for (int64_t c = first; c < std::min<int64_t>(plan.outputs, first + kConvolveRows); ++c) {
+                 plan.unpack(d_input + (b * plan.outputs + c) * out_values,
+                             out + (c - first) * plan.vectors * kLanes);
+               }
+             });
   return back;
 }
 

@@ -19,10 +19,12 @@ struct Window {
 bool convolves(const at::Tensor& input, const at::Tensor& weight, int64_t groups);
 
 // y = act(u * scale + shift + residual) for u = conv(input, weight); u, empty without keep_u; the mask.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(
-    const at::Tensor& input, const at::Tensor& weight, const Window& window, const at::Tensor& scale,
-    const at::Tensor& shift, const std::optional<at::Tensor>& residual, bool relu, bool keep_u,
-    bool keep_mask);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(const at::Tensor& input,
+                                                              const at::Tensor& weight, const Window& window,
+                                                              const at::Tensor& scale,
+                                                              const at::Tensor& shift,
+                                                              const std::optional<at::Tensor>& residual,
+                                                              bool relu, bool keep_u, bool keep_mask);
 
 // u = conv(input, weight), and its mean and m2 as `statistics` gives them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Tensor& input,

@@ -4,7 +4,8 @@
 // out[r][q] = sum over c, t of weights[c][t][r] * in[c][offsets[t] + q], for kRows r and kVectors * 16 q.
 template <int kRows, int kVectors>
 AWNET_INLINE void convolve_tile(float* out, int64_t out_stride, const float* in, int64_t in_stride,
-                                int64_t channels, const int64_t* offsets, int64_t taps, const float* weights) {
+                                int64_t channels, const int64_t* offsets, int64_t taps,
+                                const float* weights) {
   Vector sums[kRows][kVectors] = {};
   for (int64_t c = 0; c < channels; ++c, in += in_stride) {
     for (int64_t t = 0; t < taps; ++t, weights += kRows) {
@@ -40,6 +41,6 @@ static void convolve_rows(float* out, int64_t vectors, const float* in, int64_t 
   }
 }
 
-extern const ConvolveRows convolve[kConvolveRows] = {
-    convolve_rows<1>, convolve_rows<2>, convolve_rows<3>, convolve_rows<4>,
-    convolve_rows<5>, convolve_rows<6>, convolve_rows<7>, convolve_rows<8>};
+extern const ConvolveRows convolve[kConvolveRows] = {convolve_rows<1>, convolve_rows<2>, convolve_rows<3>,
+                                                     convolve_rows<4>, convolve_rows<5>, convolve_rows<6>,
+                                                     convolve_rows<7>, convolve_rows<8>};

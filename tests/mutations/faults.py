@@ -17,6 +17,7 @@ STEP = "tests/kernels/test_sign_step.py::"
 
 NATIVE_LAYER = OPS + "test_native_layers_of_any_shape_equal_the_reference"
 NATIVE_PASSES = OPS + "test_native_passes_in_every_shape"
+DIRECT = "tests/test_native.py::test_the_direct_convolution_and_its_gradients"
 EAGER_LAYER = OPS + "test_eager_equals_the_reference_in_float64"
 CUDA_PASSES = CUDA + "test_every_pass_in_every_shape"
 CUDA_ALGEBRA = CUDA + "test_the_algebra_equals_plain_torch"
@@ -120,6 +121,21 @@ FAULTS = (
         "partial sums of a long column overwritten", "csrc/cpu/passes.inl",
         "along += part_along;", "along = part_along;",
         NATIVE_PASSES,
+    ),
+    fault(
+        "padding left out of the direct convolution's gradient", "csrc/cpu/convolution.cpp",
+        "return begin + window.padding[d] - k", "return begin - k",
+        DIRECT,
+    ),
+    fault(
+        "every block of the direct convolution by the first one's filters", "csrc/cpu/convolution.cpp",
+        "weights.data() + phase.weights + first * inputs * taps", "weights.data() + phase.weights",
+        DIRECT,
+    ),
+    fault(
+        "odd columns of a stride-2 gradient from the even phase", "csrc/cpu/convolution.cpp",
+        "to[2 * j + 1] = odd[j]", "to[2 * j + 1] = line[j]",
+        DIRECT,
     ),
     fault(
         "every sample of a channels_last batch by the first one's scale", "csrc/cpu/passes.cpp",
