@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 // Beyond, the library's convolution was faster: docs/performance-notes.md.
-constexpr int64_t kMostChannels = 64;
+constexpr int64_t kMostChannels = 128;
 // An image beyond does not stay in the second cache while all its filters pass over it.
 constexpr int64_t kMostValues = 1 << 18;
 
