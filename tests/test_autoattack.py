@@ -106,7 +106,7 @@ def test_named_attacks_take_their_sizes_from_the_budget() -> None:
     assert smoke["members"]["square"]["queries"] == 200
     own = named_attack("aa", model, threat, suite=Suite(queries=77)).settings
     assert own["members"]["square"]["queries"] == 77
-    with pytest.raises(ValueError, match="budget must be one of smoke, standard"):
+    with pytest.raises(ValueError, match="budget must be one of smoke, short, standard"):
         named_attack("aa", model, threat, suite=Suite(budget="huge"))
 
 
