@@ -20,6 +20,7 @@ from awnet.nn import (
     FilterScaledConv2d,
     FixedRouter,
     MixBatchNorm2d,
+    Routing,
     convert,
 )
 
@@ -302,6 +303,39 @@ def test_a_router_of_the_callers():
         ValueError, match=r"router\.signal_widths must be .*\[8, 8, 12, 12, 12, 6\], got \[3\]"
     ):
         convert(original, router=AdversarialRouter([3], widths=(4,)))
+
+
+def test_a_trained_router_scales_the_filters_from_the_start():
+    original = trained(Residual())
+    router = AdversarialRouter([8, 8, 12, 12, 12, 6], widths=(4,))
+    with torch.no_grad():
+        router.signal_heads.weight.normal_()
+    weights = copy.deepcopy(router.state_dict())
+    network = convert(original, router=router).eval()
+    assert network.router is router
+    assert all(torch.equal(value, weights[name]) for name, value in router.state_dict().items())
+    x = torch.rand(4, 3, 8, 8)
+    expected, routing = original.eval()(x), network.route(x)
+    assert not torch.allclose(network(x), expected, rtol=1e-2)
+    assert torch.equal(network(x), network(x, routing=routing))
+    ones = [torch.ones_like(scale) for scale in routing.filter_scales]
+    # float32, the batch norms folded
+    torch.testing.assert_close(
+        network(x, routing=Routing(None, routing.p_clean, ones)), expected, rtol=1e-4, atol=1e-5
+    )
+    check_trains(convert(original, router=router))
+
+
+def test_a_router_that_does_not_fit_is_refused():
+    original, widths = Residual(), [8, 8, 12, 12, 12, 6]
+    with pytest.raises(TypeError, match="router must be an AdversarialRouter or a FixedRouter, got Linear"):
+        convert(original, router=nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="of 3 channels, but was created with in_channels=1"):
+        convert(original, router=AdversarialRouter(widths, widths=(4,), in_channels=1))
+    with pytest.raises(ValueError, match="of 3 channels, but was created with in_channels=2"):
+        convert(original, router=FixedRouter(in_channels=2), filter_scaling=False)
+    with pytest.raises(ValueError, match=r"cpu and torch\.float32, got cpu and torch\.float64: move it"):
+        convert(original, router=AdversarialRouter(widths, widths=(4,)).double())
 
 
 def test_any_p_gives_the_original_and_samples_stay_apart():

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from awnet.nn.layers import AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
 from awnet.nn.network import AWNet
-from awnet.nn.router import AdversarialRouter, FixedRouter
+from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
 
 _OURS = (AWConv2d, FilterScaledConv2d, MixBatchNorm2d)
 _RELU: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
@@ -60,11 +60,17 @@ def convert(
         keep its ``state_dict()`` to store it, and convert the same architecture again before loading that.
 
     Raises:
-        TypeError: ``module`` is no nn.Module.
-        ValueError: ``module`` cannot be converted; the message names the part and the reason.
+        TypeError: ``module`` is no nn.Module, or ``router`` no router.
+        ValueError: ``module`` cannot be converted; the message names the part and the reason. Or ``router``
+            does not fit it.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
+    if not isinstance(router, AdversarialRouter | FixedRouter | None):
+        raise TypeError(
+            f"router must be an AdversarialRouter or a FixedRouter, got {type(router).__name__}; "
+            "leave it out for a new one"
+        )
     name = type(module).__name__
     original, graph = _trace(module)
     root = copy.deepcopy(original)  # to be rewritten; the other copy stays to compare with
@@ -82,17 +88,40 @@ def convert(
     if router is None:
         router = AdversarialRouter(widths, in_channels=in_channels, widths=router_widths, beta=beta)
         router.to(like.device, like.dtype)
-    elif list(router.signal_widths) != widths:
-        raise ValueError(
-            f"router.signal_widths must be C_out of the dynamic convolutions, {widths}, "
-            f"got {list(router.signal_widths)}"
-        )
+    else:
+        _check_router(router, widths, in_channels, like)
     network = AWNet(dynamic, router)
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(2, in_channels, height, width, generator=generator).to(like.device, like.dtype)
     _compare(original, network.eval(), x)
     return network.train(module.training)
+
+
+def _check_router(
+    router: AdversarialRouter | FixedRouter, widths: list[int], in_channels: int, like: Tensor
+) -> None:
+    """Raises unless ``router`` fits a network of these dynamic convolutions, images, device and dtype."""
+    if list(router.signal_widths) != widths:
+        raise ValueError(
+            f"router.signal_widths must be C_out of the dynamic convolutions, {widths}, "
+            f"got {list(router.signal_widths)}"
+        )
+    if isinstance(router, FixedRouter):
+        channels = router.in_channels
+    else:
+        channels = router.backbone.in_channels
+        own = next(router.parameters())
+        if (own.device, own.dtype) != (like.device, like.dtype):
+            raise ValueError(
+                f"router must be on the network's device and in its dtype, {like.device} and {like.dtype}, "
+                f"got {own.device} and {own.dtype}: move it there with router.to(...) first"
+            )
+    if channels != in_channels:
+        raise ValueError(
+            f"router must take the network's images, of {in_channels} channels, but was created with "
+            f"in_channels={channels}"
+        )
 
 
 def _trace(module: nn.Module) -> tuple[nn.Module, fx.Graph]:
@@ -406,7 +435,7 @@ def _scaled(conv: nn.Conv2d) -> FilterScaledConv2d:
 
 @torch.no_grad()
 def _compare(original: nn.Module, network: AWNet, x: Tensor) -> None:
-    """Raises unless both give the same logits for ``x`` in test mode."""
+    """Raises unless both give the same logits for ``x`` in test mode at ω ≡ 1."""
     try:
         expected = original(x)
     except Exception as failure:  # whatever a forward may raise on a shape that does not fit
@@ -420,7 +449,11 @@ def _compare(original: nn.Module, network: AWNet, x: Tensor) -> None:
     # a convolution that sums in another order differs by some 1e-6 in float32, a wrong graph by far more
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
     expected = expected.nan_to_num()
-    error = (network(x).nan_to_num() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    scales = [x.new_ones(len(x), width) for width in network.router.signal_widths]
+    routing = Routing(None, x.new_full((len(x),), 0.5), scales)
+    error = (network(x, routing=routing).nan_to_num() - expected).abs().max() / expected.abs().max().clamp(
+        min=1e-6
+    )
     if not error <= tolerance:
         raise ValueError(
             f"the converted network's logits are off by {error.item():.1e} of the largest one: forward does "
