@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from families import narrow
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from awnet.attacks import named_attack
 from awnet.attacks.adaptive import Softened, SoftRouter
@@ -20,7 +23,7 @@ from awnet.evaluation.html import page
 from awnet.evaluation.precision import judged
 from awnet.evaluation.robustbench import Entry, export_robustbench
 from awnet.models import create_model, save_model
-from awnet.nn import Routing
+from awnet.nn import Routing, convert
 
 
 def digits(n: int) -> Dataset:
@@ -55,6 +58,55 @@ def test_the_frozen_copy_decides_as_the_model_does(name: str, monkeypatch: pytes
         same = copied.per_sample[f"{kind}_prediction"] == itself.per_sample[f"{kind}_prediction"]
         assert same.mean() >= 0.95  # at most one of 24
     assert (copied.model, list(copied.filter_means)) == (itself.model, list(itself.filter_means))
+
+
+def foreign() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "copied"),
+    [
+        pytest.param(lambda: narrow("rdi_resnet38"), False, id="rdi"),
+        pytest.param(lambda: narrow("advmoe_resnet18"), True, id="advmoe"),
+        pytest.param(lambda: narrow("separate_net"), True, id="separate"),
+        pytest.param(lambda: narrow("mobilenet_v2"), True, id="plain"),
+        pytest.param(foreign, False, id="foreign"),
+        pytest.param(lambda: convert(foreign(), router_widths=(4,)), False, id="converted"),
+    ],
+)
+def test_an_evaluation_runs_frozen_layers_alone(make: Callable[[], nn.Module], copied: bool) -> None:
+    """In test mode and with frozen weights, so that no gradient is computed for them."""
+    torch.manual_seed(0)
+    model = make().train()
+    assert (judged(model, "float32") is not model) == copied
+    live: list[str] = []
+    attacked = 0
+
+    def look(module: nn.Module, inputs: object) -> None:
+        nonlocal attacked
+        attacked += torch.is_grad_enabled()
+        weights = [p for p in module.parameters() if not p.is_meta]  # on which FLOPs are counted
+        if module.training or any(p.requires_grad for p in weights):
+            live.append(type(module).__name__)
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        evaluate(model, digits(4), ["fgsm"])
+    finally:
+        hook.remove()
+    assert attacked
+    assert live == []
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("mode", Softened.MODES)
