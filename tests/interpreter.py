@@ -2,7 +2,7 @@
 
 Those files run on a CUDA device where there is one, and else on the CPU through Triton's interpreter. The
 interpreter must be chosen before Triton is imported and cannot share a process with the compiler, so
-tests/test_kernels.py gives each file a process of its own with TRITON_INTERPRET=1. To work on one of them:
+tests/test_kernels.py runs them in processes of their own with TRITON_INTERPRET=1. To work on one of them:
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/test_passes.py
 """
@@ -10,12 +10,30 @@ tests/test_kernels.py gives each file a process of its own with TRITON_INTERPRET
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+
+
+def _patch_once() -> None:
+    """Makes ``triton.language`` the interpreter's for good.
+
+    By itself the interpreter does so anew at each call of a kernel and of each function within it, which takes
+    most of the time of kernels as small as those of the tests.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+
+
+if INTERPRETED:
+    _patch_once()
 
 _GUARD = 256  # elements: a multiple of every alignment that kernels assume
 

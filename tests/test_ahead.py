@@ -95,20 +95,27 @@ def test_each_rule_can_fail(tmp_path: Path) -> None:
     assert "the committed figure is 1" in problems["grown"]
 
 
-def test_bad_use_is_told() -> None:
-    done = ahead("--quick", "--update")
-    assert done.returncode == 2
-    assert "--update needs all cases" in done.stderr
-    assert "no case's name holds 'nonsense'" in ahead("--only", "nonsense").stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "awnet.kernels.ahead"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "the interpreter and the compiler cannot share a process" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "interpreted", "message"),
+    [
+        (["--quick", "--update"], "0", "--update needs all cases"),
+        (["--only", "nonsense"], "0", "no case's name holds 'nonsense'"),
+        ([], "1", "the interpreter and the compiler cannot share a process"),
+    ],
+)
+def test_bad_use_is_told(
+    arguments: list[str],
+    interpreted: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from awnet.kernels.ahead import main
+
+    monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -32,11 +32,12 @@ from awnet.nn.frozen import Frozen
 from awnet.training import recipe_for, train
 
 FULL = [name for name in list_models() if "tiny" not in name]
-# those that other tests train already, and the one that trains three networks at once
-LONG = [
-    *(("pgd_at", name) for name in ("resnet18", "awnet_resnet18", "awnet_resnet50")),
-    *(("pgd_at", name) for _, name in OWN_RECIPES),
-    ("separate", "separate_net"),
+# all but a network without batch norm, a plain one, an AW-Net and two that keep more than weights: those that other
+# tests train already, the like, and the one that trains three networks at once
+QUICK = [
+    *(("pgd_at", name) for name in ("swin_t", "vgg16_bn", "awnet_mobilenet_v2")),
+    ("rdi", "rdi_resnet38"),
+    ("advmoe", "advmoe_resnet18"),
 ]
 CNNS = [name for name in NARROW if not name.startswith("swin")]
 CONVERTIBLE = ["resnet18", "wrn34_8", "vgg16_bn", "repvgg_a2", "mobilenet_v2"]
@@ -76,7 +77,7 @@ def check_overfits(model: nn.Module, batch: Batch, lr: float) -> None:
 @pytest.mark.parametrize(
     ("recipe_name", "name"),
     [
-        pytest.param(recipe, name, marks=[pytest.mark.slow] if (recipe, name) in LONG else [])
+        pytest.param(recipe, name, marks=[] if (recipe, name) in QUICK else [pytest.mark.slow])
         for recipe, name in [*(("pgd_at", name) for name in NARROW), *OWN_RECIPES]
     ],
 )
@@ -201,7 +202,11 @@ def test_full_size_forward_and_backward(name: str) -> None:
 # --- converted networks
 
 
-@pytest.mark.parametrize("name", CONVERTIBLE)
+@pytest.mark.parametrize(
+    "name",
+    # the AW-Net on the same base is overfitted above, and takes as long
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "mobilenet_v2" else []) for n in CONVERTIBLE],
+)
 def test_a_converted_network_is_a_network_like_the_others(name: str) -> None:
     original = narrow(name)
     batch = next(DIGITS.train.batches(64))
