@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, make_dataclass, replace
+from datetime import timedelta
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from awnet.data import Dataset, Splits
+    from awnet.distributed import Ranks
 
 DESCRIPTION = """AW-Net: networks whose filters are re-weighted per image, trained against adversarial
 images, attacked and judged.
@@ -148,8 +150,8 @@ class Train:
     """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
 
     def run(self, console: Console) -> None:
+        from awnet.distributed import is_first
         from awnet.training import recipe_for, train
-        from awnet.training.distributed import is_first
 
         settings = parse_options(self.recipe_options, "--recipe-options")
         for name in ("epochs", "batch_size", "lr"):
@@ -213,8 +215,8 @@ class _OnRun:
     def folder(self) -> Path:
         return self.run_folder.parent if self.run_folder.suffix == ".safetensors" else self.run_folder
 
-    def load(self, console: Console) -> tuple[nn.Module, Dataset]:
-        """The model on its device, and the images that were asked for."""
+    def load(self, console: Console, device: Device | None = None) -> tuple[nn.Module, Dataset]:
+        """The model on ``device``, by default the one that was asked for, and the images."""
         from awnet.models import load_model
 
         if self.limit is not None and self.limit < 1:
@@ -233,7 +235,7 @@ class _OnRun:
             data_dir = Path(recorded["source"])
         if ours and eps is None:
             eps = recorded["eps"]
-        model = load_model(path).to(_device(self.device))
+        model = load_model(path).to(device or _device(self.device))
         # the run's own seed, so that its validation images are those that it did not train on
         dataset: Dataset = getattr(_load(name, data_dir, config.get("seed", 0), eps), self.split)
         if ours and dataset.fingerprint() != recorded["fingerprints"][self.split]:
@@ -243,7 +245,10 @@ class _OnRun:
 
 @dataclass(kw_only=True)
 class Evaluate(_OnRun):
-    """Judge a trained model, clean and attacked: table, report and figures."""
+    """Judge a trained model, clean and attacked: table, report and figures.
+
+    On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet.cli evaluate …`; each takes whole
+    batches, so that the figures are those of one."""
 
     attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
     """Attacks by name, see `awnet info`. aa is AutoAttack, union the worst case over all of them and more."""
@@ -260,10 +265,18 @@ class Evaluate(_OnRun):
     """Other runs, evaluated under the same name: paired differences are added."""
 
     def run(self, console: Console) -> None:
+        from awnet.distributed import joined
+
+        # a rank whose batches are done waits for the others', which may take hours
+        with joined(_device(self.device), timeout=timedelta(days=30)) as ranks:
+            console.quiet = console.quiet or ranks.rank > 0
+            self._judge(console, ranks)
+
+    def _judge(self, console: Console, ranks: Ranks) -> None:
         from awnet.evaluation import Report, comparison_table, evaluate
 
         others = {str(run): Report.load(run / "evaluations" / self.name) for run in self.compare_with}
-        model, dataset = self.load(console)
+        model, dataset = self.load(console, ranks.device)
         last = self.run_folder == self.folder and self.checkpoint == "last"
         report = evaluate(
             model,
@@ -280,6 +293,7 @@ class Evaluate(_OnRun):
             name=self.name,
             compared_with=others,
             selected_on="nothing: the last checkpoint" if last else None,
+            ranks=ranks,
         )
         console.print(report.table())
         if others:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet.data import Splits, from_arrays, load_dataset
 from awnet.data.dataset import Batch
+from awnet.distributed import Agreement, Ranks, joined
 from awnet.models import create_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, read_log, train
 from awnet.training import checkpoint as C
-from awnet.training.distributed import Agreement, Ranks, joined
 from awnet.training.loop import _synchronized
 from awnet.training.step import TrainingStep
 

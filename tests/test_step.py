@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from awnet.data import Splits, dataset, from_arrays
 from awnet.data.dataset import Batch
+from awnet.distributed import Ranks
 from awnet.models import create_model, load_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone, synchronize
 from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, checkpoint, graphs, read_log, train
-from awnet.training.distributed import Ranks
 from awnet.training.step import Average, TrainingStep, numerics
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from awnet.attacks import Attack, Cascade, Suite, frozen, list_attacks, named_at
 from awnet.attacks.base import check_count, check_model, device_of
 from awnet.attacks.registry import BudgetName
 from awnet.attacks.saved import Saved, digest, model_fingerprint
-from awnet.data.dataset import Dataset
+from awnet.data.dataset import Batch, Dataset
+from awnet.distributed import Ranks
 from awnet.evaluation.detection import CONTROLS, SIGN, detection
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.precision import SAID, PrecisionName, judged
@@ -41,6 +43,7 @@ from awnet.files import read_json, write_json
 from awnet.models import load_model
 
 Advance = Callable[[str, int], None]
+T = TypeVar("T")
 
 CLEAN, UNION = "clean", "union"
 REFERENCE = 256  # images over which the attack on a frozen router averages ω
@@ -66,6 +69,7 @@ def evaluate(
     name: str = "default",
     compared_with: Mapping[str, Report] | None = None,
     selected_on: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Accuracy of ``model`` on clean and adversarial images: A_nat, A_adv and A_w (Eq. 23) for each attack.
 
@@ -98,9 +102,14 @@ def evaluate(
         name: of the evaluation, a folder's name.
         compared_with: reports of other models on the same images, by name; paired differences are added.
         selected_on: split that chose the checkpoint; None reads it from ``config.json`` in ``out``, if there.
+        ranks: processes that share the work, from :func:`awnet.distributed.joined`, each of which calls
+            this with the same arguments. Rank r of R takes the batches r, r + R, …; the sanity table is one
+            batch more.
 
     Returns:
-        The :class:`Report`; the same bits for the same arguments on the same machine, interrupted or not.
+        The :class:`Report`, on every rank; the same bits for the same arguments on the same machine with as
+        many threads, interrupted or not, on any number of ranks (but for the last bits of the mean ω that is
+        in ``filter_means``: it is summed in float64, rank by rank).
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the model does not fit the data set.
@@ -128,151 +137,59 @@ def evaluate(
         },
         reference=next(dataset.batches(REFERENCE)).x,
     )
-    chosen = _chosen(attacks, model, dataset, seed, suite)
-    union = chosen.pop(UNION, None)
-    rest = None if union is None else remaining(union, chosen)
-    first = [*chosen, *([] if rest is None else rest.members)]
+    plan = _Plan(model, dataset, _chosen(attacks, model, dataset, seed, suite), seed)
+    ranks = ranks or Ranks(dataset.device)
     saved = None
+    if out is not None or ranks.size > 1:
+        key = _key(live, dataset, plan.attacks, batch_size, suite, precision)
+        _check_same(key, ranks)
     if out is not None:
-        whole = chosen if union is None else chosen | {UNION: union}
         folder = Path(out) / "evaluations" / name
-        saved = _state(folder, live, dataset, whole, batch_size, suite, precision)
-
-    routed = _has_type_head(model, dataset)
-    noises = list(CONTROLS) if routed else []
-    attacked = [*chosen, *([] if union is None else [UNION])]
-    kinds = [CLEAN, *attacked, *noises]
-    seen = {kind: _Seen() for kind in kinds} | {f"{kind}_rounded": _Seen() for kind in attacked}
-    notes: dict[str, Counter[str]] = {kind: Counter() for kind in attacked}
-    examples = _Examples()
+        saved = ranks.first(lambda: _state(folder, key))
+    own = _Share(plan)
     batches = -(-len(dataset) // batch_size)
+    mine = range(ranks.rank, batches, ranks.size)
     with (
         full_precision(),
         frozen(model),
         torch.no_grad(),
-        _progress(progress, batches * len(kinds)) as advance,
+        _progress(progress and ranks.rank == 0, len(mine) * len(plan.kinds)) as advance,
     ):
-        for number, (x, y, index) in enumerate(dataset.batches(batch_size)):
-            worst = None
-            for kind in kinds:
-                if kind in CONTROLS:
-                    images = _noisy(x, index, dataset.threat_model.eps, seed, kind)
-                elif kind == UNION:
-                    assert worst is not None
-                    if rest is not None:
-                        _attend(rest, saved, advance)
-                    worst.attack(rest, x, y, index)
-                    images = worst.x_adv
-                elif kind == CLEAN:
-                    images = x
-                else:
-                    images = _attacked(chosen[kind], kind, number, (x, y, index), saved, notes[kind], advance)
-                # with x's strides also where they were read back: these choose a convolution's path
-                images = torch.empty_like(x).copy_(images)
-                values, scales = _observe(model, images, y, logits=kind not in CONTROLS)
-                if kind == CLEAN:
-                    worst = WorstCase(x, values["correct"], first)
-                elif kind in chosen:
-                    assert worst is not None
-                    worst.add(kind, images, values["correct"])
-                    outcome = getattr(chosen[kind], "outcome", None)
-                    if outcome is not None:
-                        values["broken_by"] = outcome.broken_by
-                elif kind == UNION:
-                    assert worst is not None
-                    values["broken_by"] = worst.judged(values["correct"])
-                if kind == CLEAN:
-                    before = values["prediction"]
-                elif attacked and kind == attacked[-1]:
-                    examples.add(x, images, y, before, values["prediction"])
-                seen[kind].add(values, scales)
-                if routed and kind in attacked:
-                    grid = (images * dataset.max_value).round() / dataset.max_value
-                    seen[f"{kind}_rounded"].add(*_observe(model, grid, y, logits=False))
-                advance(kind, 1)
-        table: list[Check] = []
-        curves: dict[str, Any] = {}
-        if sanity or (sanity is None and union is not None):
+        for number, batch in islice(enumerate(dataset.batches(batch_size)), ranks.rank, None, ranks.size):
+            own.measure(plan, number, batch, saved, advance)
+        checked = plan.union is not None if sanity is None else sanity
+        if checked and batches % ranks.size == ranks.rank:  # one batch more
             advance("sanity", 0)
-            table, curves = _sanity(model, dataset, suite, seed, batch_size, saved)
+            own.table, own.curves = _sanity(model, dataset, suite, seed, batch_size, saved)
+        if ranks.size > 1:
+            advance("other ranks", 0)
+        shares = ranks.gathered(own.on_host())
 
-    per_sample: dict[str, Array] = {
-        "index": dataset.index.cpu().numpy(),
-        "label": dataset.labels.cpu().numpy(),
-    }
-    for kind in [kind for kind in seen if seen[kind].batches]:
-        per_sample |= {f"{kind}_{what}": values for what, values in seen[kind].arrays().items()}
-        _check_finite(per_sample.pop(f"{kind}_finite", None), kind)
-    if union is not None and "aa" in chosen:
-        table.append(union_check(per_sample["aa_correct"], per_sample["union_correct"]))
-
-    clean = per_sample["clean_correct"]
-
-    def result(kind: str, settings: dict[str, Any], names: Sequence[str]) -> AttackResult:
-        found = attack_result(clean, per_sample[f"{kind}_correct"], settings, seed)
-        if f"{kind}_broken_by" in per_sample:
-            found.broken_first_by = _broken_first_by(per_sample[f"{kind}_broken_by"], names)
-        found.warnings = dict(sorted(notes[kind].items()))
-        return found
-
-    report = Report(
-        model=_name_of(live),
-        dataset=dataset.name,
-        split=dataset.split,
-        n=len(dataset),
-        eps=dataset.threat_model.eps,
-        clean_accuracy=int(clean.sum()) / len(clean),
-        clean_interval_95=wilson_interval(int(clean.sum()), len(clean)),
-        attacks={
-            kind: result(kind, attack.settings, list(attack.members) if isinstance(attack, Cascade) else [])
-            for kind, attack in chosen.items()
-        },
-        union=None if union is None else result(UNION, union.settings | {"after": list(chosen)}, first),
-        router_auc={
-            kind: auc(per_sample["clean_type_score"], per_sample[f"{kind}_type_score"])
-            for kind in kinds
-            if routed and kind != CLEAN
-        },
-        detection=detection(per_sample, attacked, seed) if routed else {},
-        sanity=[asdict(check) for check in table],
-        curves=curves,
-        flags=[],
-        settings={
-            "seed": seed,
-            "batch_size": batch_size,
-            "limit": limit,
-            "budget": budget,
-            "precision": SAID[precision],
-            "source": dataset.source,
-            "classes": dataset.num_classes,
-            "fingerprint": dataset.fingerprint(),
-            "robust_accuracy": "of adversarial images made from all images, also those misclassified clean",
-        },
-        environment=environment(dataset.device),
-        selected_on=_selected_on(out) if selected_on is None else selected_on,
-        per_sample=per_sample,
-        examples=examples.arrays(),
-        filter_means=filter_means(
+    def conclude() -> Report:
+        report = _report(
+            plan,
             live,
-            next(dataset.batches(1)).x,
-            {kind: seen[kind].mean_scales() for kind in [CLEAN, *attacked] if routed},
-        ),
-    )
-    if hasattr(live, "exit_of"):
-        report.exits = {
-            kind: _exit_use(live, per_sample[f"{kind}_exit"], dataset.image_size)
-            for kind in [CLEAN, *attacked]
-        }
-    report.flags = flags(report)
-    report.compared_with = {other: compare(report, value, seed) for other, value in other_reports.items()}
-    if out is not None:
-        log = Path(out) / "log.jsonl"
-        report.save(Path(out) / "evaluations" / name, log if log.is_file() else None)
-        write_json(Path(out) / "report.json", report.to_dict())
-    if saved is not None:
-        saved.remove()
-        saved.folder.parent.rmdir()
-    return report
+            _Share.of_all(plan, shares),
+            {
+                "seed": seed,
+                "batch_size": batch_size,
+                "limit": limit,
+                "budget": budget,
+                "precision": SAID[precision],
+            },
+            _selected_on(out) if selected_on is None else selected_on,
+        )
+        report.compared_with = {other: compare(report, value, seed) for other, value in other_reports.items()}
+        if out is not None:
+            log = Path(out) / "log.jsonl"
+            report.save(Path(out) / "evaluations" / name, log if log.is_file() else None)
+            write_json(Path(out) / "report.json", report.to_dict())
+        if saved is not None:
+            saved.remove()
+            saved.folder.parent.rmdir()
+        return report
+
+    return ranks.first(conclude)
 
 
 def accuracy(
@@ -318,23 +235,123 @@ def _correct(
     return torch.cat(found).cpu()
 
 
+class _Plan:
+    """What a model has to face, and how it is asked."""
+
+    def __init__(self, model: nn.Module, dataset: Dataset, attacks: Mapping[str, Attack], seed: int) -> None:
+        self.model, self.dataset, self.seed = model, dataset, seed
+        self.chosen = {kind: attack for kind, attack in attacks.items() if kind != UNION}
+        self.union = attacks.get(UNION)
+        self.rest = None if self.union is None else remaining(self.union, self.chosen)
+        self.first = [*self.chosen, *([] if self.rest is None else self.rest.members)]
+        """Attacks in the order of their numbers in the worst case's ``broken_by``."""
+        self.routed = _has_type_head(model, dataset)
+        self.attacks = self.chosen | ({} if self.union is None else {UNION: self.union})
+        self.attacked = list(self.attacks)
+        self.kinds = [CLEAN, *self.attacked, *(CONTROLS if self.routed else ())]
+
+
+class _Share:
+    """What one rank found: batch by batch, and in the sanity table if that was its to make."""
+
+    def __init__(self, plan: _Plan) -> None:
+        rounded = [f"{kind}_rounded" for kind in plan.attacked]
+        self.seen = {kind: _Seen() for kind in [*plan.kinds, *rounded]}
+        self.notes: dict[str, Counter[str]] = {kind: Counter() for kind in plan.attacked}
+        self.examples = _Examples()
+        self.table: list[Check] = []
+        self.curves: dict[str, Any] = {}
+
+    def measure(self, plan: _Plan, number: int, batch: Batch, saved: Saved | None, advance: Advance) -> None:
+        """Batch ``number`` of the data set, clean, attacked and with noise."""
+        model, dataset = plan.model, plan.dataset
+        x, y, index = batch
+        worst = None
+        for kind in plan.kinds:
+            if kind in CONTROLS:
+                images = _noisy(x, index, dataset.threat_model.eps, plan.seed, kind)
+            elif kind == UNION:
+                assert worst is not None
+                if plan.rest is not None:
+                    _attend(plan.rest, saved, advance)
+                worst.attack(plan.rest, x, y, index)
+                images = worst.x_adv
+            elif kind == CLEAN:
+                images = x
+            else:
+                images = _attacked(plan.chosen[kind], kind, number, batch, saved, self.notes[kind], advance)
+            # with x's strides also where they were read back: these choose a convolution's path
+            images = torch.empty_like(x).copy_(images)
+            values, scales = _observe(model, images, y, logits=kind not in CONTROLS)
+            if kind == CLEAN:
+                worst = WorstCase(x, values["correct"], plan.first)
+            elif kind in plan.chosen:
+                assert worst is not None
+                worst.add(kind, images, values["correct"])
+                outcome = getattr(plan.chosen[kind], "outcome", None)
+                if outcome is not None:
+                    values["broken_by"] = outcome.broken_by
+            elif kind == UNION:
+                assert worst is not None
+                values["broken_by"] = worst.judged(values["correct"])
+            if kind == CLEAN:
+                before = values["prediction"]
+            elif plan.attacked and kind == plan.attacked[-1]:
+                self.examples.add(x, images, y, before, values["prediction"])
+            self.seen[kind].add(values, scales)
+            if plan.routed and kind in plan.attacked:
+                grid = (images * dataset.max_value).round() / dataset.max_value
+                self.seen[f"{kind}_rounded"].add(*_observe(model, grid, y, logits=False))
+            advance(kind, 1)
+
+    def on_host(self) -> _Share:
+        """The same in the host's memory, where other processes can have it from."""
+        for seen in self.seen.values():
+            seen.to_host()
+        return self
+
+    @classmethod
+    def of_all(cls, plan: _Plan, shares: Sequence[_Share]) -> _Share:
+        """The whole from the ranks' shares, batches in the data set's order."""
+        whole = cls(plan)
+        for kind in whole.seen:
+            whole.seen[kind] = _Seen.of_all([share.seen[kind] for share in shares])
+        for kind, notes in whole.notes.items():
+            for share in shares:
+                notes.update(share.notes[kind])
+        whole.examples.batches = _in_turn([share.examples.batches for share in shares])
+        for share in shares:
+            whole.table += share.table
+            whole.curves |= share.curves
+        return whole
+
+
+def _in_turn(parts: Sequence[Sequence[T]]) -> list[T]:
+    """One of each part, then the next of each: batches as they were dealt to the ranks, in order again."""
+    return [part[turn] for turn in range(len(parts[0])) for part in parts if turn < len(part)]
+
+
 class _Examples:
-    """The first images that the last attack broke, for a figure."""
+    """The first images that the last attack broke, for a figure; kept batch by batch."""
 
     most = 8
 
     def __init__(self) -> None:
-        self.found: dict[str, list[Array]] = {}
+        self.batches: list[dict[str, Array]] = []
 
     def add(self, x: Tensor, x_adv: Tensor, y: Tensor, before: Tensor, after: Tensor) -> None:
-        left = self.most - len(self.found.get("label", []))
+        left = self.most - sum(len(batch["label"]) for batch in self.batches)
         rows = ((before == y) & (after != y)).nonzero()[:left, 0]
         values = {"clean": x, "adversarial": x_adv, "label": y, "before": before, "after": after}
-        for name, value in values.items():
-            self.found.setdefault(name, []).extend(value[rows].cpu().numpy())
+        self.batches.append({name: value[rows].cpu().numpy() for name, value in values.items()})
 
     def arrays(self) -> dict[str, Array]:
-        return {name: np.stack(values) for name, values in self.found.items() if values}
+        if not any(len(batch["label"]) for batch in self.batches):
+            return {}
+        return {
+            name: np.concatenate([batch[name] for batch in self.batches])[: self.most]
+            for name in self.batches[0]
+        }
 
 
 class _Seen:
@@ -347,17 +364,105 @@ class _Seen:
 
     def add(self, values: dict[str, Tensor], scales: Sequence[Tensor]) -> None:
         self.batches.append(values)
-        sums = [scale.double().sum(0) for scale in scales]
-        self.scales = [a + b for a, b in zip(self.scales, sums, strict=True)] if self.scales else sums
+        self._add_scales([scale.double().sum(0) for scale in scales])
         self.count += len(next(iter(values.values())))
 
+    def _add_scales(self, sums: list[Tensor]) -> None:
+        self.scales = [a + b for a, b in zip(self.scales, sums, strict=True)] if self.scales else sums
+
+    def to_host(self) -> None:
+        self.batches = [{what: value.cpu() for what, value in batch.items()} for batch in self.batches]
+        self.scales = [scale.cpu() for scale in self.scales]
+
+    @classmethod
+    def of_all(cls, parts: Sequence[_Seen]) -> _Seen:
+        whole = cls()
+        whole.batches = _in_turn([part.batches for part in parts])
+        for part in parts:
+            if part.scales:
+                whole._add_scales(part.scales)
+        whole.count = sum(part.count for part in parts)
+        return whole
+
     def arrays(self) -> dict[str, Array]:
-        return {
-            what: torch.cat([batch[what] for batch in self.batches]).cpu().numpy() for what in self.batches[0]
-        }
+        return {what: torch.cat([batch[what] for batch in self.batches]).numpy() for what in self.batches[0]}
 
     def mean_scales(self) -> list[Tensor]:
         return [scale / self.count for scale in self.scales]
+
+
+def _report(
+    plan: _Plan, live: nn.Module, found: _Share, settings: dict[str, Any], selected_on: str | None
+) -> Report:
+    """What was found, as figures."""
+    dataset, seed, seen, table = plan.dataset, plan.seed, found.seen, list(found.table)
+    per_sample: dict[str, Array] = {
+        "index": dataset.index.cpu().numpy(),
+        "label": dataset.labels.cpu().numpy(),
+    }
+    for kind in [kind for kind in seen if seen[kind].batches]:
+        per_sample |= {f"{kind}_{what}": values for what, values in seen[kind].arrays().items()}
+        _check_finite(per_sample.pop(f"{kind}_finite", None), kind)
+    if plan.union is not None and "aa" in plan.chosen:
+        table.append(union_check(per_sample["aa_correct"], per_sample["union_correct"]))
+
+    clean = per_sample["clean_correct"]
+
+    def result(kind: str, settings: dict[str, Any], names: Sequence[str]) -> AttackResult:
+        outcome = attack_result(clean, per_sample[f"{kind}_correct"], settings, seed)
+        if f"{kind}_broken_by" in per_sample:
+            outcome.broken_first_by = _broken_first_by(per_sample[f"{kind}_broken_by"], names)
+        outcome.warnings = dict(sorted(found.notes[kind].items()))
+        return outcome
+
+    report = Report(
+        model=_name_of(live),
+        dataset=dataset.name,
+        split=dataset.split,
+        n=len(dataset),
+        eps=dataset.threat_model.eps,
+        clean_accuracy=int(clean.sum()) / len(clean),
+        clean_interval_95=wilson_interval(int(clean.sum()), len(clean)),
+        attacks={
+            kind: result(kind, attack.settings, list(attack.members) if isinstance(attack, Cascade) else [])
+            for kind, attack in plan.chosen.items()
+        },
+        union=None
+        if plan.union is None
+        else result(UNION, plan.union.settings | {"after": list(plan.chosen)}, plan.first),
+        router_auc={
+            kind: auc(per_sample["clean_type_score"], per_sample[f"{kind}_type_score"])
+            for kind in plan.kinds
+            if plan.routed and kind != CLEAN
+        },
+        detection=detection(per_sample, plan.attacked, seed) if plan.routed else {},
+        sanity=[asdict(check) for check in table],
+        curves=found.curves,
+        flags=[],
+        settings=settings
+        | {
+            "source": dataset.source,
+            "classes": dataset.num_classes,
+            "fingerprint": dataset.fingerprint(),
+            "robust_accuracy": "of adversarial images made from all images, also those misclassified clean",
+        },
+        environment=environment(dataset.device),
+        selected_on=selected_on,
+        per_sample=per_sample,
+        examples=found.examples.arrays(),
+        filter_means=filter_means(
+            live,
+            next(dataset.batches(1)).x,
+            {kind: seen[kind].mean_scales() for kind in [CLEAN, *plan.attacked] if plan.routed},
+        ),
+    )
+    if hasattr(live, "exit_of"):
+        report.exits = {
+            kind: _exit_use(live, per_sample[f"{kind}_exit"], dataset.image_size)
+            for kind in [CLEAN, *plan.attacked]
+        }
+    report.flags = flags(report)
+    return report
 
 
 def _observe(
@@ -425,7 +530,7 @@ def _attacked(
     attack: Attack,
     kind: str,
     number: int,
-    batch: tuple[Tensor, Tensor, Tensor],
+    batch: Batch,
     saved: Saved | None,
     notes: Counter[str],
     advance: Advance,
@@ -462,21 +567,37 @@ def _sanity(
     return table, curves
 
 
-def _state(
-    folder: Path,
+def _key(
     model: nn.Module,
     dataset: Dataset,
     attacks: Mapping[str, Attack],
     batch_size: int,
     suite: Suite,
     precision: PrecisionName,
-) -> Saved:
-    """Where this evaluation is kept; what another model, data set or attack left there is deleted."""
+) -> str:
+    """Of all that adversarial images follow from; the same on every rank."""
     parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget, precision]
     parts += [suite.queries, {name: model_fingerprint(one) for name, one in suite.surrogates.items()}]
     for name, attack in attacks.items():
         parts += [name, attack.settings, model_fingerprint(attack.model)]
-    saved = Saved(folder / "state", digest(__version__, torch.__version__, str(dataset.device), *parts))
+    device = dataset.device  # each rank has another GPU: what counts is its kind
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return digest(__version__, torch.__version__, kind, *parts)
+
+
+def _check_same(key: str, ranks: Ranks) -> None:
+    keys = ranks.gathered(key)
+    others = [rank for rank, other in enumerate(keys) if other != keys[0]]
+    if others:
+        raise ValueError(
+            f"all ranks must evaluate the same, but rank {others[0]} has another model, images, attacks, "
+            "versions or kind of device than rank 0: start all with the same arguments"
+        )
+
+
+def _state(folder: Path, key: str) -> Saved:
+    """Where this evaluation is kept; what another model, data set or attack left there is deleted."""
+    saved = Saved(folder / "state", key)
     if saved.folder.parent.is_dir():
         for other in saved.folder.parent.iterdir():
             if other != saved.folder:

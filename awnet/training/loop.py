@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet.attacks import frozen, named_attack
 from awnet.data import Dataset, Memory, Splits
+from awnet.distributed import Agreement, Ranks, joined, restarts
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
 from awnet.models import create_model, load_model, save_model
 from awnet.models.files import weights_fingerprint, write_tensors
 from awnet.nn import synchronize
 from awnet.training import checkpoint
-from awnet.training.distributed import Agreement, Ranks, joined, restarts
 from awnet.training.logging import Reporter, RunLog, read_log
 from awnet.training.losses import Teachers
 from awnet.training.recipes import Recipe

@@ -1,8 +1,9 @@
-"""A run on several processes, its ranks, on one machine or more, as ``torchrun`` starts them.
+"""A command on several processes, its ranks, on one machine or more, as ``torchrun`` starts them.
 
-Each rank holds the whole model and takes its share of every global batch. Gradients, batch statistics and
-MTARD's losses are averaged over all samples of the global batch, so that the number of ranks changes the
-rounding and nothing else. Files, the log and the terminal belong to rank 0.
+Each rank holds the whole model. In training it takes its share of every global batch: gradients, batch
+statistics and MTARD's losses are averaged over all samples of the global batch, so that the number of ranks
+changes the rounding and nothing else. In an evaluation it takes whole batches, and the number of ranks does
+not even change the rounding. Reports, logs and the terminal belong to rank 0.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a run, and which of them this process is; alone by default.
+    """The ranks of a command, and which of them this process is; alone by default.
 
     device: this rank's.
     group: of gradients and statistics: NCCL on CUDA, gloo on a CPU.
@@ -158,11 +160,12 @@ def _init_process_group(backend: str) -> None:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
-    """The ranks of this run: torchrun's, those of a process group that is there already, or this one alone.
+def joined(device: torch.device, timeout: timedelta | None = None) -> Iterator[Ranks]:
+    """The ranks of a command: torchrun's, those of a process group that is there already, or this one alone.
 
-    ``device`` "cuda" becomes this rank's own GPU, by torchrun's LOCAL_RANK. Raises ValueError for a numbered
-    GPU that all of torchrun's ranks would share.
+    ``device`` "cuda" becomes this rank's own GPU, by torchrun's LOCAL_RANK. ``timeout``: how long hosts wait
+    for each other, by default torch's half an hour; a process that ends is noticed at once. Raises ValueError
+    for a numbered GPU that all of torchrun's ranks would share.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     own = launched and not dist.is_initialized()
@@ -173,7 +176,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         if local >= torch.cuda.device_count():
             raise ValueError(
                 f"torchrun started more ranks on this machine than it has GPUs, {torch.cuda.device_count()}: "
-                "lower --nproc_per_node, or train on device='cpu'"
+                "lower --nproc_per_node, or use device='cpu'"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -182,7 +185,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Ranks(device)
         return
-    control = dist.new_group(backend="gloo")
+    control = dist.new_group(backend="gloo", timeout=timeout)
     yield Ranks(device, dist.get_rank(), dist.get_world_size(), dist.group.WORLD, control)
     if own:  # after an error the process ends: what is under way with a lost rank would hold it up
         dist.destroy_process_group()
