@@ -17,6 +17,12 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore = ["kernels"]
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are saved without figures, which take seconds."""
+    monkeypatch.setattr("awnet.evaluation.figures.draw", lambda *arguments: None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

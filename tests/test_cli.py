@@ -217,6 +217,7 @@ def test_evaluate_prints_a_table_and_writes_report_and_figures(run, capsys):
     assert list((run / "evaluations" / "quick").glob("*.png"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_takes_other_images_eps_and_checkpoint(run, capsys):
     words = [
         "evaluate",
@@ -241,6 +242,7 @@ def test_evaluate_takes_other_images_eps_and_checkpoint(run, capsys):
     assert "not the ones" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluate_compares_runs_image_by_image(run, tmp_path, capsys):
     other = tmp_path / "other"
     assert main([*TRAIN, "--recipe", "standard", "--eps", "1/10", "--out", str(other)]) == 0
@@ -253,6 +255,7 @@ def test_evaluate_compares_runs_image_by_image(run, tmp_path, capsys):
     assert list(report.compared_with) == [str(other)]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_file_of_weights_alone_needs_the_data_sets_name(tmp_path, capsys):
     file = tmp_path / "alone" / "model.safetensors"
     save_model(create_model("resnet_tiny", in_channels=1), file)

@@ -510,7 +510,8 @@ def test_opcheck(training: bool, layout: torch.memory_format, backend: str) -> N
         layer.tensors[name] = layer.tensors[name].contiguous(memory_format=layout)
     operator = getattr(torch.ops.awnet, "layer_native" if backend == "cpp" else f"layer_{backend}").default
     # training saves u and y, an attack u and a mask, a frozen router a mask alone
-    for names in (DIFFERENTIABLE, ("input", "filter_scale", "p_clean", "residual"), ("input",)):
+    attacked = [] if training else [("input", "filter_scale", "p_clean", "residual"), ("input",)]
+    for names in (DIFFERENTIABLE, *attacked):
         for name, x in layer.tensors.items():
             if x.is_floating_point():
                 x.requires_grad_(name in names)

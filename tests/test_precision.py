@@ -238,6 +238,7 @@ def test_a_model_without_frozen_copies_runs_under_autocast() -> None:
         judged(model, "half")  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = tmp_path / "model.safetensors"
     save_model(network(), weights)

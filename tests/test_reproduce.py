@@ -40,7 +40,7 @@ def small() -> tuple[Splits, MTARD]:
 
 
 def test_it_trains_attacks_and_compares(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     splits, recipe = small()
     out = tmp_path / "digits"
@@ -77,7 +77,7 @@ def test_it_trains_attacks_and_compares(
         run_digits(out, recipe=recipe, splits=splits, quiet=True)
     assert capsys.readouterr().out == ""
     before = (out / "last.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr("awnet.evaluation.figures.draw", lambda *arguments: None)  # it takes seconds
+    request.getfixturevalue("undrawn")
     again = run_digits(
         out, recipe=recipe, splits=splits, attacks=("fgsm", "pgd_trades"), resume=True, processes=1
     )

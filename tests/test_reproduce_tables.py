@@ -98,6 +98,7 @@ def test_a_figure_from_the_command_line_goes_on_where_it_was(
     assert (folder / "filter_means.csv").read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_table_is_written_beside_the_papers_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_table_is_written_beside_the_papers_figures(
     assert all((tmp_path / "out" / run / "report.json").is_file() for run in record["runs"].values())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_small_systems_are_compared_at_equal_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = EXPERIMENTS["systems"]
     small = replace(whole, systems=whole.systems[:2], changes={"smoke": {"shrink": 2, "queries": 5}})

@@ -152,6 +152,7 @@ def test_union_starts_from_the_other_attacks() -> None:
         smoke(model, {"union": PGD(model, eps=EPS, step_size=0.1, steps=1)})
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_of_a_union_on_disk(tmp_path: Path) -> None:
     report = smoke(Gated(), out=tmp_path, name="whole")
     folder = tmp_path / "evaluations" / "whole"
@@ -192,6 +193,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_interrupted_evaluation_gives_the_same_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
