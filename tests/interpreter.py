@@ -10,6 +10,7 @@ tests/test_kernels.py runs them in processes of their own with TRITON_INTERPRET=
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -19,21 +20,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
 
 
-def _patch_once() -> None:
-    """Makes ``triton.language`` the interpreter's for good.
+def _hurry() -> None:
+    """Leaves out what takes most of the interpreter's time with kernels as small as those of the tests.
 
-    By itself the interpreter does so anew at each call of a kernel and of each function within it, which takes
-    most of the time of kernels as small as those of the tests.
+    It would make ``triton.language`` its own anew at each call of a kernel and of each function within it; now
+    it does so once. And it would look for overflow in all integers, only to drop what it finds: that is asserted
+    with ``debug`` alone.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 if INTERPRETED:
-    _patch_once()
+    _hurry()
 
 _GUARD = 256  # elements: a multiple of every alignment that kernels assume
 
