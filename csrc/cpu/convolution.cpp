@@ -2,8 +2,9 @@
 //
 // An image is packed with its padding, row after row, and a stride's phases apart, so that of every tap of
 // the filter all inputs lie at one distance from the outputs: the convolution is then a sum of shifted
-// vectors times numbers. The outputs come out at the packed image's width; what lies between its rows is
-// dropped.
+// vectors times numbers. Where the outputs' rows are whole vectors, or half ones, they go straight from
+// registers to where they belong, through the layer's affine map on their way. Others come out at the packed
+// image's width, and what lies between its rows is dropped.
 #include "convolution.h"
 
 #include <ATen/Parallel.h>
@@ -20,13 +21,35 @@
 namespace awnet::cpu {
 namespace {
 
-constexpr int64_t kLanes = 16;
 // Beyond, the library's convolution was faster: docs/performance-notes.md.
 constexpr int64_t kMostChannels = 128;
 // An image beyond does not stay in the second cache while all its filters pass over it.
 constexpr int64_t kMostValues = 1 << 18;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
+
+const ConvolutionKernels& kernels() {
+#if defined(__x86_64__)
+  return avx512::convolution;
+#else
+  TORCH_CHECK(false, "the direct convolution needs AVX512");
+#endif
+}
+
+// Where a plane's values lie in a packed one whose rows are `pitch` apart, its first value at `start`; empty
+// where its rows are neither whole vectors nor pairs of halves.
+Vectors vectors_of(int64_t rows, int64_t width, int64_t pitch, int64_t start) {
+  Vectors found{{}, kHalf};
+  if (width % kLanes == 0) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < width; j += kLanes) found.at.push_back(start + i * pitch + j);
+    }
+  } else if (width == kHalf && rows % 2 == 0) {
+    for (int64_t i = 0; i < rows; i += 2) found.at.push_back(start + i * pitch);
+    found.second = pitch;
+  }
+  return found;
+}
 
 // One phase of the outputs, those at begin, begin + stride, ...: its taps.
 struct Phase {
@@ -41,7 +64,9 @@ struct Plan {
   int64_t pixels;             // of a plane of what comes in
   int64_t size[2];            // of a phase of the packed image
   int64_t plane;              // values of a packed channel
-  int64_t rows, vectors;      // rows of a phase of outputs, and its vectors
+  Vectors at;                 // the inputs of an output plane's vectors
+  bool dense;                 // whether these vectors are the plane's values and nothing else
+  int64_t pitch;              // of the rows of a phase of outputs
   int64_t blocks;             // of kConvolveRows outputs
   std::vector<Phase> phases;  // of the outputs
   std::vector<float> weights;
@@ -50,7 +75,7 @@ struct Plan {
     blocks = ceil_div(outputs, kConvolveRows);
   }
 
-  // `at(output, input, tap)` reads the filter
+  // `at(output, input)` is where the filter between the two begins
   template <class At>
   void pack_weights(At at) {
     int64_t count = 0;
@@ -62,37 +87,47 @@ struct Plan {
     float* to = weights.data();
     for (const Phase& phase : phases) {
       for (int64_t first = 0; first < outputs; first += kConvolveRows) {
-        const int64_t last = std::min<int64_t>(outputs, first + kConvolveRows);
+        const int64_t rows = std::min<int64_t>(outputs - first, kConvolveRows);
         for (int64_t input = 0; input < inputs; ++input) {
+          const float* from[kConvolveRows];
+          for (int64_t r = 0; r < rows; ++r) from[r] = at(first + r, input);
           for (const int64_t tap : phase.tap) {
-            for (int64_t output = first; output < last; ++output) *to++ = at(output, input, tap);
+            for (int64_t r = 0; r < rows; ++r) *to++ = from[r][tap];
           }
         }
       }
     }
   }
 
-  void lay_out(int64_t in_phases, int64_t out_rows, int64_t out_columns) {
+  void lay_out(int64_t in_phases, int64_t rows, int64_t columns) {
     plane = in_phases * size[0] * size[1];
-    rows = out_rows;
-    vectors = ceil_div((out_rows - 1) * size[1] + out_columns, kLanes);
+    at = vectors_of(rows, columns, size[1], 0);
+    dense = !at.at.empty();
+    pitch = dense ? columns : size[1];
+    if (dense) return;
+    for (int64_t i = 0; i < (rows - 1) * pitch + columns; i += kLanes) at.at.push_back(i);
   }
 
   int64_t packed() const { return inputs * plane + kLanes; }  // the last vectors read beyond
-  int64_t phase_values() const { return kConvolveRows * vectors * kLanes; }
+  int64_t channel_values() const { return static_cast<int64_t>(at.at.size()) * kLanes; }
+  int64_t phase_values() const { return kConvolveRows * channel_values(); }
   int64_t scratch() const { return static_cast<int64_t>(phases.size()) * phase_values(); }
 
-  // Block `block` of the outputs of a packed image, a phase after the other, each [channel][vectors * 16].
-  void run(float* out, const float* image, int64_t block) const {
+  // A phase of block `block` of the outputs of a packed image.
+  void run(const ConvolveOutput& to, const float* image, int64_t block, const Phase& phase) const {
     const int64_t first = block * kConvolveRows, count = std::min<int64_t>(kConvolveRows, outputs - first);
-#if defined(__x86_64__)
+    const int64_t taps = static_cast<int64_t>(phase.tap.size()), vectors = static_cast<int64_t>(at.at.size());
+    const float* own = weights.data() + phase.weights + first * inputs * taps;
+    kernels().convolve[count - 1](
+        to, {image, plane, inputs, at.at.data(), at.second, vectors, phase.offset.data(), taps, own});
+  }
+
+  // All phases one after the other, each [channel][channel_values].
+  void run(float* out, const float* image, int64_t block) const {
     for (const Phase& phase : phases) {
-      const int64_t taps = static_cast<int64_t>(phase.tap.size());
-      avx512::convolve[count - 1](out, vectors, image, plane, inputs, phase.offset.data(), taps,
-                                  weights.data() + phase.weights + first * inputs * taps);
+      run({out, nullptr, nullptr, nullptr, nullptr, nullptr, channel_values(), false}, image, block, phase);
       out += phase_values();
     }
-#endif
   }
 };
 
@@ -120,6 +155,7 @@ struct Forward : Plan {
     int64_t phase[2];
   };
   std::vector<Source> sources;  // phases of the input that a tap reads
+  Vectors place;                // of the input in the packed image; empty where row goes after row
   Window window;
 
   Forward(const at::Tensor& input, const at::Tensor& weight, const Window& window)
@@ -153,13 +189,21 @@ struct Forward : Plan {
     lay_out(static_cast<int64_t>(sources.size()), out_size[0], out_size[1]);
     const float* from = weight.const_data_ptr<float>();
     const int64_t taps = kernel[0] * kernel[1];
-    pack_weights([=, this](int64_t output, int64_t input, int64_t tap) {
-      return from[(output * inputs + input) * taps + tap];
-    });
+    pack_weights(
+        [=, this](int64_t output, int64_t input) { return from + (output * inputs + input) * taps; });
+    if (window.stride[0] == 1 && window.stride[1] == 1) {
+      place = vectors_of(in_size[0], in_size[1], size[1], window.padding[0] * size[1] + window.padding[1]);
+    }
   }
 
   // The padding is zero already.
   void pack(float* to, const float* image) const {
+    if (!place.at.empty()) {
+      for (int64_t channel = 0; channel < inputs; ++channel) {
+        kernels().scatter(to + channel * plane, place, image + channel * pixels);
+      }
+      return;
+    }
     for (int64_t channel = 0; channel < inputs; ++channel, image += pixels) {
       for (const Source& source : sources) {
         const int64_t stride = window.stride[1];
@@ -173,7 +217,7 @@ struct Forward : Plan {
           if (stride == 1) {
             std::memcpy(to + first, from, count * sizeof(float));
           } else if (stride == 2) {
-            for (int64_t j = 0; j < count; ++j) to[first + j] = from[2 * j];
+            kernels().every_second(to + first, from, count);
           } else {
             for (int64_t j = 0; j < count; ++j) to[first + j] = from[j * stride];
           }
@@ -190,24 +234,39 @@ struct Forward : Plan {
   }
 };
 
-// Calls finish(sample, channel, u's plane) for every plane of u = conv(input, weight), in u's memory.
+// u = conv(input, weight) and y, in dense planes from `to` on; finish(plane) for each of them.
 template <class Finish>
-void convolve_each(const at::Tensor& input, const at::Tensor& weight, const Forward& plan, float* u,
-                   Finish finish) {
-  const int64_t batch = input.size(0), values = plan.out_size[0] * plan.out_size[1];
+void convolve_each(const at::Tensor& input, const Forward& plan, const ConvolveOutput& to, Finish finish) {
+  const int64_t batch = input.size(0);
   const float* images = input.const_data_ptr<float>();
-  for_blocks(plan, batch, plan.packed() + plan.scratch(),
-             [&](int64_t b, int64_t block, bool fresh, float* own) {
-               float* const out = own + plan.packed();
-               if (fresh) plan.pack(own, images + b * plan.inputs * plan.pixels);
-               plan.run(out, own, block);
-               const int64_t first = block * kConvolveRows;
-               for (int64_t c = first; c < std::min<int64_t>(plan.outputs, first + kConvolveRows); ++c) {
-                 const int64_t plane = b * plan.outputs + c;
-                 plan.unpack(u + plane * values, out + (c - first) * plan.vectors * kLanes);
-                 finish(plane);
-               }
-             });
+  const auto from = [](auto* start, int64_t at) { return start ? start + at : nullptr; };
+  for_blocks(
+      plan, batch, plan.packed() + plan.scratch(), [&](int64_t b, int64_t block, bool fresh, float* own) {
+        float* const out = own + plan.packed();
+        if (fresh) plan.pack(own, images + b * plan.inputs * plan.pixels);
+        const int64_t first = b * plan.outputs + block * kConvolveRows;
+        const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
+        const int64_t at = first * to.plane;
+        if (plan.dense) {
+          plan.run({from(to.u, at), from(to.y, at), from(to.mask, at), from(to.residual, at),
+                    from(to.scale, first), from(to.shift, first), to.plane, to.relu},
+                   own, block, plan.phases[0]);
+        } else {
+          plan.run(out, own, block);
+        }
+        for (int64_t c = first; c < last; ++c) {
+          if (!plan.dense) {
+            const int64_t begin = c * to.plane;
+            float* const u = from(to.u ? to.u : to.y, begin);
+            plan.unpack(u, out + (c - first) * plan.channel_values());
+            if (to.y) {
+              float32_passes().apply_plane(to.y + begin, from(to.mask, begin), u, from(to.residual, begin),
+                                           to.plane, to.scale[c], to.shift[c], to.relu);
+            }
+          }
+          finish(c);
+        }
+      });
 }
 
 std::vector<int64_t> output_shape(const at::Tensor& input, const Forward& plan) {
@@ -216,6 +275,7 @@ std::vector<int64_t> output_shape(const at::Tensor& input, const Forward& plan) 
 
 struct Backward : Plan {
   int64_t in_size[2], out_size[2], low[2];  // in: of the gradient that comes out, out: of the one given
+  Vectors place;                            // of the one given in the packed image; empty as in Forward
   Window window;
 
   Backward(Sizes input_shape, const at::Tensor& grad, const at::Tensor& weight, const Window& window)
@@ -258,10 +318,15 @@ struct Backward : Plan {
     lay_out(1, ceil_div(in_size[0], window.stride[0]), ceil_div(in_size[1], window.stride[1]));
     const float* from = weight.const_data_ptr<float>();
     const int64_t taps = kernel[0] * kernel[1];
-    pack_weights([=, this](int64_t output, int64_t input, int64_t tap) {
-      return from[(input * outputs + output) * taps + tap];
-    });
+    pack_weights(
+        [=, this](int64_t output, int64_t input) { return from + (input * outputs + output) * taps; });
+    if (out_size[0] <= size[0] + low[0] && out_size[1] <= size[1] + low[1]) {
+      place = vectors_of(out_size[0], out_size[1], size[1], -low[0] * size[1] - low[1]);
+    }
   }
+
+  // Whether the gradient that comes out is one phase of whole vectors.
+  bool direct() const { return dense && phases.size() == 1; }
 
   void pack(float* to, const float* d_u) const {
     const int64_t last = std::min(out_size[0], size[0] + low[0]);
@@ -276,22 +341,16 @@ struct Backward : Plan {
   void unpack(float* to, const float* from) const {
     const int64_t step[2] = {window.stride[0], window.stride[1]};
     for (int64_t row = 0; row < in_size[0]; ++row, to += in_size[1]) {
-      const float* line = from + row % step[0] * step[1] * phase_values() + row / step[0] * size[1];
+      const float* line = from + row % step[0] * step[1] * phase_values() + row / step[0] * pitch;
       if (step[1] == 1) {
         std::memcpy(to, line, in_size[1] * sizeof(float));
-        continue;
-      }
-      if (step[1] == 2) {
-        const float* odd = line + phase_values();
+      } else if (step[1] == 2) {
         const int64_t pairs = in_size[1] / 2;
-        for (int64_t j = 0; j < pairs; ++j) {
-          to[2 * j] = line[j];
-          to[2 * j + 1] = odd[j];
-        }
+        kernels().interleave(to, line, line + phase_values(), pairs);
         if (in_size[1] % 2 != 0) to[2 * pairs] = line[pairs];
-        continue;
+      } else {
+        for (int64_t j = 0; j < in_size[1]; ++j) to[j] = line[j % step[1] * phase_values() + j / step[1]];
       }
-      for (int64_t j = 0; j < in_size[1]; ++j) to[j] = line[j % step[1] * phase_values() + j / step[1]];
     }
   }
 };
@@ -323,16 +382,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(
   const at::Tensor scale = scale_in.contiguous(), shift = shift_in.contiguous();
   std::optional<at::Tensor> residual;
   if (residual_in) residual = residual_in->contiguous();
-  const int64_t values = plan.out_size[0] * plan.out_size[1];
-  float *const y_p = y.data_ptr<float>(), *const u_p = keep_u ? u.data_ptr<float>() : y_p;
-  const float *const scale_p = scale.const_data_ptr<float>(), *const shift_p = shift.const_data_ptr<float>();
-  uint8_t* const mask_p = keep_mask ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr;
-  const Kernels<float>& kernels = float32_passes();
-  convolve_each(input, weight, plan, u_p, [&](int64_t plane) {
-    const int64_t at = plane * values;
-    kernels.apply_plane(y_p + at, mask_p ? mask_p + at : nullptr, u_p + at, plane_of(residual, at), values,
-                        scale_p[plane], shift_p[plane], relu);
-  });
+  convolve_each(input, plan,
+                {keep_u ? u.data_ptr<float>() : nullptr, y.data_ptr<float>(),
+                 keep_mask ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr, plane_of(residual, 0),
+                 scale.const_data_ptr<float>(), shift.const_data_ptr<float>(),
+                 plan.out_size[0] * plan.out_size[1], relu},
+                [](int64_t) {});
   return {y, u, mask};
 }
 
@@ -347,9 +402,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Ten
   const at::Tensor mean = at::empty(table, input.options()), m2 = at::empty(table, input.options());
   float *const u_p = u.data_ptr<float>(), *const mean_p = mean.data_ptr<float>(),
                *const m2_p = m2.data_ptr<float>();
-  const Kernels<float>& kernels = float32_passes();
-  convolve_each(input, weight, plan, u_p, [&](int64_t plane) {
-    kernels.statistics_plane(u_p + plane * values, values, mean_p + plane, m2_p + plane);
+  const ConvolveOutput to{u_p, nullptr, nullptr, nullptr, nullptr, nullptr, values, false};
+  convolve_each(input, plan, to, [&](int64_t plane) {
+    float32_passes().statistics_plane(u_p + plane * values, values, mean_p + plane, m2_p + plane);
   });
   return {u, mean, m2};
 }
@@ -377,22 +432,34 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
   const bool by_mask = gate && gate->scalar_type() == at::kBool;
   const Gate<float> passed = {gate && !by_mask ? gate->const_data_ptr<float>() : nullptr,
                               by_mask ? static_cast<const uint8_t*>(gate->const_data_ptr()) : nullptr};
-  const Kernels<float>& kernels = float32_passes();
+  const Kernels<float>& passes = float32_passes();
 
   const auto pack = [&](int64_t b, bool first, float* to, float* spare) {
-    for (int64_t c = 0; c < plan.inputs; ++c) {
+    for (int64_t c = 0; c < plan.inputs; ++c, to += plan.plane) {
       const int64_t plane = b * plan.inputs + c, at = plane * values;
-      const float middle = centre ? centre->const_data_ptr<float>()[plane] : 0.0f;
-      if (first && sums) {
-        kernels.reduce_plane(g_p + at, plane_of(u, at), passed.from(at), values, middle, g1 + plane,
-                             gc + plane);
+      const PlaneGradient own{
+          g_p + at,
+          plane_of(u, at),
+          passed.from(at),
+          centre ? centre->const_data_ptr<float>()[plane] : 0.0f,
+          by_grad_p[plane],
+          by_input ? by_input->const_data_ptr<float>()[plane] : 0.0f,
+          by_input ? constant->const_data_ptr<float>()[plane] : 0.0f,
+          by_input.has_value(),
+          first && d_u ? d_u + at : nullptr,
+          first && d_residual ? d_residual + at : nullptr,
+          first && sums ? g1 + plane : nullptr,
+          first && sums ? gc + plane : nullptr,
+      };
+      if (!plan.place.at.empty()) {
+        kernels().propagate(to, plan.place, own);
+        continue;
       }
-      float* const d = first && d_u != nullptr ? d_u + at : spare;
-      kernels.propagate_plane(d, first && d_residual != nullptr ? d_residual + at : nullptr, g_p + at,
-                              by_input ? plane_of(u, at) : nullptr, passed.from(at), values, middle,
-                              by_grad_p[plane], by_input ? by_input->const_data_ptr<float>()[plane] : 0.0f,
-                              by_input ? constant->const_data_ptr<float>()[plane] : 0.0f);
-      plan.pack(to + c * plan.plane, d);
+      if (own.g1) passes.reduce_plane(own.grad, own.u, own.gate, values, own.centre, own.g1, own.gc);
+      float* const d = own.d_u ? own.d_u : spare;
+      passes.propagate_plane(d, own.d_residual, own.grad, own.through ? own.u : nullptr, own.gate, values,
+                             own.centre, own.by_grad, own.by_input, own.constant);
+      plan.pack(to, d);
     }
   };
   const int64_t packed = plan.packed(), scratch = plan.scratch();
@@ -400,12 +467,18 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
              [&](int64_t b, int64_t block, bool fresh, float* own) {
                // what is written besides is written by one thread
                if (fresh) pack(b, block == 0, own, own + packed + scratch);
+               const int64_t first = b * plan.outputs + block * kConvolveRows;
+               const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
+               if (plan.direct()) {
+                 float* const to = d_input + first * out_values;
+                 plan.run({to, nullptr, nullptr, nullptr, nullptr, nullptr, out_values, false}, own, block,
+                          plan.phases[0]);
+                 return;
+               }
                float* const out = own + packed;
                plan.run(out, own, block);
-               const int64_t first = block * kConvolveRows;
-               for (int64_t c = first; c < std::min<int64_t>(plan.outputs, first + kConvolveRows); ++c) {
-                 plan.unpack(d_input + (b * plan.outputs + c) * out_values,
-                             out + (c - first) * plan.vectors * kLanes);
+               for (int64_t c = first; c < last; ++c) {
+                 plan.unpack(d_input + c * out_values, out + (c - first) * plan.channel_values());
                }
              });
   return back;

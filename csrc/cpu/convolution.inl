@@ -1,17 +1,47 @@
 // The heart of the direct convolution, in vectors of 16 floats. Included after passes.inl, whose Vector and
-// load it uses.
+// load it uses. A vector is 16 values in a row or, in halves, two times 8, the second `second` values
+// further.
 
-// out[r][q] = sum over c, t of weights[c][t][r] * in[c][offsets[t] + q], for kRows r and kVectors * 16 q.
-template <int kRows, int kVectors>
-AWNET_INLINE void convolve_tile(float* out, int64_t out_stride, const float* in, int64_t in_stride,
-                                int64_t channels, const int64_t* offsets, int64_t taps,
-                                const float* weights) {
+using Indices = int32_t __attribute__((vector_size(64)));
+
+template <bool kHalves>
+AWNET_INLINE Vector load_at(const float* p, int64_t second) {
+  if constexpr (!kHalves) return load(p);
+  const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(p));
+  return (Vector)_mm512_insertf32x8(low, _mm256_loadu_ps(p + second), 1);
+}
+
+template <bool kHalves>
+AWNET_INLINE void store_at(float* p, int64_t second, Vector v) {
+  if constexpr (!kHalves) return store(p, v);
+  _mm256_storeu_ps(p, _mm512_castps512_ps256((__m512)v));
+  _mm256_storeu_ps(p + second, _mm512_extractf32x8_ps((__m512)v, 1));
+}
+
+AWNET_INLINE void finish(const ConvolveOutput& to, int64_t row, int64_t i, Vector u) {
+  i += row * to.plane;
+  if (to.u != nullptr) store(to.u + i, u);
+  if (to.y == nullptr) return;
+  Vector y = u * to.scale[row] + to.shift[row];
+  if (to.residual != nullptr) y += load(to.residual + i);
+  if (to.relu) y = rectified(y);
+  store(to.y + i, y);
+  if (to.mask != nullptr) store(to.mask + i, y);
+}
+
+// u[r][q] = sum over c, t of weights[c][t][r] * in[c][at[q] + offsets[t]], for kRows r and kVectors vectors
+// q.
+template <int kRows, int kVectors, bool kHalves>
+AWNET_INLINE void convolve_tile(const ConvolveOutput& to, int64_t first, const ConvolveInput& from) {
   Vector sums[kRows][kVectors] = {};
-  for (int64_t c = 0; c < channels; ++c, in += in_stride) {
-    for (int64_t t = 0; t < taps; ++t, weights += kRows) {
+  const float* in[kVectors];
+  for (int v = 0; v < kVectors; ++v) in[v] = from.image + from.at[first + v];
+  const float* weights = from.weights;
+  for (int64_t c = 0; c < from.channels; ++c) {
+    for (int64_t t = 0; t < from.taps; ++t, weights += kRows) {
       Vector x[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) x[v] = load(in + offsets[t] + v * kWidth);
+      for (int v = 0; v < kVectors; ++v) x[v] = load_at<kHalves>(in[v] + from.offsets[t], from.second);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const float w = weights[r];
@@ -19,28 +49,103 @@ AWNET_INLINE void convolve_tile(float* out, int64_t out_stride, const float* in,
         for (int v = 0; v < kVectors; ++v) sums[r][v] += x[v] * w;
       }
     }
+    for (int v = 0; v < kVectors; ++v) in[v] += from.plane;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kWidth, sums[r][v]);
+    for (int v = 0; v < kVectors; ++v) finish(to, r, (first + v) * kWidth, sums[r][v]);
   }
+}
+
+template <int kRows, bool kHalves>
+AWNET_INLINE void convolve_vectors(const ConvolveOutput& to, const ConvolveInput& from) {
+  int64_t v = 0;
+  for (; from.vectors - v == 3 || from.vectors - v > 4; v += 3) convolve_tile<kRows, 3, kHalves>(to, v, from);
+  for (; from.vectors - v >= 2; v += 2) convolve_tile<kRows, 2, kHalves>(to, v, from);
+  if (v < from.vectors) convolve_tile<kRows, 1, kHalves>(to, v, from);
 }
 
 template <int kRows>
-static void convolve_rows(float* out, int64_t vectors, const float* in, int64_t in_stride, int64_t channels,
-                          const int64_t* offsets, int64_t taps, const float* weights) {
-  const int64_t out_stride = vectors * kWidth;
-  for (; vectors >= 3; vectors -= 3, in += 3 * kWidth, out += 3 * kWidth) {
-    convolve_tile<kRows, 3>(out, out_stride, in, in_stride, channels, offsets, taps, weights);
+static void convolve_rows(const ConvolveOutput& to, const ConvolveInput& from) {
+  from.second == kHalf ? convolve_vectors<kRows, false>(to, from) : convolve_vectors<kRows, true>(to, from);
+}
+
+template <bool kSums, bool kThrough, bool kHalves>
+AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneGradient& p) {
+  Sum sum, along;
+  for (int64_t v = 0; v < static_cast<int64_t>(where.at.size()); ++v) {
+    const int64_t i = v * kWidth;
+    const Vector g = gated(p.grad, p.gate, i, [](auto* q) __attribute__((always_inline)) { return load(q); });
+    Vector d = g * p.by_grad;
+    if (kSums || kThrough) {
+      const Vector u = load(p.u + i) - p.centre;
+      if (kSums) {
+        sum += g;
+        along += g * u;
+      }
+      if (kThrough) d += u * p.by_input + p.constant;
+    }
+    store_at<kHalves>(to + where.at[v], where.second, d);
+    if (p.d_u != nullptr) store(p.d_u + i, d);
+    if (p.d_residual != nullptr) store(p.d_residual + i, g);
   }
-  if (vectors == 2) {
-    convolve_tile<kRows, 2>(out, out_stride, in, in_stride, channels, offsets, taps, weights);
-  } else if (vectors == 1) {
-    convolve_tile<kRows, 1>(out, out_stride, in, in_stride, channels, offsets, taps, weights);
+  if (kSums) {
+    *p.g1 = sum.total(kWidth);
+    *p.gc = along.total(kWidth);
   }
 }
 
-extern const ConvolveRows convolve[kConvolveRows] = {convolve_rows<1>, convolve_rows<2>, convolve_rows<3>,
-                                                     convolve_rows<4>, convolve_rows<5>, convolve_rows<6>,
-                                                     convolve_rows<7>, convolve_rows<8>};
+template <bool kHalves>
+AWNET_INLINE void propagate_kind(float* to, const Vectors& where, const PlaneGradient& p) {
+  if (p.g1 != nullptr) {
+    p.through ? propagate_packed<true, true, kHalves>(to, where, p)
+              : propagate_packed<true, false, kHalves>(to, where, p);
+  } else {
+    p.through ? propagate_packed<false, true, kHalves>(to, where, p)
+              : propagate_packed<false, false, kHalves>(to, where, p);
+  }
+}
+
+static void propagate(float* to, const Vectors& where, const PlaneGradient& p) {
+  where.second == kHalf ? propagate_kind<false>(to, where, p) : propagate_kind<true>(to, where, p);
+}
+
+static void scatter(float* to, const Vectors& where, const float* from) {
+  const int64_t count = static_cast<int64_t>(where.at.size());
+  for (int64_t v = 0; v < count; ++v) {
+    const Vector x = load(from + v * kWidth);
+    where.second == kHalf ? store_at<false>(to + where.at[v], 0, x)
+                          : store_at<true>(to + where.at[v], where.second, x);
+  }
+}
+
+static void every_second(float* to, const float* from, int64_t count) {
+  // of the values 0 to 15 and 15 to 30: none is read beyond the last one taken
+  const Indices even = {0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31};
+  int64_t j = 0;
+  for (; j + kWidth <= count; j += kWidth) {
+    store(to + j, __builtin_shuffle(load(from + 2 * j), load(from + 2 * j + kWidth - 1), even));
+  }
+  for (; j < count; ++j) to[j] = from[2 * j];
+}
+
+static void interleave(float* to, const float* even, const float* odd, int64_t pairs) {
+  const Indices order = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+  int64_t j = 0;
+  for (; j + kHalf <= pairs; j += kHalf) {
+    store(to + 2 * j, __builtin_shuffle(load_at<true>(even + j, odd - even), order));
+  }
+  for (; j < pairs; ++j) {
+    to[2 * j] = even[j];
+    to[2 * j + 1] = odd[j];
+  }
+}
+
+extern const ConvolutionKernels convolution = {
+    {convolve_rows<1>, convolve_rows<2>, convolve_rows<3>, convolve_rows<4>, convolve_rows<5>,
+     convolve_rows<6>, convolve_rows<7>, convolve_rows<8>},
+    propagate,
+    scatter,
+    every_second,
+    interleave};

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace awnet::cpu {
 
@@ -37,9 +38,10 @@ struct Kernels {
   void (*statistics_rows)(const T* u, int64_t pixels, int64_t channels, int64_t first, int64_t last,
                           float* mean, float* m2);
   // g1 = sum g, gc = sum g (u - centre), where g is grad where the gate passes
-  void (*reduce_plane)(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1, float* gc);
-  void (*reduce_rows)(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels, int64_t first,
-                      int64_t last, const float* centre, float* g1, float* gc);
+  void (*reduce_plane)(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1,
+                       float* gc);
+  void (*reduce_rows)(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels,
+                      int64_t first, int64_t last, const float* centre, float* g1, float* gc);
   // d_u = by_grad * g + by_input * (u - centre) + constant, d_residual = g; d_residual may be null, and u
   // where d_u = by_grad * g
   void (*propagate_plane)(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t n,
@@ -63,14 +65,56 @@ AWNET_DECLARE_KERNELS(avx512)
 // float32's, for this processor
 const Kernels<float>& float32_passes();
 
-// out[r][q] = sum over c, t of weights[c][t][r] * in[c * in_stride + offsets[t] + q], for as many r as the
-// entry's number plus one, and `vectors` * 16 q; weights lie one after another
-using ConvolveRows = void (*)(float* out, int64_t vectors, const float* in, int64_t in_stride, int64_t channels,
-                              const int64_t* offsets, int64_t taps, const float* weights);
 constexpr int64_t kConvolveRows = 8;
+constexpr int64_t kLanes = 16, kHalf = 8;
+
+// Where the values of a dense plane lie in a packed one, 16 at a time: value 16 v at at[v], and value 16 v +
+// 8 `second` further, kHalf where all 16 are consecutive.
+struct Vectors {
+  std::vector<int64_t> at;
+  int64_t second;
+};
+
+// What becomes of u, in dense planes, each `plane` values after the one before; null where not asked for.
+struct ConvolveOutput {
+  float *u, *y;  // y = act(u * scale + shift + residual)
+  uint8_t* mask;
+  const float *residual, *scale, *shift;
+  int64_t plane;
+  bool relu;
+};
+
+// u[r][q] = sum over c, t of weights[c][t][r] * image[c * plane + at[q] + offsets[t]]
+struct ConvolveInput {
+  const float* image;
+  int64_t plane, channels;
+  const int64_t* at;  // of `vectors`, as in Vectors
+  int64_t second, vectors;
+  const int64_t* offsets;
+  int64_t taps;
+  const float* weights;
+};
+
+// A plane's reduce and propagate: u serves the sums, which are taken where g1 is there, and `through`.
+struct PlaneGradient {
+  const float *grad, *u;
+  Gate<float> gate;
+  float centre, by_grad, by_input, constant;
+  bool through;  // by_input and constant count
+  float *d_u, *d_residual, *g1, *gc;
+};
+
+struct ConvolutionKernels {
+  // as many channels r as the entry's number plus one
+  void (*convolve[kConvolveRows])(const ConvolveOutput& to, const ConvolveInput& from);
+  void (*propagate)(float* to, const Vectors& where, const PlaneGradient& plane);
+  void (*scatter)(float* to, const Vectors& where, const float* from);
+  void (*every_second)(float* to, const float* from, int64_t count);  // to[j] = from[2 j]
+  void (*interleave)(float* to, const float* even, const float* odd, int64_t pairs);
+};
 
 namespace avx512 {
-extern const ConvolveRows convolve[kConvolveRows];
+extern const ConvolutionKernels convolution;
 }
 
 }  // namespace awnet::cpu
