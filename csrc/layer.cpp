@@ -346,6 +346,9 @@ class Layer : public torch::autograd::Function<Layer> {
                              const Tensor&, c10::SymIntArrayRef, bool, c10::List<bool>)>();
     const auto ints = [&](const char* name) { return data.at(name).toIntVector(); };
     const auto shape = data.at("shape").toSymIntVector();
+    // the operator's own autograd only says that there is no second derivative
+    std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+    if (!at::GradMode::is_enabled()) guard.emplace();
     const auto found =
         op.call(grads[0], folded ? maybe(s[0]) : std::nullopt, maybe(s[1]), maybe(s[2]), maybe(s[3]),
                 maybe(s[4]), maybe(s[5]), std::nullopt, maybe(s[6]), maybe(s[7]), maybe(s[8]),
