@@ -93,6 +93,14 @@ GEOMETRIES = [
     (3, 4, (4, 5), (3, 3), (4, 4), (0, 0), (1, 1), 2),  # pixels that no output reads
     (3, 4, (1, 1), (3, 3), (1, 1), (1, 1), (1, 1), 2),
     (64, 64, (8, 8), (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    (5, 10, (7, 32), (3, 3), (1, 1), (1, 1), (1, 1), 3),  # rows of two vectors
+    (4, 11, (32, 16), (3, 3), (2, 2), (1, 1), (1, 1), 2),  # to rows of half a vector, 8 vectors of them
+    (3, 8, (5, 32), (3, 3), (2, 2), (1, 1), (1, 1), 2),
+    (3, 8, (6, 33), (1, 1), (2, 2), (0, 0), (1, 1), 2),  # 17 of a row, of which every second is taken
+    (6, 5, (9, 16), (3, 3), (1, 1), (2, 2), (2, 2), 2),
+    (4, 9, (3, 8), (3, 3), (1, 1), (1, 1), (1, 1), 2),  # half vectors in an odd number of rows
+    (4, 9, (10, 10), (3, 3), (1, 1), (0, 0), (1, 1), 2),  # whole halves out, not in
+    (4, 9, (34, 18), (3, 3), (2, 2), (0, 0), (1, 1), 2),  # the last row and column unread
     (128, 12, (6, 7), (3, 3), (2, 2), (1, 1), (1, 1), 2),
 ]
 
@@ -132,9 +140,8 @@ def test_the_direct_convolution_and_its_gradients(geometry, threads: int) -> Non
     assert torch.equal(mask, got_y > 0)
     assert torch.equal(alone[0], d_x)  # what else is asked for changes no bit
     found = (got_y, got_u, d_x, gc + centre * g1, g1, d_residual)
-    for name, one, other in zip(
-        ("y", "u", "input", "scale", "shift", "residual"), found, (y, u, *gradients), strict=True
-    ):
+    names = ("y", "u", "input", "scale", "shift", "residual")
+    for name, one, other in zip(names, found, (y, u, *gradients), strict=True):
         # sums of at most 1152 products in float32: below 1e-6 of their norm
         error = (one - other.detach()).norm() / other.detach().norm().clamp(min=1e-6)
         assert error <= 1e-5, (name, float(error))
