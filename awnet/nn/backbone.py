@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock, Block
-from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes
+from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes, global_average
 
 fx.wrap("check_image")  # one node where the network is traced: its branches look at shapes
+fx.wrap("global_average")
 
 BlockKind = Literal["basic", "bottleneck"]
 _BLOCKS: dict[str, type[AWBasicBlock | AWBottleneck]] = {"basic": AWBasicBlock, "bottleneck": AWBottleneck}
@@ -85,7 +86,7 @@ class BlockNetwork(nn.Module):
                 f"convolution, or none; got {len(filter_scales)}"
             )
         last = self.features(x, filter_scales, p_clean, is_clean)[-1]
-        pooled = self._last(last, p_clean, is_clean).mean((2, 3))  # [B, C]
+        pooled = global_average(self._last(last, p_clean, is_clean))
         return self.classifier(pooled)
 
     def _first(self, x: Tensor, p_clean: Tensor | None, is_clean: Tensor | None) -> Tensor:

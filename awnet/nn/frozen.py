@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from awnet import ops
 from awnet.nn.backbone import Backbone
-from awnet.nn.layers import AWConv2d, check_image
+from awnet.nn.layers import AWConv2d, check_image, global_average
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing, filter_scales_of, p_clean_of
 
@@ -199,7 +199,7 @@ class FrozenBackbone(Frozen):
             raise TypeError(
                 "a backbone with num_classes=None has no classifier: use features(x, coefficients)"
             )
-        return self.classifier(self.features(x, coefficients)[-1].mean((2, 3)))
+        return self.classifier(global_average(self.features(x, coefficients)[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1], of any floating dtype → logits [B, K] in ``image_dtype``."""
@@ -240,7 +240,7 @@ class _FrozenRouter(Frozen):
         """type_logits [B, 2] or None, p_clean [B], ω of all dynamic layers [B, D] or None."""
         router = self.live[0]
         stages = self.backbone.features(x, self.backbone.coefficients(len(x)))
-        feature = torch.cat([stage.mean((2, 3)) for stage in stages], dim=1)
+        feature = torch.cat([global_average(stage) for stage in stages], dim=1)
         type_logits = None
         if self.type_head is None:
             p_clean = feature.new_full((len(x),), router.fixed_p_clean)

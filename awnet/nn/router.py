@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.nn.backbone import Backbone
-from awnet.nn.layers import check_image
+from awnet.nn.layers import check_image, global_average
 
 TestBN = Literal["mix", "adv", "clean"]
 _FIXED_P_CLEAN = {"mix": 0.5, "adv": 0.0, "clean": 1.0}
@@ -122,7 +122,7 @@ class AdversarialRouter(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """Images [B, C, H, W] in [0, 1] → :class:`Routing`. Nothing is detached."""
         feature = torch.cat(
-            [stage.mean((2, 3)) for stage in self.backbone.features(x)], dim=1
+            [global_average(stage) for stage in self.backbone.features(x)], dim=1
         )  # [B, d], Eq. 17
         type_logits = None
         if self.type_head is None:
