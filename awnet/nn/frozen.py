@@ -65,18 +65,18 @@ class _FrozenLayer(nn.Module):
     def __init__(self, layer: AWConv2d, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = _copy_of(layer.weight, dtype)
-        self.options: dict[str, Any] = {
-            "stride": layer.stride,
-            "padding": layer.padding,
-            "dilation": layer.dilation,
-            "groups": layer.groups,
-            "activation": layer.activation,
-        }
+        self.convolution = ops.AffineConvolution(
+            stride=layer.stride,
+            padding=cast("tuple[int, int]", layer.padding),
+            dilation=layer.dilation,
+            groups=layer.groups,
+            activation=layer.activation,
+        )
 
     def forward(
         self, x: Tensor, coefficients: tuple[Tensor, Tensor], residual: Tensor | None = None
     ) -> Tensor:
-        return ops.affine_conv2d(x, self.weight, *coefficients, residual=residual, **self.options)
+        return self.convolution(x, self.weight, *coefficients, residual)
 
 
 class _FrozenLinear(nn.Module):

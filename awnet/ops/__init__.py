@@ -4,11 +4,19 @@
 """
 
 from awnet.ops.backends import Explanation, available_backends, chosen_backend, use_backend
-from awnet.ops.functional import affine_conv2d, aw_conv2d, explain, filter_scaled_conv2d, mix_batch_norm
+from awnet.ops.functional import (
+    AffineConvolution,
+    affine_conv2d,
+    aw_conv2d,
+    explain,
+    filter_scaled_conv2d,
+    mix_batch_norm,
+)
 from awnet.ops.network import network_coefficients
 from awnet.ops.sign_step import sign_step
 
 __all__ = [
+    "AffineConvolution",
     "Explanation",
     "affine_conv2d",
     "available_backends",

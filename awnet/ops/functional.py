@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -210,6 +210,33 @@ def affine_conv2d(
         activation=activation,
     )
     return select(call, backend).run(call, 0.0)
+
+
+class AffineConvolution:
+    """:func:`affine_conv2d` of one geometry without its checks, for layers that a network runs by thousands.
+
+    The caller answers for shapes, dtypes and devices, and that no autocast is on.
+    """
+
+    def __init__(
+        self,
+        *,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        activation: str | None,
+    ) -> None:
+        relu = activation == "relu"
+        self._call = Call(*(None,) * 10, False, 1e-5, relu, stride, padding, dilation, groups)
+
+    def __call__(
+        self, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        call = self._call._replace(
+            input=input, weight=weight, filter_scale=scale, bn_bias=shift, residual=residual
+        )
+        return select(call, None).run(call, 0.0)
 
 
 def explain(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Explanation:
