@@ -133,8 +133,28 @@ FAULTS = (
         DIRECT,
     ),
     fault(
-        "odd columns of a stride-2 gradient from the even phase", "csrc/cpu/convolution.cpp",
-        "to[2 * j + 1] = odd[j]", "to[2 * j + 1] = line[j]",
+        "odd columns of a stride-2 gradient from the even phase", "csrc/cpu/convolution.inl",
+        "load_at<true>(even + j, odd - even)", "load_at<true>(even + j, 0)",
+        DIRECT,
+    ),
+    fault(
+        "one column off in the second half of a stride-2 row", "csrc/cpu/convolution.inl",
+        "14, 17, 19,", "14, 16, 19,",
+        DIRECT,
+    ),
+    fault(
+        "half a vector from a neighbouring row's end", "csrc/cpu/convolution.cpp",
+        "found.second = pitch;", "found.second = pitch - 1;",
+        DIRECT,
+    ),
+    fault(
+        "residual left out where the direct convolution writes whole rows", "csrc/cpu/convolution.inl",
+        "if (to.residual != nullptr) y += load(to.residual + i);", "",
+        DIRECT,
+    ),
+    fault(
+        "centre left out of a packed plane's sums", "csrc/cpu/convolution.inl",
+        "load(p.u + i) - p.centre", "load(p.u + i)",
         DIRECT,
     ),
     fault(
