@@ -11,7 +11,7 @@
 #include <torch/library.h>
 
 #include "cpu/convolution.h"
-#include "ops.h"
+#include "layer.h"
 
 namespace awnet {
 namespace {
@@ -42,17 +42,6 @@ const Passes& passes_of(const Tensor& x) {
 #endif
   TORCH_CHECK(x.is_cpu(), "this build of awnet has no native kernels for ", x.device());
   return on_cpu;
-}
-
-// y, u, mask, mean, m2, batch_mean, batch_var, n
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-// of input, weight, filter_scale, p_clean, bn_weight, bn_bias, residual
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Sizes = at::IntArrayRef;
-
-at::MemoryFormat layout_of(const Tensor& x) {
-  const bool last = !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
-  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
 MaybeTensor table(const MaybeTensor& x) {
@@ -87,7 +76,14 @@ Tensor summed(const Tensor& x, const std::string& process_group) {
   return op.call(x, process_group);
 }
 
-Outputs forward(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& filter_scale,
+}  // namespace
+
+at::MemoryFormat layout_of(const Tensor& x) {
+  const bool last = !x.is_contiguous() && x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+Outputs layer_forward(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& filter_scale,
                 const MaybeTensor& p_clean, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
                 const MaybeTensor& residual, const MaybeTensor& running_mean, const MaybeTensor& running_var,
                 const MaybeTensor& is_clean, bool training, double eps, bool relu, Sizes stride,
@@ -140,7 +136,7 @@ Outputs forward(const Tensor& input, const MaybeTensor& weight, const MaybeTenso
   return {y, kept, mask, mean, m2, batch_mean, batch_var, n};
 }
 
-Gradients backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeTensor& weight,
+Gradients layer_backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeTensor& weight,
                  const MaybeTensor& filter_scale, const MaybeTensor& p_clean, const MaybeTensor& bn_weight,
                  const MaybeTensor& bn_bias, const MaybeTensor& /*residual*/, const MaybeTensor& running_mean,
                  const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training, double eps,
@@ -255,6 +251,8 @@ Gradients backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeT
           wanted(need_residual, d_residual, images)};
 }
 
+namespace {
+
 // --- autograd: in C++, where only the gradients that are asked for at run time are computed
 
 using torch::autograd::AutogradContext;
@@ -267,7 +265,7 @@ Outputs call_forward(const Tensor& input, const std::vector<MaybeTensor>& t, boo
                      bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
                      const std::string& process_group, bool keep_u, bool keep_mask) {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("awnet::layer_native", "").typed<decltype(forward)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("awnet::layer_native", "").typed<decltype(layer_forward)>();
   return op.call(input, t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], training, eps, relu, stride,
                  padding, dilation, groups, process_group, keep_u, keep_mask);
 }
@@ -398,14 +396,14 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
 }
 
 TORCH_LIBRARY_IMPL(awnet, CPU, m) {
-  m.impl("layer_native", &forward);
-  m.impl("layer_native_backward", &backward);
+  m.impl("layer_native", &layer_forward);
+  m.impl("layer_native_backward", &layer_backward);
 }
 
 #if defined(AWNET_CUDA)
 TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
-  m.impl("layer_native", &forward);
-  m.impl("layer_native_backward", &backward);
+  m.impl("layer_native", &layer_forward);
+  m.impl("layer_native_backward", &layer_backward);
 }
 #endif
 

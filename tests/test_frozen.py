@@ -379,3 +379,103 @@ def test_sign_step_clips_and_casts() -> None:
     assert torch.equal(ops.sign_step(x_adv, grad.bfloat16(), x, 0.03, 0.1), moved)
     with pytest.raises(ValueError, match=r"grad must have x_adv's shape \[6\], got \[2\]"):
         ops.sign_step(x_adv, grad[:2], x, 0.03, 0.1)
+
+
+# --- a network of layers in one operator
+
+
+def _network(dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, list, list, list]:
+    """Stem, a strided block with a shortcut, a grouped layer without ReLU that two later ones take."""
+
+    def convolution(stride: int, size: int, groups: int, activation: str | None) -> ops.AffineConvolution:
+        return ops.AffineConvolution(
+            stride=(stride,) * 2,
+            padding=(size // 2,) * 2,
+            dilation=(1, 1),
+            groups=groups,
+            activation=activation,
+        )
+
+    torch.manual_seed(0)
+    # channels in and out, filter, stride, groups, activation, input, residual, output
+    rows = [
+        (3, 8, 3, 1, 1, "relu", -1, -1, True),
+        (8, 12, 1, 2, 1, None, 0, -1, False),
+        (8, 12, 3, 2, 1, "relu", 0, -1, False),
+        (12, 12, 3, 1, 1, "relu", 2, 1, True),
+        (12, 12, 3, 1, 4, None, 3, -1, False),
+        (12, 12, 3, 1, 1, "relu", 4, 4, True),
+    ]
+    weights = [torch.randn(o, i // g, k, k, dtype=dtype) / k for i, o, k, _, g, *_ in rows]
+    layers = [
+        ops.NetworkLayer(convolution(stride, k, g, activation), *rest)
+        for _, _, k, stride, g, activation, *rest in rows
+    ]
+    tables = [(torch.rand(2, row[1], dtype=dtype) + 0.5, torch.randn(2, row[1], dtype=dtype)) for row in rows]
+    x = torch.rand(2, 3, 16, 16, dtype=dtype).contiguous(memory_format=layout)
+    return x, weights, tables, layers
+
+
+@pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("asked", ["images", "tables", "both"])
+def test_a_network_in_one_operator_equals_its_layers(asked: str, layout: torch.memory_format) -> None:
+    x, weights, tables, layers = _network(torch.float32, layout)
+    wanted = [] if asked == "tables" else [x.requires_grad_()]
+    if asked != "images":
+        wanted += [table.requires_grad_() for pair in tables for table in pair]
+    generator = torch.Generator().manual_seed(1)
+
+    def results(backend: str, wanted: list[Tensor], arguments: tuple) -> list[Tensor]:
+        with use_backend(backend):
+            outputs = ops.affine_network(*arguments, layers)
+        generator.manual_seed(1)
+        grads = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+        grads[0] = grads[0][:, :, :1, :1].expand(outputs[0].shape)  # as a mean over pixels gives it
+        return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
+
+    got = results("cpp", wanted, (x, weights, tables))
+    assert all("Network" in y.grad_fn.name() for y in got[:3])  # not layer by layer
+    wide_x = x.detach().double().requires_grad_()
+    wide_tables = [tuple(t.detach().double().requires_grad_() for t in pair) for pair in tables]
+    wide = [] if asked == "tables" else [wide_x]
+    wide += [] if asked == "images" else [t for pair in wide_tables for t in pair]
+    want = results("reference", wide, (wide_x, [w.double() for w in weights], wide_tables))
+    assert len(got) == len(want) == 3 + len(wanted)
+    for one, other in zip(got, want, strict=True):
+        # six layers of sums of at most 108 products in float32
+        torch.testing.assert_close(
+            one.double(), other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max())
+        )
+    assert got[0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
+def test_a_network_in_one_operator_without_gradients_and_with_one_output_used() -> None:
+    x, weights, tables, layers = _network(torch.float32, torch.contiguous_format)
+    with torch.no_grad():
+        quiet = ops.affine_network(x, weights, tables, layers)
+    with torch.inference_mode():
+        inferred = ops.affine_network(x, weights, tables, layers)
+    outputs = ops.affine_network(x.requires_grad_(), weights, tables, layers)
+    for one, other, third in zip(outputs, quiet, inferred, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
+        assert not other.requires_grad
+    (early,) = torch.autograd.grad(outputs[0].sum(), x, retain_graph=True)  # later layers get no gradient
+    assert early.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(outputs[2].sum(), x, create_graph=True)
+
+
+@pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
+def test_a_network_in_one_operator_refuses_a_wiring_that_cannot_be() -> None:
+    x, weights, tables, layers = _network(torch.float32, torch.contiguous_format)
+    with pytest.raises(RuntimeError, match="layer 1 may take what earlier ones give, not 3"):
+        ops.affine_network(x, weights, tables, [layers[0], layers[1]._replace(input=3), *layers[2:]])
+    scale, shift = (torch.cat(table, 1) for table in zip(*tables, strict=True))
+    with pytest.raises(RuntimeError, match="expected 11 numbers for each of 6 layers, got 3"):
+        torch.ops.awnet.network_native(x, scale, shift, weights, [0, 0, 0])
+    numbers = [-1, -1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    with pytest.raises(RuntimeError, match="tables are narrower"):
+        torch.ops.awnet.network_native(x, scale[:, :4], shift[:, :4], weights[:1], numbers)

@@ -8,7 +8,6 @@ brings the copies up to date with the live model, which it neither changes nor h
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -61,22 +60,48 @@ class Frozen(nn.Module):
         return tuple(source.data_ptr() for _, source in self.copies())
 
 
-class _FrozenLayer(nn.Module):
-    def __init__(self, layer: AWConv2d, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = _copy_of(layer.weight, dtype)
-        self.convolution = ops.AffineConvolution(
-            stride=layer.stride,
-            padding=cast("tuple[int, int]", layer.padding),
-            dilation=layer.dilation,
-            groups=layer.groups,
-            activation=layer.activation,
-        )
+def _convolution(layer: AWConv2d) -> ops.AffineConvolution:
+    return ops.AffineConvolution(
+        stride=layer.stride,
+        padding=cast("tuple[int, int]", layer.padding),
+        dilation=layer.dilation,
+        groups=layer.groups,
+        activation=layer.activation,
+    )
 
-    def forward(
-        self, x: Tensor, coefficients: tuple[Tensor, Tensor], residual: Tensor | None = None
-    ) -> Tensor:
-        return self.convolution(x, self.weight, *coefficients, residual)
+
+def _wired(backbone: Backbone, layers: list[AWConv2d]) -> tuple[list[int], list[ops.NetworkLayer]]:
+    """``layers`` as ``ops.affine_network`` runs them: the place of each in ``layers``, and how they join.
+
+    The stem and the last layer of every stage are outputs. A block's shortcut, the last of its convolutions,
+    comes before the chain whose last layer adds it.
+    """
+    sequence: list[int] = []
+    wired: list[ops.NetworkLayer] = []
+
+    def append(place: int, input: int, residual: int = -1) -> int:
+        sequence.append(place)
+        wired.append(ops.NetworkLayer(_convolution(layers[place]), input, residual, False))
+        return len(wired) - 1
+
+    def show(layer: int) -> None:
+        wired[layer] = wired[layer]._replace(output=True)
+
+    last = append(0, -1)
+    show(last)
+    count = 1
+    for stage in backbone._stages():
+        for block in stage:
+            *inner, end = range(count, count := count + len(block.convolutions()))
+            x = residual = last
+            if block.shortcut is not None:
+                residual = append(end, last)
+                end = inner.pop()
+            for place in inner:
+                x = append(place, x)
+            last = append(end, x, residual)
+        show(last)
+    return sequence, wired
 
 
 class _FrozenLinear(nn.Module):
@@ -112,19 +137,12 @@ class FrozenBackbone(Frozen):
                 "a frozen backbone needs batch norms of one eps and convolutions padded with zeros"
             )
         self.eps = layers[0].bn.eps
-        self.layers = nn.ModuleList(_FrozenLayer(layer, dtype) for layer in layers)
+        self.weights = nn.ParameterList(_copy_of(layer.weight, dtype) for layer in layers)
         # the dynamic layers come first in the table, which holds their ω side by side
         self.order = sorted(range(len(layers)), key=lambda i: not layers[i].dynamic)
         self.place = [self.order.index(i) for i in range(len(layers))]
         self.widths = tuple(layers[i].out_channels for i in self.order)
-        self.blocks: list[list[tuple[list[int], int | None]]] = []  # of each stage: the chain, the shortcut
-        count = 1
-        for stage in backbone._stages():
-            self.blocks.append([])
-            for block in stage:
-                places = list(range(count, count := count + len(block.convolutions())))
-                shortcut = None if block.shortcut is None else places.pop()
-                self.blocks[-1].append((places, shortcut))
+        self.sequence, self.layers = _wired(backbone, layers)
         self.in_channels = backbone.in_channels
         self.has_branches = any(layer.bn.branches != "one" for layer in layers)
         wide = torch.promote_types(dtype, torch.float32)
@@ -144,7 +162,7 @@ class FrozenBackbone(Frozen):
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         layers = self._live_layers()
         pairs: list[tuple[Tensor, Tensor]] = [
-            (own.weight, layer.weight) for own, layer in zip(self._own_layers(), layers, strict=True)
+            (own, layer.weight) for own, layer in zip(self.weights, layers, strict=True)
         ]
         for columns, i in zip(self.tables.split(self.widths, 2), self.order, strict=True):
             norm = layers[i].bn
@@ -153,9 +171,6 @@ class FrozenBackbone(Frozen):
             ):
                 pairs += [(rows[k], table[min(k, len(table) - 1)]) for k in range(2)]
         return pairs + ([] if self.classifier is None else self.classifier.copies())
-
-    def _own_layers(self) -> Iterable[_FrozenLayer]:
-        return cast("Iterable[_FrozenLayer]", self.layers)
 
     def forget(self) -> None:
         self._constant = None
@@ -178,21 +193,10 @@ class FrozenBackbone(Frozen):
 
     def features(self, x: Tensor, coefficients: Coefficients) -> list[Tensor]:
         """The outputs of the stem and of every stage, [B, C, H, W] each."""
-        layers = list(self._own_layers())
-
-        def run(i: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-            return layers[i](x, coefficients[self.place[i]], residual)
-
-        x = run(0, x)
-        outputs = [x]
-        for stage in self.blocks:
-            for (*inner, last), shortcut in stage:
-                residual = x if shortcut is None else run(shortcut, x)
-                for i in inner:
-                    x = run(i, x)
-                x = run(last, x, residual)
-            outputs.append(x)
-        return outputs
+        weights = [self.weights[i] for i in self.sequence]
+        return ops.affine_network(
+            x, weights, [coefficients[self.place[i]] for i in self.sequence], self.layers
+        )
 
     def logits(self, x: Tensor, coefficients: Coefficients) -> Tensor:
         if self.classifier is None:

@@ -12,13 +12,15 @@ from awnet.ops.functional import (
     filter_scaled_conv2d,
     mix_batch_norm,
 )
-from awnet.ops.network import network_coefficients
+from awnet.ops.network import NetworkLayer, affine_network, network_coefficients
 from awnet.ops.sign_step import sign_step
 
 __all__ = [
     "AffineConvolution",
     "Explanation",
+    "NetworkLayer",
     "affine_conv2d",
+    "affine_network",
     "available_backends",
     "aw_conv2d",
     "chosen_backend",

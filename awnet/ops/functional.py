@@ -228,12 +228,13 @@ class AffineConvolution:
         activation: str | None,
     ) -> None:
         relu = activation == "relu"
-        self._call = Call(*(None,) * 10, False, 1e-5, relu, stride, padding, dilation, groups)
+        # a call without its tensors
+        self.geometry = Call(*(None,) * 10, False, 1e-5, relu, stride, padding, dilation, groups)
 
     def __call__(
         self, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        call = self._call._replace(
+        call = self.geometry._replace(
             input=input, weight=weight, filter_scale=scale, bn_bias=shift, residual=residual
         )
         return select(call, None).run(call, 0.0)

@@ -9,15 +9,78 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from awnet.ops import backends, triton_passes
+from awnet.ops.functional import AffineConvolution
 from awnet.ops.layer import Call
 from awnet.ops.tuning import launch_parameters
+
+
+class NetworkLayer(NamedTuple):
+    """A layer of :func:`affine_network`: ``act(conv(input) · scale + shift + residual)``."""
+
+    convolution: AffineConvolution
+    input: int  # the layer whose output it takes, -1 for the images
+    residual: int  # the layer whose output is added, -1 for none
+    output: bool  # whether its output is returned
+
+
+def affine_network(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Sequence[tuple[Tensor, Tensor]],
+    layers: Sequence[NetworkLayer],
+) -> list[Tensor]:
+    """A network of frozen layers in test mode, each by :class:`AffineConvolution`.
+
+    On the ``cpp`` backend all of it is one operator, as a small network would else spend as long between its
+    layers as in them.
+
+    Args:
+        x: images ``[B, C, H, W]``.
+        weights: of each layer, of ``x``'s dtype; they get no gradient.
+        coefficients: scale and shift ``[B, C_out]`` of each layer.
+        layers: each takes what earlier ones give.
+
+    Returns:
+        The outputs of the layers with ``output``, in order; differentiable once in ``x`` and coefficients.
+
+    Raises:
+        As :class:`AffineConvolution`: the caller answers for shapes, dtypes and devices.
+    """
+    scale, shift = coefficients[0]
+    first = layers[0].convolution.geometry._replace(
+        input=x, weight=weights[0], filter_scale=scale, bn_bias=shift
+    )
+    if backends.select(first, None).name != "cpp" or torch.compiler.is_compiling():
+        return _layer_by_layer(x, weights, coefficients, layers)
+    numbers: list[int] = []
+    for layer in layers:
+        call = layer.convolution.geometry
+        numbers += [layer.input, layer.residual, layer.output, call.relu]
+        numbers += [*call.stride, *call.padding, *call.dilation, call.groups]
+    scale, shift = (torch.cat(tables, 1) for tables in zip(*coefficients, strict=True))
+    outputs: list[Tensor] = torch.ops.awnet.network_native(x, scale, shift, weights, numbers)
+    return outputs
+
+
+def _layer_by_layer(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Sequence[tuple[Tensor, Tensor]],
+    layers: Sequence[NetworkLayer],
+) -> list[Tensor]:
+    found: list[Tensor] = []
+    for layer, weight, tables in zip(layers, weights, coefficients, strict=True):
+        residual = None if layer.residual < 0 else found[layer.residual]
+        source = x if layer.input < 0 else found[layer.input]
+        found.append(layer.convolution(source, weight, *tables, residual))
+    return [y for y, layer in zip(found, layers, strict=True) if layer.output]
 
 
 def network_coefficients(
