@@ -437,6 +437,8 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
   const bool by_mask = gate && gate->scalar_type() == at::kBool;
   const Gate<float> passed = {gate && !by_mask ? gate->const_data_ptr<float>() : nullptr,
                               by_mask ? static_cast<const uint8_t*>(gate->const_data_ptr()) : nullptr};
+  const float *const u_p = plane_of(u, 0), *const centre_p = plane_of(centre, 0),
+                     *const by_input_p = plane_of(by_input, 0), *const constant_p = plane_of(constant, 0);
   const Kernels<float>& passes = float32_passes();
 
   const auto pack = [&](int64_t b, bool first, float* to, float* spare) {
@@ -444,12 +446,12 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
       const int64_t plane = b * plan.inputs + c, at = plane * values;
       const PlaneGradient own{
           g_p + at,
-          plane_of(u, at),
+          u_p ? u_p + at : nullptr,
           passed.from(at),
-          centre ? centre->const_data_ptr<float>()[plane] : 0.0f,
+          centre_p ? centre_p[plane] : 0.0f,
           by_grad_p[plane],
-          by_input ? by_input->const_data_ptr<float>()[plane] : 0.0f,
-          by_input ? constant->const_data_ptr<float>()[plane] : 0.0f,
+          by_input_p ? by_input_p[plane] : 0.0f,
+          by_input_p ? constant_p[plane] : 0.0f,
           by_input.has_value(),
           first && d_u ? d_u + at : nullptr,
           first && d_residual ? d_residual + at : nullptr,

@@ -17,6 +17,7 @@ STEP = "tests/kernels/test_sign_step.py::"
 
 NATIVE_LAYER = OPS + "test_native_layers_of_any_shape_equal_the_reference"
 NATIVE_PASSES = OPS + "test_native_passes_in_every_shape"
+NETWORK = "tests/test_frozen.py::test_a_network_in_one_operator_equals_its_layers"
 DIRECT = "tests/test_native.py::test_the_direct_convolution_and_its_gradients"
 EAGER_LAYER = OPS + "test_eager_equals_the_reference_in_float64"
 CUDA_PASSES = CUDA + "test_every_pass_in_every_shape"
@@ -156,6 +157,16 @@ FAULTS = (
         "centre left out of a packed plane's sums", "csrc/cpu/convolution.inl",
         "load(p.u + i) - p.centre", "load(p.u + i)",
         DIRECT,
+    ),
+    fault(
+        "a block's residual without its gradient", "csrc/network.cpp",
+        "if (s.residual >= 0) d[s.residual].add(std::get<6>(found));", "",
+        NETWORK,
+    ),
+    fault(
+        "of a layer that two others take, the gradient of one", "csrc/network.cpp",
+        "value.add_(part);", "value = part;",
+        NETWORK,
     ),
     fault(
         "every sample of a channels_last batch by the first one's scale", "csrc/cpu/passes.cpp",
