@@ -17,17 +17,21 @@ help:
 	@echo "make gpu       on a GPU machine: build, test, sanitize, benchmark, tune and profile; OUT=folder"
 	@echo "make clean     remove what was built"
 
-# A Python that already has a torch (a GPU machine, say) keeps it; elsewhere the pinned one is installed.
+# A Python that already has a torch (a GPU machine, say) keeps it; elsewhere, in an active virtual environment too,
+# whose packages another cannot share, the pinned one is installed.
 $(READY): pyproject.toml setup.py constraints.txt
 	@set -e; \
-	if $(PYTHON) -c "import torch" 2>/dev/null; then \
-		test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV); \
+	if ! test -x $(BIN)/python; then \
+		if $(PYTHON) -c "import torch" 2>/dev/null; then shared=--system-site-packages; fi; \
+		$(PYTHON) -m venv $$shared $(VENV); \
+	fi; \
+	if grep -q "include-system-site-packages = true" $(VENV)/pyvenv.cfg \
+		&& $(BIN)/python -c "import torch" 2>/dev/null; then \
 		$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja pybind11; \
 		$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"; \
 		$(BIN)/python -m pip install --quiet --no-deps $(filter-out torchvision,$(ORACLES)) \
 			|| echo "not installed: $(ORACLES); tests that need them are skipped"; \
 	else \
-		test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 		$(BIN)/python -m pip install --quiet -c constraints.txt "torch==$(TORCH)" "setuptools>=77" wheel ninja pybind11; \
 		$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"; \
 		$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(ORACLES) \
