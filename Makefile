@@ -21,7 +21,7 @@ help:
 # whose packages another cannot share, the pinned one is installed.
 $(READY): pyproject.toml setup.py constraints.txt
 	@set -e; \
-	if ! test -x $(BIN)/python; then \
+	shared=; if ! test -x $(BIN)/python; then \
 		if $(PYTHON) -c "import torch" 2>/dev/null; then shared=--system-site-packages; fi; \
 		$(PYTHON) -m venv $$shared $(VENV); \
 	fi; \
