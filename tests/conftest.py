@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,15 @@ settings.load_profile("same")
 # Triton kernels need a CUDA device or the interpreter; tests/test_kernels.py starts the latter
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore = ["kernels"]
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On networks this small a second thread costs more than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
