@@ -223,9 +223,8 @@ def check_table(
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {meaning}, got {type(x).__name__}")
-    fits = x.shape == shape or (
-        x.dim() == len(shape)
-        and all(size is None or size == had for size, had in zip(shape, x.shape, strict=True))
+    fits = x.dim() == len(shape) and all(
+        size is None or size == had for size, had in zip(shape, x.shape, strict=True)
     )
     if not fits:
         wanted = ", ".join("1 or 2" if size is None else str(size) for size in shape)
@@ -264,8 +263,6 @@ def _check_more_than_one_value(is_clean: Tensor | None, batch: int, input: Tenso
 
 
 def _pair(value: object, name: str, least: int) -> tuple[int, int]:
-    if type(value) is tuple and tuple(map(type, value)) == (int, int) and min(value) >= least:
-        return value  # the usual case, checked for each layer of each step
     pair = (value, value) if isinstance(value, int) else value
     if (
         not isinstance(pair, tuple | list)
