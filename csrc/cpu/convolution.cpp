@@ -125,7 +125,7 @@ struct Plan {
   // All phases one after the other, each [channel][channel_values].
   void run(float* out, const float* image, int64_t block) const {
     for (const Phase& phase : phases) {
-      run({out, nullptr, nullptr, nullptr, nullptr, nullptr, channel_values(), false}, image, block, phase);
+      run({.u = out, .plane = channel_values()}, image, block, phase);
       out += phase_values();
     }
   }
@@ -407,7 +407,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Ten
   const at::Tensor mean = at::empty(table, input.options()), m2 = at::empty(table, input.options());
   float *const u_p = u.data_ptr<float>(), *const mean_p = mean.data_ptr<float>(),
                *const m2_p = m2.data_ptr<float>();
-  const ConvolveOutput to{u_p, nullptr, nullptr, nullptr, nullptr, nullptr, values, false};
+  const ConvolveOutput to{.u = u_p, .plane = values};
   convolve_each(input, plan, to, [&](int64_t plane) {
     float32_passes().statistics_plane(u_p + plane * values, values, mean_p + plane, m2_p + plane);
   });
@@ -478,8 +478,7 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
                const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
                if (plan.direct()) {
                  float* const to = d_input + first * out_values;
-                 plan.run({to, nullptr, nullptr, nullptr, nullptr, nullptr, out_values, false}, own, block,
-                          plan.phases[0]);
+                 plan.run({.u = to, .plane = out_values}, own, block, plan.phases[0]);
                  return;
                }
                float* const out = own + packed;

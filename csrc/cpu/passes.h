@@ -77,11 +77,14 @@ struct Vectors {
 
 // What becomes of u, in dense planes, each `plane` values after the one before; null where not asked for.
 struct ConvolveOutput {
-  float *u, *y;  // y = act(u * scale + shift + residual)
-  uint8_t* mask;
-  const float *residual, *scale, *shift;
+  float* u = nullptr;
+  float* y = nullptr;  // act(u * scale + shift + residual)
+  uint8_t* mask = nullptr;
+  const float* residual = nullptr;
+  const float* scale = nullptr;
+  const float* shift = nullptr;
   int64_t plane;
-  bool relu;
+  bool relu = false;
 };
 
 // u[r][q] = sum over c, t of weights[c][t][r] * image[c * plane + at[q] + offsets[t]]
