@@ -137,12 +137,12 @@ class FrozenBackbone(Frozen):
                 "a frozen backbone needs batch norms of one eps and convolutions padded with zeros"
             )
         self.eps = layers[0].bn.eps
-        self.weights = nn.ParameterList(_copy_of(layer.weight, dtype) for layer in layers)
+        self.sequence, self.layers = _wired(backbone, layers)
+        self.weights = nn.ParameterList(_copy_of(layers[i].weight, dtype) for i in self.sequence)
         # the dynamic layers come first in the table, which holds their ω side by side
         self.order = sorted(range(len(layers)), key=lambda i: not layers[i].dynamic)
-        self.place = [self.order.index(i) for i in range(len(layers))]
+        self.places = [self.order.index(i) for i in self.sequence]
         self.widths = tuple(layers[i].out_channels for i in self.order)
-        self.sequence, self.layers = _wired(backbone, layers)
         self.in_channels = backbone.in_channels
         self.has_branches = any(layer.bn.branches != "one" for layer in layers)
         wide = torch.promote_types(dtype, torch.float32)
@@ -162,7 +162,7 @@ class FrozenBackbone(Frozen):
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         layers = self._live_layers()
         pairs: list[tuple[Tensor, Tensor]] = [
-            (own, layer.weight) for own, layer in zip(self.weights, layers, strict=True)
+            (own, layers[i].weight) for own, i in zip(self.weights, self.sequence, strict=True)
         ]
         for columns, i in zip(self.tables.split(self.widths, 2), self.order, strict=True):
             norm = layers[i].bn
@@ -193,10 +193,8 @@ class FrozenBackbone(Frozen):
 
     def features(self, x: Tensor, coefficients: Coefficients) -> list[Tensor]:
         """The outputs of the stem and of every stage, [B, C, H, W] each."""
-        weights = [self.weights[i] for i in self.sequence]
-        return ops.affine_network(
-            x, weights, [coefficients[self.place[i]] for i in self.sequence], self.layers
-        )
+        in_sequence = [coefficients[place] for place in self.places]
+        return ops.affine_network(x, list(self.weights), in_sequence, self.layers)
 
     def logits(self, x: Tensor, coefficients: Coefficients) -> Tensor:
         if self.classifier is None:

@@ -234,10 +234,16 @@ class AffineConvolution:
     def __call__(
         self, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        call = self.geometry._replace(
+        call = self.call(input, weight, scale, shift, residual)
+        return select(call, None).run(call, 0.0)
+
+    def call(
+        self, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
+    ) -> Call:
+        """What is run."""
+        return self.geometry._replace(
             input=input, weight=weight, filter_scale=scale, bn_bias=shift, residual=residual
         )
-        return select(call, None).run(call, 0.0)
 
 
 def explain(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Explanation:

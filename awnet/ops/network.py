@@ -53,10 +53,7 @@ def affine_network(
     Raises:
         As :class:`AffineConvolution`: the caller answers for shapes, dtypes and devices.
     """
-    scale, shift = coefficients[0]
-    first = layers[0].convolution.geometry._replace(
-        input=x, weight=weights[0], filter_scale=scale, bn_bias=shift
-    )
+    first = layers[0].convolution.call(x, weights[0], *coefficients[0])
     if backends.select(first, None).name != "cpp" or torch.compiler.is_compiling():
         return _layer_by_layer(x, weights, coefficients, layers)
     numbers: list[int] = []
