@@ -25,6 +25,10 @@ namespace {
 constexpr int64_t kMostChannels = 128;
 // An image beyond does not stay in the second cache while all its filters pass over it.
 constexpr int64_t kMostValues = 1 << 18;
+// A larger plane's combinations leave that cache: with few channels the direct way was as quick or quicker.
+constexpr int64_t kMostCombined = 64 * 64;
+// Vectors of outputs that a kernel makes at once, where there are as many.
+constexpr int64_t kTile = 3;
 
 int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 
@@ -59,6 +63,16 @@ struct Phase {
   int64_t weights;              // where its packed weights begin
 };
 
+// The combinations of WinogradInput: how many values there are of each thing, and the filter's taps row by
+// row.
+struct Winograd {
+  int64_t bands, bands_of_group, width;  // width: of the outputs' rows
+  int64_t pitch, lanes, point, group;    // of a row, a channel, a point, all points of a group
+  int64_t taps[9];
+
+  int64_t values() const { return bands / bands_of_group * group; }  // of a sample
+};
+
 struct Plan {
   int64_t inputs, outputs;    // channels that come in and go out
   int64_t pixels;             // of a plane of what comes in
@@ -68,8 +82,10 @@ struct Plan {
   bool dense;                 // whether these vectors are the plane's values and nothing else
   int64_t pitch;              // of the rows of a phase of outputs
   int64_t blocks;             // of kConvolveRows outputs
+  int64_t together = 1;       // samples that are packed at once
   std::vector<Phase> phases;  // of the outputs
   std::vector<float> weights;
+  std::optional<Winograd> winograd;
 
   Plan(int64_t inputs, int64_t outputs) : inputs(inputs), outputs(outputs) {
     blocks = ceil_div(outputs, kConvolveRows);
@@ -78,6 +94,17 @@ struct Plan {
   // `at(output, input)` is where the filter between the two begins
   template <class At>
   void pack_weights(At at) {
+    if (winograd) {
+      weights.resize(outputs * inputs * 3 * kPoints);
+      float* to = weights.data();
+      const int64_t point = inputs * 3 * kConvolveRows, stride = at(1, 0) - at(0, 0);
+      for (int64_t first = 0; first < outputs; first += kConvolveRows, to += (kPoints - 1) * point) {
+        for (int64_t input = 0; input < inputs; ++input, to += 3 * kConvolveRows) {
+          kernels().winograd_weights(to, point, at(first, input), stride, winograd->taps);
+        }
+      }
+      return;
+    }
     int64_t count = 0;
     for (Phase& phase : phases) {
       phase.weights = count;
@@ -99,24 +126,86 @@ struct Plan {
     }
   }
 
-  void lay_out(int64_t in_phases, int64_t rows, int64_t columns) {
+  // Winograd's way, where the filter is 3 by 3 without a stride and the outputs are whole bands.
+  std::optional<Winograd> combinations(int64_t rows, int64_t columns) const {
+    if (!dense || phases.size() != 1 || phases[0].tap.size() != 9) return std::nullopt;
+    if (rows % kBand != 0 || outputs % kConvolveRows != 0 || inputs < kConvolveRows) return std::nullopt;
+    if (rows * columns > kMostCombined) return std::nullopt;
+    Winograd w;
+    std::fill_n(w.taps, 9, -1);
+    for (size_t t = 0; t < 9; ++t) {
+      const int64_t row = phases[0].offset[t] / size[1], column = phases[0].offset[t] % size[1];
+      if (row > 2 || column > 2) return std::nullopt;
+      w.taps[3 * row + column] = phases[0].tap[t];
+    }
+    if (std::find(w.taps, w.taps + 9, -1) != w.taps + 9) return std::nullopt;
+    w.bands = rows / kBand;
+    w.bands_of_group = columns == kHalf ? 2 : 1;
+    if (w.bands % w.bands_of_group != 0) return std::nullopt;
+    w.width = columns;
+    w.pitch = ceil_div(size[1], kLanes) * kLanes;
+    w.lanes = w.bands_of_group * w.pitch;
+    w.point = inputs * w.lanes;
+    w.group = kPoints * w.point;
+    return w;
+  }
+
+  void lay_out(int64_t in_phases, int64_t rows, int64_t columns, int64_t batch) {
     plane = in_phases * size[0] * size[1];
     at = vectors_of(rows, columns, size[1], 0);
     dense = !at.at.empty();
     pitch = dense ? columns : size[1];
-    if (dense) return;
-    for (int64_t i = 0; i < (rows - 1) * pitch + columns; i += kLanes) at.at.push_back(i);
+    winograd = combinations(rows, columns);
+    if (winograd) {
+      const Winograd& w = *winograd;
+      const int64_t each = rows * columns / (kBand * kLanes), across = ceil_div(columns, kLanes);
+      if (each % kTile != 0) {
+        const int64_t room = kMostValues / w.values();
+        together = std::clamp<int64_t>(std::min(room, ceil_div(batch, at::get_num_threads())), 1, kTile);
+      }
+      at = {{}, w.bands_of_group == 2 ? w.pitch : kHalf};
+      for (int64_t v = 0; v < together * each; ++v) {
+        at.at.push_back(v / across * w.group + v % across * kLanes);
+      }
+    } else if (!dense) {
+      for (int64_t i = 0; i < (rows - 1) * pitch + columns; i += kLanes) at.at.push_back(i);
+    }
   }
 
-  int64_t packed() const { return inputs * plane + kLanes; }  // the last vectors read beyond
+  // A thread's memory begins with the packed image, or with one packed channel and the combinations of it.
+  int64_t padded() const {  // the last vectors read beyond
+    return (winograd ? ceil_div(plane, kLanes) * kLanes : inputs * plane) + kLanes;
+  }
+  int64_t packed() const { return padded() + (winograd ? together * winograd->values() : 0); }
+
+  // Where to pack a channel of a sample, and what there is to do then.
+  float* channel_of(float* own, int64_t channel) const { return winograd ? own : own + channel * plane; }
+  void combine(float* own, int64_t sample, int64_t channel) const {
+    if (!winograd) return;
+    const Winograd& w = *winograd;
+    for (int64_t b = 0; b < w.bands; ++b) {
+      float* const to = own + padded() + sample * w.values() + b / w.bands_of_group * w.group +
+                        channel * w.lanes + b % w.bands_of_group * w.pitch;
+      kernels().winograd_rows(to, w.point, own + b * kBand * size[1], size[1], size[1]);
+    }
+  }
+
   int64_t channel_values() const { return static_cast<int64_t>(at.at.size()) * kLanes; }
   int64_t phase_values() const { return kConvolveRows * channel_values(); }
   int64_t scratch() const { return static_cast<int64_t>(phases.size()) * phase_values(); }
 
   // A phase of block `block` of the outputs of a packed image.
-  void run(const ConvolveOutput& to, const float* image, int64_t block, const Phase& phase) const {
+  void run(const ConvolveOutput& to, const float* image, int64_t block, const Phase& phase,
+           int64_t samples = 1) const {
     const int64_t first = block * kConvolveRows, count = std::min<int64_t>(kConvolveRows, outputs - first);
     const int64_t taps = static_cast<int64_t>(phase.tap.size()), vectors = static_cast<int64_t>(at.at.size());
+    if (winograd) {
+      const Winograd& w = *winograd;
+      const int64_t each = vectors / together;
+      kernels().winograd(to, {image + padded(), w.point, inputs, w.lanes, at.at.data(), at.second,
+                              samples * each, each, w.width, weights.data() + first * inputs * 3 * kPoints});
+      return;
+    }
     const float* own = weights.data() + phase.weights + first * inputs * taps;
     kernels().convolve[count - 1](
         to, {image, plane, inputs, at.at.data(), at.second, vectors, phase.offset.data(), taps, own});
@@ -134,22 +223,25 @@ struct Plan {
 // The thread's own, kept from call to call: it stays in the cache, and its pages are mapped.
 float* own_memory(int64_t values) {
   thread_local std::vector<float> memory;
+  values += kLanes;
   if (static_cast<int64_t>(memory.size()) < values) memory = std::vector<float>(values);
-  return memory.data();
+  constexpr uintptr_t line = kLanes * sizeof(float);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + line - 1) / line * line);
 }
 
-// Samples and blocks of outputs over the threads: body(sample, block, whether the sample is new to the
-// thread, its buffer). A sample may be shared by threads; each packs it for itself.
+// Groups of samples and blocks of outputs over the threads: body(first and last sample, block, whether the
+// group is new to the thread, its buffer). A group may be shared by threads; each packs it for itself.
 template <class Body>
 void for_blocks(const Plan& plan, int64_t batch, int64_t buffer, Body body) {
-  at::parallel_for(0, batch * plan.blocks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t groups = ceil_div(batch, plan.together);
+  at::parallel_for(0, groups * plan.blocks, 1, [&](int64_t begin, int64_t end) {
     float* const own = own_memory(buffer);
-    std::memset(own, 0, plan.packed() * sizeof(float));
+    std::memset(own, 0, plan.padded() * sizeof(float));
     int64_t packed = -1;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = i / plan.blocks;
-      body(sample, i % plan.blocks, sample != packed, own);
-      packed = sample;
+      const int64_t group = i / plan.blocks;
+      body(group * batch / groups, (group + 1) * batch / groups, i % plan.blocks, group != packed, own);
+      packed = group;
     }
   });
 }
@@ -191,7 +283,7 @@ struct Forward : Plan {
       }
     }
     phases.push_back(phase);
-    lay_out(static_cast<int64_t>(sources.size()), out_size[0], out_size[1]);
+    lay_out(static_cast<int64_t>(sources.size()), out_size[0], out_size[1], input.size(0));
     const float* from = weight.const_data_ptr<float>();
     const int64_t taps = kernel[0] * kernel[1];
     pack_weights(
@@ -201,31 +293,27 @@ struct Forward : Plan {
     }
   }
 
-  // The padding is zero already.
+  // One channel; the padding is zero already.
   void pack(float* to, const float* image) const {
     if (!place.at.empty()) {
-      for (int64_t channel = 0; channel < inputs; ++channel) {
-        kernels().scatter(to + channel * plane, place, image + channel * pixels);
-      }
+      kernels().scatter(to, place, image);
       return;
     }
-    for (int64_t channel = 0; channel < inputs; ++channel, image += pixels) {
-      for (const Source& source : sources) {
-        const int64_t stride = window.stride[1];
-        const int64_t first = ceil_div(window.padding[1] - source.phase[1], stride);
-        const int64_t left = source.phase[1] + first * stride - window.padding[1];
-        const int64_t count = std::min(size[1] - first, ceil_div(in_size[1] - left, stride));
-        for (int64_t i = 0; i < size[0]; ++i, to += size[1]) {
-          const int64_t row = source.phase[0] + i * window.stride[0] - window.padding[0];
-          if (row < 0 || row >= in_size[0] || count <= 0) continue;
-          const float* from = image + row * in_size[1] + left;
-          if (stride == 1) {
-            std::memcpy(to + first, from, count * sizeof(float));
-          } else if (stride == 2) {
-            kernels().every_second(to + first, from, count);
-          } else {
-            for (int64_t j = 0; j < count; ++j) to[first + j] = from[j * stride];
-          }
+    for (const Source& source : sources) {
+      const int64_t stride = window.stride[1];
+      const int64_t first = ceil_div(window.padding[1] - source.phase[1], stride);
+      const int64_t left = source.phase[1] + first * stride - window.padding[1];
+      const int64_t count = std::min(size[1] - first, ceil_div(in_size[1] - left, stride));
+      for (int64_t i = 0; i < size[0]; ++i, to += size[1]) {
+        const int64_t row = source.phase[0] + i * window.stride[0] - window.padding[0];
+        if (row < 0 || row >= in_size[0] || count <= 0) continue;
+        const float* from = image + row * in_size[1] + left;
+        if (stride == 1) {
+          std::memcpy(to + first, from, count * sizeof(float));
+        } else if (stride == 2) {
+          kernels().every_second(to + first, from, count);
+        } else {
+          for (int64_t j = 0; j < count; ++j) to[first + j] = from[j * stride];
         }
       }
     }
@@ -245,33 +333,40 @@ void convolve_each(const at::Tensor& input, const Forward& plan, const ConvolveO
   const int64_t batch = input.size(0);
   const float* images = input.const_data_ptr<float>();
   const auto from = [](auto* start, int64_t at) { return start ? start + at : nullptr; };
-  for_blocks(
-      plan, batch, plan.packed() + plan.scratch(), [&](int64_t b, int64_t block, bool fresh, float* own) {
-        float* const out = own + plan.packed();
-        if (fresh) plan.pack(own, images + b * plan.inputs * plan.pixels);
-        const int64_t first = b * plan.outputs + block * kConvolveRows;
-        const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
-        const int64_t at = first * to.plane;
-        if (plan.dense) {
-          plan.run({from(to.u, at), from(to.y, at), from(to.mask, at), from(to.residual, at),
-                    from(to.scale, first), from(to.shift, first), to.plane, to.relu},
-                   own, block, plan.phases[0]);
-        } else {
-          plan.run(out, own, block);
-        }
-        for (int64_t c = first; c < last; ++c) {
-          if (!plan.dense) {
-            const int64_t begin = c * to.plane;
-            float* const u = from(to.u ? to.u : to.y, begin);
-            plan.unpack(u, out + (c - first) * plan.channel_values());
-            if (to.y) {
-              float32_passes().apply_plane(to.y + begin, from(to.mask, begin), u, from(to.residual, begin),
-                                           to.plane, to.scale[c], to.shift[c], to.relu);
-            }
+  const auto body = [&](int64_t b, int64_t end, int64_t block, bool fresh, float* own) {
+    float* const out = own + plan.packed();
+    for (int64_t sample = b; fresh && sample < end; ++sample) {
+      for (int64_t c = 0; c < plan.inputs; ++c) {
+        plan.pack(plan.channel_of(own, c), images + (sample * plan.inputs + c) * plan.pixels);
+        plan.combine(own, sample - b, c);
+      }
+    }
+    const int64_t first = b * plan.outputs + block * kConvolveRows, at = first * to.plane;
+    if (plan.dense) {
+      plan.run({from(to.u, at), from(to.y, at), from(to.mask, at), from(to.residual, at),
+                from(to.scale, first), from(to.shift, first), to.plane, to.relu, plan.outputs},
+               own, block, plan.phases[0], end - b);
+    } else {
+      plan.run(out, own, block);
+    }
+    const int64_t count = std::min(kConvolveRows, plan.outputs - block * kConvolveRows);
+    for (int64_t sample = b; sample < end; ++sample) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t c = sample * plan.outputs + block * kConvolveRows + i;
+        if (!plan.dense) {
+          const int64_t begin = c * to.plane;
+          float* const u = from(to.u ? to.u : to.y, begin);
+          plan.unpack(u, out + i * plan.channel_values());
+          if (to.y) {
+            float32_passes().apply_plane(to.y + begin, from(to.mask, begin), u, from(to.residual, begin),
+                                         to.plane, to.scale[c], to.shift[c], to.relu);
           }
-          finish(c);
         }
-      });
+        finish(c);
+      }
+    }
+  };
+  for_blocks(plan, batch, plan.packed() + plan.scratch(), body);
 }
 
 std::vector<int64_t> output_shape(const at::Tensor& input, const Forward& plan) {
@@ -320,7 +415,7 @@ struct Backward : Plan {
         phases.push_back(phase);
       }
     }
-    lay_out(1, ceil_div(in_size[0], window.stride[0]), ceil_div(in_size[1], window.stride[1]));
+    lay_out(1, ceil_div(in_size[0], window.stride[0]), ceil_div(in_size[1], window.stride[1]), grad.size(0));
     const float* from = weight.const_data_ptr<float>();
     const int64_t taps = kernel[0] * kernel[1];
     pack_weights(
@@ -441,52 +536,56 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
                      *const by_input_p = plane_of(by_input, 0), *const constant_p = plane_of(constant, 0);
   const Kernels<float>& passes = float32_passes();
 
-  const auto pack = [&](int64_t b, bool first, float* to, float* spare) {
-    for (int64_t c = 0; c < plan.inputs; ++c, to += plan.plane) {
-      const int64_t plane = b * plan.inputs + c, at = plane * values;
-      const PlaneGradient own{
-          g_p + at,
-          u_p ? u_p + at : nullptr,
-          passed.from(at),
-          centre_p ? centre_p[plane] : 0.0f,
-          by_grad_p[plane],
-          by_input_p ? by_input_p[plane] : 0.0f,
-          by_input_p ? constant_p[plane] : 0.0f,
-          by_input.has_value(),
-          first && d_u ? d_u + at : nullptr,
-          first && d_residual ? d_residual + at : nullptr,
-          first && sums ? g1 + plane : nullptr,
-          first && sums ? gc + plane : nullptr,
-      };
-      if (!plan.place.at.empty()) {
-        kernels().propagate(to, plan.place, own);
-        continue;
-      }
-      if (own.g1) passes.reduce_plane(own.grad, own.u, own.gate, values, own.centre, own.g1, own.gc);
-      float* const d = own.d_u ? own.d_u : spare;
-      passes.propagate_plane(d, own.d_residual, own.grad, own.through ? own.u : nullptr, own.gate, values,
-                             own.centre, own.by_grad, own.by_input, own.constant);
-      plan.pack(to, d);
+  // One channel of a sample, and what else is asked for of it.
+  const auto pack = [&](int64_t b, int64_t c, bool first, float* to, float* spare) {
+    const int64_t plane = b * plan.inputs + c, at = plane * values;
+    const PlaneGradient own{
+        g_p + at,
+        u_p ? u_p + at : nullptr,
+        passed.from(at),
+        centre_p ? centre_p[plane] : 0.0f,
+        by_grad_p[plane],
+        by_input_p ? by_input_p[plane] : 0.0f,
+        by_input_p ? constant_p[plane] : 0.0f,
+        by_input.has_value(),
+        first && d_u ? d_u + at : nullptr,
+        first && d_residual ? d_residual + at : nullptr,
+        first && sums ? g1 + plane : nullptr,
+        first && sums ? gc + plane : nullptr,
+    };
+    if (!plan.place.at.empty()) {
+      kernels().propagate(to, plan.place, own);
+      return;
     }
+    if (own.g1) passes.reduce_plane(own.grad, own.u, own.gate, values, own.centre, own.g1, own.gc);
+    float* const d = own.d_u ? own.d_u : spare;
+    passes.propagate_plane(d, own.d_residual, own.grad, own.through ? own.u : nullptr, own.gate, values,
+                           own.centre, own.by_grad, own.by_input, own.constant);
+    plan.pack(to, d);
   };
   const int64_t packed = plan.packed(), scratch = plan.scratch();
-  for_blocks(plan, grad.size(0), packed + scratch + values,
-             [&](int64_t b, int64_t block, bool fresh, float* own) {
-               // what is written besides is written by one thread
-               if (fresh) pack(b, block == 0, own, own + packed + scratch);
-               const int64_t first = b * plan.outputs + block * kConvolveRows;
-               const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
-               if (plan.direct()) {
-                 float* const to = d_input + first * out_values;
-                 plan.run({.u = to, .plane = out_values}, own, block, plan.phases[0]);
-                 return;
-               }
-               float* const out = own + packed;
-               plan.run(out, own, block);
-               for (int64_t c = first; c < last; ++c) {
-                 plan.unpack(d_input + c * out_values, out + (c - first) * plan.channel_values());
-               }
-             });
+  const auto body = [&](int64_t b, int64_t end, int64_t block, bool fresh, float* own) {
+    float* const out = own + packed;
+    for (int64_t sample = b; fresh && sample < end; ++sample) {
+      for (int64_t c = 0; c < plan.inputs; ++c) {
+        // what is written besides is written by one thread
+        pack(sample, c, block == 0, plan.channel_of(own, c), out + scratch);
+        plan.combine(own, sample - b, c);
+      }
+    }
+    const int64_t first = b * plan.outputs + block * kConvolveRows;
+    if (plan.direct()) {
+      plan.run({.u = d_input + first * out_values, .plane = out_values, .sample = plan.outputs}, own, block,
+               plan.phases[0], end - b);
+      return;
+    }
+    plan.run(out, own, block);
+    const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
+    for (int64_t c = first; c < last; ++c) {
+      plan.unpack(d_input + c * out_values, out + (c - first) * plan.channel_values());
+    }
+  };
+  for_blocks(plan, grad.size(0), packed + scratch + values, body);
   return back;
 }
 

@@ -18,7 +18,7 @@ AWNET_INLINE void store_at(float* p, int64_t second, Vector v) {
   _mm256_storeu_ps(p + second, _mm512_extractf32x8_ps((__m512)v, 1));
 }
 
-AWNET_INLINE void finish(const ConvolveOutput& to, int64_t row, int64_t i, Vector u) {
+AWNET_INLINE void finish(const ConvolveOutput to, int64_t row, int64_t i, Vector u) {
   i += row * to.plane;
   if (to.u != nullptr) store(to.u + i, u);
   if (to.y == nullptr) return;
@@ -29,19 +29,22 @@ AWNET_INLINE void finish(const ConvolveOutput& to, int64_t row, int64_t i, Vecto
   if (to.mask != nullptr) store(to.mask + i, y);
 }
 
-// u[r][q] = sum over c, t of weights[c][t][r] * in[c][at[q] + offsets[t]], for kRows r and kVectors vectors
-// q.
+// sums[r][v] = sum over c, t of weights[c][t][r] * in[v][c * step + offsets[t]]
 template <int kRows, int kVectors, bool kHalves>
-AWNET_INLINE void convolve_tile(const ConvolveOutput& to, int64_t first, const ConvolveInput& from) {
-  Vector sums[kRows][kVectors] = {};
-  const float* in[kVectors];
-  for (int v = 0; v < kVectors; ++v) in[v] = from.image + from.at[first + v];
-  const float* weights = from.weights;
-  for (int64_t c = 0; c < from.channels; ++c) {
-    for (int64_t t = 0; t < from.taps; ++t, weights += kRows) {
+AWNET_INLINE void accumulate(Vector (&sums)[kRows][kVectors], const float* (&in)[kVectors], int64_t second,
+                             int64_t channels, int64_t step, const int64_t* offsets, int64_t taps,
+                             const float* weights) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Vector{};
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+#pragma GCC unroll 1  // taps side by side would need more registers than there are
+    for (int64_t t = 0; t < taps; ++t, weights += kRows) {
       Vector x[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) x[v] = load_at<kHalves>(in[v] + from.offsets[t], from.second);
+      for (int v = 0; v < kVectors; ++v) x[v] = load_at<kHalves>(in[v] + offsets[t], second);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const float w = weights[r];
@@ -49,8 +52,17 @@ AWNET_INLINE void convolve_tile(const ConvolveOutput& to, int64_t first, const C
         for (int v = 0; v < kVectors; ++v) sums[r][v] += x[v] * w;
       }
     }
-    for (int v = 0; v < kVectors; ++v) in[v] += from.plane;
+    for (int v = 0; v < kVectors; ++v) in[v] += step;
   }
+}
+
+template <int kRows, int kVectors, bool kHalves>
+AWNET_INLINE void convolve_tile(const ConvolveOutput to, int64_t first, const ConvolveInput& from) {
+  Vector sums[kRows][kVectors];
+  const float* in[kVectors];
+  for (int v = 0; v < kVectors; ++v) in[v] = from.image + from.at[first + v];
+  accumulate<kRows, kVectors, kHalves>(sums, in, from.second, from.channels, from.plane, from.offsets,
+                                       from.taps, from.weights);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -141,11 +153,3 @@ static void interleave(float* to, const float* even, const float* odd, int64_t p
     to[2 * j + 1] = odd[j];
   }
 }
-
-extern const ConvolutionKernels convolution = {
-    {convolve_rows<1>, convolve_rows<2>, convolve_rows<3>, convolve_rows<4>, convolve_rows<5>,
-     convolve_rows<6>, convolve_rows<7>, convolve_rows<8>},
-    propagate,
-    scatter,
-    every_second,
-    interleave};

@@ -85,6 +85,7 @@ struct ConvolveOutput {
   const float* shift = nullptr;
   int64_t plane;
   bool relu = false;
+  int64_t sample = 0;  // channels from one sample to the next
 };
 
 // u[r][q] = sum over c, t of weights[c][t][r] * image[c * plane + at[q] + offsets[t]]
@@ -96,6 +97,21 @@ struct ConvolveInput {
   const int64_t* offsets;
   int64_t taps;
   const float* weights;
+};
+
+// Winograd's F(4, 3) down the columns: four rows of outputs, a band, are made of six sums, the points, each
+// over a combination of the six rows that they read and a filter of one row. Half the multiplications of 3
+// by 3 taps.
+constexpr int64_t kPoints = 6, kBand = 4;
+
+// The combinations of some samples: [band, or two of half vectors][point][channel][lanes].
+struct WinogradInput {
+  const float* values;
+  int64_t point, channels, lanes;
+  const int64_t* at;  // of `vectors` of point 0, `per_sample` of each sample; as in Vectors
+  int64_t second, vectors, per_sample;
+  int64_t width;         // of the outputs' rows
+  const float* weights;  // [point][channel][3][row]
 };
 
 // A plane's reduce and propagate: u serves the sums, which are taken where g1 is there, and `through`.
@@ -110,6 +126,11 @@ struct PlaneGradient {
 struct ConvolutionKernels {
   // as many channels r as the entry's number plus one
   void (*convolve[kConvolveRows])(const ConvolveOutput& to, const ConvolveInput& from);
+  void (*winograd)(const ConvolveOutput& to, const WinogradInput& from);  // kConvolveRows channels
+  // the combinations of a band of one channel, whose rows of `columns` values are `pitch` apart
+  void (*winograd_rows)(float* to, int64_t point, const float* from, int64_t pitch, int64_t columns);
+  // of kConvolveRows filters `stride` apart, whose taps are read in the order `taps`: [3][row] of each point
+  void (*winograd_weights)(float* to, int64_t point, const float* from, int64_t stride, const int64_t* taps);
   void (*propagate)(float* to, const Vectors& where, const PlaneGradient& plane);
   void (*scatter)(float* to, const Vectors& where, const float* from);
   void (*every_second)(float* to, const float* from, int64_t count);  // to[j] = from[2 j]

@@ -15,9 +15,22 @@
 #endif
 
 namespace awnet::cpu::avx512 {
+// clang-format off: each needs those before it
 #include "passes.inl"
-
 #include "convolution.inl"
+#include "winograd.inl"
+// clang-format on
+
+extern const ConvolutionKernels convolution = {
+    {convolve_rows<1>, convolve_rows<2>, convolve_rows<3>, convolve_rows<4>, convolve_rows<5>,
+     convolve_rows<6>, convolve_rows<7>, convolve_rows<8>},
+    winograd,
+    winograd_rows,
+    winograd_weights,
+    propagate,
+    scatter,
+    every_second,
+    interleave};
 }  // namespace awnet::cpu::avx512
 
 #if defined(__clang__)

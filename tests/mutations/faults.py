@@ -159,6 +159,26 @@ FAULTS = (
         DIRECT,
     ),
     fault(
+        "a wrong sign in one of Winograd's combinations", "csrc/cpu/winograd.inl",
+        "store(out + 4 * point, far - wide);", "store(out + 4 * point, far + wide);",
+        DIRECT,
+    ),
+    fault(
+        "Winograd's gradient by filters that are not turned", "csrc/cpu/convolution.cpp",
+        "w.taps[3 * row + column] = phases[0].tap[t];", "w.taps[3 * row + column] = 3 * row + column;",
+        DIRECT,
+    ),
+    fault(
+        "a group's samples all written to its first", "csrc/cpu/winograd.inl",
+        "sample * to.sample + r", "r",
+        DIRECT,
+    ),
+    fault(
+        "rows of two bands in one vector left as they are", "csrc/cpu/winograd.inl",
+        "if constexpr (kHalves) {", "if constexpr (false) {",
+        DIRECT,
+    ),
+    fault(
         "a block's residual without its gradient", "csrc/network.cpp",
         "if (s.residual >= 0) d[s.residual].add(std::get<6>(found));", "",
         NETWORK,
