@@ -1,9 +1,12 @@
 // Many layers of a frozen network as one operator: act(conv(x) * scale + shift + residual) one after another,
-// and back. Small images on a CPU would else spend as long between the layers as in them.
-#include <ATen/ops/add.h>
-#include <ATen/ops/zeros_like.h>
+// and back. Small images on a CPU would else spend as long between the layers as in them. Of a layer's output
+// it gives the mean over pixels, taken while the output is in the cache.
+#include <ATen/ops/div.h>
+#include <ATen/ops/mean.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include <algorithm>
 
 #include "layer.h"
 
@@ -16,7 +19,7 @@ using torch::autograd::variable_list;
 // In numbers as awnet/ops/network.py writes them: of the layer that a tensor comes from, -1 for the images.
 struct Step {
   int64_t input, residual;  // a residual of -1 is none
-  bool output, relu;
+  bool averaged, relu;
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
 };
@@ -36,23 +39,20 @@ std::vector<Step> steps_of(Sizes numbers, size_t layers) {
   return steps;
 }
 
-Tensor columns(const Tensor& table, int64_t begin, const Tensor& weight) {
-  TORCH_CHECK(begin + weight.size(0) <= table.size(1), "the tables are narrower than the layers");
-  return table.narrow(1, begin, weight.size(0)).contiguous();
-}
-
 struct Layer {
   Tensor u, mask;
-  std::vector<int64_t> input_shape;
+  std::vector<int64_t> shape;  // of its output
   bool channels_last;
 };
 
-// What the layers with `output` give, and of each layer what its backward needs.
-std::pair<variable_list, std::vector<Layer>> run(const Tensor& x, const std::vector<Tensor>& weights,
-                                                 const Tensor& scale, const Tensor& shift,
+// The means of the layers with `averaged`, and of each layer what its backward needs.
+std::pair<variable_list, std::vector<Layer>> run(const Tensor& x, at::TensorList scales,
+                                                 at::TensorList shifts, at::TensorList weights,
                                                  const std::vector<Step>& steps, bool keep_u,
                                                  bool keep_mask) {
   const size_t count = steps.size();
+  TORCH_CHECK(scales.size() == count && shifts.size() == count, "expected a scale and a shift for each of ",
+              count, " layers, got ", scales.size(), " and ", shifts.size());
   std::vector<size_t> last(count);  // layer that takes a layer's output last
   for (size_t i = 0; i < count; ++i) {
     if (steps[i].input >= 0) last[steps[i].input] = i;
@@ -60,60 +60,61 @@ std::pair<variable_list, std::vector<Layer>> run(const Tensor& x, const std::vec
   }
   std::vector<Tensor> y(count);
   std::vector<Layer> layers;
-  variable_list outputs;
-  int64_t begin = 0;
+  variable_list means;
   for (size_t i = 0; i < count; ++i) {
     const Step& s = steps[i];
     const Tensor& input = s.input < 0 ? x : y[s.input];
     const MaybeTensor residual = s.residual < 0 ? std::nullopt : MaybeTensor(y[s.residual]);
-    const auto found =
-        layer_forward(input, weights[i], columns(scale, begin, weights[i]), {}, {},
-                      columns(shift, begin, weights[i]), residual, {}, {}, {}, false, 1e-5, s.relu, s.stride,
-                      s.padding, s.dilation, s.groups, "", keep_u, keep_mask && s.relu);
-    begin += weights[i].size(0);
+    const std::array<int64_t, 2> table = {x.size(0), weights[i].size(0)};
+    TORCH_CHECK(scales[i].sizes() == Sizes(table) && shifts[i].sizes() == Sizes(table), "layer ", i,
+                " needs a scale and a shift ", Sizes(table), ", got ", scales[i].sizes(), " and ",
+                shifts[i].sizes());
+    const auto found = layer_forward(input, weights[i], scales[i], {}, {}, shifts[i], residual, {}, {}, {},
+                                     false, 1e-5, s.relu, s.stride, s.padding, s.dilation, s.groups, "",
+                                     keep_u, keep_mask && s.relu);
     y[i] = std::get<0>(found);
-    layers.push_back({std::get<1>(found), std::get<2>(found), input.sizes().vec(),
+    layers.push_back({std::get<1>(found), std::get<2>(found), y[i].sizes().vec(),
                       layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
-    if (s.output) outputs.push_back(y[i]);
+    if (s.averaged) means.push_back(at::mean(y[i], {2, 3}));
     for (const int64_t source : {s.input, s.residual}) {
       if (source >= 0 && last[source] == i) y[source] = Tensor();
     }
   }
-  return {outputs, layers};
+  return {means, layers};
 }
 
-// A gradient to which parts are added: in place where it is ours.
-struct Total {
-  Tensor value;
-  bool own = false;
-
-  void add(const Tensor& part) {
-    if (!value.defined()) {
-      value = part;
-    } else if (own) {
-      value.add_(part);
-    } else {
-      value = at::add(value, part);
-    }
-    own = true;
+// Adds a part, whose memory may be kept, to a gradient.
+void add(Tensor& total, const Tensor& part) {
+  if (total.defined()) {
+    total.add_(part);
+  } else {
+    total = part;
   }
-};
+}
+
+// The gradient of images from that of their means.
+Tensor spread(const Tensor& d_mean, Sizes shape) {
+  return at::div(d_mean, shape[2] * shape[3]).unsqueeze(-1).unsqueeze(-1).expand(shape);
+}
 
 class Network : public torch::autograd::Function<Network> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& scale,
-                               const Tensor& shift, const std::vector<Tensor>& weights,
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList scales,
+                               at::TensorList shifts, const std::vector<Tensor>& weights,
                                const std::vector<int64_t>& numbers) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto steps = steps_of(numbers, weights.size());
-    const bool tables = scale.requires_grad() || shift.requires_grad();
-    auto [outputs, layers] = run(x, weights, scale, shift, steps, tables, tables || x.requires_grad());
-    variable_list saved = {scale, shift};
-    std::vector<int64_t> shapes;
+    const auto asked = [](const Tensor& table) { return table.requires_grad(); };
+    const bool tables = std::any_of(scales.begin(), scales.end(), asked) ||
+                        std::any_of(shifts.begin(), shifts.end(), asked);
+    auto [means, layers] =
+        run(x, scales, shifts, weights, steps, tables, tables || x.requires_grad());
+    variable_list saved;
+    std::vector<int64_t> shapes = x.sizes().vec();
     std::vector<int64_t> channels_last;
     for (size_t i = 0; i < layers.size(); ++i) {
-      saved.insert(saved.end(), {weights[i], layers[i].u, layers[i].mask});
-      shapes.insert(shapes.end(), layers[i].input_shape.begin(), layers[i].input_shape.end());
+      saved.insert(saved.end(), {weights[i], scales[i], shifts[i], layers[i].u, layers[i].mask});
+      shapes.insert(shapes.end(), layers[i].shape.begin(), layers[i].shape.end());
       channels_last.push_back(layers[i].channels_last);
     }
     ctx->save_for_backward(saved);
@@ -121,7 +122,7 @@ class Network : public torch::autograd::Function<Network> {
     ctx->saved_data["shapes"] = shapes;
     ctx->saved_data["channels_last"] = channels_last;
     ctx->set_materialize_grads(false);
-    return outputs;
+    return means;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -129,59 +130,57 @@ class Network : public torch::autograd::Function<Network> {
                 "a frozen network has a first derivative only; for a second one run the network itself");
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &scale = saved[0], &shift = saved[1];
-    const size_t count = (saved.size() - 2) / 3;
+    const size_t count = saved.size() / 5;
     const auto steps = steps_of(ctx->saved_data["numbers"].toIntVector(), count);
     const auto shapes = ctx->saved_data["shapes"].toIntVector();
     const auto channels_last = ctx->saved_data["channels_last"].toIntVector();
-    const bool need_x = ctx->needs_input_grad(0), need_scale = ctx->needs_input_grad(1),
-               need_shift = ctx->needs_input_grad(2);
-    Total d_x;
-    std::vector<Total> d(count);
-    size_t number = 0;
-    for (size_t i = 0; i < count; ++i) {
-      if (steps[i].output) d[i].value = grads[number++];
-    }
-    const Tensor d_scale = need_scale ? at::zeros_like(scale) : Tensor(),
-                 d_shift = need_shift ? at::zeros_like(shift) : Tensor();
-    int64_t begin = scale.size(1);
+    const auto shape_of = [&](int64_t layer) { return Sizes(shapes.data() + 4 * (layer + 1), 4); };
+    variable_list result(1 + 2 * count + 2);  // of x, scales, shifts; the last two are not differentiable
+    Tensor& d_x = result[0];
+    std::vector<Tensor> d(count);
+    size_t means = grads.size();
     for (size_t i = count; i-- > 0;) {
       const Step& s = steps[i];
-      const Tensor &weight = saved[2 + 3 * i], &u = saved[3 + 3 * i], &mask = saved[4 + 3 * i];
-      begin -= weight.size(0);
-      if (!d[i].value.defined()) continue;
-      const bool need_input = s.input >= 0 || need_x;
+      if (s.averaged && grads[--means].defined()) add(d[i], spread(grads[means], shape_of(i)));
+      if (!d[i].defined()) continue;
+      const Tensor &weight = saved[5 * i], &scale = saved[5 * i + 1], &shift = saved[5 * i + 2],
+                   &u = saved[5 * i + 3], &mask = saved[5 * i + 4];
+      const size_t of_scale = 1 + i, of_shift = 1 + count + i;
+      const bool need_input = s.input >= 0 || ctx->needs_input_grad(0),
+                 need_scale = ctx->needs_input_grad(of_scale), need_shift = ctx->needs_input_grad(of_shift);
       const c10::List<bool> needs({need_input, false, need_scale, false, false, need_shift, s.residual >= 0});
       const MaybeTensor kept = need_scale || need_shift ? MaybeTensor(u) : std::nullopt;
       const MaybeTensor gate = s.relu ? MaybeTensor(mask) : std::nullopt;
-      const auto found = layer_backward(
-          d[i].value, {}, weight, columns(scale, begin, weight), {}, {}, columns(shift, begin, weight), {},
-          {}, {}, {}, false, 1e-5, s.relu, s.stride, s.padding, s.dilation, s.groups, "", kept, gate, {}, {},
-          {}, {}, {}, Sizes(shapes.data() + 4 * i, 4), channels_last[i] != 0, needs);
-      d[i].value = Tensor();
-      if (need_input) (s.input < 0 ? d_x : d[s.input]).add(std::get<0>(found));
-      if (s.residual >= 0) d[s.residual].add(std::get<6>(found));
-      if (need_scale) d_scale.narrow(1, begin, weight.size(0)).copy_(std::get<2>(found));
-      if (need_shift) d_shift.narrow(1, begin, weight.size(0)).copy_(std::get<5>(found));
+      const auto found =
+          layer_backward(d[i], {}, weight, scale, {}, {}, shift, {}, {}, {}, {}, false, 1e-5, s.relu,
+                         s.stride, s.padding, s.dilation, s.groups, "", kept, gate, {}, {}, {}, {}, {},
+                         shape_of(s.input), channels_last[i] != 0, needs);
+      d[i] = Tensor();
+      if (need_input) add(s.input < 0 ? d_x : d[s.input], std::get<0>(found));
+      if (s.residual >= 0) add(d[s.residual], std::get<6>(found));
+      if (need_scale) result[of_scale] = std::get<2>(found);
+      if (need_shift) result[of_shift] = std::get<5>(found);
     }
-    return {d_x.value, d_scale, d_shift, Tensor(), Tensor()};
+    return result;
   }
 };
 
-std::vector<Tensor> below(const Tensor& x, const Tensor& scale, const Tensor& shift, at::TensorList weights,
-                          Sizes numbers) {
-  return run(x, weights.vec(), scale, shift, steps_of(numbers, weights.size()), false, false).first;
+std::vector<Tensor> below(const Tensor& x, at::TensorList scales, at::TensorList shifts,
+                          at::TensorList weights, Sizes numbers) {
+  return run(x, scales, shifts, weights, steps_of(numbers, weights.size()), false, false).first;
 }
 
-std::vector<Tensor> differentiable(const Tensor& x, const Tensor& scale, const Tensor& shift,
+std::vector<Tensor> differentiable(const Tensor& x, at::TensorList scales, at::TensorList shifts,
                                    at::TensorList weights, Sizes numbers) {
-  return Network::apply(x, scale, shift, weights.vec(), numbers.vec());
+  return Network::apply(x, scales, shifts, weights.vec(), numbers.vec());
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(awnet, m) {
-  m.def("network_native(Tensor x, Tensor scale, Tensor shift, Tensor[] weights, int[] numbers) -> Tensor[]");
+  m.def(
+      "network_native(Tensor x, Tensor[] scales, Tensor[] shifts, Tensor[] weights, int[] numbers) -> "
+      "Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(awnet, CPU, m) { m.impl("network_native", &below); }

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock, Block
-from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes, global_average
+from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes
+from awnet.ops import global_average
 
 fx.wrap("check_image")  # one node where the network is traced: its branches look at shapes
 fx.wrap("global_average")

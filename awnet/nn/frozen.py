@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from awnet import ops
 from awnet.nn.backbone import Backbone
-from awnet.nn.layers import AWConv2d, check_image, global_average
+from awnet.nn.layers import AWConv2d, check_image
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing, filter_scales_of, p_clean_of
 
@@ -73,8 +73,8 @@ def _convolution(layer: AWConv2d) -> ops.AffineConvolution:
 def _wired(backbone: Backbone, layers: list[AWConv2d]) -> tuple[list[int], list[ops.NetworkLayer]]:
     """``layers`` as ``ops.affine_network`` runs them: the place of each in ``layers``, and how they join.
 
-    The stem and the last layer of every stage are outputs. A block's shortcut, the last of its convolutions,
-    comes before the chain whose last layer adds it.
+    A backbone with a classifier needs its last layer's average, one without gives the stem's and every
+    stage's. A block's shortcut, the last of its convolutions, comes before the chain whose last layer adds it.
     """
     sequence: list[int] = []
     wired: list[ops.NetworkLayer] = []
@@ -84,11 +84,7 @@ def _wired(backbone: Backbone, layers: list[AWConv2d]) -> tuple[list[int], list[
         wired.append(ops.NetworkLayer(_convolution(layers[place]), input, residual, False))
         return len(wired) - 1
 
-    def show(layer: int) -> None:
-        wired[layer] = wired[layer]._replace(output=True)
-
-    last = append(0, -1)
-    show(last)
+    ends = [last := append(0, -1)]
     count = 1
     for stage in backbone._stages():
         for block in stage:
@@ -100,7 +96,9 @@ def _wired(backbone: Backbone, layers: list[AWConv2d]) -> tuple[list[int], list[
             for place in inner:
                 x = append(place, x)
             last = append(end, x, residual)
-        show(last)
+        ends.append(last)
+    for layer in ends if backbone.classifier is None else ends[-1:]:
+        wired[layer] = wired[layer]._replace(averaged=True)
     return sequence, wired
 
 
@@ -191,17 +189,17 @@ class FrozenBackbone(Frozen):
             self._constant = (batch, device, made)
         return self._constant[2]
 
-    def features(self, x: Tensor, coefficients: Coefficients) -> list[Tensor]:
-        """The outputs of the stem and of every stage, [B, C, H, W] each."""
+    def averages(self, x: Tensor, coefficients: Coefficients) -> list[Tensor]:
+        """Means over pixels [B, C]: of the stem's and every stage's output; with a classifier the last's."""
         in_sequence = [coefficients[place] for place in self.places]
         return ops.affine_network(x, list(self.weights), in_sequence, self.layers)
 
     def logits(self, x: Tensor, coefficients: Coefficients) -> Tensor:
         if self.classifier is None:
             raise TypeError(
-                "a backbone with num_classes=None has no classifier: use features(x, coefficients)"
+                "a backbone with num_classes=None has no classifier: use averages(x, coefficients)"
             )
-        return self.classifier(global_average(self.features(x, coefficients)[-1]))
+        return self.classifier(self.averages(x, coefficients)[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1], of any floating dtype → logits [B, K] in ``image_dtype``."""
@@ -241,8 +239,7 @@ class _FrozenRouter(Frozen):
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """type_logits [B, 2] or None, p_clean [B], ω of all dynamic layers [B, D] or None."""
         router = self.live[0]
-        stages = self.backbone.features(x, self.backbone.coefficients(len(x)))
-        feature = torch.cat([global_average(stage) for stage in stages], dim=1)
+        feature = torch.cat(self.backbone.averages(x, self.backbone.coefficients(len(x))), dim=1)
         type_logits = None
         if self.type_head is None:
             p_clean = feature.new_full((len(x),), router.fixed_p_clean)

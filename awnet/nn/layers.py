@@ -60,26 +60,6 @@ def check_is_clean(is_clean: Tensor, x: Tensor) -> None:
         )
 
 
-class _GlobalAverage(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        return x.mean((2, 3))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return (grad / (ctx.shape[2] * ctx.shape[3]))[:, :, None, None].expand(ctx.shape)
-
-
-def global_average(x: Tensor) -> Tensor:
-    """The mean over pixels of images [B, C, H, W], [B, C].
-
-    As ``x.mean((2, 3))``, whose gradient writes an image of equal values; this one's takes no memory.
-    """
-    mean: Tensor = _GlobalAverage.apply(x)
-    return mean
-
-
 class MixBatchNorm2d(nn.Module):
     """Batch norm with a branch for adversarial and a branch for clean samples, Eq. 13 and 14.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from awnet.nn.backbone import Backbone
-from awnet.nn.layers import check_image, global_average
+from awnet.nn.layers import check_image
+from awnet.ops import global_average
 
 TestBN = Literal["mix", "adv", "clean"]
 _FIXED_P_CLEAN = {"mix": 0.5, "adv": 0.0, "clean": 1.0}

@@ -10,6 +10,7 @@ from awnet.ops.functional import (
     aw_conv2d,
     explain,
     filter_scaled_conv2d,
+    global_average,
     mix_batch_norm,
 )
 from awnet.ops.network import NetworkLayer, affine_network, network_coefficients
@@ -26,6 +27,7 @@ __all__ = [
     "chosen_backend",
     "explain",
     "filter_scaled_conv2d",
+    "global_average",
     "mix_batch_norm",
     "network_coefficients",
     "sign_step",

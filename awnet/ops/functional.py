@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from awnet.ops.arguments import Size2, affine_call, conv_call, layer_call, norm_call
@@ -244,6 +245,26 @@ class AffineConvolution:
         return self.geometry._replace(
             input=input, weight=weight, filter_scale=scale, bn_bias=shift, residual=residual
         )
+
+
+class _GlobalAverage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.mean((2, 3))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad / (ctx.shape[2] * ctx.shape[3]))[:, :, None, None].expand(ctx.shape)
+
+
+def global_average(x: Tensor) -> Tensor:
+    """The mean over pixels of images [B, C, H, W], [B, C].
+
+    As ``x.mean((2, 3))``, whose gradient writes an image of equal values; this one's takes no memory.
+    """
+    mean: Tensor = _GlobalAverage.apply(x)
+    return mean
 
 
 def explain(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Explanation:

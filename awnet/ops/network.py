@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from awnet.ops import backends, triton_passes
-from awnet.ops.functional import AffineConvolution
+from awnet.ops.functional import AffineConvolution, global_average
 from awnet.ops.layer import Call
 from awnet.ops.tuning import launch_parameters
 
@@ -27,7 +27,7 @@ class NetworkLayer(NamedTuple):
     convolution: AffineConvolution
     input: int  # the layer whose output it takes, -1 for the images
     residual: int  # the layer whose output is added, -1 for none
-    output: bool  # whether its output is returned
+    averaged: bool  # whether the mean of its output over pixels is returned
 
 
 def affine_network(
@@ -48,7 +48,8 @@ def affine_network(
         layers: each takes what earlier ones give.
 
     Returns:
-        The outputs of the layers with ``output``, in order; differentiable once in ``x`` and coefficients.
+        Of each layer with ``averaged``, in order, the mean of its output over pixels, ``[B, C_out]``;
+        differentiable once in ``x`` and coefficients.
 
     Raises:
         As :class:`AffineConvolution`: the caller answers for shapes, dtypes and devices.
@@ -59,11 +60,11 @@ def affine_network(
     numbers: list[int] = []
     for layer in layers:
         call = layer.convolution.geometry
-        numbers += [layer.input, layer.residual, layer.output, call.relu]
+        numbers += [layer.input, layer.residual, layer.averaged, call.relu]
         numbers += [*call.stride, *call.padding, *call.dilation, call.groups]
-    scale, shift = (torch.cat(tables, 1) for tables in zip(*coefficients, strict=True))
-    outputs: list[Tensor] = torch.ops.awnet.network_native(x, scale, shift, weights, numbers)
-    return outputs
+    scales, shifts = zip(*coefficients, strict=True)
+    means: list[Tensor] = torch.ops.awnet.network_native(x, scales, shifts, weights, numbers)
+    return means
 
 
 def _layer_by_layer(
@@ -77,7 +78,7 @@ def _layer_by_layer(
         residual = None if layer.residual < 0 else found[layer.residual]
         source = x if layer.input < 0 else found[layer.input]
         found.append(layer.convolution(source, weight, *tables, residual))
-    return [y for y, layer in zip(found, layers, strict=True) if layer.output]
+    return [global_average(y) for y, layer in zip(found, layers, strict=True) if layer.averaged]
 
 
 def network_coefficients(

@@ -180,12 +180,12 @@ FAULTS = (
     ),
     fault(
         "a block's residual without its gradient", "csrc/network.cpp",
-        "if (s.residual >= 0) d[s.residual].add(std::get<6>(found));", "",
+        "if (s.residual >= 0) add(d[s.residual], std::get<6>(found));", "",
         NETWORK,
     ),
     fault(
         "of a layer that two others take, the gradient of one", "csrc/network.cpp",
-        "value.add_(part);", "value = part;",
+        "total.add_(part);", "total = part;",
         NETWORK,
     ),
     fault(
