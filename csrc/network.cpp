@@ -2,12 +2,17 @@
 // and back. Small images on a CPU would else spend as long between the layers as in them. Of a layer's output
 // it gives the mean over pixels, taken while the output is in the cache.
 #include <ATen/ops/div.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mean.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
 
+#include "arithmetic.h"
 #include "layer.h"
 
 namespace awnet {
@@ -69,9 +74,9 @@ std::pair<variable_list, std::vector<Layer>> run(const Tensor& x, at::TensorList
     TORCH_CHECK(scales[i].sizes() == Sizes(table) && shifts[i].sizes() == Sizes(table), "layer ", i,
                 " needs a scale and a shift ", Sizes(table), ", got ", scales[i].sizes(), " and ",
                 shifts[i].sizes());
-    const auto found = layer_forward(input, weights[i], scales[i], {}, {}, shifts[i], residual, {}, {}, {},
-                                     false, 1e-5, s.relu, s.stride, s.padding, s.dilation, s.groups, "",
-                                     keep_u, keep_mask && s.relu);
+    const auto found =
+        layer_forward(input, weights[i], scales[i], {}, {}, shifts[i], residual, {}, {}, {}, false, 1e-5,
+                      s.relu, s.stride, s.padding, s.dilation, s.groups, "", keep_u, keep_mask && s.relu);
     y[i] = std::get<0>(found);
     layers.push_back({std::get<1>(found), std::get<2>(found), y[i].sizes().vec(),
                       layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
@@ -105,10 +110,9 @@ class Network : public torch::autograd::Function<Network> {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto steps = steps_of(numbers, weights.size());
     const auto asked = [](const Tensor& table) { return table.requires_grad(); };
-    const bool tables = std::any_of(scales.begin(), scales.end(), asked) ||
-                        std::any_of(shifts.begin(), shifts.end(), asked);
-    auto [means, layers] =
-        run(x, scales, shifts, weights, steps, tables, tables || x.requires_grad());
+    const bool tables =
+        std::any_of(scales.begin(), scales.end(), asked) || std::any_of(shifts.begin(), shifts.end(), asked);
+    auto [means, layers] = run(x, scales, shifts, weights, steps, tables, tables || x.requires_grad());
     variable_list saved;
     std::vector<int64_t> shapes = x.sizes().vec();
     std::vector<int64_t> channels_last;
@@ -151,10 +155,9 @@ class Network : public torch::autograd::Function<Network> {
       const c10::List<bool> needs({need_input, false, need_scale, false, false, need_shift, s.residual >= 0});
       const MaybeTensor kept = need_scale || need_shift ? MaybeTensor(u) : std::nullopt;
       const MaybeTensor gate = s.relu ? MaybeTensor(mask) : std::nullopt;
-      const auto found =
-          layer_backward(d[i], {}, weight, scale, {}, {}, shift, {}, {}, {}, {}, false, 1e-5, s.relu,
-                         s.stride, s.padding, s.dilation, s.groups, "", kept, gate, {}, {}, {}, {}, {},
-                         shape_of(s.input), channels_last[i] != 0, needs);
+      const auto found = layer_backward(d[i], {}, weight, scale, {}, {}, shift, {}, {}, {}, {}, false, 1e-5,
+                                        s.relu, s.stride, s.padding, s.dilation, s.groups, "", kept, gate, {},
+                                        {}, {}, {}, {}, shape_of(s.input), channels_last[i] != 0, needs);
       d[i] = Tensor();
       if (need_input) add(s.input < 0 ? d_x : d[s.input], std::get<0>(found));
       if (s.residual >= 0) add(d[s.residual], std::get<6>(found));
@@ -164,6 +167,128 @@ class Network : public torch::autograd::Function<Network> {
     return result;
   }
 };
+
+// The coefficients of all layers in test mode, from tables [4, 2, T] of weight, bias, mean and variance.
+struct Columns {
+  int64_t count;
+  std::vector<Branch> branches[2];
+
+  Columns(const Tensor& tables, Sizes widths, double eps) : count(tables.size(2)) {
+    TORCH_CHECK(tables.scalar_type() == at::kFloat && tables.is_contiguous() && tables.numel() == 8 * count,
+                "tables must be contiguous float32 [4, 2, T], got ", tables.scalar_type(), " ",
+                tables.sizes());
+    TORCH_CHECK(std::accumulate(widths.begin(), widths.end(), int64_t{0}) == count, "the widths ", widths,
+                " do not sum to ", count);
+    const float* t = tables.const_data_ptr<float>();
+    for (int64_t k = 0; k < 2; ++k) {
+      const float* own = t + k * count;
+      for (int64_t c = 0; c < count; ++c) {
+        branches[k].push_back({own[c], own[2 * count + c], own[4 * count + c],
+                               inverse_std(own[6 * count + c], static_cast<float>(eps))});
+      }
+    }
+  }
+};
+
+// A [B, D] table of which the columns from D on are all 1.
+struct Omega {
+  const float* data;
+  int64_t width;
+
+  Omega(const Tensor& omega) : data(nullptr), width(0) {
+    if (!omega.defined()) return;
+    data = omega.const_data_ptr<float>();
+    width = omega.size(1);
+  }
+  float at(int64_t b, int64_t c) const { return c < width ? data[b * width + c] : 1.0f; }
+};
+
+Tensor dense(const MaybeTensor& x) {
+  if (!x || !x->defined()) return Tensor();
+  TORCH_CHECK(x->scalar_type() == at::kFloat, "expected float32, got ", x->scalar_type());
+  return x->contiguous();
+}
+
+// scale and shift [B, C] of each layer in turn
+std::vector<Tensor> coefficients(const MaybeTensor& omega_in, const Tensor& p_clean, const Tensor& tables,
+                                 Sizes widths, double eps) {
+  const Columns columns(tables, widths, eps);
+  const Tensor kept = dense(omega_in), p = dense(p_clean);
+  const Omega omega(kept);
+  const int64_t batch = p.size(0);
+  const float* p_p = p.const_data_ptr<float>();
+  std::vector<Tensor> made;
+  int64_t begin = 0;
+  for (const int64_t width : widths) {
+    const Tensor scale = at::empty({batch, width}, tables.options()), shift = at::empty_like(scale);
+    float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t c = begin; c < begin + width; ++c) {
+        const Affine a =
+            testing_coefficients(omega.at(b, c), p_p[b], columns.branches[0][c], columns.branches[1][c]);
+        *scale_p++ = a.scale;
+        *shift_p++ = a.shift;
+      }
+    }
+    made.insert(made.end(), {scale, shift});
+    begin += width;
+  }
+  return made;
+}
+
+class Coefficients : public torch::autograd::Function<Coefficients> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const MaybeTensor& omega, const Tensor& p_clean,
+                               const Tensor& tables, const std::vector<int64_t>& widths, double eps) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({dense(omega), dense(p_clean), tables});
+    ctx->saved_data["widths"] = widths;
+    ctx->saved_data["eps"] = eps;
+    ctx->set_materialize_grads(false);
+    return coefficients(omega, p_clean, tables, widths, eps);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), "a frozen network's coefficients have a first derivative only");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const auto widths = ctx->saved_data["widths"].toIntVector();
+    const Columns columns(saved[2], widths, ctx->saved_data["eps"].toDouble());
+    const Omega omega(saved[0]);
+    const int64_t batch = saved[1].size(0);
+    const float* p = saved[1].const_data_ptr<float>();
+    const Tensor d_omega = omega.data ? at::zeros_like(saved[0]) : Tensor(), d_p = at::empty_like(saved[1]);
+    float *d_omega_p = omega.data ? d_omega.data_ptr<float>() : nullptr, *d_p_p = d_p.data_ptr<float>();
+    std::vector<double> sums(batch, 0.0);
+    int64_t begin = 0;
+    for (size_t layer = 0; layer < widths.size(); ++layer) {
+      const Tensor d_scale = dense(grads[2 * layer]), d_shift = dense(grads[2 * layer + 1]);
+      const auto values = [](const Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; };
+      const float *by_scale = values(d_scale), *by_shift = values(d_shift);
+      for (int64_t b = 0, i = 0; b < batch; ++b) {
+        for (int64_t c = begin; c < begin + widths[layer]; ++c, ++i) {
+          const Branch &adversarial = columns.branches[0][c], &clean = columns.branches[1][c];
+          if (by_scale) {
+            if (c < omega.width) {
+              d_omega_p[b * omega.width + c] =
+                  by_scale[i] * testing_coefficients(1.0f, p[b], adversarial, clean).scale;
+            }
+            sums[b] += by_scale[i] * omega.at(b, c) * (clean.gain() - adversarial.gain());
+          }
+          if (by_shift) sums[b] += by_shift[i] * (clean.offset() - adversarial.offset());
+        }
+      }
+      begin += widths[layer];
+    }
+    for (int64_t b = 0; b < batch; ++b) d_p_p[b] = static_cast<float>(sums[b]);
+    return {d_omega, d_p, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+std::vector<Tensor> differentiable_coefficients(const MaybeTensor& omega, const Tensor& p_clean,
+                                                const Tensor& tables, Sizes widths, double eps) {
+  return Coefficients::apply(omega, p_clean, tables, widths.vec(), eps);
+}
 
 std::vector<Tensor> below(const Tensor& x, at::TensorList scales, at::TensorList shifts,
                           at::TensorList weights, Sizes numbers) {
@@ -181,10 +306,19 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
   m.def(
       "network_native(Tensor x, Tensor[] scales, Tensor[] shifts, Tensor[] weights, int[] numbers) -> "
       "Tensor[]");
+  m.def(
+      "network_coefficients_native(Tensor? omega, Tensor p_clean, Tensor tables, int[] widths, float eps) -> "
+      "Tensor[]");
 }
 
-TORCH_LIBRARY_IMPL(awnet, CPU, m) { m.impl("network_native", &below); }
+TORCH_LIBRARY_IMPL(awnet, CPU, m) {
+  m.impl("network_native", &below);
+  m.impl("network_coefficients_native", &coefficients);
+}
 
-TORCH_LIBRARY_IMPL(awnet, Autograd, m) { m.impl("network_native", &differentiable); }
+TORCH_LIBRARY_IMPL(awnet, Autograd, m) {
+  m.impl("network_native", &differentiable);
+  m.impl("network_coefficients_native", &differentiable_coefficients);
+}
 
 }  // namespace awnet

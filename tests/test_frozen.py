@@ -353,6 +353,35 @@ def test_network_coefficients_are_each_layers_own(dynamic: int) -> None:
     assert torch.autograd.gradcheck(flat, leaves)
 
 
+@pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
+@pytest.mark.parametrize("asked", ["both", "scales", "shifts"])
+@pytest.mark.parametrize("dynamic", [0, 3, 7, 9])
+def test_network_coefficients_in_one_operator(dynamic: int, asked: str) -> None:
+    tables, widths, omega, p = network_case(dynamic)
+    chosen = {"both": slice(None), "scales": slice(0, None, 2), "shifts": slice(1, None, 2)}[asked]
+
+    def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (omega, p) if x is not None]
+        given = None if omega is None else leaves[0]
+        pairs = ops.network_coefficients(
+            tables.to(dtype), widths, given, leaves[-1], eps=1e-5, backend=backend
+        )
+        outputs = [x for pair in pairs for x in pair]
+        generator = torch.Generator().manual_seed(6)
+        upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in outputs]
+        grads = torch.autograd.grad(
+            outputs[chosen], leaves, [g.to(dtype) for g in upstream[chosen]], materialize_grads=True
+        )
+        return [*outputs, *grads]
+
+    got = results("cpp", torch.float32)
+    assert "Coefficients" in got[0].grad_fn.name()
+    for one, other in zip(got, results("eager", torch.float64), strict=True):
+        # sums of at most 18 products in float32
+        one, other = one.detach().double(), other.detach()
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
 def test_network_coefficients_refuse() -> None:
     tables, widths, omega, p = network_case(7)
     call = {"tables": tables, "widths": widths, "omega": omega, "p_clean": p, "eps": 1e-5}

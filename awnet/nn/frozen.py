@@ -74,7 +74,8 @@ def _wired(backbone: Backbone, layers: list[AWConv2d]) -> tuple[list[int], list[
     """``layers`` as ``ops.affine_network`` runs them: the place of each in ``layers``, and how they join.
 
     A backbone with a classifier needs its last layer's average, one without gives the stem's and every
-    stage's. A block's shortcut, the last of its convolutions, comes before the chain whose last layer adds it.
+    stage's. A block's shortcut, the last of its convolutions, comes before the chain whose last layer adds
+    it.
     """
     sequence: list[int] = []
     wired: list[ops.NetworkLayer] = []

@@ -93,7 +93,7 @@ def network_coefficients(
     """scale and shift ``[B, C_l]`` of every layer of a network in test mode (Eq. 11 and 14).
 
     scale = ω [(1 − p) γ_0/σ_0 + p γ_1/σ_1], shift = (1 − p)(β_0 − μ_0 γ_0/σ_0) + p (β_1 − μ_1 γ_1/σ_1). On
-    the Triton backend one launch makes them all.
+    the Triton backend one launch makes them all, on ``cpp`` one operator.
 
     Args:
         tables: ``[4, 2, T]`` with T = Σ C_l, float32 or wider: γ, β, μ, σ² of the adversarial and the clean
@@ -116,8 +116,11 @@ def network_coefficients(
     _check_network(tables, widths, omega, p_clean, eps)
     p_clean = p_clean.to(tables.dtype)
     omega = None if omega is None else omega.to(tables.dtype)
-    runs_triton = backends.select(_stand_in(tables, omega, p_clean), backend).name == "triton"
-    flat = _NetworkCoefficients.apply(omega, p_clean, tables, widths, float(eps), runs_triton)
+    chosen = backends.select(_stand_in(tables, omega, p_clean), backend).name
+    if chosen == "cpp" and not torch.compiler.is_compiling():
+        flat = torch.ops.awnet.network_coefficients_native(omega, p_clean, tables, widths, eps)
+    else:
+        flat = _NetworkCoefficients.apply(omega, p_clean, tables, widths, float(eps), chosen == "triton")
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
