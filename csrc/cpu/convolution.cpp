@@ -40,6 +40,18 @@ const ConvolutionKernels& kernels() {
 #endif
 }
 
+// The thread's own memory, one for images and one for filters, kept from call to call: it stays in the cache,
+// and its pages are mapped. Valid until the same is asked for again.
+enum class Keep { kImages, kFilters };
+template <Keep>
+float* own_memory(int64_t values) {
+  thread_local std::vector<float> memory;
+  values += kLanes;
+  if (static_cast<int64_t>(memory.size()) < values) memory = std::vector<float>(values);
+  constexpr uintptr_t line = kLanes * sizeof(float);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + line - 1) / line * line);
+}
+
 // Where a plane's values lie in a packed one whose rows are `pitch` apart, its first value at `start`; empty
 // where its rows are neither whole vectors nor pairs of halves.
 Vectors vectors_of(int64_t rows, int64_t width, int64_t pitch, int64_t start) {
@@ -84,7 +96,7 @@ struct Plan {
   int64_t blocks;             // of kConvolveRows outputs
   int64_t together = 1;       // samples that are packed at once
   std::vector<Phase> phases;  // of the outputs
-  std::vector<float> weights;
+  float* weights;             // packed; the next plan of this thread takes their memory
   std::optional<Winograd> winograd;
 
   Plan(int64_t inputs, int64_t outputs) : inputs(inputs), outputs(outputs) {
@@ -95,8 +107,7 @@ struct Plan {
   template <class At>
   void pack_weights(At at) {
     if (winograd) {
-      weights.resize(outputs * inputs * 3 * kPoints);
-      float* to = weights.data();
+      float* to = weights = own_memory<Keep::kFilters>(outputs * inputs * 3 * kPoints);
       const int64_t point = inputs * 3 * kConvolveRows, stride = at(1, 0) - at(0, 0);
       for (int64_t first = 0; first < outputs; first += kConvolveRows, to += (kPoints - 1) * point) {
         for (int64_t input = 0; input < inputs; ++input, to += 3 * kConvolveRows) {
@@ -110,8 +121,7 @@ struct Plan {
       phase.weights = count;
       count += outputs * inputs * static_cast<int64_t>(phase.tap.size());
     }
-    weights.resize(count);
-    float* to = weights.data();
+    float* to = weights = own_memory<Keep::kFilters>(count);
     for (const Phase& phase : phases) {
       for (int64_t first = 0; first < outputs; first += kConvolveRows) {
         const int64_t rows = std::min<int64_t>(outputs - first, kConvolveRows);
@@ -203,10 +213,10 @@ struct Plan {
       const Winograd& w = *winograd;
       const int64_t each = vectors / together;
       kernels().winograd(to, {image + padded(), w.point, inputs, w.lanes, at.at.data(), at.second,
-                              samples * each, each, w.width, weights.data() + first * inputs * 3 * kPoints});
+                              samples * each, each, w.width, weights + first * inputs * 3 * kPoints});
       return;
     }
-    const float* own = weights.data() + phase.weights + first * inputs * taps;
+    const float* own = weights + phase.weights + first * inputs * taps;
     kernels().convolve[count - 1](
         to, {image, plane, inputs, at.at.data(), at.second, vectors, phase.offset.data(), taps, own});
   }
@@ -220,22 +230,13 @@ struct Plan {
   }
 };
 
-// The thread's own, kept from call to call: it stays in the cache, and its pages are mapped.
-float* own_memory(int64_t values) {
-  thread_local std::vector<float> memory;
-  values += kLanes;
-  if (static_cast<int64_t>(memory.size()) < values) memory = std::vector<float>(values);
-  constexpr uintptr_t line = kLanes * sizeof(float);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + line - 1) / line * line);
-}
-
 // Groups of samples and blocks of outputs over the threads: body(first and last sample, block, whether the
 // group is new to the thread, its buffer). A group may be shared by threads; each packs it for itself.
 template <class Body>
 void for_blocks(const Plan& plan, int64_t batch, int64_t buffer, Body body) {
   const int64_t groups = ceil_div(batch, plan.together);
   at::parallel_for(0, groups * plan.blocks, 1, [&](int64_t begin, int64_t end) {
-    float* const own = own_memory(buffer);
+    float* const own = own_memory<Keep::kImages>(buffer);
     std::memset(own, 0, plan.padded() * sizeof(float));
     int64_t packed = -1;
     for (int64_t i = begin; i < end; ++i) {

@@ -84,7 +84,7 @@ static void convolve_rows(const ConvolveOutput& to, const ConvolveInput& from) {
 }
 
 template <bool kSums, bool kThrough, bool kHalves>
-AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneGradient& p) {
+AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneGradient p) {
   Sum sum, along;
   for (int64_t v = 0; v < static_cast<int64_t>(where.at.size()); ++v) {
     const int64_t i = v * kWidth;

@@ -1,6 +1,7 @@
 // The kernels of passes.h in vectors of 16 floats, what is left one by one. Included once for each
 // instruction set, inside `namespace awnet::cpu::<isa>` and under that set's target pragma; the compiler
-// splits the vectors as it must.
+// splits the vectors as it must. AWNET_VECTOR_BITS says which set it is: the compiler's own macros do not
+// follow the pragma everywhere (GCC 12).
 
 using Vector = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
@@ -25,23 +26,32 @@ AWNET_INLINE Vector load(const float* p) {
 AWNET_INLINE void store(float* p, Vector v) { __builtin_memcpy(p, &v, sizeof(v)); }
 
 AWNET_INLINE Vector load(const BFloat16* p) {
+#if AWNET_VECTOR_BITS == 512
+  return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
   Halves h;
   __builtin_memcpy(&h, p, sizeof(h));
   return (Vector)(__builtin_convertvector(h, Words) << 16);
+#endif
 }
 
 AWNET_INLINE void store(BFloat16* p, Vector v) {
   const Words bits = (Words)v;
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const Words quiet_nan = (bits >> 16) | 0x40u;
-  const Halves h = __builtin_convertvector(v == v ? rounded : quiet_nan, Halves);
+  const Words words = v == v ? rounded : quiet_nan;
+#if AWNET_VECTOR_BITS == 512
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)words));
+#else
+  const Halves h = __builtin_convertvector(words, Halves);
   __builtin_memcpy(p, &h, sizeof(h));
+#endif
 }
 
 AWNET_INLINE Vector load(const Float16* p) {
-#if defined(__AVX512F__)
+#if AWNET_VECTOR_BITS == 512
   return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
+#elif AWNET_VECTOR_BITS == 256
   const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
   const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
   Vector v;
@@ -56,9 +66,9 @@ AWNET_INLINE Vector load(const Float16* p) {
 }
 
 AWNET_INLINE void store(Float16* p, Vector v) {
-#if defined(__AVX512F__)
+#if AWNET_VECTOR_BITS == 512
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__)
+#elif AWNET_VECTOR_BITS == 256
   __m256 low, high;
   __builtin_memcpy(&low, &v, sizeof(low));
   __builtin_memcpy(&high, (char*)&v + sizeof(low), sizeof(high));
@@ -71,15 +81,31 @@ AWNET_INLINE void store(Float16* p, Vector v) {
 
 // A mask: 1 where y is not <= 0, so that NaN passes.
 AWNET_INLINE Vector load(const uint8_t* p) {
+#if AWNET_VECTOR_BITS == 512
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif AWNET_VECTOR_BITS == 256
+  const __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  const __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))));
+  Vector v;
+  __builtin_memcpy(&v, &low, sizeof(low));
+  __builtin_memcpy((char*)&v + sizeof(low), &high, sizeof(high));
+  return v;
+#else
   Bytes b;
   __builtin_memcpy(&b, p, sizeof(b));
   return __builtin_convertvector(__builtin_convertvector(b, Words), Vector);
+#endif
 }
 
 AWNET_INLINE void store(uint8_t* p, Vector y) {
+#if AWNET_VECTOR_BITS == 512
+  const __mmask16 passes = _mm512_cmp_ps_mask((__m512)y, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  _mm_storeu_si128((__m128i*)p, _mm_maskz_set1_epi8(passes, 1));
+#else
   const Words cut = (Words)(y <= 0.0f);
   const Bytes b = __builtin_convertvector(cut + 1u, Bytes);
   __builtin_memcpy(p, &b, sizeof(b));
+#endif
 }
 
 // One value, for what is left when the vectors are done.

@@ -13,6 +13,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#define AWNET_VECTOR_BITS 256
+
 namespace awnet::cpu::avx2 {
 #include "passes.inl"
 }  // namespace awnet::cpu::avx2

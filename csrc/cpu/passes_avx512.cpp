@@ -14,6 +14,8 @@
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
+#define AWNET_VECTOR_BITS 512
+
 namespace awnet::cpu::avx512 {
 // clang-format off: each needs those before it
 #include "passes.inl"

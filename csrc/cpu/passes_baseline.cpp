@@ -4,6 +4,8 @@
 
 #include "passes.h"
 
+#define AWNET_VECTOR_BITS 128
+
 namespace awnet::cpu::baseline {
 #include "passes.inl"
 }  // namespace awnet::cpu::baseline

@@ -130,7 +130,7 @@ FAULTS = (
     ),
     fault(
         "every block of the direct convolution by the first one's filters", "csrc/cpu/convolution.cpp",
-        "weights.data() + phase.weights + first * inputs * taps", "weights.data() + phase.weights",
+        "weights + phase.weights + first * inputs * taps", "weights + phase.weights",
         DIRECT,
     ),
     fault(
