@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -402,9 +404,28 @@ def test_teachers_answer_in_the_steps_precision() -> None:
     assert torch.allclose(rounded, exact, atol=0.05)  # 8 bits of mantissa
     assert not torch.equal(rounded, exact)
     assert rounded.dtype == torch.float32
-    assert teacher.stem.weight.dtype == torch.bfloat16
-    assert teacher.stem.bn.running_var.dtype == teacher.stem.bn.weight.dtype == torch.float32
-    assert not any(p.requires_grad for p in teacher.parameters())
+    assert low.teachers.clean.frozen.image_dtype == torch.bfloat16
+    few = plain.teachers.clean(x[:2])  # nothing is left of the batch before
+    for got, images in ((exact, x), (few, x[:2])):
+        # the same sums in another order
+        assert torch.allclose(got, teacher(images), rtol=1e-5, atol=1e-5)
+
+
+def test_a_teacher_without_a_frozen_copy_is_changed_itself() -> None:
+    teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, K))
+    exact = graphs.Inference(teacher, nullcontext, False, torch.contiguous_format)
+    x = torch.rand(5, 1, 8, 8)
+    wanted = exact(x)
+    assert torch.equal(wanted, teacher(x))
+    assert not teacher.training
+    bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+    low = graphs.Inference(teacher, bfloat16, True, torch.channels_last)
+    assert teacher[0].weight.dtype == teacher[3].weight.dtype == torch.bfloat16
+    assert teacher[1].weight.dtype == torch.float32
+    rounded = low(x)
+    assert rounded.dtype == torch.float32
+    assert torch.allclose(rounded, wanted, atol=0.05)  # 8 bits of mantissa
+    assert not torch.equal(rounded, wanted)
 
 
 @pytest.mark.gpu
@@ -493,6 +514,17 @@ def test_on_a_gpu_a_step_runs_in_bfloat16_and_a_broken_one_changes_nothing() -> 
         assert same(before, everything(step)) == bool(skipped)
     assert isinstance(step.teachers.clean, graphs.Inference)  # type: ignore[union-attr]
     assert any(step.teachers.clean._graphed._graphs.values())  # type: ignore[union-attr]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_teachers_graphs_of_two_batch_sizes_keep_apart() -> None:
+    teacher = create_model("resnet_tiny", num_classes=K).cuda()
+    inference = graphs.Inference(teacher, nullcontext, False, torch.contiguous_format)
+    for _ in range(4):  # plain, captured, replayed
+        for size in (6, 3):
+            x = torch.rand(size, 3, 8, 8, device="cuda")
+            want = teacher(x)
+            assert torch.allclose(inference(x), want, rtol=1e-3, atol=1e-3)  # tensor cores' 10 bits
 
 
 # --- in the loop

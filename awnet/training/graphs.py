@@ -44,10 +44,12 @@ class Graphed:
 class Inference(nn.Module):
     """A model in test mode, without autograd, in a given precision; on CUDA as a graph.
 
+    Its frozen copy runs where it offers one (``frozen(dtype)``), with the weights that it now has.
+
     Args:
         model: images [B, C, H, W] to logits [B, K]; it is changed: in eval mode, without gradients, laid out
-            as asked, and in bfloat16 with the weights of its convolutions and linear layers in that dtype
-            (its batch norms stay as they are).
+            as asked, and where it offers no frozen copy, in bfloat16 with the weights of its convolutions and
+            linear layers in that dtype (its batch norms stay as they are).
         autocast: makes the context of a call.
         low: whether that is bfloat16.
         memory_format: of images and weights.
@@ -61,16 +63,22 @@ class Inference(nn.Module):
         memory_format: torch.memory_format,
     ) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
         self.autocast, self.memory_format = autocast, memory_format
-        model.to(memory_format=memory_format)  # type: ignore[call-overload]
-        for module in model.modules():
-            if low and isinstance(module, nn.Conv2d | nn.Linear):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(torch.bfloat16)
+        model.eval().requires_grad_(False).to(memory_format=memory_format)  # type: ignore[call-overload]
+        self.frozen: Any = None
+        if hasattr(model, "frozen"):
+            model = self.frozen = model.frozen(torch.bfloat16 if low else None)  # type: ignore[operator]
+        elif low:
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    for parameter in module.parameters(recurse=False):
+                        parameter.data = parameter.data.to(torch.bfloat16)
+        self.model = model
         self._graphed = Graphed(self._logits)
 
     def _logits(self, x: Tensor) -> Tensor:
+        if self.frozen is not None:
+            self.frozen.forget()  # what it keeps from call to call a graph must make anew, in its own memory
         with torch.no_grad(), self.autocast():
             logits: Tensor = self.model(x.contiguous(memory_format=self.memory_format))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
