@@ -1,6 +1,7 @@
 // Many layers of a frozen network as one operator: act(conv(x) * scale + shift + residual) one after another,
 // and back. Small images on a CPU would else spend as long between the layers as in them. Of a layer's output
 // it gives the mean over pixels, taken while the output is in the cache.
+#include <ATen/ops/addcmul.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -13,6 +14,7 @@
 #include <numeric>
 
 #include "arithmetic.h"
+#include "cpu/convolution.h"
 #include "layer.h"
 
 namespace awnet {
@@ -74,12 +76,20 @@ std::pair<variable_list, std::vector<Layer>> run(const Tensor& x, at::TensorList
     TORCH_CHECK(scales[i].sizes() == Sizes(table) && shifts[i].sizes() == Sizes(table), "layer ", i,
                 " needs a scale and a shift ", Sizes(table), ", got ", scales[i].sizes(), " and ",
                 shifts[i].sizes());
-    const auto found =
-        layer_forward(input, weights[i], scales[i], {}, {}, shifts[i], residual, {}, {}, {}, false, 1e-5,
-                      s.relu, s.stride, s.padding, s.dilation, s.groups, "", keep_u, keep_mask && s.relu);
-    y[i] = std::get<0>(found);
-    layers.push_back({std::get<1>(found), std::get<2>(found), y[i].sizes().vec(),
-                      layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
+    Tensor u, mask;
+    if (cpu::convolves(input, weights[i], s.groups)) {
+      std::tie(y[i], u, mask) =
+          cpu::convolve_apply(input, weights[i], {s.stride, s.padding, s.dilation}, scales[i], shifts[i],
+                              residual, s.relu, keep_u, keep_mask && s.relu);
+    } else {
+      const auto found =
+          layer_forward(input, weights[i], scales[i], {}, {}, shifts[i], residual, {}, {}, {}, false, 1e-5,
+                        s.relu, s.stride, s.padding, s.dilation, s.groups, "", keep_u, keep_mask && s.relu);
+      y[i] = std::get<0>(found);
+      u = std::get<1>(found);
+      mask = std::get<2>(found);
+    }
+    layers.push_back({u, mask, y[i].sizes().vec(), layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
     if (s.averaged) means.push_back(at::mean(y[i], {2, 3}));
     for (const int64_t source : {s.input, s.residual}) {
       if (source >= 0 && last[source] == i) y[source] = Tensor();
@@ -152,9 +162,24 @@ class Network : public torch::autograd::Function<Network> {
       const size_t of_scale = 1 + i, of_shift = 1 + count + i;
       const bool need_input = s.input >= 0 || ctx->needs_input_grad(0),
                  need_scale = ctx->needs_input_grad(of_scale), need_shift = ctx->needs_input_grad(of_shift);
-      const c10::List<bool> needs({need_input, false, need_scale, false, false, need_shift, s.residual >= 0});
       const MaybeTensor kept = need_scale || need_shift ? MaybeTensor(u) : std::nullopt;
       const MaybeTensor gate = s.relu ? MaybeTensor(mask) : std::nullopt;
+      if (need_input && !channels_last[i] && cpu::convolves(d[i], weight, s.groups)) {
+        MaybeTensor centre;
+        if (kept) centre = u.select(3, 0).select(2, 0).contiguous();
+        Tensor& total = s.input < 0 ? d_x : d[s.input];
+        const auto back =
+            cpu::convolve_back(d[i].contiguous(), kept, centre, gate, scale, {}, {}, weight,
+                               shape_of(s.input), {s.stride, s.padding, s.dilation}, kept.has_value(),
+                               s.residual >= 0, false, total.defined() ? MaybeTensor(total) : std::nullopt);
+        d[i] = Tensor();
+        total = back.d_input;
+        if (s.residual >= 0) add(d[s.residual], back.d_residual);
+        if (need_scale) result[of_scale] = at::addcmul(back.gc, *centre, back.g1);
+        if (need_shift) result[of_shift] = back.g1;
+        continue;
+      }
+      const c10::List<bool> needs({need_input, false, need_scale, false, false, need_shift, s.residual >= 0});
       const auto found = layer_backward(d[i], {}, weight, scale, {}, {}, shift, {}, {}, {}, {}, false, 1e-5,
                                         s.relu, s.stride, s.padding, s.dilation, s.groups, "", kept, gate, {},
                                         {}, {}, {}, {}, shape_of(s.input), channels_last[i] != 0, needs);

@@ -378,6 +378,7 @@ struct Backward : Plan {
   int64_t in_size[2], out_size[2], low[2];  // in: of the gradient that comes out, out: of the one given
   Vectors place;                            // of the one given in the packed image; empty as in Forward
   Window window;
+  std::vector<bool> untouched;  // the phases of the rows that no tap reaches
 
   Backward(Sizes input_shape, const at::Tensor& grad, const at::Tensor& weight, const Window& window)
       : Plan(weight.size(0), weight.size(1)), window(window) {
@@ -401,6 +402,7 @@ struct Backward : Plan {
       }
       size[d] = ceil_div(in_size[d], window.stride[d]) + high[d] - low[d];
     }
+    untouched.assign(window.stride[0], true);
     for (int64_t row = 0; row < window.stride[0]; ++row) {
       for (int64_t column = 0; column < window.stride[1]; ++column) {
         Phase phase{{row, column}, {}, {}, 0};
@@ -411,6 +413,7 @@ struct Backward : Plan {
             phase.offset.push_back((down / window.stride[0] - low[0]) * size[1] + right / window.stride[1] -
                                    low[1]);
             phase.tap.push_back(i * kernel[1] + j);
+            untouched[row] = false;
           }
         }
         phases.push_back(phase);
@@ -438,19 +441,23 @@ struct Backward : Plan {
     }
   }
 
-  // A channel of the input's gradient, its phases put together again.
-  void unpack(float* to, const float* from) const {
+  // A channel of the input's gradient, its phases put together again, or added to what is there.
+  void unpack(float* to, const float* from, bool add) const {
     const int64_t step[2] = {window.stride[0], window.stride[1]};
     for (int64_t row = 0; row < in_size[0]; ++row, to += in_size[1]) {
+      if (add && untouched[row % step[0]]) continue;
       const float* line = from + row % step[0] * step[1] * phase_values() + row / step[0] * pitch;
       if (step[1] == 1) {
-        std::memcpy(to, line, in_size[1] * sizeof(float));
+        if (!add) std::memcpy(to, line, in_size[1] * sizeof(float));
+        for (int64_t j = 0; add && j < in_size[1]; ++j) to[j] += line[j];
       } else if (step[1] == 2) {
         const int64_t pairs = in_size[1] / 2;
-        kernels().interleave(to, line, line + phase_values(), pairs);
-        if (in_size[1] % 2 != 0) to[2 * pairs] = line[pairs];
+        kernels().interleave(to, line, line + phase_values(), pairs, add);
+        if (in_size[1] % 2 != 0) to[2 * pairs] = line[pairs] + (add ? to[2 * pairs] : 0.0f);
       } else {
-        for (int64_t j = 0; j < in_size[1]; ++j) to[j] = line[j % step[1] * phase_values() + j / step[1]];
+        for (int64_t j = 0; j < in_size[1]; ++j) {
+          to[j] = line[j % step[1] * phase_values() + j / step[1]] + (add ? to[j] : 0.0f);
+        }
       }
     }
   }
@@ -514,7 +521,8 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
                    const std::optional<at::Tensor>& centre_in, const std::optional<at::Tensor>& gate_in,
                    const at::Tensor& by_grad_in, const std::optional<at::Tensor>& by_input,
                    const std::optional<at::Tensor>& constant, const at::Tensor& weight_in, Sizes input_shape,
-                   const Window& window, bool sums, bool residual, bool keep_d_u) {
+                   const Window& window, bool sums, bool residual, bool keep_d_u,
+                   const std::optional<at::Tensor>& onto) {
   const at::Tensor weight = weight_in.contiguous(), by_grad = by_grad_in.contiguous();
   const Backward plan(input_shape, grad, weight, window);
   const auto dense = [](const std::optional<at::Tensor>& x) {
@@ -522,7 +530,9 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
   };
   const auto u = dense(u_in), centre = dense(centre_in), gate = dense(gate_in);
   const at::Tensor none = at::empty({0}, grad.options());
-  Back back{at::empty(input_shape, grad.options()), residual ? at::empty_like(grad) : none,
+  TORCH_CHECK(!onto || (onto->sizes() == input_shape && onto->is_contiguous()),
+              "expected a contiguous gradient ", input_shape, " to add to");
+  Back back{onto ? *onto : at::empty(input_shape, grad.options()), residual ? at::empty_like(grad) : none,
             keep_d_u ? at::empty_like(grad) : none, sums ? at::empty_like(by_grad) : none,
             sums ? at::empty_like(by_grad) : none};
   const int64_t values = plan.pixels, out_values = plan.in_size[0] * plan.in_size[1];
@@ -576,14 +586,17 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
     }
     const int64_t first = b * plan.outputs + block * kConvolveRows;
     if (plan.direct()) {
-      plan.run({.u = d_input + first * out_values, .plane = out_values, .sample = plan.outputs}, own, block,
-               plan.phases[0], end - b);
+      plan.run({.u = d_input + first * out_values,
+                .plane = out_values,
+                .sample = plan.outputs,
+                .add = onto.has_value()},
+               own, block, plan.phases[0], end - b);
       return;
     }
     plan.run(out, own, block);
     const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
     for (int64_t c = first; c < last; ++c) {
-      plan.unpack(d_input + c * out_values, out + (c - first) * plan.channel_values());
+      plan.unpack(d_input + c * out_values, out + (c - first) * plan.channel_values(), onto.has_value());
     }
   };
   for_blocks(plan, grad.size(0), packed + scratch + values, body);

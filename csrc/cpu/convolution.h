@@ -36,11 +36,13 @@ struct Back {
 };
 
 // The input's gradient of such a layer: `reduce` (where sums are asked for, around `centre`) and `propagate`,
-// whose d_u goes straight into the convolution; it is written out only where it is asked for.
+// whose d_u goes straight into the convolution; it is written out only where it is asked for. The input's
+// gradient is added to `onto`, in place, where there is such a tensor.
 Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u,
                    const std::optional<at::Tensor>& centre, const std::optional<at::Tensor>& gate,
                    const at::Tensor& by_grad, const std::optional<at::Tensor>& by_input,
                    const std::optional<at::Tensor>& constant, const at::Tensor& weight, Sizes input_shape,
-                   const Window& window, bool sums, bool residual, bool keep_d_u);
+                   const Window& window, bool sums, bool residual, bool keep_d_u,
+                   const std::optional<at::Tensor>& onto = {});
 
 }  // namespace awnet::cpu

@@ -20,7 +20,7 @@ AWNET_INLINE void store_at(float* p, int64_t second, Vector v) {
 
 AWNET_INLINE void finish(const ConvolveOutput to, int64_t row, int64_t i, Vector u) {
   i += row * to.plane;
-  if (to.u != nullptr) store(to.u + i, u);
+  if (to.u != nullptr) store(to.u + i, to.add ? load(to.u + i) + u : u);
   if (to.y == nullptr) return;
   Vector y = u * to.scale[row] + to.shift[row];
   if (to.residual != nullptr) y += load(to.residual + i);
@@ -142,14 +142,15 @@ static void every_second(float* to, const float* from, int64_t count) {
   for (; j < count; ++j) to[j] = from[2 * j];
 }
 
-static void interleave(float* to, const float* even, const float* odd, int64_t pairs) {
+static void interleave(float* to, const float* even, const float* odd, int64_t pairs, bool add) {
   const Indices order = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
   int64_t j = 0;
   for (; j + kHalf <= pairs; j += kHalf) {
-    store(to + 2 * j, __builtin_shuffle(load_at<true>(even + j, odd - even), order));
+    const Vector both = __builtin_shuffle(load_at<true>(even + j, odd - even), order);
+    store(to + 2 * j, add ? load(to + 2 * j) + both : both);
   }
   for (; j < pairs; ++j) {
-    to[2 * j] = even[j];
-    to[2 * j + 1] = odd[j];
+    to[2 * j] = even[j] + (add ? to[2 * j] : 0.0f);
+    to[2 * j + 1] = odd[j] + (add ? to[2 * j + 1] : 0.0f);
   }
 }

@@ -86,6 +86,7 @@ struct ConvolveOutput {
   int64_t plane;
   bool relu = false;
   int64_t sample = 0;  // channels from one sample to the next
+  bool add = false;    // to what is in u
 };
 
 // u[r][q] = sum over c, t of weights[c][t][r] * image[c * plane + at[q] + offsets[t]]
@@ -134,7 +135,7 @@ struct ConvolutionKernels {
   void (*propagate)(float* to, const Vectors& where, const PlaneGradient& plane);
   void (*scatter)(float* to, const Vectors& where, const float* from);
   void (*every_second)(float* to, const float* from, int64_t count);  // to[j] = from[2 j]
-  void (*interleave)(float* to, const float* even, const float* odd, int64_t pairs);
+  void (*interleave)(float* to, const float* even, const float* odd, int64_t pairs, bool add);
 };
 
 namespace avx512 {

@@ -179,6 +179,11 @@ FAULTS = (
         DIRECT,
     ),
     fault(
+        "a stride-2 layer's gradient put in place of the one that is there", "csrc/cpu/convolution.inl",
+        "add ? load(to + 2 * j) + both : both", "both",
+        NETWORK,
+    ),
+    fault(
         "a block's residual without its gradient", "csrc/network.cpp",
         "if (s.residual >= 0) add(d[s.residual], std::get<6>(found));", "",
         NETWORK,
