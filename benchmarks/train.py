@@ -282,7 +282,8 @@ def _fault(setting: _Setting, kind: str, seed: int) -> str:
     """Why ``kind`` may not be timed against ours; empty where both make the same images and update.
 
     In float32, on a few images, with the router's passes separate in both. A pixel whose gradient is nearly
-    0 may go either way, and an update is a sum in another order.
+    0 may go either way, as many do in the first step up a divergence that starts at its minimum; an update
+    is a sum in another order.
     """
     plain_recipe = replace(
         setting.recipe, precision="float32", layout="nchw", router_passes="separate", capture=False
@@ -321,8 +322,8 @@ def _fault(setting: _Setting, kind: str, seed: int) -> str:
 
     if seen:
         differ = ((seen[0] - seen[1]).abs() > 1e-5).float().mean().item()
-        if not differ <= 0.02:
-            return f"{differ:.1%} of the pixels of its adversarial images differ from ours, at most 2 % may"
+        if not differ <= 0.05:
+            return f"{differ:.1%} of the pixels of its adversarial images differ from ours, at most 5 % may"
     error = float((got - want).norm() / want.norm())
     return "" if error <= 1e-2 else f"its update differs from ours by {error:.1e}, at most 1e-02 is allowed"
 
