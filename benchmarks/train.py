@@ -282,8 +282,9 @@ def _fault(setting: _Setting, kind: str, seed: int) -> str:
     """Why ``kind`` may not be timed against ours; empty where both make the same images and update.
 
     In float32, on a few images, with the router's passes separate in both. A pixel whose gradient is nearly
-    0 may go either way, as many do in the first step up a divergence that starts at its minimum; an update
-    is a sum in another order.
+    0 may go either way, and what follows with it: after TRADES' ten steps, which begin at their divergence's
+    minimum, 8 % of the pixels differ by rounding alone; another loss, start or radius moves more than half.
+    An update is a sum in another order.
     """
     plain_recipe = replace(
         setting.recipe, precision="float32", layout="nchw", router_passes="separate", capture=False
@@ -322,8 +323,8 @@ def _fault(setting: _Setting, kind: str, seed: int) -> str:
 
     if seen:
         differ = ((seen[0] - seen[1]).abs() > 1e-5).float().mean().item()
-        if not differ <= 0.05:
-            return f"{differ:.1%} of the pixels of its adversarial images differ from ours, at most 5 % may"
+        if not differ <= 0.2:
+            return f"{differ:.1%} of the pixels of its adversarial images differ from ours, at most 20 % may"
     error = float((got - want).norm() / want.norm())
     return "" if error <= 1e-2 else f"its update differs from ours by {error:.1e}, at most 1e-02 is allowed"
 
