@@ -22,7 +22,7 @@ namespace awnet::cpu {
 namespace {
 
 // Beyond, the library's convolution was faster: docs/performance-notes.md.
-constexpr int64_t kMostChannels = 128;
+constexpr int64_t kMostChannels = 256;
 // An image beyond does not stay in the second cache while all its filters pass over it.
 constexpr int64_t kMostValues = 1 << 18;
 // A larger plane's combinations leave that cache: with few channels the direct way was as quick or quicker.
