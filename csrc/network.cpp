@@ -164,16 +164,17 @@ class Network : public torch::autograd::Function<Network> {
                  need_scale = ctx->needs_input_grad(of_scale), need_shift = ctx->needs_input_grad(of_shift);
       const MaybeTensor kept = need_scale || need_shift ? MaybeTensor(u) : std::nullopt;
       const MaybeTensor gate = s.relu ? MaybeTensor(mask) : std::nullopt;
-      if (need_input && !channels_last[i] && cpu::convolves(d[i], weight, s.groups)) {
-        MaybeTensor centre;
+      if (!channels_last[i]) d[i] = d[i].contiguous();
+      if (need_input && cpu::convolves(d[i], weight, s.groups)) {
+        MaybeTensor centre, onto;
         if (kept) centre = u.select(3, 0).select(2, 0).contiguous();
         Tensor& total = s.input < 0 ? d_x : d[s.input];
-        const auto back =
-            cpu::convolve_back(d[i].contiguous(), kept, centre, gate, scale, {}, {}, weight,
-                               shape_of(s.input), {s.stride, s.padding, s.dilation}, kept.has_value(),
-                               s.residual >= 0, false, total.defined() ? MaybeTensor(total) : std::nullopt);
+        if (total.defined() && total.is_contiguous()) onto = total;
+        const auto back = cpu::convolve_back(d[i], kept, centre, gate, scale, {}, {}, weight,
+                                             shape_of(s.input), {s.stride, s.padding, s.dilation},
+                                             kept.has_value(), s.residual >= 0, false, onto);
         d[i] = Tensor();
-        total = back.d_input;
+        if (!onto) add(total, back.d_input);
         if (s.residual >= 0) add(d[s.residual], back.d_residual);
         if (need_scale) result[of_scale] = at::addcmul(back.gc, *centre, back.g1);
         if (need_shift) result[of_shift] = back.g1;

@@ -429,11 +429,11 @@ def _network(dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, l
     # channels in and out, filter, stride, groups, activation, input, residual, averaged
     rows = [
         (3, 8, 3, 1, 1, "relu", -1, -1, True),
-        (8, 12, 1, 2, 1, None, 0, -1, False),
-        (8, 12, 3, 2, 1, "relu", 0, -1, False),
-        (12, 12, 3, 1, 1, "relu", 2, 1, True),
-        (12, 12, 3, 1, 4, None, 3, -1, False),
-        (12, 12, 3, 1, 1, "relu", 4, 4, True),
+        (8, 16, 1, 2, 1, None, 0, -1, False),
+        (8, 16, 3, 2, 1, "relu", 0, -1, False),
+        (16, 16, 3, 1, 1, "relu", 2, 1, True),
+        (16, 16, 3, 1, 4, None, 3, -1, False),
+        (16, 16, 3, 1, 1, "relu", 4, 4, True),
     ]
     weights = [torch.randn(o, i // g, k, k, dtype=dtype) / k for i, o, k, _, g, *_ in rows]
     layers = [
@@ -471,7 +471,7 @@ def test_a_network_in_one_operator_equals_its_layers(asked: str, layout: torch.m
     want = results("reference", wide, (wide_x, [w.double() for w in weights], wide_tables))
     assert len(got) == len(want) == 3 + len(wanted)
     for one, other in zip(got, want, strict=True):
-        # six layers of sums of at most 108 products in float32
+        # six layers of sums of at most 144 products in float32
         torch.testing.assert_close(
             one.double(), other, rtol=1e-4, atol=1e-4 * float(other.detach().abs().max())
         )
