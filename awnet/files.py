@@ -10,6 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_PREFIX, _SUFFIX = ".", ".tmp"
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether it is a file on its way by ``written_atomically``, or what a killed process left of one."""
+    return path.name.startswith(_PREFIX) and path.name.endswith(_SUFFIX)
+
 
 @contextmanager
 def written_atomically(path: str | Path) -> Iterator[Path]:
@@ -20,7 +27,7 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_PREFIX}{path.name}.", suffix=_SUFFIX)
     os.close(handle)
     temporary = Path(name)
     try:

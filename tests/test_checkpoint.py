@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from awnet.data import Splits, from_arrays
+from awnet.files import written_atomically
 from awnet.models.files import weights_fingerprint
 from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import MTARD, PGDAT, loop, read_log, train
@@ -392,6 +393,22 @@ def test_a_foreign_folder_is_not_touched(tmp_path: Path, options: dict[str, bool
         go(tmp_path, **options)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_that_is_just_being_made_is_a_beginning(tmp_path: Path) -> None:
+    """As two processes that begin together see it, or one that was killed while it wrote its config.json."""
+    other = tmp_path / "compared" / "other"
+    other.mkdir(parents=True)
+    with C.locked(other), written_atomically(other / "config.json") as temporary:
+        C.check(tmp_path, resume=True)
+        temporary.rename(other / ".config.json.killed.tmp")
+        temporary.touch()
+    (other / "config.json").unlink()
+    C.check(other)
+    (other / "notes.txt").write_text("somebody's")
+    for folder in (tmp_path, other):
+        with pytest.raises(FileExistsError, match="holds no training run"):
+            C.check(folder, resume=True)
 
 
 def test_a_file_is_no_run_folder(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.files import read_json, write_json, write_text, written_atomically
+from awnet.files import is_temporary, read_json, write_json, write_text, written_atomically
 
 FORMAT = 2
 KEEP = 2  # states, by default
@@ -254,14 +254,15 @@ def _clear(folder: Path) -> None:
 
 
 def _inside(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if entry.name != _LOCK]
+    return [entry for entry in folder.iterdir() if entry.name != _LOCK and not is_temporary(entry)]
 
 
 def _begun(folder: Path) -> bool:
     inner = _inside(folder)
     if not all(entry.name in ("teachers", "compared") and entry.is_dir() for entry in inner):
         return False
-    return all(is_run(run) or not _inside(run) for entry in inner for run in entry.iterdir())
+    # in this order: another process may just be writing its config.json
+    return all(not _inside(run) or is_run(run) for entry in inner for run in entry.iterdir())
 
 
 @contextmanager
