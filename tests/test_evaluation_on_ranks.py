@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +195,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
     torch.manual_seed(0)
     model = create_model("awnet_tiny", in_channels=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    batches = load_dataset("digits").train.batches(64, shuffle=True, drop_last=True)
-    for x, y, _ in islice(batches, 20):
-        logits = model(x, is_clean=torch.arange(64) % 2 == 0)
+    images = load_dataset("digits").train
+    for x, y, _ in chain.from_iterable(images.batches(64, shuffle=True, epoch=epoch) for epoch in range(3)):
+        logits = model(x, is_clean=torch.arange(len(x)) % 2 == 0)
         loss = torch.nn.functional.cross_entropy(logits, y)
         optimizer.zero_grad()
         loss.backward()
@@ -241,7 +241,7 @@ def alone(weights: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFact
     """The run folder of the same evaluation by one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     assert main(["evaluate", str(weights(folder)), *OPTIONS]) == 0
-    assert Report.load(folder / "evaluations" / "default").attacks["aa"].robust_accuracy > 0.2
+    assert Report.load(folder / "evaluations" / "default").attacks["aa"].robust_accuracy > 0.6
     return folder
 
 
