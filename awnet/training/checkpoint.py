@@ -136,7 +136,7 @@ def _checksum_path(path: Path) -> Path:
 def sweep(folder: str | Path) -> None:
     """Removes the temporary files that a killed process has left in a run folder."""
     for place in (Path(folder), Path(folder) / "state"):
-        for leftover in place.glob(".*.tmp"):
+        for leftover in filter(is_temporary, place.glob("*")):
             leftover.unlink()
 
 

@@ -66,8 +66,9 @@ class Inference(nn.Module):
         self.autocast, self.memory_format = autocast, memory_format
         model.eval().requires_grad_(False).to(memory_format=memory_format)  # type: ignore[call-overload]
         self.frozen: Any = None
-        if hasattr(model, "frozen"):
-            model = self.frozen = model.frozen(torch.bfloat16 if low else None)  # type: ignore[operator]
+        offers = getattr(model, "frozen", None)
+        if offers is not None:
+            model = self.frozen = offers(torch.bfloat16 if low else None)
         elif low:
             for module in model.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
