@@ -542,6 +542,9 @@ def test_a_second_process_is_refused_while_the_first_trains(uninterrupted: Path,
     ) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "under way\n"
+        while not C.states(run):  # its first state is written in the background
+            assert first.poll() is None
+            time.sleep(0.01)
         before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
         for options in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(
