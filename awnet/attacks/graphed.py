@@ -14,6 +14,7 @@ from awnet import ops
 from awnet.attacks.base import check_count, frozen
 from awnet.attacks.pgd import PGD
 from awnet.graphs import Record, Recorded, capture
+from awnet.nn import frozen_copy
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,10 @@ class GraphedPGD:
         """
         x = x.detach()
         with torch.inference_mode(False), torch.enable_grad():
-            offers = getattr(self.model, "frozen", None)
-            if offers is None:
+            if self._module is None or _device(self._module) != x.device:
+                self._graphs.clear()
+                self._module = frozen_copy(self.model, self.dtype)
+            if self._module is None:
                 self._say(
                     f"{type(self.model).__name__} offers no frozen(), so the attack freezes it in place"
                 )
@@ -95,9 +98,7 @@ class GraphedPGD:
             start = self.pgd.start(x, index)
             if len(x) == 0:
                 return start
-            if self._module is None or _device(self._module) != x.device:
-                self._graphs.clear()
-                self._module = self.pgd.model = offers(self.dtype)
+            self.pgd.model = self._module
             obstacle = self._obstacle(x)
             graph = obstacle or self._graph(start, x, y)
             if isinstance(graph, Recorded):

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from awnet.nn import frozen_copy
+
 PrecisionName = Literal["float32", "bfloat16"]
 
 SAID = {"float32": "float32, TF32 off", "bfloat16": "bfloat16"}
@@ -21,11 +23,10 @@ def judged(model: nn.Module, precision: PrecisionName) -> nn.Module:
     """
     if precision not in SAID:
         raise ValueError(f"precision must be one of {', '.join(SAID)}, got {precision!r}")
-    offers = getattr(model, "frozen", None)
     dtype = torch.bfloat16 if precision == "bfloat16" else None
-    if offers is not None:
-        module: nn.Module = offers(dtype)
-        return module
+    copy = frozen_copy(model, dtype)
+    if copy is not None:
+        return copy
     return model if dtype is None else _Autocast(model)
 
 

@@ -3,7 +3,7 @@
 from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
 from awnet.nn.conversion import convert
-from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenBackbone, FrozenCopy
+from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenBackbone, FrozenCopy, frozen_copy
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, synchronize
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
@@ -28,5 +28,6 @@ __all__ = [
     "Routing",
     "WideBackbone",
     "convert",
+    "frozen_copy",
     "synchronize",
 ]

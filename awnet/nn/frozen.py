@@ -24,6 +24,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Coefficients = list[tuple[Tensor, Tensor]]
 
 
+def frozen_copy(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen | None:
+    """``model.frozen(dtype)``; None for a model that offers no such copy (any module of torch's)."""
+    offers = getattr(model, "frozen", None)
+    return None if offers is None else offers(dtype)
+
+
 def _copy_of(x: Tensor, dtype: torch.dtype) -> nn.Parameter:
     """Room for a copy of ``x`` in ``dtype``, in its memory format."""
     return nn.Parameter(torch.empty_like(x, dtype=dtype, requires_grad=False), requires_grad=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.graphs import Recorded, capture
+from awnet.nn import frozen_copy
 
 
 class Graphed:
@@ -65,10 +66,9 @@ class Inference(nn.Module):
         super().__init__()
         self.autocast, self.memory_format = autocast, memory_format
         model.eval().requires_grad_(False).to(memory_format=memory_format)  # type: ignore[call-overload]
-        self.frozen: Any = None
-        offers = getattr(model, "frozen", None)
-        if offers is not None:
-            model = self.frozen = offers(torch.bfloat16 if low else None)
+        self.frozen = frozen_copy(model, torch.bfloat16 if low else None)
+        if self.frozen is not None:
+            model = self.frozen
         elif low:
             for module in model.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
