@@ -16,7 +16,7 @@ from awnet.cli import main, number, parse_options
 from awnet.data import list_datasets, load_dataset
 from awnet.evaluation import Report
 from awnet.models import create_model, list_models, load_model, save_model
-from awnet.reproduce import run_digits
+from awnet.reproduce import run_digits, run_digits_seeds
 from awnet.training import list_recipes
 from awnet.training.checkpoint import locked
 from awnet.training.step import TrainingStep
@@ -322,6 +322,14 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
     changed = {"out": Path("here"), "seed": 5, "resume": True, "device": "cpu"}
     assert calls == [usual, usual | changed, usual | {"overwrite": True}]
 
+    calls.clear()
+    signature = inspect.signature(run_digits_seeds)
+    monkeypatch.setattr(
+        "awnet.reproduce.run_digits_seeds", lambda *a, **k: calls.append(signature.bind(*a, **k).arguments)
+    )
+    assert main(["reproduce", "digits", "--seeds", "3", "1", "--out", "here", "--resume"]) == 0
+    assert [(call["out"], call["seeds"], call["resume"]) for call in calls] == [(Path("here"), (3, 1), True)]
+
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -330,6 +338,8 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
     ("words", "message"),
     [
         (["train", "--recipe", "luck"], "unknown recipe 'luck'"),
+        (["reproduce", "table1", "--seeds", "1", "2"], "seeds is for digits"),
+        (["reproduce", "digits", "--seeds", "1"], "two or more different numbers"),
         (["train", "--model", "awnet_huge", "--out", "new"], "unknown model 'awnet_huge'"),
         (["train", "--data", "mnist"], "unknown data set 'mnist'; known are digits"),
         (["train", "--data", "cifar10"], "cifar10 is not in data_dir 'data'"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from scipy.stats import binomtest
+from scipy.stats import t as student
 from torch import Tensor, nn
 
 from awnet import analysis, rng
@@ -28,6 +29,7 @@ from awnet.evaluation import (
     evaluate,
     mcnemar,
     robust_correct,
+    t_interval,
     w_robust_accuracy,
     w_robust_table,
     wilson_interval,
@@ -114,6 +116,16 @@ def test_mcnemar_by_hand_and_at_size() -> None:
         mcnemar(a, ~a[:5])
     with pytest.raises(ValueError, match="bool"):
         mcnemar(a.astype(float), a)
+
+
+def test_t_interval_as_scipy_has_it() -> None:
+    values = np.random.default_rng(3).normal(size=7)
+    for level in (0.5, 0.95):
+        expected = student.interval(level, 6, loc=values.mean(), scale=values.std(ddof=1) / 7**0.5)
+        assert t_interval(values, level) == pytest.approx(expected, rel=1e-12)
+    for few in ([], [0.5], [[0.5, 0.4]]):
+        with pytest.raises(ValueError, match="n > 1"):
+            t_interval(few)
 
 
 def test_bootstrap_interval_as_resampling_by_index() -> None:
@@ -602,8 +614,16 @@ def test_figures(tmp_path: Path) -> None:
     means = {"clean": generator.normal(size=16), "adversarial": generator.normal(size=16)}
     analysis.filter_means({"conv1": means, "constant": {"clean": np.zeros(4)}}, tmp_path / "filters.png")
     analysis.filter_means({"conv1": {"weights": generator.normal(size=64)}}, tmp_path / "single.png")
+    analysis.differences_by_training(
+        {
+            "a − b": {"clean": ([0.01, -0.02], (-0.1, 0.1)), "CW": ([0.3], (0.2, 0.4))},
+            "a − c": {"CW": ([-0.1, 0.0, 0.1], (-0.2, 0.2))},
+        },
+        tmp_path / "differences.png",
+        title="three trainings",
+    )
     found = sorted(tmp_path.iterdir())
-    assert len(found) == 6
+    assert len(found) == 7
     for path in found:
         check_png(path)
 

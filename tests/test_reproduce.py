@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from functools import partial
@@ -16,6 +17,7 @@ from awnet.data import Splits, load_dataset
 from awnet.evaluation import Comparison
 from awnet.evaluation.report import AttackDifference
 from awnet.models import load_model
+from awnet.reproduce import run_digits_seeds
 from awnet.reproduce.digits import _train, run_digits, verdict
 from awnet.reproduce.lanes import run_lanes
 from awnet.training import MTARD, checkpoint, read_log, recipe_for
@@ -99,6 +101,63 @@ def test_the_verdict_follows_the_interval() -> None:
         "better: A_w under FGSM (+2.0 points); worse: A_w under CW (-3.0 points); "
         "no significant difference: clean accuracy, A_w under x"
     )
+
+
+# --- several seeds
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_seeds_are_trained_each_and_compared_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits, recipe = small()
+    options: dict[str, Any] = {"recipe": recipe, "splits": splits, "attacks": ("fgsm",), "processes": 1}
+    result = run_digits_seeds(tmp_path, (3, 1), **options)
+    said = capsys.readouterr().out
+    names = ["awnet_tiny", "resnet_tiny", "resnet_tiny_wide"]
+    assert all(load_model(tmp_path / f"seed-{seed}") for seed in (3, 1))
+    saved = json.loads((tmp_path / "seeds.json").read_text())
+    assert saved["seeds"] == [3, 1]
+    assert list(saved["accuracies"]) == names
+    assert list(saved["differences"]) == names[1:]
+    for number, seed in enumerate((3, 1)):
+        reports = result.runs[seed].reports
+        for name in names:
+            found = saved["accuracies"][name]
+            assert found["clean"]["values"][number] == reports[name].clean_accuracy
+            assert found["fgsm"]["values"][number] == reports[name].attacks["fgsm"].w_robust_accuracy
+        assert json.loads((tmp_path / f"seed-{seed}" / "config.json").read_text())["seed"] == seed
+    for twin in names[1:]:
+        for what in ("clean", "fgsm"):
+            mine, theirs = (saved["accuracies"][name][what] for name in (names[0], twin))
+            spread = saved["differences"][twin][what]
+            assert spread["values"] == pytest.approx(
+                [a - b for a, b in zip(mine["values"], theirs["values"], strict=True)]
+            )
+            assert spread["mean"] == pytest.approx(mine["mean"] - theirs["mean"])
+            half = abs(spread["values"][0] - spread["values"][1]) / 2
+            assert spread["sd"] == pytest.approx(2**0.5 * half)
+            # Student's t of one degree of freedom at 0.975 is tan(0.475 π)
+            width = math.tan(0.475 * math.pi) * half
+            assert spread["interval_95"] == pytest.approx([spread["mean"] - width, spread["mean"] + width])
+    assert (tmp_path / "seeds.png").stat().st_size > 1000
+    assert "seed 1, 2 of 2" in said
+    assert "2 trainings of each network" in said
+    assert "awnet_tiny against resnet_tiny (same width, no router)" in said
+
+    # a further seed trains only its own networks
+    before = (tmp_path / "seed-3" / "last.safetensors").stat().st_mtime_ns
+    more = run_digits_seeds(tmp_path, (3, 1, 2), resume=True, quiet=True, **options)
+    assert (tmp_path / "seed-3" / "last.safetensors").stat().st_mtime_ns == before
+    assert more.accuracies["awnet_tiny"]["fgsm"].values[:2] == result.accuracies["awnet_tiny"]["fgsm"].values
+    assert len(more.accuracies["awnet_tiny"]["fgsm"].values) == 3
+
+
+@pytest.mark.parametrize("seeds", [(), (1,), (1, 2, 1)])
+def test_seeds_must_be_several_and_different(tmp_path: Path, seeds: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="two or more different numbers"):
+        run_digits_seeds(tmp_path / "run", seeds)
+    assert not (tmp_path / "run").exists()
 
 
 # --- lanes

@@ -1,6 +1,7 @@
 """Figures from arrays, and measurements of modules."""
 
 from awnet.analysis.figures import (
+    differences_by_training,
     example_images,
     filter_means,
     p_clean_histogram,
@@ -15,6 +16,7 @@ from awnet.analysis.weight_gap import WeightGap, weight_gaps
 
 __all__ = [
     "WeightGap",
+    "differences_by_training",
     "example_images",
     "filter_means",
     "p_clean_histogram",

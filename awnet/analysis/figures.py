@@ -172,6 +172,43 @@ def w_robust_bars(
         figure.legend(loc="outside lower center", ncols=max(1, min(count, 3, int(inches / label_inches))))
 
 
+def differences_by_training(
+    differences: Mapping[str, Mapping[str, tuple[Sequence[float], tuple[float, float]]]],
+    path: str | Path,
+    *,
+    title: str,
+) -> None:
+    """A mark for each training's difference, with the mean and its interval beside them.
+
+    Args:
+        differences: pair of systems → attack → (one value a training, (low, high) of the mean), fractions.
+        path: of the PNG file.
+    """
+    attacks = list(dict.fromkeys(attack for found in differences.values() for attack in found))
+    if not attacks:
+        raise ValueError("differences holds no attack: nothing to draw")
+    width = 0.8 / len(differences)
+    with _figure(path, min(max(6.0, 1.2 + 1.5 * len(attacks)), 13.0), 3.9) as figure:
+        axes = figure.subplots()
+        axes.axhline(0, color="#333333", lw=1)
+        for number, (pair, found) in enumerate(differences.items()):
+            colour = CYCLE[number % len(CYCLE)]
+            for place, (values, ends) in ((attacks.index(name), one) for name, one in found.items()):
+                centre = place + (number - (len(differences) - 1) / 2) * width
+                spread = np.linspace(-0.3, 0.1, len(values)) * width
+                axes.plot(centre + spread, 100 * np.asarray(values), "o", ms=4, mfc="none", color=colour)
+                mean = float(np.mean(values))
+                errors = [[100 * (mean - ends[0])], [100 * (ends[1] - mean)]]
+                axes.errorbar(
+                    centre + 0.25 * width, 100 * mean, errors, fmt="s", ms=5, color=colour, capsize=3,
+                    label=pair if place == attacks.index(next(iter(found))) else None,
+                )  # fmt: skip
+        axes.set_xticks(range(len(attacks)), attacks)
+        axes.tick_params(axis="x", length=0)
+        axes.set(title=title, ylabel="difference in points", xlim=(-0.5, len(attacks) - 0.5))
+        figure.legend(loc="outside lower center", ncols=len(differences))
+
+
 def p_clean_histogram(
     p_clean: Mapping[str, ArrayLike],
     path: str | Path,

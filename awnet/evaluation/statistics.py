@@ -53,6 +53,17 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def t_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
+    """Student's interval of the mean of ``values`` ``[n]``: one of each of n ≥ 2 trainings, say."""
+    from scipy.special import stdtrit
+
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size < 2:
+        raise ValueError(f"values must be [n] with n > 1, got shape {list(array.shape)}")
+    half = stdtrit(array.size - 1, (1 + level) / 2) * array.std(ddof=1) / math.sqrt(array.size)
+    return float(array.mean() - half), float(array.mean() + half)
+
+
 def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     """Two-sided p of McNemar's exact test: are ``a`` and ``b``, bool ``[n]``, right equally often?
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from rich.console import Console
 from awnet.attacks import list_attacks
 from awnet.data import Splits, load_dataset
 from awnet.evaluation import Comparison, Report, compare, comparison_table, evaluate, w_robust_table
+from awnet.evaluation.statistics import Interval
 from awnet.evaluation.table import LABELS
 from awnet.files import write_json
 from awnet.reproduce.lanes import Job, run_lanes
@@ -212,8 +213,13 @@ def verdict(comparison: Comparison) -> str:
     found = {"clean accuracy": (comparison.clean_difference, comparison.clean_interval_95)}
     for name, attack in comparison.attacks.items():
         found[f"A_w under {LABELS.get(name, name)}"] = (attack.difference, attack.interval_95)
+    return in_words(found)
+
+
+def in_words(differences: Mapping[str, tuple[float, Interval]]) -> str:
+    """What is better, what worse and what neither, of differences with their intervals, as fractions."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
-    for what, (difference, (low, high)) in found.items():
+    for what, (difference, (low, high)) in differences.items():
         if low <= 0 <= high:
             groups["no significant difference"].append(what)
         else:

@@ -1,0 +1,168 @@
+"""The main job with several seeds: which differences stay when networks are trained again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from awnet import analysis
+from awnet.evaluation import Report, t_interval
+from awnet.evaluation.statistics import Interval
+from awnet.evaluation.table import LABELS
+from awnet.files import write_json
+from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, in_words, run_digits
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CLEAN = "clean"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One figure of several trainings, as fractions.
+
+    values: in the order of the seeds. sd: between trainings, of n − 1. interval_95: Student's, of the mean.
+    """
+
+    values: list[float]
+    mean: float
+    sd: float
+    interval_95: Interval
+
+
+@dataclass(frozen=True)
+class SeedsResult:
+    """What ``seeds.json`` holds, and the runs.
+
+    Accuracies by model, differences (``awnet_tiny`` minus the twin) by twin; in each ``"clean"`` is A_nat,
+    the others A_w under the attack of that name.
+    """
+
+    folder: Path
+    seeds: list[int]
+    accuracies: dict[str, dict[str, Spread]]
+    differences: dict[str, dict[str, Spread]]
+    runs: dict[int, DigitsResult]
+
+
+def run_digits_seeds(
+    out: str | Path = "runs/digits-seeds",
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> SeedsResult:
+    """:func:`run_digits` once for each of ``seeds``, in ``out/seed-N``, and what they say together.
+
+    A seed draws weights, order, augmentation, attacks and validation images anew, and the teachers with them;
+    the test images stay. So the intervals are over trainings, for these test images. ``out`` gets
+    ``seeds.json`` and ``seeds.png``.
+
+    resume, overwrite: of each seed's folder, as in :func:`run_digits`; more seeds with ``resume`` train only
+        those that are new.
+    options: further arguments of :func:`run_digits`.
+
+    Raises:
+        ValueError: fewer than two seeds, or one of them twice.
+    """
+    seeds = list(seeds)
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be two or more different numbers, got {seeds}")
+    out, console = Path(out), Console(quiet=quiet, highlight=False)
+    runs = {}
+    for number, seed in enumerate(seeds, 1):
+        console.rule(f"seed {seed}, {number} of {len(seeds)}")
+        runs[seed] = run_digits(
+            out / f"seed-{seed}", seed=seed, resume=resume, overwrite=overwrite, quiet=quiet, **options
+        )
+    per_seed = [{name: _figures(report) for name, report in run.reports.items()} for run in runs.values()]
+    accuracies = {
+        model: {what: _spread([one[model][what] for one in per_seed]) for what in per_seed[0][model]}
+        for model in (AWNET, *TWINS)
+    }
+    differences = {
+        twin: {
+            what: _spread([one[AWNET][what] - one[twin][what] for one in per_seed])
+            for what in per_seed[0][twin]
+        }
+        for twin in TWINS
+    }
+    result = SeedsResult(out, seeds, accuracies, differences, runs)
+    saved = {"seeds": seeds, "accuracies": accuracies, "differences": differences}
+    write_json(out / "seeds.json", {name: _plain(value) for name, value in saved.items()})
+    analysis.differences_by_training(
+        {
+            f"{AWNET} − {twin}": {_label(what): (s.values, s.interval_95) for what, s in found.items()}
+            for twin, found in differences.items()
+        },
+        out / "seeds.png",
+        title=f"digits: {len(seeds)} trainings, one mark each",
+    )
+    console.rule(f"{len(seeds)} seeds")
+    console.print(_table(result))
+    for twin, found in differences.items():
+        said = in_words(
+            {_quantity(what): (spread.mean, spread.interval_95) for what, spread in found.items()}
+        )
+        console.print(f"{AWNET} against {twin} ({TWINS[twin]}): {said}", markup=False, soft_wrap=True)
+    console.print(f"written to {out / 'seeds.json'} and {out / 'seeds.png'}", markup=False, soft_wrap=True)
+    return result
+
+
+def _figures(report: Report) -> dict[str, float]:
+    attacks = {name: result.w_robust_accuracy for name, result in report.results().items()}
+    return {CLEAN: report.clean_accuracy, **attacks}
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(values, fmean(values), stdev(values), t_interval(values))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spread):
+        return asdict(value)
+    return {name: _plain(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _label(what: str) -> str:
+    return "clean" if what == CLEAN else LABELS.get(what, what.replace("_", " "))
+
+
+def _quantity(what: str) -> str:
+    return "clean accuracy" if what == CLEAN else f"A_w under {_label(what)}"
+
+
+def _table(result: SeedsResult) -> Table:
+    """A row for each model, mean ± standard deviation; under each twin the mean difference's interval."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=f"digits, {len(result.seeds)} trainings of each network",
+        caption="per cent; ± the standard deviation between trainings. Below: awnet_tiny minus the twin in "
+        "points, with Student's 95 % interval of the mean",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    names = list(result.accuracies[AWNET])
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column("Clean\nA_nat" if name == CLEAN else f"{_label(name)}\nA_w", justify="right")
+    for model, found in result.accuracies.items():
+        cells = [f"{100 * found[name].mean:.1f} ±{100 * found[name].sd:.1f}" for name in names]
+        table.add_row(model, *cells, end_section=model == list(result.accuracies)[-1])
+    for twin, found in result.differences.items():
+        cells = []
+        for name in names:
+            low, high = (f"{100 * end:+.1f}" for end in found[name].interval_95)
+            cells.append(f"{100 * found[name].mean:+.1f}\n\\[{low}, {high}]")
+        table.add_row(f"minus {twin}", *cells)
+    return table
