@@ -104,6 +104,7 @@ def check_by_autoattack(model: nn.Module) -> None:
         warnings.simplefilter("error")
         checks.check_randomized(model, batch.x, batch.y, n=3)
         assert checks.check_range_output(model, batch.x) == 10
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # it counts on from other models
         checks.check_dynamic(model, batch.x)
         x = batch.x.clone().requires_grad_(True)
         (slope,) = torch.autograd.grad(F.cross_entropy(model(x), batch.y), x)
