@@ -140,6 +140,10 @@ def _quantity(what: str) -> str:
     return "clean accuracy" if what == CLEAN else f"A_w under {_label(what)}"
 
 
+def _points(difference: float) -> str:
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # no -0.0
+
+
 def _table(result: SeedsResult) -> Table:
     """A row for each model, mean ± standard deviation; under each twin the mean difference's interval."""
     from rich.box import SIMPLE_HEAD
@@ -162,7 +166,7 @@ def _table(result: SeedsResult) -> Table:
     for twin, found in result.differences.items():
         cells = []
         for name in names:
-            low, high = (f"{100 * end:+.1f}" for end in found[name].interval_95)
-            cells.append(f"{100 * found[name].mean:+.1f}\n\\[{low}, {high}]")
+            mean, low, high = (_points(value) for value in (found[name].mean, *found[name].interval_95))
+            cells.append(f"{mean}\n\\[{low}, {high}]")
         table.add_row(f"minus {twin}", *cells)
     return table
