@@ -406,28 +406,23 @@ class Reproduce:
     seed: int = 0
     """Of everything: weights, order, augmentation, attacks, held-out images."""
     seeds: Several[int] = ()
-    """Run digits with each of these seeds and compare over trainings; by default in runs/digits-seeds."""
+    """Run digits with each of these seeds, in place of the one above, and compare over trainings; by default
+    in runs/digits-seeds."""
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
 
     def run(self, console: Console) -> None:
         from awnet.reproduce import reproduce, run_digits, run_digits_seeds
 
-        if self.seeds:
-            if self.what != "digits":
-                raise ValueError(f"seeds is for digits; run {self.what} with one seed after another")
-            run_digits_seeds(
-                self.out or Path("runs/digits-seeds"),
-                self.seeds,
-                resume=self.resume,
-                overwrite=self.overwrite,
-                device=self.device,
-            )
-            return
         if self.what == "digits":
-            out = self.out or Path("runs/digits")
-            run_digits(out, seed=self.seed, resume=self.resume, overwrite=self.overwrite, device=self.device)
+            flags: Any = {"resume": self.resume, "overwrite": self.overwrite, "device": self.device}
+            if self.seeds:
+                run_digits_seeds(self.out or Path("runs/digits-seeds"), self.seeds, **flags)
+            else:
+                run_digits(self.out or Path("runs/digits"), seed=self.seed, **flags)
             return
+        if self.seeds:
+            raise ValueError(f"seeds is for digits; run {self.what} with one seed after another")
         if self.overwrite:
             raise ValueError("overwrite is for digits: a table's networks are shared, so choose another out")
         reproduce(

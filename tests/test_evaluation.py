@@ -628,7 +628,10 @@ def test_figures(tmp_path: Path) -> None:
         check_png(path)
 
 
-@pytest.mark.parametrize("draw", ["training_curves", "w_robust_bars", "p_clean_histogram", "filter_means"])
+@pytest.mark.parametrize(
+    "draw",
+    ["training_curves", "w_robust_bars", "differences_by_training", "p_clean_histogram", "filter_means"],
+)
 def test_figures_of_nothing(draw: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing to draw|no epoch to draw"):
         getattr(analysis, draw)({}, tmp_path / "x.png")

@@ -176,7 +176,7 @@ def differences_by_training(
     differences: Mapping[str, Mapping[str, tuple[Sequence[float], tuple[float, float]]]],
     path: str | Path,
     *,
-    title: str,
+    title: str = "Differences between trainings",
 ) -> None:
     """A mark for each training's difference, with the mean and its interval beside them.
 
@@ -193,16 +193,16 @@ def differences_by_training(
         axes.axhline(0, color="#333333", lw=1)
         for number, (pair, found) in enumerate(differences.items()):
             colour = CYCLE[number % len(CYCLE)]
-            for place, (values, ends) in ((attacks.index(name), one) for name, one in found.items()):
-                centre = place + (number - (len(differences) - 1) / 2) * width
+            offset = (number - (len(differences) - 1) / 2) * width
+            places = np.array([attacks.index(attack) for attack in found]) + offset
+            for place, (values, _) in zip(places, found.values(), strict=True):
                 spread = np.linspace(-0.3, 0.1, len(values)) * width
-                axes.plot(centre + spread, 100 * np.asarray(values), "o", ms=4, mfc="none", color=colour)
-                mean = float(np.mean(values))
-                errors = [[100 * (mean - ends[0])], [100 * (ends[1] - mean)]]
-                axes.errorbar(
-                    centre + 0.25 * width, 100 * mean, errors, fmt="s", ms=5, color=colour, capsize=3,
-                    label=pair if place == attacks.index(next(iter(found))) else None,
-                )  # fmt: skip
+                axes.plot(place + spread, 100 * np.asarray(values), "o", ms=4, mfc="none", color=colour)
+            means = 100 * np.array([np.mean(values) for values, _ in found.values()])
+            ends = 100 * np.array([interval for _, interval in found.values()])
+            errors = np.abs(ends - means[:, None]).T
+            style = {"fmt": "s", "ms": 5, "color": colour, "capsize": 3}
+            axes.errorbar(places + 0.25 * width, means, errors, label=pair, **style)
         axes.set_xticks(range(len(attacks)), attacks)
         axes.tick_params(axis="x", length=0)
         axes.set(title=title, ylabel="difference in points", xlim=(-0.5, len(attacks) - 0.5))

@@ -12,7 +12,7 @@ from awnet import analysis
 from awnet.analysis.figures import Measured
 from awnet.evaluation.detection import CONTROLS, roc_curve
 from awnet.evaluation.report import Report
-from awnet.evaluation.table import LABELS
+from awnet.evaluation.table import LABELS, attack_label
 
 NAMES = {"clean": "clean", "uniform_noise": "uniform noise", "sign_noise": "sign noise", **LABELS}
 PANELS = 4
@@ -56,7 +56,7 @@ def _draw_doubts(report: Report, folder: Path) -> None:
         analysis.waterfall(
             report.n,
             report.n - withstood - sum(broken.values()),
-            {NAMES.get(name, name.replace("_", " ")): count for name, count in broken.items()},
+            {attack_label(name): count for name, count in broken.items()},
             folder / "waterfall.png",
             title=f"{report.model}: what breaks it first",
         )

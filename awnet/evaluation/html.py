@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awnet.evaluation.paper import PaperRow, paper_rows
-from awnet.evaluation.table import LABELS
+from awnet.evaluation.table import attack_label
 
 if TYPE_CHECKING:
     from awnet.evaluation.report import Report
@@ -95,10 +95,6 @@ def _with_interval(value: float, interval: Sequence[float]) -> str:
     return f"{_percent(value)} [{_percent(interval[0])}, {_percent(interval[1])}]"
 
 
-def _label(name: str) -> str:
-    return LABELS.get(name, name.replace("_", " "))
-
-
 def _table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", text: Sequence[int] = ()
 ) -> str:
@@ -124,7 +120,8 @@ def _cards(report: Report) -> str:
         kind, worst = headline
         name = "the worst case over all attacks"
         if kind != "union":
-            name = f"{_label(kind)}, the strongest of {len(report.attacks)} attacks (no union was measured)"
+            count = len(report.attacks)
+            name = f"{attack_label(kind)}, the strongest of {count} attacks (no union was measured)"
         cards.append((" head", f"robust: {name}", worst.robust_accuracy, worst.interval_95))
         cards.append(("", "W-Robust, ½ clean + ½ robust", worst.w_robust_accuracy, worst.w_interval_95))
     return (
@@ -162,7 +159,7 @@ def _attacks(report: Report) -> str:
     rows = []
     for name, result in results.items():
         cells = [
-            escape(_label(name)),
+            escape(attack_label(name)),
             _with_interval(result.robust_accuracy, result.interval_95),
             _with_interval(result.w_robust_accuracy, result.w_interval_95),
         ]
@@ -209,7 +206,7 @@ def _detection(report: Report) -> str:
 
     rows = [
         (
-            escape(_label(name)),
+            escape(attack_label(name)),
             area(found),
             area(found.get("successful"))
             + (f", n = {found['successful']['n']}" if "successful" in found else ""),
@@ -244,7 +241,7 @@ def _compared(report: Report) -> str:
             rows.append(
                 (
                     "",
-                    f"A_w, {escape(_label(name))}",
+                    f"A_w, {escape(attack_label(name))}",
                     _signed(attack.difference),
                     f"[{_signed(low)}, {_signed(high)}]",
                     _p(attack.mcnemar_p),

@@ -15,6 +15,11 @@ LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw"
 WIDEST = 4  # attacks beside each other in 80 characters; with more of them the table is turned
 
 
+def attack_label(name: str) -> str:
+    """What readers call it: an attack, or another kind of image that has a name."""
+    return LABELS.get(name, name.replace("_", " "))
+
+
 def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> Table:
     """A row for each report: A_nat, then A_adv and A_w (Eq. 23) for each attack, ± half a 95 % interval.
 

@@ -16,7 +16,7 @@ from awnet.attacks import list_attacks
 from awnet.data import Splits, load_dataset
 from awnet.evaluation import Comparison, Report, compare, comparison_table, evaluate, w_robust_table
 from awnet.evaluation.statistics import Interval
-from awnet.evaluation.table import LABELS
+from awnet.evaluation.table import LABELS, attack_label
 from awnet.files import write_json
 from awnet.reproduce.lanes import Job, run_lanes
 from awnet.training import MTARD, Recipe, recipe_for, train
@@ -82,8 +82,8 @@ def run_digits(
         assert isinstance(usual, MTARD)
         recipe = usual
     claim(out, resume=resume, overwrite=overwrite)
-    _say(console, f"{splits.train.name}: {splits.train.source}")
-    _say(
+    say(console, f"{splits.train.name}: {splits.train.source}")
+    say(
         console,
         f"{len(splits.train)} training, {len(splits.validation)} validation and {len(splits.test)} test "
         f"images, L-infinity eps {splits.train.threat_model.eps:.4g}; seed {seed}",
@@ -114,12 +114,12 @@ def run_digits(
 
     beside = ", in a second process" if processes == 2 else ""
     clean, robust = recipe.teacher_recipe("clean"), recipe.teacher_recipe("robust")
-    _say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{beside}")
+    say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{beside}")
     found = side_by_side(
         [job(robust, TEACHER, teachers[1], aside=False)], [job(clean, TEACHER, teachers[0], aside=True)]
     )
-    _say(console, f"clean teacher: validation accuracy {100 * found[1].validation['clean_accuracy']:.1f} %")
-    _say(console, f"students by {recipe.name}: {AWNET}; {' and '.join(TWINS)}{beside}")
+    say(console, f"clean teacher: validation accuracy {100 * found[1].validation['clean_accuracy']:.1f} %")
+    say(console, f"students by {recipe.name}: {AWNET}; {' and '.join(TWINS)}{beside}")
     found = side_by_side(
         [job(recipe, AWNET, out, aside=False)],
         [job(recipe, name, out / "compared" / name, aside=True) for name in TWINS],
@@ -188,38 +188,36 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
     console.print(w_robust_table(reports))
     console.print(comparison_table(report))
     for name, comparison in report.compared_with.items():
-        _say(console, f"{AWNET} against {name} ({TWINS[name]}): {verdict(comparison)}")
-    _say(
+        say(console, f"{AWNET} against {name} ({TWINS[name]}): {verdict(comparison)}")
+    say(
         console,
         "One seed, one test set, and no correction for the number of comparisons: see the intervals, and "
         "train with other seeds before believing a small difference.",
     )
     if report.router_auc:
-        values = ", ".join(
-            f"{LABELS.get(k, k.replace('_', ' '))} {v:.3f}" for k, v in report.router_auc.items()
-        )
-        _say(console, f"The router tells clean images from others with AUC: {values}.")
+        values = ", ".join(f"{attack_label(name)} {value:.3f}" for name, value in report.router_auc.items())
+        say(console, f"The router tells clean images from others with AUC: {values}.")
     for flag in report.flags:
-        _say(console, f"note: {flag}")
-    _say(console, f"{seconds:.0f} s in all")
+        say(console, f"note: {flag}")
+    say(console, f"{seconds:.0f} s in all")
     folder = out / "evaluations" / "default"
-    _say(console, f"report:     {out / 'report.json'}")
-    _say(console, f"figures:    {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
-    _say(console, f"checkpoint: {out / 'best.safetensors'}")
+    say(console, f"report:     {out / 'report.json'}")
+    say(console, f"figures:    {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
+    say(console, f"checkpoint: {out / 'best.safetensors'}")
 
 
 def verdict(comparison: Comparison) -> str:
     """Clean accuracy and A_w under each attack: better or worse where the 95 % interval excludes 0."""
-    found = {"clean accuracy": (comparison.clean_difference, comparison.clean_interval_95)}
-    for name, attack in comparison.attacks.items():
-        found[f"A_w under {LABELS.get(name, name)}"] = (attack.difference, attack.interval_95)
-    return in_words(found)
+    found = {"clean": (comparison.clean_difference, comparison.clean_interval_95)}
+    attacks = {name: (attack.difference, attack.interval_95) for name, attack in comparison.attacks.items()}
+    return in_words(found | attacks)
 
 
 def in_words(differences: Mapping[str, tuple[float, Interval]]) -> str:
-    """What is better, what worse and what neither, of differences with their intervals, as fractions."""
+    """What is better and what worse: "clean" (of A_nat) or attack (of A_w) → difference and interval."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
-    for what, (difference, (low, high)) in differences.items():
+    for name, (difference, (low, high)) in differences.items():
+        what = "clean accuracy" if name == "clean" else f"A_w under {LABELS.get(name, name)}"
         if low <= 0 <= high:
             groups["no significant difference"].append(what)
         else:
@@ -227,5 +225,6 @@ def in_words(differences: Mapping[str, tuple[float, Interval]]) -> str:
     return "; ".join(f"{group}: {', '.join(members)}" for group, members in groups.items() if members)
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
+    """Prints a line as it stands."""
     console.print(text, markup=False, soft_wrap=True)

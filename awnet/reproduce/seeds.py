@@ -13,9 +13,9 @@ from rich.console import Console
 from awnet import analysis
 from awnet.evaluation import Report, t_interval
 from awnet.evaluation.statistics import Interval
-from awnet.evaluation.table import LABELS
+from awnet.evaluation.table import attack_label
 from awnet.files import write_json
-from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, in_words, run_digits
+from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, in_words, run_digits, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -96,11 +96,11 @@ def run_digits_seeds(
         for twin in TWINS
     }
     result = SeedsResult(out, seeds, accuracies, differences, runs)
-    saved = {"seeds": seeds, "accuracies": accuracies, "differences": differences}
-    write_json(out / "seeds.json", {name: _plain(value) for name, value in saved.items()})
+    saved = {"seeds": seeds, "accuracies": _plain(accuracies), "differences": _plain(differences)}
+    write_json(out / "seeds.json", saved)
     analysis.differences_by_training(
         {
-            f"{AWNET} − {twin}": {_label(what): (s.values, s.interval_95) for what, s in found.items()}
+            f"{AWNET} − {twin}": {attack_label(what): (s.values, s.interval_95) for what, s in found.items()}
             for twin, found in differences.items()
         },
         out / "seeds.png",
@@ -109,11 +109,9 @@ def run_digits_seeds(
     console.rule(f"{len(seeds)} seeds")
     console.print(_table(result))
     for twin, found in differences.items():
-        said = in_words(
-            {_quantity(what): (spread.mean, spread.interval_95) for what, spread in found.items()}
-        )
-        console.print(f"{AWNET} against {twin} ({TWINS[twin]}): {said}", markup=False, soft_wrap=True)
-    console.print(f"written to {out / 'seeds.json'} and {out / 'seeds.png'}", markup=False, soft_wrap=True)
+        said = in_words({what: (spread.mean, spread.interval_95) for what, spread in found.items()})
+        say(console, f"{AWNET} against {twin} ({TWINS[twin]}): {said}")
+    say(console, f"written to {out / 'seeds.json'} and {out / 'seeds.png'}")
     return result
 
 
@@ -126,18 +124,8 @@ def _spread(values: list[float]) -> Spread:
     return Spread(values, fmean(values), stdev(values), t_interval(values))
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Spread):
-        return asdict(value)
-    return {name: _plain(one) for name, one in value.items()} if isinstance(value, dict) else value
-
-
-def _label(what: str) -> str:
-    return "clean" if what == CLEAN else LABELS.get(what, what.replace("_", " "))
-
-
-def _quantity(what: str) -> str:
-    return "clean accuracy" if what == CLEAN else f"A_w under {_label(what)}"
+def _plain(spreads: dict[str, dict[str, Spread]]) -> dict[str, Any]:
+    return {name: {what: asdict(one) for what, one in found.items()} for name, found in spreads.items()}
 
 
 def _points(difference: float) -> str:
@@ -159,10 +147,11 @@ def _table(result: SeedsResult) -> Table:
     names = list(result.accuracies[AWNET])
     table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column("Clean\nA_nat" if name == CLEAN else f"{_label(name)}\nA_w", justify="right")
+        table.add_column("Clean\nA_nat" if name == CLEAN else f"{attack_label(name)}\nA_w", justify="right")
     for model, found in result.accuracies.items():
         cells = [f"{100 * found[name].mean:.1f} ±{100 * found[name].sd:.1f}" for name in names]
-        table.add_row(model, *cells, end_section=model == list(result.accuracies)[-1])
+        table.add_row(model, *cells)
+    table.add_section()
     for twin, found in result.differences.items():
         cells = []
         for name in names:

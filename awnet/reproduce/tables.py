@@ -21,7 +21,7 @@ from awnet.evaluation import Report, auc, compare
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.report import AttackResult, environment
-from awnet.evaluation.table import LABELS
+from awnet.evaluation.table import attack_label
 from awnet.files import write_json, write_text
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.digits import verdict
@@ -308,7 +308,7 @@ def _attack_label(name: str) -> str:
     """For a reader; empty for no attack."""
     if name.startswith("transfer_"):
         return f"{_attack_label(name.removeprefix('transfer_'))}, transferred"
-    return LABELS.get(name, name.replace("_", " "))
+    return attack_label(name)
 
 
 def _fraction(per_cent: float | None) -> float | None:
