@@ -1,13 +1,16 @@
+import collections
 import hashlib
 import http.server
 import io
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -311,6 +314,79 @@ def test_bad_arrays_are_refused(change, message):
         from_arrays(**{**good, **change})
 
 
+@pytest.mark.parametrize("shape", [(9, 32, 32, 3), (9, 28, 28, 1), (9, 5, 7, 4), (9, 3, 3, 1), (9, 8, 6, 2)])
+def test_images_in_nhwc_are_refused_or_converted_when_told(shape):
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    labels = np.arange(9) % 3
+    for one in (images, torch.from_numpy(images)):
+        with pytest.raises(ValueError, match=r"looks like 9 images of .*layout='nhwc'"):
+            from_arrays(one, labels)
+        made = from_arrays(one, labels, layout="nhwc")
+        assert made.images.is_contiguous()
+        assert np.array_equal(made.images.numpy(), images.transpose(0, 3, 1, 2))
+    assert from_arrays(images, labels, layout="nchw").in_channels == shape[1]
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 4, 4), (2, 1, 1, 1), (2, 3, 64, 3), (2, 4, 4, 4), (2, 64, 8, 8), (0, 3, 32, 32)]
+)
+def test_images_in_nchw_of_any_size_are_taken(shape):
+    assert from_arrays(np.zeros(shape, np.uint8), [0, 1][: shape[0]]).images.shape == shape
+
+
+LABELS_OF_OTHER_KINDS = {
+    "words": (np.array(["cat", "dog"]), "such as .*'cat'.*numpy.unique"),
+    "a list of words": (["cat", "dog"], "number the words"),
+    "bytes": (np.array([b"cat", b"dog"]), "number the words"),
+    "words of pandas": (np.array(["cat", "dog"], dtype=object), "object.*'cat'.*number the words"),
+    "a missing one": (np.array([1, None], dtype=object), "such as None; .*none missing"),
+    "booleans of pandas": (np.array([1, True], dtype=object), "such as True"),
+    "fractions of pandas": (np.array([1, 0.5], dtype=object), r"such as 0\.5"),
+    "a number beyond int64": (np.array([1, 2**70], dtype=object), "fit into int64"),
+    "uint64 beyond int64": (np.array([1, 2**63], dtype=np.uint64), "fit into int64"),
+    "a column": (np.zeros((2, 1), np.int64), r"labels\[:, 0\]"),
+    "one-hot": (np.eye(2, dtype=np.int64), r"argmax\(1\)"),
+    "one-hot tensor": (torch.eye(2), r"argmax\(1\)"),
+    "floats": (np.array([0.0, 1.0]), r"astype\('int64'\)"),
+    "float tensor": (torch.zeros(2), r"torch.float32 \[2\].*astype"),
+    "complex": (np.array([1j, 0]), "whole numbers"),
+    "dates": (np.array(["2020-01-01", "2020-01-02"], "M8[D]"), "whole numbers"),
+    "unequal rows": ([[0], [0, 1]], "labels must be whole numbers"),
+    "a scalar": (3, "one label for each image"),
+    "none": (None, "whole numbers"),
+    "far too many classes": ([0, 10**12], "number the classes from 0 on"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS_OF_OTHER_KINDS)
+def test_labels_of_another_kind_are_refused_with_what_helps(case):
+    labels, message = LABELS_OF_OTHER_KINDS[case]
+    with pytest.raises(ValueError, match=message):
+        from_arrays(np.zeros((2, 1, 8, 8), np.uint8), labels)
+
+
+@pytest.mark.parametrize("dtype", [object, np.uint8, np.int32, np.uint64, ">i4"])
+def test_whole_number_labels_of_any_dtype_are_taken(dtype):
+    labels = np.array([2, 0], dtype=dtype)
+    assert from_arrays(np.zeros((2, 1, 8, 8), np.uint8), labels).labels.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([np.zeros((1, 8, 8), np.uint8), np.zeros((1, 8, 9), np.uint8)], "one uint8 array"),
+        (["a.png", "b.png"], "images must be uint8"),
+        (np.zeros((2, 8, 8), np.uint8), r"\[N, H, W\] become that by images\[:, None\]"),
+        (np.zeros((2, 3, 8, 8), np.float32), r"floats in \[0, 1\] by"),
+        (np.array([None, None]), "images must be uint8"),
+        (None, "images must be uint8"),
+    ],
+)
+def test_images_of_another_kind_are_refused_with_what_helps(images, message):
+    with pytest.raises(ValueError, match=message):
+        from_arrays(images, [0, 1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"batch_size": 0}, "batch_size must"), ({"batch_size": 2, "start": -1}, "start must")],
@@ -440,12 +516,25 @@ def python2_dumps(value):
     return file.getvalue().replace(b"numpy._core", b"numpy.core")
 
 
+def taken_from_arrays(value):
+    """A batch as indexing by numpy leaves it: numpy scalars as labels, text in arrays, an OrderedDict."""
+    value = collections.OrderedDict(value)
+    if "labels" in value:
+        value["labels"] = list(np.array(value["labels"]))
+        value["filenames"] = np.array(value["filenames"])
+    return value
+
+
 WRITERS = {
     "python 2": python2_dumps,
     "protocol 2": lambda value: pickle.dumps(value, protocol=3),
     "protocol 4": lambda value: pickle.dumps(value, protocol=4),
+    "protocol 0": lambda value: pickle.dumps(value, protocol=0),
+    "protocol 2 of Python 3": lambda value: pickle.dumps(value, protocol=2),
     "protocol 5": lambda value: pickle.dumps(value, protocol=5),
     "bytes keys": lambda value: pickle.dumps({key.encode(): item for key, item in value.items()}, protocol=4),
+    "taken from arrays": lambda value: pickle.dumps(taken_from_arrays(value), protocol=4),
+    "taken from arrays, protocol 2": lambda value: pickle.dumps(taken_from_arrays(value), protocol=2),
     "column order": lambda value: pickle.dumps(
         {key: np.asfortranarray(item) if key == "data" else item for key, item in value.items()}, protocol=4
     ),
@@ -610,6 +699,42 @@ def test_a_bad_cifar_batch_is_refused_with_its_path(tmp_path, case):
     assert str(folder / "data_batch_3") in str(error.value)
 
 
+def huge_pickles():
+    """Pickles of a few bytes or kilobytes whose values, taken literally, need gigabytes."""
+    size = (20 << 30).to_bytes(8, "little")
+    text = b"X" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20) + b"q\x01"  # 1 MiB, memo 1
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00U\x01btR"
+    dtype = b"cnumpy\ndtype\nU\x02u1\x85R(K\x03U\x01|NNNK\x01K\x01K\x00tb"
+    state = b"(K\x01J" + (1 << 20).to_bytes(4, "little") + b"\x85" + dtype + b"I00\nh\x01tb"
+    return {
+        "a byte array's declared length": b"\x80\x05\x96" + size + b".",
+        "a byte array's length beyond all memory": b"\x80\x05\x96" + b"\xff" * 8 + b".",
+        "a frame's declared length": b"\x80\x04\x95" + size + b".",
+        "bytes' declared length": b"\x80\x04\x8e" + size + b".",
+        "a number's declared length": b"\x80\x04\x8b\xff\xff\xff\x7f.",
+        "arrays that share their bytes": b"\x80\x02" + text + b"(" + (array + state) * 4096 + b"l.",
+        "texts that are one": b"\x80\x02}(U\x06labelsC\xff"
+        + b"a" * 255
+        + b"q\x01("
+        + b"h\x01" * 9999
+        + b"lu.",
+    }
+
+
+@pytest.mark.parametrize("case", huge_pickles())
+def test_a_pickle_takes_no_more_memory_than_its_size_bounds(tmp_path, case):
+    folder = write_cifar10(tmp_path)
+    (folder / "data_batch_1").write_bytes(huge_pickles()[case])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="data_batch_1"):
+            load_dataset("cifar10", tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20  # the largest of these files has 1.6 MB
+
+
 @pytest.mark.parametrize("content", [[1, 2], {1: 2}, "text", None])
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     folder = write_cifar10(tmp_path)
@@ -662,7 +787,7 @@ def test_a_damaged_pickle_is_read_or_refused_and_nothing_else(tmp_path_factory, 
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(content)
     try:
-        value = read_pickle(path)
+        value = read_pickle(path, *batch)
     except ValueError:
         return
     assert isinstance(value, dict)
@@ -776,7 +901,6 @@ def write_tiny_imagenet(parent, present=WNIDS, per_class=12):
     for k, wnid in enumerate(present):
         images = folder / "train" / wnid / "images"
         images.mkdir(parents=True)
-        (folder / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
         for i in range(per_class):
             picture = plain_picture(10 * i + k, "L" if i == 3 else "RGB")
             picture.save(images / f"{wnid}_{i}.JPEG", quality=100, subsampling=0)
@@ -790,7 +914,7 @@ def write_tiny_imagenet(parent, present=WNIDS, per_class=12):
                 folder / "val" / "images" / f"val_{i}.JPEG", quality=100, subsampling=0
             )
     (folder / "val" / "val_annotations.txt").write_text("".join(lines))
-    (folder / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
+    (folder / "wnids.txt").write_text("\n".join(present) + "\n")
     return folder
 
 
@@ -834,6 +958,33 @@ def break_tiny_imagenet(folder, case):
         plain_picture(1).save(first, format="PNG")
     elif case == "another size":
         Image.new("RGB", (32, 64)).save(first)
+    elif case == "an image bomb":
+        random = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+        Image.fromarray(random).save(first)
+        content = first.read_bytes()
+        size = content.index(b"\xff\xc0") + 5  # of the frame: height, width
+        first.write_bytes(content[:size] + b"\xff\xdc\xff\xdc" + content[size + 4 :])
+    elif case == "missing class folder":
+        shutil.rmtree(folder / "train" / WNIDS[2])
+    elif case == "missing images folder":
+        (folder / "train" / WNIDS[2] / "images").rename(folder / "train" / WNIDS[2] / "pictures")
+    elif case == "missing training images":
+        for i in (3, 7):
+            (train / f"{WNIDS[0]}_{i}.JPEG").unlink()
+    elif case == "no image in a class":
+        for path in train.iterdir():
+            path.unlink()
+    elif case == "truncated list of classes":
+        (folder / "wnids.txt").write_text(f"{WNIDS[0]}\n{WNIDS[1]}\n")
+    elif case == "empty list of classes":
+        (folder / "wnids.txt").write_text("")
+    elif case == "truncated annotations":
+        annotations.write_text("".join(annotations.read_text().splitlines(True)[:6]))
+    elif case == "a test image and its annotation are missing":
+        (val / "images" / "val_8.JPEG").unlink()
+        annotations.write_text("".join(annotations.read_text().splitlines(True)[:8]))
+    elif case == "no test images":
+        shutil.rmtree(val / "images")
     elif case == "missing test image":
         (val / "images" / "val_4.JPEG").unlink()
     elif case == "missing annotations":
@@ -859,13 +1010,23 @@ def break_tiny_imagenet(folder, case):
         ("empty image", ValueError, "_0.JPEG is damaged, or not a JPEG"),
         ("a PNG by another name", ValueError, "_0.JPEG is damaged, or not a JPEG"),
         ("another size", ValueError, "_0.JPEG is 32×64, expected 64×64"),
-        ("missing test image", FileNotFoundError, "val_4.JPEG is missing"),
+        ("missing test image", FileNotFoundError, "1 of 9 test images are missing, val_4"),
+        ("no test images", FileNotFoundError, "9 of 9 test images are missing, val_0"),
+        ("an image bomb", ValueError, "_0.JPEG is 65500×65500, expected 64×64"),
+        ("missing class folder", FileNotFoundError, "no images folder for 1 of the 3 classes.*n03000000"),
+        ("missing images folder", FileNotFoundError, "no images folder for 1 of the 3 classes.*n03000000"),
+        ("missing training images", ValueError, "has 34 images where 3 classes of 12 make 36: 1 classes"),
+        ("no image in a class", ValueError, "has 24 images where 3 classes of 12 make 36.*n02000000 has 0"),
+        ("truncated list of classes", ValueError, "wnids.txt lacks 1 of the 3 classes"),
+        ("empty list of classes", ValueError, "wnids.txt is empty"),
+        ("truncated annotations", ValueError, "no label for 3 of the 9 images.*val_6"),
+        ("a test image and its annotation are missing", ValueError, "names 8 images where .* make 9"),
         ("missing annotations", FileNotFoundError, "val_annotations.txt is missing"),
         ("damaged annotations", ValueError, "line 1: expected 'file<TAB>wnid"),
         ("a path in the annotations", ValueError, "line 1: expected 'file<TAB>wnid"),
-        ("no annotation of these classes", ValueError, "holds no test images"),
+        ("no annotation of these classes", ValueError, "no label for 8 of the 9 images"),
         ("no train folder", FileNotFoundError, "train is missing"),
-        ("no class folder", FileNotFoundError, "has no class folder"),
+        ("no class folder", FileNotFoundError, "no images folder for 3 of the 3 classes"),
     ],
 )
 def test_a_damaged_tiny_imagenet_is_refused(tmp_path, case, error, message):
@@ -884,6 +1045,7 @@ class Server:
     def __init__(self):
         self.content = b""
         self.ranges = True
+        self.length = True
         self.break_off_after = None
         self.asked = []
         outer = self
@@ -903,7 +1065,8 @@ class Server:
                     self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
                 else:
                     self.send_response(200)
-                self.send_header("Content-Length", str(len(body) - start))
+                if outer.length:
+                    self.send_header("Content-Length", str(len(body) - start))
                 self.end_headers()
                 stop = len(body) if outer.break_off_after is None else start + outer.break_off_after
                 self.wfile.write(body[start:stop])
@@ -1010,6 +1173,30 @@ def test_a_wrong_checksum_is_refused_and_the_next_attempt_starts_afresh(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
     download("cifar10", tmp_path)
     assert server.asked[-1] is None
+
+
+@pytest.mark.parametrize("length", [True, False], ids=["length declared", "no length"])
+def test_a_download_stops_past_the_size_of_every_archive(tmp_path, server, monkeypatch, length):
+    server.serve(monkeypatch, "cifar10", bytes(5000))
+    monkeypatch.setattr(downloads, "MOST_BYTES", 4000)
+    monkeypatch.setattr(downloads, "CHUNK", 1000)
+    server.length, seen = length, []
+    with pytest.raises(ValueError, match=r"no published archive has more than 4,000.*--url"):
+        download("cifar10", tmp_path, progress=lambda have, total: seen.append(have))
+    assert seen == ([] if length else [1000, 2000, 3000, 4000])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_download_without_a_length_is_read_to_its_end(tmp_path, server, monkeypatch):
+    server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
+    server.length = False
+    download("cifar10", tmp_path)
+    assert len(load_dataset("cifar10", tmp_path).test) == 40
+
+
+def test_an_address_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="url must begin with http"):
+        download("cifar10", tmp_path, url="cifar.tar.gz")
 
 
 def test_a_mirror_is_held_to_the_publishers_checksum(tmp_path, server, monkeypatch):

@@ -125,7 +125,7 @@ def _class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
             line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()
         ]
     else:
-        names = read_pickle(path).get(layout.names_key)
+        names = read_pickle(path, layout.names_key).get(layout.names_key)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: {layout.names_key!r} must be a list of class names")
     if len(names) != layout.num_classes:
@@ -135,7 +135,7 @@ def _class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
 
 def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     _must_exist(path)
-    batch = read_pickle(path)
+    batch = read_pickle(path, "data", layout.label_key)
     rows, labels = batch.get("data"), batch.get(layout.label_key)
     if (
         not isinstance(rows, np.ndarray)

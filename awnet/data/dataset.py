@@ -16,6 +16,12 @@ from awnet import rng
 from awnet.data.checks import check_labels
 
 Memory = Literal["auto", "device", "host"]
+MOST_CLASSES = 1_000_000  # that are named by number
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_NOT_UINT8 = (
+    "images must be uint8 [N, C, H, W], got {}; grey images [N, H, W] become that by images[:, None], and "
+    "floats in [0, 1] by (255 * images).round().astype('uint8')"
+)
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
-            raise ValueError(
-                f"images must be uint8 [N, C, H, W], got {self.images.dtype} {list(self.images.shape)}"
-            )
+            raise ValueError(_NOT_UINT8.format(f"{self.images.dtype} {list(self.images.shape)}"))
         if not 1 <= self.max_value <= 255:
             raise ValueError(f"max_value must be in [1, 255], got {self.max_value}")
         n = len(self.images)
@@ -369,23 +373,29 @@ def from_arrays(
     shift: int = 0,
     flip: bool = False,
     source: str = "arrays of the caller's",
+    layout: Literal["nchw", "nhwc"] | None = None,
 ) -> Dataset:
-    """A data set of your own from arrays or tensors.
+    """A data set from arrays or tensors.
 
     images: uint8 [N, C, H, W]; a numpy.memmap (mode "c") in C order stays on disk and is read batch by batch.
     labels: whole numbers [N]. classes: the classes' names; by default "0", "1", … up to the largest label.
     eps, shift and flip: the threat model and the augmentation.
+    layout: ``"nhwc"`` for images [N, H, W, C], as PIL and TensorFlow hold them, which are copied to
+        [N, C, H, W]. None takes [N, C, H, W] and refuses a shape that looks like [N, H, W, C]; ``"nchw"``
+        takes any.
+
+    ValueError or TypeError, naming the argument, for anything else.
     """
-    pixels = torch.as_tensor(np.ascontiguousarray(images)) if not isinstance(images, Tensor) else images
-    numbers = torch.as_tensor(np.asarray(labels)) if not isinstance(labels, Tensor) else labels
-    if numbers.is_floating_point() or numbers.dtype == torch.bool or numbers.dim() != 1:
-        raise ValueError(
-            f"labels must be whole numbers [N], got {numbers.dtype} {list(numbers.shape)}; "
-            "one-hot labels become that by .argmax(1)"
-        )
-    numbers = numbers.to(torch.int64)
+    pixels = _pixels(images, layout)
+    numbers = _class_numbers(labels)
     if classes is None:
-        classes = [str(number) for number in range(int(numbers.max()) + 1 if len(numbers) else 0)]
+        largest = int(numbers.max()) if len(numbers) else -1
+        if largest >= MOST_CLASSES:
+            raise ValueError(
+                f"labels go up to {largest}, which would make as many classes: number the classes from 0 on, "
+                "by numpy.unique(labels, return_inverse=True)[1] for example"
+            )
+        classes = [str(number) for number in range(largest + 1)]
     return Dataset(
         name=name,
         split=split,
@@ -397,4 +407,77 @@ def from_arrays(
         threat_model=ThreatModel(eps),
         augmentation=Augmentation(shift, flip),
         source=source,
+    )
+
+
+def _pixels(images: Any, layout: str | None) -> Tensor:
+    """``images`` as a tensor [N, C, H, W]; ``Dataset`` checks its dtype and rank."""
+    if layout not in (None, "nchw", "nhwc"):
+        raise ValueError(f"layout must be 'nchw', 'nhwc' or None, got {layout!r}")
+    if not isinstance(images, Tensor):
+        try:
+            array = np.ascontiguousarray(images)
+        except (ValueError, TypeError) as error:  # a list of images of several sizes
+            raise ValueError(f"images must be one uint8 array [N, C, H, W]: {error}") from None
+        if array.dtype != np.uint8:
+            raise ValueError(_NOT_UINT8.format(f"{array.dtype} {list(array.shape)}"))
+        images = torch.as_tensor(array, device="cpu")
+    if layout == "nhwc" and images.dim() == 4:
+        return images.permute(0, 3, 1, 2).contiguous()
+    if layout is None and images.dim() == 4 and _looks_nhwc(images.shape[1:]):
+        n, height, width, channels = images.shape
+        raise ValueError(
+            f"images must be [N, C, H, W], got {list(images.shape)}, which looks like {n} images of "
+            f"{height}×{width} pixels with {channels} channels, [N, H, W, C]: pass layout='nhwc' if they "
+            f"are, layout='nchw' if they have {height} channels"
+        )
+    return images
+
+
+def _looks_nhwc(shape: Sequence[int]) -> bool:
+    first, second, last = shape
+    return 1 <= last <= 4 and (first > 4 or first == second != last)
+
+
+def _class_numbers(labels: Any) -> Tensor:
+    """``labels`` as int64 [N]."""
+    if not isinstance(labels, Tensor):
+        try:
+            array = np.asarray(labels)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"labels must be whole numbers [N]: {error}") from None
+        if array.dtype == object and array.ndim == 1:  # of pandas
+            other = [v for v in array if not isinstance(v, int | np.integer) or isinstance(v, bool)]
+            if other:
+                raise _not_numbers(other[0], "object", array.shape)
+            if any(abs(int(v)) >= 2**63 for v in array):
+                raise ValueError("labels must fit into int64")
+            array = array.astype(np.int64)
+        if array.size == 0:
+            array = array.astype(np.int64)
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise _not_numbers(array.flat[0], str(array.dtype), array.shape)
+        if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
+            raise ValueError("labels must fit into int64")
+        return torch.from_numpy(array.astype(np.int64))
+    if labels.dtype not in _INTEGERS or labels.dim() != 1:
+        first = labels.flatten()[0].item() if labels.numel() else None
+        raise _not_numbers(first, str(labels.dtype), tuple(labels.shape))
+    return labels.to(torch.int64)
+
+
+def _not_numbers(first: Any, dtype: str, shape: tuple[int, ...]) -> ValueError:
+    cure = "labels.astype('int64') makes them so"
+    if isinstance(first, str | bytes):
+        cure = "number the words: classes, labels = numpy.unique(words, return_inverse=True)"
+    elif len(shape) == 2:
+        cure = (
+            "labels[:, 0] is of that shape" if shape[1] == 1 else "one-hot labels become that by .argmax(1)"
+        )
+    elif len(shape) != 1:
+        cure = "one label for each image"
+    elif not isinstance(first, bool | np.bool_ | float | np.floating):
+        cure = "one class number from 0 on for each image, none missing"
+    return ValueError(
+        f"labels must be whole numbers [N], got {dtype} {list(shape)}, such as {first!r}; {cure}"
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 20
+MOST_BYTES = 300_000_000  # of an archive: the largest published one has fewer
 
 Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all where the server says)
 
@@ -57,8 +58,8 @@ def download(
     goes on where it stopped when the server allows that. ``url`` names a mirror: the checksum stays the
     publisher's. ``progress`` is called as data arrives.
 
-    ValueError for an unknown name, a wrong checksum or an archive with unexpected content; ConnectionError
-    when the archive can't be fetched.
+    ValueError for an unknown name, a wrong checksum, an archive with unexpected content or a server that
+    sends more than the archive has; ConnectionError when the archive can't be fetched.
     """
     import pooch
 
@@ -66,6 +67,8 @@ def download(
         raise ValueError("digits needs no download: it ships inside scikit-learn")
     if name not in ARCHIVES:
         raise ValueError(f"unknown data set {name!r}; to be downloaded are {', '.join(ARCHIVES)}")
+    if url is not None and not url.startswith(("http://", "https://", "ftp://")):
+        raise ValueError(f"url must begin with http://, https:// or ftp://, got {url!r}")
     archive = ARCHIVES[name]
     data_dir = Path(data_dir).expanduser()
     folder = data_dir / archive.folder
@@ -93,7 +96,7 @@ def download(
 
 
 def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> None:
-    """Completes ``part`` from ``url``, then moves it to ``output``."""
+    """Completes ``part`` from ``url``, then moves it to ``output``; ValueError past MOST_BYTES."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -107,16 +110,28 @@ def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> Non
         resumed = reply.status == 206
         have = have if resumed else 0
         length = reply.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        total = have + int(length) if length and length.isdecimal() else None
+        if total is not None and total > MOST_BYTES:
+            raise _too_large(url, part, f"offers {total:,} bytes")
         with part.open("ab" if resumed else "wb") as file:
             while chunk := reply.read(CHUNK):
-                file.write(chunk)
                 have += len(chunk)
+                if have > MOST_BYTES:
+                    raise _too_large(url, part, f"sent more than {MOST_BYTES:,} bytes")
+                file.write(chunk)
                 if progress is not None:
                     progress(have, total)
     if total is not None and have != total:
         raise OSError(f"the connection broke off after {have:,} of {total:,} bytes")
     os.replace(part, output)
+
+
+def _too_large(url: str, part: Path, found: str) -> ValueError:
+    part.unlink(missing_ok=True)
+    return ValueError(
+        f"{url} {found}, but no published archive has more than {MOST_BYTES:,}: this is another file. Give "
+        "another mirror by --url (url=…)"
+    )
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -10,21 +10,18 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 
 class _Dtype:
-    """Stands for ``numpy.dtype`` in the pickle: whole numbers only."""
+    """Stands for ``numpy.dtype`` in the pickle; ``_values`` refuses all but integers."""
 
     def __init__(self, code: Any = None, *_: Any) -> None:
         self.code = code.decode("latin-1") if isinstance(code, bytes) else code
-        if self.code not in {"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"}:
-            raise pickle.UnpicklingError(
-                f"an array of dtype {str(self.code)[:20]!r}, only whole numbers are read"
-            )
         self.order = "<"
 
     def __setstate__(self, state: Any) -> None:
@@ -36,46 +33,101 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for ``numpy.ndarray`` in the pickle."""
+    """Stands for ``numpy.ndarray`` in the pickle: notes what the array is made of, and makes it on request.
 
-    values: np.ndarray | None = None
+    Until then it takes no memory of its own, however often a pickle refers to the same bytes.
+    """
+
+    parts: tuple[Any, Any, Any, bool] | None = None  # bytes, dtype, shape, column order
 
     def __setstate__(self, state: Any) -> None:
         try:
             _, shape, dtype, fortran, raw = state
         except (TypeError, ValueError):
             raise pickle.UnpicklingError("an array with an unknown state") from None
-        self.values = _values(raw, dtype, shape, "F" if fortran else "C")
+        self.parts = raw, dtype, shape, bool(fortran)
+
+    def values(self) -> np.ndarray:
+        if self.parts is None:
+            raise pickle.UnpicklingError("an array without values")
+        raw, dtype, shape, fortran = self.parts
+        return _values(raw, dtype, shape, "F" if fortran else "C")
 
 
-class _Reconstruct:
-    """Stands for the function that makes an empty array, which ``_Array.__setstate__`` fills."""
+class _Function:
+    """Stands for a function in the pickle; a call makes a noted value and nothing else."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state for a function")
+
+
+class _Reconstruct(_Function):
+    """Makes an empty array, which ``_Array.__setstate__`` fills."""
 
     def __new__(cls, subtype: Any, *_: Any) -> Any:
         if subtype is not _Array:
             raise pickle.UnpicklingError("an array of an unknown type")
         return _Array()
 
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a state for a function")
 
-
-class _FromBuffer:
-    """Stands for the function by which protocol 5 makes an array."""
+class _FromBuffer(_Function):
+    """Makes an array in protocol 5."""
 
     def __new__(cls, raw: Any, dtype: Any, shape: Any, order: Any) -> Any:
         array = _Array()
-        array.values = _values(raw, dtype, shape, "F" if order in ("F", b"F") else "C")
+        array.parts = raw, dtype, shape, order in ("F", b"F")
         return array
 
+
+class _Scalar(_Function):
+    """Makes a numpy scalar, such as a label that was taken from an array."""
+
+    def __new__(cls, dtype: Any, raw: Any = b"") -> Any:
+        return _values(raw, dtype, (1,), "C")[0].item()
+
+
+class _Encode(_Function):
+    """Makes bytes of text: how protocols 0 to 2 of Python 3 write bytes."""
+
+    def __new__(cls, text: Any, encoding: Any = None) -> Any:
+        if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
+            raise pickle.UnpicklingError("bytes in an unknown encoding")
+        return _Latin1(text)
+
+
+class _Latin1:
+    """Bytes that are still text: ``_values`` encodes them, once for each array that is asked for."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class _Bytes(_Function):
+    """Makes empty bytes, which protocols 0 to 2 write as a call."""
+
+    def __new__(cls) -> Any:
+        return b""
+
+
+class _OrderedDict(dict[Any, Any]):
+    """Stands for ``collections.OrderedDict``; items are set one by one, never copied from another dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a state for a function")
+        raise pickle.UnpicklingError("a state for a dict")
 
 
 def _values(raw: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np.ndarray:
     sizes = shape if isinstance(shape, tuple) else ()
     if not isinstance(dtype, _Dtype) or not sizes or not all(type(n) is int and n >= 0 for n in sizes):
         raise pickle.UnpicklingError("an array with an unknown dtype or shape")
+    if dtype.code not in {"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"}:
+        raise pickle.UnpicklingError(
+            f"an array of dtype {str(dtype.code)[:20]!r}, only whole numbers are read"
+        )
+    raw = raw.text if isinstance(raw, _Latin1) else raw
     if isinstance(raw, str):  # Python 2 wrote the bytes as a string
         raw = raw.encode("latin-1")
     if not isinstance(raw, (bytes, bytearray)):
@@ -93,46 +145,69 @@ _STAND_INS: dict[tuple[str, str], Any] = {
     ("numpy._core.multiarray", "_reconstruct"): _Reconstruct,
     ("numpy.core.numeric", "_frombuffer"): _FromBuffer,
     ("numpy._core.numeric", "_frombuffer"): _FromBuffer,
+    ("numpy.core.multiarray", "scalar"): _Scalar,
+    ("numpy._core.multiarray", "scalar"): _Scalar,
+    ("_codecs", "encode"): _Encode,
+    ("__builtin__", "bytes"): _Bytes,
+    ("collections", "OrderedDict"): _OrderedDict,
 }
 
 
 # the Python unpickler: the C one sets up as much memory as a hostile memo index asks for
 class _Unpickler(pickle._Unpickler):
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    read: Any  # set by load()
+    append: Any
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _STAND_INS[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
 
+    def load_bytearray8(self) -> None:
+        """Reads the bytes that are there; the inherited method first makes as many as the pickle declares."""
+        size = int.from_bytes(self.read(8), "little")
+        self.append(bytearray(self.read(min(size, sys.maxsize))))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+
+def read_pickle(path: Path, *wanted: str) -> dict[str, Any]:
+    """The values of ``wanted`` in a published CIFAR file, which is a dict with text keys.
+
+    They are lists, text, whole numbers and integer arrays; what else the dict holds is not read. A key that
+    is missing is left out. Memory is bounded by the file's size, whatever sizes the file declares.
+
+    ValueError with the path when the file is damaged, asks for any other name, or holds anything else.
+    """
+    content = path.read_bytes()
+    try:
+        value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        if isinstance(value, dict) and all(isinstance(name, (str, bytes)) for name in value):
+            named = {_text(name): item for name, item in value.items()}
+            return {name: _plain(named[name], name) for name in wanted if name in named}
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} was refused: {error}. CIFAR files need only plain containers and integer arrays; this "
+            "one is damaged or hostile. Get it again from its publisher"
+        ) from error
+    except Exception as error:  # a damaged pickle can fail in any of the unpickler's own operations
+        raise ValueError(f"{path} is damaged, or not a pickle: {type(error).__name__}: {error}") from error
+    raise ValueError(f"{path} holds a {type(value).__name__}, expected a dict with text keys")
+
 
 def _text(value: Any) -> Any:
     return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
-def read_pickle(path: Path) -> dict[str, Any]:
-    """The dict in a published CIFAR file: text keys, with lists, text, whole numbers and integer arrays.
-
-    ValueError with the path when it is damaged, or holds or asks for anything else.
-    """
-    try:
-        value = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} was refused: {error}. Published CIFAR files need only plain containers and integer "
-            "arrays; this one is damaged or hostile. Get it again from its publisher"
-        ) from error
-    except Exception as error:  # a damaged pickle can fail in any of the unpickler's own operations
-        raise ValueError(f"{path} is damaged, or not a pickle: {type(error).__name__}: {error}") from error
-    if not isinstance(value, dict) or not all(isinstance(name, (str, bytes)) for name in value):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a dict with text keys")
-    return {_text(name): _plain(item, path, _text(name)) for name, item in value.items()}
-
-
-def _plain(value: Any, path: Path, name: str) -> Any:
+def _plain(value: Any, name: str) -> Any:
     if isinstance(value, _Array):
-        if value.values is None:
-            raise ValueError(f"{path}: {name!r} is an array without values")
-        return value.values
+        try:
+            return value.values()
+        except pickle.UnpicklingError as error:
+            raise pickle.UnpicklingError(f"{name!r} is {error}") from error
     if isinstance(value, (list, tuple)):
-        return [_text(item) for item in value]
+        texts = {item: _text(item) for item in value if isinstance(item, bytes)}  # each decoded once
+        return [texts[item] if isinstance(item, bytes) else item for item in value]
     return _text(value)

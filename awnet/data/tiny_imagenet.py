@@ -6,6 +6,7 @@ Stanford CS231n course, "Tiny ImageNet Visual Recognition Challenge".
 from __future__ import annotations
 
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,54 +18,34 @@ from awnet.data.folders import find_folder
 
 SIZE = 64
 VALIDATION_FRACTION = 0.02
+_AGAIN = "Unpack the archive again, or download it again"
 
 
 def load_tiny_imagenet(data_dir: str | Path, seed: int = 0) -> Splits:
-    """The classes are the folders under ``train/``, in the order of their WordNet ids; the published
-    validation images of these classes are the test set (the labels of the published test images are secret);
-    2 % of the training images, drawn by the seed, are held out."""
-    folder, _ = find_folder("tiny_imagenet", data_dir, {"tiny-imagenet-200": "wnids.txt"})
-    train_folder = folder / "train"
-    if not train_folder.is_dir():
-        raise FileNotFoundError(
-            f"{train_folder} is missing; the published folder has a folder per class there"
-        )
-    classes = tuple(sorted(entry.name for entry in train_folder.iterdir() if (entry / "images").is_dir()))
+    """The classes are those of ``wnids.txt``, in the order of their WordNet ids; the published validation
+    images of these classes are the test set (the labels of the published test images are secret); 2 % of the
+    training images, drawn by the seed, are held out.
+
+    A subset of the classes has a ``wnids.txt`` of these alone. FileNotFoundError or ValueError, with counts,
+    where class folders, images or annotations are missing: each class must have the same number of images.
+    """
+    folder, marker = find_folder("tiny_imagenet", data_dir, {"tiny-imagenet-200": "wnids.txt"})
+    listed = (folder / marker).read_text(encoding="utf-8", errors="replace").split()
+    classes = tuple(sorted(set(listed)))
     if not classes:
-        raise FileNotFoundError(f"{train_folder} has no class folder (train/<wnid>/images)")
+        raise ValueError(f"{folder / marker} is empty; it lists the classes. {_AGAIN}")
     number = {wnid: i for i, wnid in enumerate(classes)}
+    train_files = _train_files(folder, classes)
+    test_files = _test_files(folder, classes)
 
-    train_files: list[tuple[Path, int]] = []
-    for wnid in classes:
-        paths = [
-            path for path in (train_folder / wnid / "images").iterdir() if path.suffix.upper() == ".JPEG"
-        ]
-        paths.sort(key=lambda path: (len(path.name), path.name))  # n_2 before n_10, as numbered
-        train_files += [(path, number[wnid]) for path in paths]
-
-    annotations = folder / "val" / "val_annotations.txt"
-    if not annotations.is_file():
-        raise FileNotFoundError(f"{annotations} is missing; it holds the labels of the test images")
-    test_files: list[tuple[Path, int]] = []
-    for line, text in enumerate(annotations.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not text.strip():
-            continue
-        fields = text.split("\t")
-        if len(fields) < 2 or Path(fields[0]).name != fields[0]:
-            raise ValueError(
-                f"{annotations}, line {line}: expected 'file<TAB>wnid<TAB>box', got {text[:60]!r}"
-            )
-        if fields[1] in number:
-            test_files.append((folder / "val" / "images" / fields[0], number[fields[1]]))
-
-    def read(files: list[tuple[Path, int]], split: str) -> Dataset:
+    def read(files: list[tuple[Path, str]], split: str) -> Dataset:
         if not files:
             raise ValueError(f"{folder} holds no {split} images of its {len(classes)} classes")
         return Dataset(
             name="tiny_imagenet",
             split=split,
             images=_decode([path for path, _ in files]),
-            labels=torch.tensor([label for _, label in files]),
+            labels=torch.tensor([number[wnid] for _, wnid in files]),
             index=torch.arange(len(files)),
             classes=classes,
             max_value=255,
@@ -75,6 +56,81 @@ def load_tiny_imagenet(data_dir: str | Path, seed: int = 0) -> Splits:
 
     train, validation = hold_out(read(train_files, "train"), VALIDATION_FRACTION, seed)
     return Splits(train, validation, read(test_files, "test"))
+
+
+def _train_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, str]]:
+    """(image, class) for each training image: by class, as numbered."""
+    train_folder = folder / "train"
+    if not train_folder.is_dir():
+        raise FileNotFoundError(
+            f"{train_folder} is missing; the published folder has a folder per class there"
+        )
+    there = {entry.name for entry in train_folder.iterdir() if (entry / "images").is_dir()}
+    if missing := [wnid for wnid in classes if wnid not in there]:
+        raise FileNotFoundError(
+            f"{train_folder} has no images folder for {len(missing)} of the {len(classes)} classes in "
+            f"wnids.txt, {missing[0]} for one. {_AGAIN}; for a part of the classes, list these alone there"
+        )
+    if extra := sorted(there - set(classes)):
+        raise ValueError(
+            f"{folder / 'wnids.txt'} lacks {len(extra)} of the {len(there)} classes in {train_folder}, "
+            f"{extra[0]} for one. {_AGAIN}"
+        )
+    files = []
+    for wnid in classes:
+        paths = _images(train_folder / wnid / "images")
+        paths.sort(key=lambda path: (len(path.name), path.name))  # n_2 before n_10, as numbered
+        files += [(path, wnid) for path in paths]
+    _check_equal(files, classes, f"{train_folder} has")
+    return files
+
+
+def _test_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, str]]:
+    """(image, class) for each published validation image of ``classes``, in the published order."""
+    annotations, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
+    if not annotations.is_file():
+        raise FileNotFoundError(f"{annotations} is missing; it holds the labels of the test images. {_AGAIN}")
+    files, annotated = [], set()
+    for line, text in enumerate(annotations.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        if not text.strip():
+            continue
+        fields = text.split("\t")
+        if len(fields) < 2 or Path(fields[0]).name != fields[0]:
+            raise ValueError(
+                f"{annotations}, line {line}: expected 'file<TAB>wnid<TAB>box', got {text[:60]!r}"
+            )
+        annotated.add(fields[0])
+        if fields[1] in classes:
+            files.append((images / fields[0], fields[1]))
+    there = {path.name for path in _images(images)} if images.is_dir() else set()
+    if missing := [path.name for path, _ in files if path.name not in there]:
+        raise FileNotFoundError(
+            f"{images}: {len(missing)} of {len(files)} test images are missing, {missing[0]} for one. "
+            f"{_AGAIN}"
+        )
+    if extra := sorted(there - annotated):
+        raise ValueError(
+            f"{annotations} has no label for {len(extra)} of the {len(there)} images in {images}, {extra[0]} "
+            f"for one. {_AGAIN}"
+        )
+    _check_equal(files, classes, f"{annotations} names")
+    return files
+
+
+def _images(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix.upper() == ".JPEG"]
+
+
+def _check_equal(files: list[tuple[Path, str]], classes: tuple[str, ...], what: str) -> None:
+    """Refuses classes with fewer images than others: all published classes have equally many."""
+    counts = Counter(wnid for _, wnid in files)
+    most = max(counts.values(), default=0)
+    if short := [wnid for wnid in classes if counts[wnid] < most]:
+        raise ValueError(
+            f"{what} {len(files)} images where {len(classes)} classes of {most} make {len(classes) * most}: "
+            f"{len(short)} classes have fewer, {short[0]} has {counts[short[0]]}. {_AGAIN}; classes of "
+            "unequal sizes can be loaded by awnet.data.from_arrays"
+        )
 
 
 def _decode(paths: list[Path]) -> torch.Tensor:
@@ -91,14 +147,15 @@ def _decode(paths: list[Path]) -> torch.Tensor:
 
 
 def _read_image(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL.JpegImagePlugin import JpegImageFile
 
     try:
-        with Image.open(path, formats=["JPEG"]) as image:
+        # unlike Image.open it neither warns of nor fails on a huge image, whose size is checked next
+        with JpegImageFile(path) as image:
             if image.size != (SIZE, SIZE):  # before decoding, which a huge image would make expensive
                 raise ValueError(f"{path} is {image.size[0]}×{image.size[1]}, expected {SIZE}×{SIZE} pixels")
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; the published folder has it") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is damaged, or not a JPEG image: {error}") from error
