@@ -734,6 +734,54 @@ def test_bad_arguments_fail_before_anything_is_written(
 
 
 @pytest.mark.slow
+def one_pixel_net(norm: str) -> nn.Module:
+    """A network with a batch norm that sees one value per image and channel."""
+    if norm == "MixBN":
+        dynamic = Backbone("basic", [1, 1, 1], [4, 4, 4], num_classes=K, in_channels=1)  # 4×4, 2×2, 1×1
+        return AWNet(
+            dynamic, AdversarialRouter(dynamic.signal_widths, in_channels=1, widths=(4,), blocks=(1,))
+        )
+    pool, flat = (nn.Identity(), nn.Flatten()) if norm == "BatchNorm1d" else (nn.Flatten(), nn.Identity())
+    layer = nn.BatchNorm1d(4) if norm == "BatchNorm1d" else nn.BatchNorm2d(4)
+    return nn.Sequential(nn.Conv2d(1, 4, 4), flat, layer, pool, nn.Linear(4, K))
+
+
+@pytest.mark.parametrize(
+    ("norm", "kind", "settings", "cure"),
+    [
+        ("MixBN", PGDAT, {"batch_size": 10}, "set batch_size to 11"),
+        ("BatchNorm1d", Standard, {"batch_size": 10}, "set batch_size to 11"),
+        ("BatchNorm2d", Standard, {"batch_size": 15}, "set batch_size to 16"),
+        ("BatchNorm2d", Standard, {"batch_size": 31, "accumulate": 16}, "train on more images"),
+        ("MixBN", Trades, {"batch_size": 1}, "set batch_size to 4"),
+    ],
+)  # fmt: skip
+def test_a_micro_batch_without_a_variance_is_refused_before_the_first_step(
+    tmp_path: Path, norm: str, kind: type[Recipe], settings: dict[str, Any], cure: str
+) -> None:
+    splits = small_splits()
+    splits = splits._replace(train=splits.train.subset(31, seed=0))
+    net = one_pixel_net(norm)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match=f"micro-batch of one image.*{cure}$"):
+        train(quick(kind, epochs=1, **settings), net, splits, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [Standard, PGDAT])
+def test_a_last_batch_of_one_image_trains_where_every_batch_norm_has_a_variance(
+    tmp_path: Path, kind: type[Recipe]
+) -> None:
+    splits = small_splits()
+    splits = splits._replace(train=splits.train.subset(31, seed=0))
+    assert train(quick(kind, epochs=1, batch_size=10), dynamic_net(), splits, tmp_path / "maps").finished
+    # clean and adversarial images share one batch norm, which then has two values
+    net = one_pixel_net("BatchNorm2d")
+    if kind is PGDAT:
+        assert train(quick(kind, epochs=1, batch_size=10), net, splits, tmp_path / "joint").finished
+
+
 def test_awnet_learns_digits_and_its_router_tells_attacks(tmp_path: Path) -> None:
     from awnet.evaluation import evaluate
 

@@ -38,6 +38,7 @@ from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, read_log
 from awnet.training.losses import Teachers
 from awnet.training.recipes import Recipe
+from awnet.training.smallest import check_smallest_micro_batch
 from awnet.training.step import Numerics, TrainingStep, numerics
 
 EVALUATION_BATCH = 256
@@ -145,6 +146,8 @@ def train(
         model = _model(model, splits.train, seed).to(where)
         _check_outputs(model, splits.train, where)
         _check_shares(recipe, len(splits.train), ranks)
+        with _synchronized(model, ranks):
+            check_smallest_micro_batch(recipe, model, splits.train, ranks.size)
         ranks.share(model)
         given = None if teachers is None else _load_teachers(teachers, recipe, where)
         config = {
