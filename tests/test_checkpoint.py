@@ -25,6 +25,7 @@ import pytest
 import torch
 from torch import nn
 
+from awnet import files
 from awnet.data import Splits, from_arrays
 from awnet.files import written_atomically
 from awnet.models.files import weights_fingerprint
@@ -577,7 +578,7 @@ def test_a_file_system_without_locks_is_noted(
     def unable(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(C.fcntl, "flock", unable)
+    monkeypatch.setattr(files.fcntl, "flock", unable)
     stop_at(None)
     assert go(tmp_path / "run", quiet=False).finished
     assert "could not be locked ([Errno 37] No locks available)" in capsys.readouterr().out

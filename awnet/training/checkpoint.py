@@ -15,10 +15,7 @@ else is in the folder is cut back to it.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
-import os
 import pickle
 import shutil
 import zipfile
@@ -31,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awnet import files
 from awnet.files import is_temporary, read_json, write_json, write_text, written_atomically
 
 FORMAT = 2
@@ -131,13 +129,6 @@ def _checksum(path: Path) -> str:
 
 def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
-
-
-def sweep(folder: str | Path) -> None:
-    """Removes the temporary files that a killed process has left in a run folder."""
-    for place in (Path(folder), Path(folder) / "state"):
-        for leftover in filter(is_temporary, place.glob("*")):
-            leftover.unlink()
 
 
 def on_host(value: Any) -> Any:
@@ -269,29 +260,23 @@ def _begun(folder: Path) -> bool:
 def locked(folder: str | Path, warn: Callable[[str], None] | None = None) -> Iterator[None]:
     """``folder`` for this process alone, for a block of code; it is made where it is missing.
 
-    The lock is the system's, so that a killed process leaves none behind. Where the file system knows no
-    locks, ``warn`` is told. Raises BlockingIOError where another process holds it, saying which.
+    Leftovers of killed processes are removed from it. Where the file system has no locks, ``warn`` is told.
+
+    Raises:
+        BlockingIOError: another process holds the lock; the message says which.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    handle = None
-    try:
-        try:
-            handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                errno.EAGAIN,
-                f"another process trains in {folder}{_trainer(folder)}: wait for it, stop it, or choose "
-                "another folder",
-            ) from None
-        except OSError as error:
-            if warn is not None:
-                warn(f"note: {folder} could not be locked ({error}): start no second process in it")
+
+    def busy() -> str:
+        return (
+            f"another process trains in {folder}{_trainer(folder)}: wait for it, stop it, or choose another "
+            "folder"
+        )
+
+    with files.locked(folder / _LOCK, busy, warn):
+        files.sweep(folder)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def _trainer(folder: Path) -> str:

@@ -234,7 +234,6 @@ def _begin(
         return None
     state = checkpoint.load_state(folder, reporter.say)
     if not state["finished"]:
-        checkpoint.sweep(folder)
         _add_session(folder, session, state, reporter)
     return state
 
