@@ -333,6 +333,7 @@ class Attack(_OnRun):
         from awnet import __version__
         from awnet.attacks import Suite, named_attack
         from awnet.files import written_atomically
+        from awnet.precision import computed_in, full_precision
 
         if self.out.exists() and not self.overwrite:
             raise FileExistsError(f"{self.out} exists: choose another file, or replace it by --overwrite")
@@ -343,11 +344,13 @@ class Attack(_OnRun):
         attack = named_attack(self.attack, model, dataset.threat_model, seed=self.seed, suite=suite)
         dataset = dataset.to(_device(self.device))
         made, predicted = [], []
-        for x, y, index in dataset.batches(self.batch_size):
-            x_adv = attack(x, y, index=index)
-            with torch.no_grad():
-                predicted.append(model(x_adv).argmax(1).cpu())
-            made.append(x_adv.cpu())
+        with full_precision():
+            dtype = computed_in(model, next(dataset.batches(1)).x)
+            for x, y, index in dataset.batches(self.batch_size):
+                x_adv = attack(x, y, index=index)
+                with torch.no_grad():
+                    predicted.append(model(x_adv).argmax(1).cpu())
+                made.append(x_adv.cpu())
         labels, prediction = dataset.labels.cpu(), torch.cat(predicted)
         provenance = {
             "model": str(self.run_folder),
@@ -358,6 +361,7 @@ class Attack(_OnRun):
             "fingerprint": dataset.fingerprint(),
             "attack": self.attack,
             "settings": attack.settings,
+            "precision": str(dtype).removeprefix("torch."),
             "seed": self.seed,
             "awnet": __version__,
             "torch": torch.__version__,

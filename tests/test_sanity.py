@@ -23,7 +23,6 @@ from awnet.evaluation import (
     sanity_table,
     w_robust_table,
 )
-from awnet.evaluation.measure import full_precision
 
 ATTACKS = ["fgsm", "pgd_sat", "aa", "union"]
 SUITE = Suite(classes=4, budget="smoke")
@@ -330,13 +329,3 @@ def test_a_router_that_knows_the_grid_is_found_out() -> None:
     assert report.detection["sign_noise"]["auc"] == 1
     assert sum("odd pixels" in flag for flag in report.flags) == 2
     assert any("on the grid" in flag for flag in report.flags)
-
-
-def test_full_precision_is_left_again() -> None:
-    def now() -> tuple[bool, bool]:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-    before = now()
-    with full_precision():
-        assert now() == (False, False)
-    assert now() == before

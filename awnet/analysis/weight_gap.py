@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awnet.precision import full_precision
+
 
 @dataclass(frozen=True)
 class WeightGap:
@@ -32,6 +34,7 @@ class WeightGap:
     cosine: float
 
 
+@full_precision()
 def weight_gaps(
     model: nn.Module, x: Tensor, y: Tensor, eps: Sequence[float], adv_weights: Sequence[float]
 ) -> list[WeightGap]:

@@ -16,6 +16,7 @@ from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Dataset
 from awnet.files import read_json, write_json
 from awnet.models import load_model
+from awnet.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Crafted:
         return whole
 
 
+@full_precision()
 def craft(
     surrogate: nn.Module | str | Path,
     dataset: Dataset,
@@ -65,6 +67,8 @@ def craft(
     progress: Callable[[int, int], None] | None = None,
 ) -> Crafted:
     """Attacks ``surrogate`` on every image of ``dataset``, once: a second call reads what the first wrote.
+
+    Runs in full float32, see :func:`awnet.precision.full_precision`.
 
     Args:
         surrogate: a model, or a run folder or ``.safetensors`` file to load one from.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awnet.attacks import frozen
 from awnet.data.checks import check_images, check_labels
+from awnet.precision import full_precision
 
 
 class Detector(ABC):
@@ -30,6 +31,7 @@ class Detector(ABC):
         self.batch_size = batch_size
         self._fitted = False
 
+    @full_precision()
     def fit(self, x_train: Tensor, y_train: Tensor, clean: Tensor, adversarial: Tensor) -> Self:
         """Learns from the classifier's training set and from images of both kinds; returns itself.
 
@@ -53,6 +55,7 @@ class Detector(ABC):
         self._fitted = True
         return self
 
+    @full_precision()
     def score(self, x: Tensor) -> Tensor:
         """float64 [N] on the CPU for images [N, C, H, W]: the higher, the more likely adversarial.
 

@@ -41,6 +41,7 @@ from awnet.evaluation.statistics import auc, wilson_interval
 from awnet.evaluation.union import WorstCase, remaining
 from awnet.files import read_json, write_json
 from awnet.models import load_model
+from awnet.precision import computed_in, full_precision
 
 Advance = Callable[[str, int], None]
 T = TypeVar("T")
@@ -49,6 +50,7 @@ CLEAN, UNION = "clean", "union"
 REFERENCE = 256  # images over which the attack on a frozen router averages ω
 
 
+@full_precision()
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
@@ -76,8 +78,9 @@ def evaluate(
     With ``"union"`` among the attacks the report's headline is the worst case, image by image, over all that
     are named and all that the union adds; what an attack breaks is not attacked again. A model with a router
     (``model.route``) is also asked how well its type logits tell each attack, and noise of the same size as a
-    control, from clean images. Everything runs in float32, TF32 off, with parameters frozen: on
-    ``model.frozen()`` where the model offers it.
+    control, from clean images. Everything runs in float32 with parameters frozen, on ``model.frozen()`` where
+    the model offers it: the caller's autocast and all of torch's settings that allow less, TF32 say, are off
+    meanwhile. The report says what the model computes in if its own code asks for another dtype.
     A network with side exits (``model.exit_of``) is asked which exit each image takes.
 
     Args:
@@ -119,6 +122,7 @@ def evaluate(
     check_count("batch_size", batch_size)
     dataset, classes = _ready(model, dataset, batch_size, device)
     live, model = model, judged(model, precision)
+    computes = _precision(model, dataset, precision)
     if limit is not None:
         dataset = dataset.subset(check_count("limit", limit), seed=0)
     other_reports = dict(compared_with or {})
@@ -150,7 +154,6 @@ def evaluate(
     batches = -(-len(dataset) // batch_size)
     mine = range(ranks.rank, batches, ranks.size)
     with (
-        full_precision(),
         frozen(model),
         torch.no_grad(),
         _progress(progress and ranks.rank == 0, len(mine) * len(plan.kinds)) as advance,
@@ -175,7 +178,7 @@ def evaluate(
                 "batch_size": batch_size,
                 "limit": limit,
                 "budget": budget,
-                "precision": SAID[precision],
+                "precision": computes,
             },
             _selected_on(out) if selected_on is None else selected_on,
         )
@@ -217,6 +220,7 @@ def robust_correct(
     return _correct(model, dataset, attack, batch_size, device)
 
 
+@full_precision()
 def _correct(
     model: nn.Module,
     dataset: Dataset,
@@ -507,18 +511,6 @@ def _noisy(x: Tensor, index: Tensor, eps: float, seed: int, kind: str) -> Tensor
     return torch.add(x, noise, alpha=eps).clamp_(0, 1)
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 without TF32 for a block of code: a GPU's convolutions would use it otherwise."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
 def _attend(attack: Attack, saved: Saved | None, advance: Advance) -> None:
     """Lets a cascade keep its state, and say which member runs."""
     if isinstance(attack, Cascade):
@@ -689,6 +681,15 @@ def _has_type_head(model: nn.Module, dataset: Dataset) -> bool:
         return False
     with frozen(model), torch.no_grad():
         return model.route(next(dataset.batches(1)).x).type_logits is not None  # type: ignore[operator]
+
+
+def _precision(model: nn.Module, dataset: Dataset, precision: PrecisionName) -> str:
+    """What the report says of the arithmetic: that of a pass, whatever was requested."""
+    with frozen(model):
+        dtype = computed_in(model, next(dataset.batches(1)).x)
+    name = str(dtype).removeprefix("torch.")
+    requested = "bfloat16" if precision == "bfloat16" else "float32"
+    return SAID[precision] if name == requested else f"{name}, in the model's own code"
 
 
 def _check_finite(finite: Array | None, kind: str) -> None:

@@ -214,7 +214,7 @@ class Report:
     @property
     def approximate(self) -> bool:
         """Whether it was measured in less than float32: then it has no headline."""
-        return not str(self.settings.get("precision", "float32")).startswith("float32")
+        return not str(self.settings.get("precision", "float32")).startswith(("float32", "float64"))
 
     def headline(self) -> tuple[str, AttackResult] | None:
         """The attack that the report is judged by, and its result; None where nothing attacked.

@@ -13,6 +13,7 @@ from awnet.attacks import frozen
 from awnet.data.dataset import Dataset
 from awnet.evaluation.report import Report, check_name
 from awnet.files import write_json, write_text, written_atomically
+from awnet.precision import full_precision
 
 FOLDERS = {"cifar10": "cifar10", "cifar100": "cifar100"}
 """Our names of the data sets that RobustBench's L-infinity leaderboards know."""
@@ -32,6 +33,7 @@ class Entry:
     footnote: str | None = None
 
 
+@full_precision()
 def violations(model: nn.Module, x: Tensor, num_classes: int) -> list[str]:
     """The rules of RobustBench that ``model`` breaks on images ``x`` [B, C, H, W] in [0, 1], B ≥ 2.
 

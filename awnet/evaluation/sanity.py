@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet.attacks import PGD, Attack, Suite, TransferAttack, frozen, named_attack
 from awnet.data.dataset import Dataset
+from awnet.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Check:
     evidence: str
 
 
+@full_precision()
 def sanity_table(
     model: nn.Module,
     dataset: Dataset,

@@ -18,6 +18,7 @@ from awnet.data import Dataset
 from awnet.evaluation.filters import filter_means
 from awnet.files import write_text
 from awnet.ops import use_backend
+from awnet.precision import full_precision
 
 _EPS_SCALES = (0.0, 0.25, 0.5, 1.0)
 _ADV_WEIGHTS = (0.0, 0.5, 1.0)
@@ -69,6 +70,7 @@ def alike(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     return found
 
 
+@full_precision()
 def effective_filters(
     models: Mapping[str, tuple[nn.Module, Dataset]],
     out: Path,
@@ -142,6 +144,7 @@ def _write(
     return [out / f"{name}.png", out / f"{name}.csv"]
 
 
+@full_precision()
 def measure_weight_gap(model: nn.Module, x: Tensor, y: Tensor, eps: float, out: Path) -> list[Path]:
     """Section 3.2 at the model's weights, ε up to ``eps``: ``one_step.{png,csv}`` in ``out``.
 

@@ -23,6 +23,7 @@ from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.report import AttackResult, environment
 from awnet.evaluation.table import attack_label
 from awnet.files import write_json, write_text
+from awnet.precision import full_precision
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.digits import verdict
 from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
@@ -147,6 +148,7 @@ def _transfer(name: str, experiment: Experiment, shop: Workshop, folder: Path) -
     return lines
 
 
+@full_precision()
 def _detection(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
     lines = []
     (dataset,), (system,) = experiment.datasets, experiment.systems

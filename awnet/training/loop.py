@@ -34,6 +34,7 @@ from awnet.evaluation.report import environment
 from awnet.models import create_model, load_model, save_model
 from awnet.models.files import weights_fingerprint, write_tensors
 from awnet.nn import synchronize
+from awnet.precision import check_environment, full_precision
 from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, read_log
 from awnet.training.losses import Teachers
@@ -138,6 +139,7 @@ def train(
             raise ValueError(f"splits.{part} is empty: it is needed to train or to select a checkpoint")
     if teachers is not None and not recipe.teachers:
         raise ValueError(f"recipe {recipe.name!r} takes no teachers")
+    check_environment()
     folder = Path(out)
     if restarts():
         resume, overwrite = True, False
@@ -458,6 +460,7 @@ class _Run:
 
     # Validation
 
+    @full_precision()
     def _validate(self) -> dict[str, float]:
         """The scores of the held-out images; each rank judges its share of them, once all have calibrated."""
         model, share = self.train_on.judged, self.held_out

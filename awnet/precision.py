@@ -1,0 +1,161 @@
+"""Float32 without reduced precision: torch's settings for a block of code, and what a model computes in."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Backends and operations of torch's ``fp32_precision``. The value "none" inherits from the operation "all" of
+# the backend, and that from ("generic", "all"), so parents come before their children.
+_FP32 = (
+    *(("generic", "all"), ("cuda", "all"), ("mkldnn", "all")),
+    *((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")),
+)
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia")
+_ONEDNN_VARIABLES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+
+
+def check_environment() -> None:
+    """Raises ValueError for an environment variable that asks for less than float32: torch overrides none."""
+    for name in _ONEDNN_VARIABLES:
+        if os.environ.get(name, "").upper() not in ("", "STRICT"):
+            raise ValueError(
+                f"the environment variable {name}={os.environ[name]} lets float32 convolutions and products "
+                "run in less than float32: unset it"
+            )
+
+
+_lock = threading.Lock()
+_depth = 0
+_before: Callable[[], None] = lambda: None  # noqa: E731
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products and convolutions of float32 tensors in full float32, for a block of code.
+
+    Autocast is off for every kind of device. TF32 and bfloat16 are off wherever torch has a setting for them:
+    ``fp32_precision`` of all backends and operations, ``torch.set_float32_matmul_precision``, ``allow_tf32``,
+    and reduced-precision reductions and accumulation of half-precision products. Afterwards, also when an
+    exception passes through, each setting is as it was.
+
+    Blocks may be nested and may run in several threads at once: the settings belong to the process and are
+    restored when the last block ends (autocast belongs to the thread).
+
+    Raises:
+        ValueError: the environment variable ``ONEDNN_DEFAULT_FPMATH_MODE`` asks for less than float32, which
+            no setting of torch overrides.
+    """
+    global _depth, _before
+    check_environment()
+    with _lock:
+        if _depth == 0:
+            _before = _set_full_precision()
+        _depth += 1
+    try:
+        with ExitStack() as held:
+            for kind in _AUTOCAST:
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    held.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _before()
+
+
+def _set_full_precision() -> Callable[[], None]:
+    """Sets everything, and returns what restores it."""
+    get: Any = torch._C._get_fp32_precision_getter
+    put: Any = torch._C._set_fp32_precision_setter
+    own = {}
+    for backend, op in _FP32:  # with its parents at "none" the getter gives a setting's own value
+        own[backend, op] = get(backend, op)
+        put(backend, op, "none")
+    for backend, op in _FP32:
+        put(backend, op, "ieee")
+    # The older settings: torch raises where one of them contradicts ``fp32_precision``, so both are set.
+    # Where ``fp32_precision`` is "ieee" everywhere, reading raises exactly if the older setting is True.
+    matmul = torch.get_float32_matmul_precision()
+    cudnn = _allows(torch._C._get_cudnn_allow_tf32)
+    onednn = _allows(torch._C._get_onednn_allow_tf32)
+    half = torch._C._get_cublas_allow_fp16_reduced_precision_reduction()
+    bfloat = torch._C._get_cublas_allow_bf16_reduced_precision_reduction()
+    accumulation = torch._C._get_cublas_allow_fp16_accumulation()
+
+    def set_older(matmul: str, cudnn: bool, onednn: bool, half: Any, bfloat: Any, accumulation: bool) -> None:
+        if torch.get_float32_matmul_precision() != matmul:
+            torch.set_float32_matmul_precision(matmul)
+        torch._C._set_cudnn_allow_tf32(cudnn)
+        if onednn != _allows(torch._C._get_onednn_allow_tf32):
+            torch._C._set_onednn_allow_tf32(onednn)
+        torch._C._set_cublas_allow_fp16_reduced_precision_reduction(*_pair(half))
+        torch._C._set_cublas_allow_bf16_reduced_precision_reduction(*_pair(bfloat))
+        torch._C._set_cublas_allow_fp16_accumulation(accumulation)
+
+    def restore() -> None:
+        for backend, op in _FP32:
+            put(backend, op, "ieee")
+        set_older(matmul, cudnn, onednn, half, bfloat, accumulation)
+        for (backend, op), value in own.items():
+            put(backend, op, value)
+
+    set_older("highest", False, False, (False, True), (False, True), False)
+    for backend, op in _FP32:  # the older setters change these
+        put(backend, op, "ieee")
+    return restore
+
+
+def _allows(read: Callable[[], Any]) -> bool:
+    try:
+        return bool(read())
+    except RuntimeError:
+        return True
+
+
+def _pair(value: Any) -> tuple[bool, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def computed_in(model: nn.Module, x: Tensor) -> torch.dtype:
+    """The least precise floating-point dtype that a forward pass of ``model`` on ``x`` computes in.
+
+    Every operation's operands count, also those in an autocast block of the model's own; casts and copies
+    alone do not. Compiled parts run as plain modules meanwhile.
+    """
+    seen = _Dtypes()
+    # without dynamo nothing is compiled, and loading it takes seconds
+    stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.no_grad(), stance, seen:
+        model(x)
+    return max(seen.found, key=lambda dtype: torch.finfo(dtype).eps, default=x.dtype)
+
+
+class _Dtypes(TorchDispatchMode):
+    """Collects the floating-point dtypes of operands."""
+
+    _CASTS = frozenset(("_to_copy", "copy_", "clone", "detach", "lift_fresh", "empty_like", "zeros_like"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not func.is_view and func.overloadpacket.__name__ not in self._CASTS:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    self.found.add(value.dtype)
+        return func(*args, **kwargs)
