@@ -464,9 +464,9 @@ def test_bad_sizes() -> None:
     model = Honest()
     with pytest.raises(ValueError, match="loss must be 'ce', 'dlr' or 'dlr_targeted'"):
         APGD(model, eps=0.1, loss="margin")
-    with pytest.raises(ValueError, match="steps must not be negative"):
+    with pytest.raises(ValueError, match="steps must be an integer of at least 0"):
         Joint(model, eps=0.1, steps=-1)
-    with pytest.raises(ValueError, match="restarts must not be negative"):
+    with pytest.raises(ValueError, match="restarts must be an integer of at least 0"):
         JointAPGD(model, eps=0.1, restarts=-1)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         AdaptivePaper(Gated(), eps=0.1, step_size=0.01, teacher="robust")

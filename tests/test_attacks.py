@@ -457,14 +457,14 @@ def bad(**change: object) -> dict[str, object]:
 
 
 BAD_OPTIONS = [
-    (bad(eps=-0.1), ValueError, "eps must be finite and not negative"),
+    (bad(eps=-0.1), ValueError, "eps must be finite and at least 0"),
     (bad(eps=math.nan), ValueError, "eps must be finite"),
     (bad(eps=math.inf), ValueError, "eps must be finite"),
     (bad(eps=8), ValueError, "8/255"),
     (bad(eps="8/255"), TypeError, "eps must be a number"),
-    (bad(step_size=-0.01), ValueError, "step_size must be finite and not negative"),
+    (bad(step_size=-0.01), ValueError, "step_size must be finite and at least 0"),
     (bad(step_size=None), TypeError, "step_size must be a number"),
-    (bad(steps=-1), ValueError, "steps must not be negative"),
+    (bad(steps=-1), ValueError, "steps must be an integer of at least 0"),
     (bad(steps=2.5), TypeError, "steps must be an integer"),
     (bad(steps=True), TypeError, "steps must be an integer"),
     (bad(loss="dlr"), ValueError, "loss must be one of ce, margin, kl"),

@@ -223,8 +223,8 @@ def test_fixed_test_branch_is_that_branch():
         ("awnet_tiny", {"num_classes": 0}, ValueError, "num_classes must be at least 1|at least 1"),
         ("resnet_tiny", {"in_channels": 0}, ValueError, "at least 1"),
         ("resnet_tiny_wide", {"in_channels": -1}, ValueError, "at least 1"),
-        ("resnet_tiny", {"num_classes": 2.5}, TypeError, "num_classes must be an int, got 2.5"),
-        ("resnet_tiny", {"in_channels": "3"}, TypeError, "in_channels must be an int, got '3'"),
+        ("resnet_tiny", {"num_classes": 2.5}, TypeError, "num_classes must be an integer, got 2.5"),
+        ("resnet_tiny", {"in_channels": "3"}, TypeError, "in_channels must be an integer, got '3'"),
     ],
 )
 def test_create_model_refuses(name, arguments, error, message):

@@ -336,7 +336,7 @@ def test_backbone_takes_any_size_and_names_what_is_wrong():
     with pytest.raises(TypeError, match="no classifier"):
         Backbone("basic", [1], [4], num_classes=None)(torch.rand(2, 3, 8, 8))
     for bad in ({"widths": [4]}, {"widths": [], "blocks": []}, {"widths": [4, 0]}):
-        with pytest.raises(ValueError, match="widths and blocks"):
+        with pytest.raises(ValueError, match="widths"):
             Backbone(**{"block": "basic", "blocks": [1, 1], "widths": [4, 6], **bad})
     with pytest.raises(ValueError, match="block must be one of"):
         Backbone("conv", [1], [4])

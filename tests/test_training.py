@@ -707,7 +707,7 @@ def test_what_it_prints(
         ({"seed": 1.5}, TypeError, "seed must be an integer"),
         ({"device": "gpu"}, ValueError, "device"),
         ({"max_minutes": 0}, ValueError, "max_minutes"),
-        ({"checkpoint_minutes": 0}, ValueError, "checkpoint_minutes must be a number above 0"),
+        ({"checkpoint_minutes": 0}, ValueError, "checkpoint_minutes must be finite and above 0"),
         ({"keep_checkpoints": 0}, ValueError, "keep_checkpoints must be an integer of at least 1"),
         ({"select_on": "train"}, ValueError, "select_on"),
         ({"data_memory": "disk"}, ValueError, "data_memory must be one of"),

@@ -19,6 +19,7 @@ from awnet.attacks.base import check_model, frozen
 from awnet.attacks.pgd import PGD, margin
 from awnet.attacks.saved import digest, model_fingerprint
 from awnet.attacks.search import APGD, APGDLoss, Objective, Search
+from awnet.scalars import check_number
 
 LAMBDAS = (0.0, 0.01, -0.01, 0.1, -0.1, 1.0, -1.0, 10.0, -10.0, 100.0, -100.0)
 """Weights of the type logits' margin beside the classes' margin."""
@@ -65,7 +66,9 @@ class Joint(Search):
         seed: int = 0,
     ) -> None:
         super().__init__(model, eps=eps, steps=steps, seed=seed)
-        self.lambdas = tuple(lambdas) if has_type_head(model) else (0.0,)
+        self.lambdas = (
+            tuple(check_number("lambdas", value) for value in lambdas) if has_type_head(model) else (0.0,)
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -113,7 +116,9 @@ class JointAPGD(APGD):
         seed: int = 0,
     ) -> None:
         super().__init__(model, eps=eps, loss=loss, steps=steps, restarts=restarts, seed=seed)
-        self.lambdas = tuple(lambdas) if has_type_head(model) else (0.0,)
+        self.lambdas = (
+            tuple(check_number("lambdas", value) for value in lambdas) if has_type_head(model) else (0.0,)
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

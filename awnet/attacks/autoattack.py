@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from awnet.attacks.base import Attack, check_count
 from awnet.attacks.cascade import Cascade
+from awnet.scalars import check_integer
 
 Name = Literal["apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"]
 OFFICIAL: tuple[Name, ...] = ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square")
@@ -126,8 +127,7 @@ class AutoAttack(Cascade):
         queries: int = QUERIES,
         seed: int = 0,
     ) -> None:
-        if classes < 2:
-            raise ValueError(f"classes must be at least 2, got {classes}")
+        classes, targets = check_integer("classes", classes, 2), check_integer("targets", targets, 0)
         second: tuple[Name, ...] = () if classes == 2 else ("apgd_dlr",) if classes == 3 else ("apgd_t",)
         names: tuple[Name, ...] = ("apgd_ce", *second, "fab_t", "square")
         targets = min(targets, classes - 1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.data.checks import check_images, check_labels
+from awnet.scalars import check_integer, check_number
 
 
 @contextmanager
@@ -54,25 +55,18 @@ def check_model(model: nn.Module) -> None:
 
 def check_size(name: str, value: float, high: float = math.inf) -> float:
     """A finite number from 0 to ``high``, as a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    value = check_number(name, value, 0)
     if value > high:
         raise ValueError(
             f"{name} must be at most {high:g}, got {value:g}: images are in [0, 1], so write {value:g}/255 "
             "if you count in 8-bit levels"
         )
-    return float(value)
+    return value
 
 
 def check_count(name: str, value: int) -> int:
     """An integer from 0 on."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
-    return value
+    return check_integer(name, value, 0)
 
 
 class Attack(ABC):
@@ -92,9 +86,7 @@ class Attack(ABC):
         check_model(model)
         self.model = model
         self.eps = check_size("eps", eps, 1.0)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer, got {seed!r}")
-        self.seed = seed
+        self.seed = check_integer("seed", seed)
 
     @property
     def settings(self) -> dict[str, Any]:

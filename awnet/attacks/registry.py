@@ -196,6 +196,6 @@ def named_attack(
     Raises:
         ValueError: there is no such attack, or the model or ``suite`` lacks what it needs.
     """
-    if name not in _ATTACKS:
+    if not isinstance(name, str) or name not in _ATTACKS:
         raise ValueError(f"unknown attack {name!r}: choose from {', '.join(_ATTACKS)}")
     return _ATTACKS[name](model, threat_model, seed, Suite() if suite is None else suite)

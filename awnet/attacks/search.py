@@ -173,7 +173,7 @@ class Search(Attack):
         if optimiser not in ("sign", "auto"):
             raise ValueError(f"optimiser must be 'sign' or 'auto', got {optimiser!r}")
         self.optimiser = optimiser
-        self.step_size = eps / 4 if step_size is None else check_size("step_size", step_size)
+        self.step_size = self.eps / 4 if step_size is None else check_size("step_size", step_size)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from awnet import rng
 from awnet.data.checks import check_labels
+from awnet.scalars import check_flag, check_integer, check_number
 
 Memory = Literal["auto", "device", "host"]
+MOST_SHIFT = 1024  # pixels
 MOST_CLASSES = 1_000_000  # that are named by number
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NOT_UINT8 = (
@@ -34,8 +36,8 @@ class ThreatModel:
     eps: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.eps <= 1.0:
-            raise ValueError(f"eps must be in (0, 1], in image units (8/255, say), got {self.eps}")
+        eps = check_number("eps", self.eps, most=1, above=0)
+        object.__setattr__(self, "eps", eps)
 
     @property
     def train_step_size(self) -> float:
@@ -76,8 +78,8 @@ class Augmentation:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.shift < 0:
-            raise ValueError(f"shift must be 0 or more pixels, got {self.shift}")
+        object.__setattr__(self, "shift", check_integer("shift", self.shift, 0, MOST_SHIFT))
+        object.__setattr__(self, "flip", check_flag("flip", self.flip))
 
 
 class Batch(NamedTuple):
@@ -113,8 +115,7 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise ValueError(_NOT_UINT8.format(f"{self.images.dtype} {list(self.images.shape)}"))
-        if not 1 <= self.max_value <= 255:
-            raise ValueError(f"max_value must be in [1, 255], got {self.max_value}")
+        object.__setattr__(self, "max_value", check_integer("max_value", self.max_value, 1, 255))
         n = len(self.images)
         for what, value in (("labels", self.labels), ("index", self.index)):
             if value.dtype != torch.int64 or value.shape != (n,):
@@ -175,8 +176,7 @@ class Dataset:
 
     def subset(self, n: int, seed: int = 0) -> Dataset:
         """At most ``n`` samples with the classes in proportion; the same ones for the same seed."""
-        if n < 1:
-            raise ValueError(f"n must be 1 or more, got {n}")
+        n = check_integer("n", n, 1)
         if n >= len(self):
             return self
         rows, _ = stratified(self.labels, self.index, n, rng.key(seed, "subset"))
@@ -228,10 +228,12 @@ class Dataset:
         A data set on another device than ``device`` gives the same bits: a thread gathers the
         next batch's pixels in pinned memory, or from the file that they are mapped from, meanwhile.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-        if start < 0:
-            raise ValueError(f"start must be 0 or more batches, got {start}")
+        batch_size = min(check_integer("batch_size", batch_size, 1), max(len(self), 1))
+        start, seed, epoch = (
+            check_integer("start", start, 0),
+            check_integer("seed", seed),
+            check_integer("epoch", epoch),
+        )
         target = self.device if device is None else torch.device(device)
         return self._batches(batch_size, shuffle, augment, seed, epoch, start, drop_last, part, target)
 

@@ -33,7 +33,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, seed: int = 0
 
     ValueError for an unknown name or damaged files, FileNotFoundError for missing ones.
     """
-    if name not in _LOADERS:
+    if not isinstance(name, str) or name not in _LOADERS:
         raise ValueError(
             f"unknown data set {name!r}; known are {', '.join(_LOADERS)} (or make one by from_arrays)"
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from awnet.attacks import frozen
 from awnet.data.checks import check_images, check_labels
 from awnet.precision import full_precision
+from awnet.scalars import check_integer
 
 
 class Detector(ABC):
@@ -25,10 +26,8 @@ class Detector(ABC):
     def __init__(self, model: nn.Module, *, batch_size: int = 256) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model = model
-        self.batch_size = batch_size
+        self.batch_size = check_integer("batch_size", batch_size, 1)
         self._fitted = False
 
     @full_precision()

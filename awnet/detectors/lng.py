@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from awnet import rng
 from awnet.detectors.base import Detector, Embedding
+from awnet.scalars import check_integer, check_number
 
 
 class _Attention(nn.Module):
@@ -76,10 +77,14 @@ class LNG(Detector):
         batch_size: int = 256,
     ) -> None:
         super().__init__(model, batch_size=batch_size)
-        if size % heads:
+        self.neighbours, self.epochs = (
+            check_integer("neighbours", neighbours, 1),
+            check_integer("epochs", epochs, 0),
+        )
+        self.size, self.heads = check_integer("size", size, 1), check_integer("heads", heads, 1)
+        self.lr, self.seed = check_number("lr", lr, above=0), check_integer("seed", seed)
+        if self.size % self.heads:
             raise ValueError(f"size must be a multiple of heads, got {size} and {heads}")
-        self.neighbours, self.size, self.heads = neighbours, size, heads
-        self.epochs, self.lr, self.seed = epochs, lr, seed
 
     def _fit(self, x_train: Tensor, y_train: Tensor, clean: Tensor, adversarial: Tensor) -> None:
         if min(len(clean), len(adversarial)) < self.neighbours + 1:

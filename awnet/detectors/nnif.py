@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet.detectors.base import Detector, Embedding
+from awnet.scalars import check_integer, check_number
 
 
 class LastLayer:
@@ -37,8 +38,7 @@ class LastLayer:
     """
 
     def __init__(self, features: Tensor, logits: Tensor, y: Tensor, damping: float = 1e-3) -> None:
-        if not damping > 0:
-            raise ValueError(f"damping must be above 0, got {damping}")
+        damping = check_number("damping", damping, above=0)
         self.features = _with_bias(features)  # [N, d + 1]
         self.p = logits.softmax(1)
         self.error = self.p - F.one_hot(y, logits.shape[1])  # [N, K]: the gradient is error ⊗ features
@@ -98,11 +98,9 @@ class NNIF(Detector):
         batch_size: int = 256,
     ) -> None:
         super().__init__(model, batch_size=batch_size)
-        if neighbours < 1:
-            raise ValueError(f"neighbours must be at least 1, got {neighbours}")
-        self.neighbours = neighbours
-        self.damping = damping
-        self.most_train = most_train
+        self.neighbours = check_integer("neighbours", neighbours, 1)
+        self.damping = check_number("damping", damping, above=0)
+        self.most_train = check_integer("most_train", most_train, 1)
 
     def _fit(self, x_train: Tensor, y_train: Tensor, clean: Tensor, adversarial: Tensor) -> None:
         from sklearn.linear_model import LogisticRegression

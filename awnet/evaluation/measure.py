@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet._version import __version__
 from awnet.attacks import Attack, Cascade, Suite, frozen, list_attacks, named_attack
-from awnet.attacks.base import check_count, check_model, device_of
+from awnet.attacks.base import check_model, device_of
 from awnet.attacks.registry import BudgetName
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Batch, Dataset
@@ -42,6 +42,7 @@ from awnet.evaluation.union import WorstCase, remaining
 from awnet.files import read_json, write_json
 from awnet.models import load_model
 from awnet.precision import computed_in, full_precision
+from awnet.scalars import check_integer
 
 Advance = Callable[[str, int], None]
 T = TypeVar("T")
@@ -119,12 +120,14 @@ def evaluate(
         FloatingPointError: the model's logits are NaN or infinite.
     """
     check_name(name)
-    check_count("batch_size", batch_size)
+    batch_size, seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed)
+    limit = None if limit is None else check_integer("limit", limit, 1)
+    queries = None if queries is None else check_integer("queries", queries, 0)
     dataset, classes = _ready(model, dataset, batch_size, device)
     live, model = model, judged(model, precision)
     computes = _precision(model, dataset, precision)
     if limit is not None:
-        dataset = dataset.subset(check_count("limit", limit), seed=0)
+        dataset = dataset.subset(limit, seed=0)
     other_reports = dict(compared_with or {})
     for other, report in other_reports.items():
         if not isinstance(report, Report):
@@ -630,8 +633,6 @@ def _ready(
         raise TypeError(f"dataset must be a Dataset, of load_dataset say, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"dataset is empty: {dataset.name} {dataset.split} holds no image")
-    if batch_size == 0:
-        raise ValueError("batch_size must be at least 1, got 0")
     where = device_of(model)
     if device is not None:
         wanted = torch.device(device)

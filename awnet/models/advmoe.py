@@ -12,6 +12,7 @@ from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
 from awnet.nn import AWConv2d, Backbone, FilterScaledConv2d, MixBatchNorm2d
 from awnet.nn.layers import check_image, check_sizes
+from awnet.scalars import check_integer
 
 fx.wrap("check_image")
 
@@ -86,8 +87,7 @@ class ADVMOE(Freezable, OnHub):
         if name not in NAMES:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
         check_sizes(num_classes, in_channels)
-        if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
-            raise ValueError(f"experts must be an integer of at least 1, got {experts!r}")
+        experts = check_integer("experts", experts, 1)
         super().__init__()
         self.in_channels = in_channels
         _, blocks, widths = ARCHITECTURES[name.removeprefix("advmoe_")].scaled(width)

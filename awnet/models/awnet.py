@@ -17,6 +17,7 @@ from awnet.nn.backbone import BlockNetwork
 from awnet.nn.frozen import Frozen, FrozenAWNet
 from awnet.nn.layers import Branches
 from awnet.nn.router import TestBN
+from awnet.scalars import check_flag, check_integers
 
 
 def _resnet(name: str, width: float, **options: Any) -> Backbone:
@@ -89,7 +90,12 @@ class AWResNet(AWNet, Freezable, OnHub):
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
         basis = _BASES[name]
         usual = [scaled(own, width) for own in basis.router_widths]
-        widths = usual if router_widths is None else list(router_widths)
+        widths = usual if router_widths is None else check_integers("router_widths", router_widths, 1)
+        filter_scaling, type_head = (
+            check_flag("filter_scaling", filter_scaling),
+            check_flag("type_head", type_head),
+        )
+        dynamic_shortcut = check_flag("dynamic_shortcut", dynamic_shortcut)
         dynamic = basis.build(
             width,
             num_classes=num_classes,

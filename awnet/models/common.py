@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,20 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from awnet.nn.frozen import Frozen, FrozenCopy
+from awnet.scalars import check_number, plain
 
 
 def scaled(channels: int, width: float) -> int:
     """``channels`` times the factor ``width``, rounded, at least 1; ValueError unless ``width`` > 0."""
-    if isinstance(width, bool) or not isinstance(width, int | float):
-        raise TypeError(f"width must be a number (1 is the full network), got {width!r}")
-    if not (width > 0 and math.isfinite(width)):
-        raise ValueError(f"width must be finite and above 0 (1 is the full network), got {width}")
-    return max(1, round(channels * width))
+    return max(1, round(channels * check_number("width", width, above=0)))
 
 
 def config(name: str, num_classes: int, in_channels: int, **options: Any) -> dict[str, Any]:
     """What :func:`~awnet.models.create_model` needs to build the same network again."""
-    return {"name": name, "num_classes": num_classes, "in_channels": in_channels, "options": options}
+    options = {option: plain(value) for option, value in options.items()}
+    return {
+        "name": name,
+        "num_classes": plain(num_classes),
+        "in_channels": plain(in_channels),
+        "options": options,
+    }
 
 
 def flops(network: nn.Module, run: Callable[[], object]) -> int:

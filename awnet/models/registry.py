@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import operator
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from awnet.models import advmoe, awnet, mobilenet, rdi, repvgg, resnet, separate, swin, vgg, wide_resnet
+from awnet.scalars import check_integer, plain
 
 Build = Callable[..., nn.Module]
 _REGISTRY: dict[str, Build] = {}
@@ -66,7 +66,7 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
         ValueError: an unknown name (near ones are listed) or a value out of range.
         TypeError: an option that the model does not have (those it has are listed).
     """
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_models())}"
         raise ValueError(f"unknown model {name!r}; {hint} (awnet.list_models() lists all)")
@@ -75,19 +75,16 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
     if known is not None and (unknown := sorted(set(options) - known)):
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
         raise TypeError(f"{name} has no option {', '.join(unknown)}; {has}")
-    num_classes, in_channels = _integer(num_classes, "num_classes"), _integer(in_channels, "in_channels")
+    num_classes, in_channels = (
+        check_integer("num_classes", num_classes, 1),
+        check_integer("in_channels", in_channels, 1),
+    )
+    options = {option: plain(value) for option, value in options.items()}
     model = build(num_classes=num_classes, in_channels=in_channels, **options)
     if not hasattr(model, "config"):
         config = {"name": name, "num_classes": num_classes, "in_channels": in_channels, "options": options}
         model.config = config  # type: ignore[assignment]
     return model
-
-
-def _integer(value: Any, name: str) -> int:
-    try:
-        return operator.index(value)  # numpy's integers become int, which JSON can store
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {value!r}") from None
 
 
 def _options(build: Build) -> set[str] | None:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.layers import AWConv2d, MixBatchNorm2d, check_image, check_sizes
+from awnet.scalars import check_flag
 
 fx.wrap("check_image")
 
@@ -95,6 +96,7 @@ class RepVGG(Freezable, OnHub):
         if name not in NAMES:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
         check_sizes(num_classes, in_channels)
+        fused = check_flag("fused", fused)
         super().__init__()
         self.in_channels = in_channels
         make = FusedBlock if fused else RepVGGBlock

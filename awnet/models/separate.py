@@ -15,6 +15,7 @@ from awnet.models.mobilenet import MobileNetV2
 from awnet.models.resnet import ResNet
 from awnet.nn import AdversarialRouter, Routing
 from awnet.nn.layers import check_is_clean
+from awnet.scalars import check_integers, check_number
 
 _ROBUST = {"separate_net": "resnet18", "separate_net_l": "resnet34"}
 NAMES = tuple(_ROBUST)
@@ -55,10 +56,13 @@ class SeparateNet(Freezable, OnHub):
     ) -> None:
         if name not in _ROBUST:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+        threshold = check_number("threshold", threshold, 0, 1)
         super().__init__()
-        widths = [scaled(own, width) for own in _ROUTER_WIDTHS] if router_widths is None else router_widths
+        widths = (
+            [scaled(own, width) for own in _ROUTER_WIDTHS]
+            if router_widths is None
+            else check_integers("router_widths", router_widths, 1)
+        )
         self.standard = MobileNetV2("mobilenet_v2", num_classes, in_channels, width=width)
         self.robust = ResNet(_ROBUST[name], num_classes, in_channels, width=width)
         self.router = AdversarialRouter([], in_channels=in_channels, widths=widths)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from awnet.models.common import config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.layers import check_image, check_sizes
+from awnet.scalars import check_integer
 
 _DEPTHS = {"swin_t": (2, 2, 6, 2), "swin_s": (2, 2, 18, 2)}
 NAMES = tuple(_DEPTHS)
@@ -41,8 +42,7 @@ class Swin(nn.Module, OnHub):
         if name not in _DEPTHS:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
         check_sizes(num_classes, in_channels)
-        if image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}")
+        image_size = check_integer("image_size", image_size, 1)
         try:
             from timm.models.swin_transformer import SwinTransformer
         except ImportError as error:

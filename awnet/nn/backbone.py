@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock, Block
 from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes
 from awnet.ops import global_average
+from awnet.scalars import check_integers
 
 fx.wrap("check_image")  # one node where the network is traced: its branches look at shapes
 fx.wrap("global_average")
@@ -35,8 +36,8 @@ class BlockNetwork(nn.Module):
     def __init__(self, num_classes: int | None, in_channels: int, widths: Sequence[int]) -> None:
         super().__init__()
         check_sizes(1 if num_classes is None else num_classes, in_channels)
-        if not widths or min(widths) < 1:
-            raise ValueError(f"widths must be at least 1 in every stage, got {list(widths)}")
+        if not check_integers("widths", widths, 1):
+            raise ValueError("widths must have a number for each stage, got none")
         self.in_channels = in_channels
 
     @property
@@ -130,7 +131,8 @@ class Backbone(BlockNetwork):
     ) -> None:
         if block not in _BLOCKS:
             raise ValueError(f"block must be one of {list(_BLOCKS)}, got {block!r}")
-        if not widths or len(widths) != len(blocks) or min(*widths, *blocks) < 1:
+        widths, blocks = check_integers("widths", widths, 1), check_integers("blocks", blocks, 1)
+        if not widths or len(widths) != len(blocks):
             raise ValueError(
                 f"widths and blocks need one number of at least 1 for each stage, got widths={list(widths)}, "
                 f"blocks={list(blocks)}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from awnet import ops
 from awnet.ops.distributed import summed
+from awnet.scalars import check_integer
 
 Branches = Literal["mix", "dual", "one"]
 Activation = Literal["relu"] | None
@@ -41,12 +42,9 @@ def check_image(x: Tensor, in_channels: int) -> None:
 
 
 def check_sizes(num_classes: int, in_channels: int) -> None:
-    """Raises ValueError unless a network can be built for so many classes and channels."""
-    if min(num_classes, in_channels) < 1:
-        raise ValueError(
-            f"in_channels and num_classes must be at least 1, got in_channels={in_channels}, "
-            f"num_classes={num_classes}"
-        )
+    """Raises TypeError or ValueError unless a network can be built for so many classes and channels."""
+    check_integer("num_classes", num_classes, 1)
+    check_integer("in_channels", in_channels, 1)
 
 
 def check_is_clean(is_clean: Tensor, x: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from awnet.nn.backbone import Backbone
 from awnet.nn.layers import check_image
 from awnet.ops import global_average
+from awnet.scalars import check_flag, check_number
 
 TestBN = Literal["mix", "adv", "clean"]
 _FIXED_P_CLEAN = {"mix": 0.5, "adv": 0.0, "clean": 1.0}
@@ -88,12 +88,9 @@ class AdversarialRouter(nn.Module):
         test_bn: TestBN | None = None,
     ) -> None:
         super().__init__()
-        if not (beta >= 0 and math.isfinite(beta)):
-            raise ValueError(f"beta must be finite and at least 0, got {beta}")
-        if not (p_temperature > 0 and math.isfinite(p_temperature)):
-            raise ValueError(f"p_temperature must be finite and above 0, got {p_temperature}")
-        if not 0 <= p_scale <= 1:
-            raise ValueError(f"p_scale must be in [0, 1], got {p_scale}")
+        beta, p_scale = check_number("beta", beta, 0), check_number("p_scale", p_scale, 0, 1)
+        p_temperature = check_number("p_temperature", p_temperature, above=0)
+        type_head = check_flag("type_head", type_head)
         if type_head and test_bn is not None:
             raise ValueError(
                 f"test_bn={test_bn!r} needs type_head=False: with a type head, its p_clean decides"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops.layer import Call
+from awnet.scalars import plain
 
 Size2 = int | tuple[int, int]
 
@@ -35,6 +36,7 @@ def conv_call(
         _pair(padding, "padding", 0),
         _pair(dilation, "dilation", 1),
     )
+    groups = plain(groups)
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"groups must be an int, got {type(groups).__name__}")
     c_out, c_in, *kernel = weight.shape
@@ -76,6 +78,7 @@ def norm_call(
     convolution: Call | None = None,
 ) -> Call:
     """``mix_batch_norm``; with ``convolution`` the norm of that call's output."""
+    eps, momentum, training = plain(eps), plain(momentum), plain(training)
     if convolution is None:
         input = _autocast(check_image(input, "input"))
         convolution = Call(input, *(None,) * 9, False, eps, False, (1, 1), (0, 0), (1, 1), 1)
@@ -263,6 +266,7 @@ def _check_more_than_one_value(is_clean: Tensor | None, batch: int, input: Tenso
 
 
 def _pair(value: object, name: str, least: int) -> tuple[int, int]:
+    value = plain(value)
     pair = (value, value) if isinstance(value, int) else value
     if (
         not isinstance(pair, tuple | list)

@@ -11,6 +11,7 @@ from torch import Tensor
 from awnet.ops.arguments import Size2, affine_call, conv_call, layer_call, norm_call
 from awnet.ops.backends import Explanation, explain_call, select
 from awnet.ops.layer import Call
+from awnet.scalars import plain
 
 
 def filter_scaled_conv2d(
@@ -99,7 +100,7 @@ def mix_batch_norm(
         eps=eps,
         process_group=process_group,
     )
-    return select(call, backend).run(call, momentum)
+    return select(call, backend).run(call, plain(momentum))
 
 
 def aw_conv2d(
@@ -165,7 +166,7 @@ def aw_conv2d(
         activation=activation,
         process_group=process_group,
     )
-    return select(call, backend).run(call, momentum)
+    return select(call, backend).run(call, plain(momentum))
 
 
 def affine_conv2d(

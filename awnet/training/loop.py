@@ -35,6 +35,7 @@ from awnet.models import create_model, load_model, save_model
 from awnet.models.files import weights_fingerprint, write_tensors
 from awnet.nn import synchronize
 from awnet.precision import check_environment, full_precision
+from awnet.scalars import check_integer, check_number
 from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, read_log
 from awnet.training.losses import Teachers
@@ -122,14 +123,12 @@ def train(
     """
     deadline = math.inf
     if max_minutes is not None:
-        deadline = time.monotonic() + 60 * _positive("max_minutes", max_minutes, "None or ")
-    _positive("checkpoint_minutes", checkpoint_minutes)
-    if isinstance(keep_checkpoints, bool) or not isinstance(keep_checkpoints, int) or keep_checkpoints < 1:
-        raise ValueError(f"keep_checkpoints must be an integer of at least 1, got {keep_checkpoints!r}")
+        deadline = time.monotonic() + 60 * check_number("max_minutes", max_minutes, above=0)
+    checkpoint_minutes = check_number("checkpoint_minutes", checkpoint_minutes, above=0)
+    keep_checkpoints = check_integer("keep_checkpoints", keep_checkpoints, 1)
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe (see recipe_for), got {type(recipe).__name__}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
+    seed = check_integer("seed", seed)
     if select_on not in ("validation", "test"):
         raise ValueError(f"select_on must be 'validation' or 'test', got {select_on!r}")
     if data_memory not in get_args(Memory):
@@ -663,12 +662,6 @@ class _Signals:
 
 
 # What train checks, makes and describes before the first step
-
-
-def _positive(name: str, minutes: float, none: str = "") -> float:
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
-        raise ValueError(f"{name} must be {none}a number above 0, got {minutes!r}")
-    return minutes
 
 
 def _device(device: str | torch.device | None) -> torch.device:

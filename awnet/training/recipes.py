@@ -8,7 +8,7 @@ MTARD(epochs=50, lr=0.05)                                # or by hand
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 from awnet.attacks import GraphedPGD
 from awnet.attacks.base import device_of
 from awnet.data import Dataset, ThreatModel
+from awnet.scalars import is_integer, is_number, plain
 from awnet.training import losses
 from awnet.training.losses import Loss, LossOptions, is_dynamic
 
@@ -100,38 +101,52 @@ class Recipe:
     log_every: int = 50
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("epochs", "batch_size", "attack_steps", "accumulate", "validate_every", "log_every"):
-            _check(self, name, _is_integer, lambda v: v >= 1, "an integer of at least 1")
+            _check(self, name, is_integer, lambda v: v >= 1, "an integer of at least 1")
         if self.validate_limit is not None:
-            _check(self, "validate_limit", _is_integer, lambda v: v >= 1, "None or an integer of at least 1")
+            _check(self, "validate_limit", is_integer, lambda v: v >= 1, "None or an integer of at least 1")
         for name in ("lr", "lr_decay"):
-            _check(self, name, _is_number, lambda v: v > 0, "a number above 0")
+            _check(self, name, is_number, lambda v: v > 0, "a number above 0")
         for name in ("router_lr", "weight_decay", "attack_noise", "type_weight", "consistency"):
-            _check(self, name, _is_number, lambda v: v >= 0, "a number of at least 0")
+            _check(self, name, is_number, lambda v: v >= 0, "a number of at least 0")
         for name in ("momentum", "type_label_smoothing", "ema_decay"):
-            _check(self, name, _is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
-        _check(self, "inner_type_weight", _is_number, lambda v: True, "a finite number")
+            _check(self, name, is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
+        _check(self, "inner_type_weight", is_number, lambda v: True, "a finite number")
         _check(self, "capture", lambda v: isinstance(v, bool), lambda v: True, "true or false")
         if self.capture and self.accumulate > 1:
             raise ValueError("capture and accumulate exclude each other: leave one of them out")
         for name in ("attack_step_size", "clip_norm"):
             if getattr(self, name) is not None:
-                _check(self, name, _is_number, lambda v: v > 0, "None or a number above 0")
+                _check(self, name, is_number, lambda v: v > 0, "None or a number above 0")
         if self.adv_weight is not None:
-            _check(self, "adv_weight", _is_number, lambda v: v >= 0, "None or a number of at least 0")
+            _check(self, "adv_weight", is_number, lambda v: v >= 0, "None or a number of at least 0")
         for name, choices in (
             ("schedule", ("step", "onecycle")),
             ("router_passes", ("joint", "separate")),
             ("precision", ("auto", "float32", "bfloat16")),
             ("layout", ("auto", "nchw", "channels_last")),
         ):
-            _check(self, name, lambda v: True, lambda v, c=choices: v in c, f"one of {choices}")
-        milestones = tuple(self.milestones)
-        object.__setattr__(self, "milestones", milestones)
-        if not all(_is_integer(m) and m >= 1 for m in milestones) or list(milestones) != sorted(
-            set(milestones)
+            _check(
+                self,
+                name,
+                lambda v: True,
+                lambda v, c=choices: isinstance(v, str) and v in c,
+                f"one of {choices}",
+            )
+        several = isinstance(self.milestones, Iterable) and not isinstance(self.milestones, str)
+        milestones = plain(list(self.milestones)) if several else []
+        if (
+            not several
+            or not all(is_integer(m) and m >= 1 for m in milestones)
+            or milestones != sorted(set(milestones))
         ):
-            raise ValueError(f"milestones must be increasing numbers of epochs, got {milestones}")
+            raise ValueError(
+                "milestones must be increasing numbers of epochs, such as (75, 90), got "
+                f"{self.milestones!r}; one alone is written (75,), on the command line milestones=75,"
+            )
+        object.__setattr__(self, "milestones", tuple(milestones))
 
     # What the loop asks of a recipe
 
@@ -255,7 +270,7 @@ class Standard(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "label_smoothing", _is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
+        _check(self, "label_smoothing", is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -322,13 +337,19 @@ class MTARD(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self)
-        _check(self, "temperature", _is_number, lambda v: v > 0, "a number above 0")
-        _check(self, "weight_lr", _is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        _check(self, "temperature", is_number, lambda v: v > 0, "a number above 0")
+        _check(self, "weight_lr", is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         for name, choices in (
             ("kl_reduction", ("batchmean", "elementmean")),
             ("robust_teacher", ("trades", "pgd_at")),
         ):
-            _check(self, name, lambda v: True, lambda v, c=choices: v in c, f"one of {choices}")
+            _check(
+                self,
+                name,
+                lambda v: True,
+                lambda v, c=choices: isinstance(v, str) and v in c,
+                f"one of {choices}",
+            )
 
     def _robust_teacher(self) -> type[Recipe]:
         return RECIPES[self.robust_teacher]
@@ -366,7 +387,7 @@ class HAT(Trades):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "helper_weight", _is_number, lambda v: v >= 0, "a number of at least 0")
+        _check(self, "helper_weight", is_number, lambda v: v >= 0, "a number of at least 0")
 
     def usual_step_size(self, threat_model: ThreatModel) -> float:
         return threat_model.train_step_size
@@ -478,7 +499,7 @@ def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
     An unknown data set gets the recipe's CIFAR-10 settings. Milestones that a shorter run would never reach
     move with it: 75 and 90 of 100 epochs become 7 and 9 of 10.
     """
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
     kind = RECIPES[name]
     known = {field.name for field in fields(kind)}
@@ -490,8 +511,8 @@ def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
         settings |= _PAPERS_SETTINGS.get(dataset_name, {})
     if issubclass(kind, MTARD):
         settings |= _MTARD_SETTINGS.get(dataset_name, {})
-    usual = kind(**settings)
-    if "epochs" in overrides and "milestones" not in overrides and _is_integer(overrides["epochs"]):
+    usual, overrides = kind(**settings), {key: plain(value) for key, value in overrides.items()}
+    if "epochs" in overrides and "milestones" not in overrides and is_integer(overrides["epochs"]):
         scale = overrides["epochs"] / usual.epochs
         settings["milestones"] = tuple(sorted({math.floor(m * scale) for m in usual.milestones} - {0}))
     return kind(**(settings | overrides))
@@ -532,14 +553,6 @@ def _with_type_loss(objective: Objective, weight: float) -> Callable[..., Tensor
         return value + weight * F.cross_entropy(_wide(routing.type_logits), adversarial, reduction="none")
 
     return loss
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check(

@@ -1,0 +1,108 @@
+"""Checks of options that are numbers.
+
+A numpy scalar and a 0-d array or tensor count as the number that they hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+MOST = 2**63 - 1  # what int64 holds
+
+
+def plain(value: Any) -> Any:
+    """``value`` as Python's int, float, bool or complex where it is a numpy scalar or a 0-d array or tensor.
+
+    Lists and tuples are converted item by item. Any other value is returned as it is.
+    """
+    if type(value) in (int, float, bool, str, type(None)):
+        return value
+    if isinstance(value, np.number | np.bool_) or (
+        isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0
+    ):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
+def is_integer(value: Any) -> bool:
+    """Whether ``value`` is an int that int64 holds; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and -MOST - 1 <= value <= MOST
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is an int or a float, and finite as a float; a bool is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
+def check_integer(name: str, value: Any, least: int | None = None, most: int = MOST) -> int:
+    """``value`` as an int in [``least``, ``most``].
+
+    TypeError for another type, ValueError for another size.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {_shown(value)}")
+    if (least is not None and value < least) or not -MOST - 1 <= value <= most:
+        if least is not None and (value < least or most < MOST):
+            between = f"an integer of at least {least}" if most == MOST else f"in [{least}, {most}]"
+        else:
+            between = "an integer that int64 holds"
+        raise ValueError(f"{name} must be {between}, got {_shown(value)}")
+    return value
+
+
+def check_integers(name: str, values: Any, least: int | None = None) -> list[int]:
+    """``values``, a sequence, as a list of ints of at least ``least``; errors as in ``check_integer``."""
+    values = plain(values.tolist() if isinstance(values, np.ndarray | torch.Tensor) else values)
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise TypeError(f"{name} must be a list of integers, got {_shown(values)}")
+    return [check_integer(f"{name}[{i}]", value, least) for i, value in enumerate(values)]
+
+
+def check_number(
+    name: str, value: Any, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf
+) -> float:
+    """``value`` as a finite float in [``least``, ``most``] and greater than ``above``.
+
+    TypeError for another type, ValueError for another size.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {_shown(value)}")
+    if not is_number(value) or not least <= value <= most or not value > above:
+        low, bracket = (above, "(") if above > least else (least, "[")
+        if most < math.inf:
+            between = f"in {bracket}{low:g}, {most:g}]"
+        elif low > -math.inf:
+            between = f"finite and {'above' if bracket == '(' else 'at least'} {low:g}"
+        else:
+            between = "finite"
+        raise ValueError(f"{name} must be {between}, got {_shown(value)}")
+    return float(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value`` as a bool; TypeError for anything else."""
+    value = plain(value)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and not -MOST - 1 <= value <= MOST:
+        return f"an integer of {value.bit_length()} bits"
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
