@@ -317,5 +317,5 @@ def read_json(path: str | Path) -> Any:
     """Reads a JSON file; a damaged one raises ValueError with its path."""
     try:
         return json.loads(expanded(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of numbers too long and lists too deep to be read
         raise ValueError(f"{path} is not readable as JSON: {error}") from error

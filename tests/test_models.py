@@ -335,18 +335,82 @@ def test_foreign_files_are_refused(tmp_path):
     cases = [
         (None, "was not written by awnet.save_model"),
         ("{", "is no JSON"),
+        ("[" * 10**5, "is no JSON"),
+        ("1" * 5000, "is no JSON"),
         ("[1]", "not in the format"),
         (json.dumps({"format": 99, "config": good}), "not in the format"),
         (json.dumps({"format": 1, "config": {**good, "name": "resnet19"}}), "unknown model 'resnet19'"),
         (json.dumps({"format": 1, "config": {**good, "options": {"beta": 1}}}), "no option beta"),
         (json.dumps({"format": 1, "config": {"name": "resnet_tiny"}}), "num_classes"),
-        (json.dumps({"format": 1, "config": good}), "Missing key"),
+        (json.dumps({"format": 1, "config": good}), "Missing keys: "),
     ]
     for about, message in cases:
         save_file(tensors, path, metadata=None if about is None else {"awnet": about})
         with pytest.raises(ValueError, match=message) as caught:
             load_model(path)
         assert "a.safetensors" in str(caught.value)
+
+
+DECLARED_SIZES = {
+    "classes": {"num_classes": 10**7},
+    "classes beyond int64": {"num_classes": 10**30},
+    "channels": {"in_channels": 10**7},
+    "width": {"options": {"width": 1e4}},
+    "width beyond torch": {"options": {"width": 1e12}},
+    "width beyond float": {"options": {"width": 10**400}},
+    "router widths": {"name": "awnet_tiny", "options": {"router_widths": [10**5, 10**5]}},
+    "experts": {"name": "advmoe_resnet18", "options": {"experts": 10**5}},
+    "no options": {"options": None},
+    "a list of options": {"options": [1]},
+    "text for classes": {"num_classes": "10"},
+    "a list for a name": {"name": ["resnet_tiny"]},
+    "a registered model's classes": {"name": "registered for its size", "num_classes": 10**9},
+}
+
+
+@pytest.mark.parametrize("case", DECLARED_SIZES)
+def test_sizes_that_a_file_states_are_compared_with_its_tensors_before_anything_is_allocated(
+    case, tmp_path, monkeypatch
+):
+    build = lambda num_classes, in_channels: nn.Linear(4, num_classes)  # noqa: E731
+    monkeypatch.setitem(registry_module._REGISTRY, "registered for its size", build)
+    path = tmp_path / "a.safetensors"
+    good = {"name": "resnet_tiny", "num_classes": 10, "in_channels": 3, "options": {}}
+    about = {"format": 1, "config": good | DECLARED_SIZES[case]}
+    save_file({"weight": torch.ones(2)}, path, metadata={"awnet": json.dumps(about)})
+    assert path.stat().st_size < 1000
+    # nothing may be built for real: not even the layers that would fit
+    monkeypatch.setattr("awnet.models.files.create_model", None)
+    with pytest.raises(ValueError, match=r"a\.safetensors, written by awnet .* does not fit") as caught:
+        load_model(path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {"width": 1e9}),
+        ("resnet18", {"width": 3e3}),
+        ("resnet_tiny_wide", {"width": 1e9}),
+        ("awnet_tiny", {"router_widths": [10**6, 10**6]}),
+        ("mobilenet_v2", {"num_classes": 10**12}),
+        ("vgg16_bn", {"in_channels": 10**12}),
+        ("advmoe_resnet18", {"experts": 10**9}),
+    ],
+)
+def test_a_model_larger_than_the_machines_memory_is_refused_before_it_is_built(name, options):
+    with pytest.raises((MemoryError, ValueError), match=rf"{name} with .*(would take|larger than torch)"):
+        create_model(name, **options)
+
+
+def test_the_check_of_a_models_size_leaves_its_weights_as_they_were():
+    torch.manual_seed(0)
+    expected = create_model("awnet_tiny", router_widths=(4, 8)).state_dict()  # not large: unchecked
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("awnet.models.registry._USUAL_SIZE", 0)
+        found = create_model("awnet_tiny", router_widths=(4, 8)).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 # --- the Hub's form, in a folder

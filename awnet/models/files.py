@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from awnet._version import __version__
 from awnet.files import written_atomically
-from awnet.models.registry import create_model
+from awnet.models.registry import create_model, model_shapes
 
 _KEY = "awnet"  # in the safetensors metadata
 _FORMAT = 1
@@ -94,14 +95,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
         raise FileNotFoundError(f"{what}; {hint}")
     try:
         with safe_open(file, framework="pt", device=str(device)) as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            about = _about(file, opened.metadata() or {})
+            names = list(opened.keys())
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+            _check_fit(file, about, shapes)  # before anything is allocated
+            tensors = {name: opened.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"{file} is damaged or no safetensors file ({error}); copy or download it again, or use another "
             "checkpoint of the run, such as last.safetensors"
         ) from error
-    about = _about(file, metadata)
     config = about["config"]
     try:
         model = create_model(
@@ -112,10 +115,45 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
         )
         model.load_state_dict(tensors)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"{file}, written by awnet {about.get('version')}, does not fit awnet {__version__}: {error}"
-        ) from error
+        raise _misfit(file, about, error) from error
     return model.to(device).eval()
+
+
+def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless ``shapes``, of the file's tensors, are those of the model that it describes.
+
+    The file's size bounds its tensors, but not the sizes that its description states.
+    """
+    config = about["config"]
+    try:
+        lacking = [key for key in ("name", "num_classes", "in_channels", "options") if key not in config]
+        if lacking or not isinstance(config["options"], dict):
+            raise ValueError(f"its description lacks {', '.join(lacking) or 'a dict of options'}")
+        expected = model_shapes(config)
+        if expected is None:  # a registered function builds it
+            most = sum(map(math.prod, shapes.values()))
+            if max(config["num_classes"], config["in_channels"]) > most:
+                raise ValueError(f"the description states more classes or channels than its {most} weights")
+            return
+        _check_names(expected, shapes)
+    except (ValueError, TypeError, KeyError) as error:
+        raise _misfit(file, about, error) from error
+
+
+def _check_names(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]) -> None:
+    missing, unexpected = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    for what, keys in (("Missing keys", missing), ("Unexpected keys", unexpected)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ValueError(f"{what}: {', '.join(keys[:3])}{more}")
+    for key, shape in shapes.items():
+        if shape != expected[key]:
+            raise ValueError(f"{key} has shape {list(shape)}, the model's has {list(expected[key])}")
+
+
+def _misfit(file: Path, about: dict[str, Any], error: Exception) -> ValueError:
+    version = str(about.get("version"))[:40]
+    return ValueError(f"{file}, written by awnet {version}, does not fit awnet {__version__}: {error}")
 
 
 def _about(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -126,7 +164,7 @@ def _about(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
         )
     try:
         about = json.loads(metadata[_KEY])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{file}: its metadata {_KEY!r} is no JSON ({error}); copy the file again"
         ) from error

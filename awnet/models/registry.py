@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from awnet.models import advmoe, awnet, mobilenet, rdi, repvgg, resnet, separate, swin, vgg, wide_resnet
-from awnet.scalars import check_integer, plain
+from awnet.scalars import check_integer, is_number, plain
 
 Build = Callable[..., nn.Module]
 _REGISTRY: dict[str, Build] = {}
@@ -45,6 +48,10 @@ for _names, _class in _FAMILIES:
         register_model(_name, partial(_class, _name))
 
 
+_OURS = tuple(_REGISTRY.values())
+_USUAL_SIZE = 16  # larger options have the memory that they need checked first
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the registered models that match a shell pattern such as ``"awnet*"``, sorted."""
     return sorted(name for name in _REGISTRY if fnmatchcase(name, pattern))
@@ -65,7 +72,79 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
     Raises:
         ValueError: an unknown name (near ones are listed) or a value out of range.
         TypeError: an option that the model does not have (those it has are listed).
+        MemoryError: the weights would take more than the machine's memory; nothing is allocated.
     """
+    build, config = _checked(name, num_classes, in_channels, options)
+    if max([*_numbers(config["options"]), num_classes / 1000, in_channels / 100]) > _USUAL_SIZE:
+        _check_memory(config)
+    model = build(num_classes=config["num_classes"], in_channels=config["in_channels"], **config["options"])
+    if not hasattr(model, "config"):
+        model.config = config  # type: ignore[assignment]
+    return model
+
+
+def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes of the state of ``create_model``'s model, without allocating its tensors.
+
+    None for a model of :func:`register_model`, whose function may do anything. Raises what ``create_model``
+    raises, and ValueError where a size exceeds what torch can address.
+    """
+    name, options = config["name"], config["options"]
+    build, config = _checked(name, config["num_classes"], config["in_channels"], options)
+    if build not in _OURS:
+        return None
+    try:
+        with torch.device("meta"):
+            sketch = build(
+                num_classes=config["num_classes"], in_channels=config["in_channels"], **config["options"]
+            )
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"{_described(config)} is larger than torch can address: {_first(error)}") from error
+    return {key: tuple(value.shape) for key, value in sketch.state_dict().items()}
+
+
+def _check_memory(config: dict[str, Any]) -> None:
+    """Raises MemoryError unless the weights fit into this machine's memory."""
+    shapes = model_shapes(config)
+    if shapes is None or torch.get_default_device().type == "meta":
+        return
+    needed = sum(map(math.prod, shapes.values())) * torch.get_default_dtype().itemsize
+    if needed > (there := _memory()):
+        raise MemoryError(
+            f"the weights of {_described(config)} would take {needed / 2**30:,.0f} GiB, this machine has "
+            f"{there / 2**30:,.0f} GiB: choose smaller sizes"
+        )
+
+
+def _memory() -> float:
+    """Bytes of this machine's memory; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def _described(config: dict[str, Any]) -> str:
+    sizes = {"num_classes": config["num_classes"], "in_channels": config["in_channels"]} | config["options"]
+    return f"{config['name']} with {', '.join(f'{key}={value!r}' for key, value in sizes.items())}"
+
+
+def _first(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+    elif is_number(value):
+        yield value
+
+
+def _checked(
+    name: str, num_classes: int, in_channels: int, options: dict[str, Any]
+) -> tuple[Build, dict[str, Any]]:
+    """The function that builds a model, and its config in plain values."""
     if not isinstance(name, str) or name not in _REGISTRY:
         near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_models())}"
@@ -80,11 +159,12 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
         check_integer("in_channels", in_channels, 1),
     )
     options = {option: plain(value) for option, value in options.items()}
-    model = build(num_classes=num_classes, in_channels=in_channels, **options)
-    if not hasattr(model, "config"):
-        config = {"name": name, "num_classes": num_classes, "in_channels": in_channels, "options": options}
-        model.config = config  # type: ignore[assignment]
-    return model
+    return build, {
+        "name": name,
+        "num_classes": num_classes,
+        "in_channels": in_channels,
+        "options": options,
+    }
 
 
 def _options(build: Build) -> set[str] | None:
