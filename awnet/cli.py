@@ -10,16 +10,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from datetime import timedelta
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
+
+from awnet.files import expanded
+from awnet.terminal import SafeStream, safe_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -651,6 +654,8 @@ class Download:
 class DataInfo:
     """Print a data set's splits, classes, threat model and fingerprints."""
 
+    prints_its_result: ClassVar[bool] = True
+
     name: Positional[str]
     """digits, cifar10, cifar100 or tiny_imagenet."""
     data_dir: Maybe[Path] = None
@@ -706,6 +711,8 @@ class Data:
 class Info:
     """Print what is here: versions, devices, backends, models, data sets, attacks, recipes."""
 
+    prints_its_result: ClassVar[bool] = True
+
     json: bool = False
     """As JSON, for programs."""
 
@@ -724,6 +731,18 @@ class Info:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
+
+
+def expand_paths(options: T) -> T:
+    """A copy of a command's options with ``~`` expanded in every path, also in tuples and subcommands."""
+    if isinstance(options, Path):
+        return expanded(options)  # type: ignore[return-value]
+    if isinstance(options, tuple):
+        return tuple(map(expand_paths, options))  # type: ignore[return-value]
+    if is_dataclass(options) and not isinstance(options, type):
+        values = {field.name: getattr(options, field.name) for field in fields(options) if field.init}
+        return replace(options, **{name: expand_paths(value) for name, value in values.items()})
+    return options
 
 
 def _load(name: str, data_dir: Path | None, seed: int, eps: float | None) -> Splits:
@@ -848,10 +867,26 @@ def _commands(words: Sequence[str]) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit status: 0 or its own, 2 after an error, 130 after Ctrl-C."""
+    """Runs one command. Returns its exit status: 0 or its own, 2 after an error, 130 after Ctrl-C.
+
+    Output that cannot be written ends no command; only one whose text is its result (help, info, data info)
+    then returns 2, unless the reader of a pipe has ended.
+    """
+    with safe_output() as out:
+        try:
+            return _main(arguments, out)
+        finally:
+            out.flush()
+            if out.error is not None and not out.note and not isinstance(out.error, BrokenPipeError):
+                print(f"awnet: error: standard output could not be written ({out.error})", file=sys.stderr)
+                sys.exit(2)
+
+
+def _main(arguments: Sequence[str] | None, out: SafeStream) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--traceback" in words or os.environ.get("AWNET_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"] or ["--help"]
+    out.note = False  # tyro's help is a result
     command: Any = tyro.cli(
         _commands(words),
         prog="awnet",
@@ -861,8 +896,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     from rich.console import Console
 
+    out.note = not getattr(getattr(command, "command", command), "prints_its_result", False)
     try:
-        status: int | None = command.run(Console(highlight=False))
+        status: int | None = expand_paths(command).run(Console(highlight=False))
     except EXPECTED as error:
         if debug:
             traceback.print_exc()

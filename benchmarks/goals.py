@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
+from awnet.terminal import safe_console
 
 from .cases import CASES, MODES, STAGES
 from .results import FOLDER, Row, read_results, read_training, threads
@@ -383,7 +383,7 @@ def judge(folder: Path, goals: Sequence[Goal] = GOALS) -> list[Verdict]:
 
 def verify(options: VerifyOptions) -> int:
     """Prints every goal as met, not met or not measured; returns the exit status."""
-    console = Console(highlight=False)
+    console = safe_console()
     verdicts = judge(options.results)
     styles = {"met": "green", "not met": "red", "not measured": "yellow"}
     where = ""

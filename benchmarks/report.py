@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from tyro.conf import Positional
 
 from awnet.files import write_text, written_atomically
+from awnet.terminal import safe_console
 
 from .goals import judge
 from .results import FOLDER, Row, read_results
@@ -135,7 +135,7 @@ def filled(text: str, folder: Path) -> str:
 
 def tables(options: TableOptions) -> None:
     """Writes the tables into the documents."""
-    console = Console(highlight=False)
+    console = safe_console()
     for path in options.files:
         text = path.read_text(encoding="utf-8")
         try:
@@ -179,7 +179,7 @@ def plot(options: PlotOptions) -> list[Path]:
                 written.append(path)
     if not written:
         raise ValueError(f"{options.results} has no row with a time: `awnet bench run` measures some")
-    console = Console(highlight=False)
+    console = safe_console()
     for path in written:
         console.print(str(path), soft_wrap=True)
     return written

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from awnet.terminal import safe_console
+
 from . import results
 from .cases import CASES, MODES, SMOKE_CASES, Case, LayerCase, Mode, Problem, make_upstream, step
 from .ceilings import Ceilings, measure_ceilings
@@ -114,7 +116,7 @@ def run(options: BenchOptions, *, extra_providers: Mapping[str, Provider] | None
     Raises:
         ValueError: an option names an unknown case, provider or device, or is out of range.
     """
-    console = Console(highlight=False)
+    console = safe_console()
     device = _device(options)
     path = options.out / f"{_slug(_device_name(device))}{'-smoke' if options.smoke else ''}.csv"
     before = results.read_rows(path)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,6 +25,7 @@ from awnet.attacks import frozen
 from awnet.data import Dataset, from_arrays, load_dataset
 from awnet.models import create_model
 from awnet.nn import AWNet
+from awnet.terminal import safe_console
 from awnet.training import MTARD, MTARDWeights, Recipe, Teachers, Trades, TrainingStep, losses, recipe_for
 from awnet.training.step import Numerics, numerics
 
@@ -133,7 +133,7 @@ def bench_train(options: TrainBenchOptions) -> Path:
 
     Raises ValueError for an unknown name or a value out of range.
     """
-    console = Console()
+    console = safe_console()
     device = _checked_device(options)
     path = options.out / f"{_slug(_device_name(device))}-train.csv"
     results.read_rows(path, COLUMNS)  # refuses a file of other columns before the work, not after

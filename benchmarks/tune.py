@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from awnet.files import write_json
 from awnet.ops import triton_passes, tuning
+from awnet.terminal import safe_console
 
 from .cases import CASES, SMOKE_CASES, STAGES, Convolution, LayerCase
 
@@ -233,7 +233,7 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
         content = json.loads(path.read_text(encoding="utf-8"))
     content["launches_tuned_with"] = {name: version(name) for name in ("torch", "triton")}
     launches: dict[str, dict[str, int]] = content["launches"]
-    console = Console()
+    console = safe_console()
     end = time.monotonic() + 60 * options.minutes
     left = 0
     for job in jobs(options, device):

@@ -43,6 +43,7 @@ from awnet.files import read_json, write_json
 from awnet.models import load_model
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
+from awnet.terminal import safe_console
 
 Advance = Callable[[str, int], None]
 T = TypeVar("T")
@@ -731,6 +732,6 @@ def _progress(show: bool, total: int) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, console=safe_console(), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda kind, by: bar.update(task, advance=by, description=kind)

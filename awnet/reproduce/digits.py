@@ -19,6 +19,7 @@ from awnet.evaluation.statistics import Interval
 from awnet.evaluation.table import LABELS, attack_label
 from awnet.files import write_json
 from awnet.reproduce.lanes import Job, run_lanes
+from awnet.terminal import safe_console
 from awnet.training import MTARD, Recipe, recipe_for, train
 from awnet.training.checkpoint import claim
 
@@ -65,7 +66,7 @@ def run_digits(
         torch has two threads or more. The same number gives the same table.
     """
     begun = time.monotonic()
-    console = Console(quiet=quiet, highlight=False)
+    console = safe_console(quiet=quiet)
     out = Path(out)
     where = _device(device)
     if processes is None:

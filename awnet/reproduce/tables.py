@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -28,6 +27,7 @@ from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.digits import verdict
 from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
 from awnet.reproduce.workshop import SURROGATE, Workshop
+from awnet.terminal import safe_console
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def reproduce(
     if budget not in BUDGETS:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     experiment = EXPERIMENTS[name]
-    console = Console(quiet=quiet, highlight=False)
+    console = safe_console(quiet=quiet)
     allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
     shop = Workshop(
         Path(out),

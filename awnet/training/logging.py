@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from rich.console import Console
 from rich.markup import escape
+
+from awnet.terminal import safe_console
 
 if TYPE_CHECKING:
     from io import RawIOBase
@@ -134,7 +135,7 @@ class Reporter:
 
     def __init__(self, title: str, *, quiet: bool = False) -> None:
         self.title = title
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = safe_console(quiet=quiet, soft_wrap=True)
         self._steps = self._done = self._first = 0
         self._since = self._epoch_since = self._said = time.monotonic()
         self._images = 0
