@@ -335,6 +335,7 @@ class Attack(_OnRun):
 
         from awnet import __version__
         from awnet.attacks import Suite, named_attack
+        from awnet.attacks.saved import digest
         from awnet.files import written_atomically
         from awnet.precision import computed_in, full_precision
 
@@ -365,6 +366,7 @@ class Attack(_OnRun):
             "attack": self.attack,
             "settings": attack.settings,
             "precision": str(dtype).removeprefix("torch."),
+            "content": digest(torch.cat(made), labels, dataset.index.cpu()),
             "seed": self.seed,
             "awnet": __version__,
             "torch": torch.__version__,
@@ -559,10 +561,12 @@ class ExportRobustBench(_OnRun):
 
         model, dataset = self.load(console)
         place = self.folder / "evaluations" / self.evaluation
-        report = Report.load(place) if (place / "report.json").is_file() else None
-        if report is None:
+        report = None
+        try:
+            report = Report.load(place)
+        except FileNotFoundError:
             _say(console, f"note: {place} holds no report, so the entry has no accuracies")
-        elif "aa" not in report.attacks:
+        if report is not None and "aa" not in report.attacks:
             _say(console, f"note: {place} did not measure AutoAttack: autoattack_acc stays empty")
         given = {n: getattr(self, n) for n in ("title", "authors", "link", "venue", "footnote")}
         entry = Entry(

@@ -69,6 +69,23 @@ def check_count(name: str, value: int) -> int:
     return check_integer(name, value, 0)
 
 
+def check_ball(x_adv: Tensor, x: Tensor, eps: float, what: str) -> None:
+    """Raises ValueError unless ``x_adv`` is in [0, 1] and within ``eps`` of the images ``x``.
+
+    ``what`` names ``x_adv`` in the message.
+    """
+    if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
+        raise ValueError(f"{what}: expected {x.dtype} {list(x.shape)}, got {x_adv.dtype} {list(x_adv.shape)}")
+    # each end of the ball is rounded once; a NaN fails the comparisons
+    slack = 2.0**-23
+    inside = (x_adv >= (x - eps - slack).clamp(min=0)) & (x_adv <= (x + eps + slack).clamp(max=1))
+    broken = int((~inside).flatten(1).any(1).sum())
+    if broken:
+        raise ValueError(
+            f"{what}: {broken} of {len(x)} are not in [0, 1] and within eps = {eps:.6g} of the clean images"
+        )
+
+
 class Attack(ABC):
     """An attack within an L-infinity ball on a classifier ``[B, C, H, W]`` in [0, 1] → logits ``[B, K]``.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from awnet.attacks.base import Attack
+from awnet.attacks.base import Attack, check_ball
 from awnet.attacks.pgd import margin
 from awnet.attacks.saved import Saved, digest
 
@@ -82,6 +82,7 @@ class Cascade(Attack):
         else:
             tensors, note = found
             # with x's strides, whatever they are: they choose a convolution's path, and so its rounding
+            check_ball(tensors["x_adv"], x, self.eps, f"the images kept in {self._saved_at(name)}")
             x_adv = torch.empty_like(x).copy_(tensors["x_adv"])
             broken_by, closest = tensors["broken_by"], tensors["closest"]
             done, notes = note["done"], Counter(note["notes"])
@@ -110,6 +111,9 @@ class Cascade(Attack):
                 self._saved.save(name, state, {"done": number + 1, "notes": notes})
         self.outcome = Outcome(x_adv, broken_by, notes)
         return x_adv
+
+    def _saved_at(self, name: str) -> str:
+        return "" if self._saved is None else str(self._saved.path(name))
 
     def _judge(self, x: Tensor, y: Tensor, largest_label: int) -> tuple[Tensor, Tensor]:
         """Whether each image is classified correctly, bool ``[B]``, and its margin ``[B]``."""

@@ -38,8 +38,13 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest(about, weights_fingerprint(model))
 
 
+def _content(tensors: Mapping[str, Tensor], note: Any) -> str:
+    names = sorted(tensors)
+    return digest(json.loads(json.dumps(note)), names, *(tensors[name] for name in names))
+
+
 class Saved:
-    """Named groups of tensors, a ``.safetensors`` file each, under ``folder/key``.
+    """Named groups of tensors, a ``.safetensors`` file each with a checksum, under ``folder/key``.
 
     Args:
         folder: of the evaluation, say.
@@ -50,24 +55,40 @@ class Saved:
         self.folder = Path(folder) / key
 
     def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any] | None:
-        """The tensors and what was noted beside them; None where there are none."""
-        path = self.folder / f"{name}.safetensors"
+        """The tensors and what was noted beside them; None where there are none.
+
+        Raises:
+            ValueError: the file is damaged, or its content is not what :meth:`save` wrote.
+        """
+        path = self.path(name)
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt", device=str(device)) as opened:
-                note = json.loads((opened.metadata() or {}).get("note", "null"))
+            with safe_open(path, framework="pt", device="cpu") as opened:
+                metadata = opened.metadata() or {}
                 # a copy lies on an aligned address, as tensors that were never saved do: in a file's memory
                 # kernels take other paths, which round otherwise
-                return {key: opened.get_tensor(key).clone() for key in opened.keys()}, note  # noqa: SIM118
+                tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+            note = json.loads(metadata.get("note", "null"))
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and start again") from error
+        if metadata.get("digest") != _content(tensors, note):
+            raise ValueError(
+                f"{path} is damaged or was changed, its checksum is not that of its content: delete "
+                f"{self.folder} and start again"
+            )
+        return {key: tensor.to(device) for key, tensor in tensors.items()}, note
 
     def save(self, name: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Writes them whole or not at all; ``note`` is what JSON can write."""
         plain = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        with written_atomically(self.folder / f"{name}.safetensors") as temporary:
-            save_file(plain, temporary, metadata={"format": "pt", "note": json.dumps(note)})
+        with written_atomically(self.path(name)) as temporary:
+            metadata = {"format": "pt", "note": json.dumps(note), "digest": _content(plain, note)}
+            save_file(plain, temporary, metadata=metadata)
+
+    def path(self, name: str) -> Path:
+        """The file of the group ``name``."""
+        return self.folder / f"{name}.safetensors"
 
     def remove(self) -> None:
         """Deletes the group's folder."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet._version import __version__
-from awnet.attacks.base import Attack, check_model, device_of
+from awnet.attacks.base import Attack, check_ball, check_model, device_of
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Dataset
 from awnet.files import read_json, write_json
@@ -110,6 +110,7 @@ def craft(
     for number, (x, y, index) in enumerate(dataset.batches(batch_size)):
         kept = None if parts is None else parts.load(str(number))
         x_adv = made(x, y, index=index).cpu() if kept is None else kept[0]["x_adv"]
+        check_ball(x_adv, x.cpu(), made.eps, f"images of {type(made).__name__}, batch {number}")
         if parts is not None and kept is None:
             parts.save(str(number), {"x_adv": x_adv})
         batches.append(x_adv)
@@ -161,10 +162,9 @@ class TransferAttack(Attack):
             raise ValueError("index has images that were not crafted: craft those of the same data set")
         rows = self._order[place]
         x_adv = self.source.x_adv[rows].to(x)
-        # both ends of the ball are rounded once
-        far = (x_adv - x).abs().max() > self.eps + 2.0**-23 if x_adv.shape == x.shape else True
-        if far or not torch.equal(self.source.labels[rows], y.cpu()):
+        if not torch.equal(self.source.labels[rows], y.cpu()):
             raise ValueError("x and y are not the images that were crafted from: use the same data set")
+        check_ball(x_adv, x, self.eps, "x are not the images that were crafted from")
         return x_adv
 
 

@@ -24,7 +24,7 @@ _SYSTEMS = {
     "awnet_resnet18": "AW-Net",
 }
 _TABLES = {"cifar10": "1", "cifar100": "2", "tiny_imagenet": "11"}
-_FIGURES = {
+FIGURES = {
     "waterfall.png": "Accuracy as attack after attack takes the images that it is the first to break",
     "w_robust.png": "W-Robust accuracy under each attack, with 95 % intervals",
     "examples.png": "Images before and after the attack that broke them, and the magnified difference",
@@ -266,7 +266,7 @@ def _figures(folder: Path, names: Sequence[str]) -> list[str]:
         path = folder / name
         if path.is_file():
             data = base64.b64encode(path.read_bytes()).decode("ascii")
-            said = escape(_FIGURES[name])
+            said = escape(FIGURES[name])
             image = f'<img alt="{said}" src="data:image/png;base64,{data}">'
             found.append(f"<figure>{image}<figcaption>{said}</figcaption></figure>")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet._version import __version__
 from awnet.attacks import Attack, Cascade, Suite, frozen, list_attacks, named_attack
-from awnet.attacks.base import check_model, device_of
+from awnet.attacks.base import check_ball, check_model, device_of
 from awnet.attacks.registry import BudgetName
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Batch, Dataset
@@ -38,8 +38,9 @@ from awnet.evaluation.report import (
 )
 from awnet.evaluation.sanity import Check, sanity_table, union_check
 from awnet.evaluation.statistics import auc, wilson_interval
+from awnet.evaluation.store import locked
 from awnet.evaluation.union import WorstCase, remaining
-from awnet.files import read_json, write_json
+from awnet.files import read_json
 from awnet.models import load_model
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
@@ -118,6 +119,7 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the model does not fit the data set.
+        BlockingIOError: another process makes the evaluation ``name`` in ``out``.
         FloatingPointError: the model's logits are NaN or infinite.
     """
     check_name(name)
@@ -134,69 +136,70 @@ def evaluate(
         if not isinstance(report, Report):
             raise TypeError(f"compared_with[{other!r}] must be a Report, got {type(report).__name__}")
     teachers = _teachers(out, dataset.device) if _needs_teachers(attacks) else {}
-    suite = Suite(
-        classes=classes,
-        budget=budget,
-        queries=queries,
-        teacher=teachers.get("robust teacher") if teacher is None else teacher,
-        surrogates={
-            name.replace(" ", "_"): one
-            for name, one in (teachers if surrogates is None else surrogates).items()
-        },
-        reference=next(dataset.batches(REFERENCE)).x,
-    )
-    plan = _Plan(model, dataset, _chosen(attacks, model, dataset, seed, suite), seed)
     ranks = ranks or Ranks(dataset.device)
-    saved = None
-    if out is not None or ranks.size > 1:
-        key = _key(live, dataset, plan.attacks, batch_size, suite, precision)
-        _check_same(key, ranks)
-    if out is not None:
-        folder = Path(out) / "evaluations" / name
-        saved = ranks.first(lambda: _state(folder, key))
-    own = _Share(plan)
-    batches = -(-len(dataset) // batch_size)
-    mine = range(ranks.rank, batches, ranks.size)
-    with (
-        frozen(model),
-        torch.no_grad(),
-        _progress(progress and ranks.rank == 0, len(mine) * len(plan.kinds)) as advance,
-    ):
-        for number, batch in islice(enumerate(dataset.batches(batch_size)), ranks.rank, None, ranks.size):
-            own.measure(plan, number, batch, saved, advance)
-        checked = plan.union is not None if sanity is None else sanity
-        if checked and batches % ranks.size == ranks.rank:  # one batch more
-            advance("sanity", 0)
-            own.table, own.curves = _sanity(model, dataset, suite, seed, batch_size, saved)
-        if ranks.size > 1:
-            advance("other ranks", 0)
-        shares = ranks.gathered(own.on_host())
-
-    def conclude() -> Report:
-        report = _report(
-            plan,
-            live,
-            _Share.of_all(plan, shares),
-            {
-                "seed": seed,
-                "batch_size": batch_size,
-                "limit": limit,
-                "budget": budget,
-                "precision": computes,
+    folder = None if out is None else Path(out) / "evaluations" / name
+    with _alone(folder, ranks):
+        suite = Suite(
+            classes=classes,
+            budget=budget,
+            queries=queries,
+            teacher=teachers.get("robust teacher") if teacher is None else teacher,
+            surrogates={
+                name.replace(" ", "_"): one
+                for name, one in (teachers if surrogates is None else surrogates).items()
             },
-            _selected_on(out) if selected_on is None else selected_on,
+            reference=next(dataset.batches(REFERENCE)).x,
         )
-        report.compared_with = {other: compare(report, value, seed) for other, value in other_reports.items()}
-        if out is not None:
-            log = Path(out) / "log.jsonl"
-            report.save(Path(out) / "evaluations" / name, log if log.is_file() else None)
-            write_json(Path(out) / "report.json", report.to_dict())
-        if saved is not None:
-            saved.remove()
-            saved.folder.parent.rmdir()
-        return report
+        plan = _Plan(model, dataset, _chosen(attacks, model, dataset, seed, suite), seed)
+        saved = None
+        if folder is not None or ranks.size > 1:
+            key = _key(live, dataset, plan.attacks, batch_size, suite, precision)
+            _check_same(key, ranks)
+        if folder is not None:
+            saved = ranks.first(lambda: _state(folder, key))
+        own = _Share(plan)
+        batches = -(-len(dataset) // batch_size)
+        mine = range(ranks.rank, batches, ranks.size)
+        with (
+            frozen(model),
+            torch.no_grad(),
+            _progress(progress and ranks.rank == 0, len(mine) * len(plan.kinds)) as advance,
+        ):
+            for number, batch in islice(enumerate(dataset.batches(batch_size)), ranks.rank, None, ranks.size):
+                own.measure(plan, number, batch, saved, advance)
+            checked = plan.union is not None if sanity is None else sanity
+            if checked and batches % ranks.size == ranks.rank:  # one batch more
+                advance("sanity", 0)
+                own.table, own.curves = _sanity(model, dataset, suite, seed, batch_size, saved)
+            if ranks.size > 1:
+                advance("other ranks", 0)
+            shares = ranks.gathered(own.on_host())
 
-    return ranks.first(conclude)
+        def conclude() -> Report:
+            report = _report(
+                plan,
+                live,
+                _Share.of_all(plan, shares),
+                {
+                    "seed": seed,
+                    "batch_size": batch_size,
+                    "limit": limit,
+                    "budget": budget,
+                    "precision": computes,
+                },
+                _selected_on(out) if selected_on is None else selected_on,
+            )
+            report.compared_with = {
+                other: compare(report, value, seed) for other, value in other_reports.items()
+            }
+            if out is not None:
+                report.publish(out, name)
+            if saved is not None:
+                saved.remove()
+                saved.folder.parent.rmdir()
+            return report
+
+        return ranks.first(conclude)
 
 
 def accuracy(
@@ -540,10 +543,12 @@ def _attacked(
             notes.update(attack.outcome.notes)
         return x_adv
     found = None if saved is None else saved.load(f"{number}-{kind}", x.device)
-    if found is not None:
+    if saved is not None and found is not None:
+        check_ball(found[0]["x_adv"], x, attack.eps, f"the images kept in {saved.path(f'{number}-{kind}')}")
         notes.update(found[1])
         return found[0]["x_adv"]
     x_adv = attack(x, y, index=index)
+    check_ball(x_adv, x, attack.eps, f"the images of the attack {kind}")
     noted = dict(getattr(attack, "notes", {}))
     notes.update(noted)
     if saved is not None:
@@ -579,6 +584,19 @@ def _key(
     device = dataset.device  # each rank has another GPU: what counts is its kind
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return digest(__version__, torch.__version__, kind, *parts)
+
+
+@contextmanager
+def _alone(folder: Path | None, ranks: Ranks) -> Iterator[None]:
+    """Holds the lock of the evaluation's folder, on rank 0, for a block of code."""
+    with ExitStack() as held:
+
+        def lock() -> None:
+            if folder is not None:
+                held.enter_context(locked(folder))
+
+        ranks.first(lock)
+        yield
 
 
 def _check_same(key: str, ranks: Ranks) -> None:

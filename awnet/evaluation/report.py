@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import re
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from awnet._version import __version__
+from awnet.evaluation import store
 from awnet.evaluation.detection import detection_flags
 from awnet.evaluation.statistics import (
     Interval,
@@ -25,7 +27,7 @@ from awnet.evaluation.statistics import (
     w_robust_accuracy,
     wilson_interval,
 )
-from awnet.files import read_json, write_json, write_text, written_atomically
+from awnet.files import write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -148,36 +150,71 @@ class Report:
     def save(self, folder: str | Path, training_log: str | Path | None = None) -> Path:
         """Writes ``report.json``, ``report.html``, the arrays and the figures; returns the path of the first.
 
-        ``training_log``: the run's ``log.jsonl``, for a figure of its training curves.
-        """
-        from awnet.evaluation.figures import draw
-        from awnet.evaluation.html import page
+        They replace those of an earlier evaluation in ``folder`` together or not at all: after a kill at any
+        moment :meth:`load` finds the old report or the new one. Other files in ``folder`` stay.
 
+        Args:
+            folder: is made where it is missing.
+            training_log: the run's ``log.jsonl``, for a figure of its training curves.
+
+        Raises:
+            BlockingIOError: another process evaluates in ``folder``.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in _ARRAYS:
-            arrays = getattr(self, name)
-            if arrays:
-                with written_atomically(folder / f"{name}.npz") as path, open(path, "wb") as file:
-                    np.savez_compressed(file, **arrays)
-        draw(self, folder, None if training_log is None else Path(training_log))
-        write_text(folder / "report.html", page(self, folder))
-        write_json(folder / "report.json", self.to_dict())
-        return folder / "report.json"
+        with store.locked(folder):
+            self._write(folder, training_log)
+        return folder / store.REPORT
+
+    def publish(self, run_folder: str | Path, name: str = "default") -> Path:
+        """Writes the report into ``run_folder`` as its evaluation ``name``; returns that folder.
+
+        ``report.json`` in ``run_folder`` becomes a link to that of this evaluation. The caller holds the lock
+        of the evaluation's folder (:func:`awnet.evaluation.store.locked`).
+        """
+        run_folder = Path(run_folder)
+        folder, log = run_folder / "evaluations" / name, run_folder / "log.jsonl"
+        if (folder / store.REPORT).is_file():
+            store.link(folder / store.REPORT, run_folder / store.REPORT)
+        self._write(folder, log if log.is_file() else None)
+        store.link(folder / store.REPORT, run_folder / store.REPORT)
+        return folder
+
+    def _write(self, folder: Path, training_log: str | Path | None) -> None:
+        from awnet.evaluation.figures import draw
+        from awnet.evaluation.html import FIGURES, page
+
+        known = (store.REPORT, "report.html", *FIGURES, *(f"{name}.npz" for name in _ARRAYS))
+        with store.replaced_together(folder, known) as new:
+            for name in _ARRAYS:
+                arrays = getattr(self, name)
+                if arrays:
+                    with open(new / f"{name}.npz", "wb") as file:
+                        np.savez_compressed(file, **arrays)
+            draw(self, new, None if training_log is None else Path(training_log))
+            write_text(new / "report.html", page(self, new))
+            write_json(new / store.REPORT, self.to_dict())
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:
         """The report that :meth:`save` wrote into ``folder``.
 
-        Raises FileNotFoundError where there is none, ValueError where it is damaged or foreign.
+        Every file is checked against the checksums that were written with it, and the accuracies against the
+        outcomes per image.
+
+        Raises FileNotFoundError where there is none, ValueError where it is damaged or foreign, or where its
+        files are of different evaluations.
         """
         folder = Path(folder)
-        path = folder / "report.json"
-        if not path.is_file():
+        path = folder / store.REPORT
+        contents = store.read_together(folder, (store.REPORT, *(f"{name}.npz" for name in _ARRAYS)))
+        if store.REPORT not in contents:
             raise FileNotFoundError(
                 f"{path} does not exist: evaluate the model first, with out={str(folder)!r}"
             )
-        whole = read_json(path)
+        try:
+            whole = json.loads(contents[store.REPORT])
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not readable as JSON: {error}") from error
         try:
             whole["attacks"] = {
                 name: AttackResult(**_tuples(value)) for name, value in whole["attacks"].items()
@@ -196,14 +233,29 @@ class Report:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a report of this version: {error}; evaluate again") from error
         for name in _ARRAYS:
-            path = folder / f"{name}.npz"
-            if path.is_file():
+            data = contents.get(f"{name}.npz")
+            if data is not None:
                 try:
-                    with np.load(path, allow_pickle=False) as arrays:
+                    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                         setattr(report, name, dict(arrays))
                 except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-                    raise ValueError(f"{path} is damaged: {error}; evaluate again") from error
+                    raise ValueError(
+                        f"{folder / f'{name}.npz'} is damaged: {error}; evaluate again"
+                    ) from error
+        report._check_arrays(folder)
         return report
+
+    def _check_arrays(self, folder: Path) -> None:
+        """ValueError where the outcomes per image do not give the accuracies."""
+        claims = {"clean": self.clean_accuracy}
+        claims |= {name: result.robust_accuracy for name, result in self.results().items()}
+        for kind, claim in claims.items():
+            correct = self.per_sample.get(f"{kind}_correct")
+            if self.per_sample and (correct is None or correct.shape != (self.n,) or correct.mean() != claim):
+                raise ValueError(
+                    f"{folder}: report.json and per_sample.npz are not of the same evaluation: their {kind} "
+                    "outcomes differ; evaluate again"
+                )
 
     def table(self) -> Table:
         """For the terminal: A_nat, then A_adv and A_w for each attack, per cent with half a 95 % interval."""

@@ -16,8 +16,8 @@ from awnet.attacks import list_attacks
 from awnet.data import Splits, load_dataset
 from awnet.evaluation import Comparison, Report, compare, comparison_table, evaluate, w_robust_table
 from awnet.evaluation.statistics import Interval
+from awnet.evaluation.store import locked
 from awnet.evaluation.table import LABELS, attack_label
-from awnet.files import write_json
 from awnet.reproduce.lanes import Job, run_lanes
 from awnet.terminal import safe_console
 from awnet.training import MTARD, Recipe, recipe_for, train
@@ -174,8 +174,8 @@ def _train(
 
 
 def _save(report: Report, folder: Path) -> None:
-    report.save(folder / "evaluations" / "default", folder / "log.jsonl")
-    write_json(folder / "report.json", report.to_dict())
+    with locked(folder / "evaluations" / "default"):
+        report.publish(folder)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

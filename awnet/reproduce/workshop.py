@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ class Workshop:
         folder = self.run_folder(system, dataset)
         model = self.trained(system, dataset)
         place = folder / "evaluations" / name
-        if (place / "report.json").is_file():
+        with suppress(FileNotFoundError):
             report = Report.load(place)
             there = {*report.attacks, *(["union"] if report.union is not None else [])}
             if there >= set(attacks) and report.n == len(self.splits(dataset).test):
