@@ -26,8 +26,8 @@ from awnet.terminal import SafeStream, safe_output
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor, nn
     from torch import device as Device
-    from torch import nn
 
     from awnet.data import Dataset, Splits
     from awnet.distributed import Ranks
@@ -39,7 +39,7 @@ Each command has its own --help. An error prints one line and ends with status 2
 (or AWNET_DEBUG=1) shows where it came from."""
 
 # what a user can cause and mend; anything else is a defect and keeps its traceback
-EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, MemoryError, ImportError)
+EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError)
 
 
 def number(text: str) -> float:
@@ -218,27 +218,75 @@ class _OnRun:
     def folder(self) -> Path:
         return self.run_folder.parent if self.run_folder.suffix == ".safetensors" else self.run_folder
 
+    @property
+    def weights(self) -> Path:
+        """What ``load_model`` reads: the path that was given, or the run's last checkpoint."""
+        last = self.run_folder == self.folder and self.checkpoint == "last"
+        return self.folder / "last.safetensors" if last else self.run_folder
+
+    def config(self) -> dict[str, Any]:
+        """The run's config.json, checked; empty for a .safetensors file that is in no run folder."""
+        from awnet.run_config import is_run, read_config
+
+        path = self.run_folder
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist: give a run folder, which awnet train makes, or a .safetensors file"
+            )
+        if path == self.folder and not path.is_dir():
+            raise ValueError(f"{path} is neither a run folder nor a .safetensors file")
+        if is_run(self.folder) or (self.data is None and path == self.folder):
+            return read_config(self.folder, whole=True)
+        return {}
+
+    def _recorded_name(self, config: dict[str, Any]) -> str:
+        """The data set of the run, which the command line can load."""
+        from awnet.data import list_datasets
+
+        if not config:
+            raise ValueError(
+                f"{self.run_folder} is in no run folder, which would name its data set: give --data"
+            )
+        name: str = config["dataset"]["name"]
+        if name not in list_datasets():
+            raise ValueError(
+                f"{self.folder} was trained on {name!r}, arrays that only a Python program has. Use it "
+                f"there: awnet.evaluate(awnet.load_model({str(self.weights)!r}), dataset, "
+                f"out={str(self.folder)!r}). Or give --data with one of {', '.join(list_datasets())}"
+            )
+        return name
+
+    def example(self, console: Console) -> tuple[nn.Module, Tensor]:
+        """The model and two images of its size [2, C, H, W]: zeros where the run's data cannot be loaded."""
+        import torch
+
+        from awnet.data import list_datasets
+        from awnet.models import load_model
+
+        device, config = resolve_device(self.device), self.config()
+        sizes = config.get("input")
+        if self.data is not None or sizes is None or config["dataset"]["name"] in list_datasets():
+            model, dataset = self.load(console, device)
+            return model, next(dataset.to(device).batches(2)).x
+        return load_model(self.weights).to(device), torch.zeros(2, *sizes, device=device)
+
     def load(self, console: Console, device: Device | None = None) -> tuple[nn.Module, Dataset]:
         """The model on ``device``, by default the one that was asked for, and the images."""
         from awnet.models import load_model
 
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be 1 or more images, got {self.limit}")
-        path, config = self.run_folder, _run_config(self.folder)
-        if path == self.folder and self.checkpoint == "last":
-            path = self.folder / "last.safetensors"
+        config = self.config()
         recorded = config.get("dataset", {})
         name, data_dir, eps = self.data, self.data_dir, self.eps
         if name is None:
-            name = recorded.get("name")
-            if name is None:
-                raise ValueError(f"{self.folder} does not say which data set it belongs to: give --data")
+            name = self._recorded_name(config)
         ours = name == recorded.get("name")
         if ours and data_dir is None and Path(recorded["source"]).is_dir():
             data_dir = Path(recorded["source"])
         if ours and eps is None:
             eps = recorded["eps"]
-        model = load_model(path).to(device or _device(self.device))
+        model = load_model(self.weights).to(device or resolve_device(self.device))
         # the run's own seed, so that its validation images are those that it did not train on
         dataset: Dataset = getattr(_load(name, data_dir, config.get("seed", 0), eps), self.split)
         if ours and dataset.fingerprint() != recorded["fingerprints"][self.split]:
@@ -271,13 +319,16 @@ class Evaluate(_OnRun):
         from awnet.distributed import joined
 
         # a rank whose batches are done waits for the others', which may take hours
-        with joined(_device(self.device), timeout=timedelta(days=30)) as ranks:
+        with joined(resolve_device(self.device), timeout=timedelta(days=30)) as ranks:
             console.quiet = console.quiet or ranks.rank > 0
             self._judge(console, ranks)
 
     def _judge(self, console: Console, ranks: Ranks) -> None:
         from awnet.evaluation import Report, comparison_table, evaluate
 
+        for run in self.compare_with:
+            if not run.is_dir():
+                raise FileNotFoundError(f"compare-with takes run folders; {run} is none")
         others = {str(run): Report.load(run / "evaluations" / self.name) for run in self.compare_with}
         model, dataset = self.load(console, ranks.device)
         last = self.run_folder == self.folder and self.checkpoint == "last"
@@ -346,7 +397,7 @@ class Attack(_OnRun):
             dataset = dataset.subset(self.limit)
         suite = Suite(classes=dataset.num_classes)
         attack = named_attack(self.attack, model, dataset.threat_model, seed=self.seed, suite=suite)
-        dataset = dataset.to(_device(self.device))
+        dataset = dataset.to(resolve_device(self.device))
         made, predicted = [], []
         with full_precision():
             dtype = computed_in(model, next(dataset.batches(1)).x)
@@ -465,7 +516,7 @@ class _OnRuns:
         for path, label in zip(self.runs, _labels(self.runs), strict=True):
             one = _OnRun(run_folder=path, data=self.data, data_dir=self.data_dir, device=self.device)
             model, images = one.load(console)
-            found[label] = model, images.to(_device(self.device))
+            found[label] = model, images.to(resolve_device(self.device))
         return found
 
 
@@ -572,7 +623,7 @@ class ExportRobustBench(_OnRun):
         entry = Entry(
             self.name, additional_data=self.additional_data, **{k: v for k, v in given.items() if v}
         )
-        dataset = dataset.to(_device(self.device))
+        dataset = dataset.to(resolve_device(self.device))
         for path in export_robustbench(model, dataset, report, self.out, entry):
             _say(console, str(path))
 
@@ -597,8 +648,7 @@ class ExportProgram(_OnRun):
 
         if self.out.exists() and not self.overwrite:
             raise FileExistsError(f"{self.out} exists: choose another file, or replace it by --overwrite")
-        model, dataset = self.load(console)
-        x = next(dataset.to(_device(self.device)).batches(2)).x
+        model, x = self.example(console)
         batch = torch.export.Dim("batch", min=1, max=2**16)
         with use_backend("reference") if self.standalone else nullcontext():
             program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: batch},))
@@ -688,7 +738,7 @@ class DataInfo:
         for what, value in {
             "images": f"{train.in_channels}×{height}×{width}, values 0 to {train.max_value}",
             "classes": f"{train.num_classes}: {shown}",
-            "threat model": f"L-infinity, eps {eps:.4g} ({eps * 255:.4g}/255)",
+            "threat model": f"L-infinity, eps {eps:.4g} ({eps * train.max_value:.4g}/{train.max_value})",
             "augmentation": f"shift by up to ±{train.augmentation.shift} pixels"
             + (", flip left to right" if train.augmentation.flip else ", no flip"),
             "source": train.source,
@@ -770,25 +820,10 @@ def _model(name: str, options: dict[str, Any], splits: Splits, seed: int) -> nn.
         return create_model(name, num_classes=train.num_classes, in_channels=train.in_channels, **options)
 
 
-def _run_config(folder: Path) -> dict[str, Any]:
-    """The run's config.json; empty where there is none (a .safetensors file alone)."""
-    from awnet.training.checkpoint import is_run, read_config
+def resolve_device(name: str | None) -> Device:
+    from awnet.devices import resolve_device as resolve  # which loads torch
 
-    return read_config(folder) if is_run(folder) else {}
-
-
-def _device(name: str | None) -> Device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU here")
-    return device
+    return resolve(name)
 
 
 # action → its module in awnet.benchmarks, the class of its options, its function, and what it does
@@ -870,6 +905,26 @@ def _commands(words: Sequence[str]) -> Any:
     return reduce(or_, (_named(command, name) for name, command in commands.items()))
 
 
+def _belongs_elsewhere(words: Sequence[str]) -> str | None:
+    """What to write in place of an unknown flag of train that is a setting of the recipe or the model."""
+    known = {field.name for field in fields(Train)} | {"help"}
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or name in known:
+            continue
+        from awnet.models.registry import model_options
+        from awnet.training.recipes import RECIPES
+
+        for owner, settings in {
+            "recipe": {field.name for kind in RECIPES.values() for field in fields(kind)},
+            "model": model_options(),
+        }.items():
+            if name in settings:
+                flag = f"--{name.replace('_', '-')}"
+                return f"{flag} is a setting of the {owner}: give --{owner}-options {name}=VALUE"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status: 0 or its own, 2 after an error, 130 after Ctrl-C.
 
@@ -891,6 +946,9 @@ def _main(arguments: Sequence[str] | None, out: SafeStream) -> int:
     debug = "--traceback" in words or os.environ.get("AWNET_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--traceback"] or ["--help"]
     out.note = False  # tyro's help is a result
+    if words[0] == "train" and (hint := _belongs_elsewhere(words)):
+        print(f"awnet: error: {hint}", file=sys.stderr)
+        return 2
     command: Any = tyro.cli(
         _commands(words),
         prog="awnet",

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from awnet.devices import resolve_device
 from awnet.files import write_json
 from awnet.ops import triton_passes, tuning
 from awnet.terminal import safe_console
@@ -203,9 +204,7 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 def _device(options: TuneOptions, timed_here: bool) -> torch.device:
     name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch {torch.__version__} finds no GPU here")
+    device = resolve_device(name)
     if device.type != "cuda" and timed_here:
         raise ValueError(f"tuning times Triton kernels on a CUDA device, and device is {name!r}")
     reason = triton_passes.obstacle(torch.empty(1, 1, 1, 1, device=device))

@@ -1,23 +1,27 @@
 import inspect
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_data import Server, tar_of, write_cifar10
 
 from awnet import __version__
 from awnet.attacks import list_attacks, named_attack
-from awnet.cli import main, number, parse_options
-from awnet.data import list_datasets, load_dataset
+from awnet.cli import EXPECTED, _OnRun, main, number, parse_options
+from awnet.data import Splits, from_arrays, list_datasets, load_dataset
 from awnet.evaluation import Report
 from awnet.models import create_model, list_models, load_model, save_model
 from awnet.reproduce import run_digits, run_digits_seeds
-from awnet.training import list_recipes
+from awnet.training import list_recipes, recipe_for, train
 from awnet.training.checkpoint import locked
 from awnet.training.step import TrainingStep
 
@@ -353,9 +357,25 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
         (["train", "--resume", "--overwrite", "--out", "new"], "resume and overwrite"),
         (["train", "--recipe", "trades", "--teachers", "a", "b", "--out", "new"], "takes no teachers"),
         (["train", "--teachers", "a", "b", "--out", "new"], "no file a"),
-        (["evaluate", "nowhere"], "does not say which data set"),
-        (["evaluate", "nowhere", "--data", "digits"], "no file nowhere"),
-        (["attack", "nowhere", "--out", "x.npz", "--data", "digits"], "no file nowhere"),
+        (["train", "--device", "meta", "--out", "new"], "device must be cpu, cuda, cuda:1"),
+        (["train", "--device", "mps", "--out", "new"], "device must be cpu, cuda, cuda:1"),
+        (["train", "--recipe-options", "milestones=3", "--out", "new"], "command line milestones=75,"),
+        (["train", "--recipe-options", "lr=1" + "0" * 400, "--out", "new"], "lr must be a number above 0"),
+        (["train", "--recipe-options", "precision=8", "--out", "new"], "precision must be one of"),
+        (["train", "--model-options", "width=1e9", "--out", "new"], "awnet_tiny with num_classes=10"),
+        (["train", "--model-options", "width=1" + "0" * 400, "--out", "new"], "width must be finite"),
+        (["train", "--model-options", "router_widths=8", "--out", "new"], "router_widths must be a list"),
+        (["train", "--model-options", "bn=1", "--out", "new"], "bn"),
+        (["train", "--seed", "1" + "0" * 30, "--out", "new"], "seed must be an integer that int64 holds"),
+        (["train", "--max-minutes", "nan", "--out", "new"], "max_minutes must be finite"),
+        (["train", "--beta", "1"], "--beta is a setting of the model: give --model-options beta=VALUE"),
+        (["train", "--router-lr=1"], "of the recipe: give --recipe-options router_lr=VALUE"),
+        (["evaluate", "nowhere"], "nowhere does not exist: give a run folder"),
+        (["evaluate", "nowhere", "--data", "digits"], "nowhere does not exist: give a run folder"),
+        (["evaluate", "."], "is no run folder: it has no config.json"),
+        (["attack", "nowhere", "--out", "x.npz", "--data", "digits"], "nowhere does not exist"),
+        (["analyse", "filters", "nowhere"], "nowhere does not exist"),
+        (["export", "program", "nowhere", "--out", "x.pt2"], "nowhere does not exist"),
         (["reproduce", "everything"], "what must be digits or one of table1"),
         (["data", "info", "mnist"], "unknown data set 'mnist'"),
         (["data", "download", "digits"], "digits needs no download"),
@@ -378,11 +398,106 @@ def test_an_error_is_one_clean_line(words, message, capsys):
         (["--eps", "0"], "eps must be in (0, 1]"),
         (["--device", "tpu9"], "device must be"),
         (["--data", "mnist"], "unknown data set"),
-        (["--compare-with", "nowhere"], "evaluate the model first"),
+        (["--compare-with", "nowhere"], "compare-with takes run folders; nowhere is none"),
+        (["--device", "meta"], "device must be cpu"),
+        (["--device", "mps"], "device must be cpu"),
+        (["--seed", "1" + "0" * 30], "seed must be an integer that int64 holds"),
+        (["--queries", "-1", "--attacks", "square"], "queries must be"),
     ],
 )
 def test_errors_on_a_run_are_clean_too(run, words, message, capsys):
     assert message in fails(capsys, "evaluate", run, *words)
+
+
+def edits(config):
+    """(entry, value): each entry of a config.json missing, or with values of other types and sizes."""
+    entries = [(), *((name,) for name in config)]
+    entries += [(part, name) for part in ("model", "dataset", "recipe") for name in config[part]]
+    entries += [("dataset", "fingerprints", split) for split in ("train", "validation", "test")]
+    entries += [("sessions", 0), ("sessions", 0, "teachers"), ("sessions", 0, "environment")]
+    for entry in entries:
+        for value in (..., None, "", "unknown", "\0", 0, -1, 0.5, 10**400, True, [], [1], {}, {"a": [None]}):
+            yield entry, value
+
+
+def edited(config, entry, value):
+    config = json.loads(json.dumps(config))
+    if not entry:
+        return value
+    *above, last = entry
+    place = reduce(lambda inner, key: inner[key], above, config)
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return config
+
+
+def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkeypatch):
+    config = json.loads((run / "config.json").read_text())
+    model, splits = load_model(run), load_dataset("digits")
+    monkeypatch.setattr("awnet.models.load_model", lambda path: model)
+    monkeypatch.setattr("awnet.cli._load", lambda name, data_dir, seed, eps: loaded(splits, name, seed, eps))
+    (tmp_path / "best.safetensors").touch()
+    refused, unclear = 0, []
+    for entry, value in edits(config):
+        if not entry and value is ...:
+            continue
+        (tmp_path / "config.json").write_text(json.dumps(edited(config, entry, value)))
+        command = _OnRun(run_folder=tmp_path)
+        try:
+            command.load(Console(quiet=True))
+        except EXPECTED as error:
+            refused += 1
+            if str(tmp_path) not in str(error) or len(str(error)) > 500:
+                unclear.append((entry, value, error))
+    assert not unclear
+    assert refused > 150
+
+
+def loaded(splits, name, seed, eps):
+    assert name == "digits"
+    assert type(seed) is int
+    assert 0 < eps <= 1
+    return splits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not readable as JSON"),
+        ('{"kind": "awnet run"', "is not readable as JSON"),
+        ("[" * 10**5, "is not readable as JSON"),
+        ("9" * 5000, "is not readable as JSON"),
+        ("\xff", "does not describe|is not readable"),
+        ("null", "does not describe a training run"),
+        ('{"kind": "awnet run"}', "recipe is missing"),
+        ('{"kind": "awnet run", "recipe": 3}', "recipe must be a dict, got 3"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_a_damaged_config_is_one_line(run, tmp_path, text, message, command, capsys):
+    shutil.copy(run / "best.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    words = ["evaluate", tmp_path] if command == "evaluate" else ["train", "--resume", "--out", tmp_path]
+    said = fails(capsys, *words)
+    if command == "evaluate" or "must be" in message:
+        assert re.search(message, said)
+        assert str(tmp_path / "config.json") in said
+
+
+def test_a_run_on_arrays_is_exported_and_other_commands_say_what_to_do(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (24, 2, 6, 6), dtype=np.uint8)
+    part = from_arrays(images, np.arange(24) % 4, name="flowers")
+    recipe = recipe_for("standard", "digits", epochs=1)
+    train(recipe, "resnet_tiny", Splits(part, part, part), "own", quiet=True, tensorboard=False)
+    assert main(["export", "program", "own", "--out", "own.pt2"]) == 0
+    assert torch.export.load("own.pt2").module()(torch.zeros(5, 2, 6, 6)).shape == (5, 4)
+    capsys.readouterr()
+    for words in (["evaluate", "own"], ["attack", "own", "--out", "x.npz"], ["analyse", "filters", "own"]):
+        assert re.search(
+            r"own was trained on 'flowers', arrays .*awnet\.evaluate.*--data", fails(capsys, *words)
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
@@ -406,7 +521,7 @@ def test_a_traceback_can_be_asked_for(how, capsys, monkeypatch):
     assert main(words) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
-    assert error.endswith("from_arrays)\n")
+    assert error.endswith("in Python\n")
     assert "\nawnet: error: unknown data set" in error
 
 

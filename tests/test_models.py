@@ -208,7 +208,7 @@ def test_fixed_test_branch_is_that_branch():
         ("resnet18", {"beta": 3}, TypeError, "resnet18 has no option beta; it has width"),
         ("awnet_tiny", {"betta": 3}, TypeError, "awnet_tiny has no option betta; it has beta, bn, "),
         ("awnet_tiny", {"beta": -1}, ValueError, "beta must be finite and at least 0"),
-        ("awnet_tiny", {"bn": "two"}, ValueError, "branches must be one of"),
+        ("awnet_tiny", {"bn": "two"}, ValueError, "bn must be one of"),
         ("awnet_tiny", {"test_bn": "adv"}, ValueError, "type_head=False"),
         (
             "awnet_tiny",

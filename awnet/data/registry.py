@@ -35,6 +35,7 @@ def load_dataset(name: str, data_dir: str | Path | None = None, *, seed: int = 0
     """
     if not isinstance(name, str) or name not in _LOADERS:
         raise ValueError(
-            f"unknown data set {name!r}; known are {', '.join(_LOADERS)} (or make one by from_arrays)"
+            f"unknown data set {name!r}; known are {', '.join(_LOADERS)}; for images of your own use "
+            "awnet.data.from_arrays in Python"
         )
     return _LOADERS[name](DEFAULT_DATA_DIR if data_dir is None else data_dir, seed)

@@ -22,6 +22,7 @@ from awnet.attacks.base import check_ball, check_model, device_of
 from awnet.attacks.registry import BudgetName
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Batch, Dataset
+from awnet.devices import resolve_device
 from awnet.distributed import Ranks
 from awnet.evaluation.detection import CONTROLS, SIGN, detection
 from awnet.evaluation.filters import filter_means
@@ -654,7 +655,7 @@ def _ready(
         raise ValueError(f"dataset is empty: {dataset.name} {dataset.split} holds no image")
     where = device_of(model)
     if device is not None:
-        wanted = torch.device(device)
+        wanted = resolve_device(device)
         if where is not None and (wanted.type, wanted.index or 0) != (where.type, where.index or 0):
             raise ValueError(
                 f"device is {wanted}, but the model is on {where}: call model.to({str(wanted)!r}) first"

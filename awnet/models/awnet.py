@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -88,6 +88,8 @@ class AWResNet(AWNet, Freezable, OnHub):
     ) -> None:
         if name not in _BASES:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
+        if bn not in get_args(Branches):
+            raise ValueError(f"bn must be one of {list(get_args(Branches))}, got {bn!r}")
         basis = _BASES[name]
         usual = [scaled(own, width) for own in basis.router_widths]
         widths = usual if router_widths is None else check_integers("router_widths", router_widths, 1)

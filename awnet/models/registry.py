@@ -167,6 +167,11 @@ def _checked(
     }
 
 
+def model_options() -> set[str]:
+    """Names of the options that some registered model has."""
+    return set().union(*(_options(build) or () for build in _REGISTRY.values()))
+
+
 def _options(build: Build) -> set[str] | None:
     """Names of the options that ``build`` takes, or None where it takes any."""
     function: Any = build.func if isinstance(build, partial) else build

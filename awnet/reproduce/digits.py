@@ -14,6 +14,7 @@ from rich.console import Console
 
 from awnet.attacks import list_attacks
 from awnet.data import Splits, load_dataset
+from awnet.devices import resolve_device
 from awnet.evaluation import Comparison, Report, compare, comparison_table, evaluate, w_robust_table
 from awnet.evaluation.statistics import Interval
 from awnet.evaluation.store import locked
@@ -68,7 +69,7 @@ def run_digits(
     begun = time.monotonic()
     console = safe_console(quiet=quiet)
     out = Path(out)
-    where = _device(device)
+    where = resolve_device(device)
     if processes is None:
         processes = 2 if where.type == "cpu" and torch.get_num_threads() >= 2 else 1
     if processes not in (1, 2):
@@ -176,12 +177,6 @@ def _train(
 def _save(report: Report, folder: Path) -> None:
     with locked(folder / "evaluations" / "default"):
         report.publish(folder)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: float) -> None:

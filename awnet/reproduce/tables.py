@@ -16,6 +16,7 @@ from awnet.analysis import w_robust_bars
 from awnet.attacks import named_attack
 from awnet.attacks.transfer import craft, replay
 from awnet.detectors import LNG, NNIF, Detector, RouterDetector
+from awnet.devices import resolve_device
 from awnet.evaluation import Report, auc, compare
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.paper import PaperRow, paper_rows
@@ -434,7 +435,7 @@ def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop,
             "differences": shop.differences,
             "doubts": shop.doubts,
             "trainings": [asdict(training) for training in shop.trainings],
-            "environment": environment(torch.device(shop.device or "cpu")),
+            "environment": environment(resolve_device(shop.device or "cpu")),
             "runs": {
                 f"{dataset}/{system.label}": str(shop.run_folder(system, dataset).relative_to(shop.out))
                 for dataset in experiment.datasets

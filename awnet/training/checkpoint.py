@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from awnet import files
-from awnet.files import is_temporary, read_json, write_json, write_text, written_atomically
+from awnet.files import is_temporary, write_json, write_text, written_atomically
+from awnet.run_config import MARK, is_run, read_config
 
 FORMAT = 2
 KEEP = 2  # states, by default
 _MARK = "awnet training state"
-_CONFIG_MARK = "awnet run"
 _LOCK = ".lock"
 _ENTRIES = (
     *("config.json", "log.jsonl", "tensorboard", "last.safetensors", "best.safetensors", "state"),
@@ -187,16 +187,6 @@ class Writer:
             self.failed = None
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a run's config.json."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and _is_config(read_json(path))
-
-
-def _is_config(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("kind") == _CONFIG_MARK
-
-
 def check(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
     """Sees to it that a run may be written to ``folder``: new or empty, or a run to go on with or to replace.
 
@@ -309,18 +299,7 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
 
 
 def write_config(folder: str | Path, config: dict[str, Any]) -> None:
-    write_json(Path(folder) / "config.json", {"kind": _CONFIG_MARK, **config})
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The run's config.json; FileNotFoundError or ValueError where there is none that could be read."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
-    config = read_json(path)
-    if not _is_config(config):
-        raise ValueError(f"{path} does not describe a training run")
-    return config
+    write_json(Path(folder) / "config.json", {"kind": MARK, **config})
 
 
 def differences(old: Any, new: Any, path: str) -> Iterator[str]:

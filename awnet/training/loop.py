@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet.attacks import frozen, named_attack
 from awnet.data import Dataset, Memory, Splits
+from awnet.devices import resolve_device
 from awnet.distributed import Agreement, Ranks, joined, restarts
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
@@ -35,6 +36,7 @@ from awnet.models import create_model, load_model, save_model
 from awnet.models.files import weights_fingerprint, write_tensors
 from awnet.nn import synchronize
 from awnet.precision import check_environment, full_precision
+from awnet.run_config import read_config
 from awnet.scalars import check_integer, check_number
 from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, read_log
@@ -142,7 +144,7 @@ def train(
     folder = Path(out)
     if restarts():
         resume, overwrite = True, False
-    with joined(_device(device)) as ranks, ExitStack() as held:
+    with joined(resolve_device(device)) as ranks, ExitStack() as held:
         where = ranks.device
         model = _model(model, splits.train, seed).to(where)
         _check_outputs(model, splits.train, where)
@@ -155,6 +157,7 @@ def train(
             "recipe": recipe.to_dict(),
             "model": _describe(model),
             "dataset": _describe_splits(splits),
+            "input": [splits.train.in_channels, *splits.train.image_size],
             "seed": seed,
             "selected_on": select_on,
             "teachers": _describe_teachers(recipe, model, given),
@@ -664,18 +667,6 @@ class _Signals:
 # What train checks, makes and describes before the first step
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'cpu', 'cuda', 'cuda:1' or the like, got {device!r}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch {torch.__version__} finds no GPU here")
-    return found
-
-
 def _model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
@@ -794,7 +785,7 @@ def _add_session(folder: Path, session: dict[str, Any], state: dict[str, Any], r
     changed = list(checkpoint.differences(before, now, "environment"))
     if changed:
         reporter.say(f"note: the last bits may differ from an uninterrupted run: {'; '.join(changed)}")
-    config = checkpoint.read_config(folder)
+    config = read_config(folder)
     config["sessions"].append(session)
     checkpoint.write_config(folder, config)
 

@@ -1,0 +1,36 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import torch
+
+
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """The device that ``name`` means, which exists here; a GPU where there is one if None.
+
+    TypeError or ValueError for anything but the CPU and the CUDA devices of this machine.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if not isinstance(name, str | torch.device):
+            raise TypeError
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        kind = ValueError if isinstance(name, str) else TypeError
+        raise kind(f"device must be cpu, cuda, cuda:1 or the like, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda, cuda:1 or the like, got {str(name)!r}")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(name)!r} was given, but torch {torch.__version__} finds no GPU here: use cpu, or a "
+            "torch built for your GPU"
+        )
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {str(name)!r} was given, but there are {torch.cuda.device_count()} GPUs here, cuda:0 to "
+            f"cuda:{torch.cuda.device_count() - 1}"
+        )
+    return device
