@@ -16,6 +16,7 @@ from awnet._version import __version__
 from awnet.attacks import list_attacks
 from awnet.data import list_datasets
 from awnet.models import list_models
+from awnet.ops import amx
 from awnet.ops.backends import available_backends
 from awnet.training import list_recipes
 
@@ -68,8 +69,10 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> dict[str, str]:
+    obstacle = amx.obstacle()
     devices = {
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+        "amx": f"frozen bfloat16 networks run on {'it' if obstacle is None else f'the library: {obstacle}'}",
     }
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)

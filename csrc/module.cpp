@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 
+#include "cpu/amx/amx.h"
 #include "ops.h"
 #if defined(AWNET_CUDA)
 #include "cuda/launch.h"
@@ -34,8 +35,12 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "How this module was built and what it found: torch, compiler, instruction_set, threads, parallel "
-      "(False: compiled without OpenMP, the passes use one thread), cuda (the toolkit's version, False without "
+      "(False: compiled without OpenMP, the passes use one thread), cuda (the toolkit's version, False "
+      "without "
       "the CUDA part).");
+  m.def(
+      "amx_obstacle", [] { return awnet::cpu::amx::obstacle(); },
+      "Why this process cannot use AMX for bfloat16; an empty string where it can.");
   m.def(
       "self_test",
       []() -> pybind11::object {

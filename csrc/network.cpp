@@ -1,6 +1,8 @@
 // Many layers of a frozen network as one operator: act(conv(x) * scale + shift + residual) one after another,
 // and back. Small images on a CPU would else spend as long between the layers as in them. Of a layer's output
 // it gives the mean over pixels, taken while the output is in the cache.
+#include "network.h"
+
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
@@ -22,29 +24,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// In numbers as awnet/ops/network.py writes them: of the layer that a tensor comes from, -1 for the images.
-struct Step {
-  int64_t input, residual;  // a residual of -1 is none
-  bool averaged, relu;
-  std::array<int64_t, 2> stride, padding, dilation;
-  int64_t groups;
-};
-constexpr size_t kFields = 11;
-
-std::vector<Step> steps_of(Sizes numbers, size_t layers) {
-  TORCH_CHECK(numbers.size() == kFields * layers, "expected ", kFields, " numbers for each of ", layers,
-              " layers, got ", numbers.size());
-  std::vector<Step> steps;
-  for (size_t i = 0; i < layers; ++i) {
-    const int64_t* n = numbers.data() + kFields * i;
-    const auto own = static_cast<int64_t>(i);
-    TORCH_CHECK(n[0] >= -1 && n[0] < own && n[1] >= -1 && n[1] < own, "layer ", i,
-                " may take what earlier ones give, not ", n[0], " and ", n[1]);
-    steps.push_back({n[0], n[1], n[2] != 0, n[3] != 0, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}, n[10]});
-  }
-  return steps;
-}
 
 struct Layer {
   Tensor u, mask;

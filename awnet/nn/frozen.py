@@ -156,6 +156,7 @@ class FrozenBackbone(Frozen):
         classifier = backbone.classifier
         self.classifier = None if classifier is None else _FrozenLinear(classifier, dtype)
         self._constant: tuple[int, torch.device, Coefficients] | None = None
+        self._packed = ops.PackedWeights()
         self.refresh()
 
     def _live_layers(self) -> list[AWConv2d]:
@@ -179,6 +180,7 @@ class FrozenBackbone(Frozen):
 
     def forget(self) -> None:
         self._constant = None
+        self._packed.clear()
 
     def coefficients(
         self, batch: int, omega: Tensor | None = None, p_clean: Tensor | None = None
@@ -199,7 +201,7 @@ class FrozenBackbone(Frozen):
     def averages(self, x: Tensor, coefficients: Coefficients) -> list[Tensor]:
         """Means over pixels [B, C]: of the stem's and every stage's output; with a classifier the last's."""
         in_sequence = [coefficients[place] for place in self.places]
-        return ops.affine_network(x, list(self.weights), in_sequence, self.layers)
+        return ops.affine_network(x, list(self.weights), in_sequence, self.layers, self._packed)
 
     def logits(self, x: Tensor, coefficients: Coefficients) -> Tensor:
         if self.classifier is None:

@@ -3,6 +3,7 @@
 ``docs/equations.md`` derives them, ``awnet/reference.py`` states what they must equal.
 """
 
+from awnet.ops.amx import PackedWeights
 from awnet.ops.backends import Explanation, available_backends, chosen_backend, use_backend
 from awnet.ops.functional import (
     AffineConvolution,
@@ -20,6 +21,7 @@ __all__ = [
     "AffineConvolution",
     "Explanation",
     "NetworkLayer",
+    "PackedWeights",
     "affine_conv2d",
     "affine_network",
     "available_backends",

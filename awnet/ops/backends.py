@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from awnet import reference
-from awnet.ops import native, triton_passes
+from awnet.ops import amx, native, triton_passes
 from awnet.ops.layer import Call, Layer, Saved, describe, kept, memory_format, register
 from awnet.ops.passes import EagerPasses
 
@@ -219,13 +219,20 @@ def select(call: Call, backend: str | None) -> Backend:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run on: ``backend``, and for each other one, in order of preference, why not."""
+    """What a call would run on: ``backend``, and for each other one, in order of preference, why not.
+
+    ``amx``, for a bfloat16 call on the ``cpp`` backend only: whether a frozen network of such layers runs on
+    AMX tiles, or why not.
+    """
 
     backend: str
     others: dict[str, str]
+    amx: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: runs this call ({_BY_NAME[self.backend].summary})"]
+        if self.amx is not None:
+            lines.append(f"in a frozen network: {self.amx}")
         lines += [f"{name}: not taken, {reason}" for name, reason in self.others.items()]
         return "\n".join(lines)
 
@@ -242,7 +249,19 @@ def explain_call(call: Call, backend: str | None) -> Explanation:
                 if BACKENDS.index(candidate) < BACKENDS.index(taken)
                 else f"it could run it, but {taken.name} is preferred"
             )
-    return Explanation(taken.name, others)
+    return Explanation(taken.name, others, _on_tiles(call) if taken.name == "cpp" else None)
+
+
+def _on_tiles(call: Call) -> str | None:
+    assert call.input is not None
+    if call.input.dtype != torch.bfloat16:
+        return None
+    obstacle = amx.obstacle()
+    if obstacle is not None:
+        return f"not on AMX tiles, {obstacle}"
+    if call.groups != 1:
+        return "not on AMX tiles, which run no grouped convolutions"
+    return "on AMX tiles" + (" (emulated)" if amx.mode() == "emulate" else "")
 
 
 def available_backends() -> dict[str, str | None]:

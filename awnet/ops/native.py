@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _MARK = b"awnet-built-for-torch="
-_REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
+REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
 
 
 def _built_for(path: Path) -> str | None:
@@ -30,16 +30,16 @@ def load(name: str = "awnet._C") -> str | None:
     """
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
-        return f"the native module {name} is not built; {_REBUILD}"
+        return f"the native module {name} is not built; {REBUILD}"
     built_for = _built_for(Path(found.origin))
     if built_for is None:
-        return f"{found.origin} was not built by awnet; {_REBUILD}"
+        return f"{found.origin} was not built by awnet; {REBUILD}"
     if built_for != torch.__version__:
-        return f"{name} was built for torch {built_for} and this is torch {torch.__version__}; {_REBUILD}"
+        return f"{name} was built for torch {built_for} and this is torch {torch.__version__}; {REBUILD}"
     try:
         importlib.import_module(name)
     except ImportError as error:
-        return f"{name} does not load ({error}); {_REBUILD}"
+        return f"{name} does not load ({error}); {REBUILD}"
     return None
 
 

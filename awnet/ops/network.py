@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from awnet.ops import backends, triton_passes
+from awnet.ops import amx, backends, triton_passes
 from awnet.ops.functional import AffineConvolution, global_average
 from awnet.ops.layer import Call
 from awnet.ops.tuning import launch_parameters
@@ -35,17 +35,20 @@ def affine_network(
     weights: Sequence[Tensor],
     coefficients: Sequence[tuple[Tensor, Tensor]],
     layers: Sequence[NetworkLayer],
+    packed: amx.PackedWeights | None = None,
 ) -> list[Tensor]:
     """A network of frozen layers in test mode, each by :class:`AffineConvolution`.
 
     On the ``cpp`` backend all of it is one operator, as a small network would else spend as long between its
-    layers as in them.
+    layers as in them. In bfloat16 on a CPU with AMX that operator keeps all activations in the layout of
+    AMX tiles (:mod:`awnet.ops.amx`).
 
     Args:
         x: images ``[B, C, H, W]``.
         weights: of each layer, of ``x``'s dtype; they get no gradient.
         coefficients: scale and shift ``[B, C_out]`` of each layer.
         layers: each takes what earlier ones give.
+        packed: keeps the filters that AMX reads from call to call; without it each call packs them.
 
     Returns:
         Of each layer with ``averaged``, in order, the mean of its output over pixels, ``[B, C_out]``;
@@ -63,7 +66,13 @@ def affine_network(
         numbers += [layer.input, layer.residual, layer.averaged, call.relu]
         numbers += [*call.stride, *call.padding, *call.dilation, call.groups]
     scales, shifts = zip(*coefficients, strict=True)
-    means: list[Tensor] = torch.ops.awnet.network_native(x, scales, shifts, weights, numbers)
+    means: list[Tensor]
+    if amx.runs(x, weights, [layer.convolution.geometry.groups for layer in layers]):
+        filters = (packed or amx.PackedWeights()).of(weights)
+        emulate = amx.mode() == "emulate"
+        means = torch.ops.awnet.network_amx(x, scales, shifts, weights, filters, numbers, emulate)
+    else:
+        means = torch.ops.awnet.network_native(x, scales, shifts, weights, numbers)
     return means
 
 

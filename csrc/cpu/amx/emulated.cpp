@@ -1,0 +1,106 @@
+// The kernels on plain loops: what tests run where there is no AMX (AWNET_AMX=emulate).
+#include <algorithm>
+#include <cstring>
+
+#include "tiles.h"
+
+namespace awnet::cpu::amx::emulated {
+namespace {
+
+float wide(Bits bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+Bits narrow(float value) {  // to nearest, ties to even
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  if (value != value) return static_cast<Bits>(word >> 16 | 0x40);
+  return static_cast<Bits>((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+struct Tiles {
+  union Tile {
+    float sums[16][16];
+    Bits values[16][32];
+  };
+  static Tile* tiles() {
+    thread_local Tile own[8];
+    return own;
+  }
+
+  template <int tile>
+  static void clear() {
+    std::memset(&tiles()[tile], 0, sizeof(Tile));
+  }
+  template <int tile>
+  static void load(const Bits* from) {
+    std::memcpy(tiles()[tile].values, from, sizeof(Tile));
+  }
+  template <int sum, int a, int b>
+  static void multiply() {
+    Tile* const t = tiles();
+    for (int row = 0; row < 16; ++row) {
+      for (int pair = 0; pair < 16; ++pair) {
+        const float even = wide(t[a].values[row][2 * pair]), odd = wide(t[a].values[row][2 * pair + 1]);
+        for (int column = 0; column < 16; ++column) {
+          t[sum].sums[row][column] += even * wide(t[b].values[pair][2 * column]);
+          t[sum].sums[row][column] += odd * wide(t[b].values[pair][2 * column + 1]);
+        }
+      }
+    }
+  }
+  template <int tile>
+  static void store(float* to) {
+    for (int row = 0; row < 16; ++row) std::copy_n(tiles()[tile].sums[row], 16, to + 32 * row);
+  }
+};
+
+struct Row {
+  float values[kChannels];
+
+  template <class F>
+  static Row each(F f) {
+    Row made;
+    for (int i = 0; i < kChannels; ++i) made.values[i] = f(i);
+    return made;
+  }
+  static Row zero() {
+    return each([](int) { return 0.0f; });
+  }
+  static Row load(const float* from) {
+    return each([&](int i) { return from[i]; });
+  }
+  static Row load(const Bits* from) {
+    return each([&](int i) { return wide(from[i]); });
+  }
+  void store(float* to) const { std::copy_n(values, kChannels, to); }
+  void store(Bits* to) const { std::transform(values, values + kChannels, to, narrow); }
+  Row plus(const Row& b) const {
+    return each([&](int i) { return values[i] + b.values[i]; });
+  }
+  Row times(const Row& b) const {
+    return each([&](int i) { return values[i] * b.values[i]; });
+  }
+  uint32_t not_below_or_zero() const {
+    uint32_t bits = 0;
+    for (int i = 0; i < kChannels; ++i) bits |= static_cast<uint32_t>(!(values[i] <= 0.0f)) << i;
+    return bits;
+  }
+  Row where(uint32_t bits) const {
+    return each([&](int i) { return bits >> i & 1 ? values[i] : 0.0f; });
+  }
+};
+
+void configure() {}
+void release() {}
+
+#include "kernels.inl"
+
+}  // namespace
+
+extern const Kernels kernels = {configure, release, apply, propagate, finish};
+
+}  // namespace awnet::cpu::amx::emulated

@@ -1,0 +1,135 @@
+// The kernels of tiles.h. The including file defines Tiles (eight tiles: clear, load, multiply, store) and
+// Row (the 32 channels of one image in float32).
+
+alignas(64) const Bits kZeros[kCell] = {};
+
+inline void apply_row(const Apply& to, Row u, int64_t pixel, int64_t image) {
+  const int64_t at = pixel * kCell + image * kChannels, entry = image * kChannels;
+  if (to.u) u.store(to.u + at);
+  Row v = u.times(Row::load(to.scale + entry)).plus(Row::load(to.shift + entry));
+  if (to.residual) v = v.plus(Row::load(to.residual + at));
+  if (to.relu) {
+    const uint32_t passed = v.not_below_or_zero();
+    if (to.mask) to.mask[pixel * kImages + image] = passed;
+    v = v.where(passed);
+  }
+  v.store(to.y + at);
+}
+
+inline void propagate_row(const Propagate& to, Row d, int64_t pixel, int64_t image) {
+  const int64_t at = pixel * kCell + image * kChannels, entry = image * kChannels;
+  if (to.before) d = d.plus(Row::load(to.before + at));
+  if (to.spread) d = d.plus(Row::load(to.spread + entry));
+  if (to.total) {
+    d.store(to.total + at);
+    return;
+  }
+  if (to.mask) d = d.where(to.mask[pixel * kImages + image]);
+  if (to.d_residual) {
+    Row sum = d;
+    if (to.add_to_residual) sum = sum.plus(Row::load(to.d_residual + at));
+    sum.store(to.d_residual + at);
+  }
+  d.times(Row::load(to.scale + entry)).store(to.d_u + at);
+  if (to.g1) {
+    Row::load(to.g1 + entry).plus(d).store(to.g1 + entry);
+    Row::load(to.g2 + entry).plus(d.times(Row::load(to.u + at))).store(to.g2 + entry);
+  }
+}
+
+inline void finish_row(const Apply& to, Row acc, int64_t pixel, int64_t image) {
+  apply_row(to, acc, pixel, image);
+}
+inline void finish_row(const Propagate& to, Row acc, int64_t pixel, int64_t image) {
+  propagate_row(to, acc, pixel, image);
+}
+
+// The rows of a finished pair, of which the next pair's products leave the vector units free to do some after
+// each step.
+template <class Epilogue>
+struct Pending {
+  const Epilogue* to;
+  const float* sums;  // [2][16][32]
+  int32_t pixels[2];
+  int64_t done, rows;
+
+  void run(int64_t count) {
+    for (const int64_t end = done + count < rows ? done + count : rows; done < end; ++done) {
+      finish_row(*to, Row::load(sums + done * kChannels), pixels[done / kImages], done % kImages);
+    }
+  }
+};
+
+template <bool two, bool half, class Epilogue>
+inline void convolve_pair(const Convolution& c, int64_t pair, float* sums, Pending<Epilogue>& pending) {
+  Tiles::template clear<0>();
+  if constexpr (!half) Tiles::template clear<1>();
+  if constexpr (two) {
+    Tiles::template clear<2>();
+    if constexpr (!half) Tiles::template clear<3>();
+  }
+  const Tap *begin = c.taps + c.begin[pair], *end = c.taps + c.begin[pair + 1];
+  const int64_t steps = (end - begin) * c.blocks;
+  const int64_t rows = steps > 0 ? (pending.rows - pending.done + steps - 1) / steps : 0;
+  for (int64_t block = 0; block < c.blocks; ++block) {
+    const Bits* const weights = c.weights + block * c.positions * 2 * kCell;
+    const Bits* const input = c.input + block * c.plane * kCell;
+    for (const Tap* tap = begin; tap < end; ++tap) {
+      const Bits* const b = weights + tap->position * 2 * kCell;
+      Tiles::template load<4>(tap->first < 0 ? kZeros : input + tap->first * kCell);
+      Tiles::template load<6>(b);
+      Tiles::template multiply<0, 4, 6>();
+      if constexpr (!half) {
+        Tiles::template load<7>(b + kCell);
+        Tiles::template multiply<1, 4, 7>();
+      }
+      if constexpr (two) {
+        Tiles::template load<5>(tap->second < 0 ? kZeros : input + tap->second * kCell);
+        Tiles::template multiply<2, 5, 6>();
+        if constexpr (!half) Tiles::template multiply<3, 5, 7>();
+      }
+      pending.run(rows);
+    }
+  }
+  pending.run(pending.rows);
+  Tiles::template store<0>(sums);
+  if constexpr (!half) Tiles::template store<1>(sums + 16);
+  if constexpr (two) {
+    Tiles::template store<2>(sums + kCell);
+    if constexpr (!half) Tiles::template store<3>(sums + kCell + 16);
+  }
+}
+
+template <bool half, class Epilogue>
+void convolve(const Convolution& c, const Epilogue& to) {
+  alignas(64) float sums[2][2 * kCell];
+  if constexpr (half) {
+    for (auto& own : sums) {
+      for (float& value : own) value = 0.0f;
+    }
+  }
+  Pending<Epilogue> pending{&to, sums[0], {0, 0}, 0, 0};
+  for (int64_t pair = c.first; pair < c.last; ++pair) {
+    float* const own = sums[pair % 2];
+    const bool two = c.outputs[pair][1] >= 0;
+    if (two) {
+      convolve_pair<true, half>(c, pair, own, pending);
+    } else {
+      convolve_pair<false, half>(c, pair, own, pending);
+    }
+    pending = {&to, own, {c.outputs[pair][0], c.outputs[pair][1]}, 0, two ? 2 * kImages : kImages};
+  }
+  pending.run(pending.rows);
+}
+
+void apply(const Convolution& c, const Apply& to) { c.half ? convolve<true>(c, to) : convolve<false>(c, to); }
+
+void propagate(const Convolution& c, const Propagate& to) {
+  c.half ? convolve<true>(c, to) : convolve<false>(c, to);
+}
+
+void finish(const Propagate& to, int64_t first, int64_t last) {
+  for (int64_t pixel = first; pixel < last; ++pixel) {
+    for (int64_t image = 0; image < kImages; ++image) propagate_row(to, Row::zero(), pixel, image);
+  }
+}

@@ -1,0 +1,755 @@
+// A frozen network on tiles: forward and backward with all activations in cells from the images to the means.
+//
+// Of a forward pass the backward needs one bit an element of every layer with a ReLU, and u in bfloat16 where
+// the gradients of scale and shift are wanted; activations live in memory that the next layers take over.
+#include "../../network.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <numeric>
+
+#include "amx.h"
+
+namespace awnet::cpu::amx {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The taps of all outputs of a convolution, two outputs at a time.
+struct Pairs {
+  std::vector<Tap> taps;
+  std::vector<int32_t> begin = {0};
+  std::vector<std::array<int32_t, 2>> outputs;
+
+  int64_t count() const { return static_cast<int64_t>(outputs.size()); }
+  const int32_t (*pixels() const)[2] { return reinterpret_cast<const int32_t (*)[2]>(outputs.data()); }
+
+  // `source(pixel, position)` is the pixel that an output reads there, or -1
+  template <class Source>
+  Pairs(const std::vector<int32_t>& order, int32_t positions, Source source) {
+    for (size_t i = 0; i < order.size(); i += 2) {
+      const int32_t first = order[i], second = i + 1 < order.size() ? order[i + 1] : -1;
+      for (int32_t p = 0; p < positions; ++p) {
+        const Tap tap = {source(first, p), second < 0 ? -1 : source(second, p), p};
+        if (tap.first >= 0 || tap.second >= 0) taps.push_back(tap);
+      }
+      begin.push_back(static_cast<int32_t>(taps.size()));
+      outputs.push_back({first, second});
+    }
+  }
+};
+
+struct Geometry {
+  std::array<int64_t, 2> in, out, kernel, stride, padding, dilation;
+
+  bool operator<(const Geometry& other) const { return all() < other.all(); }
+  std::array<std::array<int64_t, 2>, 6> all() const { return {in, out, kernel, stride, padding, dilation}; }
+  int32_t positions() const { return static_cast<int32_t>(kernel[0] * kernel[1]); }
+
+  Pairs forward() const {
+    std::vector<int32_t> order(out[0] * out[1]);
+    std::iota(order.begin(), order.end(), 0);
+    return Pairs(order, positions(), [this](int32_t pixel, int32_t position) {
+      int64_t at[2];
+      for (int d = 0; d < 2; ++d) {
+        const int64_t own = d == 0 ? pixel / out[1] : pixel % out[1];
+        const int64_t tap = d == 0 ? position / kernel[1] : position % kernel[1];
+        at[d] = own * stride[d] - padding[d] + tap * dilation[d];
+        if (at[d] < 0 || at[d] >= in[d]) return int32_t{-1};
+      }
+      return static_cast<int32_t>(at[0] * in[1] + at[1]);
+    });
+  }
+
+  // The pixels of one phase of the stride have the same taps, so they are paired.
+  Pairs backward() const {
+    std::vector<int32_t> order;
+    for (int64_t phase = 0; phase < stride[0] * stride[1]; ++phase) {
+      for (int64_t y = phase / stride[1]; y < in[0]; y += stride[0]) {
+        for (int64_t x = phase % stride[1]; x < in[1]; x += stride[1]) {
+          order.push_back(static_cast<int32_t>(y * in[1] + x));
+        }
+      }
+    }
+    return Pairs(order, positions(), [this](int32_t pixel, int32_t position) {
+      int64_t at[2];
+      for (int d = 0; d < 2; ++d) {
+        const int64_t own = d == 0 ? pixel / in[1] : pixel % in[1];
+        const int64_t tap = d == 0 ? position / kernel[1] : position % kernel[1];
+        const int64_t reached = own + padding[d] - tap * dilation[d];
+        if (reached < 0 || reached % stride[d] != 0 || reached / stride[d] >= out[d]) return int32_t{-1};
+        at[d] = reached / stride[d];
+      }
+      return static_cast<int32_t>(at[0] * out[1] + at[1]);
+    });
+  }
+};
+
+// Places in memory that is used again, in cells of one group.
+class Room {
+ public:
+  int64_t take(int64_t size) {
+    int64_t at = 0;
+    auto next = taken_.begin();
+    for (; next != taken_.end() && next->first < at + size; ++next) at = next->first + next->second;
+    taken_.emplace_hint(next, at, size);
+    most_ = std::max(most_, at + size);
+    return at;
+  }
+  void give(int64_t place) { taken_.erase(place); }
+  int64_t most() const { return most_; }
+
+ private:
+  std::map<int64_t, int64_t> taken_;
+  int64_t most_ = 0;
+};
+
+constexpr int64_t kNone = -1;
+
+struct Layer {
+  Step step;
+  Geometry geometry;
+  int64_t inputs, outputs;        // channels
+  int64_t in_blocks, out_blocks;  // of kChannels
+  int64_t in_pixels, out_pixels;
+  std::shared_ptr<const Pairs> forward, backward;
+  int64_t y;        // place of its output
+  int64_t table;    // its first block among all layers'
+  int64_t mask, u;  // its first cell among all layers' of a group; u only where it is kept
+
+  int64_t cells() const { return out_blocks * out_pixels; }
+};
+
+// One convolution or `finish` of a backward pass; places of cells, kNone where there are none.
+struct BackStep {
+  bool convolves;
+  int64_t source;  // the layer whose d_u, at `d_u`, is convolved
+  int64_t d_u;
+  // what becomes of the sum, see Propagate
+  int64_t target;  // a layer; kNone for the images
+  int64_t before, total, to_d_u, to_residual;
+  bool add_to_residual, spread;
+};
+
+struct BackPlan {
+  std::vector<BackStep> steps;
+  int64_t room, image;
+};
+
+struct Plan {
+  std::vector<Layer> layers;
+  int64_t batch, groups, channels, in_pixels, in_blocks;
+  std::array<int64_t, 2> size;
+  int64_t x;  // place of the images
+  int64_t room, tables, masks = 0, us = 0;
+
+  Plan(at::IntArrayRef images, const std::vector<std::vector<int64_t>>& shapes,
+       const std::vector<Step>& steps, const std::vector<bool>& keeps_u, bool keeps_mask) {
+    batch = images[0];
+    channels = images[1];
+    size = {images[2], images[3]};
+    groups = ceil_div(batch, kImages);
+    in_pixels = size[0] * size[1];
+    in_blocks = ceil_div(channels, kChannels);
+    std::map<Geometry, std::array<std::shared_ptr<const Pairs>, 2>> known;
+    Room places;
+    x = places.take(in_blocks * in_pixels);
+    tables = 0;
+    std::vector<size_t> last(steps.size());
+    size_t last_of_x = 0;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      (steps[i].input < 0 ? last_of_x : last[steps[i].input]) = i;
+      if (steps[i].residual >= 0) last[steps[i].residual] = i;
+    }
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const Step& s = steps[i];
+      const auto& shape = shapes[i];
+      Layer layer;
+      layer.step = s;
+      layer.inputs = s.input < 0 ? channels : layers[s.input].outputs;
+      layer.outputs = shape[0];
+      TORCH_CHECK(s.groups == 1, "layer ", i, " has ", s.groups, " groups, which tiles do not run");
+      TORCH_CHECK(shape[1] == layer.inputs, "layer ", i, " takes ", shape[1], " channels, got ",
+                  layer.inputs);
+      Geometry& g = layer.geometry;
+      g.in = s.input < 0 ? size : layers[s.input].geometry.out;
+      g.kernel = {shape[2], shape[3]};
+      g.stride = s.stride;
+      g.padding = s.padding;
+      g.dilation = s.dilation;
+      for (int d = 0; d < 2; ++d) {
+        const int64_t left = g.in[d] + 2 * g.padding[d] - g.dilation[d] * (g.kernel[d] - 1) - 1;
+        TORCH_CHECK(left >= 0, "layer ", i, ": the filter is larger than the padded image");
+        g.out[d] = left / g.stride[d] + 1;
+      }
+      layer.in_blocks = ceil_div(layer.inputs, kChannels);
+      layer.out_blocks = ceil_div(layer.outputs, kChannels);
+      layer.in_pixels = g.in[0] * g.in[1];
+      layer.out_pixels = g.out[0] * g.out[1];
+      if (s.residual >= 0) {
+        const Layer& other = layers[s.residual];
+        TORCH_CHECK(other.outputs == layer.outputs && other.geometry.out == g.out, "layer ", i,
+                    " adds a residual of another shape");
+      }
+      auto& found = known[g];
+      if (!found[0]) {
+        found[0] = std::make_shared<const Pairs>(g.forward());
+        found[1] = std::make_shared<const Pairs>(g.backward());
+      }
+      layer.forward = found[0];
+      layer.backward = found[1];
+      layer.table = tables;
+      tables += layer.out_blocks;
+      layer.mask = keeps_mask && s.relu ? std::exchange(masks, masks + layer.cells()) : kNone;
+      layer.u = keeps_u[i] ? std::exchange(us, us + layer.cells()) : kNone;
+      layer.y = places.take(layer.cells());
+      layers.push_back(layer);
+      if (s.input >= 0 && last[s.input] == i) places.give(layers[s.input].y);
+      if (s.residual >= 0 && s.residual != s.input && last[s.residual] == i)
+        places.give(layers[s.residual].y);
+      if (s.input < 0 && last_of_x == i) places.give(x);
+      const bool unused =
+          std::none_of(steps.begin() + static_cast<int64_t>(i) + 1, steps.end(), [&](const Step& other) {
+            const auto own = static_cast<int64_t>(i);
+            return other.input == own || other.residual == own;
+          });
+      if (unused) places.give(layer.y);
+    }
+    room = places.most();
+  }
+
+  // With gradients of the means of `given` layers.
+  BackPlan back(const std::vector<bool>& given, bool need_x) const {
+    const size_t count = layers.size();
+    Room places;
+    BackPlan plan;
+    std::vector<int64_t> d(count, kNone), d_u(count, kNone);
+    int64_t image = kNone;
+    // the gradient of layer j's output is complete in this step
+    const auto complete = [&](BackStep& step, int64_t j) {
+      step.target = j;
+      step.before = d[j];
+      step.spread = given[j];
+      step.to_d_u = d_u[j] = places.take(layers[j].cells());
+      const int64_t residual = layers[j].step.residual;
+      if (residual < 0) return;
+      step.add_to_residual = d[residual] != kNone;
+      if (!step.add_to_residual) d[residual] = places.take(layers[residual].cells());
+      step.to_residual = d[residual];
+    };
+    const auto start = [&](bool convolves, size_t source) {
+      return BackStep{
+          convolves, static_cast<int64_t>(source), kNone, kNone, kNone, kNone, kNone, kNone, false, false};
+    };
+    for (size_t i = count; i-- > 0;) {
+      const int64_t j = layers[i].step.input;
+      if (d_u[i] == kNone) {
+        if (d[i] == kNone && !given[i]) continue;
+        BackStep step = start(false, i);
+        complete(step, static_cast<int64_t>(i));
+        plan.steps.push_back(step);
+        if (d[i] != kNone) places.give(d[i]);
+      }
+      if (j >= 0 || need_x) {
+        BackStep step = start(true, i);
+        step.d_u = d_u[i];
+        const bool last = j >= 0 && std::none_of(layers.begin(), layers.begin() + static_cast<int64_t>(i),
+                                                 [&](const Layer& other) {
+                                                   return other.step.input == j || other.step.residual == j;
+                                                 });
+        if (last) {
+          complete(step, j);
+          if (step.before != kNone) places.give(step.before);
+        } else {
+          int64_t& total = j < 0 ? image : d[j];
+          step.target = j;
+          step.before = total;
+          if (total == kNone) total = places.take(layers[i].in_blocks * layers[i].in_pixels);
+          step.total = total;
+        }
+        plan.steps.push_back(step);
+      }
+      places.give(d_u[i]);
+    }
+    plan.room = places.most();
+    plan.image = image;
+    return plan;
+  }
+
+  // Whether each thread takes whole groups through the network, which needs no barrier between layers and
+  // little memory; else all threads share every layer.
+  bool by_group() const {
+    const int64_t threads = at::get_num_threads();
+    return threads == 1 || groups % threads == 0 || groups >= 4 * threads;
+  }
+  int64_t chunks(int64_t blocks) const {  // of a layer's pixels, where threads share it
+    return by_group() ? 1 : std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), groups * blocks), 1, 8);
+  }
+};
+
+// [B, C] float32 as [group][block][16][32], times `factor`.
+void pack_table(float* to, const Tensor& table, double factor = 1) {
+  const int64_t batch = table.size(0), channels = table.size(1), blocks = ceil_div(channels, kChannels);
+  const Tensor dense = table.to(at::kFloat).contiguous();
+  const float* const from = dense.const_data_ptr<float>();
+  const auto by = static_cast<float>(factor);
+  std::fill_n(to, ceil_div(batch, kImages) * blocks * kCell, 0.0f);
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t c = 0; c < channels; ++c) {
+      to[((b / kImages * blocks + c / kChannels) * kImages + b % kImages) * kChannels + c % kChannels] =
+          from[b * channels + c] * by;
+    }
+  }
+}
+
+// The opposite, of the sum over `chunks` such tables.
+void unpack_table(const Tensor& table, const float* from, int64_t chunks) {
+  const int64_t batch = table.size(0), channels = table.size(1), blocks = ceil_div(channels, kChannels);
+  const int64_t size = ceil_div(batch, kImages) * blocks * kCell;
+  float* to = table.data_ptr<float>();
+  for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t at =
+          ((b / kImages * blocks + c / kChannels) * kImages + b % kImages) * kChannels + c % kChannels;
+      float sum = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += from[chunk * size + at];
+      *to++ = sum;
+    }
+  }
+}
+
+// A range of groups in the hands of one thread, or all groups in the hands of all threads.
+struct Run {
+  const Plan& plan;
+  const Kernels& kernels;
+  int64_t first, groups;
+  bool shared;
+  Tensor memory;
+  Bits* cells;
+
+  Run(const Plan& plan, const Kernels& kernels, int64_t first, int64_t groups, bool shared, int64_t room)
+      : plan(plan), kernels(kernels), first(first), groups(groups), shared(shared) {
+    memory = kept_memory(room * groups * kCell * static_cast<int64_t>(sizeof(Bits)));
+    cells = reinterpret_cast<Bits*>(memory.mutable_data_ptr());
+  }
+
+  // body(group of this run, block, chunk)
+  template <class Body>
+  void each(int64_t blocks, int64_t chunks, Body body) const {
+    const auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i / (blocks * chunks), i / chunks % blocks, i % chunks);
+    };
+    if (!shared) return some(0, groups * blocks * chunks);
+    at::parallel_for(0, groups * blocks * chunks, 1, [&](int64_t begin, int64_t end) {
+      kernels.configure();
+      some(begin, end);
+      kernels.release();
+    });
+  }
+
+  Bits* at(int64_t place, int64_t cells_of_group, int64_t group) const {
+    return cells + (place * groups + group * cells_of_group) * kCell;
+  }
+};
+
+// run(first group, groups, shared) over all groups
+template <class Body>
+void for_groups(const Plan& plan, const Kernels& kernels, Body body) {
+  if (!plan.by_group()) return body(0, plan.groups, true);
+  at::parallel_for(0, plan.groups, 1, [&](int64_t begin, int64_t end) {
+    kernels.configure();
+    for (int64_t group = begin; group < end; ++group) body(group, 1, false);
+    kernels.release();
+  });
+}
+
+void copy_images(const Run& run, const Tensor& x) {
+  const Plan& plan = run.plan;
+  const auto* const from = static_cast<const Bits*>(x.const_data_ptr());
+  const at::IntArrayRef step = x.strides();
+  run.each(plan.in_blocks, 1, [&](int64_t group, int64_t block, int64_t) {
+    Bits* to = run.at(plan.x, plan.in_blocks * plan.in_pixels, group) + block * plan.in_pixels * kCell;
+    std::fill_n(to, plan.in_pixels * kCell, 0);
+    const int64_t begin = (run.first + group) * kImages, count = std::min(kImages, plan.batch - begin);
+    const int64_t channel = block * kChannels, channels = std::min(kChannels, plan.channels - channel);
+    for (int64_t b = 0; b < count; ++b) {
+      for (int64_t c = 0; c < channels; ++c) {
+        const Bits* const own = from + (begin + b) * step[0] + (channel + c) * step[1];
+        for (int64_t p = 0; p < plan.in_pixels; ++p) {
+          to[p * kCell + b * kChannels + c] = own[p / plan.size[1] * step[2] + p % plan.size[1] * step[3]];
+        }
+      }
+    }
+  });
+}
+
+void copy_image_gradients(const Run& run, const Tensor& d_x, int64_t place) {
+  const Plan& plan = run.plan;
+  auto* const to = static_cast<Bits*>(d_x.mutable_data_ptr());
+  const at::IntArrayRef step = d_x.strides();
+  run.each(plan.in_blocks, 1, [&](int64_t group, int64_t block, int64_t) {
+    const Bits* from = run.at(place, plan.in_blocks * plan.in_pixels, group) + block * plan.in_pixels * kCell;
+    const int64_t begin = (run.first + group) * kImages, count = std::min(kImages, plan.batch - begin);
+    const int64_t channel = block * kChannels, channels = std::min(kChannels, plan.channels - channel);
+    for (int64_t b = 0; b < count; ++b) {
+      for (int64_t c = 0; c < channels; ++c) {
+        Bits* const own = to + (begin + b) * step[0] + (channel + c) * step[1];
+        for (int64_t p = 0; p < plan.in_pixels; ++p) {
+          own[p / plan.size[1] * step[2] + p % plan.size[1] * step[3]] = from[p * kCell + b * kChannels + c];
+        }
+      }
+    }
+  });
+}
+
+float wide(Bits bits) { return c10::detail::f32_from_bits(bits); }
+
+void average(const Run& run, const Layer& layer, const Tensor& mean) {
+  auto* const to = mean.data_ptr<at::BFloat16>();
+  run.each(layer.out_blocks, 1, [&](int64_t group, int64_t block, int64_t) {
+    const Bits* from = run.at(layer.y, layer.cells(), group) + block * layer.out_pixels * kCell;
+    std::vector<float> sums(kCell);
+    for (int64_t p = 0; p < layer.out_pixels; ++p, from += kCell) {
+      for (int64_t i = 0; i < kCell; ++i) sums[i] += wide(from[i]);
+    }
+    const int64_t begin = (run.first + group) * kImages, count = std::min(kImages, run.plan.batch - begin);
+    const int64_t channel = block * kChannels, channels = std::min(kChannels, layer.outputs - channel);
+    for (int64_t b = 0; b < count; ++b) {
+      for (int64_t c = 0; c < channels; ++c) {
+        to[(begin + b) * layer.outputs + channel + c] =
+            sums[b * kChannels + c] / static_cast<float>(layer.out_pixels);
+      }
+    }
+  });
+}
+
+// What a forward pass keeps: masks, scales and u, one after the other.
+struct Kept {
+  Tensor memory;
+  uint32_t* mask;
+  float* scale;
+  Bits* u;
+
+  static int64_t bytes(const Plan& plan) {
+    return plan.groups * (plan.masks * kCell / 8 + plan.tables * kCell * 4 + plan.us * kCell * 2);
+  }
+  Kept(const Plan& plan, Tensor bytes) : memory(std::move(bytes)) {
+    auto* const base = static_cast<uint8_t*>(memory.mutable_data_ptr());
+    mask = reinterpret_cast<uint32_t*>(base);
+    scale = reinterpret_cast<float*>(base + plan.groups * plan.masks * kCell / 8);
+    u = reinterpret_cast<Bits*>(scale + plan.groups * plan.tables * kCell);
+  }
+  // of a layer, its group and block
+  uint32_t* mask_of(const Plan& plan, const Layer& layer, int64_t group, int64_t block) const {
+    if (layer.mask == kNone) return nullptr;
+    return mask + (layer.mask * plan.groups + group * layer.cells() + block * layer.out_pixels) * kImages;
+  }
+  Bits* u_of(const Plan& plan, const Layer& layer, int64_t group, int64_t block) const {
+    if (layer.u == kNone) return nullptr;
+    return u + (layer.u * plan.groups + group * layer.cells() + block * layer.out_pixels) * kCell;
+  }
+  float* scales_of(const Plan& plan, const Layer& layer) const {
+    return scale + layer.table * plan.groups * kCell;
+  }
+};
+
+Convolution convolution_of(const Pairs& pairs, const Bits* input, int64_t blocks, int64_t plane,
+                           const Bits* weights, int64_t positions, int64_t block, int64_t channels,
+                           int64_t chunk, int64_t chunks) {
+  return {input,
+          blocks,
+          plane,
+          pairs.taps.data(),
+          pairs.begin.data(),
+          pairs.pixels(),
+          chunk * pairs.count() / chunks,
+          (chunk + 1) * pairs.count() / chunks,
+          weights + block * blocks * positions * 2 * kCell,
+          positions,
+          channels - block * kChannels <= kChannels / 2};
+}
+
+const Bits* forward_weights(const Tensor& packed) {
+  return static_cast<const Bits*>(packed.const_data_ptr());
+}
+const Bits* backward_weights(const Tensor& packed) { return forward_weights(packed) + packed.size(1); }
+
+variable_list run_forward(const Plan& plan, const Kernels& kernels, const Tensor& x, at::TensorList shifts,
+                          at::TensorList packed, const Kept& kept) {
+  variable_list means;
+  std::vector<Tensor> mean_of(plan.layers.size());
+  std::vector<float> shift(plan.groups * plan.tables * kCell);
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    const Layer& layer = plan.layers[i];
+    pack_table(shift.data() + layer.table * plan.groups * kCell, shifts[i]);
+    if (layer.step.averaged) {
+      means.push_back(mean_of[i] =
+                          at::empty({plan.batch, layer.outputs}, x.options().memory_format(std::nullopt)));
+    }
+  }
+  for_groups(plan, kernels, [&](int64_t first, int64_t groups, bool shared) {
+    const Run run(plan, kernels, first, groups, shared, plan.room);
+    copy_images(run, x);
+    for (size_t i = 0; i < plan.layers.size(); ++i) {
+      const Layer& layer = plan.layers[i];
+      const Step& s = layer.step;
+      const int64_t chunks = plan.chunks(layer.out_blocks);
+      run.each(layer.out_blocks, chunks, [&](int64_t group, int64_t block, int64_t chunk) {
+        const Bits* const input =
+            run.at(s.input < 0 ? plan.x : plan.layers[s.input].y, layer.in_blocks * layer.in_pixels, group);
+        const int64_t all = first + group, skip = block * layer.out_pixels * kCell;
+        const int64_t table = (layer.table * plan.groups + all * layer.out_blocks + block) * kCell;
+        const Apply to = {
+            run.at(layer.y, layer.cells(), group) + skip,
+            kept.u_of(plan, layer, all, block),
+            kept.mask_of(plan, layer, all, block),
+            s.residual < 0 ? nullptr : run.at(plan.layers[s.residual].y, layer.cells(), group) + skip,
+            kept.scale + table,
+            shift.data() + table,
+            s.relu};
+        kernels.apply(convolution_of(*layer.forward, input, layer.in_blocks, layer.in_pixels,
+                                     forward_weights(packed[i]), layer.geometry.positions(), block,
+                                     layer.outputs, chunk, chunks),
+                      to);
+      });
+      if (s.averaged) average(run, layer, mean_of[i]);
+    }
+  });
+  return means;
+}
+
+// g1 and g2 of a layer, [chunk][group][block][16][32] each
+struct Sums {
+  int64_t chunks = 0;
+  std::vector<float> g1, g2;
+};
+
+void run_backward(const Plan& plan, const BackPlan& back, const Kernels& kernels, const Kept& kept,
+                  at::TensorList packed, const std::vector<std::vector<float>>& spread,
+                  std::vector<Sums>& sums, const Tensor& d_x) {
+  for_groups(plan, kernels, [&](int64_t first, int64_t groups, bool shared) {
+    const Run run(plan, kernels, first, groups, shared, back.room);
+    for (const BackStep& step : back.steps) {
+      const Layer& source = plan.layers[step.source];
+      const Layer* const target = step.target < 0 ? nullptr : &plan.layers[step.target];
+      const int64_t blocks = target ? target->out_blocks : plan.in_blocks;
+      const int64_t pixels = target ? target->out_pixels : plan.in_pixels;
+      const int64_t chunks = plan.chunks(blocks);
+      run.each(blocks, chunks, [&](int64_t group, int64_t block, int64_t chunk) {
+        const int64_t all = first + group;
+        const auto at = [&](int64_t place) {
+          return place == kNone ? nullptr : run.at(place, blocks * pixels, group) + block * pixels * kCell;
+        };
+        Propagate to = {};
+        to.before = at(step.before);
+        to.total = at(step.total);
+        if (!to.total) {
+          const int64_t table = (all * blocks + block) * kCell;
+          to.spread = step.spread ? spread[step.target].data() + table : nullptr;
+          to.mask = kept.mask_of(plan, *target, all, block);
+          to.scale = kept.scales_of(plan, *target) + table;
+          to.d_u = at(step.to_d_u);
+          to.d_residual = at(step.to_residual);
+          to.add_to_residual = step.add_to_residual;
+          Sums& own = sums[step.target];
+          if (own.chunks > 0) {
+            const int64_t place = chunk * plan.groups * blocks * kCell + table;
+            to.u = kept.u_of(plan, *target, all, block);
+            to.g1 = own.g1.data() + place;
+            to.g2 = own.g2.data() + place;
+          }
+        }
+        if (!step.convolves) {
+          return kernels.finish(to, chunk * pixels / chunks, (chunk + 1) * pixels / chunks);
+        }
+        kernels.propagate(
+            convolution_of(*source.backward, run.at(step.d_u, source.cells(), group), source.out_blocks,
+                           source.out_pixels, backward_weights(packed[step.source]),
+                           source.geometry.positions(), block, source.inputs, chunk, chunks),
+            to);
+      });
+    }
+    if (d_x.defined()) copy_image_gradients(run, d_x, back.image);
+  });
+}
+
+std::vector<std::vector<int64_t>> shapes_of(at::TensorList weights) {
+  std::vector<std::vector<int64_t>> shapes;
+  for (const Tensor& weight : weights) {
+    TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "expected filters [C_out, C_in, kh, kw], got ",
+                weight.sizes());
+    shapes.push_back(weight.sizes().vec());
+  }
+  return shapes;
+}
+
+void check(const Tensor& x, at::TensorList scales, at::TensorList shifts, at::TensorList packed,
+           const std::vector<std::vector<int64_t>>& shapes) {
+  const size_t count = shapes.size();
+  TORCH_CHECK(count > 0 && x.dim() == 4 && x.numel() > 0 && x.scalar_type() == at::kBFloat16,
+              "expected layers and bfloat16 images [B, C, H, W], got ", count, " layers and ",
+              x.scalar_type(), " ", x.sizes());
+  TORCH_CHECK(scales.size() == count && shifts.size() == count && packed.size() == count,
+              "expected a scale, a shift and packed filters for each of ", count, " layers, got ",
+              scales.size(), ", ", shifts.size(), " and ", packed.size());
+  for (size_t i = 0; i < count; ++i) {
+    const std::array<int64_t, 2> table = {x.size(0), shapes[i][0]};
+    TORCH_CHECK(scales[i].sizes() == at::IntArrayRef(table) && shifts[i].sizes() == at::IntArrayRef(table),
+                "layer ", i, " needs a scale and a shift ", at::IntArrayRef(table), ", got ",
+                scales[i].sizes(), " and ", shifts[i].sizes());
+    const int64_t half = ceil_div(shapes[i][0], kChannels) * ceil_div(shapes[i][1], kChannels) *
+                         shapes[i][2] * shapes[i][3] * 2 * kCell;
+    TORCH_CHECK(packed[i].scalar_type() == at::kBFloat16 && packed[i].is_contiguous() &&
+                    packed[i].dim() == 2 && packed[i].size(0) == 2 && packed[i].size(1) == half,
+                "layer ", i, ": these are not its packed filters: ", packed[i].sizes());
+  }
+}
+
+Kept keep(const Plan& plan, at::TensorList scales) {
+  const Kept kept(plan, kept_memory(Kept::bytes(plan)));
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    pack_table(kept.scales_of(plan, plan.layers[i]), scales[i]);
+  }
+  return kept;
+}
+
+std::vector<Tensor> below(const Tensor& x, at::TensorList scales, at::TensorList shifts,
+                          at::TensorList weights, at::TensorList packed, at::IntArrayRef numbers,
+                          bool emulate) {
+  const auto shapes = shapes_of(weights);
+  check(x, scales, shifts, packed, shapes);
+  const Plan plan(x.sizes(), shapes, steps_of(numbers, shapes.size()), std::vector<bool>(shapes.size()),
+                  false);
+  return run_forward(plan, kernels(emulate), x, shifts, packed, keep(plan, scales));
+}
+
+class Network : public torch::autograd::Function<Network> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList scales,
+                               at::TensorList shifts, const std::vector<Tensor>& weights,
+                               const std::vector<Tensor>& packed, const std::vector<int64_t>& numbers,
+                               bool emulate) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto shapes = shapes_of(weights);
+    check(x, scales, shifts, packed, shapes);
+    const size_t count = shapes.size();
+    std::vector<bool> keeps_u(count);
+    std::vector<int64_t> flat;
+    bool tables = false;
+    for (size_t i = 0; i < count; ++i) {
+      keeps_u[i] = scales[i].requires_grad() || shifts[i].requires_grad();
+      tables = tables || keeps_u[i];
+      flat.insert(flat.end(), shapes[i].begin(), shapes[i].end());
+      flat.push_back(keeps_u[i]);
+    }
+    const Plan plan(x.sizes(), shapes, steps_of(numbers, count), keeps_u, tables || x.requires_grad());
+    const Kept kept = keep(plan, scales);
+    const variable_list means = run_forward(plan, kernels(emulate), x, shifts, packed, kept);
+    variable_list saved = packed;
+    saved.push_back(kept.memory);
+    ctx->save_for_backward(saved);
+    ctx->saved_data["numbers"] = numbers;
+    ctx->saved_data["shapes"] = flat;
+    ctx->saved_data["images"] = x.sizes().vec();
+    ctx->saved_data["channels_last"] = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+    ctx->saved_data["emulate"] = emulate;
+    ctx->set_materialize_grads(false);
+    return means;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "a frozen network has a first derivative only; for a second one run the network itself");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    variable_list packed = ctx->get_saved_variables();
+    const Tensor memory = packed.back();
+    packed.pop_back();
+    const size_t count = packed.size();
+    const auto flat = ctx->saved_data["shapes"].toIntVector();
+    std::vector<std::vector<int64_t>> shapes;
+    std::vector<bool> keeps_u;
+    for (size_t i = 0; i < count; ++i) {
+      shapes.emplace_back(flat.begin() + 5 * i, flat.begin() + 5 * i + 4);
+      keeps_u.push_back(flat[5 * i + 4] != 0);
+    }
+    const auto images = ctx->saved_data["images"].toIntVector();
+    const Plan plan(images, shapes, steps_of(ctx->saved_data["numbers"].toIntVector(), count), keeps_u, true);
+    const Kernels& own = kernels(ctx->saved_data["emulate"].toBool());
+    std::vector<bool> given(count);
+    std::vector<std::vector<float>> spread(count);
+    std::vector<Sums> sums(count);
+    size_t next = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const Layer& layer = plan.layers[i];
+      const int64_t size = plan.groups * layer.out_blocks * kCell;
+      if (layer.step.averaged) {
+        const Tensor& d_mean = grads[next++];
+        given[i] = d_mean.defined();
+        if (given[i]) {
+          spread[i].resize(size);
+          pack_table(spread[i].data(), d_mean, 1.0 / static_cast<double>(layer.out_pixels));
+        }
+      }
+      if (keeps_u[i] && (ctx->needs_input_grad(1 + i) || ctx->needs_input_grad(1 + count + i))) {
+        sums[i].chunks = plan.chunks(layer.out_blocks);
+        sums[i].g1.resize(size * sums[i].chunks);
+        sums[i].g2.resize(size * sums[i].chunks);
+      }
+    }
+    const bool need_x = ctx->needs_input_grad(0);
+    const BackPlan back = plan.back(given, need_x);
+    const auto options = packed[0].options();
+    variable_list result(1 + 2 * count + 4);  // of x, scales, shifts; the rest is not differentiable
+    if (need_x && back.image != kNone) {
+      const bool channels_last = ctx->saved_data["channels_last"].toBool();
+      result[0] = at::empty(images, options.memory_format(channels_last ? at::MemoryFormat::ChannelsLast
+                                                                        : at::MemoryFormat::Contiguous));
+    }
+    run_backward(plan, back, own, Kept(plan, memory), packed, spread, sums, result[0]);
+    for (size_t i = 0; i < count; ++i) {
+      if (sums[i].chunks == 0) continue;
+      const std::array<int64_t, 2> shape = {plan.batch, plan.layers[i].outputs};
+      const auto made = [&](const std::vector<float>& from) {
+        const Tensor table = at::empty(shape, options.dtype(at::kFloat));
+        unpack_table(table, from.data(), sums[i].chunks);
+        return table;
+      };
+      if (ctx->needs_input_grad(1 + i)) result[1 + i] = made(sums[i].g2);
+      if (ctx->needs_input_grad(1 + count + i)) result[1 + count + i] = made(sums[i].g1);
+    }
+    return result;
+  }
+};
+
+std::vector<Tensor> differentiable(const Tensor& x, at::TensorList scales, at::TensorList shifts,
+                                   at::TensorList weights, at::TensorList packed, at::IntArrayRef numbers,
+                                   bool emulate) {
+  return Network::apply(x, scales, shifts, weights.vec(), packed.vec(), numbers.vec(), emulate);
+}
+
+}  // namespace
+}  // namespace awnet::cpu::amx
+
+TORCH_LIBRARY_FRAGMENT(awnet, m) {
+  m.def("amx_pack_weight(Tensor weight) -> Tensor");
+  m.def(
+      "network_amx(Tensor x, Tensor[] scales, Tensor[] shifts, Tensor[] weights, Tensor[] packed, int[] "
+      "numbers, bool emulate) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(awnet, CPU, m) {
+  m.impl("amx_pack_weight", &awnet::cpu::amx::pack_weight);
+  m.impl("network_amx", &awnet::cpu::amx::below);
+}
+
+TORCH_LIBRARY_IMPL(awnet, Autograd, m) { m.impl("network_amx", &awnet::cpu::amx::differentiable); }

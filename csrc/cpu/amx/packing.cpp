@@ -1,0 +1,61 @@
+// Filters in the order in which tiles take them.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "amx.h"
+
+namespace awnet::cpu::amx {
+
+at::Tensor pack_weight(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == at::kBFloat16 && weight.numel() > 0,
+              "expected bfloat16 filters [C_out, C_in, kh, kw], got ", weight.scalar_type(), " ",
+              weight.sizes());
+  const int64_t outs = weight.size(0), ins = weight.size(1), width = weight.size(3);
+  const int64_t positions = weight.size(2) * width;
+  const int64_t out_blocks = ceil_div(outs, kChannels), in_blocks = ceil_div(ins, kChannels);
+  const int64_t cell = 2 * kCell;  // of filters: 32 inputs by 32 outputs
+  const int64_t half = out_blocks * in_blocks * positions * cell;
+  const at::Tensor packed =
+      at::empty({2, half}, weight.options().memory_format(at::MemoryFormat::Contiguous));
+  auto* const forward = reinterpret_cast<Bits*>(packed.mutable_data_ptr());
+  auto* const backward = forward + half;
+  const auto* const from = static_cast<const Bits*>(weight.const_data_ptr());
+  const at::IntArrayRef step = weight.strides();
+  at::parallel_for(0, out_blocks * in_blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Bits> block(kChannels * kChannels * positions);  // [position][output][input]
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t out = i / in_blocks, in = i % in_blocks;
+      std::fill(block.begin(), block.end(), 0);
+      for (int64_t o = 0; o < std::min(kChannels, outs - out * kChannels); ++o) {
+        for (int64_t c = 0; c < std::min(kChannels, ins - in * kChannels); ++c) {
+          const Bits* const filter = from + (out * kChannels + o) * step[0] + (in * kChannels + c) * step[1];
+          for (int64_t p = 0; p < positions; ++p) {
+            block[(p * kChannels + o) * kChannels + c] = filter[p / width * step[2] + p % width * step[3]];
+          }
+        }
+      }
+      // [2][16 pairs of summed channels][16 channels that come out][2]
+      const auto fill = [&](Bits* to, auto value) {
+        for (int64_t p = 0; p < positions; ++p) {
+          for (int64_t tile = 0; tile < 2; ++tile) {
+            for (int64_t pair = 0; pair < 16; ++pair) {
+              for (int64_t column = 0; column < 16; ++column) {
+                *to++ = value(p, 2 * pair, 16 * tile + column);
+                *to++ = value(p, 2 * pair + 1, 16 * tile + column);
+              }
+            }
+          }
+        }
+      };
+      fill(forward + (out * in_blocks + in) * positions * cell, [&](int64_t p, int64_t sum, int64_t own) {
+        return block[(p * kChannels + own) * kChannels + sum];
+      });
+      fill(backward + (in * out_blocks + out) * positions * cell, [&](int64_t p, int64_t sum, int64_t own) {
+        return block[(p * kChannels + sum) * kChannels + own];
+      });
+    }
+  });
+  return packed;
+}
+
+}  // namespace awnet::cpu::amx

@@ -1,0 +1,78 @@
+// Convolutions of bfloat16 images by AMX tiles, with the layer's element-wise work in the epilogue.
+//
+// A cell holds one pixel of 16 images in 32 channels, [16][32] bfloat16: 1 KB, exactly one tile. A tensor of
+// images is [group of 16 images][block of 32 channels][pixel] cells; images and channels beyond the last
+// are zero. A convolution is a sum over taps of (cell times filter cell): any size, stride, padding and
+// dilation only changes which cells a tap reads, and a tap outside of the image is left out.
+#pragma once
+
+#include <cstdint>
+
+namespace awnet::cpu::amx {
+
+constexpr int64_t kImages = 16, kChannels = 32;
+constexpr int64_t kCell = kImages * kChannels;  // values
+
+using Bits = uint16_t;  // of a bfloat16
+
+// The input pixels that two output pixels read at one filter position; -1 for none (outside of the image).
+struct Tap {
+  int32_t first, second, position;
+};
+
+// act(u * scale + shift + residual). Pointers are to the cells of one group and channel block, by pixel;
+// scale and shift are [16][32]. Optional outputs and inputs are null where absent.
+struct Apply {
+  Bits* y;
+  Bits* u;
+  uint32_t* mask;  // [pixel][16], one bit a channel: where the activation passed
+  const Bits* residual;
+  const float *scale, *shift;
+  bool relu;
+};
+
+// What a gradient d = acc + before + spread of a layer's output becomes. Either it is written to `total`, or,
+// where total is null, it is complete: g = d where the mask is set, d_residual (+)= g, d_u = g * scale,
+// g1 += g, g2 += g * u.
+struct Propagate {
+  const Bits* before;
+  const float* spread;  // [16][32], the same for every pixel
+  Bits* total;
+  const uint32_t* mask;
+  const float* scale;
+  Bits *d_u, *d_residual;
+  bool add_to_residual;
+  const Bits* u;
+  float *g1, *g2;  // [16][32]
+};
+
+// A range of pairs of output pixels, in one group and one block of 32 output channels.
+struct Convolution {
+  const Bits* input;  // the group's cells
+  int64_t blocks;     // of 32 input channels
+  int64_t plane;      // cells of an input block
+  const Tap* taps;
+  const int32_t* begin;         // taps of pair p are [begin[p], begin[p + 1])
+  const int32_t (*outputs)[2];  // pixels of a pair; -1 for no second one
+  int64_t first, last;          // pairs
+  const Bits* weights;          // [input block][position][2][16 pairs of input channels][16 outputs][2]
+  int64_t positions;
+  bool half;  // only the first 16 output channels are there
+};
+
+struct Kernels {
+  void (*configure)();  // each thread, before the others
+  void (*release)();
+  void (*apply)(const Convolution& convolution, const Apply& to);
+  void (*propagate)(const Convolution& convolution, const Propagate& to);
+  void (*finish)(const Propagate& to, int64_t first, int64_t last);  // pixels; acc = 0
+};
+
+namespace hardware {
+extern const Kernels kernels;
+}
+namespace emulated {
+extern const Kernels kernels;
+}
+
+}  // namespace awnet::cpu::amx
