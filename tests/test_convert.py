@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
+import math
 import pickle
+import random
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from extras import optional
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 from awnet.models import create_model, save_model
 from awnet.nn import (
@@ -395,7 +400,7 @@ def test_the_size_of_images_can_matter():
         nn.Linear(4 * 4 * 6, 3),
     )
     with pytest.raises(
-        ValueError, match=r"fails on images \[2, 2, 32, 32\].*pass in_channels and image_size"
+        ValueError, match=r"fails on images \[3, 2, 32, 32\].*pass in_channels and image_size"
     ):
         convert(module, **ROUTER)
     network = convert(module, image_size=(8, 10), **ROUTER)
@@ -422,6 +427,317 @@ def test_dropout_and_other_modules_keep_working():
     assert not torch.equal(network(x, is_clean=mask), network(x, is_clean=mask))  # dropout draws again
 
 
+# --- networks with something of their own
+
+
+class NormAct(nn.BatchNorm2d):
+    """Batch norm → dropout → activation in one module with a copy of batch norm's forward, as in timm."""
+
+    def __init__(self, channels, act=None, drop=None):
+        super().__init__(channels)
+        self.drop = drop or nn.Identity()
+        self.act = act or nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        x = F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+        return self.act(self.drop(x))
+
+
+class CastNorm(nn.BatchNorm2d):
+    """Plain batch norm under another name."""
+
+    def forward(self, input):
+        return super().forward(input.float() if input.dtype == torch.bfloat16 else input)
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, input):
+        return super().forward(F.pad(input, (0, 1, 0, 1))) * 2
+
+
+class DropPath(nn.Module):
+    """Stochastic depth."""
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).round() * 2
+
+
+def drop_path(x, p, training):
+    if p == 0.0 or not training:
+        return x
+    return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - p).div_(1 - p)
+
+
+class Own(nn.Module):
+    """What CNNs in the wild do: norm with activation, dropout by mode, stochastic depth, shape checks, shared
+    modules, convolutions of other classes, batch norm of vectors, options of forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = OwnConv(3, 8, 3)
+        self.norm0 = NormAct(8)
+        self.conv1, self.norm1 = nn.Conv2d(8, 8, 3, padding=1), NormAct(8, nn.PReLU(8), nn.Dropout2d(0.25))
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1), CastNorm(8)
+        self.depth = DropPath()
+        self.position = nn.Parameter(torch.rand(1, 8, 1, 1))
+        self.shared_conv, self.shared_norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.alias = self.shared_norm
+        self.spectral = parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
+        self.norm3 = nn.BatchNorm2d(8)
+        self.conv4, self.norm4 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.register_buffer("blur", torch.full((8, 1, 3, 3), 1 / 9))
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
+
+    def forward(self, x, mask=None, scale=1.0, *, features=False):
+        if x.shape[1] != 3:
+            raise ValueError("three channels")
+        torch._assert(x.size(-1) > 1, "two pixels")
+        b, _, h, w = x.shape
+        x = self.norm0(self.stem(x))
+        x = x + self.depth(self.norm2(self.conv2(self.norm1(self.conv1(x)))))
+        x = x + drop_path(self.shared_norm(self.shared_conv(x)), 0.3, self.training)
+        x = x + drop_path(self.alias(self.shared_conv(x)), 0.0, self.training)
+        x = self.norm4(self.conv4(x)) + self.position  # broadcast, so no residual of a fused layer
+        if h % 2 or w % 2:
+            x = F.pad(x, (0, w % 2, 0, h % 2))
+        if self.training:
+            x = x + 0.1 * torch.rand_like(x)
+        x = F.relu(self.norm3(self.spectral(F.conv2d(x, self.blur, padding=1, groups=8))))
+        x = x.view(b, -1, x.shape[2] * x.shape[3]).mean(2) + torch.zeros(b, 8, dtype=x.dtype)
+        x = F.dropout(x, p=0.2, training=self.training)
+        x = x if mask is None else x * mask
+        return x if features else self.head(x * scale) * (1.0 if self.training else math.ceil(h / 100))
+
+
+def check_same_in_train_mode(original: nn.Module, network: AWNet, x: torch.Tensor) -> None:
+    """With clean samples alone, the clean branch is the original: same logits, draws, statistics. In float64."""
+    original, network = copy.deepcopy(original).double().train(), copy.deepcopy(network).double().train()
+    x = x.double()
+    routing = network.route(x)
+    torch.manual_seed(5)
+    expected = original(x)
+    torch.manual_seed(5)
+    got = network(x, is_clean=torch.ones(len(x), dtype=torch.bool), routing=routing)
+    # float64, sums in another order; batch norms over few values enlarge the difference
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(got, expected, **close)
+    original.eval(), network.eval()
+    routing.p_clean = torch.ones_like(routing.p_clean)
+    torch.testing.assert_close(network(x, routing=routing), original(x), **close)
+
+
+def test_a_network_with_everything_of_its_own():
+    original = trained(Own())
+    assert original.shared_norm.num_batches_tracked == 8
+    network = convert(original, image_size=8, **ROUTER)
+    check_same_logits(original, network)
+    assert kinds_of(network) == {
+        "stem": "static",
+        "norm0.norm": "norm",
+        "conv1": "dynamic fused None",
+        "conv2": "dynamic fused None",
+        "shared_conv": "dynamic",
+        "shared_norm": "norm",
+        "conv4": "dynamic fused None",
+        "spectral": "static",
+        "norm3": "norm",
+    }
+    assert type(network.dynamic.norm0.act) is nn.ReLU
+    assert type(network.dynamic.head[1]) is nn.BatchNorm1d  # kept, static
+    assert parametrize.is_parametrized(network.dynamic.spectral)
+    check_trains(network)
+    check_same_in_train_mode(original, network, torch.rand(6, 3, 8, 8))
+    check_same_logits(original, copy.deepcopy(network))
+
+
+def test_the_batch_may_have_any_size_and_other_image_sizes_raise_where_forward_depends_on_them():
+    original = trained(Own()).eval()
+    network = convert(original, image_size=8, **ROUTER).eval()
+    for shape in ((1, 3, 8, 8), (7, 3, 8, 8), (2, 3, 12, 10)):  # the same path
+        x = torch.rand(shape)
+        torch.testing.assert_close(network(x), original(x), rtol=1e-5, atol=1e-5)  # float32, folded norms
+    where = line_of(Own.forward, "if h % 2")
+    with pytest.raises(
+        ValueError, match=f"forward depends on the images' shape, .* at {where}: .*image_size"
+    ):
+        network(torch.rand(2, 3, 9, 8))
+    odd = convert(original, image_size=9, **ROUTER).eval()
+    x = torch.rand(2, 3, 9, 8)
+    torch.testing.assert_close(odd(x), original(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_converted_network_of_both_modes_can_be_copied_and_pickled():
+    module = Own()
+    module.spectral = nn.Conv2d(8, 8, 3, padding=1)  # parametrized modules refuse to be pickled
+    network = convert(trained(module), image_size=8, **ROUTER).eval()
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(copy.deepcopy(network)(x), network(x))
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x), network(x))
+    twin = Own()
+    twin.spectral = nn.Conv2d(8, 8, 3, padding=1)
+    twin = convert(twin, image_size=8, **ROUTER).eval()
+    twin.load_state_dict(network.state_dict())
+    assert torch.equal(twin(x), network(x))
+
+
+class Normalize(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6])[:, None, None])
+
+    def forward(self, x):
+        return (x - self.mean) / 0.25
+
+
+class Synced(nn.Module):
+    """Batch norms of images and of vectors, after ``convert_sync_batchnorm``."""
+
+    def __init__(self):
+        super().__init__()
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(144))
+        self.features = nn.SyncBatchNorm.convert_sync_batchnorm(plain)
+        self.fc = nn.Linear(144, 5)
+
+    def forward(self, x):
+        return self.fc(self.features(x))
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
+
+
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    module.compile(backend="eager")
+    return module
+
+
+WRAPPED = {  # as it is converted, and without the wrapper
+    "Sequential(Normalize, network)": lambda net: (nn.Sequential(Normalize(), net),) * 2,
+    "DataParallel": lambda net: (nn.DataParallel(net), net),
+    "DataParallel inside": lambda net: (
+        nn.Sequential(Normalize(), nn.DataParallel(net)),
+        nn.Sequential(Normalize(), net),
+    ),
+    "compiled": lambda net: (compiled(net), net),
+    "compiled inside": lambda net: (
+        nn.Sequential(Normalize(), compiled(net)),
+        nn.Sequential(Normalize(), net),
+    ),
+    "compiled in place": lambda net: (compiled_in_place(copy.deepcopy(net)), net),
+    "averaged": lambda net: (torch.optim.swa_utils.AveragedModel(net),) * 2,
+    "SyncBatchNorm": lambda net: (Synced(),) * 2,
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_wrappers_are_looked_through(case):
+    original, plain = WRAPPED[case](trained(Residual()))
+    network = convert(original, image_size=8, **ROUTER)
+    check_same_logits(plain, network)
+    check_trains(network)
+    assert not any(
+        isinstance(m, nn.DataParallel) or type(m).__name__ == "OptimizedModule" for m in network.modules()
+    )
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert [type(m) for m in norms] == (
+        [nn.SyncBatchNorm] if case == "SyncBatchNorm" else []
+    )  # of the vectors
+
+
+def test_hooks_and_forwards_of_parts_that_are_kept_survive():
+    original = trained(Residual())
+    seen = []
+    for part in (original.bare, original.dropout, original.fc):
+        part.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    original.conv5.forward = lambda x, conv=original.conv4: conv(x) * 0.5
+    network = convert(original, image_size=8, **ROUTER)
+    check_same_logits(original, network)
+    kinds = kinds_of(network)
+    assert (kinds["bare"], kinds["conv5"]) == ("static", "static")
+    seen.clear()
+    network.eval()(torch.rand(2, 3, 8, 8))
+    assert seen == [nn.Conv2d, nn.Dropout, nn.Linear]
+
+
+def test_modes_and_frozen_parameters_carry_over():
+    original = trained(Residual())
+    original.norm3.bias.requires_grad_(False)
+    original.dropout.eval()
+    network = convert(original, **ROUTER)
+    norm = network.dynamic.conv3.bn
+    assert (norm.weight.requires_grad, norm.bias.requires_grad) == (True, False)
+    assert network.training
+    assert not network.dynamic.dropout.training
+
+
+def test_a_fault_behind_a_zero_initialized_batch_norm_is_found():
+    class Hidden(Aliased):
+        def forward(self, x):
+            y = self.conv(x)
+            return y.mean((2, 3)) + super().forward(x)
+
+    module = Hidden()
+    nn.init.zeros_(module.norm.weight)
+    with pytest.raises(ValueError, match="logits are off by"):
+        convert(module, **ROUTER)
+
+
+def small_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    "make", [small_cnn, lambda: create_model("resnet_tiny"), lambda: create_model("resnet18")]
+)
+def test_the_default_router_is_no_larger_than_the_network(make, caplog):
+    module = make()
+    with caplog.at_level(logging.INFO, "awnet"):
+        network = convert(module)
+    sizes = count(network.dynamic), count(network.router)
+    assert sizes[0] / 5 < sizes[1] <= sizes[0]
+    assert f"{sizes[0]:,} parameters in the dynamic network, {sizes[1]:,} in its router" in caplog.text
+    assert f"parameters: {sizes[0]:,} in dynamic, {sizes[1]:,} in router" in repr(network)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_a_router_larger_than_the_network_is_a_warning(caplog):
+    with caplog.at_level(logging.INFO, "awnet"):
+        network = convert(small_cnn(), router_widths=(16, 32))
+    assert network.router.backbone.stem.out_channels == 16
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_timm_resnet():
     timm = optional("timm")
     original = trained(timm.create_model("resnet18", num_classes=5)).eval()
@@ -439,26 +755,7 @@ class Branching(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
     def forward(self, x):
-        return self.norm(self.conv(x)) if x.sum() > 0 else x
-
-
-class ModeDependent(Branching):
-    def forward(self, x):
-        return F.dropout(self.norm(self.conv(x)).mean((2, 3)), 0.5, self.training)
-
-
-class Twice(Branching):
-    def __init__(self):
-        super().__init__()
-        self.again = nn.Conv2d(4, 4, 3, padding=1)
-
-    def forward(self, x):
-        return self.again(self.again(self.norm(self.conv(x)))).mean((2, 3))
-
-
-class Functional(Branching):
-    def forward(self, x):
-        return self.norm(F.conv2d(x, self.conv.weight)).mean((2, 3))
+        return self.norm(self.conv(x)).mean((2, 3)) if x.sum() > 0 else x.mean((2, 3))
 
 
 class TwoInputs(Branching):
@@ -482,11 +779,6 @@ class Aliased(Branching):
         return (kept + z).mean((2, 3))
 
 
-class OwnConv(nn.Conv2d):
-    def forward(self, input):
-        return super().forward(input) * 2
-
-
 def simple(*middle: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -503,40 +795,134 @@ def hooked_root() -> nn.Module:
     return module
 
 
-def spectral() -> nn.Module:
-    return nn.Sequential(parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), *simple(nn.BatchNorm2d(4))[1:])
+class Recording(Branching):
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        self.last = y
+        return y.mean((2, 3))
+
+
+class BatchSize(Branching):
+    def forward(self, x):
+        y = self.norm(self.conv(x)).mean((2, 3))
+        return y + torch.arange(len(x))[:, None]
+
+
+class CoinFlip(Branching):
+    def forward(self, x):
+        scale = random.random()
+        return scale * self.norm(self.conv(x)).mean((2, 3))
+
+
+class OtherInTraining(Branching):
+    def forward(self, x):
+        y = self.norm(self.conv(x)).mean((2, 3))
+        return (y, y) if self.training else y
+
+
+class NormInTraining(Branching):
+    """A batch norm that runs in train mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.noisy = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        if self.training:
+            y = self.noisy(y)
+        return y.mean((2, 3))
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class FunctionalNorm(Branching):
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return F.batch_norm(y, self.norm.running_mean, self.norm.running_var).mean((2, 3))
+
+
+def hooked_block() -> nn.Module:
+    module = nn.Sequential(simple(nn.BatchNorm2d(4)))
+    module[0].register_forward_hook(lambda *_: None)
+    return module
+
+
+def frozen() -> nn.Module:
+    module = Residual().train()
+    module.norm3.eval()
+    return module
+
+
+def line_of(function: Callable[..., object], text: str) -> str:
+    """``file:line`` of the line of ``function`` that has ``text``."""
+    lines, first = inspect.getsourcelines(function)
+    return f"{__file__}:{next(first + i for i, line in enumerate(lines) if text in line)}"
 
 
 REFUSED = {
-    "branches on a tensor": (Branching, "Branching cannot be traced by torch.fx.*must not branch"),
-    "depends on the mode": (
-        ModeDependent,
-        "ModeDependent.forward differs between training and test mode.*dropout",
+    "branches on a tensor": (
+        Branching,
+        f"Branching cannot be traced by torch.fx: {line_of(Branching.forward, 'if')}: it depends on the values",
     ),
-    "called twice": (Twice, r"cannot convert 'again' \(Conv2d\): it is called more than once"),
-    "functional": (Functional, "cannot convert 'conv2d': conv2d is called as a function"),
-    "two inputs": (TwoInputs, r"must take one image tensor and nothing else, got \['x', 'scale'\]"),
-    "no logits": (Features, r"must return logits \[B, K\], got \[2, 4, 30, 30\]"),
+    "assigns an attribute": (Recording, f"{line_of(Recording.forward, 'last')}: it assigns Recording.last"),
+    "the batch size as an integer": (
+        BatchSize,
+        rf"BatchSize cannot be converted for batches of every size.* len\(x\) .*"
+        rf" at {line_of(BatchSize.forward, 'len')}",
+    ),
+    "random numbers of Python": (
+        CoinFlip,
+        f"{line_of(CoinFlip.forward, 'norm')}: before this line .* random",
+    ),
+    "returns more in train mode": (
+        OtherInTraining,
+        f"OtherInTraining.forward, defined at {line_of(OtherInTraining.forward, 'def')}, returns something else",
+    ),
+    "a norm of one mode": (
+        NormInTraining,
+        rf"cannot convert 'noisy' \(BatchNorm2d\) at {line_of(NormInTraining.forward, 'noisy')}: .* train mode",
+    ),
+    "a norm of another kind": (
+        lambda: simple(DoubledNorm(4)),
+        rf"cannot convert '1' \(DoubledNorm\).*: its forward, defined at {line_of(DoubledNorm.forward, 'def')}",
+    ),
+    "batch norm as a function": (
+        FunctionalNorm,
+        f"cannot convert 'batch_norm' at {line_of(FunctionalNorm.forward, 'F.batch_norm')}: batch_norm is called",
+    ),
+    "two inputs": (
+        TwoInputs,
+        r"must take one image tensor and nothing else, got \['x', 'scale'\]; it is defined at "
+        + line_of(TwoInputs.forward, "def"),
+    ),
+    "no logits": (Features, r"must return logits \[B, K\], got \[3, 4, 30, 30\]"),
     "an alias changed in place": (Aliased, "logits are off by .* changing in place"),
     "no batch norm": (lambda: simple(nn.ReLU()), "Sequential has no nn.BatchNorm2d"),
-    "batch norm 1d": (
-        lambda: nn.Sequential(simple(nn.BatchNorm2d(4)), nn.BatchNorm1d(4)),
-        r"cannot convert '1' \(BatchNorm1d\): of the batch norms only nn.BatchNorm2d",
+    "batch norm of vectors alone": (
+        lambda: nn.Sequential(simple(), nn.SyncBatchNorm(4)),
+        r"Sequential has no batch norm over images \[B, C, H, W\]",
     ),
-    "sync": (lambda: simple(nn.SyncBatchNorm(4)), r"cannot convert '1' \(SyncBatchNorm\)"),
+    "lazy": (lambda: simple(nn.LazyBatchNorm2d()), "Sequential has lazy modules"),
     "no statistics": (
         lambda: simple(nn.BatchNorm2d(4, track_running_stats=False)),
-        r"cannot convert '1' \(BatchNorm2d\): it keeps no running statistics",
+        r"cannot convert '1' \(BatchNorm2d\).*: it keeps no running statistics",
     ),
-    "own forward": (
-        lambda: nn.Sequential(OwnConv(3, 4, 3), *simple(nn.BatchNorm2d(4))[1:]),
-        r"cannot convert '0' \(OwnConv\): it is a Conv2d with a forward of its own",
+    "frozen": (
+        frozen,
+        rf"cannot convert 'norm3' \(BatchNorm2d\) at {line_of(Residual.forward, 'norm3')}: it is frozen",
     ),
-    "hooks": (hooked, r"cannot convert '1' \(BatchNorm2d\): it has forward hooks"),
+    "hooks": (hooked, r"cannot convert '1' \(BatchNorm2d\).*: it has forward hooks"),
+    "hooks of a block": (hooked_block, r"'0' \(Sequential\) has hooks, which tracing would lose"),
     "hooks of the whole": (hooked_root, "Sequential has forward hooks"),
-    "parametrized": (spectral, "parametrized"),
     "an AW-Net": (lambda: create_model("awnet_tiny"), "is an AW-Net already"),
-    "a dynamic network": (lambda: create_model("awnet_tiny").dynamic, "Backbone cannot be traced"),
+    "a dynamic network": (
+        lambda: create_model("awnet_tiny").dynamic,
+        r"'stem' \(AWConv2d\): .*two branches already",
+    ),
     "a dynamic layer": (
         lambda: simple(FilterScaledConv2d(4, 4, 3)),
         r"cannot convert '1' \(FilterScaledConv2d\)",
@@ -568,14 +954,14 @@ def test_refuses_what_is_no_module():
         convert(lambda x: x)
 
 
-def test_asks_for_channels_that_it_cannot_read():
+def test_finds_the_number_of_channels():
     class Shifted(Branching):
         def forward(self, x):
             return self.norm(self.conv(x - 0.5)).mean((2, 3))
 
-    with pytest.raises(ValueError, match="pass in_channels"):
-        convert(Shifted(), **ROUTER)
-    check_same_logits(module := Shifted(), convert(module, in_channels=3, **ROUTER))
+    check_same_logits(module := Shifted(), convert(module, **ROUTER))
+    with pytest.raises(ValueError, match=r"fails on images \[3, 2, 32, 32\].*pass in_channels"):
+        convert(Shifted(), in_channels=2, **ROUTER)
 
 
 def test_compares_before_it_returns(monkeypatch):

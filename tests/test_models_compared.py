@@ -397,7 +397,7 @@ def test_the_report_tells_which_exits_were_taken(tmp_path: Path) -> None:
         ("rdi_resnet38", "RDIResNet"),
         ("advmoe_resnet18", r"cannot convert 'blocks\.0\.conv1\.convolution' \(FilterScaledConv2d\)"),
         ("separate_net", "SeparateNet has a router of its own already"),
-        ("swin_t", "Swin cannot be traced"),
+        ("swin_t", "Swin has no nn.BatchNorm2d"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_by_name(name: str, message: str) -> None:

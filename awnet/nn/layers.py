@@ -125,9 +125,8 @@ class MixBatchNorm2d(nn.Module):
             mixed.running_mean.copy_(mean)
             mixed.running_var.copy_(norm.running_var)
             mixed.num_batches_tracked.copy_(norm.num_batches_tracked)
-        trainable = norm.weight is not None and norm.weight.requires_grad
-        mixed.weight.requires_grad_(trainable)
-        mixed.bias.requires_grad_(trainable)
+        mixed.weight.requires_grad_(norm.weight is not None and norm.weight.requires_grad)
+        mixed.bias.requires_grad_(norm.bias is not None and norm.bias.requires_grad)
         return mixed
 
     def arguments(

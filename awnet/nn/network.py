@@ -66,3 +66,7 @@ class AWNet(nn.Module):
                 f"dynamic convolution, got {len(routing.filter_scales)}"
             )
         return self.dynamic(x, routing.filter_scales, None if self.training else routing.p_clean, is_clean)
+
+    def extra_repr(self) -> str:
+        dynamic, router = (sum(p.numel() for p in part.parameters()) for part in (self.dynamic, self.router))
+        return f"parameters: {dynamic:,} in dynamic, {router:,} in router"

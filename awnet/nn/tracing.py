@@ -1,0 +1,753 @@
+"""A network's forward pass as one torch.fx graph that is valid in train mode and in eval mode.
+
+torch.fx runs a forward pass on symbols. The tracer here runs it on example images at the same time, so that
+every symbol also has a value. Three things follow:
+
+- Control flow on shapes, dtypes and devices is followed. The outcome becomes part of the graph, and a
+  :class:`Guard` in the graph raises where a later input would lead to another outcome. Control flow on the
+  *values* of tensors is refused, with the file and line.
+- A module is traced through only if it holds something to replace. All others are called as they are, with
+  their hooks and their dependence on the mode.
+- The network is traced in both modes. Where the two graphs differ (``F.dropout(x, p, self.training)``,
+  stochastic depth), a :class:`ModeSwitch` holds both versions.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import inspect
+import operator
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+_HERE = os.path.dirname(__file__) + os.sep
+_SKIPPED_FILES = (
+    *(os.path.dirname(torch.__file__) + os.sep, functools.__file__),
+    *(_HERE + "tracing.py", _HERE + "conversion.py"),
+)
+_UNKNOWN = "an unknown line"
+_PREFIX = "traced_network."  # of names while tracing
+_SHAPE_QUERIES = {"size", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device"}
+_FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
+_ATTRIBUTES = {"shape", "dtype", "device", "layout", "requires_grad", "names", "itemsize", "nbytes"}
+_RANDOM = {
+    *(
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "normal",
+        "bernoulli",
+    ),
+    *("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_"),
+    *("cauchy_", "log_normal_", "dropout", "alpha_dropout", "feature_dropout", "rrelu"),
+}
+
+
+class Untraceable(Exception):
+    """A forward pass does something that a graph cannot hold. The message says what."""
+
+
+class OtherPath(ValueError):
+    """An input would take another path through forward than the one that was traced."""
+
+
+class Guard(nn.Module):
+    """Raises :class:`OtherPath` unless a value is the one that it was when the network was traced."""
+
+    def __init__(self, name: str, expected: Any, truth: bool, where: str) -> None:
+        super().__init__()
+        self.name = name
+        self.expected = expected
+        self.truth = truth
+        self.where = where
+
+    def forward(self, value: Any) -> None:
+        if (bool(value) if self.truth else value) != self.expected:
+            raise OtherPath(
+                f"forward depends on the images' shape, dtype or device at {self.where}: there it had "
+                f"{self.expected!r} when the network was converted and has {value!r} now; convert it with "
+                "the image_size, dtype and device of these images"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.expected!r} at {self.where}"
+
+
+class ModeSwitch(nn.Module):
+    """Two graphs with the same inputs and outputs, one for each mode."""
+
+    def __init__(self, in_training: fx.GraphModule, in_eval: fx.GraphModule) -> None:
+        super().__init__()
+        self.in_training = in_training
+        self.in_eval = in_eval
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        return (self.in_training if self.training else self.in_eval)(*values)
+
+
+def location(frame: FrameType | None) -> str:
+    """``file:line`` of the innermost frame of the traced code outside torch."""
+    while frame is not None and frame.f_code.co_filename.startswith(_SKIPPED_FILES):
+        if frame.f_code is _Root.forward.__code__:
+            return _UNKNOWN
+        frame = frame.f_back
+    return _UNKNOWN if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def raised_at(error: BaseException) -> str:
+    """``file:line`` of the innermost frame of an exception's traceback outside torch and this module."""
+    trace: TracebackType | None = error.__traceback__
+    where = _UNKNOWN
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith(_SKIPPED_FILES):
+            where = f"{file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return where
+
+
+def defined_at(function: Callable[..., Any]) -> str:
+    """``file:line`` of a function's definition."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return _UNKNOWN if code is None else f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def where_of(node: fx.Node) -> str:
+    """``file:line`` of the code that a node was traced from."""
+    return str(node.meta.get("where", _UNKNOWN))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs more than its forward."""
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+
+
+class _Symbol(fx.Proxy):
+    """A proxy whose value for the example images is known to the tracer."""
+
+    tracer: _Tracer
+
+    @property
+    def _value(self) -> Any:
+        return self.tracer.value_of(self.node)
+
+    def _fixed(self, truth: bool = False) -> Any:
+        return self.tracer.fixed(self, truth)
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._value, name)
+        if name == "ndim":
+            return attribute
+        if callable(attribute) and not isinstance(attribute, nn.Module):
+            return functools.partial(self._call, name)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in ("dim", "ndimension"):
+            return getattr(self._value, name)()
+        return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+
+    def __bool__(self) -> bool:
+        return bool(self._fixed(truth=True))
+
+    def __int__(self) -> int:
+        return int(self._fixed())
+
+    def __index__(self) -> int:
+        frame = sys._getframe(1)
+        with self.tracer.tentatively((id(frame), frame.f_lasti)):
+            return operator.index(self._fixed())
+
+    def __float__(self) -> float:
+        return float(self._fixed())
+
+    def __ceil__(self) -> int:
+        return int(self._fixed().__ceil__())
+
+    def __floor__(self) -> int:
+        return int(self._fixed().__floor__())
+
+    def __trunc__(self) -> int:
+        return int(self._fixed().__trunc__())
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._fixed(), digits)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._fixed()
+
+    def __len__(self) -> int:
+        return int(self.shape[0]) if isinstance(self._value, Tensor) else len(self._value)
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self._value, dict):
+            return iter(self._value)
+        return iter([self[i] for i in range(len(self))])  # type: ignore[index]
+
+
+class _Functions(TorchFunctionMode):
+    """Records functions of symbols (also of sizes alone), and random draws, which would be constants."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self.tracer.running or not (name in _RANDOM or _symbols(args) or _symbols(kwargs)):
+            return func(*args, **kwargs)
+        frame = sys._getframe(1)
+        self.tracer.take_back((id(frame), frame.f_lasti))
+        if torch.overrides.is_tensor_method_or_property(func):
+            return self.tracer.create_proxy("call_method", name, args, kwargs)
+        return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def _symbols(values: Any) -> bool:
+    if isinstance(values, fx.Proxy):
+        return True
+    if isinstance(values, dict):
+        return any(_symbols(value) for value in values.values())
+    return isinstance(values, tuple | list) and any(_symbols(value) for value in values)
+
+
+class _Root(nn.Module):
+    """Calls the network with the images alone, so that its other arguments have their defaults."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.traced_network = network
+
+    def forward(self, x: Tensor) -> Any:
+        return self.traced_network(x)
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self, is_leaf: Callable[[nn.Module, str], bool], x: Tensor, guards: dict[Any, Guard]
+    ) -> None:
+        super().__init__()
+        self.is_leaf = is_leaf
+        self.x = x
+        self.guards = guards
+        self.guarded: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self.tentative: dict[tuple[int, int], list[tuple[fx.Node, bool]]] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.from_data: set[fx.Node] = set()  # values that are no tensors, but made from a tensor's elements
+        self.running = False
+        self.inside: list[str] = []  # the modules that are being traced through
+        self.failed_in: list[str] | None = None  # those at the time of an exception
+        self.python_random = _python_random()
+
+    # --- values
+
+    def value_of(self, node: fx.Node) -> Any:
+        if node not in self.values:
+            self.values[node] = self._run(node)
+        return self.values[node]
+
+    def _run(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self.x
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value_of)
+        with self._as_they_are():
+            if node.op == "get_attr":
+                value: Any = self.root
+                for name in str(node.target).split("."):
+                    value = getattr(value, name)
+            elif node.op == "call_module":
+                guard = next((g for g in self.guards.values() if _PREFIX + g.name == node.target), None)
+                module = guard or self.root.get_submodule(str(node.target))
+                state = random.getstate(), np.random.get_state()  # noqa: NPY002 (other code may use it)
+                value = module(*args, **kwargs)
+                random.setstate(state[0])  # what a module draws when it runs is its own affair
+                np.random.set_state(state[1])  # noqa: NPY002
+            elif node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                assert callable(node.target)
+                value = node.target(*args, **kwargs)
+        if not _holds_tensors(value) and (
+            any(source in self.from_data for source in node.all_input_nodes)
+            or (any(_holds_tensors(arg) for arg in (*args, *kwargs.values())) and not _about_shape(node))
+        ):
+            self.from_data.add(node)
+        return value
+
+    @contextmanager
+    def _as_they_are(self) -> Iterator[None]:
+        """Modules, parameters and functions are not recorded."""
+        running, self.running = self.running, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.running = running
+
+    def fixed(self, symbol: _Symbol, truth: bool) -> Any:
+        """The symbol's value (or whether it is true), which the graph takes for granted from here on."""
+        value = symbol._value
+        if isinstance(value, Tensor) or symbol.node in self.from_data:
+            raise Untraceable("it depends on the values in a tensor, which differ from image to image")
+        if truth:
+            value = bool(value)
+        if (symbol.node, truth) not in self.guarded:
+            where = location(sys._getframe(2))
+            key = (where, repr(value), truth)
+            if key not in self.guards:
+                with self._as_they_are():
+                    self.guards[key] = Guard(f"_guard_{len(self.guards)}", value, truth, where)
+            guard = self.create_proxy("call_module", _PREFIX + self.guards[key].name, (symbol,), {})
+            self.guarded[symbol.node, truth] = guard.node
+        return value
+
+    @contextmanager
+    def tentatively(self, call: tuple[int, int]) -> Iterator[None]:
+        """Guards that are added now can be taken back by the same call (frame and instruction).
+
+        Torch's C functions ask a symbol for its integer first, and only then let the symbol handle the call.
+        """
+        before = set(self.guarded)
+        yield
+        self.tentative.setdefault(call, []).extend(self.guarded.keys() - before)
+
+    def take_back(self, call: tuple[int, int]) -> None:
+        for key in self.tentative.pop(call, []):
+            self.graph.erase_node(self.guarded.pop(key))
+
+    # --- what torch.fx calls
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Any:
+        if _python_random() != self.python_random:
+            raise Untraceable(
+                "before this line it has drawn from random or numpy.random, whose numbers a graph would "
+                "keep forever; draw with torch"
+            )
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        proxy.node.meta["where"] = location(sys._getframe(1))
+        if isinstance(value := self.value_of(proxy.node), Tensor):
+            proxy.node.meta["shape"] = tuple(value.shape)
+        return proxy
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if self.running:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self.is_leaf(m, module_qualified_name.removeprefix(_PREFIX))
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self.running:
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        leaf = self.is_leaf_module(m, name)
+        if not leaf and has_hooks(m):
+            raise Untraceable(
+                f"{name.removeprefix(_PREFIX)!r} ({type(m).__name__}) has hooks, which tracing would lose; "
+                "remove them first"
+            )
+        self.inside.append(name.removeprefix(_PREFIX))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = self.inside[::-1]
+            raise
+        finally:
+            self.inside.pop()
+
+    def traced(self, network: nn.Module) -> fx.Graph:
+        """The graph of ``network``'s forward; names in it are relative to ``network``."""
+        set_attribute = nn.Module.__setattr__
+
+        def refuse_state(module: nn.Module, name: str, value: Any) -> None:
+            if not self.running and not (name in module.__dict__ and module.__dict__[name] is value):
+                raise Untraceable(
+                    f"it assigns {type(module).__name__}.{name}, which a graph would do only once; keep "
+                    "state in buffers that are changed in place"
+                )
+            set_attribute(module, name, value)
+
+        root = _Root(network)
+        with _patched_setattr(refuse_state, self), _sizes_as_tuples(), _Functions(self), torch.no_grad():
+            graph = self.trace(root)
+        for node in graph.nodes:
+            node.type = None  # annotations written as strings would keep the result from being pickled
+            if node.op in ("call_module", "get_attr"):
+                node.target = str(node.target).removeprefix(_PREFIX)
+        constants = {
+            name: value for name, value in root.__dict__.items() if name.startswith("_tensor_constant")
+        }
+        for name, value in constants.items():
+            set_attribute(network, name, value)
+        clean = fx.Graph()  # without this tracer, which unpickling would ask for
+        clean.output(clean.graph_copy(graph, {}))
+        return clean
+
+
+@contextmanager
+def _sizes_as_tuples() -> Iterator[None]:
+    """``torch.zeros(b, c)`` becomes ``torch.zeros((b, c))``: torch takes symbols only in the second form."""
+    factories = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def wrapped(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def call(*size: Any, **options: Any) -> Any:
+            if any(isinstance(s, _Symbol) and isinstance(s._value, int) for s in size):
+                size = (size,)
+            return factory(*size, **options)
+
+        return call
+
+    for name, factory in factories.items():
+        setattr(torch, name, wrapped(factory))
+    try:
+        yield
+    finally:
+        for name, factory in factories.items():
+            setattr(torch, name, factory)
+
+
+@contextmanager
+def _patched_setattr(replacement: Any, tracer: _Tracer) -> Iterator[None]:
+    original = nn.Module.__setattr__
+
+    def patched(module: nn.Module, name: str, value: Any) -> None:
+        if tracer.inside and not name.startswith("_tensor_constant"):
+            replacement(module, name, value)
+        else:
+            original(module, name, value)
+
+    nn.Module.__setattr__ = patched  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+def _python_random() -> tuple[Any, ...]:
+    """Changes with every draw from Python's and NumPy's global generators."""
+    numpy_state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    return random.getstate()[1][-1], int(numpy_state["pos"])
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, dict):
+        return any(_holds_tensors(item) for item in value.values())
+    return isinstance(value, tuple | list) and any(_holds_tensors(item) for item in value)
+
+
+def _about_shape(node: fx.Node) -> bool:
+    """Whether a node that takes tensors gives what is known before their elements are."""
+    if node.op == "call_method":
+        return node.target in _SHAPE_QUERIES or str(node.target).startswith("is_")
+    if node.target is getattr:
+        return node.args[1] in _ATTRIBUTES or str(node.args[1]).startswith("is_")
+    return node.op == "call_module"  # None, from a module that returns nothing
+
+
+# --- both modes
+
+
+def trace(
+    network: nn.Module, x: Tensor, is_leaf: Callable[[nn.Module], bool], keeps: Callable[[nn.Module], bool]
+) -> fx.Graph:
+    """The graph of ``network``, which is in eval mode, for both modes.
+
+    Modules that the graph needs and ``network`` lacks are added to it.
+
+    Args:
+        x: images [B, C, H, W] to trace with, B at least 2.
+        is_leaf: whether a module is called as it is.
+        keeps: whether a module must not be in one mode's graph alone.
+
+    Raises:
+        ValueError: it cannot be traced; the message names the file and line.
+    """
+    name = type(network).__name__
+    leaves: set[str] = set()
+    guards: dict[Any, Guard] = {}
+    while True:
+        graphs = []
+        for training in (True, False):
+            part = copy.deepcopy(network).train() if training else network
+            tracer = _Tracer(lambda m, path: path in leaves or is_leaf(m), x, guards)
+            try:
+                graphs.append((part, tracer.traced(part)))
+            except Exception as error:  # whatever a forward may raise when it is given symbols
+                retry = next(
+                    (path for path in tracer.failed_in or () if _can_be_leaf(network, path, keeps)), None
+                )
+                if retry is None or retry in leaves:
+                    raise ValueError(
+                        f"{name} cannot be traced by torch.fx: {raised_at(error)}: "
+                        f"{_said(error)}. Change that part, or build the network from the layers in awnet.nn"
+                    ) from error
+                leaves.add(retry)
+                break
+        else:
+            (training_network, training_graph), (_, graph) = graphs
+            break
+    for guard in guards.values():
+        network.add_module(guard.name, guard)
+    _Merger(network, graph, training_network, training_graph, keeps).merge()
+    used = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for guard in guards.values():
+        if guard.name not in used:
+            delattr(network, guard.name)
+    return graph
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
+
+
+def _can_be_leaf(network: nn.Module, path: str, keeps: Callable[[nn.Module], bool]) -> bool:
+    """Whether a module that cannot be traced through can be called as it is instead."""
+    return path + "." != _PREFIX and not any(keeps(m) for m in network.get_submodule(path).modules())
+
+
+class _Region:
+    """What one mode computes and the other does not, between two nodes that both have."""
+
+    def __init__(self, training: list[fx.Node], evaluation: list[fx.Node], before: fx.Node) -> None:
+        self.nodes = {True: training, False: evaluation}
+        self.before = before  # the node of the eval graph that follows
+        self.outputs: list[tuple[fx.Node | None, fx.Node | None]] = []
+        self.switch: fx.Node | None = None
+
+
+class _Merger:
+    """Turns the eval graph into one for both modes."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: fx.Graph,
+        training_network: nn.Module,
+        training_graph: fx.Graph,
+        keeps: Callable[[nn.Module], bool],
+    ) -> None:
+        self.network = network
+        self.graph = graph
+        self.training_network = training_network
+        self.training_nodes = list(training_graph.nodes)
+        self.eval_nodes = list(graph.nodes)
+        self.keeps = keeps
+
+    def merge(self) -> None:
+        own = [self._key(node, self.training_network) for node in self.training_nodes]
+        other = [self._key(node, self.network) for node in self.eval_nodes]
+        if own[-1] != other[-1]:
+            raise ValueError(
+                f"{type(self.network).__name__}.forward, defined at "
+                f"{defined_at(type(self.network).forward)}, returns something else in train mode than in "
+                "eval mode (an auxiliary classifier's logits?); it must return logits [B, K] in both"
+            )
+        self.eval_of: dict[fx.Node, fx.Node] = {}
+        self.regions: list[_Region] = []
+        self.region_of: dict[fx.Node, _Region] = {}
+        for tag, i, i_end, j, j_end in difflib.SequenceMatcher(
+            None, own, other, autojunk=False
+        ).get_opcodes():
+            if tag == "equal":
+                self.eval_of.update(zip(self.training_nodes[i:i_end], self.eval_nodes[j:j_end], strict=True))
+            else:
+                self._add_region(
+                    self.training_nodes[i:i_end], self.eval_nodes[j:j_end], self.eval_nodes[j_end]
+                )
+        self._find_outputs()
+        self.switched: dict[tuple[fx.Node | None, fx.Node | None], fx.Node] = {}
+        for region in sorted(self.regions, key=lambda region: self.eval_nodes.index(region.before)):
+            self._insert(region)
+        self._redirect()
+        for node in reversed(self.eval_nodes):
+            if node in self.region_of and not node.users:
+                self.graph.erase_node(node)
+        self.graph.lint()
+
+    def _key(self, node: fx.Node, network: nn.Module) -> str:
+        """Equal for nodes that compute the same of their inputs."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: None)
+        constant = ""
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            constant = repr(getattr(network, str(node.target)).tolist())
+        return f"{node.op} {node._pretty_print_target(node.target)} {args} {kwargs} {constant}"
+
+    def _add_region(self, training: list[fx.Node], evaluation: list[fx.Node], before: fx.Node) -> _Region:
+        region = _Region(training, evaluation, before)
+        for node in [*training, *evaluation]:
+            self.region_of[node] = region
+            module = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if module is not None and any(self.keeps(part) for part in module.modules()):
+                mode = "train" if node in training else "eval"
+                raise ValueError(
+                    f"cannot convert {str(node.target)!r} ({type(module).__name__}) at {where_of(node)}: it "
+                    f"is called so in {mode} mode only, and a batch norm must be in the graphs of both modes"
+                )
+        self.regions.append(region)
+        return region
+
+    def _pairs(self) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+        """Every use, by a node of both graphs, of values that differ: training value, eval value, user."""
+        for training, evaluation in self.eval_of.items():
+            for own, other in zip(_operands(training), _operands(evaluation), strict=True):
+                if self.eval_of.get(own) is not other:
+                    yield own, other, evaluation
+
+    def _find_outputs(self) -> None:
+        positions = {node: i for i, node in enumerate(self.eval_nodes)}
+
+        def position(region: _Region) -> int:
+            return positions[region.before]
+
+        for own, other, user in list(self._pairs()):
+            sources = [self.region_of[node] for node in (own, other) if node in self.region_of]
+            region = max(sources, key=position) if sources else self._add_region([], [], user)
+            if (own, other) not in region.outputs:
+                region.outputs.append((own, other))
+        for region in list(self.regions):  # what later regions take from earlier ones
+            for training in (True, False):
+                for node in region.nodes[training]:
+                    for source in node.all_input_nodes:
+                        origin = self.region_of.get(source)
+                        pair = (source, None) if training else (None, source)
+                        if origin not in (None, region) and pair not in origin.outputs:
+                            origin.outputs.append(pair)
+
+    def _outside(self, node: fx.Node, training: bool) -> fx.Node:
+        """The merged graph's node for a value that a region takes."""
+        if training and node in self.eval_of:
+            return self.eval_of[node]
+        if node not in self.region_of:
+            return node
+        return self.switched[(node, None) if training else (None, node)]
+
+    def _insert(self, region: _Region) -> None:
+        inputs: list[fx.Node] = []
+        with self.graph.inserting_before(region.before):
+            parts = [self._part(region, training, inputs) for training in (True, False)]
+            for _, graph, placeholders in parts:
+                for _ in inputs[len(placeholders) :]:
+                    _add_placeholder(graph, placeholders)
+            training_part, eval_part = (
+                fx.GraphModule(network, graph, class_name="Part") for network, graph, _ in parts
+            )
+            name = next(n for i in range(10**6) if not hasattr(self.network, n := f"_mode_{i}"))
+            self.network.add_module(name, ModeSwitch(training_part, eval_part).eval())
+            region.switch = self.graph.call_module(name, tuple(inputs))
+            region.switch.meta["where"] = next(
+                (where_of(node) for nodes in region.nodes.values() for node in nodes), where_of(region.before)
+            )
+            for i, pair in enumerate(region.outputs):
+                self.switched[pair] = self.graph.call_function(operator.getitem, (region.switch, i))
+                self.switched[pair].meta.update((pair[1] or pair[0]).meta)  # type: ignore[union-attr]
+
+    def _part(
+        self, region: _Region, training: bool, inputs: list[fx.Node]
+    ) -> tuple[nn.Module, fx.Graph, list[fx.Node]]:
+        """One mode's graph of a region; ``inputs`` is extended by what it takes."""
+        graph = fx.Graph()
+        placeholders: list[fx.Node] = []
+        inner: dict[fx.Node, fx.Node] = {}
+
+        def value(node: fx.Node) -> fx.Node:
+            if node in inner:
+                return inner[node]
+            outside = self._outside(node, training)
+            if outside not in inputs:
+                inputs.append(outside)
+            place = inputs.index(outside)
+            while len(placeholders) <= place:
+                _add_placeholder(graph, placeholders)
+            return placeholders[place]
+
+        for node in region.nodes[training]:
+            if node.op == "get_attr":  # read in the outer graph, so that state keeps its names
+                target = str(node.target)
+                if training and target.startswith("_tensor_constant"):
+                    constant = getattr(self.training_network, target)
+                    target = next(n for i in range(10**6) if not hasattr(self.network, n := f"_constant_{i}"))
+                    setattr(self.network, target, constant)
+                inputs.append(self.graph.get_attr(target))
+                while len(placeholders) < len(inputs):
+                    _add_placeholder(graph, placeholders)
+                inner[node] = placeholders[-1]
+            else:
+                inner[node] = graph.node_copy(node, value)
+        result = tuple(
+            None if pair[not training] is None else value(pair[not training])  # type: ignore[arg-type]
+            for pair in region.outputs
+        )
+        graph.output(result)
+        return self.network, graph, placeholders
+
+    def _redirect(self) -> None:
+        """Lets every user take the value of its mode."""
+        for own, evaluation in self.eval_of.items():
+            sources = iter(list(_operands(own)))
+
+            def chosen(node: fx.Node, sources: Iterator[fx.Node] = sources) -> fx.Node:
+                return self.switched.get((next(sources), node), node)
+
+            evaluation.args = fx.node.map_arg(evaluation.args, chosen)
+            evaluation.kwargs = fx.node.map_arg(evaluation.kwargs, chosen)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """Every input of a node, in order, a repeated one repeatedly."""
+    operands: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), operands.append)
+    return operands
+
+
+def _add_placeholder(graph: fx.Graph, placeholders: list[fx.Node]) -> None:
+    last = placeholders[-1] if placeholders else None
+    first = next(iter(graph.nodes), None)
+    if last is not None:
+        with graph.inserting_after(last):
+            placeholders.append(graph.placeholder(f"value_{len(placeholders)}"))
+    elif first is not None:
+        with graph.inserting_before(first):
+            placeholders.append(graph.placeholder("value_0"))
+    else:
+        placeholders.append(graph.placeholder("value_0"))
