@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awnet.data.checks import check_images, check_labels
+from awnet.nn.freezing import frozen
 from awnet.scalars import check_integer, check_number
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """``model`` in eval mode with ``requires_grad=False`` for every parameter, for a block of code.
-
-    A frozen model costs an attack no weight gradient. Afterwards, also when an exception passes through,
-    every submodule has its own training flag again and every parameter its ``requires_grad`` and ``grad``.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _, _ in parameters:
-            parameter.requires_grad_(False)
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad, gradient in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
 
 
 def device_of(model: nn.Module) -> torch.device | None:
