@@ -20,7 +20,7 @@ from awnet.data import Dataset, load_dataset
 from awnet.data.dataset import from_arrays
 from awnet.evaluation import Report, compare, evaluate
 from awnet.evaluation.html import page
-from awnet.evaluation.precision import judged
+from awnet.evaluation.precision import COPY, evaluated
 from awnet.evaluation.robustbench import Entry, export_robustbench
 from awnet.models import create_model, save_model
 from awnet.nn import Routing, convert
@@ -44,11 +44,13 @@ def network(name: str = "awnet_tiny", seed: int = 0, **options: object) -> nn.Mo
 
 
 @pytest.mark.parametrize("name", ["awnet_tiny", "resnet_tiny"])
-def test_the_frozen_copy_decides_as_the_model_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frozen_copy_decides_as_the_model_does(name: str) -> None:
     model, data = network(name), digits(24)
     copied = evaluate(model, data, ["fgsm", "pgd_sat"], batch_size=16)
-    monkeypatch.delattr(type(model), "frozen")
+    model.register_forward_hook(lambda *_: None)  # so that no copy can replace it
     itself = evaluate(model, data, ["fgsm", "pgd_sat"], batch_size=16)
+    assert copied.settings["runs_on"] == COPY
+    assert itself.settings["runs_on"].endswith("has hooks")
     assert np.array_equal(copied.per_sample["clean_prediction"], itself.per_sample["clean_prediction"])
     for key, values in itself.per_sample.items():
         if key.startswith("clean") and values.dtype == np.float32:
@@ -87,7 +89,7 @@ def test_an_evaluation_runs_frozen_layers_alone(make: Callable[[], nn.Module], c
     """In test mode and with frozen weights, so that no gradient is computed for them."""
     torch.manual_seed(0)
     model = make().train()
-    assert (judged(model, "float32") is not model) == copied
+    assert (evaluated(model, "float32", digits(4).images[:2] / 255).module is not model) == copied
     live: list[str] = []
     attacked = 0
 
@@ -225,8 +227,9 @@ class Routed(nn.Module):
 def test_a_model_without_frozen_copies_runs_under_autocast() -> None:
     torch.manual_seed(0)
     model = Routed()
-    assert judged(model, "float32") is model
-    rounded, x = judged(model, "bfloat16"), torch.rand(3, 1, 8, 8)
+    x = torch.rand(3, 1, 8, 8)
+    assert evaluated(model, "float32", x).module is model
+    rounded = evaluated(model, "bfloat16", x).module
     assert rounded(x).dtype == torch.bfloat16
     assert rounded.route(x).type_logits.dtype == torch.bfloat16
     assert not hasattr(rounded, "exit_of")
@@ -235,7 +238,7 @@ def test_a_model_without_frozen_copies_runs_under_autocast() -> None:
     assert set(report.router_auc) == {"fgsm", "joint", "uniform_noise", "sign_noise"}
     assert model.linear.weight.requires_grad
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
-        judged(model, "half")  # type: ignore[arg-type]
+        evaluated(model, "half", x)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -7,6 +7,7 @@ router those that make sense there remain.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,23 +20,20 @@ from awnet.attacks.base import check_model, frozen
 from awnet.attacks.pgd import PGD, margin
 from awnet.attacks.saved import digest, model_fingerprint
 from awnet.attacks.search import APGD, APGDLoss, Objective, Search
+from awnet.models.rdi import has_exits
+from awnet.nn import Steering, has_router, observe, route, routers, with_routing
 from awnet.scalars import check_number
 
 LAMBDAS = (0.0, 0.01, -0.01, 0.1, -0.1, 1.0, -1.0, 10.0, -10.0, 100.0, -100.0)
 """Weights of the type logits' margin beside the classes' margin."""
 
 
-def has_router(model: nn.Module) -> bool:
-    """Whether the model routes its images (``route``), as an AW-Net does."""
-    return hasattr(model, "route")
-
-
 def has_type_head(model: nn.Module) -> bool:
     """Whether its router tells clean from adversarial."""
     if not has_router(model):
         return False
-    router = getattr(model, "router", None)
-    return router is None or getattr(router, "type_head", None) is not None
+    found = routers(model)
+    return not found or getattr(found[0], "type_head", None) is not None
 
 
 def type_margin(routing: Any) -> Tensor | None:
@@ -46,7 +44,7 @@ def type_margin(routing: Any) -> Tensor | None:
 
 def _routed(model: nn.Module, x: Tensor, routing: Any) -> Tensor:
     """Logits under ``routing``, float32 or wider."""
-    logits: Tensor = model(x, routing=routing)
+    logits = with_routing(model, x, routing)
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
@@ -94,8 +92,16 @@ def _observe(attack: Search, x: Tensor, largest_label: int) -> tuple[Tensor, Ten
     """The attacked model's logits and type margin, of one pass."""
     if not has_router(attack.model):
         return attack.logits(x, largest_label), None
-    routing = attack.model.route(x)  # type: ignore[operator]
-    return _routed(attack.model, x, routing), type_margin(routing)
+    logits, routing = _with_its_routing(attack.model, x)
+    return logits, type_margin(routing)
+
+
+def _with_its_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
+    """Logits, float32 or wider, and the routing that they were made with, of one pass."""
+    steering = Steering()
+    logits = observe(model, x, steering)
+    routing = steering.routings[0] if len(steering.routings) == 1 else route(model, x)
+    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits), routing
 
 
 class JointAPGD(APGD):
@@ -169,7 +175,7 @@ class ForcedStatic(Search):
     def objective(self, number: int, x: Tensor, y: Tensor, largest_label: int) -> Objective:
         p, of_mean = self.P[number % len(self.P)], number >= len(self.P)
         with torch.no_grad():
-            routing = self.model.route(x)  # type: ignore[operator]
+            routing = route(self.model, x)
 
         def loss(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, None]:
             if of_mean:
@@ -188,7 +194,7 @@ def mean_scales(model: nn.Module, x: Tensor) -> list[Tensor]:
     if not has_router(model):
         return []
     with frozen(model), torch.no_grad():
-        routing = model.route(x)  # type: ignore[operator]
+        routing = route(model, x)
     return [scale.double().mean(0).to(scale.dtype) for scale in routing.filter_scales]
 
 
@@ -280,16 +286,21 @@ class SoftRouter(nn.Module):
     def __init__(self, model: nn.Module, temperature: float, *, straight_through: bool) -> None:
         super().__init__()
         self.model, self.temperature, self.straight_through = model, temperature, straight_through
+        self.router = next(iter(routers(model)), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits [B, K]."""
         signals: list[Tensor] = []
-        heads = getattr(getattr(self.model, "router", None), "signal_heads", None)
-        handle = None
-        if isinstance(heads, nn.Module):
-            handle = heads.register_forward_hook(lambda module, args, output: signals.append(output))
+        thread = threading.get_ident()
+
+        def keep(module: nn.Module, args: object, output: Tensor) -> None:
+            if threading.get_ident() == thread:  # another attack may run on this model in its own thread
+                signals.append(output)
+
+        heads = getattr(self.router, "signal_heads", None)
+        handle = heads.register_forward_hook(keep) if isinstance(heads, nn.Module) else None
         try:
-            routing = self.model.route(x)  # type: ignore[operator]
+            routing = route(self.model, x)
         finally:
             if handle is not None:
                 handle.remove()
@@ -300,7 +311,7 @@ class SoftRouter(nn.Module):
         if routing.type_logits is not None:
             p_clean = self._mixed(p_clean, (routing.type_logits.float() / self.temperature).softmax(1)[:, 1])
         if signals and scales:
-            beta = float(self.model.router.beta)  # type: ignore[union-attr, arg-type]
+            beta = float(self.router.beta)  # type: ignore[union-attr, arg-type]
             soft = ((signals[0].float() / self.temperature).tanh() + 1).clamp(min=1e-6).pow(beta)
             widths = [scale.shape[1] for scale in scales]
             scales = [self._mixed(*pair) for pair in zip(scales, soft.split(widths, 1), strict=True)]
@@ -351,8 +362,7 @@ class AdaptivePaper(PGD):
             return super().perturb(x, y, index, largest_label)
 
     def _joint_loss(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        routing = model.route(x_adv) if has_router(model) else None  # type: ignore[operator]
-        logits = model(x_adv) if routing is None else _routed(model, x_adv, routing)
+        logits, routing = _with_its_routing(model, x_adv) if has_router(model) else (model(x_adv), None)
         loss = F.cross_entropy(logits, y, reduction="none")
         if routing is not None and routing.type_logits is not None:
             loss = loss + F.cross_entropy(routing.type_logits, torch.zeros_like(y), reduction="none")
@@ -390,11 +400,11 @@ class DeepSloth(PGD):
 
 def _uniform_exits(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
     exits: list[Tensor]
-    if hasattr(model, "exits"):
+    if has_exits(model):
         exits = list(model.exits(x_adv))  # type: ignore[operator]
     elif has_router(model):
-        routing = model.route(x_adv)  # type: ignore[operator]
-        exits = [_routed(model, x_adv, routing)]
+        logits, routing = _with_its_routing(model, x_adv)
+        exits = [logits]
         exits += [] if routing.type_logits is None else [routing.type_logits]
     else:
         exits = [model(x_adv)]

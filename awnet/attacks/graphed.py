@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from awnet import ops
-from awnet.attacks.base import check_count, frozen
+from awnet.attacks.base import check_count
 from awnet.attacks.pgd import PGD
 from awnet.graphs import Record, Recorded, capture
-from awnet.nn import frozen_copy
+from awnet.nn import frozen_copy, not_supported, unwrapped
+from awnet.nn.freezing import frozen
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +25,21 @@ _MOST_CAPTURES = 32  # each takes seconds: with shapes that never come again the
 class GraphedPGD:
     """PGD as a training step calls it: on the model as it now is, without a wait for the device.
 
-    Where the model offers ``frozen(dtype)``, the attack runs on that module, which takes the model's present
-    weights at each call, and leaves the model itself alone, its mode included. On a CUDA device the weights'
+    Where a frozen copy can replace the model (:func:`awnet.nn.not_supported`, asked at each call), the attack
+    runs on that copy, which takes the model's present weights at each call; the model itself and its mode are
+    not touched. On a CUDA device the weights'
     copying and all steps of a batch are one CUDA graph, captured for each batch shape, dtype, backend and
     attack size, with the same x_adv to the last bit as without. The start's noise is keyed by seed and sample
     (``awnet.rng``) and made outside the graph, so no random generator need be registered with it. On a CPU,
     and where capture fails, the same steps run one by one; the log says why, once.
 
-    A model without ``frozen`` (a converted network, any other module) is frozen in place for the call
-    (:func:`awnet.attacks.frozen`).
+    Any other model (a converted network, a subclass, a model with hooks) is frozen in place for the call
+    (:func:`awnet.attacks.frozen`), and the log says why, once.
 
     Args:
         model: maps images in [0, 1] to logits ``[B, K]``.
         num_classes: K; labels are not looked at.
-        dtype: of the frozen module's weights and images; the model's own if None.
+        dtype: of the frozen copy's weights and images; the model's own if None.
         capture: whether the model and the loss can be captured, that is wait for nothing on the host; None
             means yes, unless the loss is a function.
         max_graphs: graphs that are kept, each with the memory of a whole batch (the usual one, and the last
@@ -64,7 +66,7 @@ class GraphedPGD:
         self.capture = isinstance(self.pgd.loss, str) if capture is None else capture
         self.max_graphs = max_graphs
         self.record = record
-        self._module: Any = None  # the frozen module, None where the model offers none
+        self._module: Any = None  # the frozen copy, None where the model itself runs
         self._graphs: OrderedDict[tuple[Any, ...], Recorded] = OrderedDict()
         self._captures = 0
         self._refusal: str | None = None  # why nothing more is captured
@@ -86,15 +88,18 @@ class GraphedPGD:
         """
         x = x.detach()
         with torch.inference_mode(False), torch.enable_grad():
-            if self._module is None or _device(self._module) != x.device:
+            reason = not_supported(self.model)
+            if reason is not None:
                 self._graphs.clear()
-                self._module = frozen_copy(self.model, self.dtype)
-            if self._module is None:
-                self._say(
-                    f"{type(self.model).__name__} offers no frozen(), so the attack freezes it in place"
-                )
+                self._module = None
+                self._say(f"the training attack runs the model itself, frozen in place: {reason}")
+                self.pgd.model = self.model
                 with frozen(self.model):
                     return self.pgd.perturb(x, y, index, self.num_classes - 1)
+            module = self._module
+            if module is None or _device(module) != x.device or not module.is_of(unwrapped(self.model)):
+                self._graphs.clear()
+                self._module = frozen_copy(self.model, self.dtype)
             start = self.pgd.start(x, index)
             if len(x) == 0:
                 return start
@@ -150,7 +155,7 @@ class GraphedPGD:
         return (*shapes, *sizes, *modes, *self._module.baked())
 
     def _program(self, start: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        # the frozen module has a dtype of its own, and its backward pass would see the caller's autocast
+        # the frozen copy has a dtype of its own, and its backward pass would see the caller's autocast
         with torch.autocast(x.device.type, enabled=False):
             self._module.refresh()
             return self.pgd.ascend(start, x, y, self.num_classes - 1)

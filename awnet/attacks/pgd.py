@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awnet import ops, rng
 from awnet.attacks.base import Attack, check_count, check_size
+from awnet.nn import Frozen
 
 #: maps (model, x_adv, x, y) to a loss ``[B]``, to be maximised
 LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -100,8 +101,8 @@ class PGD(Attack):
     def ascend(self, start: Tensor, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
         """All steps from ``start``: device operations only, and none that writes to an argument."""
         objective = self._objective(x, y, largest_label) if self.steps else None
-        # a frozen module's images may be of less precision than ours
-        dtype = getattr(self.model, "image_dtype", x.dtype)
+        # a frozen copy's images may be of less precision than ours
+        dtype = self.model.image_dtype if isinstance(self.model, Frozen) else x.dtype
         x_adv, image = start, start.to(dtype, copy=True)
         broken = torch.zeros_like(x)
         for _ in range(self.steps):

@@ -24,6 +24,7 @@ from awnet.attacks.cascade import Cascade
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.transfer import TransferAttack
 from awnet.data.dataset import ThreatModel
+from awnet.nn import has_router
 
 BudgetName = Literal["smoke", "short", "standard"]
 
@@ -123,7 +124,7 @@ def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> At
     names = ["aa", "cw", "joint"]
     if adaptive.has_type_head(model):
         names.append("two_phase")
-    if adaptive.has_router(model):
+    if has_router(model):
         names += ["forced", "softened"]
     names += ["apgd_joint_ce", "apgd_joint_dlr", "apgd_joint_t"]
     if suite.teacher is not None:

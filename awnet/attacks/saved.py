@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from awnet.files import written_atomically
 from awnet.models.files import raw_bytes, weights_fingerprint
+from awnet.models.registry import config_of
 
 
 def digest(*parts: Any) -> str:
@@ -33,8 +34,7 @@ def digest(*parts: Any) -> str:
 
 def model_fingerprint(model: nn.Module) -> str:
     """Of a model's structure (its modules and configuration), weights and buffers, wherever they lie."""
-    config = getattr(model, "config", None)
-    about = [type(model).__qualname__, repr(model), config if isinstance(config, dict) else None]
+    about = [type(model).__qualname__, repr(model), config_of(model)]
     return digest(about, weights_fingerprint(model))
 
 

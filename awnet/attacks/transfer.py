@@ -16,6 +16,7 @@ from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Dataset
 from awnet.files import read_json, write_json
 from awnet.models import load_model
+from awnet.models.registry import config_of
 from awnet.precision import full_precision
 
 
@@ -93,7 +94,7 @@ def craft(
             raise TypeError(f"attack must make an Attack, got {type(made).__name__}")
     provenance = {
         "surrogate": model_fingerprint(model),
-        "surrogate_config": getattr(model, "config", None),
+        "surrogate_config": config_of(model),
         "settings": made.settings,
         "eps": made.eps,
         "dataset": dataset.name,

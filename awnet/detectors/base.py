@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awnet.attacks import frozen
 from awnet.data.checks import check_images, check_labels
+from awnet.nn import has_router, route, routers
 from awnet.precision import full_precision
 from awnet.scalars import check_integer
 
@@ -83,17 +84,18 @@ class RouterDetector(Detector):
 
     def __init__(self, model: nn.Module, *, batch_size: int = 256) -> None:
         super().__init__(model, batch_size=batch_size)
-        if not hasattr(model, "route"):
+        if not has_router(model):
             raise ValueError("the model has no router: this detector needs an AW-Net")
 
     def _fit(self, x_train: Tensor, y_train: Tensor, clean: Tensor, adversarial: Tensor) -> None:
-        if self.model.route(x_train[:1]).type_logits is None:  # type: ignore[operator]
+        if route(self.model, x_train[:1]).type_logits is None:
             raise ValueError("the model's router has no type head: this detector needs one")
 
     def _score(self, x: Tensor) -> Tensor:
         found = []
         for part in x.split(self.batch_size):
-            logits = self.model.route(part).type_logits  # type: ignore[operator]
+            logits = route(self.model, part).type_logits
+            assert logits is not None
             found.append(logits[:, 0] - logits[:, 1])
         return torch.cat(found)
 
@@ -113,8 +115,9 @@ class Embedding:
         order: list[str] = []
         linear: list[nn.Linear] = []
         handles = []
+        of_routers = {id(module) for router in routers(model) for module in router.modules()}
         for name, module in model.named_modules():
-            if name.split(".")[0] == "router":
+            if id(module) in of_routers:
                 continue
             if isinstance(module, nn.Conv2d):
                 handles.append(module.register_forward_hook(lambda *_, name=name: order.append(name)))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from awnet.attacks import frozen
-from awnet.nn import FilterScaledConv2d
+from awnet.nn import AWNet, FilterScaledConv2d, route, routed_networks, with_routing
 
 Array = NDArray[Any]
 
@@ -30,7 +30,7 @@ def filter_means(
             with ``scales`` alone.
         scales: that average, ``[C_out]`` for each signal in the order of ``Routing.filter_scales``.
     """
-    body = getattr(model, "dynamic", model)
+    body = _body(model)
     means = {
         name: _mean(module.weight)
         for name, module in body.named_modules()
@@ -49,12 +49,18 @@ def filter_means(
     return found
 
 
+def _body(model: nn.Module) -> nn.Module:
+    """The dynamic sub-network of the AW-Net that ``model`` is or holds; else the model itself."""
+    networks = routed_networks(model)
+    return networks[0].dynamic if len(networks) == 1 and isinstance(networks[0], AWNet) else model
+
+
 def _takers(model: nn.Module, body: nn.Module, x: Tensor) -> dict[str, int]:
     """Layer → number of the router's signal that scales it, as a forward pass shows."""
     found: dict[str, int] = {}
     handles = []
     with frozen(model), torch.no_grad():
-        routing = model.route(x)  # type: ignore[operator]
+        routing = route(model, x)
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -69,7 +75,7 @@ def _takers(model: nn.Module, body: nn.Module, x: Tensor) -> dict[str, int]:
             for name, module in body.named_modules():
                 if isinstance(module, FilterScaledConv2d):
                     handles.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
-            model(x, routing=routing)
+            with_routing(model, x, routing)
         finally:
             for handle in handles:
                 handle.remove()

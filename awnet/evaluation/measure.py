@@ -26,7 +26,7 @@ from awnet.devices import resolve_device
 from awnet.distributed import Ranks
 from awnet.evaluation.detection import CONTROLS, SIGN, detection
 from awnet.evaluation.filters import filter_means
-from awnet.evaluation.precision import SAID, PrecisionName, judged
+from awnet.evaluation.precision import SAID, PrecisionName, evaluated
 from awnet.evaluation.report import (
     Array,
     AttackResult,
@@ -43,6 +43,9 @@ from awnet.evaluation.store import locked
 from awnet.evaluation.union import WorstCase, remaining
 from awnet.files import read_json
 from awnet.models import load_model
+from awnet.models.rdi import has_exits
+from awnet.models.registry import config_of
+from awnet.nn import Steering, has_router, observe, route, unwrapped
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
 from awnet.terminal import safe_console
@@ -82,10 +85,13 @@ def evaluate(
     With ``"union"`` among the attacks the report's headline is the worst case, image by image, over all that
     are named and all that the union adds; what an attack breaks is not attacked again. A model with a router
     (``model.route``) is also asked how well its type logits tell each attack, and noise of the same size as a
-    control, from clean images. Everything runs in float32 with parameters frozen, on ``model.frozen()`` where
-    the model offers it: the caller's autocast and all of torch's settings that allow less, TF32 say, are off
-    meanwhile. The report says what the model computes in if its own code asks for another dtype.
-    A network with side exits (``model.exit_of``) is asked which exit each image takes.
+    control, from clean images. Everything runs in float32 with parameters frozen: the caller's autocast and
+    all of torch's settings that allow less, TF32 say, are off meanwhile. The report says what the model
+    computes in if its own code asks for another dtype.
+    What the model computes when called decides: it runs itself, but for a model that is exactly as the
+    package made it, which a frozen copy replaces; the copy is compared with the model on one batch first. The
+    report's ``settings["runs_on"]`` says which of the two ran, and why.
+    A network with side exits (``rdi_resnet38``) is asked which exit each image takes.
 
     Args:
         model: images [0, 1] → logits ``[B, K]``, in any mode; it is left as it was found.
@@ -128,7 +134,8 @@ def evaluate(
     limit = None if limit is None else check_integer("limit", limit, 1)
     queries = None if queries is None else check_integer("queries", queries, 0)
     dataset, classes = _ready(model, dataset, batch_size, device)
-    live, model = model, judged(model, precision)
+    chosen = evaluated(model, precision, next(dataset.batches(min(batch_size, REFERENCE))).x)
+    live, model = model, chosen.module
     computes = _precision(model, dataset, precision)
     if limit is not None:
         dataset = dataset.subset(limit, seed=0)
@@ -154,7 +161,7 @@ def evaluate(
         plan = _Plan(model, dataset, _chosen(attacks, model, dataset, seed, suite), seed)
         saved = None
         if folder is not None or ranks.size > 1:
-            key = _key(live, dataset, plan.attacks, batch_size, suite, precision)
+            key = _key(live, dataset, plan.attacks, batch_size, suite, f"{precision} {chosen.runs_on}")
             _check_same(key, ranks)
         if folder is not None:
             saved = ranks.first(lambda: _state(folder, key))
@@ -187,9 +194,12 @@ def evaluate(
                     "limit": limit,
                     "budget": budget,
                     "precision": computes,
+                    "runs_on": chosen.runs_on,
                 },
                 _selected_on(out) if selected_on is None else selected_on,
             )
+            if chosen.flag is not None:
+                report.flags.append(chosen.flag)
             report.compared_with = {
                 other: compare(report, value, seed) for other, value in other_reports.items()
             }
@@ -240,7 +250,7 @@ def _correct(
     found, finite = [], []
     with frozen(model), torch.no_grad():
         for x, y, index in dataset.batches(batch_size):
-            logits = _logits(model, x if attack is None else attack(x, y, index=index))
+            logits = model(x if attack is None else attack(x, y, index=index))
             found.append(logits.argmax(1) == y)
             finite.append(logits.isfinite().all(1))
     _check_finite(torch.cat(finite).cpu().numpy(), CLEAN if attack is None else "adversarial")
@@ -468,7 +478,7 @@ def _report(
             {kind: seen[kind].mean_scales() for kind in [CLEAN, *plan.attacked] if plan.routed},
         ),
     )
-    if hasattr(live, "exit_of"):
+    if has_exits(live):
         report.exits = {
             kind: _exit_use(live, per_sample[f"{kind}_exit"], dataset.image_size)
             for kind in [CLEAN, *plan.attacked]
@@ -482,15 +492,19 @@ def _observe(
 ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
     """One pass: per-sample values ``[B]``, and the router's filter scales where there is a router."""
     found: dict[str, Tensor] = {}
-    routing = model.route(x) if hasattr(model, "route") else None  # type: ignore[operator]
+    steering = Steering()
+    if logits:
+        output = observe(model, x, steering)
+    elif has_router(model):
+        steering.routings.append(route(model, x))
+    routing = steering.routings[0] if len(steering.routings) == 1 else None
     if routing is not None and routing.type_logits is not None:
         # the difference of the two logits orders images as p does, without saturating
         found["type_score"] = (routing.type_logits[:, 1] - routing.type_logits[:, 0]).float()
         found["p_clean"] = routing.p_clean.float()
-    if logits and hasattr(model, "exit_of"):
+    if logits and has_exits(model):
         found["exit"] = model.exit_of(x)  # type: ignore[operator]
     if logits:
-        output = _logits(model, x, routing)
         found["prediction"] = output.argmax(1)
         found["correct"] = found["prediction"] == y
         found["finite"] = output.isfinite().all(1)
@@ -505,11 +519,6 @@ def _exit_use(model: nn.Module, exit_of: Array, image_size: tuple[int, int]) -> 
         "mean_flops": float(cost[exit_of].mean()),
         "full_flops": int(cost[-1]),
     }
-
-
-def _logits(model: nn.Module, x: Tensor, routing: Any = None) -> Tensor:
-    output: Tensor = model(x) if routing is None else model(x, routing=routing)
-    return output
 
 
 def _noisy(x: Tensor, index: Tensor, eps: float, seed: int, kind: str) -> Tensor:
@@ -575,10 +584,10 @@ def _key(
     attacks: Mapping[str, Attack],
     batch_size: int,
     suite: Suite,
-    precision: PrecisionName,
+    runs: str,
 ) -> str:
     """Of all that adversarial images follow from; the same on every rank."""
-    parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget, precision]
+    parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget, runs]
     parts += [suite.queries, {name: model_fingerprint(one) for name, one in suite.surrogates.items()}]
     for name, attack in attacks.items():
         parts += [name, attack.settings, model_fingerprint(attack.model)]
@@ -698,10 +707,10 @@ def _chosen(
 
 
 def _has_type_head(model: nn.Module, dataset: Dataset) -> bool:
-    if not hasattr(model, "route"):
+    if not has_router(model):
         return False
     with frozen(model), torch.no_grad():
-        return model.route(next(dataset.batches(1)).x).type_logits is not None  # type: ignore[operator]
+        return route(model, next(dataset.batches(1)).x).type_logits is not None
 
 
 def _precision(model: nn.Module, dataset: Dataset, precision: PrecisionName) -> str:
@@ -722,10 +731,8 @@ def _check_finite(finite: Array | None, kind: str) -> None:
 
 
 def _name_of(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    if isinstance(config, dict) and isinstance(config.get("name"), str):
-        return str(config["name"])
-    return type(model).__name__
+    config = config_of(model)
+    return type(unwrapped(model)).__name__ if config is None else str(config["name"])
 
 
 def _selected_on(out: str | Path | None) -> str | None:

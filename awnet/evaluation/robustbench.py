@@ -13,6 +13,7 @@ from awnet.attacks import frozen
 from awnet.data.dataset import Dataset
 from awnet.evaluation.report import Report, check_name
 from awnet.files import write_json, write_text, written_atomically
+from awnet.models.registry import config_of
 from awnet.precision import full_precision
 
 FOLDERS = {"cifar10": "cifar10", "cifar100": "cifar100"}
@@ -89,8 +90,8 @@ def export_robustbench(
             f"the report's figures were measured in {report.settings['precision']}: evaluate in float32, "
             "as the leaderboard does"
         )
-    config = getattr(model, "config", None)
-    if not isinstance(config, dict):
+    config = config_of(model)
+    if config is None:
         raise ValueError("the model has no config to rebuild it from: make it with awnet.create_model")
     x = next(dataset.batches(8)).x
     broken = violations(model, x, dataset.num_classes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet.attacks import PGD, Attack, Suite, TransferAttack, frozen, named_attack
 from awnet.data.dataset import Dataset
+from awnet.nn import has_router, route
 from awnet.precision import full_precision
 
 
@@ -164,14 +165,14 @@ class _Table:
 
     def _p_clean(self) -> np.ndarray[Any, Any] | None:
         """p of clean images and of those of ``pgd_sat``, or None without a type head."""
-        if not hasattr(self.model, "route"):
+        if not has_router(self.model):
             return None
         attack = named_attack("pgd_sat", self.model, self.data.threat_model, self.seed, self.suite)
         found = []
         for x, y, index in self.data.batches(self.batch_size):
             for images in (x, attack(x, y, index=index)):
                 with torch.no_grad():
-                    routing = self.model.route(images)  # type: ignore[operator]
+                    routing = route(self.model, images)
                 if routing.type_logits is None:
                     return None
                 found.append(routing.p_clean.double())

@@ -6,15 +6,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
-import torch
-
 from awnet.models import mobilenet, wide_resnet
 from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
 from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter
 from awnet.nn.backbone import BlockNetwork
-from awnet.nn.frozen import Frozen, FrozenAWNet
+from awnet.nn.frozen import awnet_copy, check_awnet, copied_by
 from awnet.nn.layers import Branches
 from awnet.nn.router import TestBN
 from awnet.scalars import check_flag, check_integers
@@ -43,6 +41,7 @@ _BASES = {
 NAMES = tuple(_BASES)
 
 
+@copied_by(awnet_copy, check_awnet)
 class AWResNet(AWNet, Freezable, OnHub):
     """An AW-Net whose dynamic sub-network is the residual network of the same name, for small images.
 
@@ -137,12 +136,3 @@ class AWResNet(AWNet, Freezable, OnHub):
             router_widths=widths,
             width=width,
         )
-
-    def frozen(self, dtype: torch.dtype | None = None) -> Frozen:
-        """A copy of this network in test mode, differentiable in the images alone, for attacks.
-
-        ``dtype`` is that of weights and images, the model's own if None; ω, p and the batch norms' algebra
-        stay float32 or wider. ``refresh()`` brings the copy up to date with this network, which it leaves as
-        it is. On a :class:`Backbone` all layers' coefficients are made at once.
-        """
-        return FrozenAWNet(self, dtype) if isinstance(self.dynamic, Backbone) else super().frozen(dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awnet.nn.frozen import Frozen, FrozenCopy
+from awnet.nn.frozen import Frozen, copy_of
 from awnet.scalars import check_number, plain
 
 
@@ -54,12 +54,16 @@ def flops(network: nn.Module, run: Callable[[], object]) -> int:
 
 
 class Freezable(nn.Module):
-    """Offers ``frozen`` for attacks, by a copy; a network with a faster way overrides it."""
+    """Offers ``frozen`` for attacks."""
 
     def frozen(self, dtype: torch.dtype | None = None) -> Frozen:
         """A copy of this network in test mode, differentiable in the images alone, for attacks.
 
-        ``dtype`` is that of weights and images, the model's own if None. ``refresh()`` brings the copy up to
-        date with this network, which it leaves as it is.
+        ``dtype`` is that of weights and images, the model's own if None; ω, p and the batch norms' algebra
+        stay float32 or wider. ``refresh()`` brings the copy up to date with this network, which is not
+        changed.
+
+        Raises TypeError with the reason where a copy could compute something else than this model: a
+        subclass, replaced layers, hooks, parametrized weights (:func:`awnet.nn.not_supported`).
         """
-        return FrozenCopy(self, next(self.parameters()).dtype if dtype is None else dtype)
+        return copy_of(self, dtype)

@@ -106,6 +106,14 @@ class RDIResNet(nn.Module, OnHub):
         ]
 
 
+def has_exits(model: nn.Module) -> bool:
+    """Whether ``model`` has side exits: an RDI-ResNet, or a network with its interface.
+
+    That is ``exits(x)``, ``exit_of(x)`` and ``flops(image_size)``; one of these names alone means nothing.
+    """
+    return all(callable(getattr(model, name, None)) for name in ("exits", "exit_of", "flops"))
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits) [..., K] as a share of its largest value, log K: [...], in [0, 1]."""
     log_p = logits.log_softmax(-1)

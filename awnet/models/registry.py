@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from awnet.models import advmoe, awnet, mobilenet, rdi, repvgg, resnet, separate, swin, vgg, wide_resnet
+from awnet.nn import unwrapped
 from awnet.scalars import check_integer, is_number, plain
 
 Build = Callable[..., nn.Module]
@@ -78,9 +79,26 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
     if max([*_numbers(config["options"]), num_classes / 1000, in_channels / 100]) > _USUAL_SIZE:
         _check_memory(config)
     model = build(num_classes=config["num_classes"], in_channels=config["in_channels"], **config["options"])
-    if not hasattr(model, "config"):
-        model.config = config  # type: ignore[assignment]
+    if config_of(model) is None:
+        vars(model)[_CONFIG] = config  # a model of the user's may have a config of its own
+        if not hasattr(model, "config"):
+            model.config = config  # type: ignore[assignment]
     return model
+
+
+_CONFIG = "_awnet_config"
+
+
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """What :func:`create_model` was called with to make ``model``; None for a model made otherwise.
+
+    A ``config`` of the user's own, of another form, is not taken for it.
+    """
+    model = unwrapped(model)
+    config = vars(model).get(_CONFIG, getattr(model, "config", None))
+    if not isinstance(config, dict) or set(config) != {"name", "num_classes", "in_channels", "options"}:
+        return None
+    return config if isinstance(config["name"], str) and isinstance(config["options"], dict) else None
 
 
 def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
+from awnet.nn.frozen import FrozenCopy, copied_by, known_layers
 from awnet.nn.layers import AWConv2d, MixBatchNorm2d, check_image, check_sizes
 from awnet.scalars import check_flag
 
@@ -77,6 +78,10 @@ class FusedBlock(nn.Module):
         return F.relu(self.conv(input))
 
 
+known_layers(RepVGGBlock, FusedBlock)
+
+
+@copied_by(FrozenCopy)
 class RepVGG(Freezable, OnHub):
     """RepVGG-A2, with stem and first stage of stride 1.
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from awnet.models.common import config, scaled
+from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import Backbone, BlockKind
-from awnet.nn.frozen import FrozenBackbone
+from awnet.nn.frozen import FrozenBackbone, check_backbone, copied_by
 
 
 class Architecture(NamedTuple):
@@ -35,7 +35,8 @@ ARCHITECTURES = {
 NAMES = (*ARCHITECTURES, "resnet_tiny_wide")
 
 
-class ResNet(Backbone, OnHub):
+@copied_by(FrozenBackbone, check_backbone)
+class ResNet(Backbone, Freezable, OnHub):
     """A static CIFAR ResNet: the AW-Net's dynamic sub-network with plain convolutions and one batch norm.
 
     It runs through the same fused layer, so a comparison with an AW-Net measures the dynamics alone.
@@ -59,14 +60,6 @@ class ResNet(Backbone, OnHub):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes]."""
         return super().forward(x)
-
-    def frozen(self, dtype: torch.dtype | None = None) -> FrozenBackbone:
-        """A copy of this network in test mode, differentiable in the images alone, for attacks.
-
-        ``dtype`` is that of weights and images, the model's own if None. ``refresh()`` brings the copy up to
-        date with this network, which it leaves as it is.
-        """
-        return FrozenBackbone(self, next(self.parameters()).dtype if dtype is None else dtype)
 
 
 def _wide(num_classes: int, in_channels: int, width: float) -> Architecture:

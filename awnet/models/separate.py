@@ -13,7 +13,8 @@ from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.mobilenet import MobileNetV2
 from awnet.models.resnet import ResNet
-from awnet.nn import AdversarialRouter, Routing
+from awnet.nn import AdversarialRouter, RoutedNetwork, Routing
+from awnet.nn.frozen import FrozenCopy, copied_by
 from awnet.nn.layers import check_is_clean
 from awnet.scalars import check_integers, check_number
 
@@ -24,7 +25,8 @@ _ROUTER_WIDTHS = (64, 128, 256, 512)
 Gate = Literal["hard", "soft", "standard", "robust"]
 
 
-class SeparateNet(Freezable, OnHub):
+@copied_by(FrozenCopy)
+class SeparateNet(RoutedNetwork, Freezable, OnHub):
     """What AW-Net does filter by filter, done network by network, with AW-Net's router as the detector.
 
     In test mode an image whose ``p_clean`` is above ``threshold`` gets the logits of the standard member, a
@@ -91,6 +93,7 @@ class SeparateNet(Freezable, OnHub):
 
     def forward(self, x: Tensor, *, is_clean: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """Images [B, C, H, W] in [0, 1] → logits [B, K]; arguments and errors are those of an AW-Net."""
+        is_clean, routing = self._steered(x, is_clean, routing)
         if self.training:
             if is_clean is None:
                 raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 
 from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
+from awnet.nn.frozen import FrozenCopy, copied_by
 from awnet.nn.layers import check_image, check_sizes
 
 fx.wrap("check_image")
@@ -18,6 +19,7 @@ _HIDDEN = 4096  # width of the two hidden linear layers
 _DROPOUT = 0.5
 
 
+@copied_by(FrozenCopy)
 class VGG(Freezable, OnHub):
     """Thirteen 3×3 convolutions with bias, batch norm and ReLU, a global average pool, three linear layers.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from awnet.models.common import Freezable, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import WideBackbone
+from awnet.nn.frozen import FrozenCopy, copied_by
 
 # name → depth, widening factor
 _SIZES = {"wrn34_8": (34, 8), "wrn34_10": (34, 10), "wrn70_16": (70, 16)}
@@ -26,6 +27,7 @@ def backbone(name: str, width: float, **options: Any) -> WideBackbone:
     return WideBackbone(*_architecture(name, width), **options)
 
 
+@copied_by(FrozenCopy)
 class WideResNet(WideBackbone, Freezable, OnHub):
     """A static WideResNet of pre-activation blocks, without dropout, as in adversarial training.
 

@@ -3,10 +3,30 @@
 from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
 from awnet.nn.conversion import convert
-from awnet.nn.frozen import Frozen, FrozenAWNet, FrozenBackbone, FrozenCopy, frozen_copy
+from awnet.nn.frozen import (
+    Frozen,
+    FrozenAWNet,
+    FrozenBackbone,
+    FrozenCopy,
+    frozen_copy,
+    not_supported,
+)
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, synchronize
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
+from awnet.nn.routing import (
+    RoutedNetwork,
+    Steering,
+    WithRouter,
+    has_router,
+    observe,
+    route,
+    routed_networks,
+    routers,
+    steered,
+    with_routing,
+)
+from awnet.nn.wrappers import unwrapped
 
 __all__ = [
     "AWBasicBlock",
@@ -25,9 +45,21 @@ __all__ = [
     "FrozenCopy",
     "MixBatchNorm2d",
     "MobileBackbone",
+    "RoutedNetwork",
     "Routing",
+    "Steering",
     "WideBackbone",
+    "WithRouter",
     "convert",
     "frozen_copy",
+    "has_router",
+    "not_supported",
+    "observe",
+    "route",
+    "routed_networks",
+    "routers",
+    "steered",
     "synchronize",
+    "unwrapped",
+    "with_routing",
 ]

@@ -8,26 +8,155 @@ brings the copies up to date with the live model, which it neither changes nor h
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet import ops
-from awnet.nn.backbone import Backbone
-from awnet.nn.layers import AWConv2d, check_image
+from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
+from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
+from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, check_image
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing, filter_scales_of, p_clean_of
+from awnet.nn.routing import RoutedNetwork
+from awnet.nn.wrappers import unwrapped, wrapper_chain
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Coefficients = list[tuple[Tensor, Tensor]]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def frozen_copy(model: nn.Module, dtype: torch.dtype | None = None) -> Frozen | None:
-    """``model.frozen(dtype)``; None for a model that offers no such copy (any module of torch's)."""
-    offers = getattr(model, "frozen", None)
-    return None if offers is None else offers(dtype)
+    """A frozen copy of ``model``; None where :func:`not_supported` gives a reason against one.
+
+    ``dtype`` is that of weights and images, the model's own if None.
+    """
+    if not_supported(model) is not None:
+        return None
+    model = unwrapped(model)
+    return _MAKERS[type(model)](model, next(model.parameters()).dtype if dtype is None else dtype)
+
+
+def not_supported(model: nn.Module) -> str | None:
+    """Why no frozen copy can replace ``model``; None where one can.
+
+    A copy does not call the model. It is right only for a model that is exactly what it assumes: the
+    package's own classes throughout, no method replaced, no hooks, no parametrizations or masks. Wrappers of
+    ``torch.compile`` and data parallelism around the model are looked through.
+    """
+    if torch.nn.modules.module._has_any_global_hook():
+        return "global module hooks are registered"
+    *wrappers, model = wrapper_chain(model)
+    if any(_hooks(wrapper) for wrapper in wrappers):
+        return f"the {type(wrappers[0]).__name__} around it has hooks"
+    if type(model) not in _MAKERS:
+        base = next((base for base in type(model).__mro__ if base in _MAKERS), None)
+        if base is not None:
+            return f"{type(model).__qualname__} is a subclass of {base.__name__} and may compute otherwise"
+        return f"{type(model).__qualname__} is not a network that awnet can copy"
+    dtypes = set()
+    kinds = set()
+    for path, module in model.named_modules():
+        reason = _foreign(module)
+        if reason is None and type(module) not in kinds:
+            kinds.add(type(module))
+            reason = _patched(type(module))
+        if reason is not None:
+            return f"{path or type(model).__name__} {reason}"
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                dtypes.add(parameter.dtype)
+    if len(dtypes) != 1:
+        return f"its parameters have {len(dtypes)} dtypes"
+    if not dtypes <= set(_DTYPES):
+        return f"its parameters have dtype {dtypes.pop()}"
+    return _CHECKS[type(model)](model)
+
+
+def _foreign(module: nn.Module) -> str | None:
+    """Why ``module`` may compute something else than its class did when it was imported."""
+    kind = type(module)
+    methods = _METHODS.get(kind)
+    if methods is None:
+        return f"is a {kind.__qualname__}, which is not one of awnet's layers"
+    if _hooks(module):
+        return "has hooks"
+    replaced = vars(module).keys() & methods.keys()
+    if replaced:
+        return f"has its {min(replaced)} replaced"
+    if any(p is not None and type(p) is not nn.Parameter for p in module._parameters.values()):
+        return "has a weight that is not a plain parameter"
+    if any(b is not None and type(b) is not Tensor for b in module._buffers.values()):
+        return "has a buffer that is not a plain tensor"
+    return None
+
+
+def _patched(kind: type[nn.Module]) -> str | None:
+    for name, method in _METHODS[kind].items():
+        if getattr(kind, name, None) is not method:
+            return f"is a {kind.__qualname__}, whose {name} was replaced"
+    return None
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Whether calling ``module``, forward or backward, runs hooks."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+_METHODS: dict[type[nn.Module], dict[str, Any]] = {}
+"""Layers whose computation is known, with their methods as they were imported."""
+_MAKERS: dict[type[nn.Module], Callable[[Any, torch.dtype], Frozen]] = {}
+"""Networks that have a frozen copy, with what makes it."""
+
+
+_CHECKS: dict[type[nn.Module], Callable[[Any], str | None]] = {}
+"""For the same networks: a reason against a copy that the general checks do not find, or None."""
+
+
+def known_layers(*kinds: type[nn.Module]) -> None:
+    """Declares that a frozen copy may hold modules of exactly these classes."""
+    for kind in kinds:
+        names = {"forward", "__call__"}
+        for base in kind.__mro__:
+            if base is not nn.Module and base.__module__.startswith(("awnet.", "torch.nn.")):
+                names |= {name for name, value in vars(base).items() if inspect.isfunction(value)}
+        _METHODS[kind] = {name: getattr(kind, name) for name in names}
+
+
+def copied_by(
+    maker: Callable[[Any, torch.dtype], Frozen], check: Callable[[Any], str | None] = lambda model: None
+) -> Callable[[type[Network]], type[Network]]:
+    """Class decorator: ``maker(model, dtype)`` makes the frozen copy of a model of exactly this class.
+
+    ``check(model)`` gives a reason against a copy that :func:`not_supported` cannot know, or None.
+    """
+
+    def register(kind: type[Network]) -> type[Network]:
+        known_layers(kind)
+        _MAKERS[kind], _CHECKS[kind] = maker, check
+        return kind
+
+    return register
+
+
+def copy_of(model: nn.Module, dtype: torch.dtype | None) -> Frozen:
+    """:func:`frozen_copy`, or TypeError with the reason why there is none."""
+    found = frozen_copy(model, dtype)
+    if found is None:
+        raise TypeError(
+            f"{type(model).__name__} has no frozen copy: {not_supported(model)}; freeze the model itself: "
+            "`with awnet.attacks.frozen(model)`"
+        )
+    return found
 
 
 def _copy_of(x: Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -64,6 +193,37 @@ class Frozen(nn.Module):
     def baked(self) -> tuple[Any, ...]:
         """What a captured graph of this module holds fast: the addresses that ``refresh`` reads."""
         return tuple(source.data_ptr() for _, source in self.copies())
+
+    def remember(self, model: nn.Module) -> None:
+        """Notes the structure of ``model``, of which this is a copy, for :meth:`is_of`."""
+        self._structure = _structure(model)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether ``refresh`` is enough to follow ``model``: same modules, layer settings, shapes, dtypes."""
+        return self._structure == _structure(model)
+
+
+class _Same:
+    """Compares by identity, and keeps the object alive."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.module is self.module
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _structure(model: nn.Module) -> list[Any]:
+    found: list[Any] = []
+    for module in model.modules():
+        shapes = [(p.shape, p.dtype, p.device) for p in module._parameters.values() if p is not None]
+        found.append((_Same(module), shapes))
+        if isinstance(module, AWConv2d):
+            conv = (module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+            found.append((conv, module.activation, module.dynamic, module.bn.branches, module.bn.eps))
+    return found
 
 
 def _convolution(layer: AWConv2d) -> ops.AffineConvolution:
@@ -126,21 +286,18 @@ class _FrozenLinear(nn.Module):
 class FrozenBackbone(Frozen):
     """A :class:`Backbone` in test mode. ``dtype`` of weights and images; the batch norms' table is wider.
 
-    Raises ValueError where the batch norms differ in eps or a convolution pads otherwise than with zeros.
+    Raises TypeError for a backbone that :func:`check_backbone` gives a reason against.
     """
 
     tables: Tensor  # [4, 2, T], see ops.network_coefficients
 
     def __init__(self, backbone: Backbone, dtype: torch.dtype) -> None:
         super().__init__(dtype)
+        reason = check_backbone(backbone)
+        if reason is not None:
+            raise TypeError(f"{type(backbone).__name__} has no frozen copy: {reason}")
         self.live = (backbone,)
         layers = self._live_layers()
-        if len({layer.bn.eps for layer in layers}) != 1 or any(
-            layer.padding_mode != "zeros" for layer in layers
-        ):
-            raise ValueError(
-                "a frozen backbone needs batch norms of one eps and convolutions padded with zeros"
-            )
         self.eps = layers[0].bn.eps
         self.sequence, self.layers = _wired(backbone, layers)
         self.weights = nn.ParameterList(_copy_of(layers[i].weight, dtype) for i in self.sequence)
@@ -157,6 +314,7 @@ class FrozenBackbone(Frozen):
         self.classifier = None if classifier is None else _FrozenLinear(classifier, dtype)
         self._constant: tuple[int, torch.device, Coefficients] | None = None
         self._packed = ops.PackedWeights()
+        self.remember(backbone)
         self.refresh()
 
     def _live_layers(self) -> list[AWConv2d]:
@@ -276,15 +434,18 @@ class FrozenAWNet(Frozen):
 
     def __init__(self, model: AWNet, dtype: torch.dtype | None = None) -> None:
         dynamic, router = model.dynamic, model.router
-        if not isinstance(dynamic, Backbone) or not isinstance(router, AdversarialRouter | FixedRouter):
+        reason = check_awnet(model) or not_supported(model)
+        if reason is not None or not isinstance(dynamic, Backbone):
             raise TypeError(
-                f"model must be an AWNet on a Backbone, got {type(dynamic).__name__} with "
-                f"{type(router).__name__}; for others use `with awnet.attacks.frozen(model)`"
+                f"model must be an AWNet on a Backbone, got {type(model).__name__} on a "
+                f"{type(dynamic).__name__} ({reason}); for others use `with awnet.attacks.frozen(model)`"
             )
+        assert isinstance(router, AdversarialRouter | FixedRouter)
         super().__init__(next(model.parameters()).dtype if dtype is None else dtype)
         self.dynamic = FrozenBackbone(dynamic, self.image_dtype)
         self.router = router if isinstance(router, FixedRouter) else _FrozenRouter(router, self.image_dtype)
         self.signal_widths = list(router.signal_widths)
+        self.remember(model)
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         router = self.router.copies() if isinstance(self.router, _FrozenRouter) else []
@@ -337,11 +498,11 @@ class FrozenAWNet(Frozen):
 class FrozenCopy(Frozen):
     """Any network, frozen: a copy in test mode whose convolutions and linear layers are in ``dtype``.
 
-    For networks whose coefficients cannot be made ahead. What is not a tensor (a router's ``beta``) stays as
-    it was when the copy was made.
+    For networks whose coefficients cannot be made ahead. ``refresh`` brings over the live model's plain
+    settings too (a router's ``beta``, a threshold).
 
     Args:
-        model: maps images [B, C, H, W] to logits [B, K].
+        model: maps images [B, C, H, W] to logits [B, K]; its forward pass depends on nothing but its modules.
         dtype: of the images and of convolutions' and linear layers' weights.
     """
 
@@ -353,6 +514,7 @@ class FrozenCopy(Frozen):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(dtype)
+        self.remember(model)
         self.refresh()
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
@@ -361,6 +523,26 @@ class FrozenCopy(Frozen):
             *zip(self.model.parameters(), live.parameters(), strict=True),
             *zip(self.model.buffers(), live.buffers(), strict=True),
         ]
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """The live modules' plain attributes, module by module."""
+        return [
+            {
+                name: value
+                for name, value in vars(module).items()
+                if isinstance(value, bool | int | float | str | tuple | None) and name != "training"
+            }
+            for module in self.live[0].modules()
+        ]
+
+    def refresh(self) -> None:
+        for module, settings in zip(self.model.modules(), self._settings(), strict=True):
+            vars(module).update(settings)
+        super().refresh()
+
+    def baked(self) -> tuple[Any, ...]:
+        settings = tuple(tuple(one.items()) for one in self._settings())
+        return (*super().baked(), settings)
 
     def forget(self) -> None:
         """Nothing is made of the copies."""
@@ -371,15 +553,91 @@ class FrozenCopy(Frozen):
         return self.model.router  # type: ignore[return-value]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "route" and hasattr(super().__getattr__("model"), "route"):
+        if name == "route" and isinstance(super().__getattr__("model"), RoutedNetwork):
             return self._route  # absent where the network has none
         return super().__getattr__(name)
 
     def _route(self, x: Tensor) -> Routing:
         with torch.autocast(x.device.type, enabled=False):
-            return self.model.route(x.to(self.image_dtype))  # type: ignore[operator]
+            routing: Routing = self.model.route(x.to(self.image_dtype))  # type: ignore[operator]
+        return routing
 
-    def forward(self, x: Tensor, **arguments: Any) -> Tensor:
-        """Images [B, C, H, W] in [0, 1], of any floating dtype → logits [B, K]; arguments as the model's."""
+    def forward(self, x: Tensor, *, routing: Routing | None = None) -> Tensor:
+        """Images [B, C, H, W] in [0, 1], any floating dtype → logits [B, K]; ``routing`` as in the model."""
+        arguments = {} if routing is None else {"routing": routing}
         with torch.autocast(x.device.type, enabled=False):
-            return self.model(x.to(self.image_dtype), **arguments)
+            logits: Tensor = self.model(x.to(self.image_dtype), **arguments)
+        return logits
+
+
+def check_backbone(backbone: nn.Module) -> str | None:
+    """Why :class:`FrozenBackbone` does not compute what ``backbone`` does; None where it does."""
+    assert isinstance(backbone, Backbone)
+    if type(backbone.stages) is not nn.ModuleList:
+        return f"stages is a {type(backbone.stages).__name__}"
+    layers: list[tuple[str, Any]] = [("stem", backbone.stem)]
+    for i, stage in enumerate(backbone.stages):
+        if type(stage) is not nn.ModuleList:
+            return f"stages.{i} is a {type(stage).__name__}"
+        for j, block in enumerate(stage):
+            if type(block) not in (AWBasicBlock, AWBottleneck):
+                return f"stages.{i}.{j} is a {type(block).__name__}"
+            assert isinstance(block, AWBasicBlock | AWBottleneck)
+            names = {id(child): name for name, child in block.named_children()}
+            layers += [(f"stages.{i}.{j}.{names.get(id(c), '?')}", c) for c in block.convolutions()]
+    for name, layer in layers:
+        if type(layer) is not AWConv2d:
+            return f"{name} is a {type(layer).__name__}"
+        if type(layer.bn) is not MixBatchNorm2d:
+            return f"{name}.bn is a {type(layer.bn).__name__}"
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return f"{name} does not pad with a fixed number of zeros"
+        if layer.bias is not None:
+            return f"{name} has a bias"
+    if len({layer.bn.eps for _, layer in layers}) != 1:
+        return "its batch norms do not have one eps"
+    return _check_linear("classifier", backbone.classifier)
+
+
+def _check_linear(name: str, layer: nn.Module | None) -> str | None:
+    if layer is None:
+        return None
+    if type(layer) is not nn.Linear:
+        return f"{name} is a {type(layer).__name__}"
+    return "its " + name + " has no bias" if layer.bias is None else None
+
+
+def check_awnet(model: AWNet) -> str | None:
+    """Why no frozen copy computes what ``model`` does; None where one does."""
+    router = model.router
+    if type(router) not in (AdversarialRouter, FixedRouter):
+        return f"router is a {type(router).__name__}"
+    if type(model.dynamic) is not Backbone:
+        return None  # a FrozenCopy runs the model's own forward
+    reason = check_backbone(model.dynamic)
+    if reason is None and model.dynamic.classifier is None:
+        reason = "it has no classifier"
+    if reason is None and isinstance(router, AdversarialRouter):
+        if type(router.backbone) is not Backbone or router.backbone.classifier is not None:
+            return "the router's backbone is not the one that it was made with"
+        reason = (
+            check_backbone(router.backbone)
+            or _check_linear("router.type_head", router.type_head)
+            or _check_linear("router.signal_heads", router.signal_heads)
+        )
+    return reason
+
+
+def awnet_copy(model: AWNet, dtype: torch.dtype) -> Frozen:
+    """With all coefficients made at once where the dynamic sub-network is a :class:`Backbone`."""
+    return FrozenAWNet(model, dtype) if type(model.dynamic) is Backbone else FrozenCopy(model, dtype)
+
+
+known_layers(
+    *(AWConv2d, FilterScaledConv2d, MixBatchNorm2d),
+    *(AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock),
+    *(Backbone, MobileBackbone, WideBackbone, AdversarialRouter, FixedRouter),
+    *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
+    *(nn.Dropout, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleList),
+)
+copied_by(awnet_copy, check_awnet)(AWNet)

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from awnet.nn.layers import MixBatchNorm2d, check_is_clean
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
+from awnet.nn.routing import RoutedNetwork
 
 
-class AWNet(nn.Module):
+class AWNet(RoutedNetwork):
     """``logits = dynamic(x, ω, p)`` with ω and p from ``router(x)``; Fig. 2 of the paper.
 
     Args:
@@ -16,6 +17,9 @@ class AWNet(nn.Module):
             :class:`~awnet.nn.Backbone` or what :func:`~awnet.nn.convert` makes.
         router: its ``signal_widths`` fit the dynamic convolutions.
     """
+
+    dynamic: nn.Module
+    router: AdversarialRouter | FixedRouter
 
     def __init__(self, dynamic: nn.Module, router: AdversarialRouter | FixedRouter) -> None:
         super().__init__()
@@ -45,6 +49,7 @@ class AWNet(nn.Module):
         Raises ValueError or TypeError for a missing, misplaced or malformed ``is_clean`` and for a routing or
         images that do not fit.
         """
+        is_clean, routing = self._steered(x, is_clean, routing)
         if self.training:
             if is_clean is None and self.has_branches:
                 raise ValueError(

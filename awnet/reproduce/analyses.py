@@ -17,6 +17,8 @@ from awnet.attacks import named_attack
 from awnet.data import Dataset
 from awnet.evaluation.filters import filter_means
 from awnet.files import write_text
+from awnet.models.registry import config_of
+from awnet.nn import has_router, route
 from awnet.ops import use_backend
 from awnet.precision import full_precision
 
@@ -96,12 +98,12 @@ def effective_filters(
     for label, (model, dataset) in models.items():
         model.eval()
         x, y, index = next(dataset.batches(len(dataset)))
-        if not hasattr(model, "route") or not model.route(x[:1]).filter_scales:  # type: ignore[operator]
+        if not has_router(model) or not route(model, x[:1]).filter_scales:
             continue
         x_adv = named_attack(attack, model, dataset.threat_model)(x, y, index=index)
         with torch.no_grad():
             scales = {
-                kind: [scale.mean(0) for scale in model.route(images).filter_scales]  # type: ignore[operator]
+                kind: [scale.mean(0) for scale in route(model, images).filter_scales]
                 for kind, images in (("clean", x), ("adversarial", x_adv))
             }
         series: dict[str, dict[str, NDArray[np.float64]]] = {}
@@ -127,8 +129,8 @@ def _weight_means(model: nn.Module, layers: int) -> dict[str, NDArray[np.float64
 
 
 def _name(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    return str(config["name"]) if isinstance(config, dict) else type(model).__name__
+    config = config_of(model)
+    return type(model).__name__ if config is None else str(config["name"])
 
 
 def _write(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.graphs import Recorded, capture
-from awnet.nn import frozen_copy
+from awnet.nn import frozen_copy, not_supported
 
 
 class Graphed:
@@ -45,12 +45,13 @@ class Graphed:
 class Inference(nn.Module):
     """A model in test mode, without autograd, in a given precision; on CUDA as a graph.
 
-    Its frozen copy runs where it offers one (``frozen(dtype)``), with the weights that it now has.
+    Its frozen copy runs where one can replace it, with the weights that it now has; else the model itself,
+    for the ``reason`` given.
 
     Args:
         model: images [B, C, H, W] to logits [B, K]; it is changed: in eval mode, without gradients, laid out
-            as asked, and where it offers no frozen copy, in bfloat16 with the weights of its convolutions and
-            linear layers in that dtype (its batch norms stay as they are).
+            as requested, and where it has no frozen copy, in bfloat16 with the weights of torch's plain
+            convolutions and linear layers in that dtype (its batch norms stay as they are).
         autocast: makes the context of a call.
         low: whether that is bfloat16.
         memory_format: of images and weights.
@@ -66,12 +67,13 @@ class Inference(nn.Module):
         super().__init__()
         self.autocast, self.memory_format = autocast, memory_format
         model.eval().requires_grad_(False).to(memory_format=memory_format)  # type: ignore[call-overload]
+        self.reason = not_supported(model)
         self.frozen = frozen_copy(model, torch.bfloat16 if low else None)
         if self.frozen is not None:
             model = self.frozen
         elif low:
             for module in model.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear):
+                if type(module) in (nn.Conv2d, nn.Linear) and not module._forward_pre_hooks:
                     for parameter in module.parameters(recurse=False):
                         parameter.data = parameter.data.to(torch.bfloat16)
         self.model = model

@@ -34,7 +34,8 @@ from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
 from awnet.models import create_model, load_model, save_model
 from awnet.models.files import weights_fingerprint, write_tensors
-from awnet.nn import synchronize
+from awnet.models.registry import config_of
+from awnet.nn import has_router, routed_networks, synchronize, unwrapped
 from awnet.precision import check_environment, full_precision
 from awnet.run_config import read_config
 from awnet.scalars import check_integer, check_number
@@ -679,6 +680,11 @@ def _model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
 
 def _check_outputs(model: nn.Module, data: Dataset, device: torch.device) -> None:
     """One image in test mode: a model that does not fit the data set fails before anything is written."""
+    if not has_router(model) and (count := len(routed_networks(model))) > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds {count} networks with routers (AW-Nets), training supports one: "
+            "train them one by one, or give the model route(x) and forward(x, *, is_clean, routing)"
+        )
     with frozen(model), torch.no_grad():
         logits = model(torch.zeros(1, data.in_channels, *data.image_size, device=device))
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < data.num_classes:
@@ -734,8 +740,7 @@ def _teacher_name(model: nn.Module) -> str:
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    known = dict(config) if isinstance(config, dict) else {"name": type(model).__name__}
+    known = config_of(model) or {"name": type(unwrapped(model)).__name__}
     return known | {"parameters": sum(p.numel() for p in model.parameters())}
 
 
@@ -817,7 +822,7 @@ def _advised_on_memory(recipe: Recipe, device: torch.device, folder: Path) -> It
 
 def _save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor]) -> None:
     """With what rebuilds the model, or for a module from elsewhere the weights alone."""
-    if isinstance(getattr(model, "config", None), dict):
+    if config_of(model) is not None:
         save_model(model, path, weights)
     else:
         write_tensors(weights, path)

@@ -2,8 +2,9 @@
 
     loss(model, batch, attack, options, teachers=None, weights=None) -> LossResult
 
-``model`` is in training mode. A dynamic model (one that has ``route``) takes every sample through the branch
-of its kind and adds the type loss of its router; a static model makes the same pass without both.
+``model`` is in training mode. A dynamic model (an AW-Net, or a module that holds one) takes every sample
+through the branch of its kind and adds the type loss of its router; a static model makes the same pass
+without both.
 ``attack(x, y, index=index)`` makes the adversarial images; it runs the model in test mode and restores it.
 """
 
@@ -16,6 +17,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from awnet.nn import Routing, Steering, has_router, observe
 
 Attack = Callable[..., Tensor]
 # averages tensors over the ranks of a distributed run, in place, weighted by each rank's number of images
@@ -163,8 +166,8 @@ class _Pass(NamedTuple):
 
 
 def is_dynamic(model: nn.Module) -> bool:
-    """Whether the model routes its samples (an AW-Net) and so takes ``is_clean`` in training."""
-    return hasattr(model, "route")
+    """Whether the model routes its samples (an AW-Net, or a module with one inside), by kind in training."""
+    return has_router(model)
 
 
 def _joint_pass(
@@ -187,22 +190,37 @@ def _joint_pass(
     if not is_dynamic(model):
         logits = model(x)
     else:
-        route: Callable[[Tensor], Any] = model.route  # type: ignore[assignment]
-        if options.router_passes == "joint":
-            routing = route(x)
-        else:
-            one, two = route(clean), route(perturbed)
-            routing = replace(
-                one,
-                type_logits=_cat(one.type_logits, two.type_logits),
-                p_clean=_cat(one.p_clean, two.p_clean),
-                filter_scales=[_cat(a, b) for a, b in zip(one.filter_scales, two.filter_scales, strict=True)],
-            )
-        logits = model(x, is_clean=is_clean, routing=routing)
+        separate = options.router_passes == "separate"
+        logits, routing = _routed_pass(model, x, is_clean, size if separate else None)
         if routing.type_logits is not None:
             type_logits = routing.type_logits[: 2 * size]
     parts = _wide(logits).split(size)
     return _Pass(parts[0], parts[1], type_logits, is_clean[: 2 * size], None if helper is None else parts[2])
+
+
+def _routed_pass(
+    model: nn.Module, x: Tensor, is_clean: Tensor, split: int | None = None
+) -> tuple[Tensor, Routing]:
+    """Logits and routing of one pass by kind; with ``split`` the router sees ``x[:split]`` by itself."""
+
+    def in_two(network: Any, images: Tensor) -> Routing:
+        one, two = network.route(images[:split]), network.route(images[split:])
+        return Routing(
+            type_logits=_cat(one.type_logits, two.type_logits),
+            p_clean=torch.cat([one.p_clean, two.p_clean]),
+            filter_scales=[
+                torch.cat(pair) for pair in zip(one.filter_scales, two.filter_scales, strict=True)
+            ],
+        )
+
+    steering = Steering(route=None if split is None else in_two, is_clean=is_clean)
+    logits = observe(model, x, steering)
+    if len(steering.routings) != 1:
+        raise ValueError(
+            f"{type(model).__name__} calls the routed network in it {len(steering.routings)} times for one "
+            "batch; training needs exactly one call, on the whole batch"
+        )
+    return logits, steering.routings[0]
 
 
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -243,8 +261,8 @@ def standard(
     x, y = batch.x, batch.y
     is_clean = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if is_dynamic(model):
-        routing = model.route(x)  # type: ignore[operator]
-        logits, type_logits = model(x, is_clean=is_clean, routing=routing), routing.type_logits
+        logits, routing = _routed_pass(model, x, is_clean)
+        type_logits = routing.type_logits
     else:
         logits, type_logits = model(x), None
     logits = _wide(logits)

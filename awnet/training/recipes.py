@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 from awnet.attacks import GraphedPGD
 from awnet.attacks.base import device_of
 from awnet.data import Dataset, ThreatModel
+from awnet.nn import Steering, observe, routers
 from awnet.scalars import is_integer, is_number, plain
 from awnet.training import losses
 from awnet.training.losses import Loss, LossOptions, is_dynamic
@@ -201,8 +202,7 @@ class Recipe:
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         """Fused SGD, two groups: all but the router at ``lr``, the router with its heads at ``router_lr``."""
-        router = getattr(model, "router", None)
-        slow = {id(p) for p in router.parameters()} if isinstance(router, nn.Module) else set()
+        slow = {id(p) for router in routers(model) for p in router.parameters()}
         groups = [
             {"params": [p for p in model.parameters() if id(p) not in slow], "lr": self.lr},
             {"params": [p for p in model.parameters() if id(p) in slow], "lr": self.router_lr},
@@ -524,8 +524,9 @@ Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Any]]
 
 
 def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
-    routing = model.route(x)  # type: ignore[operator]
-    return model(x, routing=routing), routing
+    steering = Steering()
+    logits = observe(model, x, steering)
+    return logits, steering.routings[0]
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -1,0 +1,182 @@
+"""Which networks route their images, and how a routed network is observed and steered inside another module.
+
+A routed network is an :class:`~awnet.nn.AWNet` or a Separate-Net (:class:`RoutedNetwork`), or a network of
+the user's with the same interface: ``route(x) -> Routing`` and ``forward(x, *, routing=None)``. An attribute
+that happens to be called ``route`` or ``router`` does not make one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor, nn
+
+from awnet.nn.router import Routing
+from awnet.nn.wrappers import unwrapped, wrapper_chain
+
+
+@dataclass
+class Steering:
+    """What the calls of a routed network get, and what they report.
+
+    route: makes the routing of a call from the network and the images that reach it; None leaves it to the
+        network.
+    is_clean: bool [B] for calls in training mode that bring none.
+    routings: the routing of each call, in order.
+    """
+
+    route: Callable[[Any, Tensor], Routing] | None = None
+    is_clean: Tensor | None = None
+    routings: list[Routing] = field(default_factory=list)
+
+
+class WithRouter(nn.Module):
+    """Base class of the package's networks whose ``router`` decides about each image."""
+
+    router: nn.Module
+
+
+class RoutedNetwork(WithRouter):
+    """Base class of the package's networks that have ``route(x)`` and ``forward(x, routing=...)`` as well."""
+
+    _steering: dict[int, Steering] | None = None  # by thread; see steered
+
+    def route(self, x: Tensor) -> Routing:
+        """The router's answer for images [B, C, H, W]."""
+        raise NotImplementedError
+
+    def _steered(
+        self, x: Tensor, is_clean: Tensor | None, routing: Routing | None
+    ) -> tuple[Tensor | None, Routing | None]:
+        """``is_clean`` and ``routing`` of a call on ``x``, completed by a :func:`steered` block around it."""
+        if self._steering is None:
+            return is_clean, routing
+        steering = self._steering.get(threading.get_ident())
+        if steering is None:
+            return is_clean, routing
+        if is_clean is None and self.training:
+            is_clean = steering.is_clean
+        if routing is None:
+            routing = self.route(x) if steering.route is None else steering.route(self, x)
+        steering.routings.append(routing)
+        return is_clean, routing
+
+
+@contextmanager
+def steered(network: RoutedNetwork, steering: Steering) -> Iterator[Steering]:
+    """This thread's calls of ``network`` follow ``steering``, also from inside a module that holds it."""
+    thread = threading.get_ident()
+    with _LOCK:
+        table = dict(network._steering or {})
+        before, table[thread] = table.get(thread), steering
+        network._steering = table
+    try:
+        yield steering
+    finally:
+        with _LOCK:
+            table = dict(network._steering or {})
+            if before is None:
+                table.pop(thread, None)
+            else:
+                table[thread] = before
+            if table:
+                network._steering = table
+            else:
+                del network._steering
+
+
+_LOCK = threading.Lock()
+
+
+def has_router(model: nn.Module) -> bool:
+    """Whether ``model`` routes its images: it is a routed network, or holds exactly one.
+
+    :func:`route` and :func:`observe` then give its routing, whatever is done to the images before.
+    """
+    return _in_two_parts(model) or len(routed_networks(model)) == 1
+
+
+def _in_two_parts(model: nn.Module) -> bool:
+    """Whether ``model.route(x)`` and ``model(x, routing=...)`` are the two parts of ``model(x)``.
+
+    Not for a module that holds a routed network, nor for a routed network that changes the images first: by a
+    forward pre-hook, or in a subclass's ``forward`` without ``routing``.
+    """
+    chain = wrapper_chain(model)
+    if any(module._forward_pre_hooks for module in chain) or "forward" in vars(chain[-1]):
+        return False
+    return _takes_routing(type(chain[-1]).forward) and callable(getattr(model, "route", None))
+
+
+@lru_cache(maxsize=1024)
+def _takes_routing(forward: Callable[..., Any]) -> bool:
+    try:
+        return "routing" in inspect.signature(forward).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def routed_networks(model: nn.Module) -> list[RoutedNetwork]:
+    """``model`` itself if it is a :class:`RoutedNetwork`, else the outermost ones that it holds."""
+    if isinstance(model, RoutedNetwork):
+        return [model]
+    found: dict[int, RoutedNetwork] = {}
+    for child in model.children():
+        found |= {id(network): network for network in routed_networks(child)}
+    return list(found.values())
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The routers in ``model``: of the package's networks, and of a routed network of the user's."""
+    networks: list[nn.Module] = [module for module in model.modules() if isinstance(module, WithRouter)]
+    if not networks and _in_two_parts(model):
+        networks = [unwrapped(model)]
+    found = [getattr(network, "router", None) for network in networks]
+    return [router for router in found if isinstance(router, nn.Module)]
+
+
+def observe(model: nn.Module, x: Tensor, steering: Steering | None = None) -> Tensor:
+    """``model(x)``, in which ``steering`` records, or steers, the calls of the one routed network.
+
+    ``steering.routings`` holds that network's routing afterwards; it stays empty for a model without one.
+    """
+    steering = Steering() if steering is None else steering
+    if _in_two_parts(model):
+        network: Any = model
+        routing = network.route(x) if steering.route is None else steering.route(network, x)
+        steering.routings.append(routing)
+        arguments = {} if steering.is_clean is None else {"is_clean": steering.is_clean}
+        output: Tensor = network(x, routing=routing, **arguments)
+        return output
+    networks = routed_networks(model)
+    if len(networks) != 1:
+        return model(x)
+    with steered(networks[0], steering):
+        return model(x)
+
+
+def route(model: nn.Module, x: Tensor) -> Routing:
+    """The routing that ``model(x)`` uses, of a model that :func:`has_router`."""
+    if _in_two_parts(model):
+        network: Any = model
+        routing: Routing = network.route(x)
+        return routing
+    steering = Steering()
+    observe(model, x, steering)
+    if len(steering.routings) != 1:
+        raise ValueError(
+            f"{type(model).__name__} calls its routed network {len(steering.routings)} times for one batch; "
+            "attacks and losses on the router need exactly one call"
+        )
+    return steering.routings[0]
+
+
+def with_routing(model: nn.Module, x: Tensor, routing: Routing) -> Tensor:
+    """``model(x)`` with ``routing`` in place of its router's."""
+    return observe(model, x, Steering(route=lambda network, images: routing))
