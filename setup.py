@@ -17,15 +17,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import setuptools
 from setuptools import find_packages, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # which fail on pyproject.toml with a page of schema
+    raise SystemExit(
+        f"awnet: building needs setuptools 77 or newer, this is {setuptools.__version__}: "
+        'pip install "setuptools>=77", then install again'
+    )
 
 # kernels/ and benchmarks/ stand at the top of the repository but install inside the package:
 # distributions called `kernels` and `benchmarks` belong to others.
 FOLDERS = {"awnet": "awnet", "awnet.kernels": "kernels", "awnet.benchmarks": "benchmarks"}
 CHOICES = ("auto", "none", "cpu", "cuda")
+# An editable install puts this folder on the path, as a src layout would. With FOLDERS, setuptools would
+# write an import hook instead, which a folder called awnet in the working directory hides and which type
+# checkers do not follow. awnet/__init__.py finds kernels/ and benchmarks/.
+EDITABLE = "editable_wheel" in sys.argv
 
 
 def packages() -> list[str]:
+    if EDITABLE:
+        return find_packages(include=["awnet", "awnet.*"])
     found: list[str] = []
     for package, folder in FOLDERS.items():
         found += [package, *(f"{package}.{name}" for name in find_packages(folder))]
@@ -134,7 +147,7 @@ def native() -> dict[str, Any]:
 
 setup(
     packages=packages(),
-    package_dir=FOLDERS,
+    package_dir={"": "."} if EDITABLE else FOLDERS,
     package_data={"awnet": ["py.typed", "ops/configs/*.json", "evaluation/paper.csv"]},
     **native(),
 )

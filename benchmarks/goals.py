@@ -366,6 +366,42 @@ GOALS: tuple[Goal, ...] = (
 
 
 @dataclass(frozen=True)
+class Speedup:
+    """A rival's time over ours, for the README."""
+
+    against: str
+    where: str
+    measure: Measure
+    command: str
+
+
+_LAYERS = "four layers of ResNet-18, N = 32; forward, attack and training"
+_STEP = "MTARD training step with PGD-10, N = 16"
+SPEEDUPS: tuple[Speedup, ...] = (
+    Speedup("the paper's equations, literally", _LAYERS, _cpu_total("literal"), _CPU_COMMAND),
+    Speedup("plain PyTorch", _LAYERS, _cpu_total("unfused"), _CPU_COMMAND),
+    Speedup(
+        "`torch.compile` of plain PyTorch",
+        f"`awnet_tiny`, {_STEP}",
+        _cpu_step("awnet_tiny", "compile"),
+        "awnet bench train --model awnet_tiny --providers awnet compile --device cpu --threads 2",
+    ),
+    Speedup(
+        "plain PyTorch",
+        f"`awnet_resnet18`, {_STEP}",
+        _cpu_step("awnet_resnet18", "unfused"),
+        "awnet bench train --device cpu --threads 2",
+    ),
+)
+
+
+def speedups(folder: Path) -> list[tuple[Speedup, Measured | None]]:
+    """Each of :data:`SPEEDUPS` with what ``folder`` has measured of it."""
+    rows = Rows(read_results(folder), read_training(folder))
+    return [(one, one.measure(rows)) for one in SPEEDUPS]
+
+
+@dataclass(frozen=True)
 class VerifyOptions:
     """Where the measurements are."""
 

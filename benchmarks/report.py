@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from awnet.files import write_text, written_atomically
 from awnet.terminal import safe_console
 
-from .goals import judge
+from .goals import judge, speedups
 from .results import FOLDER, Row, read_results
 
 _MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -64,6 +64,19 @@ def _goals(folder: Path) -> str:
     return _markdown(("goal", "where", "measured on, at commit", "verdict", "wanted", "measured"), rows, 4)
 
 
+def _speed(folder: Path) -> str:
+    """The README's table: four ratios on the newest CPU, each with the command that measures it."""
+    rows, devices = [], {}
+    for one, measured in speedups(folder):
+        found = "not measured" if measured is None else f"{measured.value:.2g}×"
+        rows.append([one.against, one.where, found, f"`{one.command}`"])
+        devices |= {} if measured is None else {row["device"]: None for row in measured.rows}
+    where = f"On {', '.join(devices)}, " if devices else "On a CPU, "
+    return f"{where}2 threads, float32, backend `cpp`:\n\n" + _markdown(
+        ("compared with", "what", "speedup", "command"), rows, 2
+    ).replace("|---:|---:|", "|---:|---|")
+
+
 def _provider_order(names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
 
@@ -110,6 +123,7 @@ def _milliseconds(folder: Path, on_gpu: bool) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "goals": _goals,
+    "speed": _speed,
     "cpu": lambda folder: _milliseconds(folder, on_gpu=False),
     "gpu": lambda folder: _milliseconds(folder, on_gpu=True),
 }

@@ -21,7 +21,7 @@ import pytest
 import awnet
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 HEAVY = ("sklearn", "matplotlib", "tensorboard", "pooch", "triton", "PIL", "huggingface_hub", "timm")
 
 
@@ -204,18 +204,21 @@ def anchors(path: Path) -> set[str]:
 def test_links_between_documents_resolve(document: Path) -> None:
     broken = []
     for target in re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", without_code(document.read_text())):
-        if re.match(r"[a-z]+:", target):
+        if re.match(r"[a-z]+:|\.\./\.\./actions/", target):  # the latter is GitHub's page of a repository
             continue
         file, _, anchor = target.partition("#")
         path = (document.parent / file).resolve() if file else document
-        if not path.exists() or (anchor and anchor not in anchors(path)):
+        reference = anchor.startswith("awnet.")  # made by mkdocstrings; `make docs` checks these
+        if not path.exists() or (anchor and not reference and anchor not in anchors(path)):
             broken.append(target)
     assert broken == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_that_a_document_names_exist(document: Path) -> None:
-    named = re.findall(r"`((?:awnet|benchmarks|docs|kernels|tests)/[\w/.-]+)`", document.read_text())
+    named = re.findall(
+        r"`((?:awnet|benchmarks|csrc|docs|examples|kernels|tests)/[\w/.-]+)`", document.read_text()
+    )
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -250,8 +253,12 @@ def test_every_fault_on_the_page_names_tests_that_exist() -> None:
 
 
 def test_every_page_is_in_the_sites_navigation() -> None:
-    entry = r'^  - (?:"[^"]+"|[^:"]+): (\S+\.md)$'
-    navigation = re.findall(entry, (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    text = (ROOT / "mkdocs.yml").read_text()
+    entry = r'^ +- (?:(?:"[^"]+"|[^:"]+): )?(\S+\.md)$'
+    navigation = re.findall(entry, text, re.MULTILINE)
+    generated = re.findall(r"^  (\S+\.md)$", text, re.MULTILINE)
+    assert generated == ["kernel-resources.md", "cuda-resources.md"]
+    navigation += generated
     docs = ROOT / "docs"
     assert sorted(navigation) == sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))
 
@@ -261,6 +268,61 @@ def test_the_example_on_the_first_page_runs() -> None:
     names: dict[str, object] = {}
     exec(compile(example, "docs/index.md", "exec"), names)
     assert names["x_adv"].shape == (64, 1, 8, 8)  # type: ignore[attr-defined]
+
+
+def test_the_readme_is_short_and_claims_what_was_measured() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 200
+    found = json.loads((ROOT / "docs" / "results" / "digits-seeds.json").read_text())["accuracies"]
+    rows = {line.split("`")[1]: line for line in lines if re.match(r"\| `(awnet|resnet)_tiny", line)}
+    assert rows.keys() == {"awnet_tiny", "resnet_tiny", "resnet_tiny_wide"}
+    for name, row in rows.items():
+        means = [100 * found[name][kind]["mean"] for kind in ("clean", "fgsm", "pgd_sat", "cw")]
+        assert [float(cell) for cell in row.split("|")[2:6]] == [round(mean, 1) for mean in means], name
+    (caught,) = re.findall(r"^(\d+) of \1 are caught", (ROOT / "docs" / "mutations.md").read_text(), re.M)
+    assert f" {caught} [seeded faults]" in "\n".join(lines)
+
+
+def test_each_job_runs_a_command_of_the_makefile() -> None:
+    yaml = pytest.importorskip("yaml")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = {
+        path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").glob("workflows/*.yml")
+    }
+    assert workflows.keys() == {"ci.yml", "docs.yml", "gpu.yml", "publish.yml"}
+    for name, workflow in workflows.items():
+        assert workflow["permissions"] == {"contents": "read"}, name
+        for job in workflow["jobs"].values():
+            assert "timeout-minutes" in job
+            for command in (step["run"] for step in job["steps"] if "run" in step):
+                words = command.split()
+                assert words[0] == "make", f"{name}: {command}"
+                assert words[1] in targets, f"{name}: {command}"
+    matrix = workflows["ci.yml"]["jobs"]["test"]["strategy"]["matrix"]
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    assert matrix == {
+        "python": ["3.11", "3.12", "3.13"],
+        "torch": [f"{oldest[1]}.0", "newest"],
+        "build": ["cpu", "none"],
+    }
+
+
+def test_issue_forms_ask_for_what_a_diagnosis_needs() -> None:
+    yaml = pytest.importorskip("yaml")
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    forms = {
+        path.stem: yaml.safe_load(path.read_text()) for path in folder.glob("*.yml") if path.stem != "config"
+    }
+    for name, form in forms.items():
+        assert {"name", "description", "body"} <= form.keys()
+        ids = [field["id"] for field in form["body"]]
+        assert len(ids) == len(set(ids))
+        if name in ("bug", "performance"):
+            text = json.dumps(form)
+            assert "awnet info --json" in text
+            assert "awnet.explain" in text
 
 
 def test_no_document_names_a_module_that_does_not_import() -> None:

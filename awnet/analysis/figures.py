@@ -63,7 +63,7 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
 
 
 def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Training") -> None:
-    """Losses and validation accuracies by epoch.
+    """Losses, validation accuracies and, where recorded, the gradient's norm by epoch.
 
     Args:
         records: the epochs' records of a run's ``log.jsonl``: ``epoch``, losses (``total``, ``nat``, ``adv``,
@@ -73,20 +73,32 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
     if not records:
         raise ValueError("records is empty: no epoch to draw")
     apart = {"epoch", "step", "lr", "router_lr", "images_per_second", "seconds", "w_nat", "type_accuracy"}
+    apart |= {"grad_norm", "skipped_steps"}  # no losses
+    norms = any("grad_norm" in record for record in records)
     names = list(dict.fromkeys(name for record in records for name in record))
     numeric = [
         n for n in names if n not in apart and all(isinstance(r.get(n, 0.0), int | float) for r in records)
     ]
     scores = [name for name in numeric if name.endswith("accuracy")]
     losses = [name for name in numeric if not name.endswith("accuracy")]
-    with _figure(path, 9.0, 3.5) as figure:
-        left, right = figure.subplots(1, 2)
+    with _figure(path, 12.0 if norms else 9.0, 3.5) as figure:
+        left, right, *further = figure.subplots(1, 3 if norms else 2)
         colours = {"total": "#333333", "nat": CLEAN, "adv": ADVERSARIAL}
         spare = iter(CYCLE[2:] * (1 + len(losses)))
         for name in losses:
             epochs, values = _column(records, name)
             style = {"ls": "-" if name != "type" else (0, (4, 1.5))}
-            left.plot(epochs, values, label=name, color=colours.get(name) or next(spare), **style)
+            marker = "o" if len(values) == 1 else None  # a line through one point shows nothing
+            left.plot(
+                epochs, values, label=name, color=colours.get(name) or next(spare), marker=marker, **style
+            )
+        for axes in further:
+            epochs, values = _column(records, "grad_norm")
+            axes.plot(epochs, values, color="#333333", marker="o" if len(values) == 1 else None)
+            axes.set(
+                title="Norm of the gradient", xlabel="epoch", ylabel="mean over the epoch", ylim=(0, None)
+            )
+            axes.xaxis.get_major_locator().set_params(integer=True)
         left.set(title=f"{title}: loss terms", xlabel="epoch", ylabel="mean over the epoch", ylim=(0, None))
         looks = {
             "clean_accuracy": ("clean, $A_{nat}$", CLEAN),
@@ -96,7 +108,9 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
         for name in sorted(scores, key=lambda n: list(looks).index(n) if n in looks else len(looks)):
             epochs, values = _column(records, name)
             label, colour = looks.get(name, (name, CONTROL))
-            right.plot(epochs, 100 * values, label=label, color=colour, marker="o", ms=3)
+            right.plot(
+                epochs, 100 * values, label=label, color=colour, marker="o", ms=7 if len(values) == 1 else 3
+            )
         chosen = "w_robust_accuracy" if "w_robust_accuracy" in scores else "clean_accuracy"
         if chosen in scores:
             epochs, values = _column(records, chosen)

@@ -89,12 +89,17 @@ def _draw_doubts(report: Report, folder: Path) -> None:
             found["clean"],
             found["adversarial"],
             [
-                (str(before), str(after))
+                (_class(report, before), _class(report, after))
                 for before, after in zip(found["before"], found["after"], strict=True)
             ],
             folder / "examples.png",
             eps=report.eps,
         )
+
+
+def _class(report: Report, label: int) -> str:
+    names = report.settings.get("class_names") or []
+    return str(names[label]) if label < len(names) else str(label)
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:

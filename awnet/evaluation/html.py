@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from awnet.evaluation.paper import PaperRow, paper_rows
-from awnet.evaluation.table import attack_label
+from awnet.evaluation.table import attack_label, eps_text
+from awnet.files import read_json
 
 if TYPE_CHECKING:
     from awnet.evaluation.report import Report
@@ -61,11 +62,14 @@ details { margin: 1rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere
 
 def page(report: Report, folder: Path) -> str:
     """The page for ``report``; figures are taken from the PNG files in ``folder`` and embedded."""
-    title = f"{report.model} on {report.dataset}"
-    where = f"{report.n} {report.split} images of {report.dataset}, L-infinity, ε = {report.eps:.4g}"
+    run, started = _run(folder)
+    title = f"{report.model} on {report.dataset}" + (f" · {run}" if run else "")
+    where = f"{report.n} {report.split} images of {report.dataset}, L-infinity, ε = {eps_text(report.eps)}"
+    chosen = f"Checkpoint selected on {report.selected_on}. " if report.selected_on else ""
+    trained = f"Run {run}, trained {started}. " if run and started else ""
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{escape(where)}. Per cent; in brackets 95 % intervals.</p>',
+        f'<p class="soft">{escape(trained + chosen + where)}. Percent, with 95 % intervals in brackets.</p>',
         _cards(report),
         _flags(report.flags),
         _attacks(report),
@@ -85,6 +89,38 @@ def page(report: Report, folder: Path) -> str:
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
+
+
+def summary(report: Report) -> str:
+    """A table of the accuracies for a notebook: HTML without a page around it."""
+    rows = [("clean", _with_interval(report.clean_accuracy, report.clean_interval_95), "")]
+    rows += [
+        (
+            escape(attack_label(name)),
+            _with_interval(result.robust_accuracy, result.interval_95),
+            _with_interval(result.w_robust_accuracy, result.w_interval_95),
+        )
+        for name, result in report.results().items()
+    ]
+    where = (
+        f"{report.model}, {report.n} {report.split} images of {report.dataset}, L-infinity, "
+        f"ε = {eps_text(report.eps)}; percent [95 %]"
+    )
+    doubts = "".join(f"<li>{escape(flag)}</li>" for flag in report.flags)
+    table = _table(("attack", "accuracy", "A_w = ½ clean + ½ robust"), rows, where)
+    return table + (f"<p>Doubts:</p><ul>{doubts}</ul>" if doubts else "")
+
+
+def _run(folder: Path) -> tuple[str, str]:
+    """Name and date of the run whose ``evaluations/<name>`` the folder is; empty where it is none."""
+    run = folder.resolve().parent.parent
+    if folder.resolve().parent.name != "evaluations" or not (run / "config.json").is_file():
+        return "", ""
+    try:
+        started = read_json(run / "config.json")["sessions"][-1]["started"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return run.name, ""
+    return run.name, str(started)[:16].replace("T", " ")
 
 
 def _percent(value: float | None, digits: int = 1) -> str:

@@ -194,6 +194,7 @@ def evaluate(
                     "limit": limit,
                     "budget": budget,
                     "precision": computes,
+                    "class_names": list(dataset.classes),
                     "runs_on": chosen.runs_on,
                 },
                 _selected_on(out) if selected_on is None else selected_on,

@@ -84,7 +84,7 @@ class Comparison:
     attacks: dict[str, AttackDifference]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Report:
     """An evaluation; :meth:`to_dict` is what ``report.json`` holds. Accuracies are fractions."""
 
@@ -122,6 +122,22 @@ class Report:
     """A few broken images: ``clean``, ``adversarial`` [k, C, H, W], ``label``, ``before``, ``after`` [k]."""
     filter_means: dict[str, Array] = field(default_factory=dict, repr=False)
     """``<kind>/<layer>`` → ``[C_out]``: mean of each filter's weights, see :func:`filter_means`."""
+
+    def __repr__(self) -> str:
+        """The accuracies in percent, on one line."""
+        results = ", ".join(f"{name} {100 * r.robust_accuracy:.1f}" for name, r in self.results().items())
+        doubts = f"; {len(self.flags)} doubt{'s' * (len(self.flags) != 1)}, see .flags" if self.flags else ""
+        return (
+            f"Report({self.model} on {self.n} {self.split} images of {self.dataset}, L-infinity eps "
+            f"{self.eps:.4g}: clean {100 * self.clean_accuracy:.1f} %{', robust ' * bool(results)}{results}"
+            f"{doubts})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for a notebook."""
+        from awnet.evaluation.html import summary
+
+        return summary(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready; keys without content are left out."""
@@ -369,6 +385,12 @@ def flags(report: Report) -> list[str]:
         )
     if report.selected_on == "test":
         found.append("the checkpoint was selected on test images, as in the paper, which flatters the result")
+    classes = report.settings.get("classes")
+    if classes and report.clean_interval_95[0] <= 1 / classes:
+        found.append(
+            f"clean accuracy, {100 * report.clean_accuracy:.1f} %, is not above chance "
+            f"({100 / classes:.3g} %): the network has learned nothing, and its robust accuracy says nothing"
+        )
     one_step = report.attacks.get("fgsm")
     if one_step is not None:
         weaker = [

@@ -20,6 +20,12 @@ def attack_label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
+def eps_text(eps: float) -> str:
+    """ε for readers: ``8/255`` where it is a whole number of 8-bit levels, else a decimal number."""
+    decimal, levels = f"{eps:.4g}", eps * 255
+    return f"{levels:.0f}/255" if len(decimal) > 4 and abs(levels - round(levels)) < 1e-4 else decimal
+
+
 def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> Table:
     """A row for each report: A_nat, then A_adv and A_w (Eq. 23) for each attack, ± half a 95 % interval.
 
@@ -113,7 +119,7 @@ def comparison_table(report: Report, label: str | None = None, title: str | None
 
 def _title(report: Report) -> str:
     marked = f", {report.settings['precision']}: no headline" if report.approximate else ""
-    return f"{report.dataset} {report.split}, {report.n} images, eps {report.eps:.4g}{marked}"
+    return f"{report.dataset} {report.split}, {report.n} images, eps {eps_text(report.eps)}{marked}"
 
 
 def _cell(value: float, interval: Interval) -> str:

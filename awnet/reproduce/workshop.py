@@ -28,6 +28,10 @@ _TEACHERS = {
     "clean": System("clean teacher", "resnet18", "standard"),
     "robust": System("robust teacher", "resnet18", "trades"),
 }
+_DIGITS_TEACHERS = {  # those of run_digits
+    "clean": System("clean teacher", "resnet_tiny", "standard"),
+    "robust": System("robust teacher", "resnet_tiny", "pgd_at"),
+}
 SURROGATE = System("WideResNet-70-16", "wrn70_16", "trades")
 
 
@@ -141,7 +145,8 @@ class Workshop:
             threat = ThreatModel(splits.train.threat_model.eps * system.eps_scale)
             splits = Splits(*(replace(part, threat_model=threat) for part in splits))
         recipe = self.recipe(system, dataset)
-        teachers = [_TEACHERS[kind] for kind in recipe.teachers]
+        own = _DIGITS_TEACHERS if dataset == "digits" else _TEACHERS
+        teachers = [own[kind] for kind in recipe.teachers]
         for teacher in teachers:
             self.trained(teacher, dataset)
         folder = self.run_folder(system, dataset)

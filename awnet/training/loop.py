@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -52,7 +53,7 @@ MOST_SKIPPED_IN_A_ROW = 10
 TeacherSource = nn.Module | str | Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """What ``train`` returns.
 
@@ -69,6 +70,30 @@ class RunResult:
     history: list[dict[str, Any]]
     validation: dict[str, float]
     finished: bool
+
+    def __repr__(self) -> str:
+        """The folder, the epochs and the best validation scores, on one line."""
+        best = f"; best epoch {self.validation['epoch']:.0f}: " if self.validation else ""
+        state = "finished" if self.finished else "not finished, resume=True continues it"
+        return (
+            f"RunResult({_title(self.model, self.folder)}, {len(self.history)} epochs, {state}{best}"
+            f"{_percent(self.validation)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """The same and the last epochs' records as a table, for a notebook."""
+        names = [n for n in ("epoch", "total", "clean_accuracy", "robust_accuracy", "w_robust_accuracy")
+                 if any(n in record for record in self.history)]  # fmt: skip
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{_cell(record.get(name))}</td>" for name in names) + "</tr>"
+            for record in self.history[-10:]
+        )
+        heads = "".join(f"<th>{name}</th>" for name in names)
+        return f"<p>{escape(repr(self))}</p><table><thead><tr>{heads}</tr></thead>{rows}</table>"
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def train(
