@@ -15,12 +15,13 @@ from datetime import timedelta
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
+from awnet._version import __version__
 from awnet.files import expanded
 from awnet.terminal import SafeStream, safe_output
 
@@ -32,11 +33,10 @@ if TYPE_CHECKING:
     from awnet.data import Dataset, Splits
     from awnet.distributed import Ranks
 
-DESCRIPTION = """AW-Net: networks whose filters are re-weighted per image, trained against adversarial
-images, attacked and judged.
+DESCRIPTION = """Train, attack and evaluate AW-Nets: networks whose filters are re-weighted for each image.
 
-Each command has its own --help. An error prints one line and ends with status 2; --traceback
-(or AWNET_DEBUG=1) shows where it came from."""
+Each command has its own --help; --version prints the version. An error prints one line and ends
+with status 2; --traceback (or AWNET_DEBUG=1) shows where it came from."""
 
 # what a user can cause and mend; anything else is a defect and keeps its traceback
 EXPECTED = (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError)
@@ -66,6 +66,56 @@ Number = Annotated[
     ),
     arg(help_behavior_hint=""),
 ]
+
+
+# what stands in the help for a value of these options, in place of its type
+_PLACEHOLDERS = {
+    "a": "RUN",
+    "attack": "ATTACK",
+    "attacks": "ATTACK [ATTACK ...]",
+    "authors": "TEXT",
+    "cases": "CASE [CASE ...]",
+    "compare_with": "RUN [RUN ...]",
+    "data": "DATASET",
+    "data_dir": "FOLDER",
+    "device": "DEVICE",
+    "evaluation": "NAME",
+    "files": "FILE ...",
+    "footnote": "TEXT",
+    "init_from": "RUN",
+    "b": "RUN",
+    "link": "URL",
+    "model": "MODEL",
+    "model_options": "NAME=VALUE [NAME=VALUE ...]",
+    "name": "NAME",
+    "providers": "PROVIDER [PROVIDER ...]",
+    "recipe": "RECIPE",
+    "recipe_options": "NAME=VALUE [NAME=VALUE ...]",
+    "results": "FOLDER",
+    "run_folder": "RUN",
+    "runs": "RUN ...",
+    "seeds": "SEED SEED [SEED ...]",
+    "shape": "SHAPE [SHAPE ...]",
+    "teachers": "TEACHER [TEACHER]",
+    "title": "TEXT",
+    "url": "URL",
+    "venue": "TEXT",
+    "what": "EXPERIMENT",
+}
+
+
+def with_placeholders(command: Any) -> Any:
+    """The options' class, with placeholders that say what a value is: ``--model MODEL``, not ``STR``."""
+    annotated: Any = Annotated
+    if command not in _with_placeholders:
+        _with_placeholders.add(command)
+        hints = get_type_hints(command, include_extras=True)
+        for name in hints.keys() & _PLACEHOLDERS.keys():
+            command.__annotations__[name] = annotated[hints[name], arg(metavar=_PLACEHOLDERS[name])]
+    return command
+
+
+_with_placeholders: set[Any] = set()
 
 
 def parse_options(pairs: Sequence[str], flag: str) -> dict[str, Any]:
@@ -134,6 +184,10 @@ class Train:
     """Other settings of the recipe as NAME=VALUE …, such as temperature=5 milestones=75,90."""
     model_options: Several[str] = ()
     """Settings of the model as NAME=VALUE …, such as bn=one."""
+    limit: Maybe[int] = None
+    """Train on at most so many of the training images, the classes in proportion."""
+    init_from: Maybe[Path] = None
+    """Start from the weights of this run, or of a .safetensors file; the model must be the same."""
     eps: Number = None
     """Size of the perturbation in image units; by default the data set's: 8/255, and 0.15 on digits."""
     select_on: Literal["validation", "test"] = "validation"
@@ -165,6 +219,10 @@ class Train:
                 settings[name] = value
         recipe = recipe_for(self.recipe, self.data, **settings)
         splits = _load(self.data, self.data_dir, self.seed, self.eps)
+        if self.limit is not None:
+            if self.limit < 1:
+                raise ValueError(f"limit must be 1 or more images, got {self.limit}")
+            splits = splits._replace(train=splits.train.subset(self.limit))
         name = self.model or recipe.network or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
         out = self.out or Path("runs") / f"{self.data}-{name}-{self.recipe}-{self.seed}"
         options = parse_options(self.model_options, "--model-options")
@@ -178,6 +236,7 @@ class Train:
             resume=self.resume,
             overwrite=self.overwrite,
             teachers=self.teachers,
+            init_from=self.init_from,
             data_memory=self.data_memory,
             max_minutes=self.max_minutes,
             checkpoint_minutes=self.checkpoint_minutes,
@@ -272,6 +331,7 @@ class _OnRun:
 
     def load(self, console: Console, device: Device | None = None) -> tuple[nn.Module, Dataset]:
         """The model on ``device``, by default the one that was asked for, and the images."""
+        from awnet.evaluation.table import in_one_line
         from awnet.models import load_model
 
         if self.limit is not None and self.limit < 1:
@@ -291,6 +351,17 @@ class _OnRun:
         dataset: Dataset = getattr(_load(name, data_dir, config.get("seed", 0), eps), self.split)
         if ours and dataset.fingerprint() != recorded["fingerprints"][self.split]:
             _say(console, f"note: these {self.split} images are not the ones that the run was made with")
+        count = len(dataset) if self.limit is None else min(self.limit, len(dataset))
+        recipe = config.get("recipe", {}).get("name")
+        _say(
+            console,
+            in_one_line(
+                model,
+                f"{count:,} {self.split} images of {dataset.name}",
+                dataset.threat_model.eps,
+                trained=f"trained by {recipe}" if recipe else None,
+            ),
+        )
         return model, dataset
 
 
@@ -342,7 +413,7 @@ class Evaluate(_OnRun):
             budget=self.budget,
             queries=self.queries,
             precision=self.precision,
-            progress=console.is_terminal,
+            progress=not console.quiet,
             out=self.folder,
             name=self.name,
             compared_with=others,
@@ -384,7 +455,6 @@ class Attack(_OnRun):
         import numpy as np
         import torch
 
-        from awnet import __version__
         from awnet.attacks import Suite, named_attack
         from awnet.attacks.saved import digest
         from awnet.files import written_atomically
@@ -440,6 +510,32 @@ class Attack(_OnRun):
         _say(console, f"written to {self.out}")
 
 
+@dataclass(kw_only=True)
+class Compare:
+    """Compare two runs: settings, training curves and evaluations, paired by image where both have the
+    same images.
+
+    For accuracies under attack, evaluate both runs with the same attacks first."""
+
+    a: Positional[Path]
+    """A run folder."""
+    b: Positional[Path]
+    """Another one. Differences are a minus b."""
+    name: str = "default"
+    """Of the evaluation in each run."""
+    out: Maybe[Path] = None
+    """The PNG file for the training curves; by default comparison.png in the current folder."""
+
+    def run(self, console: Console) -> None:
+        from awnet.reproduce.comparison import compare_runs
+
+        found = compare_runs(self.a, self.b, name=self.name, out=self.out or Path("comparison.png"))
+        for part in found.tables():
+            console.print(part)
+        for line in found.notes:
+            _say(console, line)
+
+
 # ── reproduce, analyse, export, bench, data, info ─────────────────────────────────────────────────────────
 
 
@@ -451,6 +547,8 @@ class Reproduce:
     """digits: AW-Net and two static twins on scikit-learn's digits, a few minutes on two CPU cores. table1 …
     table11, fig1, fig3, fig4, fig5: the paper's, beside its own figures. weight_gap: its Section 3.2.
     systems: small dynamic networks of several kinds at equal training cost."""
+    data: Maybe[str] = None
+    """Of table3: digits, for the ablation on digits in place of CIFAR-10."""
     budget: Literal["smoke", "cpu", "gpu-30min", "paper"] = "smoke"
     """Of a table or figure: how much is run. smoke shows in a minute that the command works, on generated
     images where there are no others; cpu takes hours, gpu-30min half an hour a network; paper is the
@@ -474,6 +572,8 @@ class Reproduce:
     def run(self, console: Console) -> None:
         from awnet.reproduce import reproduce, run_digits, run_digits_seeds
 
+        if self.data is not None and self.what == "digits":
+            raise ValueError("data is for table3; digits has data of its own")
         if self.what == "digits":
             flags: Any = {"resume": self.resume, "overwrite": self.overwrite, "device": self.device}
             if self.seeds:
@@ -486,7 +586,7 @@ class Reproduce:
         if self.overwrite:
             raise ValueError("overwrite is for digits: a table's networks are shared, so choose another out")
         reproduce(
-            self.what,
+            self.what if self.data is None else f"{self.what}-{self.data}",
             self.budget,
             out=self.out or Path("runs/paper"),
             data_dir=self.data_dir,
@@ -868,6 +968,7 @@ def _bench(words: Sequence[str]) -> Any:
             bases = (getattr(module, options_name),)
             namespace["run"] = _bench_run(getattr(module, function))
         action = make_dataclass(name, [], bases=bases, namespace=namespace, kw_only=True, frozen=True)
+        action = with_placeholders(action)
         actions.append(_named(action, name))
     return make_dataclass(
         "Bench",
@@ -884,6 +985,28 @@ def _bench_run(function: Any) -> Any:
     return run
 
 
+CONFIG = (DisallowNone, FlagCreatePairsOff, OmitArgPrefixes)
+# commands with actions of their own: the class of each
+_ACTIONS = {
+    "analyse": {"filters": AnalyseFilters, "weight-gap": AnalyseWeightGap},
+    "export": {"robustbench": ExportRobustBench, "program": ExportProgram},
+    "data": {"download": Download, "info": DataInfo},
+}
+
+
+def command_named(words: Sequence[str]) -> Any:
+    """The class of options of a command, such as ``["train"]`` or ``["bench", "run"]``."""
+    first, *rest = words
+    if first == "bench":
+        module_name, options_name, _, about = _BENCH[rest[0]]
+        options = getattr(importlib.import_module(f"awnet.benchmarks.{module_name}"), options_name)
+        namespace = {"__doc__": about}
+        return with_placeholders(
+            make_dataclass(rest[0], [], bases=(options,), namespace=namespace, kw_only=True, frozen=True)
+        )
+    return with_placeholders(_ACTIONS[first][rest[0]] if rest else _COMMANDS[first])
+
+
 def _named(command: Any, name: str) -> Any:
     annotated: Any = Annotated
     return annotated[command, subcommand(name)]
@@ -891,17 +1014,9 @@ def _named(command: Any, name: str) -> Any:
 
 def _commands(words: Sequence[str]) -> Any:
     """The union of commands that tyro parses ``words`` as."""
-    commands: dict[str, Any] = {
-        "train": Train,
-        "evaluate": Evaluate,
-        "attack": Attack,
-        "reproduce": Reproduce,
-        "analyse": Analyse,
-        "bench": _bench(words[1:]) if words[:1] == ["bench"] else Bench,
-        "data": Data,
-        "export": Export,
-        "info": Info,
-    }
+    commands = {**_COMMANDS, "bench": _bench(words[1:]) if words[:1] == ["bench"] else Bench}
+    for command in (*_COMMANDS.values(), *(c for actions in _ACTIONS.values() for c in actions.values())):
+        with_placeholders(command)
     return reduce(or_, (_named(command, name) for name, command in commands.items()))
 
 
@@ -923,6 +1038,20 @@ def _belongs_elsewhere(words: Sequence[str]) -> str | None:
                 flag = f"--{name.replace('_', '-')}"
                 return f"{flag} is a setting of the {owner}: give --{owner}-options {name}=VALUE"
     return None
+
+
+_COMMANDS: dict[str, Any] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "attack": Attack,
+    "compare": Compare,
+    "reproduce": Reproduce,
+    "analyse": Analyse,
+    "bench": Bench,
+    "data": Data,
+    "export": Export,
+    "info": Info,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -949,12 +1078,16 @@ def _main(arguments: Sequence[str] | None, out: SafeStream) -> int:
     if words[0] == "train" and (hint := _belongs_elsewhere(words)):
         print(f"awnet: error: {hint}", file=sys.stderr)
         return 2
+
+    if words == ["--version"]:
+        print(f"awnet {__version__}")
+        return 0
     command: Any = tyro.cli(
         _commands(words),
         prog="awnet",
         description=DESCRIPTION,
         args=words,
-        config=(DisallowNone, FlagCreatePairsOff, OmitArgPrefixes),
+        config=CONFIG,
     )
     from rich.console import Console
 

@@ -71,6 +71,34 @@ class Convolution:
         }[mode]
 
 
+def parse_shape(text: str) -> Convolution:
+    """``C_IN,C_OUT,SIZE[,KERNEL[,STRIDE[,GROUPS]]]`` as a convolution, by default 3×3 without stride.
+
+    Raises ValueError where the text has another form or the numbers describe no convolution.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not 3 <= len(numbers) <= 6 or min(numbers) < 1:
+        raise ValueError(
+            f"shape must be C_IN,C_OUT,SIZE[,KERNEL[,STRIDE[,GROUPS]]] in positive integers, as 64,128,32 or "
+            f"64,64,32,3,1,64, got {text!r}"
+        )
+    c_in, c_out, size, kernel, stride, groups = (*numbers, *(3, 1, 1)[len(numbers) - 3 :])
+    if c_in % groups or c_out % groups:
+        raise ValueError(f"shape {text!r}: groups, {groups}, must divide both numbers of channels")
+    if kernel % 2 == 0:
+        raise ValueError(f"shape {text!r}: the kernel must be odd, got {kernel}")
+    return Convolution(c_in, c_out, size, kernel, stride, groups)
+
+
+def shape_case(text: str) -> LayerCase:
+    """The dynamic layer of :func:`parse_shape`, named by all six numbers."""
+    c = parse_shape(text)
+    return LayerCase(",".join(map(str, (c.c_in, c.c_out, c.size, c.kernel, c.stride, c.groups))), c)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A case's random tensors for one batch. A static one has no signals, and one row a table."""

@@ -66,7 +66,8 @@ def _goals(folder: Path) -> str:
 
 def _speed(folder: Path) -> str:
     """The README's table: four ratios on the newest CPU, each with the command that measures it."""
-    rows, devices = [], {}
+    rows = []
+    devices: dict[str, None] = {}
     for one, measured in speedups(folder):
         found = "not measured" if measured is None else f"{measured.value:.2g}×"
         rows.append([one.against, one.where, found, f"`{one.command}`"])

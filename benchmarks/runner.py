@@ -25,7 +25,18 @@ from torch import Tensor
 from awnet.terminal import safe_console
 
 from . import results
-from .cases import CASES, MODES, SMOKE_CASES, Case, LayerCase, Mode, Problem, make_upstream, step
+from .cases import (
+    CASES,
+    MODES,
+    SMOKE_CASES,
+    Case,
+    LayerCase,
+    Mode,
+    Problem,
+    make_upstream,
+    shape_case,
+    step,
+)
 from .ceilings import Ceilings, measure_ceilings
 from .providers import COMPILED, Provider, providers, unfused
 from .timing import Times, measure
@@ -57,6 +68,9 @@ class BenchOptions:
     cases: tuple[str, ...] = ()
     """What to measure, by name: stage1 to stage4, stem, shortcut, transition, depthwise, block, network; by
     default all."""
+    shape: tuple[str, ...] = ()
+    """Layers of your own instead, each as C_IN,C_OUT,SIZE[,KERNEL[,STRIDE[,GROUPS]]]: 64,128,32 is a 3×3
+    layer from 64 to 128 channels on 32×32 images."""
     modes: tuple[Mode, ...] = MODES
     """forward: test mode. attack: test mode, and the gradients of image, filter_scale and p_clean.
     training: batch statistics, and the gradients of image, filter_scale and parameters."""
@@ -203,7 +217,12 @@ def _batches(options: BenchOptions, case: Case, device: torch.device) -> tuple[i
 
 def _jobs(options: BenchOptions, device: torch.device, extra: dict[str, Provider]) -> list[_Job]:
     available = providers() | extra
-    registry = {case.name: case for case in (SMOKE_CASES if options.smoke else CASES)}
+    if options.shape and options.cases:
+        raise ValueError(
+            "shape and cases are both given: measure layers of your own, or those of the registry"
+        )
+    own = [shape_case(text) for text in options.shape]
+    registry: dict[str, Case] = {case.name: case for case in own or (SMOKE_CASES if options.smoke else CASES)}
     names = _chosen(tuple(available), options.providers, "providers")
     if not options.providers and not options.compile:
         names = [name for name in names if name not in COMPILED]

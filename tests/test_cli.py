@@ -116,7 +116,7 @@ def test_seed_and_device_are_everywhere_a_model_runs(capsys):
     for command in ("train", "evaluate", "attack", "reproduce", "bench run"):
         text = help_of(capsys, *command.split())
         assert "--seed INT" in text
-        assert "--device STR" in text
+        assert "--device DEVICE" in text
 
 
 def test_help_names_every_recipe_and_data_set(capsys):
@@ -156,6 +156,23 @@ def test_without_words_it_prints_its_help(capsys):
     assert "reproduce" in said
 
 
+def test_version_prints_the_version_and_nothing_else(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"awnet {__version__}\n"
+
+
+LEAVES = (
+    *("train", "evaluate", "attack", "compare", "reproduce", "analyse filters", "analyse weight-gap", "info"),
+    *("bench run", "bench train", "bench verify", "bench plot", "bench table", "bench tune"),
+    *("data download", "data info", "export robustbench", "export program"),
+)
+
+
+def test_placeholders_in_the_help_say_what_a_value_is(capsys):
+    for command in LEAVES:
+        assert not re.search(r"\bSTR\b", help_of(capsys, *command.split())), command
+
+
 # ── train, evaluate, attack ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -183,6 +200,100 @@ def test_train_defaults_and_options_reach_the_recipe_and_the_model(tmp_path, cap
     )
     assert load_model(folder).config["options"]["beta"] == 1
     assert f"awnet evaluate {folder.relative_to(tmp_path)}" in capsys.readouterr().out
+
+
+def test_the_first_line_says_what_runs(run, tmp_path, capsys):
+    words = [
+        *TRAIN,
+        "--recipe",
+        "standard",
+        "--eps",
+        "8/255",
+        "--limit",
+        "100",
+        "--out",
+        str(tmp_path / "small"),
+    ]
+    assert main(words) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    parameters = sum(p.numel() for p in load_model(run).parameters())
+    for said in (
+        f"resnet_tiny, {parameters:,} parameters", "recipe standard, 1 epochs, seed 0",
+        "100 training images of digits", "cpu, backend ", "L-infinity eps 8/255",
+    ):  # fmt: skip
+        assert said in first
+    assert main(["evaluate", str(run), "--attacks", "fgsm", "--limit", "20", "--name", "first"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"resnet_tiny, {parameters:,} parameters; trained by standard; 20 test images of digits" in first
+
+
+def test_a_limit_takes_a_stratified_part_of_the_training_images(tmp_path, capsys):
+    words = [*TRAIN, "--recipe", "standard", "--out", str(tmp_path / "small")]
+    assert main([*words, "--limit", "100"]) == 0
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dataset"]["sizes"]["train"] == 100
+    assert "limit must be" in fails(capsys, *words, "--overwrite", "--limit", 0)
+
+
+def test_training_starts_from_another_runs_weights(run, tmp_path, capsys):
+    words = [*TRAIN, "--recipe", "standard", "--eps", "1/10", "--lr", "1e-30", "--init-from"]
+    assert main([*words, str(run), "--out", str(tmp_path / "on")]) == 0
+    before, after = (load_model(folder).state_dict() for folder in (run, tmp_path / "on"))
+    assert torch.equal(
+        before["classifier.weight"], after["classifier.weight"]
+    )  # the learning rate is next to 0
+    config = json.loads((tmp_path / "on" / "config.json").read_text())
+    assert config["sessions"][0]["init_from"] == str(run)
+    error = fails(capsys, "train", "--data", "digits", "--epochs", 1, "--init-from", run, "--out", "new")
+    assert "is a resnet_tiny whose weights do not fit this awnet_tiny" in error
+    assert not Path("new").exists()
+    assert "no file nowhere" in fails(capsys, *words, "nowhere", "--out", "new")
+    save_model(create_model("resnet_tiny", in_channels=1), tmp_path / "random.safetensors")
+    again = [*words, str(tmp_path / "random.safetensors"), "--out", str(tmp_path / "on"), "--resume"]
+    assert "cannot be resumed with another configuration" in fails(capsys, *again)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_compare_sets_two_runs_side_by_side(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main([*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "4", "--out", str(other)]) == 0
+    assert main(["evaluate", str(run), "--attacks", "fgsm", "--limit", "40", "--name", "both"]) == 0
+    capsys.readouterr()
+    words = ["compare", str(run), str(other), "--name", "both"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "has no evaluation 'both': awnet evaluate" in out
+    assert re.search(r"seed\s+3\s+4", out)
+    assert "paired" not in out
+    assert Path("comparison.png").stat().st_size > 10_000
+    assert main(["evaluate", str(other), "--attacks", "fgsm", "--limit", "40", "--name", "both"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--out", "curves/here.png"]) == 0
+    assert "paired by image" in capsys.readouterr().out
+    assert Path("curves/here.png").is_file()
+    assert main(["evaluate", str(other), "--attacks", "fgsm", "--limit", "30", "--name", "both"]) == 0
+    assert main(words) == 0
+    assert "not paired by image:" in capsys.readouterr().out
+    assert "is no run folder" in fails(capsys, "compare", run, "nowhere")
+
+
+def test_an_evaluation_without_a_terminal_says_now_and_then_that_it_is_alive(run, monkeypatch, capsys):
+    monkeypatch.setattr("awnet.evaluation.measure.HEARTBEAT_SECONDS", 0.0)
+    words = [
+        "evaluate",
+        str(run),
+        "--attacks",
+        "fgsm",
+        "--limit",
+        "40",
+        "--batch-size",
+        "20",
+        "--name",
+        "alive",
+    ]
+    assert main(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluate: ")]
+    assert re.match(r"evaluate: clean, 1 of 4 batches, \d+ s", lines[0])
+    assert "4 of 4" in lines[-1]
 
 
 def test_an_existing_run_needs_resume_or_overwrite(run, capsys):
@@ -380,6 +491,13 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
         (["data", "info", "mnist"], "unknown data set 'mnist'"),
         (["data", "download", "digits"], "digits needs no download"),
         (["bench", "run", "--batch", "0"], "batch"),
+        (["bench", "run", "--shape", "64,64"], "shape must be C_IN,C_OUT,SIZE"),
+        (["bench", "run", "--shape", "64,64,x"], "shape must be C_IN,C_OUT,SIZE"),
+        (["bench", "run", "--shape", "64,64,8,3,1,5"], "groups, 5, must divide"),
+        (["bench", "run", "--shape", "64,64,8,2"], "the kernel must be odd"),
+        (["bench", "run", "--shape", "8,8,8", "--cases", "stem"], "shape and cases are both given"),
+        (["reproduce", "table1", "--data", "digits"], "what must be digits or one of table1"),
+        (["reproduce", "digits", "--data", "digits"], "digits has data of its own"),
     ],
 )
 def test_an_error_is_one_clean_line(words, message, capsys):

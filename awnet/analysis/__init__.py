@@ -1,6 +1,7 @@
 """Figures from arrays, and measurements of modules."""
 
 from awnet.analysis.figures import (
+    compared_curves,
     differences_by_training,
     example_images,
     filter_means,
@@ -16,6 +17,7 @@ from awnet.analysis.weight_gap import WeightGap, weight_gaps
 
 __all__ = [
     "WeightGap",
+    "compared_curves",
     "differences_by_training",
     "example_images",
     "filter_means",

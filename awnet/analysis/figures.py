@@ -134,6 +134,37 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
                 axes.legend(loc="best", ncols=2 if len(shown) > 3 else 1)
 
 
+def compared_curves(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path, title: str = "Training"
+) -> None:
+    """Loss and validation accuracies of several runs by epoch, a color for each run.
+
+    Args:
+        runs: by name, the epochs' records of each run's ``log.jsonl``, as for :func:`training_curves`.
+        path: of the PNG file.
+    """
+    if not any(runs.values()):
+        raise ValueError("runs is empty: no epoch to draw")
+    with _figure(path, 9.0, 3.5) as figure:
+        left, right = figure.subplots(1, 2)
+        looks = {"clean_accuracy": (":", "clean"), "w_robust_accuracy": ("-", "$A_w$")}
+        for number, (name, records) in enumerate(runs.items()):
+            color = CYCLE[number % len(CYCLE)]
+            for axes, key, style, label in (
+                (left, "total", "-", name),
+                *((right, key, style, f"{name}, {said}") for key, (style, said) in looks.items()),
+            ):
+                if any(key in record for record in records):
+                    epochs, values = _column(records, key)
+                    factor = 1 if key == "total" else 100
+                    axes.plot(epochs, factor * values, ls=style, color=color, label=label, marker="o", ms=3)
+        left.set(title=f"{title}: loss", xlabel="epoch", ylabel="mean over the epoch", ylim=(0, None))
+        right.set(title="Validation accuracy", xlabel="epoch", ylabel="percent", ylim=(0, 101))
+        for axes in (left, right):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend(loc="best")
+
+
 def _column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[Any], NDArray[Any]]:
     rows = [(record["epoch"], record[name]) for record in records if name in record]
     epochs, values = np.array(rows, dtype=np.float64).T

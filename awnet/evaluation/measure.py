@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +50,9 @@ from awnet.nn import Steering, has_router, observe, route, unwrapped
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
 from awnet.terminal import safe_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Advance = Callable[[str, int], None]
 T = TypeVar("T")
@@ -109,7 +113,7 @@ def evaluate(
         teacher: the robust teacher, for ``adaptive_paper``; None takes the run's in ``out``, if it has one.
         surrogates: models whose images the union replays, by name; None takes the run's teachers.
         sanity: whether to add the sanity table; None adds it where the union is measured.
-        progress: show a bar.
+        progress: show a bar; where the output is no terminal, print a line a minute.
         out: a run folder: writes ``evaluations/<name>/`` there and the newest report as ``report.json``. An
             evaluation that is interrupted goes on from ``evaluations/<name>/state`` when called again.
         name: of the evaluation, a folder's name.
@@ -745,13 +749,41 @@ def _selected_on(out: str | Path | None) -> str | None:
     return found if isinstance(found, str) else None
 
 
+HEARTBEAT_SECONDS = 60.0
+
+
+def _heartbeat(console: Console, total: int) -> Advance:
+    """Prints what runs and how far it is, at most once in :data:`HEARTBEAT_SECONDS`."""
+    begun = said = time.monotonic()
+    done = 0
+
+    def advance(kind: str, by: int) -> None:
+        nonlocal said, done
+        done += by
+        now = time.monotonic()
+        if now - said >= HEARTBEAT_SECONDS:
+            said = now
+            console.print(f"evaluate: {kind}, {done} of {total} batches, {now - begun:.0f} s", markup=False)
+
+    return advance
+
+
 @contextmanager
 def _progress(show: bool, total: int) -> Iterator[Advance]:
-    """Yields a function to call with what runs and the number of steps that are done by now."""
+    """Yields a function to call with what runs and the number of steps that are done by now.
+
+    A bar on a terminal; elsewhere a line a minute, so that a log shows that the evaluation is alive.
+    """
     if not show:
         yield lambda kind, by: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        yield _heartbeat(console, total)
+        return
 
     columns = (
         TextColumn("evaluate {task.description:<14}"),

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from awnet.evaluation.report import Report
 from awnet.evaluation.statistics import Interval
+from awnet.ops.backends import default_backend
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +28,17 @@ def eps_text(eps: float) -> str:
     """ε for readers: ``8/255`` where it is a whole number of 8-bit levels, else a decimal number."""
     decimal, levels = f"{eps:.4g}", eps * 255
     return f"{levels:.0f}/255" if len(decimal) > 4 and abs(levels - round(levels)) < 1e-4 else decimal
+
+
+def in_one_line(model: nn.Module, images: str, eps: float, trained: str | None = None) -> str:
+    """What runs: model, parameters, images, recipe, device, backend, threat model."""
+    config = getattr(model, "config", None)
+    name = config["name"] if isinstance(config, dict) else type(model).__name__
+    count = sum(parameter.numel() for parameter in model.parameters())
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    parts = [f"{name}, {count:,} parameters", trained, images]
+    parts += [f"{device}, backend {default_backend(device.type)}", f"L-infinity eps {eps_text(eps)}"]
+    return "; ".join(part for part in parts if part)
 
 
 def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> Table:

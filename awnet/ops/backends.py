@@ -198,6 +198,11 @@ def chosen_backend() -> str | None:
     return _chosen[-1]
 
 
+def default_backend(device: str) -> str:
+    """The backend that a float32 layer on ``device`` takes: the named one, or the first that can run it."""
+    return chosen_backend() or select(_probe(device), None).name
+
+
 def select(call: Call, backend: str | None) -> Backend:
     """The backend that runs ``call``. Raises ValueError when a named one is unknown or cannot run it."""
     source = "backend"

@@ -197,9 +197,9 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
         say(console, f"note: {flag}")
     say(console, f"{seconds:.0f} s in all")
     folder = out / "evaluations" / "default"
-    say(console, f"report:     {out / 'report.json'}")
     say(console, f"figures:    {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     say(console, f"checkpoint: {out / 'best.safetensors'}")
+    say(console, f"report:     {folder / 'report.html'}")
 
 
 def verdict(comparison: Comparison) -> str:

@@ -200,7 +200,7 @@ class Workshop:
             queries=self.budget.queries,
             surrogates=_gates(model),
             sanity=False,
-            progress=self.console.is_terminal,
+            progress=not self.console.quiet,
             out=folder,
             name=name,
         )

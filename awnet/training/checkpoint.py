@@ -41,7 +41,7 @@ _ENTRIES = (
     *("teachers", "compared", "evaluations", "report.json"),
 )
 # The parts of config.json that a resumed run must share with the one that it goes on with.
-_COMPARED = ("recipe", "model", "dataset", "seed", "selected_on", "teachers")
+_COMPARED = ("recipe", "model", "dataset", "seed", "selected_on", "teachers", "init_from")
 
 
 def states(folder: str | Path) -> list[Path]:

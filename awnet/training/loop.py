@@ -33,6 +33,7 @@ from awnet.devices import resolve_device
 from awnet.distributed import Agreement, Ranks, joined, restarts
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
+from awnet.evaluation.table import in_one_line
 from awnet.models import create_model, load_model, save_model
 from awnet.models.files import weights_fingerprint, write_tensors
 from awnet.models.registry import config_of
@@ -107,6 +108,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     teachers: Sequence[TeacherSource] | None = None,
+    init_from: str | Path | None = None,
     max_minutes: float | None = None,
     checkpoint_minutes: float = 10.0,
     keep_checkpoints: int = checkpoint.KEEP,
@@ -124,6 +126,7 @@ def train(
     overwrite: delete the run in ``out`` first.
     teachers: what ``recipe.teachers`` names, (clean, robust) for MTARD: modules, run folders or .safetensors
         files. Where none are given they are trained first, into ``out/teachers/clean`` and so on.
+    init_from: a run folder or .safetensors file whose weights the model starts from; the same architecture.
     max_minutes: stop, with a checkpoint, after so long.
     checkpoint_minutes: time between checkpoints within an epoch; there is one at the end of each anyway. A
         checkpoint is copied at its step and written while training goes on.
@@ -173,6 +176,8 @@ def train(
     with joined(resolve_device(device)) as ranks, ExitStack() as held:
         where = ranks.device
         model = _model(model, splits.train, seed).to(where)
+        if init_from is not None:
+            _initialize(model, init_from)
         _check_outputs(model, splits.train, where)
         _check_shares(recipe, len(splits.train), ranks)
         with _synchronized(model, ranks):
@@ -188,12 +193,15 @@ def train(
             "selected_on": select_on,
             "teachers": _describe_teachers(recipe, model, given),
         }
+        if init_from is not None:
+            config["init_from"] = weights_fingerprint(model)
         about = environment(where) | numerics(recipe, where)._asdict() | {"ranks": ranks.size}
         session = {
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "process": f"process {os.getpid()} on {platform.node()}",
             "command": shlex.join(sys.argv),
             "teachers": None if teachers is None else [_source(teacher) for teacher in teachers],
+            "init_from": None if init_from is None else str(init_from),
             "environment": about,
         }
         _check_same(config, ranks)
@@ -203,6 +211,9 @@ def train(
             reporter.say(f"{folder} is finished: nothing to train")
             return _result(model, folder, state["best"], state["best_model"], ranks, finished=True)
 
+        images = f"{len(splits.train):,} training images of {splits.train.name}"
+        how = f"recipe {recipe.name}, {recipe.epochs} epochs, seed {seed}"
+        reporter.say(in_one_line(model, images, splits.train.threat_model.eps, trained=how))
         if recipe.teachers and given is None:
             made = []
             for kind in recipe.teachers:
@@ -701,6 +712,22 @@ def _model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
     with torch.random.fork_rng([]):
         torch.manual_seed(rng.key(seed, "model") & (2**63 - 1))
         return create_model(model, num_classes=data.num_classes, in_channels=data.in_channels)
+
+
+def _initialize(model: nn.Module, source: str | Path) -> None:
+    """Copies the weights of the model in ``source`` into ``model``; ValueError where they do not fit."""
+    other = load_model(source)
+    weights, mine = other.state_dict(), model.state_dict()
+    shapes, wanted = ({name: tuple(value.shape) for name, value in one.items()} for one in (weights, mine))
+    unlike = [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]
+    if unlike:
+        name, count = unlike[0], len(unlike) - 1
+        raise ValueError(
+            f"init_from: {source} is a {_describe(other)['name']} whose weights do not fit this "
+            f"{_describe(model)['name']}: {name} is {wanted.get(name, 'not')} here and "
+            f"{shapes.get(name, 'not')} there{f', and {count} more differ' if count else ''}"
+        )
+    model.load_state_dict(weights)
 
 
 def _check_outputs(model: nn.Module, data: Dataset, device: torch.device) -> None:
