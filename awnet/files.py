@@ -118,7 +118,7 @@ def _lock(handle: int) -> None:
 
 
 @contextmanager
-def written_atomically(path: str | Path) -> Iterator[Path]:
+def written_atomically(path: str | Path, *, parents: bool = True) -> Iterator[Path]:
     """Yields a temporary path to write to; on success flushes it to disk and renames it to ``path``.
 
     A reader sees the old file or the new one, never a part of either. On an exception (a full disk, say) the
@@ -127,7 +127,8 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
     as well and receives the bytes.
 
     The temporary file is in a folder beside ``path`` that is locked while the block runs, so that ``sweep``
-    can tell what a killed process left behind; leftovers for the same ``path`` are removed here.
+    can tell what a killed process left behind; leftovers for the same ``path`` are removed here. ``parents``:
+    make the folders above ``path`` where they are missing.
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
@@ -146,7 +147,8 @@ def written_atomically(path: str | Path) -> Iterator[Path]:
             yield temporary
         return
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent, re.compile(re.escape(_stem(path)) + r"\w{8}\.tmp"))
     with _temporary_folder(path) as folder:
         temporary = folder / "file"
@@ -302,9 +304,9 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, parents: bool = True) -> None:
     """Writes ``text`` as UTF-8, atomically; what UTF-8 cannot hold (part of a file name) is escaped."""
-    with written_atomically(path) as temporary:
+    with written_atomically(path, parents=parents) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

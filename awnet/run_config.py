@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from awnet.files import read_json
+from awnet.files import expanded, read_json
 from awnet.scalars import is_integer, is_number
 
 MARK = "awnet run"
@@ -15,7 +15,7 @@ _SPLITS = ("train", "validation", "test")
 
 def is_run(folder: str | Path) -> bool:
     """Whether ``folder`` holds a run's config.json. ValueError where that file is damaged."""
-    path = Path(folder) / "config.json"
+    path = expanded(folder) / "config.json"
     return path.is_file() and _is_config(read_json(path))
 
 
@@ -25,7 +25,7 @@ def read_config(folder: str | Path, *, whole: bool = False) -> dict[str, Any]:
     FileNotFoundError where there is none, ValueError, naming file and entry, where it is damaged or where a
     value has another type than a run writes.
     """
-    path = Path(folder) / "config.json"
+    path = expanded(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
     config = read_json(path)

@@ -16,8 +16,8 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -100,14 +100,25 @@ RECIPE = Planned(
 
 def go(out: Path, recipe: MTARD = RECIPE, **options: Any) -> loop.RunResult:
     settings: dict[str, Any] = {"teachers": TEACHERS, "seed": 5, "quiet": True, "tensorboard": False}
-    return train(recipe, model(), SPLITS, out, **(settings | options))
+    return train(recipe, model(), options.pop("splits", SPLITS), out, **(settings | options))
 
 
 def stop_at(step: int | None, do: Callable[[], None] | None = None) -> None:
     PLAN.update(step=0, at=step, do=do)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "signals_act")
+
+
+@pytest.fixture
+def signals_act() -> Iterator[None]:
+    """SIGINT and SIGHUP as in a terminal, also where the tests run in the background or under nohup."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -307,10 +318,6 @@ def test_a_process_that_is_told_to_stop(
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a background job of a shell ignores it
-
     def twice() -> None:
         interrupt()
         with pytest.raises(KeyboardInterrupt):
@@ -318,12 +325,51 @@ def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     stop_at(2, twice)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "run")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "run")
     assert C.load_state(tmp_path / "run")["step"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_hangup_or_a_batch_systems_warning_saves_and_stops_however_often_it_comes(
+    uninterrupted: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    def send() -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+
+    stop_at(6, send)
+    with pytest.raises(SystemExit) as stopped:
+        go(tmp_path / "run")
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) == signal.SIG_DFL
+    assert C.load_state(tmp_path / "run")["step"] == 6
+    stop_at(None)
+    assert go(tmp_path / "run", resume=True).finished
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGHUP under nohup, SIGINT in a shell's background job."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        stop_at(2, lambda: os.kill(os.getpid(), number))
+        assert go(tmp_path / "run").finished
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_programs_own_handler_of_a_batch_systems_signal_stays(tmp_path: Path) -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: came.append(number))
+    try:
+        stop_at(2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        assert go(tmp_path / "run").finished
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert came == [signal.SIGUSR1]
 
 
 def test_interrupted_while_a_teacher_trains(tmp_path: Path) -> None:
@@ -338,7 +384,166 @@ def test_interrupted_while_a_teacher_trains(tmp_path: Path) -> None:
     assert result.finished
 
 
+# --- a run folder that is moved or deleted while a run writes to it
+
+
+@pytest.mark.parametrize("step", [1, 6, 12])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_folder_that_is_renamed_during_training_is_followed(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int, replaced: bool
+) -> None:
+    old, new = tmp_path / "run", tmp_path / "elsewhere" / "kept"
+    new.parent.mkdir()
+
+    def rename() -> None:
+        while not C.states(old):  # the first state is written in the background
+            time.sleep(0.01)
+        old.rename(new)
+        if replaced:
+            old.mkdir()
+            (old / "notes.txt").write_text("the user's own")
+
+    stop_at(step, rename)
+    result = go(old, quiet=False, tensorboard=step == 6)
+    assert result.folder == new
+    assert f"{old} was renamed during training; the run continues in {new}" in capsys.readouterr().out
+    assert_same_run(uninterrupted, new)
+    assert timeless(result.history) == timeless(read_log(new, "epoch"))
+    assert not old.exists() if not replaced else [path.name for path in old.iterdir()] == ["notes.txt"]
+    if step == 6:
+        assert len(list((new / "tensorboard").iterdir())) == 2  # the second was begun at the new place
+
+
+def test_a_run_folder_that_is_renamed_while_a_checkpoint_is_written(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a file, so that its temporary name is no longer there."""
+    stop_at(None)
+    old, new, save, count = tmp_path / "run", tmp_path / "new", torch.save, 0
+
+    def slow(state: Any, file: Any) -> None:
+        nonlocal count
+        save(state, file)
+        count += 1
+        if count == 2:
+            old.rename(new)
+
+    monkeypatch.setattr(torch, "save", slow)
+    assert go(old).folder == new
+    assert_same_run(uninterrupted, new)
+    assert not old.exists()
+    assert not list(new.rglob("*.tmp"))
+
+
+def test_a_run_folder_that_is_renamed_while_a_teacher_trains(tmp_path: Path) -> None:
+    old, new = tmp_path / "run", tmp_path / "new"
+    recipe = MTARD(epochs=1, batch_size=4, attack_steps=1, robust_teacher="pgd_at")
+    once = [True]
+
+    attack = PGDAT.attack
+
+    def renaming(self: Any, *arguments: Any) -> Any:
+        if once:
+            once.clear()
+            old.rename(new)
+        return attack(self, *arguments)
+
+    stop_at(None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PGDAT, "attack", renaming)
+        result = train(recipe, "resnet_tiny", SPLITS, old, quiet=True, tensorboard=False)
+    assert not once
+    assert result.folder == new
+    assert result.finished
+    assert C.load_state(new / "teachers" / "robust")["finished"]
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("recreated", [False, True])
+def test_a_run_folder_that_is_deleted_during_training_stops_it_and_does_not_come_back(
+    tmp_path: Path, recreated: bool
+) -> None:
+    run = tmp_path / "run"
+
+    def delete() -> None:
+        while [path.name for path in C.states(run)] != ["step-00000004.pt", "step-00000000.pt"] or list(
+            run.rglob("*.tmp")
+        ):  # a state is written in the background
+            time.sleep(0.01)
+        shutil.rmtree(run)
+        if recreated:
+            run.mkdir()
+
+    stop_at(5, delete)
+    with pytest.raises(FileNotFoundError, match="was deleted or moved away during training"):
+        go(run)
+    assert PLAN["step"] < 3 * STEPS
+    assert not run.exists() or not list(run.iterdir())
+
+
 # --- the log and TensorBoard after a resumption
+
+
+def test_a_log_of_a_run_is_checked_before_the_run_is_resumed(tmp_path: Path) -> None:
+    stop_at(9, crash)
+    with pytest.raises(MemoryError):
+        go(tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    whole = log.read_bytes()
+    length = C.load_state(tmp_path / "run")["log_bytes"]
+    lines = whole[:length].splitlines(keepends=True)
+    blank = b'{"kind": "step", "step": 1, "fill": "%s"}\n'
+    damaged = {
+        "a line is missing": b"".join(lines[:-1]),
+        "empty": b"",
+        "bytes that are no text": whole[:30] + b"\xff" * 20 + whole[50:],
+        "a line that is no record": whole.replace(lines[0], b"[%s]\n" % (b" " * (len(lines[0]) - 3))),
+        "a line cut in two": whole[: length - 10] + b"\n" + whole[length - 9 :],
+        "text beyond a shortened end": whole[: length - 5] + b"x" * 50,
+        "another order": b"".join([*lines[1:], lines[0]]),
+        "an epoch less": whole.replace(lines[1], blank % (b"x" * (len(lines[1]) - len(blank) + 2))),
+    }
+    for what, content in damaged.items():
+        log.write_bytes(content)
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        stop_at(None)
+        with pytest.raises(ValueError, match=r"log\.jsonl.*: put the log back, or move it away"):
+            go(tmp_path / "run", resume=True)
+        assert PLAN["step"] == 0, what  # nothing was trained
+        assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}, what
+
+
+def test_a_run_whose_log_was_moved_away_resumes_with_a_new_one(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (9, 2):
+        stop_at(step, terminate)
+        with pytest.raises(SystemExit):
+            go(tmp_path / "run", resume=True, quiet=False)
+        if step == 9:
+            (tmp_path / "run" / "log.jsonl").rename(tmp_path / "log.jsonl")
+    assert "log.jsonl is missing: a new one begins after step 9" in capsys.readouterr().out
+    stop_at(None)
+    result = go(tmp_path / "run", resume=True)
+    assert [record["epoch"] for record in result.history] == [3]
+    assert timeless(read_log(tmp_path / "run")) == timeless(read_log(uninterrupted))[-2:]
+    assert_same(C.load_state(uninterrupted), C.load_state(tmp_path / "run"))
+
+
+def test_a_run_is_resumed_with_the_same_images_in_another_place(uninterrupted: Path, tmp_path: Path) -> None:
+    def of(place: str) -> Splits:
+        return Splits(*(replace(part, source=place) for part in SPLITS))
+
+    stop_at(5, terminate)
+    with pytest.raises(SystemExit):
+        go(tmp_path / "run", splits=of("/scratch/job1"))
+    stop_at(None)
+    assert go(tmp_path / "run", splits=of("/scratch/job2"), resume=True).finished
+    assert_same_run(uninterrupted, tmp_path / "run")
+    assert C.read_config(tmp_path / "run")["dataset"]["source"] == "/scratch/job2"
+    other = Splits(*(replace(part, images=part.images.flip(3)) for part in of("/scratch/job2")))
+    with pytest.raises(ValueError, match=r"another configuration: dataset\.fingerprints"):
+        go(tmp_path / "run", splits=other, resume=True)
 
 
 def test_tensorboard_does_not_repeat_steps(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from awnet.files import written_atomically
+from awnet.files import expanded, written_atomically
 from awnet.models.files import raw_bytes, weights_fingerprint
 from awnet.models.registry import config_of
 
@@ -52,7 +52,7 @@ class Saved:
     """
 
     def __init__(self, folder: str | Path, key: str) -> None:
-        self.folder = Path(folder) / key
+        self.folder = expanded(folder) / key
 
     def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any] | None:
         """The tensors and what was noted beside them; None where there are none.

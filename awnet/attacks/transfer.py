@@ -14,7 +14,7 @@ from awnet._version import __version__
 from awnet.attacks.base import Attack, check_ball, check_model, device_of
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Dataset
-from awnet.files import read_json, write_json
+from awnet.files import expanded, read_json, write_json
 from awnet.models import load_model
 from awnet.models.registry import config_of
 from awnet.precision import full_precision
@@ -40,7 +40,7 @@ class Crafted:
     @classmethod
     def load(cls, path: str | Path) -> Crafted:
         """What :func:`craft` wrote: the ``.safetensors`` file, with its ``.json`` beside it."""
-        path = Path(path)
+        path = expanded(path)
         for part in (path, path.with_suffix(".json")):
             if not part.is_file():
                 raise FileNotFoundError(f"{part} does not exist: craft the images first")
@@ -103,7 +103,7 @@ def craft(
         "batch_size": batch_size,
     }
     key = digest(provenance)
-    path = None if folder is None else Path(folder) / f"{key}.safetensors"
+    path = None if folder is None else expanded(folder) / f"{key}.safetensors"
     if path is not None and path.is_file() and path.with_suffix(".json").is_file():
         return Crafted.load(path)
     parts = None if folder is None else Saved(folder, f"{key}.parts")

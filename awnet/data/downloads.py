@@ -15,6 +15,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from awnet.files import expanded
+
 CHUNK = 1 << 20
 MOST_BYTES = 300_000_000  # of an archive: the largest published one has fewer
 
@@ -70,7 +72,7 @@ def download(
     if url is not None and not url.startswith(("http://", "https://", "ftp://")):
         raise ValueError(f"url must begin with http://, https:// or ftp://, got {url!r}")
     archive = ARCHIVES[name]
-    data_dir = Path(data_dir).expanduser()
+    data_dir = expanded(data_dir)
     folder = data_dir / archive.folder
     if folder.is_dir():
         return folder

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from awnet.files import expanded
+
 
 def find_folder(name: str, data_dir: str | Path, markers: dict[str, str]) -> tuple[Path, str]:
     """(the published folder, its marker file). ``markers``: folder name → a file that only this version has;
     the first that is found counts. ``data_dir`` is the folder itself, under whatever name, or its parent."""
-    data_dir = Path(data_dir).expanduser()
+    data_dir = expanded(data_dir)
     for folder, marker in markers.items():
         for candidate in (data_dir / folder, data_dir):
             if (candidate / marker).is_file():

@@ -42,7 +42,7 @@ from awnet.evaluation.sanity import Check, sanity_table, union_check
 from awnet.evaluation.statistics import auc, wilson_interval
 from awnet.evaluation.store import locked
 from awnet.evaluation.union import WorstCase, remaining
-from awnet.files import read_json
+from awnet.files import expanded, read_json, sweep
 from awnet.models import load_model
 from awnet.models.rdi import has_exits
 from awnet.models.registry import config_of
@@ -137,6 +137,7 @@ def evaluate(
     batch_size, seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed)
     limit = None if limit is None else check_integer("limit", limit, 1)
     queries = None if queries is None else check_integer("queries", queries, 0)
+    out = None if out is None else expanded(out)
     dataset, classes = _ready(model, dataset, batch_size, device)
     chosen = evaluated(model, precision, next(dataset.batches(min(batch_size, REFERENCE))).x)
     live, model = model, chosen.module
@@ -149,7 +150,7 @@ def evaluate(
             raise TypeError(f"compared_with[{other!r}] must be a Report, got {type(report).__name__}")
     teachers = _teachers(out, dataset.device) if _needs_teachers(attacks) else {}
     ranks = ranks or Ranks(dataset.device)
-    folder = None if out is None else Path(out) / "evaluations" / name
+    folder = None if out is None else out / "evaluations" / name
     with _alone(folder, ranks):
         suite = Suite(
             classes=classes,
@@ -626,6 +627,7 @@ def _check_same(key: str, ranks: Ranks) -> None:
 
 def _state(folder: Path, key: str) -> Saved:
     """Where this evaluation is kept; what another model, data set or attack left there is deleted."""
+    sweep(folder)
     saved = Saved(folder / "state", key)
     if saved.folder.parent.is_dir():
         for other in saved.folder.parent.iterdir():

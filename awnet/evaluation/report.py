@@ -27,7 +27,7 @@ from awnet.evaluation.statistics import (
     w_robust_accuracy,
     wilson_interval,
 )
-from awnet.files import write_json, write_text
+from awnet.files import expanded, write_json, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -176,7 +176,7 @@ class Report:
         Raises:
             BlockingIOError: another process evaluates in ``folder``.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         with store.locked(folder):
             self._write(folder, training_log)
         return folder / store.REPORT
@@ -187,7 +187,7 @@ class Report:
         ``report.json`` in ``run_folder`` becomes a link to that of this evaluation. The caller holds the lock
         of the evaluation's folder (:func:`awnet.evaluation.store.locked`).
         """
-        run_folder = Path(run_folder)
+        run_folder = expanded(run_folder)
         folder, log = run_folder / "evaluations" / name, run_folder / "log.jsonl"
         if (folder / store.REPORT).is_file():
             store.link(folder / store.REPORT, run_folder / store.REPORT)
@@ -220,7 +220,7 @@ class Report:
         Raises FileNotFoundError where there is none, ValueError where it is damaged or foreign, or where its
         files are of different evaluations.
         """
-        folder = Path(folder)
+        folder = expanded(folder)
         path = folder / store.REPORT
         contents = store.read_together(folder, (store.REPORT, *(f"{name}.npz" for name in _ARRAYS)))
         if store.REPORT not in contents:

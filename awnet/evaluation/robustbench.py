@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from awnet.attacks import frozen
 from awnet.data.dataset import Dataset
 from awnet.evaluation.report import Report, check_name
-from awnet.files import write_json, write_text, written_atomically
+from awnet.files import expanded, write_json, write_text, written_atomically
 from awnet.models.registry import config_of
 from awnet.precision import full_precision
 
@@ -97,7 +97,7 @@ def export_robustbench(
     broken = violations(model, x, dataset.num_classes)
     if broken:
         raise ValueError(f"the model breaks RobustBench's rules: {'; '.join(broken)}")
-    folder, out = FOLDERS[dataset.name], Path(out)
+    folder, out = FOLDERS[dataset.name], expanded(out)
     weights = out / "models" / folder / "Linf" / f"{entry.name}.pt"
     info = out / "model_info" / folder / "Linf" / f"{entry.name}.json"
     zoo = out / f"{entry.name}_zoo.py"

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from awnet._version import __version__
-from awnet.files import written_atomically
+from awnet.files import expanded, written_atomically
 from awnet.models.registry import create_model, model_shapes
 
 _KEY = "awnet"  # in the safetensors metadata
@@ -34,7 +34,7 @@ def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor]
         ValueError: ``path`` ends otherwise, or ``model`` has no ``config``, so nothing could rebuild it.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
     model = _unwrapped(model)
@@ -82,7 +82,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
         FileNotFoundError: nothing there, or a folder without ``best.safetensors``.
         ValueError: a file that is damaged, from elsewhere, or does not fit this version of the package.
     """
-    path = Path(path)
+    path = expanded(path)
     file = path / "best.safetensors" if path.is_dir() else path
     if not file.is_file():
         what = f"no best.safetensors in the folder {path}" if path.is_dir() else f"no file {path}"

@@ -19,6 +19,7 @@ from awnet.evaluation import Comparison, Report, compare, comparison_table, eval
 from awnet.evaluation.statistics import Interval
 from awnet.evaluation.store import locked
 from awnet.evaluation.table import LABELS, attack_label
+from awnet.files import expanded
 from awnet.reproduce.lanes import Job, run_lanes
 from awnet.terminal import safe_console
 from awnet.training import MTARD, Recipe, recipe_for, train
@@ -68,7 +69,7 @@ def run_digits(
     """
     begun = time.monotonic()
     console = safe_console(quiet=quiet)
-    out = Path(out)
+    out = expanded(out)
     where = resolve_device(device)
     if processes is None:
         processes = 2 if where.type == "cpu" and torch.get_num_threads() >= 2 else 1

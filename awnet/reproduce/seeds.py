@@ -12,7 +12,7 @@ from awnet import analysis
 from awnet.evaluation import Report, t_interval
 from awnet.evaluation.statistics import Interval
 from awnet.evaluation.table import attack_label
-from awnet.files import write_json
+from awnet.files import expanded, write_json
 from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, in_words, run_digits, say
 from awnet.terminal import safe_console
 
@@ -75,7 +75,7 @@ def run_digits_seeds(
     seeds = list(seeds)
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be two or more different numbers, got {seeds}")
-    out, console = Path(out), safe_console(quiet=quiet)
+    out, console = expanded(out), safe_console(quiet=quiet)
     runs = {}
     for number, seed in enumerate(seeds, 1):
         console.rule(f"seed {seed}, {number} of {len(seeds)}")

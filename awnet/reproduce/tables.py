@@ -22,7 +22,7 @@ from awnet.evaluation.filters import filter_means
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.report import AttackResult, environment
 from awnet.evaluation.table import attack_label
-from awnet.files import write_json, write_text
+from awnet.files import expanded, write_json, write_text
 from awnet.precision import full_precision
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.digits import verdict
@@ -87,15 +87,15 @@ def reproduce(
     console = safe_console(quiet=quiet)
     allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
     shop = Workshop(
-        Path(out),
+        expanded(out),
         budget,
         allowed,
-        data_dir=None if data_dir is None else Path(data_dir),
+        data_dir=None if data_dir is None else expanded(data_dir),
         seed=seed,
         device=device,
         console=console,
     )
-    folder = Path(out) / f"{name}-{budget}"
+    folder = expanded(out) / f"{name}-{budget}"
     folder.mkdir(parents=True, exist_ok=True)
     shop.say(f"{name}: {experiment.title}; budget {budget}: {allowed.about}")
     if experiment.equal_cost:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from awnet import files
-from awnet.files import is_temporary, write_json, write_text, written_atomically
+from awnet.files import expanded, is_temporary, write_json, write_text, written_atomically
 from awnet.run_config import MARK, is_run, read_config
 
 FORMAT = 2
@@ -46,7 +46,7 @@ _COMPARED = ("recipe", "model", "dataset", "seed", "selected_on", "teachers", "i
 
 def states(folder: str | Path) -> list[Path]:
     """The state files of a run, the newest first."""
-    return sorted((Path(folder) / "state").glob("step-????????.pt"), reverse=True)
+    return sorted((expanded(folder) / "state").glob("step-????????.pt"), reverse=True)
 
 
 def save_state(folder: str | Path, state: dict[str, Any], *, keep: int = KEEP) -> None:
@@ -55,14 +55,15 @@ def save_state(folder: str | Path, state: dict[str, Any], *, keep: int = KEEP) -
     Of the earlier states the newest stay, ``keep`` in all; later ones, which a damaged file may have left
     behind, go.
     """
-    path = Path(folder) / "state" / f"step-{state['step']:08d}.pt"
-    with written_atomically(path) as temporary:
+    path = expanded(folder) / "state" / f"step-{state['step']:08d}.pt"
+    path.parent.mkdir(exist_ok=True)  # no folder above it: the run folder may just have been renamed
+    with written_atomically(path, parents=False) as temporary:
         try:
             with open(temporary, "wb") as file:
                 torch.save({"mark": _MARK, "format": FORMAT, **state}, file)
         except RuntimeError as error:  # torch's, in place of the file's own reason
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-        write_text(_checksum_path(path), f"{_checksum(temporary)}  {path.name}\n")
+        write_text(_checksum_path(path), f"{_checksum(temporary)}  {path.name}\n", parents=False)
     found = states(folder)
     old = [one for one in found if one.name <= path.name][keep:]
     for one in [one for one in found if one.name > path.name] + old:
@@ -196,7 +197,7 @@ def check(folder: str | Path, *, resume: bool = False, overwrite: bool = False) 
     Raises FileExistsError for a run without ``resume`` or ``overwrite``, and for a folder that holds anything
     else; ValueError for both together.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: go on with the run, or start it again")
     if folder.exists() and not folder.is_dir():
@@ -220,9 +221,9 @@ def claim(folder: str | Path, *, resume: bool = False, overwrite: bool = False) 
     Raises what ``check`` raises, and BlockingIOError where another process trains in a folder to overwrite.
     """
     check(folder, resume=resume, overwrite=overwrite)
-    if overwrite and Path(folder).is_dir():
+    if overwrite and expanded(folder).is_dir():
         with locked(folder):
-            _clear(Path(folder))
+            _clear(expanded(folder))
 
 
 def _clear(folder: Path) -> None:
@@ -255,7 +256,7 @@ def locked(folder: str | Path, warn: Callable[[str], None] | None = None) -> Ite
     Raises:
         BlockingIOError: another process holds the lock; the message says which.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     def busy() -> str:
@@ -281,7 +282,7 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
     A new or empty folder starts a run, with ``resume`` too. Raises what ``check`` raises, and ValueError for
     a resumed run whose recipe, model, data set, seed or teachers differ, naming each difference.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     check(folder, resume=resume, overwrite=overwrite)
     if overwrite:
         _clear(folder)
@@ -289,17 +290,28 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
         write_config(folder, config)
         return False
     old = read_config(folder)
-    found = [line for part in _COMPARED for line in differences(old.get(part), config.get(part), part)]
+    then, now = comparable(old), comparable(config)
+    found = [line for part in _COMPARED for line in differences(then.get(part), now.get(part), part)]
     if found:
         raise ValueError(
             f"{folder} cannot be resumed with another configuration: {'; '.join(found)}. Resume with the "
             "first values, or start again with overwrite or in another folder"
         )
+    if old["dataset"].get("source") != config["dataset"].get("source"):  # the same images, elsewhere
+        write_config(folder, old | {"dataset": config["dataset"]})
     return bool(states(folder))
 
 
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration without what may change: where the images come from. Their fingerprints count."""
+    dataset = config.get("dataset")
+    if not isinstance(dataset, dict):
+        return config
+    return config | {"dataset": {name: value for name, value in dataset.items() if name != "source"}}
+
+
 def write_config(folder: str | Path, config: dict[str, Any]) -> None:
-    write_json(Path(folder) / "config.json", {"kind": MARK, **config})
+    write_json(expanded(folder) / "config.json", {"kind": MARK, **config})
 
 
 def differences(old: Any, new: Any, path: str) -> Iterator[str]:

@@ -7,12 +7,14 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from rich.markup import escape
 
+from awnet.files import expanded, flush
 from awnet.terminal import safe_console
 
 if TYPE_CHECKING:
@@ -55,10 +57,24 @@ class RunLog:
         self._warn, self._warned = warn, False
         self._writer: SummaryWriter | None = None
         if tensorboard:
+            self._open_tensorboard(folder, None if resume_at is None else step + 1)
+
+    def _open_tensorboard(self, folder: Path, purge_step: int | None) -> None:
+        try:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = None if resume_at is None else step + 1
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge, flush_secs=30)
+            path = str(folder / "tensorboard")
+            self._writer = SummaryWriter(path, purge_step=purge_step, flush_secs=30)
+        except Exception as error:
+            self._warn(f"warning: TensorBoard's file could not be opened ({error}); the run has none")
+
+    def follow(self, folder: Path) -> None:
+        """Continues in a run folder that was renamed. TensorBoard opens its file by name at each write."""
+        if self._writer is not None:
+            with suppress(Exception):
+                self._writer.close()
+            self._writer = None
+            self._open_tensorboard(folder, None)
 
     def write(self, record: dict[str, Any]) -> None:
         """One record; numbers also go to TensorBoard under ``kind/name`` at ``record["step"]``."""
@@ -75,7 +91,7 @@ class RunLog:
                 for name, value in record.items():
                     if isinstance(value, int | float) and name not in ("step", "epoch"):
                         self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-            except OSError as error:
+            except Exception as error:  # whatever the thread that writes has met
                 self._writer = None
                 self._warn(f"warning: TensorBoard's file could not be written ({error}); it ends here")
 
@@ -94,7 +110,7 @@ class RunLog:
         """Sees the first ``length`` bytes safely to the disk, from any thread; OSError where that fails."""
         if self._written < length:
             raise OSError(errno.ENOSPC, "the log waits for room on the disk")
-        os.fsync(self._file.fileno())
+        flush(self._file.fileno())
 
     def close(self) -> None:
         try:
@@ -105,7 +121,7 @@ class RunLog:
         if self._writer is not None:
             try:
                 self._writer.close()
-            except OSError as error:
+            except Exception as error:
                 self._warn(f"warning: TensorBoard's file could not be written ({error})")
 
 
@@ -114,19 +130,72 @@ def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]
 
     A last line cut short, as a crash may leave it, is passed over; any other damage raises ValueError.
     """
-    path = Path(folder) / "log.jsonl"
+    path = expanded(folder) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist: {folder} is no run folder, or nothing was logged yet"
         )
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    records = _parsed(path, path.read_bytes())
     return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def _parsed(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """The records of ``content``, whose last line may be cut short."""
+    records = []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+            raise ValueError(f"{path}, line {number}, is no record of a run")
+        records.append(record)
+    return records
+
+
+def check_log(folder: Path, state: dict[str, Any], warn: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Sees to it that a run's log.jsonl belongs to the state that the run is resumed from.
+
+    A missing log is begun anew, and ``warn`` is told; a finished run needs one. What was written after the
+    state does not count.
+
+    Returns:
+        The epochs' records.
+
+    Raises:
+        FileNotFoundError: the run is finished and its log is missing.
+        ValueError: the log is shorter than it was at the state, is damaged, or is another run's.
+    """
+    path = folder / "log.jsonl"
+    if not path.is_file() and not state["finished"]:
+        if state["log_bytes"]:
+            warn(f"note: {path} is missing: a new one begins after step {state['step']}")
+        return []
+    if not path.is_file():
+        read_log(folder)  # raises
+    content = path.read_bytes()[: state["log_bytes"]]
+    remedy = "put the log back, or move it away to resume with a new one"
+    if len(content) < state["log_bytes"]:
+        raise ValueError(
+            f"{path} has {len(content):,} bytes, but had {state['log_bytes']:,} at the checkpoint of step "
+            f"{state['step']}: {remedy}"
+        )
+    try:
+        if content and not content.endswith(b"\n"):
+            raise ValueError(f"{path} has no end of a line where the checkpoint of step {state['step']} was")
+        records = _parsed(path, content)
+        steps = [record["step"] for record in records]
+        epochs = [record.get("epoch") for record in records if record["kind"] == "epoch"]
+        if steps != sorted(steps) or (steps and steps[-1] > state["step"]):
+            raise ValueError(f"{path} is not in the order of steps up to {state['step']}")
+        if epochs != list(range(state["epoch"] + 1))[-len(epochs) or state["epoch"] + 1 :]:
+            raise ValueError(
+                f"{path} holds the epochs {epochs}, but {state['epoch']} were done at the checkpoint of step "
+                f"{state['step']}"
+            )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{error}: {remedy}") from error
+    return [record for record in records if record["kind"] == "epoch"]
 
 
 class Reporter:

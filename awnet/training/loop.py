@@ -34,6 +34,7 @@ from awnet.distributed import Agreement, Ranks, joined, restarts
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
 from awnet.evaluation.table import in_one_line
+from awnet.files import expanded
 from awnet.models import create_model, load_model, save_model
 from awnet.models.files import weights_fingerprint, write_tensors
 from awnet.models.registry import config_of
@@ -42,8 +43,9 @@ from awnet.precision import check_environment, full_precision
 from awnet.run_config import read_config
 from awnet.scalars import check_integer, check_number
 from awnet.training import checkpoint
-from awnet.training.logging import Reporter, RunLog, read_log
+from awnet.training.logging import Reporter, RunLog, check_log
 from awnet.training.losses import Teachers
+from awnet.training.place import Place
 from awnet.training.recipes import Recipe
 from awnet.training.smallest import check_smallest_micro_batch
 from awnet.training.step import Numerics, TrainingStep, numerics
@@ -137,8 +139,9 @@ def train(
     data_memory: where the training images lie: ``device``; ``host``, from where each batch is copied a batch
         ahead; or ``auto``, the device if it has room.
 
-    Ctrl-C and SIGTERM finish the step, write a checkpoint and say how to go on; then KeyboardInterrupt or
-    SystemExit is raised. A second one stops at once, without a new checkpoint.
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step, write a checkpoint and say how to resume; then
+    KeyboardInterrupt or SystemExit is raised. A second Ctrl-C or SIGTERM stops at once, without a new
+    checkpoint. Signals that are ignored stay ignored. A run folder that is renamed meanwhile is followed.
 
     Under torchrun, or where torch.distributed is initialised, all ranks train one model together: every rank
     calls this with the same arguments, ``recipe.batch_size`` counts the images of all of them, and a process
@@ -149,8 +152,8 @@ def train(
     that are all damaged or of another version's network, or a resumed run with another configuration,
     FloatingPointError when loss or gradient were NaN or infinite in ten steps in a row (a single such step is
     left out, reported and counted), MemoryError with advice where the device's or the host's memory is full,
-    and OSError at the end when the last checkpoint could not be written (earlier ones that could not, as on a
-    full disk, are warned of).
+    FileNotFoundError where ``out`` was deleted during training, and OSError at the end when the last
+    checkpoint could not be written (earlier ones that could not, as on a full disk, are warned of).
     """
     deadline = math.inf
     if max_minutes is not None:
@@ -170,7 +173,9 @@ def train(
     if teachers is not None and not recipe.teachers:
         raise ValueError(f"recipe {recipe.name!r} takes no teachers")
     check_environment()
-    folder = Path(out)
+    folder = expanded(out)
+    if teachers is not None and not isinstance(teachers, str | Path):
+        teachers = [expanded(one) if isinstance(one, str | Path) else one for one in teachers]
     if restarts():
         resume, overwrite = True, False
     with joined(resolve_device(device)) as ranks, ExitStack() as held:
@@ -206,10 +211,13 @@ def train(
         }
         _check_same(config, ranks)
         reporter = Reporter(_title(model, folder), quiet=quiet or ranks.rank > 0)
-        state = ranks.first(lambda: _begin(folder, config, session, reporter, resume, overwrite, held))
+        state, history = ranks.first(
+            lambda: _begin(folder, config, session, reporter, resume, overwrite, held)
+        )
         if state is not None and state["finished"]:
             reporter.say(f"{folder} is finished: nothing to train")
-            return _result(model, folder, state["best"], state["best_model"], ranks, finished=True)
+            return _result(model, folder, state["best"], state["best_model"], history, finished=True)
+        place = held.enter_context(Place(folder, reporter.say)) if ranks.rank == 0 else None
 
         images = f"{len(splits.train):,} training images of {splits.train.name}"
         how = f"recipe {recipe.name}, {recipe.epochs} epochs, seed {seed}"
@@ -218,16 +226,18 @@ def train(
             made = []
             for kind in recipe.teachers:
                 teacher_recipe, name = recipe.teacher_recipe(kind), _teacher_name(model)
-                place = folder / "teachers" / kind
+                folder = folder if place is None else place.path
+                teacher_folder = folder / "teachers" / kind
                 reporter.say(
-                    f"no {kind} teacher was given: {name}, trained by {teacher_recipe.name}, in {place}"
+                    f"no {kind} teacher was given: {name}, trained by {teacher_recipe.name}, in "
+                    f"{teacher_folder}"
                 )
                 minutes = None if deadline == math.inf else max((deadline - time.monotonic()) / 60, 1e-6)
                 one = train(
                     teacher_recipe,
                     name,
                     splits,
-                    place,
+                    teacher_folder,
                     seed=seed,
                     device=where,
                     resume=True,
@@ -252,10 +262,12 @@ def train(
                 run = _Run(
                     recipe, model, splits, folder, seed, ranks, given, select_on, reporter, data_memory
                 )
+                run.place, run.history = place, history
                 run.save_every, run.keep, run.about = 60 * checkpoint_minutes, keep_checkpoints, about
                 finished = run.go(state, deadline, tensorboard)
         weights = run.best_model if run.best else run.train_on.judged.state_dict()
-        return _result(model, folder, run.best, weights, ranks, finished=finished)
+        folder, history = ranks.first(lambda: (run.folder, run.history))
+        return _result(model, folder, run.best, weights, history, finished=finished)
 
 
 def _begin(
@@ -266,17 +278,18 @@ def _begin(
     resume: bool,
     overwrite: bool,
     held: ExitStack,
-) -> dict[str, Any] | None:
-    """Opens the run folder, locked by ``held``; the state to go on from, None for a run that begins."""
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Opens the run folder, locked by ``held``; returns the state to resume from, if any, and its epochs."""
     checkpoint.check(folder, resume=resume, overwrite=overwrite)
     held.enter_context(checkpoint.locked(folder, reporter.say))
     sessions = {"sessions": [session]}
     if not checkpoint.open_folder(folder, config | sessions, resume=resume, overwrite=overwrite):
-        return None
+        return None, []
     state = checkpoint.load_state(folder, reporter.say)
+    history = check_log(folder, state, reporter.say)
     if not state["finished"]:
         _add_session(folder, session, state, reporter)
-    return state
+    return state, history
 
 
 @contextmanager
@@ -325,6 +338,8 @@ class _Run:
         data_memory: Memory,
     ) -> None:
         self.recipe, self.model, self.folder, self.seed = recipe, model, folder, seed
+        self.place: Place | None = None  # rank 0's: where the folder is now
+        self.history: list[dict[str, Any]] = []  # rank 0's: the epochs' records
         self.ranks, self.device, self.reporter = ranks, ranks.device, reporter
         self.data = splits.train.placed(self.device, data_memory)
         self.held_out: Dataset = getattr(splits, select_on).to(self.device)
@@ -363,6 +378,7 @@ class _Run:
         """Trains to the end (True) or the deadline (False)."""
         if state is not None:
             self._restore(state)
+        self._follow()
         if self.ranks.rank == 0:
             self.log = RunLog(
                 self.folder,
@@ -465,6 +481,7 @@ class _Run:
 
     def _close(self, stopped: _Stop) -> bool:
         self.ranks.first(self._finish_writing)
+        self._follow()
         if self.epoch == self.recipe.epochs:
             self.reporter.say(
                 f"{self.reporter.title}: done in {self.seconds:.0f} s; best epoch {self.best['epoch']}: "
@@ -571,7 +588,17 @@ class _Run:
 
     def _write_log(self, record: dict[str, Any]) -> None:
         if self.log is not None:
+            self._follow()
             self.log.write(record)
+            if record["kind"] == "epoch":
+                self.history.append(record)
+
+    def _follow(self) -> None:
+        """Takes over the run folder's new path where it was renamed; FileNotFoundError where it is gone."""
+        if self.place is not None and self.place.path != self.folder:
+            self.folder = self.place.path
+            if self.log is not None:
+                self.log.follow(self.folder)
 
     def _rates(self) -> dict[str, float]:
         """The learning rates that the last step leaves behind."""
@@ -597,7 +624,9 @@ class _Run:
         random = self.ranks.gathered(checkpoint.random_state(self.device))
         if self.writer is None or self.log is None:
             return
-        log = self.log
+        log, place = self.log, self.place
+        assert place is not None
+        self._follow()
         self.writer.wait()
         state = checkpoint.on_host(
             {
@@ -625,13 +654,13 @@ class _Run:
             log.sync(state["log_bytes"])
             best = state["best_model"]
             if best and best is not self.best_on_disk:
-                _save_weights(self.model, self.folder / "best.safetensors", best)
+                _save_weights(self.model, place.path / "best.safetensors", best)
                 self.best_on_disk = best
             judged = state["average"]["model"] if state["average"] else state["model"]
-            _save_weights(self.model, self.folder / "last.safetensors", judged)
-            checkpoint.save_state(self.folder, state, keep=self.keep)
+            _save_weights(self.model, place.path / "last.safetensors", judged)
+            checkpoint.save_state(place.path, state, keep=self.keep)
 
-        self.writer.submit(write)
+        self.writer.submit(lambda: place.during(write))
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
@@ -670,10 +699,16 @@ class _Stop(NamedTuple):
 
 
 class _Signals:
-    """SIGINT and SIGTERM are noted in ``came`` instead of acting; a second one acts at once.
+    """The signals that ask a process to stop are noted in ``came`` instead of acting.
 
-    Outside the main thread signals cannot be caught, and keep their usual effect.
+    A second SIGINT or SIGTERM acts at once. SIGHUP and SIGUSR1 never do: a closed terminal may send several,
+    a batch system warns by them. A signal that is ignored (SIGHUP under nohup, SIGINT in a shell's background
+    job) stays ignored, and the program's own handlers of SIGHUP and SIGUSR1 stay. Outside the main thread
+    signals cannot be caught, and keep their usual effect.
     """
+
+    _AT_ONCE = (signal.SIGINT, signal.SIGTERM)
+    _PATIENT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self, reporter: Reporter) -> None:
         self.came: int | None = None
@@ -682,23 +717,31 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (*self._AT_ONCE, *self._PATIENT):
+                now = signal.getsignal(number)
+                if now in (signal.SIG_IGN, None) or (number in self._PATIENT and now != signal.SIG_DFL):
+                    continue
                 self._usual[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: Any) -> None:
+        if self.came is not None:
+            return
         self.came = number
-        self._restore()
+        self._restore(self._AT_ONCE)
         with suppress(RuntimeError):  # the signal came in the middle of another print
-            self._reporter.say("finishing the step and saving; a second signal stops at once, without saving")
+            self._reporter.say(
+                f"{signal.Signals(number).name}: finishing the step and saving; a second Ctrl-C or SIGTERM "
+                "stops at once, without saving"
+            )
 
-    def _restore(self) -> None:
-        for number, handler in self._usual.items():
-            signal.signal(number, handler)
-        self._usual.clear()
+    def _restore(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if number in self._usual:
+                signal.signal(number, self._usual.pop(number))
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        self._restore(list(self._usual))
 
 
 # What train checks, makes and describes before the first step
@@ -759,6 +802,7 @@ def _check_shares(recipe: Recipe, images: int, ranks: Ranks) -> None:
 
 
 def _check_same(config: dict[str, Any], ranks: Ranks) -> None:
+    config = checkpoint.comparable(config)
     for rank, other in enumerate(ranks.gathered(config)):
         found = list(checkpoint.differences(config, other, "configuration"))
         if found:
@@ -885,11 +929,10 @@ def _result(
     folder: Path,
     best: dict[str, float],
     weights: dict[str, Tensor],
-    ranks: Ranks,
+    history: list[dict[str, Any]],
     *,
     finished: bool,
 ) -> RunResult:
     chosen = copy.deepcopy(model).eval()
     chosen.load_state_dict(weights)
-    history = ranks.first(lambda: read_log(folder, "epoch"))
     return RunResult(chosen, folder, history, dict(best), finished)

@@ -1,0 +1,91 @@
+"""A run folder that is followed when it is renamed or moved while a run writes to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+try:
+    import fcntl
+except ImportError:  # Windows, which does not rename a folder that is in use
+    fcntl = None  # type: ignore[assignment]
+
+_F_GETPATH = 50  # of macOS
+
+
+class Place:
+    """Where a folder is now, known by its identity rather than by its name. Use it in a ``with`` statement.
+
+    Args:
+        folder: an existing folder.
+        warn: receives a line of text when the folder was renamed.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self._path, self._warn = folder, warn
+        self._found = folder.stat()
+        self._handle: int | None = None
+        if fcntl is not None:
+            self._handle = os.open(folder, os.O_RDONLY)
+
+    @property
+    def path(self) -> Path:
+        """The folder's path: the one that was given as long as it is right.
+
+        Raises:
+            FileNotFoundError: the folder was deleted, or moved to where it cannot be found.
+        """
+        if not self._is_at(self._path):
+            moved = self._current()
+            if moved is None or not self._is_at(moved):
+                raise FileNotFoundError(
+                    f"the run folder {self._path} was deleted or moved away during training, so nothing more "
+                    "can be saved in it. If it is elsewhere, resume it there with --resume (resume=True)"
+                )
+            self._warn(f"note: {self._path} was renamed during training; the run continues in {moved}")
+            self._path = moved
+        return self._path
+
+    def during(self, write: Callable[[], None]) -> None:
+        """Calls ``write``, and once more where the folder was renamed meanwhile."""
+        path = self.path
+        try:
+            write()
+        except FileNotFoundError:
+            if self.path == path:
+                raise
+        if self.path != path:
+            write()
+
+    def _is_at(self, path: Path) -> bool:
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(found, self._found)
+
+    def _current(self) -> Path | None:
+        """By the system's knowledge of the open folder; None where it has none."""
+        if self._handle is None:
+            return None
+        try:
+            return Path(os.readlink(f"/proc/self/fd/{self._handle}"))
+        except OSError:
+            pass
+        try:
+            found: bytes = fcntl.fcntl(self._handle, _F_GETPATH, bytes(1024))
+        except OSError:
+            return None
+        return Path(os.fsdecode(found.rstrip(b"\0")))
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
