@@ -96,8 +96,8 @@ Outputs layer_forward(const Tensor& input, const MaybeTensor& weight, const Mayb
   Tensor mean = at::empty({0}, floats), m2 = at::empty({0}, floats);
   const auto norm = norm_of(bn_weight, bn_bias, running_mean, running_var);
   const bool by_batch = norm && training;
-  const bool direct = weight && u.is_cpu() && cpu::convolves(u, *weight, groups);
   const cpu::Window window{stride, padding, dilation};
+  const bool direct = weight && u.is_cpu() && cpu::convolves(u, *weight, window, groups);
   if (direct && by_batch) {
     std::tie(u, mean, m2) = cpu::convolve_statistics(u, *weight, window);
   } else if (weight && !direct) {
@@ -155,12 +155,13 @@ Gradients layer_backward(const Tensor& grad_in, const MaybeTensor& input, const 
   const bool need_images = need_input || need_weight || need_residual;
   const int64_t hw = grad.size(2) * grad.size(3);
 
-  const bool direct = weight && need_input && grad.is_cpu() && cpu::convolves(grad, *weight, groups);
+  const cpu::Window window{stride, padding, dilation};
+  const bool direct = weight && need_input && grad.is_cpu() &&
+                      cpu::convolves_back(input_shape, grad, *weight, window, groups);
   Tensor d_scale, d_p, d_gamma, d_beta, by_grad;
   MaybeTensor u, centre, by_input, constant;
   std::optional<cpu::Back> back;
   const auto convolve_back = [&](bool sums) {
-    const cpu::Window window{stride, padding, dilation};
     back = cpu::convolve_back(grad, u, centre, gate, by_grad, by_input, constant, *weight, input_shape, window,
                               sums, need_residual, need_weight);
   };

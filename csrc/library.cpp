@@ -35,7 +35,9 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "weight, Tensor batch_mean, Tensor batch_var, Tensor n, Tensor? is_clean, float eps, bool need_omega, "
       "Tensor? through) -> (Tensor d_omega, Tensor d_weight, Tensor d_bias, Tensor by_grad, Tensor by_input, "
       "Tensor constant)");
-  m.def("convolves(Tensor input, Tensor weight, int groups) -> bool");
+  m.def(
+      "convolves(Tensor input, Tensor weight, int groups, int[2] stride=1, int[2] padding=0, int[2] dilation=1) "
+      "-> bool");
   m.def(
       "convolve_apply(Tensor input, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, bool relu, "
       "int[2] stride, int[2] padding, int[2] dilation, bool keep_u, bool keep_mask) -> (Tensor y, Tensor u, "
@@ -70,6 +72,11 @@ std::tuple<Tensor, Tensor> not_in_place(const Tensor& u, const Tensor& scale, co
 
 using awnet::cpu::Sizes;
 
+bool convolves(const Tensor& input, const Tensor& weight, int64_t groups, Sizes stride, Sizes padding,
+               Sizes dilation) {
+  return awnet::cpu::convolves(input, weight, {stride, padding, dilation}, groups);
+}
+
 std::tuple<Tensor, Tensor, Tensor> convolve_apply(const Tensor& input, const Tensor& weight, const Tensor& scale,
                                                   const Tensor& shift, const MaybeTensor& residual, bool relu,
                                                   Sizes stride, Sizes padding, Sizes dilation, bool keep_u,
@@ -91,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> convolve_back(const Tensor& grad, con
 
 TORCH_LIBRARY_IMPL(awnet, CPU, m) {
   AWNET_IMPLEMENT(awnet::cpu)
-  m.impl("convolves", &awnet::cpu::convolves);
+  m.impl("convolves", &convolves);
   m.impl("convolve_apply", &convolve_apply);
   m.impl("convolve_back", &convolve_back);
 }

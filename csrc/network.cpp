@@ -56,10 +56,10 @@ std::pair<variable_list, std::vector<Layer>> run(const Tensor& x, at::TensorList
                 " needs a scale and a shift ", Sizes(table), ", got ", scales[i].sizes(), " and ",
                 shifts[i].sizes());
     Tensor u, mask;
-    if (cpu::convolves(input, weights[i], s.groups)) {
-      std::tie(y[i], u, mask) =
-          cpu::convolve_apply(input, weights[i], {s.stride, s.padding, s.dilation}, scales[i], shifts[i],
-                              residual, s.relu, keep_u, keep_mask && s.relu);
+    const cpu::Window window{s.stride, s.padding, s.dilation};
+    if (cpu::convolves(input, weights[i], window, s.groups)) {
+      std::tie(y[i], u, mask) = cpu::convolve_apply(input, weights[i], window, scales[i], shifts[i], residual,
+                                                    s.relu, keep_u, keep_mask && s.relu);
     } else {
       const auto found =
           layer_forward(input, weights[i], scales[i], {}, {}, shifts[i], residual, {}, {}, {}, false, 1e-5,
@@ -120,7 +120,8 @@ class Network : public torch::autograd::Function<Network> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     TORCH_CHECK(!at::GradMode::is_enabled(),
-                "a frozen network has a first derivative only; for a second one run the network itself");
+                "a frozen network has a first derivative only; for a second one run it inside `with "
+                "awnet.use_backend('reference')`");
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
     const size_t count = saved.size() / 5;
@@ -144,14 +145,15 @@ class Network : public torch::autograd::Function<Network> {
       const MaybeTensor kept = need_scale || need_shift ? MaybeTensor(u) : std::nullopt;
       const MaybeTensor gate = s.relu ? MaybeTensor(mask) : std::nullopt;
       if (!channels_last[i]) d[i] = d[i].contiguous();
-      if (need_input && cpu::convolves(d[i], weight, s.groups)) {
+      const cpu::Window window{s.stride, s.padding, s.dilation};
+      if (need_input && cpu::convolves_back(shape_of(s.input), d[i], weight, window, s.groups)) {
         MaybeTensor centre, onto;
         if (kept) centre = u.select(3, 0).select(2, 0).contiguous();
         Tensor& total = s.input < 0 ? d_x : d[s.input];
         if (total.defined() && total.is_contiguous()) onto = total;
-        const auto back = cpu::convolve_back(d[i], kept, centre, gate, scale, {}, {}, weight,
-                                             shape_of(s.input), {s.stride, s.padding, s.dilation},
-                                             kept.has_value(), s.residual >= 0, false, onto);
+        const auto back =
+            cpu::convolve_back(d[i], kept, centre, gate, scale, {}, {}, weight, shape_of(s.input), window,
+                               kept.has_value(), s.residual >= 0, false, onto);
         d[i] = Tensor();
         if (!onto) add(total, back.d_input);
         if (s.residual >= 0) add(d[s.residual], back.d_residual);
@@ -254,7 +256,10 @@ class Coefficients : public torch::autograd::Function<Coefficients> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "a frozen network's coefficients have a first derivative only");
+    TORCH_CHECK(
+        !at::GradMode::is_enabled(),
+        "a frozen network's coefficients have a first derivative only; for a second one run it inside `with "
+        "awnet.use_backend('reference')`");
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
     const auto widths = ctx->saved_data["widths"].toIntVector();

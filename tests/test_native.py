@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from awnet import ops
 from awnet.ops import native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +140,7 @@ def test_the_direct_convolution_and_its_gradients(geometry, threads: int) -> Non
     ops, before = torch.ops.awnet, torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert ops.convolves(x, weight, 1)
+        assert ops.convolves(x, weight, 1, *place)
         epilogue = (scale, shift, residual, True)
         got_y, got_u, mask = ops.convolve_apply(x, weight, *epilogue, *place, True, True)
         centre = got_u[:, :, 0, 0].contiguous()
@@ -178,10 +179,145 @@ def test_the_direct_convolution_refuses_what_it_cannot_read() -> None:
             x, torch.zeros(8, 8, 3, 3), *tables, None, False, (1, 1), (0, 0), (1, 1), False, False
         )
 
-    with pytest.raises(RuntimeError, match="expected 8 channels, got 7"):
-        apply(torch.zeros(1, 7, 4, 4))
-    with pytest.raises(RuntimeError, match="larger than the padded image"):
-        apply(torch.zeros(1, 8, 2, 4))
+    with pytest.raises(RuntimeError, match="does not take these images, weights and sizes"):
+        apply(torch.zeros(1, 7, 4, 4))  # 8 channels are expected
+    with pytest.raises(RuntimeError, match="does not take these images, weights and sizes"):
+        apply(torch.zeros(1, 8, 2, 4))  # the filter is larger than the image
+
+
+# sizes that make a packed image much larger than the image, and their output, which is small all the same
+SPREAD: list[dict[str, object]] = [
+    {"padding": 2**29, "dilation": 2**29},
+    {"padding": 2**40, "dilation": 2**40},
+    {"padding": 10**5, "dilation": 10**5},
+    {"padding": (0, 10**6), "dilation": (1, 10**6)},
+    {"padding": 300},
+    {"stride": 2**31},
+    {"stride": (1, 2**62), "padding": (1, 2**61)},
+    {"stride": 300, "padding": 1},
+]
+
+
+@built
+@pytest.mark.parametrize("sizes", SPREAD, ids=str)
+def test_sizes_beyond_the_packed_image_are_the_librarys(sizes: dict[str, object]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator) for s in ((1, 2, 4, 5), (3, 2, 3, 3)))
+    window = [value if isinstance(value := sizes.get(name, default), tuple) else (value, value)
+              for name, default in (("stride", 1), ("padding", 0), ("dilation", 1))]  # fmt: skip
+    assert not torch.ops.awnet.convolves(x, weight, 1, *window)
+    expected_of = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = torch.nn.functional.conv2d(*expected_of, **sizes)
+    inputs = [
+        x.clone().requires_grad_(),
+        weight.clone().requires_grad_(),
+        torch.ones(1, 3, requires_grad=True),
+    ]
+    got = ops.filter_scaled_conv2d(*inputs, **sizes, backend="cpp")
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn(got.shape, generator=generator)
+    gradients = torch.autograd.grad(got, inputs, upstream)
+    for one, other in zip(gradients, torch.autograd.grad(expected, expected_of, upstream), strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@direct
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": torch.ones(1, 7)},
+        {"scale": torch.ones(1, 8, dtype=torch.float64)},
+        {"residual": torch.zeros(1, 8, 3, 4)},
+        {"residual": torch.zeros(1, 8, 4, 4, dtype=torch.float64)},
+        {"stride": (0, 1)},
+        {"padding": (-1, 1)},
+        {"dilation": (1, 1, 1)},
+    ],
+    ids=str,
+)
+def test_the_direct_convolution_checks_every_size_before_it_reads(wrong: dict[str, object]) -> None:
+    arguments: dict[str, object] = {
+        "input": torch.zeros(1, 8, 4, 4), "weight": torch.zeros(8, 8, 3, 3), "scale": torch.ones(1, 8),
+        "shift": torch.zeros(1, 8), "residual": None, "relu": False, "stride": (1, 1), "padding": (1, 1),
+        "dilation": (1, 1), "keep_u": False, "keep_mask": False,
+    }  # fmt: skip
+    torch.ops.awnet.convolve_apply(**arguments)
+    with pytest.raises(RuntimeError, match=r"must be float32|does not take"):
+        torch.ops.awnet.convolve_apply(**arguments | wrong)
+
+
+@direct
+@pytest.mark.parametrize("wrong", ["grad", "u", "centre", "gate", "scale", "input_shape"])
+def test_the_direct_convolutions_gradient_checks_every_size_before_it_reads(wrong: str) -> None:
+    image, table = torch.ones(2, 8, 4, 4), torch.ones(2, 8)
+    arguments: dict[str, object] = {
+        "grad": image, "u": image, "centre": table, "gate": image > 0, "scale": table,
+        "weight": torch.zeros(8, 8, 3, 3), "input_shape": (2, 8, 4, 4), "stride": (1, 1), "padding": (1, 1),
+        "dilation": (1, 1), "residual": True,
+    }  # fmt: skip
+    torch.ops.awnet.convolve_back(**arguments)
+    given = arguments[wrong]
+    arguments[wrong] = (2, 8, 4, 5) if isinstance(given, tuple) else given[:1]  # type: ignore[index]
+    with pytest.raises(RuntimeError, match=r"must be float32|does not take"):
+        torch.ops.awnet.convolve_back(**arguments)
+
+
+# --- sums over pixels
+
+# csrc/cpu/passes.inl: at most 64 additions in a row, and what the blocks' totals and the results add
+BOUND = (64 + 8) * 2.0**-24
+
+
+@built
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, (4096, 4096)), (torch.bfloat16, (513, 1030)), (torch.float16, (700, 700))],
+    ids=str,
+)
+def test_sums_over_a_plane_have_an_error_that_does_not_grow_with_it(dtype, size, last: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    channels = 1 if size[0] == 4096 else 17  # a whole vector of columns, and one column that is left
+    u = torch.rand(1, channels, *size, generator=generator).mul_(2).add_(2)  # all of a sign: the worst case
+    u, grad = u.to(dtype), torch.rand(1, channels, *size, generator=generator).to(dtype)
+    layout = torch.channels_last if last else torch.contiguous_format
+    if last and channels == 1:  # which would be NCHW too
+        u, grad = (x[..., ::2, ::2].expand(1, 2, -1, -1) for x in (u, grad))
+    u, grad = u.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+    mean, m2 = torch.ops.awnet.statistics(u)
+    # a centre below all values, which makes the products all of a sign
+    g1, gc = torch.ops.awnet.reduce(grad, u, torch.ones_like(mean), None)
+    wide, grad_wide = u.double().flatten(2), grad.double().flatten(2)
+    expected = {
+        "mean": (mean, wide.mean(2)),
+        "m2": (m2, (wide - mean.double()[..., None]).square().sum(2)),
+        "g1": (g1, grad_wide.sum(2)),
+        "gc": (gc, (grad_wide * (wide - 1)).sum(2)),
+    }
+    for name, (got, exact) in expected.items():
+        error = float(((got - exact) / exact).abs().max())
+        assert error <= BOUND, (name, error)
+
+
+@direct
+def test_sums_of_a_packed_plane_have_that_error_too() -> None:
+    grad, u = (torch.rand(1, 1, 512, 512, generator=torch.Generator().manual_seed(s)) + 1 for s in (0, 1))
+    one, weight = torch.ones(1, 1), torch.ones(1, 1, 3, 3)
+    place = ((1, 1), (1, 1), (1, 1))
+    assert torch.ops.awnet.convolves(grad, weight, 1, *place)
+    found = torch.ops.awnet.convolve_back(grad, u, 0 * one, None, one, weight, u.shape, *place, False)
+    expected = grad.double().sum(), (grad.double() * u.double()).sum()
+    for got, exact in zip(found[2:], expected, strict=True):
+        assert float(abs(got.double().sum() - exact) / exact) <= BOUND
+
+
+@built
+def test_an_infinite_value_stays_infinite_in_a_long_sum() -> None:
+    grad = torch.ones(1, 17, 20, 20).contiguous(memory_format=torch.channels_last)
+    grad[0, 0, 0, 0] = float("inf")
+    g1, _ = torch.ops.awnet.reduce(grad, torch.zeros_like(grad), torch.zeros(1, 17), None)
+    assert g1[0, 0] == float("inf")
+    assert torch.equal(g1[0, 1:], torch.full((16,), 400.0))
 
 
 @built

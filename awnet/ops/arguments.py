@@ -15,6 +15,7 @@ from awnet.scalars import plain
 
 Size2 = int | tuple[int, int]
 
+_MOST = 2**62  # of a stride, padding or dilation, which are 64-bit integers in torch
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -276,6 +277,8 @@ def _pair(value: object, name: str, least: int) -> tuple[int, int]:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if pair[0] < least or pair[1] < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if max(pair) > _MOST:
+        raise ValueError(f"{name} must be at most 2**62, got {value!r}")
     return (pair[0], pair[1])
 
 

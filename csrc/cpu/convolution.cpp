@@ -27,8 +27,16 @@ constexpr int64_t kMostChannels = 256;
 constexpr int64_t kMostValues = 1 << 18;
 // A larger plane's combinations leave that cache: with few channels the direct way was as quick or quicker.
 constexpr int64_t kMostCombined = 64 * 64;
+// Values of a sample's packed image, or of what it is turned into. Padding, dilation and stride make them
+// larger than the image, without a limit: beyond this one the library convolves.
+constexpr int64_t kMostPacked = 2 * kMostValues;
+// Every size below these, no product of those in a plan overflows.
+constexpr int64_t kMostSize = 1 << 20, kMostTaps = 128, kMostStride = 8;
 // Vectors of outputs that a kernel makes at once, where there are as many.
 constexpr int64_t kTile = 3;
+
+const char* const kNotTaken =
+    "the direct convolution does not take these images, weights and sizes (see `convolves`)";
 
 int64_t ceil_div(int64_t a, int64_t b) { return a > 0 ? (a + b - 1) / b : 0; }
 
@@ -245,6 +253,56 @@ void for_blocks(const Plan& plan, int64_t batch, int64_t buffer, Body body) {
       packed = group;
     }
   });
+}
+
+bool valid(const Window& window) {
+  const auto all = [](Sizes sizes, int64_t least, int64_t most) {
+    return sizes.size() == 2 && std::min(sizes[0], sizes[1]) >= least && std::max(sizes[0], sizes[1]) <= most;
+  };
+  return all(window.stride, 1, kMostStride) && all(window.padding, 0, kMostSize) &&
+         all(window.dilation, 1, kMostSize);
+}
+
+bool valid(Sizes image, const at::Tensor& weight) {
+  return image.size() == 4 && weight.dim() == 4 && weight.numel() > 0 &&
+         std::max(image[2], image[3]) <= kMostSize && std::max(weight.size(2), weight.size(3)) <= kMostTaps;
+}
+
+// The size of the output along an axis, of values that `valid` has passed; below 1 where the filter is too
+// large.
+int64_t output_size(int64_t input, int64_t kernel, const Window& window, int axis) {
+  const int64_t room = input + 2 * window.padding[axis] - window.dilation[axis] * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / window.stride[axis] + 1;
+}
+
+// Whether Forward's packed image is of a reasonable size.
+bool packs(Sizes image, const at::Tensor& weight, const Window& window) {
+  if (!valid(window) || !valid(image, weight)) return false;
+  int64_t packed = weight.size(1);
+  for (int d = 0; d < 2; ++d) {
+    const int64_t kernel = weight.size(2 + d), out = output_size(image[2 + d], kernel, window, d);
+    const int64_t size = out + window.dilation[d] * (kernel - 1) / window.stride[d];
+    if (out < 1 || size > kMostPacked) return false;
+    packed *= size * std::min(window.stride[d], kernel);
+    if (packed > kMostPacked) return false;
+  }
+  return true;
+}
+
+// Whether Backward's is, which holds the output's gradient, and the phases of the input's.
+bool packs_back(Sizes image, const at::Tensor& weight, const Window& window) {
+  if (!valid(window) || !valid(image, weight)) return false;
+  int64_t packed = weight.size(0), phases = 1;
+  for (int d = 0; d < 2; ++d) {
+    const int64_t far = window.padding[d] + window.dilation[d] * (weight.size(2 + d) - 1) + window.stride[d];
+    const int64_t phase = ceil_div(image[2 + d], window.stride[d]),
+                  size = phase + 2 * (far / window.stride[d] + 1);
+    if (output_size(image[2 + d], weight.size(2 + d), window, d) < 1 || size > kMostPacked) return false;
+    packed *= size;
+    phases *= phase * window.stride[d];
+    if (packed > kMostPacked || phases > kMostPacked) return false;
+  }
+  return true;
 }
 
 struct Forward : Plan {
@@ -467,29 +525,65 @@ const float* plane_of(const std::optional<at::Tensor>& x, int64_t at) {
   return x ? x->const_data_ptr<float>() + at : nullptr;
 }
 
+// Of images of either end of the convolution.
+bool takes(const at::Tensor& images, const at::Tensor& weight, int64_t groups) {
+  static const bool able = std::string(instruction_set()) == "avx512";
+  if (!able || groups != 1 || images.dim() != 4 || weight.dim() != 4) return false;
+  if (images.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat) return false;
+  if (!images.is_contiguous() || weight.size(0) > kMostChannels || weight.size(1) > kMostChannels)
+    return false;
+  return images.size(0) == 0 || images.numel() / images.size(0) <= kMostValues;
+}
+
+at::Tensor table(const at::Tensor& x, const at::Tensor& images, const char* name) {
+  const int64_t shape[2] = {images.size(0), images.size(1)};
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.sizes() == Sizes(shape), name, " must be float32 ",
+              Sizes(shape), ", got ", x.scalar_type(), " ", x.sizes());
+  return x.contiguous();
+}
+
+at::Tensor image(const at::Tensor& x, const at::Tensor& like, const char* name, bool mask = false) {
+  TORCH_CHECK(
+      (x.scalar_type() == at::kFloat || (mask && x.scalar_type() == at::kBool)) && x.sizes() == like.sizes(),
+      name, " must be float32 ", like.sizes(), ", got ", x.scalar_type(), " ", x.sizes());
+  return x.contiguous();
+}
+
+template <class Check>
+std::optional<at::Tensor> checked(const std::optional<at::Tensor>& x, Check check) {
+  return x ? std::optional<at::Tensor>(check(*x)) : std::nullopt;
+}
+
 }  // namespace
 
-bool convolves(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
-  if (groups != 1 || input.scalar_type() != at::kFloat || weight.scalar_type() != at::kFloat) return false;
-  if (!input.is_contiguous() || weight.size(0) > kMostChannels || weight.size(1) > kMostChannels)
-    return false;
-  if (input.size(1) * input.size(2) * input.size(3) > kMostValues) return false;
-  static const bool able = std::string(instruction_set()) == "avx512";
-  return able && weight.numel() > 0;
+bool convolves(const at::Tensor& input, const at::Tensor& weight, const Window& window, int64_t groups) {
+  return takes(input, weight, groups) && input.size(1) == weight.size(1) &&
+         packs(input.sizes(), weight, window);
+}
+
+bool convolves_back(Sizes input_shape, const at::Tensor& grad, const at::Tensor& weight, const Window& window,
+                    int64_t groups) {
+  if (!takes(grad, weight, groups) || !packs_back(input_shape, weight, window)) return false;
+  bool fits =
+      input_shape[0] == grad.size(0) && input_shape[1] == weight.size(1) && grad.size(1) == weight.size(0);
+  for (int d = 0; d < 2; ++d) {
+    fits = fits && grad.size(2 + d) == output_size(input_shape[2 + d], weight.size(2 + d), window, d);
+  }
+  return fits;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(
     const at::Tensor& input, const at::Tensor& weight_in, const Window& window, const at::Tensor& scale_in,
     const at::Tensor& shift_in, const std::optional<at::Tensor>& residual_in, bool relu, bool keep_u,
     bool keep_mask) {
+  TORCH_CHECK(convolves(input, weight_in, window, 1), kNotTaken);
   const at::Tensor weight = weight_in.contiguous();
   const Forward plan(input, weight, window);
   const at::Tensor y = at::empty(output_shape(input, plan), input.options());
   const at::Tensor u = keep_u ? at::empty_like(y) : at::empty({0}, input.options());
   const at::Tensor mask = at::empty(keep_mask ? y.sizes() : Sizes({0}), input.options().dtype(at::kBool));
-  const at::Tensor scale = scale_in.contiguous(), shift = shift_in.contiguous();
-  std::optional<at::Tensor> residual;
-  if (residual_in) residual = residual_in->contiguous();
+  const at::Tensor scale = table(scale_in, y, "scale"), shift = table(shift_in, y, "shift");
+  const auto residual = checked(residual_in, [&](const at::Tensor& x) { return image(x, y, "residual"); });
   convolve_each(input, plan,
                 {keep_u ? u.data_ptr<float>() : nullptr, y.data_ptr<float>(),
                  keep_mask ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr, plane_of(residual, 0),
@@ -502,6 +596,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Tensor& input,
                                                                    const at::Tensor& weight_in,
                                                                    const Window& window) {
+  TORCH_CHECK(convolves(input, weight_in, window, 1), kNotTaken);
   const at::Tensor weight = weight_in.contiguous();
   const Forward plan(input, weight, window);
   const at::Tensor u = at::empty(output_shape(input, plan), input.options());
@@ -519,16 +614,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Ten
 
 Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in,
                    const std::optional<at::Tensor>& centre_in, const std::optional<at::Tensor>& gate_in,
-                   const at::Tensor& by_grad_in, const std::optional<at::Tensor>& by_input,
-                   const std::optional<at::Tensor>& constant, const at::Tensor& weight_in, Sizes input_shape,
-                   const Window& window, bool sums, bool residual, bool keep_d_u,
+                   const at::Tensor& by_grad_in, const std::optional<at::Tensor>& by_input_in,
+                   const std::optional<at::Tensor>& constant_in, const at::Tensor& weight_in,
+                   Sizes input_shape, const Window& window, bool sums, bool residual, bool keep_d_u,
                    const std::optional<at::Tensor>& onto) {
-  const at::Tensor weight = weight_in.contiguous(), by_grad = by_grad_in.contiguous();
+  TORCH_CHECK(convolves_back(input_shape, grad, weight_in, window, 1), kNotTaken);
+  TORCH_CHECK(!(sums || by_input_in) || (u_in && centre_in), "sums and by_input need u and centre");
+  TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
+  const at::Tensor weight = weight_in.contiguous(), by_grad = table(by_grad_in, grad, "by_grad");
   const Backward plan(input_shape, grad, weight, window);
-  const auto dense = [](const std::optional<at::Tensor>& x) {
-    return x ? std::optional<at::Tensor>(x->contiguous()) : std::nullopt;
-  };
-  const auto u = dense(u_in), centre = dense(centre_in), gate = dense(gate_in);
+  const auto u = checked(u_in, [&](const at::Tensor& x) { return image(x, grad, "u"); }),
+             gate = checked(gate_in, [&](const at::Tensor& x) { return image(x, grad, "gate", true); }),
+             centre = checked(centre_in, [&](const at::Tensor& x) { return table(x, grad, "centre"); }),
+             by_input = checked(by_input_in, [&](const at::Tensor& x) { return table(x, grad, "by_input"); }),
+             constant = checked(constant_in, [&](const at::Tensor& x) { return table(x, grad, "constant"); });
   const at::Tensor none = at::empty({0}, grad.options());
   TORCH_CHECK(!onto || (onto->sizes() == input_shape && onto->is_contiguous()),
               "expected a contiguous gradient ", input_shape, " to add to");

@@ -15,8 +15,12 @@ struct Window {
   Sizes stride, padding, dilation;
 };
 
-// Whether it takes such images and weights and was measured to win.
-bool convolves(const at::Tensor& input, const at::Tensor& weight, int64_t groups);
+// Whether it takes such images, weights and sizes: within the limits where it was measured to win, and where
+// its packed images are small. Everything else is the library's.
+bool convolves(const at::Tensor& input, const at::Tensor& weight, const Window& window, int64_t groups);
+// The same for `convolve_back`, which turns `grad` into the gradient of an input of `input_shape`.
+bool convolves_back(Sizes input_shape, const at::Tensor& grad, const at::Tensor& weight, const Window& window,
+                    int64_t groups);
 
 // y = act(u * scale + shift + residual) for u = conv(input, weight); u, empty without keep_u; the mask.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(const at::Tensor& input,

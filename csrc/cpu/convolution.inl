@@ -85,8 +85,10 @@ static void convolve_rows(const ConvolveOutput& to, const ConvolveInput& from) {
 
 template <bool kSums, bool kThrough, bool kHalves>
 AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneGradient p) {
+  const int64_t vectors = static_cast<int64_t>(where.at.size());
+  double totals[2] = {0.0, 0.0};
   Sum sum, along;
-  for (int64_t v = 0; v < static_cast<int64_t>(where.at.size()); ++v) {
+  for (int64_t v = 0; v < vectors; ++v) {
     const int64_t i = v * kWidth;
     const Vector g = gated(p.grad, p.gate, i, [](auto* q) __attribute__((always_inline)) { return load(q); });
     Vector d = g * p.by_grad;
@@ -101,10 +103,15 @@ AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneG
     store_at<kHalves>(to + where.at[v], where.second, d);
     if (p.d_u != nullptr) store(p.d_u + i, d);
     if (p.d_residual != nullptr) store(p.d_residual + i, g);
+    if (kSums && (v % kBlock == kBlock - 1 || v == vectors - 1)) {
+      totals[0] += sum.total();
+      totals[1] += along.total();
+      sum = along = Sum();
+    }
   }
   if (kSums) {
-    *p.g1 = sum.total(kWidth);
-    *p.gc = along.total(kWidth);
+    *p.g1 = static_cast<float>(totals[0]);
+    *p.gc = static_cast<float>(totals[1]);
   }
 }
 

@@ -9,9 +9,13 @@ using Halves = uint16_t __attribute__((vector_size(32)));
 using Bytes = uint8_t __attribute__((vector_size(16)));
 
 constexpr int kWidth = 16;
-// Sequential float sums of a long channels_last image would lose digits: this many pixels are added to a
-// partial sum before it joins the total.
+// Long sequences of float additions lose digits in proportion to their length. Sums over pixels are therefore
+// made in blocks: at most kBlock float additions in a row, and a total of the blocks in double (planes) or
+// with Kahan's compensation (channels_last). The error is then below (kBlock + 8) 2^-24 sum |x|, whatever the
+// number of pixels.
 constexpr int64_t kBlock = 64;
+// Independent sequences of additions in a plane's block, which hide an addition's latency.
+constexpr int kChains = AWNET_VECTOR_BITS / 128;
 
 #define AWNET_INLINE static inline __attribute__((always_inline))
 
@@ -135,20 +139,66 @@ AWNET_INLINE void for_values(int64_t n, Body body) {
   }
 }
 
+AWNET_INLINE float total_of(Vector v) {
+  using Quarter = float __attribute__((vector_size(16)));
+  Quarter q[4];
+  __builtin_memcpy(q, &v, sizeof(v));
+  const Quarter sum = (q[0] + q[1]) + (q[2] + q[3]);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// One block's sum over a plane.
 struct Sum {
   Vector lanes = {};
   float rest = 0.0f;
 
   __attribute__((always_inline)) void operator+=(Vector v) { lanes += v; }
   __attribute__((always_inline)) void operator+=(float v) { rest += v; }
-  __attribute__((always_inline)) float total(int64_t n) const {
-    float sum = rest;
-    if (n >= kWidth) {
-      for (int i = 0; i < kWidth; ++i) sum += lanes[i];
-    }
-    return sum;
-  }
+  __attribute__((always_inline)) void operator+=(const Sum& other) { lanes += other.lanes; }
+  __attribute__((always_inline)) double total() const { return double{total_of(lanes)} + rest; }
 };
+
+// totals[s] = the sum over [0, n) of what body(offset, read, sums) adds to sums[s]; `read` as in for_values.
+template <int kSums, class Body>
+AWNET_INLINE void sum_values(int64_t n, double (&totals)[kSums], Body body) {
+  const auto vector = [](auto* p) __attribute__((always_inline)) { return load(p); };
+  const auto single = [](auto* p) __attribute__((always_inline)) { return load_one(p); };
+  constexpr int64_t block = kBlock * kWidth, step = kChains * kWidth;
+  for (int s = 0; s < kSums; ++s) totals[s] = 0.0;
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = i + block < n ? i + block : n;
+    Sum sums[kChains][kSums];
+    for (; i + step <= end; i += step) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) body(i + chain * kWidth, vector, sums[chain]);
+    }
+    for (; i + kWidth <= end; i += kWidth) body(i, vector, sums[0]);
+    for (; i < end; ++i) body(i, single, sums[0]);
+#pragma GCC unroll 4
+    for (int chain = 1; chain < kChains; ++chain) {
+      for (int s = 0; s < kSums; ++s) sums[0][s] += sums[chain][s];
+    }
+    for (int s = 0; s < kSums; ++s) totals[s] += sums[0][s].total();
+  }
+}
+
+// totals[s] = the sum of what block(first, last, parts) writes to parts[s], over all blocks of a
+// channels_last column, by Kahan's compensated addition. Value: Vector or float.
+template <int kSums, class Value, class Block>
+AWNET_INLINE void sum_blocks(int64_t pixels, Value (&totals)[kSums], Block block) {
+  block(0, pixels < kBlock ? pixels : kBlock, totals);
+  Value excess[kSums] = {};
+  for (int64_t begin = kBlock; begin < pixels; begin += kBlock) {
+    Value parts[kSums];
+    block(begin, begin + kBlock < pixels ? begin + kBlock : pixels, parts);
+    for (int s = 0; s < kSums; ++s) {
+      const Value corrected = parts[s] - excess[s], next = totals[s] + corrected;
+      const Value rounding = (next - totals[s]) - corrected;
+      excess[s] = rounding == rounding ? rounding : Value{};  // an infinite sum has no rounding error
+      totals[s] = next;
+    }
+  }
+}
 
 // As torch's ReLU: NaN passes.
 AWNET_INLINE Vector rectified(Vector v) { return v <= 0.0f ? Vector{} : v; }
@@ -204,16 +254,16 @@ void apply_rows(T* y, uint8_t* mask, const T* u, const T* r, int64_t pixels, int
 
 template <class T>
 void statistics_plane(const T* u, int64_t n, float* mean, float* m2) {
-  Sum sum;
-  for_values(n, [&](int64_t i, auto read, auto) __attribute__((always_inline)) { sum += read(u + i); });
-  const float centre = sum.total(n) / static_cast<float>(n);
-  Sum squares;
-  for_values(n, [&](int64_t i, auto read, auto) __attribute__((always_inline)) {
+  double sum[1], squares[1];
+  sum_values(n, sum,
+             [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) { sums[0] += read(u + i); });
+  const float centre = static_cast<float>(sum[0] / static_cast<double>(n));
+  sum_values(n, squares, [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) {
     const auto d = read(u + i) - centre;
-    squares += d * d;
+    sums[0] += d * d;
   });
   *mean = centre;
-  *m2 = squares.total(n);
+  *m2 = static_cast<float>(squares[0]);
 }
 
 template <class T>
@@ -222,39 +272,36 @@ void statistics_rows(const T* u, int64_t pixels, int64_t channels, int64_t first
   for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
     const T* column = u + first + i;
     using Value = decltype(read(column));
-    Value sum = {};
-    for (int64_t begin = 0; begin < pixels; begin += kBlock) {
-      const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
+    Value sum[1], squares[1];
+    sum_blocks(pixels, sum, [=](int64_t from, int64_t to, Value* parts) __attribute__((always_inline)) {
       Value part = {};
-      for (int64_t pixel = begin; pixel < end; ++pixel) part += read(column + pixel * channels);
-      sum += part;
-    }
-    const Value centre = sum / static_cast<float>(pixels);
-    Value squares = {};
-    for (int64_t begin = 0; begin < pixels; begin += kBlock) {
-      const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
+      for (int64_t pixel = from; pixel < to; ++pixel) part += read(column + pixel * channels);
+      parts[0] = part;
+    });
+    const Value centre = sum[0] / static_cast<float>(pixels);
+    sum_blocks(pixels, squares, [=](int64_t from, int64_t to, Value* parts) __attribute__((always_inline)) {
       Value part = {};
-      for (int64_t pixel = begin; pixel < end; ++pixel) {
+      for (int64_t pixel = from; pixel < to; ++pixel) {
         const Value d = read(column + pixel * channels) - centre;
         part += d * d;
       }
-      squares += part;
-    }
+      parts[0] = part;
+    });
     write(mean + first + i, centre);
-    write(m2 + first + i, squares);
+    write(m2 + first + i, squares[0]);
   });
 }
 
 template <class T>
 void reduce_plane(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1, float* gc) {
-  Sum sum, along;
-  for_values(n, [&](int64_t i, auto read, auto) __attribute__((always_inline)) {
+  double totals[2];
+  sum_values(n, totals, [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) {
     const auto g = gated(grad, gate, i, read);
-    sum += g;
-    along += g * (read(u + i) - centre);
+    sums[0] += g;
+    sums[1] += g * (read(u + i) - centre);
   });
-  *g1 = sum.total(n);
-  *gc = along.total(n);
+  *g1 = static_cast<float>(totals[0]);
+  *gc = static_cast<float>(totals[1]);
 }
 
 template <class T>
@@ -264,20 +311,19 @@ void reduce_rows(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_
     const int64_t column = first + i;
     const auto middle = read(centre + column);
     using Value = decltype(read(grad));
-    Value sum = {}, along = {};
-    for (int64_t begin = 0; begin < pixels; begin += kBlock) {
-      const int64_t end = begin + kBlock < pixels ? begin + kBlock : pixels;
-      Value part_sum = {}, part_along = {};
-      for (int64_t at = begin * channels + column; at < end * channels + column; at += channels) {
+    Value sums[2];
+    sum_blocks(pixels, sums, [=](int64_t from, int64_t to, Value* parts) __attribute__((always_inline)) {
+      Value sum = {}, along = {};
+      for (int64_t at = from * channels + column; at < to * channels + column; at += channels) {
         const auto g = gated(grad, gate, at, read);
-        part_sum += g;
-        part_along += g * (read(u + at) - middle);
+        sum += g;
+        along += g * (read(u + at) - middle);
       }
-      sum += part_sum;
-      along += part_along;
-    }
-    write(g1 + column, sum);
-    write(gc + column, along);
+      parts[0] = sum;
+      parts[1] = along;
+    });
+    write(g1 + column, sums[0]);
+    write(gc + column, sums[1]);
   });
 }
 

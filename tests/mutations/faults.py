@@ -120,7 +120,7 @@ FAULTS = (
     ),
     fault(
         "partial sums of a long column overwritten", "csrc/cpu/passes.inl",
-        "along += part_along;", "along = part_along;",
+        "totals[s] = next;", "totals[s] = parts[s];",
         NATIVE_PASSES,
     ),
     fault(
