@@ -58,31 +58,68 @@ def mix_batch_norm(
 ) -> Tensor:
     """BN_mix: Eq. 13 in training, Eq. 14 in testing. Row 0 of each parameter is BN_adv, row 1 BN_nat."""
     affine_rows, statistics_rows = len(weight), len(running_mean)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    x, weight, bias = input.to(wide), weight.to(wide), bias.to(wide)
     if not training:
-        output = torch.zeros((), dtype=input.dtype, device=input.device)
+        output = torch.zeros((), dtype=wide, device=input.device)
         for k in range(max(affine_rows, statistics_rows)):
             a, s = min(k, affine_rows - 1), min(k, statistics_rows - 1)
-            normal = F.batch_norm(input, running_mean[s], running_var[s], weight[a], bias[a], False, 0.0, eps)
+            normal = _normalized(x, running_mean[s].to(wide), running_var[s].to(wide), eps)
+            branch = weight[a][:, None, None] * normal + bias[a][:, None, None]
             if max(affine_rows, statistics_rows) == 1:
-                return normal
+                return branch.to(input.dtype)
             assert p_clean is not None
-            probability = p_clean if k == 1 else 1 - p_clean
-            output = output + probability[:, None, None, None] * normal  # Eq. 14
+            probability = (p_clean if k == 1 else 1 - p_clean).to(wide)
+            output = output + probability[:, None, None, None] * branch  # Eq. 14
         return output.to(input.dtype)
 
-    normalised = torch.zeros_like(input)
-    branch = torch.zeros(len(input), dtype=torch.long, device=input.device)
+    normalized = torch.zeros_like(x)
+    kind = torch.zeros(len(x), dtype=torch.long, device=x.device)
     if is_clean is not None:
-        branch = is_clean.long()
+        kind = is_clean.long()
     for s in range(statistics_rows):  # Eq. 13: each branch by the statistics of its own samples
-        own = branch == s if statistics_rows == 2 else torch.ones_like(branch, dtype=torch.bool)
+        own = kind == s if statistics_rows == 2 else torch.ones_like(kind, dtype=torch.bool)
         if own.any():
+            mean, var = _statistics(x[own])
+            normalized = normalized.index_put((own,), _normalized(x[own], mean, var, eps))
+            count = int(own.sum()) * x.shape[2] * x.shape[3]
             rate = float(momentum[s]) if isinstance(momentum, Tensor) else momentum
-            normal = F.batch_norm(input[own], running_mean[s], running_var[s], None, None, True, rate, eps)
-            normalised = normalised.index_put((own,), normal)
-    row = branch if affine_rows == 2 else torch.zeros_like(branch)
-    output = weight[row][:, :, None, None] * normalised + bias[row][:, :, None, None]
+            _update(running_mean[s], mean, rate)
+            _update(running_var[s], var * (count / (count - 1)), rate)
+    row = kind if affine_rows == 2 else torch.zeros_like(kind)
+    output = weight[row][:, :, None, None] * normalized + bias[row][:, :, None, None]
     return output.to(input.dtype)
+
+
+# Written out, since torch's own batch norm gives a wrong gradient on CPUs for a batch of one whose strides
+# are not those of a new tensor, as after a convolution with channels_last filters.
+
+
+def _normalized(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    return (x - mean[:, None, None]) / torch.sqrt(var + eps)[:, None, None]
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] over the samples and pixels of x [B, C, H, W]."""
+    if len(x) * x.shape[2] * x.shape[3] == 1:
+        raise ValueError("expected more than 1 value per channel when training, got one in a branch")
+    mean = x.mean((0, 2, 3))
+    return mean, (x - mean[:, None, None]).square().mean((0, 2, 3))
+
+
+def _update(running: Tensor, batch: Tensor, rate: float) -> None:
+    """Moves the running statistics towards the batch's, in place and without a derivative."""
+    try:
+        with torch.no_grad():
+            running.mul_(1 - rate).add_(batch.detach(), alpha=rate)
+    except RuntimeError as error:
+        if not torch._C._are_functorch_transforms_active():
+            raise
+        raise RuntimeError(
+            "training updates running_mean and running_var in place, which torch.func refuses for tensors "
+            "that are not its own inputs: use eval mode, where nothing is updated, or pass the buffers as "
+            "inputs, as with torch.func.functional_call"
+        ) from error
 
 
 def aw_conv2d(
