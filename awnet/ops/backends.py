@@ -21,6 +21,7 @@ from awnet import reference
 from awnet.ops import amx, native, triton_passes
 from awnet.ops.layer import Call, Layer, Saved, describe, kept, memory_format, register
 from awnet.ops.passes import EagerPasses
+from awnet.ops.transforms import transform
 
 Momentum = float | Tensor
 
@@ -33,6 +34,7 @@ class Backend:
     summary: str
     refusal: Callable[[Call], str | None]
     run: Callable[[Call, Momentum], Tensor]
+    plain: bool = False  # made of torch's own operations alone, which every transform of torch knows
 
 
 def _runner(operator: Layer) -> Callable[[Call, Momentum], Tensor]:
@@ -161,7 +163,11 @@ BACKENDS: tuple[Backend, ...] = (
         _runner(register("eager", EagerPasses())),
     ),
     Backend(
-        "reference", "the paper's equations literally, gradients by autograd", _reference_refuses, _literal
+        "reference",
+        "the paper's equations literally, gradients by autograd",
+        _reference_refuses,
+        _literal,
+        plain=True,
     ),
 )
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -203,22 +209,29 @@ def default_backend(device: str) -> str:
     return chosen_backend() or select(_probe(device), None).name
 
 
+def _refusal(backend: Backend, call: Call, transformed: str | None) -> str | None:
+    return transformed if transformed and not backend.plain else backend.refusal(call)
+
+
 def select(call: Call, backend: str | None) -> Backend:
-    """The backend that runs ``call``. Raises ValueError when a named one is unknown or cannot run it."""
+    """The backend that runs ``call``. ValueError where none can, or the named one is unknown or cannot."""
+    transformed = transform(call)
     source = "backend"
     if backend is None:
         backend = chosen_backend()
         source = "AWNET_BACKEND" if len(_chosen) == 1 else "use_backend"
     if backend is None:
         for candidate in BACKENDS:
-            if candidate.refusal(call) is None:
+            if _refusal(candidate, call, transformed) is None:
                 return candidate
-        raise AssertionError("the eager backend runs everything")
+        reasons = (f"{one.name}: {_refusal(one, call, transformed)}" for one in BACKENDS)
+        raise ValueError(f"no backend can run this call; {'; '.join(reasons)}")
     chosen = _named(backend, source)
-    reason = chosen.refusal(call)
+    reason = _refusal(chosen, call, transformed)
     if reason is not None:
-        able = next(candidate.name for candidate in BACKENDS if candidate.refusal(call) is None)
-        raise ValueError(f"{source} {chosen.name!r} cannot run this call: {reason}; {able!r} can")
+        able = [one.name for one in BACKENDS if _refusal(one, call, transformed) is None]
+        others = f"{able[0]!r} can" if able else "no other can"
+        raise ValueError(f"{source} {chosen.name!r} cannot run this call: {reason}; {others}")
     return chosen
 
 
@@ -244,11 +257,11 @@ class Explanation:
 
 def explain_call(call: Call, backend: str | None) -> Explanation:
     """See :func:`awnet.ops.explain`."""
-    taken = select(call, backend)
+    taken, transformed = select(call, backend), transform(call)
     others: dict[str, str] = {}
     for candidate in BACKENDS:
         if candidate is not taken:
-            reason = candidate.refusal(call)
+            reason = _refusal(candidate, call, transformed)
             others[candidate.name] = reason or (
                 "another one was named"
                 if BACKENDS.index(candidate) < BACKENDS.index(taken)

@@ -19,6 +19,7 @@ from torch import Tensor
 from awnet.ops.algebra import BatchStatistics, Gradients, Needs, Propagation
 from awnet.ops.distributed import joined_statistics, summed
 from awnet.ops.passes import Passes, wide_dtype
+from awnet.ops.transforms import refuse_tangents
 
 _ARGUMENTS = """Tensor{optional} input, Tensor? weight, Tensor? filter_scale, Tensor? p_clean,
     Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, Tensor? running_mean, Tensor? running_var,
@@ -133,6 +134,7 @@ def _where(call: Call) -> tuple[Sequence[int], Sequence[int], Sequence[int], int
 
 def _forward(passes: Passes, *arguments: Any) -> tuple[Tensor, ...]:
     call, keep_u, keep_mask = Call(*arguments[:-2]), *arguments[-2:]
+    refuse_tangents(call)
     assert call.input is not None
     wide = wide_dtype(call.input.dtype)
     keep_u = keep_u and call.weight is not None
@@ -243,6 +245,7 @@ _FIELDS = len(Call._fields)
 
 
 def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    refuse_tangents((grad, *arguments))
     call = Call(*arguments[:_FIELDS])
     u, gate, mean, m2, *batch, input_shape, channels_last, needs = arguments[_FIELDS:]
     need_input, need_weight, *need_tables, need_residual = needs

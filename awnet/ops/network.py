@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from awnet.ops import amx, backends, triton_passes
 from awnet.ops.functional import AffineConvolution, global_average
 from awnet.ops.layer import Call
+from awnet.ops.transforms import transform
 from awnet.ops.tuning import launch_parameters
 
 
@@ -52,20 +52,22 @@ def affine_network(
 
     Returns:
         Of each layer with ``averaged``, in order, the mean of its output over pixels, ``[B, C_out]``;
-        differentiable once in ``x`` and coefficients.
+        differentiable once in ``x`` and coefficients; any number of times, and in forward mode, on the
+        ``reference`` backend.
 
     Raises:
         As :class:`AffineConvolution`: the caller answers for shapes, dtypes and devices.
     """
     first = layers[0].convolution.call(x, weights[0], *coefficients[0])
-    if backends.select(first, None).name != "cpp" or torch.compiler.is_compiling():
+    by_layer = backends.select(first, None).name != "cpp" or torch.compiler.is_compiling()
+    scales, shifts = zip(*coefficients, strict=True)
+    if by_layer or transform((*weights, *scales, *shifts)):
         return _layer_by_layer(x, weights, coefficients, layers)
     numbers: list[int] = []
     for layer in layers:
         call = layer.convolution.geometry
         numbers += [layer.input, layer.residual, layer.averaged, call.relu]
         numbers += [*call.stride, *call.padding, *call.dilation, call.groups]
-    scales, shifts = zip(*coefficients, strict=True)
     means: list[Tensor]
     if amx.runs(x, weights, [layer.convolution.geometry.groups for layer in layers]):
         filters = (packed or amx.PackedWeights()).of(weights)
@@ -116,7 +118,7 @@ def network_coefficients(
 
     Returns:
         One contiguous (scale, shift) for each layer, of ``tables``' dtype; differentiable once in ``omega``
-        and ``p_clean``, not in ``tables``.
+        and ``p_clean``, not in ``tables``; any number of times, and in forward mode, on ``reference``.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``tables`` requires a gradient.
@@ -128,6 +130,8 @@ def network_coefficients(
     chosen = backends.select(_stand_in(tables, omega, p_clean), backend).name
     if chosen == "cpp" and not torch.compiler.is_compiling():
         flat = torch.ops.awnet.network_coefficients_native(omega, p_clean, tables, widths, eps)
+    elif chosen == "reference":
+        flat = _literal_coefficients(omega, p_clean, tables, widths, float(eps))
     else:
         flat = _NetworkCoefficients.apply(omega, p_clean, tables, widths, float(eps), chosen == "triton")
     return list(zip(flat[::2], flat[1::2], strict=True))
@@ -166,6 +170,21 @@ def _stand_in(tables: Tensor, omega: Tensor | None, p_clean: Tensor) -> Call:
     return Call(image, None, omega, p_clean, *(None,) * 6, False, 1e-5, False, (1, 1), (0, 0), (1, 1), 1)
 
 
+def _literal_coefficients(
+    omega: Tensor | None, p_clean: Tensor, tables: Tensor, widths: tuple[int, ...], eps: float
+) -> tuple[Tensor, ...]:
+    """The equations of :func:`network_coefficients` in torch's own operations."""
+    gain, offset = _folded(tables, eps)
+    p = p_clean[:, None]
+    scale = (1 - p) * gain[0] + p * gain[1]  # [B, T]
+    shift = (1 - p) * offset[0] + p * offset[1]
+    if omega is not None:
+        dynamic = omega.shape[1]
+        scale = torch.cat([scale[:, :dynamic] * omega, scale[:, dynamic:]], 1)
+    pairs = zip(scale.split(widths, 1), shift.split(widths, 1), strict=True)
+    return tuple(x.contiguous() for pair in pairs for x in pair)
+
+
 class _NetworkCoefficients(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -197,8 +216,12 @@ class _NetworkCoefficients(torch.autograd.Function):
         return tuple(x for pair in zip(scales, shifts, strict=True) for x in (pair[0], pair[1].contiguous()))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a frozen network's coefficients have a first derivative only; for a second one run it "
+                "inside `with awnet.use_backend('reference')`"
+            )
         omega, p_clean, tables = ctx.saved_tensors
         gain, offset = _folded(tables, ctx.eps)
         d_scale, d_shift = torch.cat(grads[::2], 1), torch.cat(grads[1::2], 1)  # [B, T]

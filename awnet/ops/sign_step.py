@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import backends, triton_passes
+from awnet.ops.transforms import transform
 from awnet.ops.tuning import launch_parameters
 
 
@@ -14,8 +15,8 @@ def sign_step(
 ) -> Tensor:
     """x_adv + step_size · sign(grad), clipped to [x − eps, x + eps] and to [0, 1].
 
-    One kernel where Triton runs. Where ``grad`` is NaN the pixel may stay or become NaN: who calls this must
-    look for broken gradients elsewhere.
+    One kernel where Triton runs and nothing has to be differentiated. Where ``grad`` is NaN the pixel may
+    stay or become NaN: who calls this must look for broken gradients elsewhere.
 
     Args:
         x_adv, x: images in [0, 1] of one shape and dtype.
@@ -29,7 +30,7 @@ def sign_step(
     for name, other in (("grad", grad), ("x", x), ("cast", cast)):
         if other is not None and other.shape != x_adv.shape:
             raise ValueError(f"{name} must have x_adv's shape {list(x_adv.shape)}, got {list(other.shape)}")
-    if _runs_triton(x_adv):
+    if _runs_triton(x_adv, grad, x):
         how = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
         start = x_adv if torch.ops.aten.is_non_overlapping_and_dense(x_adv) else x_adv.clone()
         kernel = triton_passes.kernels("sign_step").sign_step
@@ -45,8 +46,12 @@ def sign_step(
     return moved
 
 
-def _runs_triton(x: Tensor) -> bool:
-    return backends.chosen_backend() in (None, "triton") and triton_passes.obstacle(x) is None
+def _runs_triton(*images: Tensor) -> bool:
+    if backends.chosen_backend() not in (None, "triton") or triton_passes.obstacle(images[0]) is not None:
+        return False
+    # the kernel has no derivative, torch's own operations have
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in images)
+    return not differentiated and transform(images) is None
 
 
 def _alike(x: Tensor, like: Tensor) -> Tensor:
