@@ -16,6 +16,9 @@ import torch
 from awnet.data import load_dataset
 from awnet.evaluation import Report, evaluate
 from awnet.evaluation.html import page
+from awnet.evaluation.report import flags
+from awnet.evaluation.table import eps_text
+from awnet.files import write_json
 from awnet.models import create_model
 
 VOID = {"meta", "br", "img"}
@@ -80,6 +83,44 @@ def test_the_page_needs_nothing_else_and_says_the_worst_case_first(report: tuple
         assert flag in outline.words
     # every figure that was drawn is on the page
     assert len(outline.sources) == len(list(folder.glob("*.png"))) >= 5
+
+
+def test_the_page_names_run_date_and_checkpoint_and_doubts_a_network_that_guesses(
+    report: tuple[Report, Path], tmp_path: Path
+) -> None:
+    found = replace(report[0], eps=8 / 255, selected_on="validation")
+    place = tmp_path / "my-run" / "evaluations" / "default"
+    place.mkdir(parents=True)
+    write_json(tmp_path / "my-run" / "config.json", {"sessions": [{"started": "2026-03-04T05:06:07+0000"}]})
+    found.save(place)
+    words = Outline((place / "report.html").read_text(encoding="utf-8")).words
+    assert f"{found.model} on digits · my-run" in words
+    assert "Run my-run, trained 2026-03-04 05:06. Checkpoint selected on validation." in words
+    assert "ε = 8/255" in words
+    assert " · " not in Outline(page(found, tmp_path)).words  # in no run folder
+    assert any("is not above chance (10 %)" in flag for flag in report[0].flags)
+    able = replace(found, clean_accuracy=0.9, clean_interval_95=(0.6, 0.98))
+    assert not any("chance" in flag for flag in flags(able))
+
+
+def test_a_report_is_one_line_in_a_terminal_and_a_table_in_a_notebook(report: tuple[Report, Path]) -> None:
+    found = report[0]
+    assert repr(found).startswith(
+        "Report(awnet_tiny on 12 test images of digits, L-infinity eps 0.15: clean "
+    )
+    assert "\n" not in repr(found)
+    assert len(repr(found)) < 250
+    outline = Outline(found._repr_html_())
+    for name in ("FGSM", "PGD sat", "union"):
+        assert name in outline.words
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [(8 / 255, "8/255"), (4 / 255, "4/255"), (0.15, "0.15"), (0.2, "0.2"), (0.0123, "0.0123")],
+)
+def test_eps_is_written_in_levels_where_it_is_some(eps: float, text: str) -> None:
+    assert eps_text(eps) == text
 
 
 def test_examples_are_images_that_the_last_attack_broke(report: tuple[Report, Path]) -> None:

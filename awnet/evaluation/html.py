@@ -60,9 +60,12 @@ details { margin: 1rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere
 """
 
 
-def page(report: Report, folder: Path) -> str:
-    """The page for ``report``; figures are taken from the PNG files in ``folder`` and embedded."""
-    run, started = _run(folder)
+def page(report: Report, folder: Path, place: Path | None = None) -> str:
+    """The page for ``report``; figures are taken from the PNG files in ``folder`` and embedded.
+
+    ``place`` is the folder that the page is for, where it is another: ``RUN/evaluations/NAME`` names the run.
+    """
+    run, started = _run(folder if place is None else place)
     title = f"{report.model} on {report.dataset}" + (f" · {run}" if run else "")
     where = f"{report.n} {report.split} images of {report.dataset}, L-infinity, ε = {eps_text(report.eps)}"
     chosen = f"Checkpoint selected on {report.selected_on}. " if report.selected_on else ""

@@ -207,7 +207,7 @@ class Report:
                     with open(new / f"{name}.npz", "wb") as file:
                         np.savez_compressed(file, **arrays)
             draw(self, new, None if training_log is None else Path(training_log))
-            write_text(new / "report.html", page(self, new))
+            write_text(new / "report.html", page(self, new, folder))
             write_json(new / store.REPORT, self.to_dict())
 
     @classmethod
