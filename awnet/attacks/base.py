@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.data.checks import check_images, check_labels
+from awnet.defaults import standard_defaults
 from awnet.nn.freezing import frozen
 from awnet.scalars import check_integer, check_number
 
@@ -28,6 +29,17 @@ def _device(value: object) -> torch.device | None:
 def check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def check_values(model: nn.Module) -> None:
+    """Raises ValueError where a parameter or buffer has no values, being on the meta device."""
+    check_model(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, which holds no values: make the model on cpu or cuda (is "
+                "meta torch's default device?), or load weights into it"
+            )
 
 
 def check_size(name: str, value: float, high: float = math.inf) -> float:
@@ -95,6 +107,7 @@ class Attack(ABC):
         :meth:`logits`, which compares the two. Where a gradient is not finite the result must be NaN.
         """
 
+    @standard_defaults()
     def __call__(self, x: Tensor, y: Tensor, *, index: Tensor | None = None) -> Tensor:
         """Adversarial images for ``x``.
 

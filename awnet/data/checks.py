@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch import int64 as torch_int64
 
+ROUNDING = 1e-3  # values that exceed [0, 1] by less are said to do so by rounding; they are refused as well
+
 
 def check_images(x: Tensor, name: str = "x") -> None:
     """Raises unless ``x`` is a floating-point tensor ``[B, C, H, W]`` of finite values in [0, 1].
@@ -24,6 +26,11 @@ def check_images(x: Tensor, name: str = "x") -> None:
         return
     if not bool(x.detach().isfinite().all()):
         raise ValueError(f"{name} has NaN or infinite values; images must be finite and in [0, 1]")
+    if low > -ROUNDING and high < 1 + ROUNDING:
+        raise ValueError(
+            f"{name} must be in [0, 1], got values from {low:.9g} to {high:.9g}, beyond it by rounding (of a "
+            f"resize, for example): call {name}.clamp(0, 1)"
+        )
     raise ValueError(
         f"{name} must be in [0, 1], got values from {low:g} to {high:g}; "
         "divide by 255, or undo a normalisation (it belongs inside the model)"

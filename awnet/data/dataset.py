@@ -14,7 +14,8 @@ from torch import Tensor
 
 from awnet import rng
 from awnet.data.checks import check_labels
-from awnet.scalars import check_flag, check_integer, check_number
+from awnet.defaults import standard_defaults
+from awnet.scalars import check_flag, check_integer, check_number, plain
 
 Memory = Literal["auto", "device", "host"]
 MOST_SHIFT = 1024  # pixels
@@ -263,7 +264,7 @@ class Dataset:
         moves = _moves(index, self.augmentation, seed, epoch) if augment else None
         # a tensor on the device: CUDA divides by a Python number as a product with its reciprocal, which
         # differs from the CPU's quotient in the last bit
-        scale = torch.tensor(float(self.max_value), device=device)
+        scale = torch.tensor(float(self.max_value), dtype=torch.float32, device=device)
         pixels_of = self._pixels(chunks(order), device)
         for rows, pixels in zip(chunks(order.to(device)), pixels_of, strict=True):
             if moves is not None:
@@ -278,7 +279,8 @@ class Dataset:
 
         def gather(rows: Tensor) -> Tensor:
             shape = (len(rows), *self.images.shape[1:])
-            staged = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            pinned = device.type == "cuda"
+            staged = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             return torch.index_select(self.images, 0, rows, out=staged)
 
         with ThreadPoolExecutor(1) as pool:
@@ -335,6 +337,7 @@ def _moved(images: Tensor, moves: Tensor, augmentation: Augmentation) -> Tensor:
     return flat.gather(2, pixel[:, None, :].expand(-1, flat.shape[1], -1)).view_as(images)
 
 
+@standard_defaults()
 def stratified(labels: Tensor, index: Tensor, n: int, key: int) -> tuple[Tensor, Tensor]:
     """Row numbers of ``n`` samples and of the others, both ascending, int64.
 
@@ -363,6 +366,7 @@ def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dat
     return dataset.take(kept), dataset.take(held, split="validation")
 
 
+@standard_defaults()
 def from_arrays(
     images: Any,
     labels: Any,
@@ -469,6 +473,7 @@ def _class_numbers(labels: Any) -> Tensor:
 
 
 def _not_numbers(first: Any, dtype: str, shape: tuple[int, ...]) -> ValueError:
+    first = str(first) if isinstance(first, str) else plain(first)  # not as numpy.str_('cat')
     cure = "labels.astype('int64') makes them so"
     if isinstance(first, str | bytes):
         cure = "number the words: classes, labels = numpy.unique(words, return_inverse=True)"

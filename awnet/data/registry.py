@@ -9,6 +9,7 @@ from awnet.data.cifar import load_cifar
 from awnet.data.dataset import Splits
 from awnet.data.digits import load_digits
 from awnet.data.tiny_imagenet import load_tiny_imagenet
+from awnet.defaults import standard_defaults
 
 DEFAULT_DATA_DIR = "data"
 
@@ -25,6 +26,7 @@ def list_datasets() -> list[str]:
     return list(_LOADERS)
 
 
+@standard_defaults()
 def load_dataset(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Splits:
     """The train, validation and test split of a data set, on the CPU.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awnet.attacks import frozen
 from awnet.data.checks import check_images, check_labels
+from awnet.defaults import standard_defaults
 from awnet.nn import has_router, route, routers
 from awnet.precision import full_precision
 from awnet.scalars import check_integer
@@ -32,6 +33,7 @@ class Detector(ABC):
         self._fitted = False
 
     @full_precision()
+    @standard_defaults()
     def fit(self, x_train: Tensor, y_train: Tensor, clean: Tensor, adversarial: Tensor) -> Self:
         """Learns from the classifier's training set and from images of both kinds; returns itself.
 
@@ -56,6 +58,7 @@ class Detector(ABC):
         return self
 
     @full_precision()
+    @standard_defaults()
     def score(self, x: Tensor) -> Tensor:
         """float64 [N] on the CPU for images [N, C, H, W]: the higher, the more likely adversarial.
 

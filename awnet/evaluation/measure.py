@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet._version import __version__
 from awnet.attacks import Attack, Cascade, Suite, frozen, list_attacks, named_attack
-from awnet.attacks.base import check_ball, check_model, device_of
+from awnet.attacks.base import check_ball, check_values, device_of
+from awnet.attacks.probe import first_logits
 from awnet.attacks.registry import BudgetName
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Batch, Dataset
+from awnet.defaults import standard_defaults
 from awnet.devices import resolve_device
 from awnet.distributed import Ranks
 from awnet.evaluation.detection import CONTROLS, SIGN, detection
@@ -62,6 +64,7 @@ REFERENCE = 256  # images over which the attack on a frozen router averages ω
 
 
 @full_precision()
+@standard_defaults()
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
@@ -219,6 +222,7 @@ def evaluate(
         return ranks.first(conclude)
 
 
+@standard_defaults()
 def accuracy(
     model: nn.Module, dataset: Dataset, batch_size: int = 256, device: str | torch.device | None = None
 ) -> Tensor:
@@ -226,6 +230,7 @@ def accuracy(
     return _correct(model, dataset, None, batch_size, device)
 
 
+@standard_defaults()
 def robust_correct(
     model: nn.Module,
     dataset: Dataset,
@@ -238,7 +243,7 @@ def robust_correct(
 
     ``attack`` is an attack on this model (or on another one: a transfer attack), or the name of one.
     """
-    check_model(model)
+    check_values(model)
     if isinstance(attack, str):
         attack = named_attack(attack, model, dataset.threat_model)
     return _correct(model, dataset, attack, batch_size, device)
@@ -664,28 +669,21 @@ def _ready(
     model: nn.Module, dataset: Dataset, batch_size: int, device: str | torch.device | None
 ) -> tuple[Dataset, int]:
     """The data set on the model's device and the model's K, after checking that the three fit."""
-    check_model(model)
+    check_values(model)
     if not isinstance(dataset, Dataset):
         raise TypeError(f"dataset must be a Dataset, of load_dataset say, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"dataset is empty: {dataset.name} {dataset.split} holds no image")
     where = device_of(model)
     if device is not None:
-        wanted = resolve_device(device)
+        wanted = resolve_device(device) if where is None else torch.device(device)
         if where is not None and (wanted.type, wanted.index or 0) != (where.type, where.index or 0):
             raise ValueError(
                 f"device is {wanted}, but the model is on {where}: call model.to({str(wanted)!r}) first"
             )
         where = where or wanted
     dataset = dataset if where is None else dataset.to(where)
-    with frozen(model), torch.no_grad():
-        logits = model(next(dataset.batches(1)).x)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < dataset.num_classes:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(
-            f"model must return logits [1, {dataset.num_classes}] for an image of {dataset.name}, got {got}: "
-            f"create it with num_classes={dataset.num_classes}"
-        )
+    logits = first_logits(model, next(dataset.batches(1)).x, dataset.num_classes, dataset.name)
     return dataset, logits.shape[1]
 
 

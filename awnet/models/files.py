@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import math
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from awnet._version import __version__
+from awnet.defaults import standard_defaults
 from awnet.files import expanded, written_atomically
 from awnet.models.registry import create_model, model_shapes
 
 _KEY = "awnet"  # in the safetensors metadata
+_EXTRA_KEY = "awnet.extra_state"
 _FORMAT = 1
 
 
+@standard_defaults()
 def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Writes weights, buffers and configuration to one ``.safetensors`` file, whole or not at all.
 
@@ -59,6 +65,9 @@ def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's names, shapes, weights and buffers, in hex."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            digest.update(f"{name} {packed_extra_state(name, value)}".encode())
+            continue
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(raw_bytes(value))
     return digest.hexdigest()
@@ -67,14 +76,65 @@ def weights_fingerprint(model: nn.Module) -> str:
 def write_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, whole or not at all; OSError where it cannot be written."""
+    """Writes a safetensors file, whole or not at all.
+
+    Values that are no tensors, of a module's ``get_extra_state``, are written into the metadata.
+
+    Raises:
+        ValueError: such a value cannot be stored.
+        OSError: the file cannot be written.
+    """
+    extra = {key: packed_extra_state(key, v) for key, v in tensors.items() if not isinstance(v, Tensor)}
+    tensors = _unshared({name: value for name, value in tensors.items() if isinstance(value, Tensor)})
+    if extra:
+        metadata = {**(metadata or {}), _EXTRA_KEY: json.dumps(extra)}
     with written_atomically(path) as temporary:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # its reason is the system's
             raise OSError(f"{path} could not be written: {error}") from error
 
 
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory: safetensors refuses tied weights otherwise."""
+    found, seen = {}, set()
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        storage = (value.device, value.untyped_storage().data_ptr()) if value.numel() else None
+        found[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return found
+
+
+def packed_extra_state(name: str, value: Any) -> str:
+    """The value that a module's ``get_extra_state`` returned, as text.
+
+    Raises:
+        ValueError: it holds what cannot be loaded without running code from the file.
+    """
+    try:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # of the value's own pickling
+        raise ValueError(
+            f"{name}, from get_extra_state, is a {type(value).__name__} that no checkpoint can hold: return "
+            "numbers, text, tensors, and lists and dicts of them"
+        ) from error
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _unpacked_extra_state(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Raises an exception of torch's or json's where the text is damaged."""
+    packed: dict[str, str] = json.loads(metadata.get(_EXTRA_KEY, "{}"))
+    return {
+        name: torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
+        for name, text in packed.items()
+    }
+
+
+@standard_defaults()
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """The model in a file of :func:`save_model`, or in a run folder's ``best.safetensors``, in eval mode.
 
@@ -95,7 +155,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
         raise FileNotFoundError(f"{what}; {hint}")
     try:
         with safe_open(file, framework="pt", device=str(device)) as opened:
-            about = _about(file, opened.metadata() or {})
+            metadata = opened.metadata() or {}
+            about = _about(file, metadata)
             names = list(opened.keys())
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
             _check_fit(file, about, shapes)  # before anything is allocated
@@ -113,8 +174,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
             in_channels=config["in_channels"],
             **config["options"],
         )
-        model.load_state_dict(tensors)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        model.load_state_dict(tensors | _unpacked_extra_state(metadata))
+    except (ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise _misfit(file, about, error) from error
     return model.to(device).eval()
 

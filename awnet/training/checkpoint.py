@@ -15,6 +15,7 @@ else is in the folder is cut back to it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import pickle
 import shutil
@@ -138,9 +139,9 @@ def on_host(value: Any) -> Any:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {name: on_host(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return type(value)(on_host(one) for one in value)
-    return value
+    return copy.deepcopy(value)  # of a module's get_extra_state
 
 
 class Writer:

@@ -7,7 +7,6 @@ was not, on the same machine with the same number of threads.
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import platform
@@ -27,8 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks import frozen, named_attack
+from awnet.attacks import named_attack
+from awnet.attacks.base import check_values
+from awnet.attacks.probe import first_logits
 from awnet.data import Dataset, Memory, Splits
+from awnet.defaults import standard_defaults
 from awnet.devices import resolve_device
 from awnet.distributed import Agreement, Ranks, joined, restarts
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
@@ -36,9 +38,10 @@ from awnet.evaluation.report import environment
 from awnet.evaluation.table import in_one_line
 from awnet.files import expanded
 from awnet.models import create_model, load_model, save_model
-from awnet.models.files import weights_fingerprint, write_tensors
+from awnet.models.files import packed_extra_state, weights_fingerprint, write_tensors
 from awnet.models.registry import config_of
 from awnet.nn import has_router, routed_networks, synchronize, unwrapped
+from awnet.nn.copies import copied, own_memory
 from awnet.precision import check_environment, full_precision
 from awnet.run_config import read_config
 from awnet.scalars import check_integer, check_number
@@ -99,6 +102,7 @@ def _cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
+@standard_defaults()
 def train(
     recipe: Recipe,
     model: nn.Module | str,
@@ -178,12 +182,13 @@ def train(
         teachers = [expanded(one) if isinstance(one, str | Path) else one for one in teachers]
     if restarts():
         resume, overwrite = True, False
-    with joined(resolve_device(device)) as ranks, ExitStack() as held:
+    with _gradients(), joined(resolve_device(device)) as ranks, ExitStack() as held:
         where = ranks.device
         model = _model(model, splits.train, seed).to(where)
+        own_memory(model)
         if init_from is not None:
             _initialize(model, init_from)
-        _check_outputs(model, splits.train, where)
+        _check_trainable(model, splits.train, where)
         _check_shares(recipe, len(splits.train), ranks)
         with _synchronized(model, ranks):
             check_smallest_micro_batch(recipe, model, splits.train, ranks.size)
@@ -290,6 +295,13 @@ def _begin(
     if not state["finished"]:
         _add_session(folder, session, state, reporter)
     return state, history
+
+
+@contextmanager
+def _gradients() -> Iterator[None]:
+    """Gradients for a block of code, also where the caller has switched them off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 @contextmanager
@@ -749,6 +761,7 @@ class _Signals:
 
 def _model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
     if isinstance(model, nn.Module):
+        check_values(model)
         return model
     if not isinstance(model, str):
         raise TypeError(f"model must be a module or a registered name, got {type(model).__name__}")
@@ -761,7 +774,10 @@ def _initialize(model: nn.Module, source: str | Path) -> None:
     """Copies the weights of the model in ``source`` into ``model``; ValueError where they do not fit."""
     other = load_model(source)
     weights, mine = other.state_dict(), model.state_dict()
-    shapes, wanted = ({name: tuple(value.shape) for name, value in one.items()} for one in (weights, mine))
+    shapes, wanted = (
+        {name: tuple(value.shape) for name, value in one.items() if isinstance(value, Tensor)}
+        for one in (weights, mine)
+    )
     unlike = [name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name)]
     if unlike:
         name, count = unlike[0], len(unlike) - 1
@@ -773,21 +789,37 @@ def _initialize(model: nn.Module, source: str | Path) -> None:
     model.load_state_dict(weights)
 
 
-def _check_outputs(model: nn.Module, data: Dataset, device: torch.device) -> None:
-    """One image in test mode: a model that does not fit the data set fails before anything is written."""
+def _check_trainable(model: nn.Module, data: Dataset, device: torch.device) -> None:
+    """One image in eval mode: a model that cannot be trained on the data fails before anything is written."""
     if not has_router(model) and (count := len(routed_networks(model))) > 1:
         raise ValueError(
             f"{type(model).__name__} holds {count} networks with routers (AW-Nets), training supports one: "
             "train them one by one, or give the model route(x) and forward(x, *, is_clean, routing)"
         )
-    with frozen(model), torch.no_grad():
-        logits = model(torch.zeros(1, data.in_channels, *data.image_size, device=device))
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < data.num_classes:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    parameters = list(model.parameters())
+    if any(parameter.is_inference() for parameter in parameters):
+        raise ValueError("model was made within torch.inference_mode(): make it outside, to be trained")
+    if not any(parameter.requires_grad for parameter in parameters):
         raise ValueError(
-            f"model must return logits [B, {data.num_classes}] for {data.name}, got {got} for one image: "
-            f"create it with num_classes={data.num_classes}"
+            "model has no parameter that requires a gradient, so there is nothing to train: call "
+            "requires_grad_(True) on the parameters to train"
         )
+    x = torch.zeros(1, data.in_channels, *data.image_size, device=device)
+    first_logits(model, x, data.num_classes, data.name)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        logits = model.eval()(x)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not logits.requires_grad:
+        raise ValueError(
+            "the model's logits have no gradient with respect to its parameters: does its forward detach "
+            "them, or run under torch.no_grad()?"
+        )
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            packed_extra_state(name, value)
 
 
 def _check_shares(recipe: Recipe, images: int, ranks: Ranks) -> None:
@@ -823,7 +855,7 @@ def _load_teachers(teachers: Sequence[TeacherSource], recipe: Recipe, device: to
 
 def _as_teacher(teacher: TeacherSource, device: torch.device) -> nn.Module:
     if isinstance(teacher, nn.Module):
-        model = copy.deepcopy(teacher)
+        model = copied(teacher)
     elif isinstance(teacher, str | Path):
         model = load_model(teacher)
     else:
@@ -933,6 +965,6 @@ def _result(
     *,
     finished: bool,
 ) -> RunResult:
-    chosen = copy.deepcopy(model).eval()
+    chosen = copied(model).eval()
     chosen.load_state_dict(weights)
     return RunResult(chosen, folder, history, dict(best), finished)

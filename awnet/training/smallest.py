@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from awnet.data import Dataset
 from awnet.data.dataset import Batch
+from awnet.nn.copies import copied
 from awnet.training.losses import MTARDWeights, Teachers
 from awnet.training.recipes import Recipe
 
@@ -35,7 +34,7 @@ def check_smallest_micro_batch(recipe: Recipe, model: nn.Module, data: Dataset, 
         return
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        trained = copy.deepcopy(model).train()
+        trained = copied(model).train()
     except Exception:  # it cannot be copied, which says nothing about its batch norms
         return
     x = torch.zeros(1, data.in_channels, *data.image_size, device=device)

@@ -7,13 +7,13 @@ What goes on: the learning rate's schedule, the position in the data, torch's ge
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from awnet.nn.copies import copied
 from awnet.training.graphs import Graphed, Inference
 from awnet.training.losses import Attack, Averaging, Batch, Loss, LossResult, MTARDWeights, Teachers
 from awnet.training.recipes import MTARD, Recipe
@@ -248,7 +248,7 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module = copied(model).eval().requires_grad_(False)
         self.decay = decay
         self.count = torch.zeros((), device=next(model.parameters()).device)
 

@@ -1,0 +1,57 @@
+"""Copies of a user's model, whatever tensors its modules hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copied(model: Model) -> Model:
+    """A deep copy of ``model``; where a module holds a non-leaf tensor, the copy holds its values.
+
+    Such tensors are computed from others with gradient: a kept activation, or the weight that
+    ``torch.nn.utils.weight_norm`` sets before each forward pass. ``copy.deepcopy`` alone refuses them.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_in(vars(module)):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple) and depth:
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(one, depth - 1)
+
+
+@torch.no_grad()
+def own_memory(model: nn.Module) -> None:
+    """Replaces each parameter and buffer of ``model`` whose elements share memory by a plain copy, in place.
+
+    ``tensor.expand`` makes such tensors; nothing can be written to them, so no checkpoint could be loaded.
+    """
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and _overlaps(buffer):
+                module._buffers[name] = buffer.contiguous().clone()
+    for parameter in model.parameters():
+        if _overlaps(parameter):
+            parameter.data = parameter.data.contiguous().clone()
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements of a strided tensor may lie at one address."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return False
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return reach < tensor.numel()
