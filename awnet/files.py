@@ -106,6 +106,7 @@ def _lock(handle: int) -> None:
     if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     elif msvcrt is not None:
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond the content: it cannot be used while it is locked
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
         except OSError as error:
@@ -149,8 +150,7 @@ def written_atomically(path: str | Path, *, parents: bool = True) -> Iterator[Pa
     path = Path(os.path.realpath(path))
     if parents:
         path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent, re.compile(re.escape(_stem(path)) + r"\w{8}\.tmp"))
-    with _temporary_folder(path) as folder:
+    with temporary_folder(path) as folder:
         temporary = folder / "file"
         temporary.touch(0o666 if found is None else 0o600 | stat.S_IMODE(found.st_mode))
         wanted = found or temporary.stat()
@@ -191,8 +191,13 @@ def _copied_into(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """A locked folder beside ``path``, which only this user can read."""
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` for a block of code, which only this user can read.
+
+    It is locked meanwhile, so that a later call for the same ``path``, or ``sweep``, can tell whether a
+    killed process left it behind. Leftovers for the same ``path`` are removed.
+    """
+    sweep_beside(path)
     folder, handle = _locked_folder(path)
     try:
         yield folder
@@ -245,6 +250,11 @@ def sweep(folder: str | Path) -> None:
     for place, folders, _ in os.walk(folder):
         folders[:] = [name for name in folders if not is_temporary(Path(name))]
         _sweep(Path(place))
+
+
+def sweep_beside(path: Path) -> None:
+    """As ``sweep``, but only what was on its way to ``path``."""
+    _sweep(path.parent, re.compile(re.escape(_stem(path)) + r"\w{8}\.tmp"))
 
 
 def _sweep(folder: Path, names: re.Pattern[str] = _TEMPORARY) -> None:

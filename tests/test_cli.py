@@ -768,3 +768,76 @@ def test_as_a_program(tmp_path):
     assert bad.stdout == ""
     assert bad.stderr.startswith("awnet: error: ")
     assert bad.stderr.count("\n") == 1
+
+
+# ── ~ in paths ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_home_folder_is_expanded_in_every_path_of_a_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "home" / "runs" / "x"
+    small = ["--recipe", "standard", "--model", "resnet_tiny", "--epochs", "1", "--batch-size", "512"]
+    assert main(["train", *small, "--out=~/runs/x"]) == 0
+    assert (run / "best.safetensors").is_file()
+    limits = ["--limit", "10", "--attack", "fgsm"]
+    assert main(["attack", "~/runs/x/best.safetensors", *limits, "--data", "digits", "--out", "~/x.npz"]) == 0
+    assert (tmp_path / "home" / "x.npz").is_file()
+    words = ["evaluate", "~/runs/x", "--attacks", "fgsm", "--limit", "10"]
+    assert main(words) == 0
+    assert main([*words, "--name", "two", "--compare-with", "~/runs/x"]) != 1
+    assert main(["analyse", "filters", "~/runs/x", "--out=~/figures", "--images", "4", "--layers", "1"]) == 0
+    assert (tmp_path / "home" / "figures" / "filters.png").is_file() or any(
+        (tmp_path / "home" / "figures").iterdir()
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    capsys.readouterr()
+    for words in (
+        ["train", *small, "--out=~nobody-here/x"],
+        ["train", *small, "--data-dir", "~nobody-here/data"],
+        ["train", "--teachers", "~nobody-here/a", "~nobody-here/b", "--out", "y"],
+        ["evaluate", "~nobody-here/x"],
+        ["data", "info", "cifar10", "--data-dir", "~nobody-here/d"],
+        ["reproduce", "digits", "--out", "~nobody-here/d"],
+        ["bench", "plot", "--out", "~nobody-here/d"],
+    ):
+        assert "the home folder of '~nobody-here' is not known" in fails(capsys, *words)
+
+
+def test_a_home_folder_is_expanded_in_every_path_of_the_python_api(tmp_path, monkeypatch):
+    from awnet import evaluate, load_model, save_model
+    from awnet.attacks.transfer import Crafted, craft
+    from awnet.data import load_dataset
+    from awnet.training import checkpoint, read_log, recipe_for, train
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    splits = load_dataset("digits")
+    recipe = recipe_for("standard", "digits", epochs=1, batch_size=512)
+    result = train(recipe, "resnet_tiny", splits, "~/run", quiet=True, tensorboard=False)
+    assert result.folder == tmp_path / "home" / "run"
+    assert checkpoint.states("~/run")
+    assert len(read_log("~/run", "epoch")) == 1
+    model = load_model("~/run")
+    save_model(model, "~/copy.safetensors")
+    assert type(load_model("~/copy.safetensors")) is type(model)
+    report = evaluate(model, splits.test, ["fgsm"], limit=10, out="~/run")
+    assert Report.load("~/run/evaluations/default").n == report.n
+    report.save("~/saved")
+    assert Report.load("~/saved").n == 10
+    images = craft("~/run", splits.test.subset(10), "fgsm", folder="~/crafted")
+    (path,) = (tmp_path / "home" / "crafted").glob("*.safetensors")
+    assert torch.equal(Crafted.load(f"~/crafted/{path.name}").x_adv, images.x_adv)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    for call in (
+        lambda: train(recipe, "resnet_tiny", splits, "~nobody-here/run"),
+        lambda: load_model("~nobody-here/run"),
+        lambda: save_model(model, "~nobody-here/x.safetensors"),
+        lambda: evaluate(model, splits.test, ["fgsm"], limit=10, out="~nobody-here/run"),
+        lambda: Report.load("~nobody-here/run"),
+        lambda: load_dataset("cifar10", "~nobody-here/data"),
+    ):
+        with pytest.raises(ValueError, match="home folder of '~nobody-here' is not known"):
+            call()

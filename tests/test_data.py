@@ -37,6 +37,7 @@ from awnet.data import (
     load_dataset,
 )
 from awnet.data.dataset import augmented, stratified
+from awnet.files import locked
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -1135,6 +1136,50 @@ def test_tiny_imagenet_comes_as_a_zip(tmp_path, server, monkeypatch):
     server.serve(monkeypatch, "tiny_imagenet", zip_of(write_tiny_imagenet(tmp_path / "theirs")))
     download("tiny_imagenet", tmp_path / "mine")
     assert len(load_dataset("tiny_imagenet", tmp_path / "mine").test) == 9
+
+
+def test_a_download_sweeps_what_killed_ones_left_and_nothing_of_a_running_one(tmp_path, server, monkeypatch):
+    server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    code = (
+        "import sys; from pathlib import Path; from awnet.files import temporary_folder\n"
+        "with temporary_folder(Path(sys.argv[1])) as scratch:\n"
+        "    (scratch / 'half').write_text('x'); print('unpacking', flush=True); sys.stdin.read()"
+    )
+    names = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar-100-python")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(mine / name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for name in names
+    ]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes[:2]:
+        process.kill()
+        process.wait()
+    assert len(list(mine.iterdir())) == 3
+    download("cifar10", mine)
+    left = sorted(path.name for path in mine.iterdir())
+    assert left[1:] == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+    assert left[0].startswith(".cifar-100-python.")  # of the process that still runs
+    processes[2].communicate()
+    assert len(list(mine.iterdir())) == 2
+
+
+def test_two_downloads_of_one_archive_do_not_mix(tmp_path, server, monkeypatch):
+    server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
+    part = tmp_path / "mine" / "cifar-10-python.tar.gz.part"
+    part.parent.mkdir()
+    part.write_bytes(server.content[:10])
+    with (
+        locked(part, lambda: "busy"),
+        pytest.raises(ConnectionError, match="another process downloads it"),
+    ):
+        download("cifar10", tmp_path / "mine")
+    assert part.read_bytes() == server.content[:10]
+    assert download("cifar10", tmp_path / "mine").is_dir()
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["server knows ranges", "server does not"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -15,7 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from awnet.files import expanded
+from awnet.files import expanded, locked, sweep_beside, temporary_folder
 
 CHUNK = 1 << 20
 MOST_BYTES = 300_000_000  # of an archive: the largest published one has fewer
@@ -64,6 +62,7 @@ def download(
     sends more than the archive has; ConnectionError when the archive can't be fetched.
     """
     import pooch
+    from pooch.hashes import hash_matches
 
     if name == "digits":
         raise ValueError("digits needs no download: it ships inside scikit-learn")
@@ -73,15 +72,16 @@ def download(
         raise ValueError(f"url must begin with http://, https:// or ftp://, got {url!r}")
     archive = ARCHIVES[name]
     data_dir = expanded(data_dir)
-    folder = data_dir / archive.folder
+    folder, packed = data_dir / archive.folder, data_dir / Path(archive.url).name
+    for path in (folder, packed):  # what a killed download left behind
+        sweep_beside(path)
     if folder.is_dir():
         return folder
     data_dir.mkdir(parents=True, exist_ok=True)
-    file_name = Path(archive.url).name
 
     def fetch(address: str, output: Any, _: Any) -> None:
         try:
-            _fetch(address, Path(output), data_dir / f"{file_name}.part", progress)
+            _fetch(address, Path(output), packed.with_name(f"{packed.name}.part"), progress)
         except (OSError, HTTPException) as error:
             raise ConnectionError(
                 f"{address} could not be downloaded: {error}. What has arrived is kept; the same command "
@@ -90,15 +90,26 @@ def download(
             ) from error
 
     pooch.get_logger().setLevel("WARNING")
-    path = pooch.retrieve(
-        url or archive.url, known_hash=archive.checksum, fname=file_name, path=data_dir, downloader=fetch
-    )
-    _unpack(Path(path), folder)
+    options = {"known_hash": archive.checksum, "fname": packed.name, "downloader": fetch}
+    if not packed.is_file() or not hash_matches(packed, archive.checksum):
+        with temporary_folder(packed) as scratch:
+            os.replace(pooch.retrieve(url or archive.url, path=scratch, **options), packed)
+    _unpack(packed, folder)
     return folder
 
 
 def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> None:
     """Completes ``part`` from ``url``, then moves it to ``output``; ValueError past MOST_BYTES."""
+    try:
+        with locked(part, lambda: "another process downloads it; wait for that"):
+            _complete(url, part, progress)
+        os.replace(part, output)
+    finally:
+        if part.is_file() and not part.stat().st_size:
+            part.unlink()
+
+
+def _complete(url: str, part: Path, progress: Progress | None) -> None:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -106,7 +117,6 @@ def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> Non
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: nothing lies beyond what we have; then the checksum decides
             raise
-        os.replace(part, output)
         return
     with reply:
         resumed = reply.status == 206
@@ -125,7 +135,6 @@ def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> Non
                     progress(have, total)
     if total is not None and have != total:
         raise OSError(f"the connection broke off after {have:,} of {total:,} bytes")
-    os.replace(part, output)
 
 
 def _too_large(url: str, part: Path, found: str) -> ValueError:
@@ -138,7 +147,11 @@ def _too_large(url: str, part: Path, found: str) -> ValueError:
 
 def _unpack(archive: Path, folder: Path) -> None:
     """Extracts the one folder that ``archive`` holds; ``folder`` appears whole or not at all."""
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    with temporary_folder(folder) as scratch:
+        _unpack_into(scratch, archive, folder)
+
+
+def _unpack_into(scratch: Path, archive: Path, folder: Path) -> None:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
@@ -155,8 +168,6 @@ def _unpack(archive: Path, folder: Path) -> None:
         os.rename(scratch / folder.name, folder)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{archive} could not be unpacked: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _check_member(archive: Path, name: str, folder: str) -> None:
