@@ -286,6 +286,26 @@ def test_the_readme_is_short_and_claims_what_was_measured() -> None:
     assert f" {caught} [seeded faults]" in "\n".join(lines)
 
 
+def test_the_ablations_tables_are_its_data() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "digits-ablation.json").read_text())["systems"]
+    text = (ROOT / "docs" / "why-not-digits.md").read_text()
+    rows = [
+        line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (AW|with|static)", line)
+    ]
+    attacks = ("fgsm", "pgd_sat", "cw")
+    for row, (name, one) in zip(rows, found.items(), strict=False):
+        means = [one["clean"][0], *(one[attack]["w_robust"][0] for attack in attacks)]
+        assert row[1:] == [f"{one['parameters']:,}", *(f"{100 * mean:.1f}" for mean in means)], name
+    others = [one["minus_awnet"] for one in found.values() if "minus_awnet" in one]
+    assert len(rows) == len(found) + len(others)
+    for row, differences in zip(rows[len(found) :], others, strict=True):
+        for cell, kind in zip(row[1:], ("clean", *attacks), strict=True):
+            shown = [float(n) for n in re.findall(r"[+-]?\d+\.\d", cell.replace("−", "-"))]
+            assert shown == pytest.approx([100 * value for value in differences[kind][:3]], abs=0.0501)
+            low, high = differences[kind][1:3]
+            assert ("**" in cell) == (not low <= 0 <= high)
+
+
 def test_each_job_runs_a_command_of_the_makefile() -> None:
     yaml = pytest.importorskip("yaml")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
