@@ -594,6 +594,34 @@ def test_a_converted_network_of_both_modes_can_be_copied_and_pickled():
     assert torch.equal(twin(x), network(x))
 
 
+class HeadByMode(nn.Module):
+    """One classifier in train mode, the average of two in eval mode, as in LeViT; a guard in one mode alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.fc, self.other = nn.Linear(4, 5), nn.Linear(4, 5)
+        self.register_buffer("shift", torch.tensor(0.25))
+
+    def forward(self, x):
+        noise = torch.rand(1, dtype=x.dtype) if self.training else None
+        x = self.norm(self.conv(x)).mean((2, 3))
+        if self.training:
+            return self.fc(x + noise) + self.other(x).detach() * 0
+        return (self.fc(x) + self.other(x)) / 2 + (self.shift if x.shape[1] > 3 else 0)
+
+
+def test_parts_that_depend_on_the_mode_keep_the_names_of_their_state(tmp_path):
+    original = trained(HeadByMode())
+    network = convert(original, image_size=8, **ROUTER)
+    check_same_logits(original, network)
+    check_same_in_train_mode(original, network, torch.rand(6, 3, 8, 8))
+    names = {name for name in network.dynamic.state_dict() if not name.startswith("conv.")}
+    assert names == {"fc.weight", "fc.bias", "other.weight", "other.bias", "shift"}
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(pickle.loads(pickle.dumps(network)).eval()(x), network.eval()(x))
+
+
 class Normalize(nn.Module):
     def __init__(self):
         super().__init__()
@@ -808,6 +836,20 @@ class BatchSize(Branching):
         return y + torch.arange(len(x))[:, None]
 
 
+class NoGrad(Branching):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.conv(x)
+        return self.norm(x).mean((2, 3))
+
+
+class Autocast(Branching):
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return x.mean((2, 3))
+
+
 class CoinFlip(Branching):
     def forward(self, x):
         scale = random.random()
@@ -874,6 +916,8 @@ REFUSED = {
         rf"BatchSize cannot be converted for batches of every size.* len\(x\) .*"
         rf" at {line_of(BatchSize.forward, 'len')}",
     ),
+    "no_grad": (NoGrad, rf"{line_of(NoGrad.forward, 'self.conv')}: it runs under torch\.no_grad"),
+    "autocast": (Autocast, rf"{line_of(Autocast.forward, 'autocast')}: it runs under torch\.autocast"),
     "random numbers of Python": (
         CoinFlip,
         f"{line_of(CoinFlip.forward, 'norm')}: before this line .* random",

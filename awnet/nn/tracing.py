@@ -163,7 +163,8 @@ class _Symbol(fx.Proxy):
             return attribute
         if callable(attribute) and not isinstance(attribute, nn.Module):
             return functools.partial(self._call, name)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        symbol = self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return symbol._fixed() if isinstance(attribute, str) else symbol
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if name in ("dim", "ndimension"):
@@ -353,6 +354,8 @@ class _Tracer(fx.Tracer):
                 "before this line it has drawn from random or numpy.random, whose numbers a graph would "
                 "keep forever; draw with torch"
             )
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            raise Untraceable("it runs under torch.no_grad, which a graph does not keep; use detach()")
         proxy = super().create_proxy(kind, target, *args, **kwargs)
         proxy.node.meta["where"] = location(sys._getframe(1))
         if isinstance(value := self.value_of(proxy.node), Tensor):
@@ -406,7 +409,8 @@ class _Tracer(fx.Tracer):
             set_attribute(module, name, value)
 
         root = _Root(network)
-        with _patched_setattr(refuse_state, self), _sizes_as_tuples(), _Functions(self), torch.no_grad():
+        patches = _patched_setattr(refuse_state, self), _without_autocast(self), _sizes_as_tuples()
+        with patches[0], patches[1], patches[2], _Functions(self), torch.enable_grad():
             graph = self.trace(root)
         for node in graph.nodes:
             node.type = None  # annotations written as strings would keep the result from being pickled
@@ -443,6 +447,24 @@ def _sizes_as_tuples() -> Iterator[None]:
     finally:
         for name, factory in factories.items():
             setattr(torch, name, factory)
+
+
+@contextmanager
+def _without_autocast(tracer: _Tracer) -> Iterator[None]:
+    enter = torch.autocast.__enter__
+
+    def refuse(context: torch.autocast) -> Any:
+        if not tracer.running:
+            raise Untraceable(
+                "it runs under torch.autocast, which a graph does not keep; convert dtypes with to()"
+            )
+        return enter(context)
+
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -530,7 +552,7 @@ def trace(
     for guard in guards.values():
         network.add_module(guard.name, guard)
     _Merger(network, graph, training_network, training_graph, keeps).merge()
-    used = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
     for guard in guards.values():
         if guard.name not in used:
             delattr(network, guard.name)
@@ -666,11 +688,11 @@ class _Merger:
         inputs: list[fx.Node] = []
         with self.graph.inserting_before(region.before):
             parts = [self._part(region, training, inputs) for training in (True, False)]
-            for _, graph, placeholders in parts:
+            for graph, placeholders in parts:
                 for _ in inputs[len(placeholders) :]:
                     _add_placeholder(graph, placeholders)
             training_part, eval_part = (
-                fx.GraphModule(network, graph, class_name="Part") for network, graph, _ in parts
+                fx.GraphModule(nn.Module(), graph, class_name="Part") for graph, _ in parts
             )
             name = next(n for i in range(10**6) if not hasattr(self.network, n := f"_mode_{i}"))
             self.network.add_module(name, ModeSwitch(training_part, eval_part).eval())
@@ -682,9 +704,7 @@ class _Merger:
                 self.switched[pair] = self.graph.call_function(operator.getitem, (region.switch, i))
                 self.switched[pair].meta.update((pair[1] or pair[0]).meta)  # type: ignore[union-attr]
 
-    def _part(
-        self, region: _Region, training: bool, inputs: list[fx.Node]
-    ) -> tuple[nn.Module, fx.Graph, list[fx.Node]]:
+    def _part(self, region: _Region, training: bool, inputs: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
         """One mode's graph of a region; ``inputs`` is extended by what it takes."""
         graph = fx.Graph()
         placeholders: list[fx.Node] = []
@@ -701,17 +721,24 @@ class _Merger:
                 _add_placeholder(graph, placeholders)
             return placeholders[place]
 
+        def read(target: str) -> fx.Node:
+            """A tensor or module, read in the outer graph, so that its state keeps its name."""
+            inputs.append(self.graph.get_attr(target))
+            while len(placeholders) < len(inputs):
+                _add_placeholder(graph, placeholders)
+            return placeholders[-1]
+
         for node in region.nodes[training]:
-            if node.op == "get_attr":  # read in the outer graph, so that state keeps its names
-                target = str(node.target)
+            target = str(node.target)
+            if node.op == "get_attr":
                 if training and target.startswith("_tensor_constant"):
                     constant = getattr(self.training_network, target)
                     target = next(n for i in range(10**6) if not hasattr(self.network, n := f"_constant_{i}"))
                     setattr(self.network, target, constant)
-                inputs.append(self.graph.get_attr(target))
-                while len(placeholders) < len(inputs):
-                    _add_placeholder(graph, placeholders)
-                inner[node] = placeholders[-1]
+                inner[node] = read(target)
+            elif node.op == "call_module":
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+                inner[node] = graph.call_method("__call__", (read(target), *args), kwargs)
             else:
                 inner[node] = graph.node_copy(node, value)
         result = tuple(
@@ -719,7 +746,7 @@ class _Merger:
             for pair in region.outputs
         )
         graph.output(result)
-        return self.network, graph, placeholders
+        return graph, placeholders
 
     def _redirect(self) -> None:
         """Lets every user take the value of its mode."""
