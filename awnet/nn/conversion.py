@@ -22,7 +22,9 @@ from torch.nn.utils import parametrize
 from awnet.nn.layers import AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
+from awnet.nn.routing import has_router
 from awnet.nn.tracing import OtherPath, defined_at, has_hooks, raised_at, trace, where_of
+from awnet.nn.wrappers import wrapper_chain
 
 _LOG = logging.getLogger("awnet")
 _OURS = (AWConv2d, FilterScaledConv2d, MixBatchNorm2d)
@@ -197,18 +199,10 @@ def _copy(module: nn.Module) -> nn.Module:
     """A copy without the wrappers of parallel and compiled modules, at any depth."""
     memo: dict[int, Any] = {}
     for part in reversed(list(module.modules())):  # inner ones first
-        inner = _wrapped(part)
-        if inner is not None:
-            memo[id(part)] = copy.deepcopy(inner, memo)
+        _, *inner = wrapper_chain(part)
+        if inner:
+            memo[id(part)] = copy.deepcopy(inner[0], memo)
     return copy.deepcopy(module, memo)
-
-
-def _wrapped(module: nn.Module) -> nn.Module | None:
-    """What a parallel or compiled wrapper calls."""
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return module.module
-    compiled = module._modules.get("_orig_mod")  # torch.compile's wrapper
-    return compiled if type(module).__name__ == "OptimizedModule" else None
 
 
 def _refuse_whole(module: nn.Module) -> None:
@@ -222,7 +216,7 @@ def _refuse_whole(module: nn.Module) -> None:
         reason = _ours_already(part)
         if reason:
             raise ValueError(f"cannot convert {path!r} ({type(part).__name__}): {reason}")
-    if hasattr(module, "route") and any(isinstance(part, AWConv2d) for part in module.modules()):
+    if has_router(module):
         raise ValueError(f"{name} has a router of its own already; convert one of its members")
     for path, parameter in module.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
