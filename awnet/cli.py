@@ -458,6 +458,7 @@ class Attack(_OnRun):
         from awnet.attacks import Suite, named_attack
         from awnet.attacks.saved import digest
         from awnet.files import written_atomically
+        from awnet.models.registry import config_of
         from awnet.precision import computed_in, full_precision
 
         if self.out.exists() and not self.overwrite:
@@ -479,7 +480,7 @@ class Attack(_OnRun):
         labels, prediction = dataset.labels.cpu(), torch.cat(predicted)
         provenance = {
             "model": str(self.run_folder),
-            "model_config": getattr(model, "config", None),
+            "model_config": config_of(model),
             "dataset": dataset.name,
             "split": dataset.split,
             "source": dataset.source,

@@ -193,6 +193,11 @@ def test_an_unchanged_model_has_a_copy_also_inside_wrappers(name: str, digits: D
         found = evaluated(wrapped, "float32", x)
         assert (found.runs_on, found.flag) == (COPY, None)
         torch.testing.assert_close(found.module(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # torch.compile's import alone takes seconds
+def test_an_unchanged_compiled_model_has_a_copy() -> None:
+    model, x = trained("resnet_tiny").eval(), torch.rand(2, 1, 8, 8)
     compiled = torch.compile(model, backend="eager")
     copied = frozen_copy(compiled)
     assert copied is not None

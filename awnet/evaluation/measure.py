@@ -47,8 +47,8 @@ from awnet.evaluation.union import WorstCase, remaining
 from awnet.files import expanded, read_json, sweep
 from awnet.models import load_model
 from awnet.models.rdi import has_exits
-from awnet.models.registry import config_of
-from awnet.nn import Steering, has_router, observe, route, unwrapped
+from awnet.models.registry import name_of
+from awnet.nn import Steering, has_router, observe, route
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
 from awnet.terminal import safe_console
@@ -449,7 +449,7 @@ def _report(
         return outcome
 
     report = Report(
-        model=_name_of(live),
+        model=name_of(live),
         dataset=dataset.name,
         split=dataset.split,
         n=len(dataset),
@@ -733,11 +733,6 @@ def _check_finite(finite: Array | None, kind: str) -> None:
             f"the model's logits are NaN or infinite for {int((~finite).sum())} of {len(finite)} {kind} "
             "images: an accuracy would mean nothing; look at its weights"
         )
-
-
-def _name_of(model: nn.Module) -> str:
-    config = config_of(model)
-    return type(unwrapped(model)).__name__ if config is None else str(config["name"])
 
 
 def _selected_on(out: str | Path | None) -> str | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from awnet.evaluation.report import Report
 from awnet.evaluation.statistics import Interval
+from awnet.models.registry import name_of
 from awnet.ops.backends import default_backend
 
 if TYPE_CHECKING:
@@ -32,11 +33,9 @@ def eps_text(eps: float) -> str:
 
 def in_one_line(model: nn.Module, images: str, eps: float, trained: str | None = None) -> str:
     """What runs: model, parameters, images, recipe, device, backend, threat model."""
-    config = getattr(model, "config", None)
-    name = config["name"] if isinstance(config, dict) else type(model).__name__
     count = sum(parameter.numel() for parameter in model.parameters())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts = [f"{name}, {count:,} parameters", trained, images]
+    parts = [f"{name_of(model)}, {count:,} parameters", trained, images]
     parts += [f"{device}, backend {default_backend(device.type)}", f"L-infinity eps {eps_text(eps)}"]
     return "; ".join(part for part in parts if part)
 

@@ -8,9 +8,12 @@ import io
 import json
 import math
 import pickle
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,40 +23,163 @@ from torch import Tensor, nn
 from awnet._version import __version__
 from awnet.defaults import standard_defaults
 from awnet.files import expanded, written_atomically
-from awnet.models.registry import create_model, model_shapes
+from awnet.models.registry import class_of, config_of, create_model, is_ours, list_models, model_shapes
+from awnet.nn import unwrapped
+from awnet.nn.structure import apply_settings, compare, describe
+from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 
 _KEY = "awnet"  # in the safetensors metadata
 _EXTRA_KEY = "awnet.extra_state"
 _FORMAT = 1
+# what building a model and loading weights into it may raise where a file does not fit
+_MISFITS = (
+    *(ValueError, TypeError, KeyError, RuntimeError, AttributeError),
+    *(EOFError, pickle.UnpicklingError),
+)
 
 
 @standard_defaults()
 def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Writes weights, buffers and configuration to one ``.safetensors`` file, whole or not at all.
+    """Writes weights, buffers and what rebuilds the model to one ``.safetensors`` file, whole or not at all.
+
+    :func:`load_model` gives the same model back: in the dtype of its weights, with the present settings of
+    its router and layers, of the same class (a subclass of the user's must be defined in that process). What
+    could not be given back is refused.
 
     Args:
-        model: made by :func:`create_model`; a compiled or data-parallel wrapper around it is looked through.
+        model: made by :func:`create_model`; wrappers of ``torch.compile`` and data parallelism around it, or
+            in it, are looked through.
         path: ends in ``.safetensors``; an existing file is replaced.
         weights: a state dict of ``model`` to write instead of its present one.
 
     Raises:
-        ValueError: ``path`` ends otherwise, or ``model`` has no ``config``, so nothing could rebuild it.
+        ValueError: ``path`` ends otherwise, ``model`` has no ``config``, so nothing could rebuild it, or it
+            was changed in ways that no file holds (hooks, replaced layers, parametrized weights), which the
+            message names.
         OSError: the file cannot be written.
     """
     path = expanded(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
-    model = _unwrapped(model)
-    config = getattr(model, "config", None)
-    if not isinstance(config, dict):
+    if config_of(model) is None:
         raise ValueError(
-            f"{type(model).__name__} has no config to be rebuilt from: only models from awnet.create_model "
-            "have (converted networks do not); save model.state_dict() instead, and load that into a model "
-            "built in the same way"
+            f"{type(unwrapped(model)).__name__} has no config to be rebuilt from: only models from "
+            "awnet.create_model have one. Register a function that builds it (awnet.models.register_model) "
+            "and create it by that name, or save model.state_dict() and load it into a model built in the "
+            "same way"
         )
-    weights = model.state_dict() if weights is None else weights
-    about = {"format": _FORMAT, "version": __version__, "config": config}
-    write_tensors(weights, path, {"format": "pt", _KEY: json.dumps(about)})
+    write_model(model, path, model.state_dict() if weights is None else weights, description_of(model))
+
+
+@standard_defaults()
+def description_of(model: nn.Module) -> dict[str, Any]:
+    """What a file says of ``model`` beside its weights.
+
+    For a model of :func:`create_model` that rebuilds it. For any other one it names the class and structure,
+    against which :func:`load_model` checks the model that it is given.
+
+    Raises:
+        ValueError: ``model`` has a ``config``, but differs from what that builds in ways that no file holds.
+    """
+    model = unwrapped(model)
+    config = config_of(model)
+    shared = {"format": _FORMAT, "version": __version__}
+    if config is None:
+        return shared | {"config": None, "class": _class_name(type(model)), "structure": describe(model)}
+    about: dict[str, Any] = shared | {"config": config}
+    problems: list[str] = []
+    try:
+        built = _built(about, sketch=True)
+        if type(model) is not type(built) and isinstance(model, type(built)):
+            about |= _of_subclass(model, config)
+            built = _built(about)
+        settings, problems = compare(model, built)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        problems = [str(error)]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"this {type(model).__qualname__} is not what its config, {config['name']!r}, builds, and no "
+            f"file could hold it: {'; '.join(problems[:5])}{more}. Undo that, or register a function that "
+            "builds the model as it is (awnet.models.register_model) and create it by that name; or set "
+            "model.config = None: a run then stores its weights for awnet.load_model(RUN, model=...)"
+        )
+    return about | ({"settings": settings} if settings else {})
+
+
+_CLASSES: WeakValueDictionary[str, type[nn.Module]] = WeakValueDictionary()
+"""Subclasses that were saved in this process, by name."""
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _of_subclass(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """How the user's subclass of a model is made again: as its base class is, or without arguments."""
+    kind = type(model)
+    _CLASSES[_class_name(kind)] = kind
+    errors = []
+    for call in ("config", "nothing"):
+        about = {"class": _class_name(kind), "call": call}
+        try:
+            built = _built({"config": config} | about)
+        except Exception as error:  # whatever a constructor may raise
+            errors.append(str(error))
+            continue
+        if config_of(built) == config or call == "config":
+            return about
+    raise ValueError(
+        f"its class {kind.__qualname__} cannot be made again by {kind.__name__}(name, num_classes, "
+        f"in_channels, **options) or {kind.__name__}() ({errors[0] if errors else 'its config changes'})"
+    )
+
+
+def _built(about: Mapping[str, Any], *, sketch: bool = False) -> nn.Module:
+    """A new model as ``about`` describes it; ``sketch``: on the meta device where that is possible."""
+    config = about["config"]
+    arguments = {"num_classes": config["num_classes"], "in_channels": config["in_channels"]}
+    arguments |= config["options"]
+    if "class" not in about:
+        if sketch and is_ours(config["name"]):
+            with suppress(RuntimeError, NotImplementedError), torch.device("meta"):
+                return create_model(config["name"], **arguments)
+        with torch.random.fork_rng([]):
+            return create_model(config["name"], **arguments)
+    kind = _known_class(about["class"])
+    base = class_of(config["name"])
+    if base is None or not issubclass(kind, base):
+        raise ValueError(f"its class {kind.__qualname__} is no subclass of {config['name']!r}'s")
+    with torch.random.fork_rng([]):
+        return kind() if about.get("call") == "nothing" else kind(config["name"], **arguments)
+
+
+def _known_class(name: str) -> type[nn.Module]:
+    """The class of that name, of those that this process has defined or imported; nothing is imported."""
+    found: Any = _CLASSES.get(name)
+    if found is None:
+        module, _, path = name.partition(":")
+        found = sys.modules.get(module)
+        for part in path.split("."):
+            found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        module, _, path = name.partition(":")
+        raise ValueError(
+            f"it is a {path} of the module {module}, which is not imported here: import it first, or build "
+            "the model and pass it: awnet.load_model(..., model=my_model)"
+        )
+    return found
+
+
+def write_model(
+    model: nn.Module, path: str | Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    """Writes ``weights``, a state dict of ``model``, with its :func:`description_of`.
+
+    Raises OSError where the file cannot be written.
+    """
+    # one key alone: safetensors writes several in a random order, and the same model would give other bytes
+    write_tensors(without_wrapper_names(model, weights), path, {_KEY: json.dumps(description)})
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
@@ -64,7 +190,7 @@ def raw_bytes(tensor: Tensor) -> bytes:
 def weights_fingerprint(model: nn.Module) -> str:
     """SHA-256 of a model's names, shapes, weights and buffers, in hex."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in without_wrapper_names(model, model.state_dict()).items():
         if not isinstance(value, Tensor):
             digest.update(f"{name} {packed_extra_state(name, value)}".encode())
             continue
@@ -135,12 +261,23 @@ def _unpacked_extra_state(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 @standard_defaults()
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", *, model: nn.Module | None = None
+) -> nn.Module:
     """The model in a file of :func:`save_model`, or in a run folder's ``best.safetensors``, in eval mode.
+
+    Args:
+        path: a run folder or a ``.safetensors`` file.
+        device: where the model is put.
+        model: the model that the weights are for, changed in place, in their dtype; needed where the file
+            cannot tell how to build it: a run of a module that ``create_model`` did not make, or weights from
+            elsewhere. It must be built as the model was that was saved. Wrappers of ``torch.compile`` and
+            data parallelism are looked through, in the file and in the model.
 
     Raises:
         FileNotFoundError: nothing there, or a folder without ``best.safetensors``.
-        ValueError: a file that is damaged, from elsewhere, or does not fit this version of the package.
+        ValueError: a file that is damaged, does not fit this version of the package or ``model``, or does not
+            tell how to build its model.
     """
     path = expanded(path)
     file = path / "best.safetensors" if path.is_dir() else path
@@ -156,28 +293,58 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
     try:
         with safe_open(file, framework="pt", device=str(device)) as opened:
             metadata = opened.metadata() or {}
-            about = _about(file, metadata)
+            about = _about(file, metadata, model)
             names = list(opened.keys())
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
-            _check_fit(file, about, shapes)  # before anything is allocated
+            if model is None:
+                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+                _check_fit(file, about, shapes)  # before anything is allocated
             tensors = {name: opened.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"{file} is damaged or no safetensors file ({error}); copy or download it again, or use another "
             "checkpoint of the run, such as last.safetensors"
         ) from error
-    config = about["config"]
+    given = model is not None
     try:
-        model = create_model(
-            config["name"],
-            num_classes=config["num_classes"],
-            in_channels=config["in_channels"],
-            **config["options"],
-        )
-        model.load_state_dict(tensors | _unpacked_extra_state(metadata))
-    except (ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if model is None:
+            model = _built(about)
+        elif about.get("structure") is not None:
+            _check_structure(model, about["structure"])
+        _load(model, tensors | _unpacked_extra_state(metadata))
+        apply_settings(unwrapped(model), about.get("settings", {}))
+    except _MISFITS as error:
+        if given:
+            raise ValueError(f"{file} does not fit the model that was passed: {error}") from error
         raise _misfit(file, about, error) from error
     return model.to(device).eval()
+
+
+@torch.no_grad()
+def _load(model: nn.Module, tensors: Mapping[str, Any]) -> None:
+    """``tensors`` into ``model``, which takes their dtypes; RuntimeError where names or shapes differ."""
+    expected = without_wrapper_names(model, model.state_dict()).keys()
+    if not expected & tensors.keys():  # a wrapped model's state dict, written by the user's own code
+        tensors = {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in tensors.items()}
+    tensors = with_wrapper_names(model, tensors)
+    for table in (dict(model.named_parameters()), dict(model.named_buffers())):
+        for name, present in table.items():
+            if name in tensors and tensors[name].is_floating_point() and present.is_floating_point():
+                present.data = present.data.to(tensors[name].dtype)
+    model.load_state_dict(tensors)
+
+
+def _check_structure(model: nn.Module, stored: Any) -> None:
+    """Raises ValueError where ``model`` is made of other modules, or has other hooks, than what was saved."""
+    present = describe(model)
+    if not isinstance(stored, dict) or present == stored:
+        return
+    found = [
+        f"{path or 'the model'} is {present.get(path, 'missing')}, and was {stored.get(path, 'missing')}"
+        for path in sorted({*present, *stored})
+        if present.get(path) != stored.get(path)
+    ]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    raise ValueError(f"it is not built as the one that was saved: {'; '.join(found[:3])}{more}")
 
 
 def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -187,11 +354,17 @@ def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, .
     """
     config = about["config"]
     try:
+        if isinstance(config.get("name"), str) and config["name"] not in list_models():
+            raise ValueError(
+                f"unknown model {config['name']!r}. If your code registers it, import the module that calls "
+                f"awnet.models.register_model({config['name']!r}, ...) first; or build the model and pass "
+                f"it: awnet.load_model({str(file)!r}, model=my_model)"
+            )
         lacking = [key for key in ("name", "num_classes", "in_channels", "options") if key not in config]
         if lacking or not isinstance(config["options"], dict):
             raise ValueError(f"its description lacks {', '.join(lacking) or 'a dict of options'}")
-        expected = model_shapes(config)
-        if expected is None:  # a registered function builds it
+        expected = None if "class" in about else model_shapes(config)
+        if expected is None:  # a registered function or the user's class builds it
             most = sum(map(math.prod, shapes.values()))
             if max(config["num_classes"], config["in_channels"]) > most:
                 raise ValueError(f"the description states more classes or channels than its {most} weights")
@@ -217,11 +390,13 @@ def _misfit(file: Path, about: dict[str, Any], error: Exception) -> ValueError:
     return ValueError(f"{file}, written by awnet {version}, does not fit awnet {__version__}: {error}")
 
 
-def _about(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _about(file: Path, metadata: dict[str, str], model: nn.Module | None) -> dict[str, Any]:
     if _KEY not in metadata:
+        if model is not None:
+            return {}
         raise ValueError(
             f"{file} was not written by awnet.save_model: its metadata names no model. For weights from "
-            "elsewhere, create the model and call load_state_dict(safetensors.torch.load_file(...))"
+            f"elsewhere, build the model and pass it: awnet.load_model({str(file)!r}, model=my_model)"
         )
     try:
         about = json.loads(metadata[_KEY])
@@ -232,17 +407,16 @@ def _about(file: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if (
         not isinstance(about, dict)
         or about.get("format") != _FORMAT
-        or not isinstance(about.get("config"), dict)
+        or not isinstance(about.get("config", 0), dict | None)
     ):
         raise ValueError(
             f"{file}: its metadata {_KEY!r} is not in the format {_FORMAT} that awnet {__version__} reads; "
             "load it with the version that wrote it"
         )
+    if about["config"] is None and model is None:
+        raise ValueError(
+            f"{file} holds the weights of a {about.get('class')}, which awnet cannot build: build it in the "
+            f"same way and pass it, awnet.load_model({str(file)!r}, model=my_model), then evaluate, attack "
+            "or export it from Python"
+        )
     return about
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return _unwrapped(model.module)
-    compiled = getattr(model, "_orig_mod", None)  # torch.compile's wrapper
-    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model

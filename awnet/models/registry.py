@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from awnet.models import advmoe, awnet, mobilenet, rdi, repvgg, resnet, separate, swin, vgg, wide_resnet
-from awnet.nn import unwrapped
+from awnet.nn import RoutedNetwork, unwrapped
 from awnet.scalars import check_integer, is_number, plain
 
 Build = Callable[..., nn.Module]
@@ -51,6 +51,15 @@ for _names, _class in _FAMILIES:
 
 _OURS = tuple(_REGISTRY.values())
 _USUAL_SIZE = 16  # larger options have the memory that they need checked first
+
+
+def class_of(name: str) -> type[nn.Module] | None:
+    """The class of a model of the package; None for one of :func:`register_model`."""
+    build = _REGISTRY.get(name)
+    if not is_ours(name) or not isinstance(build, partial):
+        return None
+    kind: Any = build.func
+    return kind if isinstance(kind, type) else None
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -90,15 +99,39 @@ _CONFIG = "_awnet_config"
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
-    """What :func:`create_model` was called with to make ``model``; None for a model made otherwise.
+    """What :func:`create_model` needs to make ``model`` again; None for a model made otherwise.
 
-    A ``config`` of the user's own, of another form, is not taken for it.
+    Settings of a router that were changed since (``beta``, ``p_temperature``, ``p_scale``) and a
+    Separate-Net's ``threshold`` have their present values. A ``config`` of the user's own, of another form,
+    is not taken for it, nor one that was set to None.
     """
     model = unwrapped(model)
-    config = vars(model).get(_CONFIG, getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    if config is not None:
+        config = vars(model).get(_CONFIG, config)
     if not isinstance(config, dict) or set(config) != {"name", "num_classes", "in_channels", "options"}:
         return None
-    return config if isinstance(config["name"], str) and isinstance(config["options"], dict) else None
+    if not isinstance(config["name"], str) or not isinstance(config["options"], dict):
+        return None
+    options = dict(config["options"])
+    if isinstance(model, RoutedNetwork):
+        for place in (model.router, model):
+            for option in ("beta", "p_temperature", "p_scale", "threshold"):
+                value = plain(vars(place).get(option))
+                if option in options and is_number(value):
+                    options[option] = value
+    return config | {"options": options}
+
+
+def name_of(model: nn.Module) -> str:
+    """The name that :func:`create_model` made ``model`` by, or its class's."""
+    config = config_of(model)
+    return type(unwrapped(model)).__name__ if config is None else str(config["name"])
+
+
+def is_ours(name: str) -> bool:
+    """Whether ``name`` is a model of the package, not one of :func:`register_model`."""
+    return _REGISTRY.get(name) in _OURS
 
 
 def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:

@@ -17,7 +17,7 @@ from awnet.attacks import named_attack
 from awnet.data import Dataset
 from awnet.evaluation.filters import filter_means
 from awnet.files import write_text
-from awnet.models.registry import config_of
+from awnet.models.registry import name_of
 from awnet.nn import has_router, route
 from awnet.ops import use_backend
 from awnet.precision import full_precision
@@ -129,8 +129,7 @@ def _weight_means(model: nn.Module, layers: int) -> dict[str, NDArray[np.float64
 
 
 def _name(model: nn.Module) -> str:
-    config = config_of(model)
-    return type(model).__name__ if config is None else str(config["name"])
+    return name_of(model)
 
 
 def _write(

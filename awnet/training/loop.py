@@ -37,11 +37,12 @@ from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
 from awnet.evaluation.report import environment
 from awnet.evaluation.table import in_one_line
 from awnet.files import expanded
-from awnet.models import create_model, load_model, save_model
-from awnet.models.files import packed_extra_state, weights_fingerprint, write_tensors
+from awnet.models import create_model, load_model
+from awnet.models.files import description_of, packed_extra_state, weights_fingerprint, write_model
 from awnet.models.registry import config_of
-from awnet.nn import has_router, routed_networks, synchronize, unwrapped
+from awnet.nn import has_router, not_supported, routed_networks, synchronize, unwrapped
 from awnet.nn.copies import copied, own_memory
+from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 from awnet.precision import check_environment, full_precision
 from awnet.run_config import read_config
 from awnet.scalars import check_integer, check_number
@@ -126,7 +127,10 @@ def train(
     """Trains ``model`` by ``recipe`` on ``splits.train`` and keeps all of it in the run folder ``out``.
 
     model: a module that maps images [B, C, H, W] in [0, 1] to logits [B, K] (it is trained in place), or a
-        registered name, then made with weights drawn from ``seed``.
+        registered name, then made with weights drawn from ``seed``. Data-parallel wrappers are taken off, one
+        of ``torch.compile`` stays. A model of ``create_model`` that was changed in ways that the run's files
+        cannot hold is refused at once (see ``save_model``); the files of any other module hold its weights,
+        for ``awnet.load_model(out, model=...)``.
     device: "cpu", "cuda", "cuda:1"…; a GPU where there is one, by default.
     resume: go on with the run in ``out``, if there is one; a finished one is only loaded.
     overwrite: delete the run in ``out`` first.
@@ -188,6 +192,7 @@ def train(
         own_memory(model)
         if init_from is not None:
             _initialize(model, init_from)
+        description = description_of(model)  # refuses what no file could give back
         _check_trainable(model, splits.train, where)
         _check_shares(recipe, len(splits.train), ranks)
         with _synchronized(model, ranks):
@@ -219,6 +224,11 @@ def train(
         state, history = ranks.first(
             lambda: _begin(folder, config, session, reporter, resume, overwrite, held)
         )
+        if description["config"] is None and not (state is not None and state["finished"]):
+            reporter.say(
+                f"note: awnet cannot build a {type(unwrapped(model)).__name__} from this run's files alone: "
+                f"build it in the same way and pass it, awnet.load_model({str(folder)!r}, model=my_model)"
+            )
         if state is not None and state["finished"]:
             reporter.say(f"{folder} is finished: nothing to train")
             return _result(model, folder, state["best"], state["best_model"], history, finished=True)
@@ -269,8 +279,10 @@ def train(
                 )
                 run.place, run.history = place, history
                 run.save_every, run.keep, run.about = 60 * checkpoint_minutes, keep_checkpoints, about
+                run.description = description
                 finished = run.go(state, deadline, tensorboard)
-        weights = run.best_model if run.best else run.train_on.judged.state_dict()
+        judged = run.train_on.judged
+        weights = run.best_model if run.best else without_wrapper_names(judged, judged.state_dict())
         folder, history = ranks.first(lambda: (run.folder, run.history))
         return _result(model, folder, run.best, weights, history, finished=finished)
 
@@ -378,6 +390,7 @@ class _Run:
         self.best_on_disk: dict[str, Tensor] | None = None  # the ``best_model`` that was written last
         self.save_every, self.keep = math.inf, checkpoint.KEEP
         self.about: dict[str, Any] = {}  # this session's environment
+        self.description: dict[str, Any] = {}  # of the model, for the files of its weights
         self.seconds = 0.0
         self.of_epoch, self.of_interval = _Means(), _Means()
         self.pending: list[tuple[int, int, dict[str, Tensor]]] = []  # (step, images, terms) not yet read
@@ -404,6 +417,7 @@ class _Run:
             steps = self.recipe.epochs * self.steps_per_epoch
             with _Signals(self.reporter) as signals, self.reporter.begin(steps, self.step):
                 if state is None:
+                    self._write_log({"kind": "start", "step": 0, **self._runs_on()})
                     self._save(finished=False)  # the first weights, so that even step 0 can be resumed
                 stopped = _Stop()
                 while self.epoch < self.recipe.epochs and not stopped:
@@ -473,7 +487,8 @@ class _Run:
             # of equals the later one, which has trained longer at a lower rate
             if not self.best or score >= self.best.get("w_robust_accuracy", self.best["clean_accuracy"]):
                 self.best = {"epoch": self.epoch, **scores}
-                self.best_model = checkpoint.on_host(self.train_on.judged.state_dict())
+                judged = self.train_on.judged
+                self.best_model = checkpoint.on_host(without_wrapper_names(judged, judged.state_dict()))
         means = self.of_epoch.take()
         self._write_log(
             {
@@ -612,6 +627,28 @@ class _Run:
             if self.log is not None:
                 self.log.follow(self.folder)
 
+    def _runs_on(self) -> dict[str, Any]:
+        """What the training attack and the teachers run: a frozen copy, or a model itself and why."""
+        reasons: dict[str, str | None] = {}
+        if self.recipe.needs_attack:
+            attack = getattr(self.attack, "model", None)
+            model = attack if isinstance(attack, nn.Module) else self.model
+            reasons["training attack"] = not_supported(model)
+        if self.train_on.teachers is not None:
+            for kind in self.recipe.teachers:
+                reasons[f"{kind} teacher"] = getattr(self.train_on.teachers, kind).reason
+        for what, reason in reasons.items():
+            if reason is not None:
+                self.reporter.say(f"note: the {what} runs the model itself, frozen in place: {reason}")
+        return {
+            "runs_on": {
+                what: "a frozen copy of the model"
+                if reason is None
+                else f"the model itself, frozen in place: {reason}"
+                for what, reason in reasons.items()
+            }
+        }
+
     def _rates(self) -> dict[str, float]:
         """The learning rates that the last step leaves behind."""
         names = ("lr", "router_lr")
@@ -642,7 +679,7 @@ class _Run:
         self.writer.wait()
         state = checkpoint.on_host(
             {
-                "model": self.model.state_dict(),
+                "model": without_wrapper_names(self.model, self.model.state_dict()),
                 **self.train_on.state_dict(),
                 "random": random,  # one for each rank
                 "epoch": self.epoch,
@@ -666,17 +703,17 @@ class _Run:
             log.sync(state["log_bytes"])
             best = state["best_model"]
             if best and best is not self.best_on_disk:
-                _save_weights(self.model, place.path / "best.safetensors", best)
+                write_model(self.model, place.path / "best.safetensors", best, self.description)
                 self.best_on_disk = best
             judged = state["average"]["model"] if state["average"] else state["model"]
-            _save_weights(self.model, place.path / "last.safetensors", judged)
+            write_model(self.model, place.path / "last.safetensors", judged, self.description)
             checkpoint.save_state(place.path, state, keep=self.keep)
 
         self.writer.submit(lambda: place.during(write))
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(with_wrapper_names(self.model, state["model"]))
             self.train_on.load_state_dict(state)
         except (RuntimeError, ValueError, KeyError) as error:
             about, why = state.get("environment", {}), " ".join(str(error).split())
@@ -762,6 +799,8 @@ class _Signals:
 def _model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
     if isinstance(model, nn.Module):
         check_values(model)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            return unwrapped(model)  # several GPUs train under torchrun
         return model
     if not isinstance(model, str):
         raise TypeError(f"model must be a module or a registered name, got {type(model).__name__}")
@@ -773,7 +812,7 @@ def _model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
 def _initialize(model: nn.Module, source: str | Path) -> None:
     """Copies the weights of the model in ``source`` into ``model``; ValueError where they do not fit."""
     other = load_model(source)
-    weights, mine = other.state_dict(), model.state_dict()
+    weights, mine = other.state_dict(), without_wrapper_names(model, model.state_dict())
     shapes, wanted = (
         {name: tuple(value.shape) for name, value in one.items() if isinstance(value, Tensor)}
         for one in (weights, mine)
@@ -786,7 +825,7 @@ def _initialize(model: nn.Module, source: str | Path) -> None:
             f"{_describe(model)['name']}: {name} is {wanted.get(name, 'not')} here and "
             f"{shapes.get(name, 'not')} there{f', and {count} more differ' if count else ''}"
         )
-    model.load_state_dict(weights)
+    model.load_state_dict(with_wrapper_names(model, weights))
 
 
 def _check_trainable(model: nn.Module, data: Dataset, device: torch.device) -> None:
@@ -948,14 +987,6 @@ def _advised_on_memory(recipe: Recipe, device: torch.device, folder: Path) -> It
         ) from error
 
 
-def _save_weights(model: nn.Module, path: Path, weights: dict[str, Tensor]) -> None:
-    """With what rebuilds the model, or for a module from elsewhere the weights alone."""
-    if config_of(model) is not None:
-        save_model(model, path, weights)
-    else:
-        write_tensors(weights, path)
-
-
 def _result(
     model: nn.Module,
     folder: Path,
@@ -966,5 +997,5 @@ def _result(
     finished: bool,
 ) -> RunResult:
     chosen = copied(model).eval()
-    chosen.load_state_dict(weights)
+    chosen.load_state_dict(with_wrapper_names(chosen, weights))
     return RunResult(chosen, folder, history, dict(best), finished)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.nn.copies import copied
+from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 from awnet.training.graphs import Graphed, Inference
 from awnet.training.losses import Attack, Averaging, Batch, Loss, LossResult, MTARDWeights, Teachers
 from awnet.training.recipes import MTARD, Recipe
@@ -272,10 +273,10 @@ class Average:
             torch._foreach_copy_(counts, new_counts)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.module.state_dict(), "count": self.count}
+        return {"model": without_wrapper_names(self.module, self.module.state_dict()), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["model"])
+        self.module.load_state_dict(with_wrapper_names(self.module, state["model"]))
         self.count.copy_(state["count"])
 
 
