@@ -207,6 +207,26 @@ def _axes(count: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
 
 
+def _plain_ticks(axis: Any, *, x: bool = False, y: bool = True) -> None:
+    """Numbers such as 0.5, 1, 2, 5 on a log axis, in place of powers of ten; a light grid."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for wanted, one in ((x, axis.xaxis), (y, axis.yaxis)):
+        if wanted:
+            low, high = sorted(one.get_view_interval())
+            few = high / max(low, 1e-12) < 200
+            one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            one.set_minor_formatter(NullFormatter())
+    axis.grid(axis="y", which="major", color="#E4E4E4", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Below the panels, where it hides nothing."""
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+
+
 def _colour(name: str) -> str:
     """The same for a provider in every figure."""
     return f"C{_ORDER.index(name)}" if name in _ORDER else "black"
@@ -242,12 +262,13 @@ def _bars(rows: Sequence[Row], title: str) -> Any:
             axis.bar(places, heights, width, color=_colour(name))
         axis.axhline(1, color="black", linewidth=0.6)
         axis.set_yscale("log")
-        axis.set_ylabel(f"{mode}: time over unfused's")
+        _plain_ticks(axis)
+        axis.set_ylabel(f"{mode}: time / unfused's")
         axis.set_xticks(range(len(cases)), [f"{case}\nB = {shown[case]}" for case in cases], fontsize=8)
-    axes[0].set_title(title)
+    axes[0].set_title(f"{title}: below 1 is faster than plain torch, unfused")
     from matplotlib.patches import Patch
 
-    axes[0].legend(handles=[Patch(color=_colour(n), label=n) for n in names], fontsize=7, ncols=4)
+    _legend(figure, [Patch(color=_colour(name)) for name in names], names)
     return figure
 
 
@@ -265,8 +286,9 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row], title: str) -> Any:
     low, high = axis.get_xlim()
     intensities = [max(low, 1.0) * (max(high, 1000.0) / max(low, 1.0)) ** (i / 100) for i in range(101)]
     axis.plot(intensities, [min(peak, bandwidth * x / 1000) for x in intensities], color="black", linewidth=1)
-    axis.set(xscale="log", yscale="log", xlabel="FLOP a compulsory byte", ylabel="TFLOP/s", title=title)
-    axis.legend(fontsize=7)
+    axis.set(xscale="log", yscale="log", xlabel="FLOP per compulsory byte", ylabel="TFLOP/s", title=title)
+    _plain_ticks(axis, x=True)
+    _legend(figure, *axis.get_legend_handles_labels())
     return figure
 
 
@@ -287,8 +309,12 @@ def _batches(rows: Sequence[Row], title: str) -> Any:
             axis.plot(
                 [b for b, _ in points], [us for _, us in points], marker=".", color=_colour(name), label=name
             )
-        axis.set(xscale="log", yscale="log", ylabel=f"{case}, {mode}: µs an image")
+        axis.set(xscale="log", yscale="log", ylabel=f"{case}, {mode}: µs per image")
+        _plain_ticks(axis)
+        batches = sorted({int(row["batch"]) for row in mine})
+        axis.set_xticks(batches, [str(batch) for batch in batches], minor=False)
+        axis.set_xticks([], minor=True)
     axes[0].set_title(title)
-    axes[0].legend(fontsize=7, ncols=4)
+    _legend(figure, *axes[0].get_legend_handles_labels())
     axes[-1].set_xlabel("batch")
     return figure
