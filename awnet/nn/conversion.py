@@ -81,8 +81,9 @@ def convert(
             of 32, 64, 128, 224 and 299 that the network takes.
 
     Returns:
-        An :class:`~awnet.nn.AWNet`; in training mode it takes ``is_clean``. It has no name in the registry:
-        keep its ``state_dict()`` to store it, and convert the same architecture again before loading that.
+        An :class:`~awnet.nn.AWNet`; in training mode it takes ``is_clean``. To store it, register a function
+        that builds and converts the network (``awnet.models.register_model``) and create it by that name; or
+        keep its ``state_dict()``, and convert the same architecture again before loading that.
 
     Raises:
         TypeError: ``module`` is no nn.Module, or ``router`` no router.
