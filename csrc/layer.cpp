@@ -10,10 +10,14 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "cpu/amx/amx.h"
 #include "cpu/convolution.h"
 #include "layer.h"
 
 namespace awnet {
+
+namespace amx = cpu::amx;
+
 namespace {
 
 #define AWNET_FIELDS(space)                                                                           \
@@ -101,8 +105,10 @@ Outputs layer_forward(const Tensor& input, const MaybeTensor& weight, const Mayb
   if (direct && by_batch) {
     std::tie(u, mean, m2) = cpu::convolve_statistics(u, *weight, window);
   } else if (weight && !direct) {
-    u = at::convolution(u, *weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups)
-            .contiguous(layout);
+    u = amx::takes(amx::Pass::kForward, u, *weight, {}, window, groups)
+            ? amx::convolution(u, *weight, window)
+            : at::convolution(u, *weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups);
+    u = u.contiguous(layout);
   }
   const int64_t batch = u.size(0), channels = weight ? weight->size(0) : u.size(1);
   const MaybeTensor omega = table(filter_scale);
@@ -232,11 +238,21 @@ Gradients layer_backward(const Tensor& grad_in, const MaybeTensor& input, const 
   } else if (ask_input || need_weight) {
     // the gradient of the input needs the input's shape alone
     const Tensor source = input ? *input : at::empty(input_shape, grad.options(), layout);
-    Tensor found;
-    std::tie(found, d_weight, std::ignore) =
-        at::convolution_backward(d_u, source, *weight, std::nullopt, stride, padding, dilation, false, {0, 0},
-                                 groups, {ask_input, need_weight, false});
-    if (ask_input) d_input = found;
+    const cpu::Window window{stride, padding, dilation};
+    const bool input_on_tiles =
+        ask_input && amx::takes(amx::Pass::kInputGradient, source, *weight, d_u, window, groups);
+    const bool weight_on_tiles =
+        need_weight && amx::takes(amx::Pass::kWeightGradient, source, *weight, d_u, window, groups);
+    const auto [input_found, weight_found] =
+        amx::convolution_backward(d_u, source, *weight, window, input_on_tiles, weight_on_tiles);
+    const std::array<bool, 3> rest = {ask_input && !input_on_tiles, need_weight && !weight_on_tiles, false};
+    Tensor d_rest;
+    if (rest[0] || rest[1]) {
+      std::tie(d_rest, d_weight, std::ignore) = at::convolution_backward(
+          d_u, source, *weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups, rest);
+    }
+    if (ask_input) d_input = input_on_tiles ? input_found : d_rest;
+    if (weight_on_tiles) d_weight = weight_found;
   }
   const auto wanted = [&](bool need, const Tensor& value, at::ScalarType dtype) {
     return need && value.defined() ? value.to(dtype) : at::empty({0}, grad.options());

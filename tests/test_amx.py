@@ -242,6 +242,66 @@ def test_images_of_any_strides_and_used_memory_give_the_same_bits(tiles: str) ->
     assert got[1][0].is_contiguous(memory_format=torch.channels_last)
 
 
+LAYERS = {
+    "3x3": ((17, 32, 6, 5), 64, 3, 1, 1, 1),
+    "3x3 stride 2, 40 images": ((40, 64, 7, 8), 32, 3, 2, 1, 1),
+    "1x1 stride 2": ((16, 32, 4, 4), 32, 1, 2, 0, 1),
+    "more pixels than a chunk": ((16, 32, 9, 9), 32, 3, 1, 1, 1),
+    "dilation 2": ((33, 32, 5, 5), 32, 3, 1, 2, 2),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_s_convolution_is_within_the_bound_of_its_roundings(case: str, tiles: str) -> None:
+    images, width, kernel, stride, padding, dilation = LAYERS[case]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, generator=generator).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(width, images[1], kernel, kernel, generator=generator).bfloat16()
+    geometry: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    numbers = [[stride] * 2, [padding] * 2, [dilation] * 2]
+    y = torch.ops.awnet.amx_convolution(x, weight, *numbers)
+    grad = torch.randn(y.shape, generator=generator).bfloat16().contiguous(memory_format=torch.channels_last)
+    d_x, d_weight = torch.ops.awnet.amx_convolution_backward(grad, x, weight, *numbers, True, True)
+
+    def exact(x: Tensor, weight: Tensor, grad: Tensor) -> list[Tensor]:
+        y = torch.conv2d(x, weight, **geometry)
+        d_x = torch.nn.grad.conv2d_input(list(x.shape), weight, grad, **geometry)
+        return [y, d_x, torch.nn.grad.conv2d_weight(x, list(weight.shape), grad, **geometry)]
+
+    wanted = exact(x.double(), weight.double(), grad.double())
+    terms = exact(x.double().abs(), weight.double().abs(), grad.double().abs())
+    for got, value, sums in zip((y, d_x, d_weight), wanted, terms, strict=True):
+        additions = max(images[1], width) * kernel**2 + len(x) * y.shape[2] * y.shape[3]
+        assert ((got.double() - value).abs() <= ROUNDING * value.abs() + additions * SUM * sums).all()
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert d_x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_training_layer_takes_tiles_and_is_no_worse_than_twice_the_library(
+    tiles: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(18, 32, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(64, 32, 3, 3, generator=generator) / 17
+    omega, clean = torch.rand(18, 64, generator=generator) + 0.5, torch.arange(18) % 2 == 0
+
+    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, omega)]
+        wide = torch.promote_types(dtype, torch.float32)
+        norm = [torch.full((2, 64), value, dtype=wide) for value in (1.0, 0.0, 0.0, 1.0)]
+        y = ops.aw_conv2d(*leaves, *norm, is_clean=clean, training=True, padding=1, backend=backend)
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        return [y.detach(), *torch.autograd.grad((y * cotangent).sum(), leaves)]
+
+    own = run(torch.bfloat16, "cpp")
+    monkeypatch.setenv("AWNET_AMX", "0")
+    library = run(torch.bfloat16, "cpp")
+    # y may be the same to the bit, the sums of a weight's gradient have another order
+    assert not all(torch.equal(a, b) for a, b in zip(own, library, strict=True))
+    for got, low, wanted in zip(own, library, run(torch.float64, "eager"), strict=True):
+        assert error(got, wanted) < 2 * error(low, wanted)
+
+
 def test_gradients_are_made_of_what_requires_them_only(tiles: str) -> None:
     given = block_net(5)
     cotangents = cotangents_of(given)

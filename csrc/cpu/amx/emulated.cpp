@@ -39,6 +39,10 @@ struct Tiles {
   static void load(const Bits* from) {
     std::memcpy(tiles()[tile].values, from, sizeof(Tile));
   }
+  template <int tile>
+  static void load_sums(const float* from) {
+    for (int row = 0; row < 16; ++row) std::copy_n(from + 32 * row, 16, tiles()[tile].sums[row]);
+  }
   template <int sum, int a, int b>
   static void multiply() {
     Tile* const t = tiles();
@@ -94,6 +98,22 @@ struct Row {
   }
 };
 
+struct Words {
+  static void interleave(Bits* low, Bits* high, const Bits* even, const Bits* odd) {
+    for (int i = 0; i < 16; ++i) {
+      low[2 * i] = even[i];
+      low[2 * i + 1] = odd[i];
+      high[2 * i] = even[16 + i];
+      high[2 * i + 1] = odd[16 + i];
+    }
+  }
+  static void transpose(Bits* to, const Bits* const rows[16]) {
+    for (int row = 0; row < 16; ++row) {
+      for (int word = 0; word < 16; ++word) std::copy_n(rows[row] + 2 * word, 2, to + 32 * word + 2 * row);
+    }
+  }
+};
+
 void configure() {}
 void release() {}
 
@@ -101,6 +121,7 @@ void release() {}
 
 }  // namespace
 
-extern const Kernels kernels = {configure, release, apply, propagate, finish};
+extern const Kernels kernels = {configure,       release,   apply, propagate,   finish,
+                                weight_gradient, pair_rows, turn,  pair_columns};
 
 }  // namespace awnet::cpu::amx::emulated

@@ -133,3 +133,47 @@ void finish(const Propagate& to, int64_t first, int64_t last) {
     for (int64_t image = 0; image < kImages; ++image) propagate_row(to, Row::zero(), pixel, image);
   }
 }
+
+void weight_gradient(const WeightGradient& w) {
+  Tiles::template load_sums<0>(w.sums);
+  Tiles::template load_sums<1>(w.sums + 16);
+  Tiles::template load_sums<2>(w.sums + kCell);
+  Tiles::template load_sums<3>(w.sums + kCell + 16);
+  for (int64_t i = 0; i < w.count; ++i) {
+    const Bits* const g = w.g + w.pixels[i][0] * 2 * kCell;
+    const Bits* const x = w.x + w.pixels[i][1] * 2 * kCell;
+    Tiles::template load<4>(g);
+    Tiles::template load<6>(x);
+    Tiles::template multiply<0, 4, 6>();
+    Tiles::template load<7>(x + kCell);
+    Tiles::template multiply<1, 4, 7>();
+    Tiles::template load<5>(g + kCell);
+    Tiles::template multiply<2, 5, 6>();
+    Tiles::template multiply<3, 5, 7>();
+  }
+  Tiles::template store<0>(w.sums);
+  Tiles::template store<1>(w.sums + 16);
+  Tiles::template store<2>(w.sums + kCell);
+  Tiles::template store<3>(w.sums + kCell + 16);
+}
+
+void pair_rows(Bits* to, const Bits* const rows[kChannels]) {
+  for (int64_t pair = 0; pair < 16; ++pair) {
+    Words::interleave(to + pair * 32, to + kCell + pair * 32, rows[2 * pair], rows[2 * pair + 1]);
+  }
+}
+
+void turn(Bits* to, const Bits* const rows[kChannels]) {
+  alignas(64) Bits pairs[2 * kCell];
+  pair_rows(pairs, rows);
+  for (int64_t half = 0; half < 2; ++half) {
+    const Bits* own[16];
+    for (int64_t pair = 0; pair < 16; ++pair) own[pair] = pairs + half * kCell + pair * 32;
+    Words::transpose(to + half * kCell, own);
+  }
+}
+
+void pair_columns(Bits* to, const Bits* const rows[kChannels]) {
+  Words::transpose(to, rows);
+  Words::transpose(to + kCell, rows + 16);
+}

@@ -21,38 +21,36 @@ at::Tensor pack_weight(const at::Tensor& weight) {
   auto* const backward = forward + half;
   const auto* const from = static_cast<const Bits*>(weight.const_data_ptr());
   const at::IntArrayRef step = weight.strides();
+  const Kernels* const chosen = kernels_for_layers();
+  const Kernels& order = chosen != nullptr ? *chosen : kernels(true);
   at::parallel_for(0, out_blocks * in_blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Bits> block(kChannels * kChannels * positions);  // [position][output][input]
     for (int64_t i = begin; i < end; ++i) {
       const int64_t out = i / in_blocks, in = i % in_blocks;
       std::fill(block.begin(), block.end(), 0);
+      const int64_t channels = std::min(kChannels, ins - in * kChannels);
       for (int64_t o = 0; o < std::min(kChannels, outs - out * kChannels); ++o) {
-        for (int64_t c = 0; c < std::min(kChannels, ins - in * kChannels); ++c) {
+        if (step[1] == 1) {
+          for (int64_t p = 0; p < positions; ++p) {
+            std::copy_n(from + (out * kChannels + o) * step[0] + in * kChannels + p / width * step[2] +
+                            p % width * step[3],
+                        channels, block.data() + (p * kChannels + o) * kChannels);
+          }
+          continue;
+        }
+        for (int64_t c = 0; c < channels; ++c) {
           const Bits* const filter = from + (out * kChannels + o) * step[0] + (in * kChannels + c) * step[1];
           for (int64_t p = 0; p < positions; ++p) {
             block[(p * kChannels + o) * kChannels + c] = filter[p / width * step[2] + p % width * step[3]];
           }
         }
       }
-      // [2][16 pairs of summed channels][16 channels that come out][2]
-      const auto fill = [&](Bits* to, auto value) {
-        for (int64_t p = 0; p < positions; ++p) {
-          for (int64_t tile = 0; tile < 2; ++tile) {
-            for (int64_t pair = 0; pair < 16; ++pair) {
-              for (int64_t column = 0; column < 16; ++column) {
-                *to++ = value(p, 2 * pair, 16 * tile + column);
-                *to++ = value(p, 2 * pair + 1, 16 * tile + column);
-              }
-            }
-          }
-        }
-      };
-      fill(forward + (out * in_blocks + in) * positions * cell, [&](int64_t p, int64_t sum, int64_t own) {
-        return block[(p * kChannels + own) * kChannels + sum];
-      });
-      fill(backward + (in * out_blocks + out) * positions * cell, [&](int64_t p, int64_t sum, int64_t own) {
-        return block[(p * kChannels + sum) * kChannels + own];
-      });
+      for (int64_t p = 0; p < positions; ++p) {
+        const Bits* rows[kChannels];
+        for (int64_t o = 0; o < kChannels; ++o) rows[o] = block.data() + (p * kChannels + o) * kChannels;
+        order.pair_columns(forward + ((out * in_blocks + in) * positions + p) * cell, rows);
+        order.pair_rows(backward + ((in * out_blocks + out) * positions + p) * cell, rows);
+      }
     }
   });
   return packed;

@@ -102,6 +102,13 @@ const Kernels& kernels(bool emulate) {
 #endif
 }
 
+const Kernels* kernels_for_layers() {
+  const char* const mode = std::getenv("AWNET_AMX");
+  if (mode != nullptr && std::strcmp(mode, "emulate") == 0) return &kernels(true);
+  const bool off = mode != nullptr && std::strcmp(mode, "0") == 0;
+  return off || !obstacle().empty() ? nullptr : &kernels(false);
+}
+
 at::Tensor kept_memory(int64_t bytes) {
   const auto [block, size] = pool().take((static_cast<size_t>(bytes) / kPage + 1) * kPage);
   return at::from_blob(

@@ -60,12 +60,28 @@ struct Convolution {
   bool half;  // only the first 16 output channels are there
 };
 
+// Of one filter position, 32 outputs and 32 inputs: sums[output][input] += g[output] x[input] over images and
+// pairs of pixels. g is [pixel][2][16 outputs][32 images], x [pixel][2][16 pairs of images][16 inputs][2].
+struct WeightGradient {
+  const Bits *g, *x;
+  const int32_t (*pixels)[2];  // of g, of x
+  int64_t count;
+  float* sums;  // [32][32]
+};
+
 struct Kernels {
   void (*configure)();  // each thread, before the others
   void (*release)();
   void (*apply)(const Convolution& convolution, const Apply& to);
   void (*propagate)(const Convolution& convolution, const Propagate& to);
   void (*finish)(const Propagate& to, int64_t first, int64_t last);  // pixels; acc = 0
+  void (*weight_gradient)(const WeightGradient& w);
+  // Of 32 rows of 32 values: [2][16 pairs of rows][16 columns][2]
+  void (*pair_rows)(Bits* to, const Bits* const rows[kChannels]);
+  // [2][16 columns][32 rows]
+  void (*turn)(Bits* to, const Bits* const rows[kChannels]);
+  // [2][16 pairs of columns][16 rows][2]
+  void (*pair_columns)(Bits* to, const Bits* const rows[kChannels]);
 };
 
 namespace hardware {

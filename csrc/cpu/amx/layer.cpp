@@ -1,0 +1,282 @@
+// One layer's convolutions on tiles, for training: images in channels_last come in and go out.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "amx.h"
+#include "geometry.h"
+
+namespace awnet::cpu::amx {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kFewestImages = 16;  // fewer leave rows of every tile empty
+// Beyond, and forward at 1x1, the library's convolution was faster by what the change of layout costs:
+// docs/performance-notes.md.
+constexpr int64_t kMostPixels = 64;
+constexpr int64_t kPixelsAtOnce = 64;  // of a weight gradient: their cells stay in the second cache
+
+const Bits* bits(const Tensor& x) { return static_cast<const Bits*>(x.const_data_ptr()); }
+Bits* mutable_bits(const Tensor& x) { return static_cast<Bits*>(x.mutable_data_ptr()); }
+
+Geometry geometry_of(at::IntArrayRef images, const Tensor& weight, const Window& window) {
+  Geometry g;
+  for (int d = 0; d < 2; ++d) {
+    g.in[d] = images[2 + d];
+    g.kernel[d] = weight.size(2 + d);
+    g.stride[d] = window.stride[d];
+    g.padding[d] = window.padding[d];
+    g.dilation[d] = window.dilation[d];
+    const int64_t left = g.in[d] + 2 * g.padding[d] - g.dilation[d] * (g.kernel[d] - 1) - 1;
+    TORCH_CHECK(left >= 0, "the filter is larger than the padded image");
+    g.out[d] = left / g.stride[d] + 1;
+  }
+  return g;
+}
+
+Tensor cells(int64_t count) { return kept_memory(count * kCell * static_cast<int64_t>(sizeof(Bits))); }
+
+// channels_last images as [group][block][pixel] cells
+Tensor to_cells(const Tensor& x) {
+  const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+  const int64_t groups = ceil_div(batch, kImages), blocks = channels / kChannels;
+  const Tensor made = cells(groups * blocks * pixels);
+  const Bits* const from = bits(x);
+  Bits* const to = mutable_bits(made);
+  at::parallel_for(0, groups * pixels, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / pixels, pixel = i % pixels;
+      for (int64_t image = 0; image < kImages; ++image) {
+        const int64_t b = group * kImages + image;
+        for (int64_t block = 0; block < blocks; ++block) {
+          Bits* const own = to + ((group * blocks + block) * pixels + pixel) * kCell + image * kChannels;
+          if (b < batch) {
+            std::memcpy(own, from + (b * pixels + pixel) * channels + block * kChannels,
+                        kChannels * sizeof(Bits));
+          } else {
+            std::memset(own, 0, kChannels * sizeof(Bits));
+          }
+        }
+      }
+    }
+  });
+  return made;
+}
+
+void from_cells(const Tensor& x, const Tensor& made) {
+  const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+  const int64_t blocks = channels / kChannels;
+  const Bits* const from = bits(made);
+  Bits* const to = mutable_bits(x);
+  at::parallel_for(0, batch * pixels, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / pixels / kImages, image = i / pixels % kImages, pixel = i % pixels;
+      for (int64_t block = 0; block < blocks; ++block) {
+        std::memcpy(to + i * channels + block * kChannels,
+                    from + ((group * blocks + block) * pixels + pixel) * kCell + image * kChannels,
+                    kChannels * sizeof(Bits));
+      }
+    }
+  });
+}
+
+// `pairs` of a convolution of `x` by packed filters, into new channels_last images of `shape`
+Tensor convolve(const Kernels& kernels, const Tensor& x, const Bits* weights, const Pairs& pairs,
+                at::IntArrayRef shape, int64_t positions) {
+  const Tensor y = at::empty(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const int64_t groups = ceil_div(shape[0], kImages);
+  const int64_t in_blocks = x.size(1) / kChannels, out_blocks = shape[1] / kChannels;
+  const int64_t in_pixels = x.size(2) * x.size(3), out_pixels = shape[2] * shape[3];
+  const Tensor input = to_cells(x), output = cells(groups * out_blocks * out_pixels);
+  const Bits* const from = bits(input);
+  Bits* const to = mutable_bits(output);
+  at::parallel_for(0, groups * out_blocks, 1, [&](int64_t begin, int64_t end) {
+    kernels.configure();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i / groups, group = i % groups;  // groups share a block's filters
+      Propagate sum = {};
+      sum.total = to + (group * out_blocks + block) * out_pixels * kCell;
+      kernels.propagate({from + group * in_blocks * in_pixels * kCell, in_blocks, in_pixels,
+                         pairs.taps.data(), pairs.begin.data(), pairs.pixels(), 0, pairs.count(),
+                         weights + block * in_blocks * positions * 2 * kCell, positions, false},
+                        sum);
+    }
+    kernels.release();
+  });
+  from_cells(y, output);
+  return y;
+}
+
+// channels_last images as [group of 32][block][pixel] pairs of cells, in the order that `order` gives 32
+// images by 32 channels
+template <class Order>
+Tensor by_image(const Tensor& x, Order order) {
+  const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
+  const int64_t groups = ceil_div(batch, kChannels), blocks = channels / kChannels;
+  const Tensor made = cells(groups * blocks * pixels * 2);
+  const Bits* const from = bits(x);
+  Bits* const to = mutable_bits(made);
+  static const Bits kNothing[kChannels] = {};
+  at::parallel_for(0, groups * pixels, 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / pixels, pixel = i % pixels;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const Bits* rows[kChannels];
+        for (int64_t image = 0; image < kChannels; ++image) {
+          const int64_t b = group * kChannels + image;
+          rows[image] = b < batch ? from + (b * pixels + pixel) * channels + block * kChannels : kNothing;
+        }
+        order(to + ((group * blocks + block) * pixels + pixel) * 2 * kCell, rows);
+      }
+    }
+  });
+  return made;
+}
+
+// The pixels (of the gradient, of the input) that a filter position joins, for chunks of the gradient's.
+struct Joined {
+  std::vector<std::array<int32_t, 2>> pixels;
+  std::vector<std::vector<int64_t>> begin;  // [position][chunk], and the end
+
+  explicit Joined(const Geometry& g) {
+    const int64_t outs = g.out[0] * g.out[1];
+    const Pairs taps = g.forward();
+    std::vector<std::vector<std::array<int32_t, 2>>> of(g.positions());
+    for (int64_t pair = 0; pair < taps.count(); ++pair) {
+      for (int32_t t = taps.begin[pair]; t < taps.begin[pair + 1]; ++t) {
+        const Tap& tap = taps.taps[t];
+        if (tap.first >= 0) of[tap.position].push_back({taps.outputs[pair][0], tap.first});
+        if (tap.second >= 0) of[tap.position].push_back({taps.outputs[pair][1], tap.second});
+      }
+    }
+    for (const auto& own : of) {
+      begin.emplace_back();
+      size_t i = 0;
+      for (int64_t chunk = 0; chunk * kPixelsAtOnce < outs; ++chunk) {
+        while (i < own.size() && own[i][0] < chunk * kPixelsAtOnce) ++i;
+        begin.back().push_back(static_cast<int64_t>(pixels.size() + i));
+      }
+      pixels.insert(pixels.end(), own.begin(), own.end());
+      begin.back().push_back(static_cast<int64_t>(pixels.size()));
+    }
+  }
+};
+
+Tensor weight_gradient(const Kernels& kernels, const Tensor& grad, const Tensor& input, const Tensor& weight,
+                       const Geometry& geometry) {
+  const int64_t outs = weight.size(0) / kChannels, ins = weight.size(1) / kChannels;  // blocks
+  const int64_t out_pixels = grad.size(2) * grad.size(3), in_pixels = input.size(2) * input.size(3);
+  const int64_t groups = ceil_div(grad.size(0), kChannels), positions = geometry.positions();
+  const Tensor of_grad = by_image(grad, kernels.turn), of_input = by_image(input, kernels.pair_rows);
+  const Joined joined(geometry);
+  const Tensor made = at::empty_like(weight);
+  auto* const to = made.data_ptr<at::BFloat16>();
+  const at::IntArrayRef step = made.strides();
+  at::parallel_for(0, outs * ins, 1, [&](int64_t begin, int64_t end) {
+    kernels.configure();
+    std::vector<float> sums(positions * 2 * kCell);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t out = i / ins, in = i % ins;
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t group = 0; group < groups; ++group) {
+        const Bits* const g = bits(of_grad) + (group * outs + out) * out_pixels * 2 * kCell;
+        const Bits* const x = bits(of_input) + (group * ins + in) * in_pixels * 2 * kCell;
+        for (size_t chunk = 0; chunk + 1 < joined.begin[0].size(); ++chunk) {
+          for (int64_t p = 0; p < positions; ++p) {
+            const int64_t first = joined.begin[p][chunk], count = joined.begin[p][chunk + 1] - first;
+            if (count == 0) continue;
+            const auto* const pixels = reinterpret_cast<const int32_t (*)[2]>(joined.pixels.data() + first);
+            kernels.weight_gradient({g, x, pixels, count, sums.data() + p * 2 * kCell});
+          }
+        }
+      }
+      for (int64_t o = 0; o < kChannels; ++o) {
+        for (int64_t p = 0; p < positions; ++p) {
+          at::BFloat16* const own = to + (out * kChannels + o) * step[0] + in * kChannels * step[1] +
+                                    p / geometry.kernel[1] * step[2] + p % geometry.kernel[1] * step[3];
+          const float* const from = sums.data() + p * 2 * kCell + o * kChannels;
+          for (int64_t c = 0; c < kChannels; ++c) own[c * step[1]] = from[c];
+        }
+      }
+    }
+    kernels.release();
+  });
+  return made;
+}
+
+}  // namespace
+
+static bool runs(const Tensor& x, const Tensor& weight) {
+  return x.is_cpu() && x.dim() == 4 && x.scalar_type() == at::kBFloat16 && x.size(0) >= kFewestImages &&
+         x.numel() > 0 && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
+         weight.scalar_type() == at::kBFloat16 && weight.numel() > 0 && weight.size(0) % kChannels == 0 &&
+         weight.size(1) % kChannels == 0 && kernels_for_layers() != nullptr;
+}
+
+bool takes(Pass pass, const Tensor& input, const Tensor& weight, const Tensor& grad, const Window& window,
+           int64_t groups) {
+  if (groups != 1 || !runs(input, weight) || (pass != Pass::kForward && !runs(grad, weight))) return false;
+  if (pass == Pass::kWeightGradient) return true;
+  const Geometry g = geometry_of(input.sizes(), weight, window);
+  return g.out[0] * g.out[1] <= kMostPixels && (pass == Pass::kInputGradient || g.positions() > 1);
+}
+
+Tensor convolution(const Tensor& input, const Tensor& weight, const Window& window) {
+  const Geometry g = geometry_of(input.sizes(), weight, window);
+  const Tensor packed = pack_weight(weight);
+  return convolve(*kernels_for_layers(), input, bits(packed), g.forward(),
+                  {input.size(0), weight.size(0), g.out[0], g.out[1]}, g.positions());
+}
+
+std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                               const Window& window, bool need_input, bool need_weight) {
+  if (!need_input && !need_weight) return {};
+  const Kernels& kernels = *kernels_for_layers();
+  const Geometry g = geometry_of(input.sizes(), weight, window);
+  Tensor d_input, d_weight;
+  if (need_input) {
+    const Tensor packed = pack_weight(weight);
+    d_input =
+        convolve(kernels, grad, bits(packed) + packed.size(1), g.backward(), input.sizes(), g.positions());
+  }
+  if (need_weight) d_weight = weight_gradient(kernels, grad, input, weight, g);
+  return {d_input, d_weight};
+}
+
+}  // namespace awnet::cpu::amx
+
+TORCH_LIBRARY_FRAGMENT(awnet, m) {
+  m.def(
+      "amx_convolution(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> "
+      "Tensor");
+  m.def(
+      "amx_convolution_backward(Tensor grad, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
+      "int[2] "
+      "dilation, bool need_input, bool need_weight) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(awnet, CPU, m) {
+  using at::IntArrayRef, at::Tensor;
+  using namespace awnet::cpu::amx;
+  m.impl("amx_convolution", [](const Tensor& input, const Tensor& weight, IntArrayRef stride,
+                               IntArrayRef padding, IntArrayRef dilation) {
+    TORCH_CHECK(runs(input, weight), "tiles do not run this convolution");
+    return convolution(input, weight, {stride, padding, dilation});
+  });
+  m.impl("amx_convolution_backward", [](const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                        bool need_input, bool need_weight) {
+    TORCH_CHECK(runs(input, weight) && runs(grad, weight), "tiles do not run this convolution");
+    const auto [d_input, d_weight] =
+        convolution_backward(grad, input, weight, {stride, padding, dilation}, need_input, need_weight);
+    std::vector<Tensor> found;
+    if (need_input) found.push_back(d_input);
+    if (need_weight) found.push_back(d_weight);
+    return found;
+  });
+}
