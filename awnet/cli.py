@@ -180,6 +180,13 @@ class Train:
     """Images a step; by default the recipe's."""
     lr: Number = None
     """Learning rate of the network (the router has its own, router_lr); by default the recipe's."""
+    attack_steps: Maybe[int] = None
+    """Steps of the attack in training; by default the recipe's."""
+    precision: Maybe[Literal["auto", "float32", "bfloat16"]] = None
+    """Of convolutions and products; auto, the default, is bfloat16 on CUDA and float32 elsewhere. bfloat16 is
+    faster on CPUs with AMX, see `awnet info`."""
+    layout: Maybe[Literal["auto", "nchw", "channels_last"]] = None
+    """Of images in memory; by default auto. channels_last goes with bfloat16."""
     recipe_options: Several[str] = ()
     """Other settings of the recipe as NAME=VALUE …, such as temperature=5 milestones=75,90."""
     model_options: Several[str] = ()
@@ -211,7 +218,7 @@ class Train:
         from awnet.training import recipe_for, train
 
         settings = parse_options(self.recipe_options, "--recipe-options")
-        for name in ("epochs", "batch_size", "lr"):
+        for name in ("epochs", "batch_size", "lr", "attack_steps", "precision", "layout"):
             value = getattr(self, name)
             if value is not None:
                 if name in settings:

@@ -188,6 +188,7 @@ def test_train_leaves_a_run_that_says_what_it_is(run):
 
 def test_train_defaults_and_options_reach_the_recipe_and_the_model(tmp_path, capsys):
     words = ["train", "--recipe", "standard", "--epochs", "1", "--batch-size", "256", "--lr", "1/50"]
+    words += ["--precision", "bfloat16", "--layout", "channels_last"]
     words += ["--recipe-options", "weight_decay=0", "momentum=0.5", "--model-options", "beta=1"]
     assert main(words) == 0
     folder = tmp_path / "runs" / "digits-awnet_tiny-standard-0"
@@ -198,6 +199,7 @@ def test_train_defaults_and_options_reach_the_recipe_and_the_model(tmp_path, cap
         0,
         0.5,
     )
+    assert (recipe["precision"], recipe["layout"]) == ("bfloat16", "channels_last")
     assert load_model(folder).config["options"]["beta"] == 1
     assert f"awnet evaluate {folder.relative_to(tmp_path)}" in capsys.readouterr().out
 
