@@ -19,7 +19,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
 NATIVE := $(shell find csrc -name "*.cpp" -o -name "*.h" -o -name "*.inl" -o -name "*.cu")
 
-.PHONY: help run test test-all test-slow test-import mutations lint format bench bench-pytest gpu docs dist release-check clean
+.PHONY: help run test test-all test-slow test-import mutations sanitize lint format bench bench-pytest gpu docs dist release-check clean
 
 help:
 	@echo "make run        train AW-Net and two static networks on digits, attack them, print the table (about 4 minutes)"
@@ -29,6 +29,7 @@ help:
 	@echo "make dist       build the sdist and the pure Python wheel into dist/"
 	@echo "make bench      benchmark on this CPU, judge the goals     make bench-pytest  the same by pytest-benchmark"
 	@echo "make mutations  put faults into the code, one after another, and check that a test catches each"
+	@echo "make sanitize   run the native tests on a build with GCC's address and undefined-behavior sanitizers"
 	@echo "make gpu        on a GPU machine: build, test, sanitize, benchmark, tune and profile; OUT=folder"
 	@echo "make clean      remove what was built"
 	@echo
@@ -83,6 +84,21 @@ test-import: $(READY)
 # what `make test-all` checks of the seeded faults, printed and written to docs/mutations.md
 mutations: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m mutations
+
+# A separate build in build/sanitize, by GCC. Python and torch are not instrumented: the sanitizers' libraries are
+# preloaded, and leaks are not looked for. OPTIONS=-x stops at the first failure.
+SANITIZED := build/sanitize
+SANITIZED_TESTS := test_amx or test_frozen or test_ops and (cpp or native) \
+	or test_native and (direct or sizes or sums or infinite)
+sanitize: $(READY)
+	AWNET_BUILD=cpu AWNET_SANITIZE=1 $(BIN)/python setup.py -q build_ext \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+		AWNET_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/awnet/_C*.so)" \
+		$(BIN)/python -m pytest -n 0 -p no:cacheprovider \
+		tests/test_native.py tests/test_amx.py tests/test_ops.py tests/test_frozen.py \
+		-k "($(SANITIZED_TESTS)) and not compile" $(OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ Everything else about the build is in pyproject.toml. ``AWNET_BUILD`` chooses wh
     cpu    the C++ kernels; an error if they cannot be built
     cuda   the C++ and the CUDA kernels (csrc/cuda/build.py); an error if they cannot be built
     auto   (default) what this machine can build; says what it left out and why, and never fails
+
+``AWNET_SANITIZE=1`` compiles the C++ kernels with GCC's sanitizers (`make sanitize`).
 """
 
 import importlib.util
@@ -138,11 +140,18 @@ def native() -> dict[str, Any]:
         # at::parallel_for is a plain loop without it. Torch has loaded the runtime that it calls, so nothing
         # is linked: a second runtime would bring a second set of threads.
         flags.append("-fopenmp")
+    link: list[str] = []
+    if os.environ.get("AWNET_SANITIZE") == "1":
+        # vptr would need type information of torch's classes, which torch does not export
+        link = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+        flags = [*flags, "-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *link]
+        flags.append("-Wno-maybe-uninitialized")  # of the compiler's own headers
     suffixes = {".h", ".inl", ".cu", ".py"}
     extension = CppExtension(
         "awnet._C",
         sources,
         extra_compile_args=flags,
+        extra_link_args=link,
         depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in suffixes),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}

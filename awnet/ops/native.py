@@ -1,10 +1,15 @@
-"""The compiled module ``awnet._C``: whether it is there and fits this torch."""
+"""The compiled module ``awnet._C``: whether it is there and fits this torch.
+
+The environment variable ``AWNET_NATIVE`` names the file of another build of it (`make sanitize`).
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import mmap
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,10 @@ def load(name: str = "awnet._C") -> str | None:
 
     A module that was built for another torch is never loaded: it could crash the process.
     """
-    found = importlib.util.find_spec(name)
+    path = os.environ.get("AWNET_NATIVE") if name == "awnet._C" else None
+    if path is not None and not Path(path).is_file():
+        return f"AWNET_NATIVE names no file: {path}"
+    found = importlib.util.spec_from_file_location(name, path) if path else importlib.util.find_spec(name)
     if found is None or found.origin is None:
         return f"the native module {name} is not built; {REBUILD}"
     built_for = _built_for(Path(found.origin))
@@ -37,7 +45,12 @@ def load(name: str = "awnet._C") -> str | None:
     if built_for != torch.__version__:
         return f"{name} was built for torch {built_for} and this is torch {torch.__version__}; {REBUILD}"
     try:
-        importlib.import_module(name)
+        if path is None:
+            importlib.import_module(name)
+        elif name not in sys.modules:
+            assert found.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(found)
+            found.loader.exec_module(sys.modules[name])
     except ImportError as error:
         return f"{name} does not load ({error}); {REBUILD}"
     return None
