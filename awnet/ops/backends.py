@@ -231,7 +231,7 @@ def select(call: Call, backend: str | None) -> Backend:
     if reason is not None:
         able = [one.name for one in BACKENDS if _refusal(one, call, transformed) is None]
         others = f"{able[0]!r} can" if able else "no other can"
-        raise ValueError(f"{source} {chosen.name!r} cannot run this call: {reason}; {others}")
+        raise ValueError(f"{source} {chosen.name!r} cannot run this call, {others}: {reason}")
     return chosen
 
 
