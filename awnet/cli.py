@@ -759,7 +759,14 @@ class ExportProgram(_OnRun):
         model, x = self.example(console)
         batch = torch.export.Dim("batch", min=1, max=2**16)
         with use_backend("reference") if self.standalone else nullcontext():
-            program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: batch},))
+            try:
+                program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: batch},))
+            except Exception as error:  # of many kinds, torch's own
+                found = " ".join(str(error).partition("\n\n")[0].split())[:300]
+                raise ValueError(
+                    f"torch.export cannot export {self.weights} for any batch size ({found}): in the model's "
+                    "forward, use x.shape[0] in place of len(x), and no Python number that follows from x"
+                ) from error
         with written_atomically(self.out) as temporary, temporary.open("wb") as file:
             torch.export.save(program, file)
         _say(console, str(self.out))

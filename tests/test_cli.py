@@ -1,3 +1,4 @@
+import hashlib
 import inspect
 import json
 import os
@@ -843,3 +844,48 @@ def test_a_home_folder_is_expanded_in_every_path_of_the_python_api(tmp_path, mon
     ):
         with pytest.raises(ValueError, match="home folder of '~nobody-here' is not known"):
             call()
+
+
+def test_the_branching_network_is_exported_for_any_batch_size(tmp_path, capsys):
+    model = create_model("rdi_resnet38", width=0.125, num_classes=10, in_channels=1).eval()
+    save_model(model, tmp_path / "rdi.safetensors")
+    assert (
+        main(["export", "program", str(tmp_path / "rdi.safetensors"), "--data", "digits", "--out", "p.pt2"])
+        == 0
+    )
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.allclose(torch.export.load("p.pt2").module()(x), model(x), atol=1e-6)  # float32 rounding
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("model", None), ("model", {}), ("optimizer", {}), ("scheduler", []), ("epoch", "3"), ("step", -1),
+     ("best_model", 3), ("random", {}), ("random", [3]), ("log_bytes", 1.5), ("finished", 2), ("of_epoch", None)],
+)  # fmt: skip
+def test_a_state_with_another_content_under_a_right_checksum_is_one_line(run, tmp_path, part, value, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    newest = sorted((folder / "state").glob("*.pt"))[-1]
+    state = torch.load(newest, weights_only=True) | {"finished": False, part: value}
+    torch.save(state, newest)
+    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+    newest.with_name(f"{newest.name}.sha256").write_text(f"{digest}  {newest.name}\n")
+    words = [*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "3", "--out", folder, "--resume"]
+    assert str(folder) in fails(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluations", "none"], "has no evaluation 'none', it has default"),
+        (["elsewhere", "evaluations", "default"], r"there is no folder .*elsewhere"),
+        (["state"], "give the folder of an evaluation"),
+    ],
+)
+def test_a_report_that_is_not_there_says_where_reports_are(tmp_path, words, message):
+    place = tmp_path / "evaluations" / "default"
+    place.mkdir(parents=True)
+    (place / "report.json").write_text("{}")
+    (tmp_path / "state").mkdir()
+    with pytest.raises(FileNotFoundError, match=message):
+        Report.load(tmp_path.joinpath(*words))

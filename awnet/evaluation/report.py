@@ -28,6 +28,7 @@ from awnet.evaluation.statistics import (
     wilson_interval,
 )
 from awnet.files import expanded, write_json, write_text
+from awnet.scalars import is_number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -224,9 +225,7 @@ class Report:
         path = folder / store.REPORT
         contents = store.read_together(folder, (store.REPORT, *(f"{name}.npz" for name in _ARRAYS)))
         if store.REPORT not in contents:
-            raise FileNotFoundError(
-                f"{path} does not exist: evaluate the model first, with out={str(folder)!r}"
-            )
+            raise FileNotFoundError(f"{path} does not exist: {_where_reports_are(folder)}")
         try:
             whole = json.loads(contents[store.REPORT])
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -246,6 +245,7 @@ class Report:
                 }
             whole.setdefault("router_auc", {})
             report = cls(**_tuples(whole))
+            report._check_types()
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a report of this version: {error}; evaluate again") from error
         for name in _ARRAYS:
@@ -272,6 +272,28 @@ class Report:
                     f"{folder}: report.json and per_sample.npz are not of the same evaluation: their {kind} "
                     "outcomes differ; evaluate again"
                 )
+
+    def _check_types(self) -> None:
+        """Raises TypeError, naming the entry, where a value has another type than evaluations write."""
+        texts = {name: getattr(self, name) for name in ("model", "dataset", "split")}
+        numbers = {name: getattr(self, name) for name in ("n", "eps", "clean_accuracy")}
+        intervals = {"clean_interval_95": self.clean_interval_95}
+        dicts = {name: getattr(self, name) for name in ("attacks", "router_auc", "settings", "environment")}
+        for attack, result in self.results().items():
+            numbers |= {f"{attack}.{n}": getattr(result, n) for n in ("robust_accuracy", "w_robust_accuracy")}
+            intervals |= {f"{attack}.{n}": getattr(result, n) for n in ("interval_95", "w_interval_95")}
+            dicts[f"{attack}.settings"] = result.settings
+        numbers |= {f"{name}[{i}]": v for name, pair in intervals.items() for i, v in enumerate(pair)}
+        for values, holds, kind in (
+            (texts, lambda v: isinstance(v, str), "a text"),
+            (numbers, is_number, "a number"),
+            (intervals, lambda v: isinstance(v, tuple) and len(v) == 2, "two numbers"),
+            (dicts, lambda v: isinstance(v, dict), "a dict"),
+            ({"flags": self.flags}, lambda v: isinstance(v, list), "a list"),
+        ):
+            for name, value in values.items():
+                if not holds(value):
+                    raise TypeError(f"{name} must be {kind}, got {repr(value)[:60]}")
 
     def table(self) -> Table:
         """For the terminal: A_nat, then A_adv and A_w for each attack, per cent with half a 95 % interval."""
@@ -306,6 +328,24 @@ class Report:
         """½(clean correct) + ½(adversarial correct) of each image, ``[n]``: their mean is A_w."""
         clean, adversarial = self.per_sample["clean_correct"], self.per_sample[f"{attack}_correct"]
         return 0.5 * clean.astype(np.float64) + 0.5 * adversarial.astype(np.float64)
+
+
+def _where_reports_are(folder: Path) -> str:
+    """What to do about a folder without report.json."""
+    if not folder.exists():
+        near = folder.parent
+        if near.name == "evaluations" and near.is_dir():
+            names = ", ".join(sorted(one.name for one in near.iterdir() if (one / "report.json").is_file()))
+            return f"{near.parent} has no evaluation {folder.name!r}, it has {names or 'none'}"
+        run = near.parent if near.name == "evaluations" else folder
+        if not run.exists():
+            return f"there is no folder {run}; give a run folder, or RUN/evaluations/NAME"
+        if near.name == "evaluations":
+            return f"{run} was not evaluated: do that first, by `awnet evaluate {run}` or out={str(run)!r}"
+    return (
+        "give the folder of an evaluation, RUN/evaluations/NAME, or that of a run which was evaluated by "
+        f"`awnet evaluate {folder}` or with out={str(folder)!r}"
+    )
 
 
 def attack_result(

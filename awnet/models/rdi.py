@@ -84,7 +84,7 @@ class RDIResNet(nn.Module, OnHub):
         if self.training:
             return self.exits(x)[-1]
         logits = torch.stack(self.exits(x))  # [exits, B, K]
-        return logits[self._exit_of(logits), torch.arange(len(x), device=x.device)]
+        return logits[self._exit_of(logits), torch.arange(x.shape[0], device=x.device)]
 
     def exit_of(self, x: Tensor) -> Tensor:
         """The exit that each image takes in test mode, int64 [B], 0 to 6."""

@@ -7,7 +7,6 @@ brings the copies up to date with the live model, which it neither changes nor h
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from awnet import ops
 from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
+from awnet.nn.copies import copied
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, check_image
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing, filter_scales_of, p_clean_of
@@ -509,7 +509,7 @@ class FrozenCopy(Frozen):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.live = (model,)
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copied(model).eval().requires_grad_(False)
         for module in self.model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 for parameter in module.parameters(recurse=False):

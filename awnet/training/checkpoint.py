@@ -99,6 +99,30 @@ def load_state(folder: str | Path, warn: Callable[[str], None] | None = None) ->
     raise ValueError(f"{'; '.join(damage)}. Start again with overwrite, or in another folder")
 
 
+_PARTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "optimizer", "scheduler", "weights", "average", "best", "best_model"), (dict,)),
+    **dict.fromkeys(("of_epoch", "of_interval", "environment"), (dict,)),
+    **dict.fromkeys(("epoch", "batch", "step", "skipped", "skipped_in_a_row", "log_bytes"), (int,)),
+    **{"seconds": (int, float), "random": (list,), "finished": (bool,)},
+}
+
+
+def check_state(folder: str | Path, state: dict[str, Any]) -> None:
+    """Raises ValueError, naming the part, unless ``state`` is made of what the training loop writes."""
+    for name, kinds in _PARTS.items():
+        value = state.get(name)
+        negative = kinds == (int,) and isinstance(value, int) and value < 0
+        wrong = kinds == (list,) and isinstance(value, list) and not all(isinstance(v, dict) for v in value)
+        wrong = wrong or negative or (isinstance(value, bool) and bool not in kinds)
+        if not isinstance(value, kinds) or wrong:
+            shown = value if isinstance(value, int | float) else type(value).__name__
+            raise ValueError(
+                f"the newest state in {folder} holds another content than training writes: {name} must be "
+                f"{' or '.join(kind.__name__ for kind in kinds)}, got {shown}. Remove this state file to "
+                "resume from the one before it, or start again with overwrite"
+            )
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         expected = _checksum_path(path).read_text(encoding="utf-8").split()[0]

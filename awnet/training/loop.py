@@ -303,6 +303,7 @@ def _begin(
     if not checkpoint.open_folder(folder, config | sessions, resume=resume, overwrite=overwrite):
         return None, []
     state = checkpoint.load_state(folder, reporter.say)
+    checkpoint.check_state(folder, state)
     history = check_log(folder, state, reporter.say)
     if not state["finished"]:
         _add_session(folder, session, state, reporter)
@@ -715,7 +716,7 @@ class _Run:
         try:
             self.model.load_state_dict(with_wrapper_names(self.model, state["model"]))
             self.train_on.load_state_dict(state)
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             about, why = state.get("environment", {}), " ".join(str(error).split())
             raise ValueError(
                 f"the state of step {state['step']} in {self.folder} does not fit this version's network or "
@@ -997,5 +998,11 @@ def _result(
     finished: bool,
 ) -> RunResult:
     chosen = copied(model).eval()
-    chosen.load_state_dict(with_wrapper_names(chosen, weights))
+    try:
+        chosen.load_state_dict(with_wrapper_names(chosen, weights))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the best weights in the state of {folder} do not fit the model: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
     return RunResult(chosen, folder, history, dict(best), finished)
