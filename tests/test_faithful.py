@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 import awnet
 from awnet.data import Splits, load_dataset
 from awnet.evaluation import accuracy, evaluate
+from awnet.evaluation.robustbench import Entry, export_robustbench
 from awnet.models import ResNet, create_model, load_model, register_model, save_model
 from awnet.models.registry import _REGISTRY, config_of
 from awnet.training import recipe_for, train
@@ -310,3 +312,21 @@ def test_the_log_begins_with_what_attack_and_teachers_run_on(
     assert (runs_on["training attack"], runs_on["clean teacher"]) == (copied, copied)
     assert "Centered is a subclass of ResNet" in runs_on["robust teacher"]
     assert "note: the robust teacher runs the model itself" in capsys.readouterr().out
+
+
+def test_exports_that_rebuild_by_name_refuse_what_was_changed(tmp_path: Path) -> None:
+    made = model("resnet_tiny")
+    made.save_pretrained(tmp_path / "hub")
+    again = ResNet.from_pretrained(tmp_path / "hub")
+    assert torch.equal(again.eval()(torch.ones(1, 1, 8, 8)), made.eval()(torch.ones(1, 1, 8, 8)))
+    cifar = replace(load_dataset("digits").test.subset(8), name="cifar10")
+    made.stem.bn.eps = 1e-2
+    for export in (
+        lambda: made.save_pretrained(tmp_path / "again"),
+        lambda: export_robustbench(made, cifar, None, tmp_path / "bench", Entry("A")),
+    ):
+        with pytest.raises(ValueError, match="eps"):
+            export()
+    with pytest.raises(ValueError, match=r"torch\.float64"):
+        model("resnet_tiny").double().save_pretrained(tmp_path / "again")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hub"]

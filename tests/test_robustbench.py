@@ -153,7 +153,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names a folder"):
         export_robustbench(create_model("awnet_tiny"), dataset(), None, tmp_path, Entry("a/b"))
     broken = Broken("deterministic")
-    broken.config = {}  # type: ignore[assignment]
+    broken.config = create_model("resnet_tiny").config
     with pytest.raises(ValueError, match="breaks RobustBench's rules"):
         export_robustbench(broken, dataset(), None, tmp_path, Entry("A"))
 

@@ -13,11 +13,14 @@ from awnet.attacks import frozen
 from awnet.data.dataset import Dataset
 from awnet.evaluation.report import Report, check_name
 from awnet.files import expanded, write_json, write_text, written_atomically
+from awnet.models.files import description_of
 from awnet.models.registry import config_of
 from awnet.precision import full_precision
 
 FOLDERS = {"cifar10": "cifar10", "cifar100": "cifar100"}
 """Our names of the data sets that RobustBench's L-infinity leaderboards know."""
+
+_NOT_BY_NAME = ("settings", "class")  # of a model's description: what create_model alone does not give back
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,13 @@ def export_robustbench(
     broken = violations(model, x, dataset.num_classes)
     if broken:
         raise ValueError(f"the model breaks RobustBench's rules: {'; '.join(broken)}")
+    changed = [f"{key} {value}" for key, value in description_of(model).items() if key in _NOT_BY_NAME]
+    changed += [f"dtype {p.dtype}" for p in model.parameters() if p.dtype != torch.float32][:1]
+    if changed:
+        raise ValueError(
+            f"the zoo entry makes the model by awnet.create_model, which would not give back its "
+            f"{', '.join(changed)}"
+        )
     folder, out = FOLDERS[dataset.name], expanded(out)
     weights = out / "models" / folder / "Linf" / f"{entry.name}.pt"
     info = out / "model_info" / folder / "Linf" / f"{entry.name}.json"
