@@ -7,7 +7,8 @@
 TORCH_LIBRARY_FRAGMENT(awnet, m) {
   m.def("statistics(Tensor u) -> (Tensor mean, Tensor m2)");
   m.def(
-      "apply(Tensor u, Tensor scale, Tensor shift, Tensor? residual, bool relu, bool keep_mask) -> (Tensor y, "
+      "apply(Tensor u, Tensor scale, Tensor shift, Tensor? residual, bool relu, bool keep_mask) -> (Tensor "
+      "y, "
       "Tensor mask)");
   m.def("reduce(Tensor grad, Tensor u, Tensor centre, Tensor? gate) -> (Tensor g1, Tensor gc)");
   m.def(
@@ -36,15 +37,18 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "Tensor? through) -> (Tensor d_omega, Tensor d_weight, Tensor d_bias, Tensor by_grad, Tensor by_input, "
       "Tensor constant)");
   m.def(
-      "convolves(Tensor input, Tensor weight, int groups, int[2] stride=1, int[2] padding=0, int[2] dilation=1) "
+      "convolves(Tensor input, Tensor weight, int groups, int[2] stride=1, int[2] padding=0, int[2] "
+      "dilation=1) "
       "-> bool");
   m.def(
       "convolve_apply(Tensor input, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, bool relu, "
       "int[2] stride, int[2] padding, int[2] dilation, bool keep_u, bool keep_mask) -> (Tensor y, Tensor u, "
       "Tensor mask)");
   m.def(
-      "convolve_back(Tensor grad, Tensor? u, Tensor? centre, Tensor? gate, Tensor scale, Tensor weight, int[] "
-      "input_shape, int[2] stride, int[2] padding, int[2] dilation, bool residual) -> (Tensor d_input, Tensor "
+      "convolve_back(Tensor grad, Tensor? u, Tensor? centre, Tensor? gate, Tensor scale, Tensor weight, "
+      "int[] "
+      "input_shape, int[2] stride, int[2] padding, int[2] dilation, bool residual) -> (Tensor d_input, "
+      "Tensor "
       "d_residual, Tensor g1, Tensor gc)");
 }
 
@@ -77,9 +81,10 @@ bool convolves(const Tensor& input, const Tensor& weight, int64_t groups, Sizes 
   return awnet::cpu::convolves(input, weight, {stride, padding, dilation}, groups);
 }
 
-std::tuple<Tensor, Tensor, Tensor> convolve_apply(const Tensor& input, const Tensor& weight, const Tensor& scale,
-                                                  const Tensor& shift, const MaybeTensor& residual, bool relu,
-                                                  Sizes stride, Sizes padding, Sizes dilation, bool keep_u,
+std::tuple<Tensor, Tensor, Tensor> convolve_apply(const Tensor& input, const Tensor& weight,
+                                                  const Tensor& scale, const Tensor& shift,
+                                                  const MaybeTensor& residual, bool relu, Sizes stride,
+                                                  Sizes padding, Sizes dilation, bool keep_u,
                                                   bool keep_mask) {
   return awnet::cpu::convolve_apply(input, weight, {stride, padding, dilation}, scale, shift, residual, relu,
                                     keep_u, keep_mask);
@@ -103,7 +108,5 @@ TORCH_LIBRARY_IMPL(awnet, CPU, m) {
   m.impl("convolve_back", &convolve_back);
 }
 #if defined(AWNET_CUDA)
-TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
-  AWNET_IMPLEMENT(awnet::cuda)
-}
+TORCH_LIBRARY_IMPL(awnet, CUDA, m) { AWNET_IMPLEMENT(awnet::cuda) }
 #endif

@@ -37,10 +37,10 @@ using Needs = std::array<bool, 4>;  // whether omega's, p's, weight's and bias's
   std::tuple<Tensor, Tensor> training_coefficients(                                                          \
       const MaybeTensor& omega, const Tensor& weight, const Tensor& bias, const Tensor& batch_mean,          \
       const Tensor& batch_var, const MaybeTensor& is_clean, double eps, int64_t batch);                      \
-  std::tuple<Tensor, Tensor, Tensor> training_sums(                                                          \
-      const Tensor& g1, const Tensor& gc, const Tensor& mean, const MaybeTensor& omega,                      \
-      const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var, const MaybeTensor& is_clean,  \
-      double eps);                                                                                           \
+  std::tuple<Tensor, Tensor, Tensor> training_sums(const Tensor& g1, const Tensor& gc, const Tensor& mean,   \
+                                                   const MaybeTensor& omega, const Tensor& weight,           \
+                                                   const Tensor& batch_mean, const Tensor& batch_var,        \
+                                                   const MaybeTensor& is_clean, double eps);                 \
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(                             \
       const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,                  \
       const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,     \

@@ -247,8 +247,8 @@ struct Backward {
   int64_t group(int64_t b) const { return groups == 2 ? kind(b) : 0; }
   float scale(int64_t i) const { return omega ? omega[i] : 1.0f; }
 
-  // For channels [first, last): d_weight and d_bias, and sums over each row of the statistics, times the weight:
-  // 4 a channel, of g for both rows, then of g . normalised.
+  // For channels [first, last): d_weight and d_bias, and sums over each row of the statistics, times the
+  // weight: 4 a channel, of g for both rows, then of g . normalised.
   std::vector<double> sums(int64_t first, int64_t last, float* d_weight, float* d_bias) const {
     const int64_t width = last - first;
     std::vector<double> tables(4 * width, 0.0), through(4 * width, 0.0);
@@ -337,10 +337,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
         const Branch own = of.norm.branch(k, c);
         const double* sum = sums.data() + 4 * (c - first);
-        const TrainingGradients d =
-            training_gradients(of.g1[i], of.gc[i], of.mean[i], squares[i], hw_f, of.scale(i), own,
-                               static_cast<float>(sum[group]) / count,
-                               static_cast<float>(sum[2 + group]) * own.inv_std / count);
+        const TrainingGradients d = training_gradients(
+            of.g1[i], of.gc[i], of.mean[i], squares[i], hw_f, of.scale(i), own,
+            static_cast<float>(sum[group]) / count, static_cast<float>(sum[2 + group]) * own.inv_std / count);
         if (need_omega) d_omega_p[i] = d.omega;
         by_grad_p[i] = d.by_grad;
         by_input_p[i] = d.by_input;

@@ -67,13 +67,9 @@ extern "C" const char* awnet_cuda_apply(const Images* images, void* y, uint8_t* 
                                         int32_t relu, void* stream) {
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
-    const Apply<T> op{static_cast<T*>(y),
-                      mask,
-                      static_cast<const T*>(u),
-                      static_cast<const T*>(residual),
-                      scale,
-                      shift,
-                      relu != 0};
+    const Apply<T> op{
+        static_cast<T*>(y), mask, static_cast<const T*>(u), static_cast<const T*>(residual), scale, shift,
+        relu != 0};
     return over_images(*images, op, stream);
   });
 }

@@ -325,11 +325,11 @@ std::tuple<Tensor, Tensor, Tensor> training_sums(const Tensor& g1, const Tensor&
   const std::array<int64_t, 2> shape{batch, channels};
   Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight),
          through = at::empty({2, norm.groups, channels}, weight.options());
-  succeed(awnet_cuda_training_sums(&norm, batch, channels, on.floats(g1, shape, "g1"),
-                                   on.floats(gc, shape, "gc"), on.floats(mean, shape, "mean"),
-                                   on.floats(omega, shape, "omega"), clean, data(d_weight), data(d_bias),
-                                   data(through), on.stream()),
-          "training_sums");
+  succeed(
+      awnet_cuda_training_sums(&norm, batch, channels, on.floats(g1, shape, "g1"), on.floats(gc, shape, "gc"),
+                               on.floats(mean, shape, "mean"), on.floats(omega, shape, "omega"), clean,
+                               data(d_weight), data(d_bias), data(through), on.stream()),
+      "training_sums");
   return {d_weight, d_bias, through};
 }
 

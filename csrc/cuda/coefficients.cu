@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kThreads)
   shift[i] = a.shift;
 }
 
-// A block for kAcross channels: d_weight and d_bias, and for each row of the statistics the sums over all samples
-// that share it, times their weights. All threads get the latter.
+// A block for kAcross channels: d_weight and d_bias, and for each row of the statistics the sums over all
+// samples that share it, times their weights. All threads get the latter.
 struct Through {
   float mean[2], var[2];
 };
@@ -292,8 +292,8 @@ extern "C" const char* awnet_cuda_testing_gradients(const Norm* norm, int64_t ba
                                                     float* d_p, float* d_weight, float* d_bias,
                                                     void* stream) {
   if (d_omega != nullptr || d_p != nullptr) {
-    const char* error = launch(testing_gradients_of_samples, batch, 1, dim3(kThreads), stream, *norm, channels,
-                               g1, gc, centre, omega, p_clean, d_omega, d_p);
+    const char* error = launch(testing_gradients_of_samples, batch, 1, dim3(kThreads), stream, *norm,
+                               channels, g1, gc, centre, omega, p_clean, d_omega, d_p);
     if (error != nullptr) return error;
   }
   if (d_weight == nullptr) return nullptr;

@@ -1,4 +1,5 @@
-// d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is grad where the activation passed
+// d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is grad where the
+// activation passed
 #include "elementwise.h"
 
 namespace awnet::cuda {
