@@ -387,8 +387,7 @@ def test_interrupted_while_a_teacher_trains(tmp_path: Path) -> None:
 # --- a run folder that is moved or deleted while a run writes to it
 
 
-@pytest.mark.parametrize("step", [1, 6, 12])
-@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(("step", "replaced"), [(1, False), (6, True), (12, False)])
 def test_a_run_folder_that_is_renamed_during_training_is_followed(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], step: int, replaced: bool
 ) -> None:

@@ -335,6 +335,7 @@ def test_without_locks_a_block_runs_and_says_so(tmp_path, monkeypatch):
 # ── systems ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_the_package_imports_and_writes_without_fcntl(tmp_path):
     """As on Windows, where the module is missing."""
     code = """

@@ -84,7 +84,9 @@ def test_a_live_display_prints_through_a_safe_stream(monkeypatch):
     assert console.file.error is None
 
 
-@pytest.mark.parametrize("kind", ["a full disk", "a pipe whose reader has ended"])
+@pytest.mark.parametrize(
+    "kind", ["a full disk", pytest.param("a pipe whose reader has ended", marks=pytest.mark.slow)]
+)
 def test_commands_finish_their_work_without_standard_output(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words in (
