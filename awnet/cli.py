@@ -392,6 +392,11 @@ class Evaluate(_OnRun):
     """Of the evaluation: it is written into RUN/evaluations/NAME."""
     compare_with: Several[Path] = ()
     """Other runs, evaluated under the same name: paired differences are added."""
+    teachers: Maybe[tuple[Path, ...]] = None
+    """Of a run that learnt from teachers, where these are now, in the order clean, robust; by default where
+    the run's record says. Their weights must be the recorded ones."""
+    allow_missing: bool = False
+    """Leave out what needs a teacher that is missing, and flag the report's headline as incomplete."""
 
     def run(self, console: Console) -> None:
         from awnet.distributed import joined
@@ -420,6 +425,8 @@ class Evaluate(_OnRun):
             budget=self.budget,
             queries=self.queries,
             precision=self.precision,
+            teachers=self.teachers,
+            allow_missing=self.allow_missing,
             progress=not console.quiet,
             out=self.folder,
             name=self.name,

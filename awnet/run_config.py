@@ -85,13 +85,23 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(is_integer(v) and v >= 1 for v in value)
 
 
+def _are_teachers(value: Any) -> bool:
+    """By kind the path, that from the run folder and the weights' SHA-256; earlier versions: paths alone."""
+    if isinstance(value, dict):
+        return all(
+            isinstance(source, dict)
+            and all(
+                source.get(name) is None or _is_text(source[name]) for name in ("path", "from_run", "weights")
+            )
+            for source in value.values()
+        )
+    return value is None or (isinstance(value, list) and all(map(_is_text, value)))
+
+
 def _are_sessions(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(session, dict)
-        and (
-            session.get("teachers") is None
-            or (isinstance(session["teachers"], list) and all(map(_is_text, session["teachers"])))
-        )
+        and _are_teachers(session.get("teachers"))
         and isinstance(session.get("environment", {}), dict)
         for session in value
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from awnet.attacks import PGD
 from awnet.data import Splits, ThreatModel, from_arrays, load_dataset
 from awnet.data.dataset import Batch
 from awnet.models import create_model, load_model
+from awnet.models.files import weights_fingerprint
 from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import (
     MTARD,
@@ -667,7 +669,14 @@ def test_missing_teachers_are_trained_first_and_kept(
     one, two = (load_model(folder).state_dict() for folder in (run, other))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
     given = json.loads((other / "config.json").read_text())
-    assert given["sessions"][0]["teachers"] == [str(clean), str(robust)]
+    recorded = given["sessions"][0]["teachers"]
+    assert [recorded[kind]["path"] for kind in ("clean", "robust")] == [str(clean), str(robust)]
+    assert recorded["clean"]["from_run"] == os.path.join("..", "run", "teachers", "clean")
+    trained = json.loads((run / "config.json").read_text())["sessions"][-1]["teachers"]
+    for kind in ("clean", "robust"):
+        assert trained[kind]["path"] == str(run / "teachers" / kind)
+        weights = weights_fingerprint(load_model(run / "teachers" / kind))
+        assert trained[kind]["weights"] == recorded[kind]["weights"] == weights
 
     # with the student's state lost, its teachers are not trained again
     before = (clean / "last.safetensors").stat().st_mtime_ns

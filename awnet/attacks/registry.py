@@ -28,6 +28,9 @@ from awnet.nn import has_router
 
 BudgetName = Literal["smoke", "short", "standard"]
 
+TRANSFERRED = ("pgd_sat", "cw")
+"""Attacks on a surrogate whose images the union replays."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -132,7 +135,7 @@ def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> At
     names.append("deepsloth")
     members = {name: _ATTACKS[name](model, threat, seed, suite) for name in names}
     for surrogate, other in suite.surrogates.items():
-        for attack in ("pgd_sat", "cw"):
+        for attack in TRANSFERRED:
             source = _ATTACKS[attack](other, threat, seed, suite)
             members[f"transfer_{surrogate}_{attack}"] = TransferAttack(model, source)
     return Cascade(model, members, eps=threat.eps, seed=seed)

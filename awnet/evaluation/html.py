@@ -158,6 +158,10 @@ def _cards(report: Report) -> str:
     if headline is not None:
         kind, worst = headline
         name = "the worst case over all attacks"
+        if report.missing:
+            name = (
+                f"the worst case over the attacks that could run, incomplete: {len(report.missing)} could not"
+            )
         if kind != "union":
             count = len(report.attacks)
             name = f"{attack_label(kind)}, the strongest of {count} attacks (no union was measured)"

@@ -21,7 +21,7 @@ from awnet._version import __version__
 from awnet.attacks import Attack, Cascade, Suite, frozen, list_attacks, named_attack
 from awnet.attacks.base import check_ball, check_values, device_of
 from awnet.attacks.probe import first_logits
-from awnet.attacks.registry import BudgetName
+from awnet.attacks.registry import TRANSFERRED, BudgetName
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Batch, Dataset
 from awnet.defaults import standard_defaults
@@ -43,12 +43,12 @@ from awnet.evaluation.report import (
 from awnet.evaluation.sanity import Check, sanity_table, union_check
 from awnet.evaluation.statistics import auc, wilson_interval
 from awnet.evaluation.store import locked
+from awnet.evaluation.teachers import KINDS, Found, Source, find_teachers
 from awnet.evaluation.union import WorstCase, remaining
 from awnet.files import expanded, read_json, sweep
-from awnet.models import load_model
 from awnet.models.rdi import has_exits
-from awnet.models.registry import name_of
-from awnet.nn import Steering, has_router, observe, route
+from awnet.models.registry import config_of, name_of
+from awnet.nn import Steering, has_router, observe, route, routed_networks
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
 from awnet.terminal import safe_console
@@ -78,7 +78,10 @@ def evaluate(
     queries: int | None = None,
     precision: PrecisionName = "float32",
     teacher: nn.Module | None = None,
+    teachers: Sequence[Source] | Mapping[str, Source] | None = None,
     surrogates: Mapping[str, nn.Module] | None = None,
+    allow_missing: bool = False,
+    run: str | Path | None = None,
     sanity: bool | None = None,
     progress: bool = False,
     out: str | Path | None = None,
@@ -113,8 +116,15 @@ def evaluate(
         queries: Square's; None takes the budget's.
         precision: ``"bfloat16"`` is for trying things out faster: the report marks its figures, and neither
             calls them the headline nor lets them be exported or compared with those of float32.
-        teacher: the robust teacher, for ``adaptive_paper``; None takes the run's in ``out``, if it has one.
-        surrogates: models whose images the union replays, by name; None takes the run's teachers.
+        teacher: the robust teacher, for ``adaptive_paper``; None takes the run's. With a run that recorded
+            one it is checked as in ``teachers``.
+        teachers: where the run's teachers are now, if they are not where the run's record says: modules, run
+            folders or ``.safetensors`` files, by kind or in the order (clean, robust). Their weights must be
+            those that the run recorded.
+        surrogates: models whose images the union replays, by name, beside the run's teachers.
+        allow_missing: what the union cannot contain because a teacher of the run is missing is left out, and
+            the report flags its headline; otherwise that is an error.
+        run: the run folder that the model is of, for its record of teachers; None takes ``out``.
         sanity: whether to add the sanity table; None adds it where the union is measured.
         progress: show a bar; where the output is no terminal, print a line a minute.
         out: a run folder: writes ``evaluations/<name>/`` there and the newest report as ``report.json``. An
@@ -133,6 +143,7 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: an argument is not as described, or the model does not fit the data set.
+        ValueError: a teacher that an attack needs is missing or is not the one that the run learnt from.
         BlockingIOError: another process makes the evaluation ``name`` in ``out``.
         FloatingPointError: the model's logits are NaN or infinite.
     """
@@ -151,7 +162,11 @@ def evaluate(
     for other, report in other_reports.items():
         if not isinstance(report, Report):
             raise TypeError(f"compared_with[{other!r}] must be a Report, got {type(report).__name__}")
-    teachers = _teachers(out, dataset.device) if _needs_teachers(attacks) else {}
+    run = out if run is None else run
+    needed = _teacher_attacks(attacks, sanity)
+    found = find_teachers(run, dataset.device, teachers, teacher) if needed else Found()
+    others = {name.replace(" ", "_"): one for name, one in (surrogates or {}).items()}
+    missing = _missing(model, found, needed, others, allow_missing)
     ranks = ranks or Ranks(dataset.device)
     folder = None if out is None else out / "evaluations" / name
     with _alone(folder, ranks):
@@ -159,11 +174,8 @@ def evaluate(
             classes=classes,
             budget=budget,
             queries=queries,
-            teacher=teachers.get("robust teacher") if teacher is None else teacher,
-            surrogates={
-                name.replace(" ", "_"): one
-                for name, one in (teachers if surrogates is None else surrogates).items()
-            },
+            teacher=None if "robust" in found.missing else found.models.get("robust", teacher),
+            surrogates={f"{kind}_teacher": one for kind, one in found.models.items()} | others,
             reference=next(dataset.batches(REFERENCE)).x,
         )
         plan = _Plan(model, dataset, _chosen(attacks, model, dataset, seed, suite), seed)
@@ -205,10 +217,23 @@ def evaluate(
                     "class_names": list(dataset.classes),
                     "runs_on": chosen.runs_on,
                 },
-                _selected_on(out) if selected_on is None else selected_on,
+                _selected_on(run) if selected_on is None else selected_on,
+                missing,
             )
             if chosen.flag is not None:
                 report.flags.append(chosen.flag)
+            unknown = teacher is None and not found.models and not others and not found.recorded
+            if plan.union is not None and unknown and (run is not None or config_of(live) is not None):
+                report.flags.append(
+                    "no training record was found: if the model learnt from teachers, the union lacks the "
+                    "attacks that use them (evaluate its run folder, or pass run= or teachers=)"
+                )
+            report.flags += [
+                f"the union of {other}, which this is compared with, is incomplete: it lacks "
+                f"{', '.join(value.missing)}"
+                for other, value in other_reports.items()
+                if value.missing
+            ]
             report.compared_with = {
                 other: compare(report, value, seed) for other, value in other_reports.items()
             }
@@ -425,7 +450,12 @@ class _Seen:
 
 
 def _report(
-    plan: _Plan, live: nn.Module, found: _Share, settings: dict[str, Any], selected_on: str | None
+    plan: _Plan,
+    live: nn.Module,
+    found: _Share,
+    settings: dict[str, Any],
+    selected_on: str | None,
+    missing: dict[str, str],
 ) -> Report:
     """What was found, as figures."""
     dataset, seed, seen, table = plan.dataset, plan.seed, found.seen, list(found.table)
@@ -481,6 +511,7 @@ def _report(
         },
         environment=environment(dataset.device),
         selected_on=selected_on,
+        missing=missing,
         per_sample=per_sample,
         examples=found.examples.arrays(),
         filter_means=filter_means(
@@ -647,22 +678,48 @@ def _broken_first_by(broken_by: Array, names: Sequence[str]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _needs_teachers(attacks: Sequence[str] | Mapping[str, Attack]) -> bool:
-    return not isinstance(attacks, Mapping) and ("adaptive_paper" in attacks or UNION in attacks)
+def _teacher_attacks(
+    attacks: Sequence[str] | Mapping[str, Attack], sanity: bool | None
+) -> dict[str, tuple[str, ...]]:
+    """What uses a run's teacher, by the teacher's kind; empty where nothing does."""
+    named = set() if isinstance(attacks, Mapping) else set(attacks)
+    transfers = {UNION} & named or sanity
+    needed: dict[str, tuple[str, ...]] = {}
+    for kind in KINDS:
+        uses = ["adaptive_paper"] if kind == "robust" and named & {UNION, "adaptive_paper"} else []
+        uses += [f"transfer_{kind}_teacher_{attack}" for attack in TRANSFERRED] if transfers else []
+        if uses:
+            needed[kind] = tuple(uses)
+    return needed
 
 
-def _teachers(out: str | Path | None, device: torch.device) -> dict[str, nn.Module]:
-    """The models that the run in ``out`` learnt from: its own, or those that it was given."""
-    if out is None:
-        return {}
-    places = {kind: Path(out) / "teachers" / kind for kind in ("clean", "robust")}
-    config = Path(out) / "config.json"
-    sessions = read_json(config).get("sessions") if config.is_file() else None
-    given = sessions[-1].get("teachers") if sessions else None
-    if given:
-        places = dict(zip(places, map(Path, given), strict=True))
-    there = {kind: place for kind, place in places.items() if place.exists()}
-    return {f"{kind} teacher": load_model(place, device) for kind, place in there.items()}
+def _missing(
+    model: nn.Module,
+    found: Found,
+    needed: Mapping[str, tuple[str, ...]],
+    surrogates: Mapping[str, nn.Module],
+    allowed: bool,
+) -> dict[str, str]:
+    """The union's attacks that cannot run, and why; ValueError unless leaving them out is ``allowed``."""
+    taken = [name for name in surrogates if name in {f"{kind}_teacher" for kind in KINDS}]
+    if taken:
+        raise ValueError(f"surrogates must not be called {taken[0]}: pass the run's teachers as teachers=")
+    missing: dict[str, str] = {}
+    for kind, uses in needed.items():
+        if kind in found.missing:
+            missing |= dict.fromkeys(uses, f"the {kind} teacher is missing: {found.missing[kind]}")
+    mend = "Say where the teachers are now (--teachers, teachers=), or leave" if missing else "Leave"
+    count = len(routed_networks(model))
+    if count > 1 and any(use.startswith("transfer") for uses in needed.values() for use in uses):
+        reason = f"the model holds {count} networks with a router, and attacks on the router need exactly one"
+        missing |= dict.fromkeys(("two_phase", "forced", "softened"), reason)
+    if missing and not allowed:
+        reasons = "; ".join(dict.fromkeys(missing.values()))
+        raise ValueError(
+            f"{', '.join(missing)} cannot run: {reasons}. {mend} these attacks out, which the report's "
+            "headline then says (--allow-missing, allow_missing=True)"
+        )
+    return missing
 
 
 def _ready(

@@ -117,6 +117,8 @@ class Report:
     curves: dict[str, Any] = field(default_factory=dict)
     """What the sanity table was read from, see :func:`sanity_table`."""
     compared_with: dict[str, Comparison] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Attacks that belong to the union but could not run, and why: its figure may be too high."""
     per_sample: dict[str, Array] = field(default_factory=dict, repr=False)
     """``index``, ``label``, and for each kind of image ``<kind>_correct`` and the like, all ``[n]``."""
     examples: dict[str, Array] = field(default_factory=dict, repr=False)
@@ -154,6 +156,7 @@ class Report:
             "sanity",
             "curves",
             "compared_with",
+            "missing",
         ):
             if not whole[name]:
                 del whole[name]
@@ -422,6 +425,12 @@ def flags(report: Report) -> list[str]:
         found.append(
             f"measured in {report.settings['precision']}, whose rounding may decide: no figure here is a "
             "headline; evaluate in float32 for one"
+        )
+    if report.missing:
+        reasons = "; ".join(dict.fromkeys(report.missing.values()))
+        found.append(
+            f"incomplete: {', '.join(report.missing)} could not run ({reasons}), so the robust accuracy may "
+            "be too high"
         )
     if report.selected_on == "test":
         found.append("the checkpoint was selected on test images, as in the paper, which flatters the result")

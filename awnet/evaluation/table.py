@@ -133,6 +133,7 @@ def comparison_table(report: Report, label: str | None = None, title: str | None
 
 def _title(report: Report) -> str:
     marked = f", {report.settings['precision']}: no headline" if report.approximate else ""
+    marked += f", incomplete: {len(report.missing)} attacks could not run" if report.missing else ""
     return f"{report.dataset} {report.split}, {report.n} images, eps {eps_text(report.eps)}{marked}"
 
 

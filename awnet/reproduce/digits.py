@@ -169,7 +169,7 @@ def _train(
     )
     report = None
     if attacks:
-        report = evaluate(result.model, splits.test, attacks, seed=seed, selected_on="validation")
+        report = evaluate(result.model, splits.test, attacks, seed=seed, selected_on="validation", run=folder)
         if model != AWNET:  # whose report waits for the comparison
             _save(report, folder)
     return _Trained(result.validation, report)

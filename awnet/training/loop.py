@@ -15,9 +15,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -215,7 +216,9 @@ def train(
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "process": f"process {os.getpid()} on {platform.node()}",
             "command": shlex.join(sys.argv),
-            "teachers": None if teachers is None else [_source(teacher) for teacher in teachers],
+            "teachers": None
+            if teachers is None or given is None
+            else _sources(dict(zip(recipe.teachers, teachers, strict=True)), given, folder),
             "init_from": None if init_from is None else str(init_from),
             "environment": about,
         }
@@ -268,6 +271,7 @@ def train(
                     return RunResult(model.eval(), folder, [], {}, finished=False)
                 made.append(_as_teacher(one.model, where))
             given = Teachers(*made)
+            ranks.first(partial(_record_teachers, folder, recipe, given))
 
         cuda = [where] if where.type == "cuda" else []
         own = [ranks.rank] if ranks.rank else []  # each rank draws its own dropout
@@ -947,8 +951,35 @@ def _percent(scores: dict[str, float]) -> str:
     return "  ".join(f"{short} {100 * scores[name]:.1f} %" for name, short in names.items() if name in scores)
 
 
-def _source(teacher: TeacherSource) -> str:
-    return f"a {type(teacher).__name__} of the caller's" if isinstance(teacher, nn.Module) else str(teacher)
+def _sources(sources: Mapping[str, TeacherSource], given: Teachers, folder: Path) -> dict[str, Any]:
+    """Where the teachers are, absolutely and from the run folder, and the SHA-256 of their weights.
+
+    A module's path is None: it has no file.
+    """
+    found: dict[str, Any] = {}
+    for kind, source in sources.items():
+        path = None if isinstance(source, nn.Module) else expanded(source).resolve()
+        found[kind] = {
+            "path": None if path is None else str(path),
+            "from_run": None if path is None else _from(folder.resolve(), path),
+            "weights": weights_fingerprint(getattr(given, kind)),
+        }
+    return found
+
+
+def _from(folder: Path, path: Path) -> str | None:
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:  # on another drive of Windows
+        return None
+
+
+def _record_teachers(folder: Path, recipe: Recipe, teachers: Teachers) -> None:
+    """Adds to this session's record what the run's own teachers are."""
+    places: dict[str, TeacherSource] = {kind: folder / "teachers" / kind for kind in recipe.teachers}
+    config = checkpoint.read_config(folder)
+    config["sessions"][-1]["teachers"] = _sources(places, teachers, folder)
+    checkpoint.write_config(folder, config)
 
 
 def _add_session(folder: Path, session: dict[str, Any], state: dict[str, Any], reporter: Reporter) -> None:

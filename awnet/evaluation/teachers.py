@@ -1,0 +1,155 @@
+"""The teachers that a run learnt from: attacks use them, so an evaluation has to find the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from awnet.files import expanded
+from awnet.models import load_model
+from awnet.models.files import weights_fingerprint
+from awnet.run_config import is_run, read_config
+
+KINDS = ("clean", "robust")
+Source = nn.Module | str | Path
+
+
+@dataclass
+class Found:
+    """The teachers of a run.
+
+    models: by kind, ``"clean"`` and ``"robust"``.
+    missing: why a teacher that the run learnt from is not among them, by kind.
+    recorded: whether there is a training record, which says what teachers there were.
+    """
+
+    models: dict[str, nn.Module] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    recorded: bool = False
+
+
+def find_teachers(
+    run: str | Path | None,
+    device: torch.device | str = "cpu",
+    given: Sequence[Source] | Mapping[str, Source] | None = None,
+    robust: nn.Module | None = None,
+) -> Found:
+    """The teachers that ``config.json`` in the folder ``run`` names, or those in ``run/teachers``.
+
+    A teacher counts as found only if its weights have the recorded SHA-256, where one is recorded. A path
+    that is relative, in the record of an earlier version, is tried in the run's folder and in those above it.
+
+    Args:
+        run: a run folder; None, or a folder without ``config.json``, has no record.
+        given: where the teachers are now, in the run's order (clean, robust) or by kind: modules or paths.
+        robust: the robust teacher, if the run has one and ``given`` has not.
+
+    Raises:
+        ValueError: ``given`` does not fit the record, or ``config.json`` is damaged.
+    """
+    run = None if run is None else expanded(run)
+    record = _Record(run)
+    found = Found(recorded=record.exists)
+    kinds = record.kinds or tuple(kind for kind in KINDS if run is not None and record.inside(kind).exists())
+    if given is not None and not isinstance(given, Mapping):
+        order = kinds or KINDS
+        if isinstance(given, str | Path) or len(given) != len(order):
+            raise ValueError(f"teachers must be {len(order)}, in this order: {', '.join(order)}")
+        given = dict(zip(order, given, strict=True))
+    given = dict(given or {})
+    if robust is not None and "robust" in kinds:
+        given.setdefault("robust", robust)
+    unknown = [kind for kind in given if kind not in (kinds if record.exists else KINDS)]
+    if unknown:
+        raise ValueError(
+            f"the run learnt from no {unknown[0]} teacher: it has "
+            + (f"{' and '.join(kinds)} ones" if kinds else "none")
+        )
+    for kind in dict.fromkeys((*kinds, *given)):
+        places = [given[kind]] if kind in given else list(record.places(kind))
+        try:
+            found.models[kind] = _first(places, record.weights(kind), device)
+        except (OSError, ValueError, ImportError) as error:
+            found.missing[kind] = " ".join(str(error).split())
+    return found
+
+
+def _first(places: Sequence[Source], weights: str | None, device: torch.device | str) -> nn.Module:
+    """The first model among ``places`` with these weights; an error that says what is there instead."""
+    others = []
+    for place in places:
+        if isinstance(place, nn.Module):
+            model, name = place, f"the {type(place).__name__} that was given"
+        elif expanded(place).exists():
+            model, name = load_model(expanded(place), device), str(place)
+        else:
+            continue
+        own = weights_fingerprint(model)
+        if weights in (None, own):
+            return model
+        others.append(f"{name} has other weights (SHA-256 {own[:12]}…, recorded: {str(weights)[:12]}…)")
+    raise ValueError("; ".join(others) or _nowhere(places))
+
+
+def _nowhere(places: Sequence[Source]) -> str:
+    if not places:
+        return "it was given to the training as a module, which has no file"
+    more = f" (nor do {len(places) - 1} other places where it could be)" if len(places) > 1 else ""
+    return f"{places[0]} does not exist{more}"
+
+
+class _Record:
+    """What ``config.json`` says of the teachers."""
+
+    def __init__(self, run: Path | None) -> None:
+        self.run = run
+        self.exists = run is not None and is_run(run)
+        self._described: dict[str, Any] = {}
+        self._sources: Any = None
+        if run is not None and self.exists:
+            config = read_config(run, whole=True)
+            self._described = config["teachers"] or {}
+            sessions = reversed(config["sessions"])
+            self._sources = next((one["teachers"] for one in sessions if one.get("teachers")), None)
+            if isinstance(self._sources, list):  # an earlier version: paths as they were given, in order
+                self._sources = {
+                    kind: {"path": source}
+                    for kind, source in zip(self._described, self._sources, strict=False)
+                }
+        self.kinds = tuple(self._described)
+
+    def inside(self, kind: str) -> Path:
+        assert self.run is not None
+        return self.run / "teachers" / kind
+
+    def weights(self, kind: str) -> str | None:
+        for part in (self._described, self._sources):
+            about = part.get(kind) if isinstance(part, dict) else None
+            if isinstance(about, dict) and isinstance(about.get("weights"), str):
+                return about["weights"]
+        return None
+
+    def places(self, kind: str) -> Iterator[Path]:
+        """Where the teacher may be, the likeliest place first."""
+        if self.run is None:
+            return
+        source = self._sources.get(kind) if isinstance(self._sources, dict) else None
+        if not isinstance(source, dict):
+            yield self.inside(kind)
+            return
+        run = self.run.resolve()
+        relative, path = source.get("from_run"), source.get("path")
+        if isinstance(relative, str) and not relative.startswith(".."):  # the run may have moved
+            yield run / relative
+        if isinstance(path, str):
+            if Path(path).is_absolute():
+                yield Path(path)
+            else:
+                yield from (folder / path for folder in (Path.cwd(), run, *run.parents))
+        if isinstance(relative, str) and relative.startswith(".."):
+            yield run / relative
