@@ -24,6 +24,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from awnet._version import __version__
 from awnet.files import expanded
 from awnet.terminal import SafeStream, safe_output
+from awnet.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -906,7 +907,7 @@ class Info:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(visible(text), markup=False, soft_wrap=True)
 
 
 def expand_paths(options: T) -> T:
@@ -1119,7 +1120,7 @@ def _main(arguments: Sequence[str] | None, out: SafeStream) -> int:
     except EXPECTED as error:
         if debug:
             traceback.print_exc()
-        print(f"awnet: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"awnet: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from awnet.files import write_text
+from awnet.text import csv_cell
 
 FOLDER = Path("benchmarks/results")
 COLUMNS = [
@@ -40,7 +41,9 @@ def add_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = COLUMNS) 
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows([*read_rows(path, columns), *rows])
+    writer.writerows(
+        {name: csv_cell(value) for name, value in row.items()} for row in [*read_rows(path, columns), *rows]
+    )
     write_text(path, text.getvalue())
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from awnet.files import written_atomically
+from awnet.text import figure_text
 
 CLEAN, ADVERSARIAL, CONTROL = "#0072B2", "#D55E00", "#7F7F7F"
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -90,7 +91,12 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
             style = {"ls": "-" if name != "type" else (0, (4, 1.5))}
             marker = "o" if len(values) == 1 else None  # a line through one point shows nothing
             left.plot(
-                epochs, values, label=name, color=colours.get(name) or next(spare), marker=marker, **style
+                epochs,
+                values,
+                label=figure_text(name),
+                color=colours.get(name) or next(spare),
+                marker=marker,
+                **style,
             )
         for axes in further:
             epochs, values = _column(records, "grad_norm")
@@ -99,7 +105,12 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
                 title="Norm of the gradient", xlabel="epoch", ylabel="mean over the epoch", ylim=(0, None)
             )
             axes.xaxis.get_major_locator().set_params(integer=True)
-        left.set(title=f"{title}: loss terms", xlabel="epoch", ylabel="mean over the epoch", ylim=(0, None))
+        left.set(
+            title=f"{figure_text(title)}: loss terms",
+            xlabel="epoch",
+            ylabel="mean over the epoch",
+            ylim=(0, None),
+        )
         looks = {
             "clean_accuracy": ("clean, $A_{nat}$", CLEAN),
             "w_robust_accuracy": ("W-Robust, $A_w$", "#333333"),
@@ -107,7 +118,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
         }
         for name in sorted(scores, key=lambda n: list(looks).index(n) if n in looks else len(looks)):
             epochs, values = _column(records, name)
-            label, colour = looks.get(name, (name, CONTROL))
+            label, colour = looks.get(name, (figure_text(name), CONTROL))
             right.plot(
                 epochs, 100 * values, label=label, color=colour, marker="o", ms=7 if len(values) == 1 else 3
             )
@@ -202,7 +213,8 @@ def w_robust_bars(
             values = 100 * np.array([measured[attacks[i]][0] for i in at])
             ends = 100 * np.array([measured[attacks[i]][1] for i in at], dtype=np.float64)
             offset = (number - (count - 1) / 2) * width
-            label = system if clean is None else f"{system} (clean {100 * clean[system]:.1f} %)"
+            system_text = figure_text(system)
+            label = system_text if clean is None else f"{system_text} (clean {100 * clean[system]:.1f} %)"
             places = np.array(at) + offset
             axes.bar(places, values, 0.9 * width, color=CYCLE[number % len(CYCLE)], label=label)
             errors = np.abs(ends - values[:, None]).T
@@ -210,9 +222,9 @@ def w_robust_bars(
             for x, value, end in zip(places, values, ends[:, 1], strict=True):
                 axes.text(x, end + 1.5, f"{value:.1f}", ha="center", va="bottom", fontsize=8.5)
             top = max(top, float(ends.max()))
-        axes.set_xticks(range(len(attacks)), attacks)
+        axes.set_xticks(range(len(attacks)), [figure_text(attack) for attack in attacks])
         axes.tick_params(axis="x", length=0)
-        axes.set(title=title, ylabel="$A_w$ in per cent", ylim=(0, max(top + 9, 20)))
+        axes.set(title=figure_text(title), ylabel="$A_w$ in per cent", ylim=(0, max(top + 9, 20)))
         axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
         figure.legend(loc="outside lower center", ncols=max(1, min(count, 3, int(inches / label_inches))))
 
@@ -247,10 +259,10 @@ def differences_by_training(
             ends = 100 * np.array([interval for _, interval in found.values()])
             errors = np.abs(ends - means[:, None]).T
             style = {"fmt": "s", "ms": 5, "color": colour, "capsize": 3}
-            axes.errorbar(places + 0.25 * width, means, errors, label=pair, **style)
-        axes.set_xticks(range(len(attacks)), attacks)
+            axes.errorbar(places + 0.25 * width, means, errors, label=figure_text(pair), **style)
+        axes.set_xticks(range(len(attacks)), [figure_text(attack) for attack in attacks])
         axes.tick_params(axis="x", length=0)
-        axes.set(title=title, ylabel="difference in points", xlim=(-0.5, len(attacks) - 0.5))
+        axes.set(title=figure_text(title), ylabel="difference in points", xlim=(-0.5, len(attacks) - 0.5))
         figure.legend(loc="outside lower center", ncols=len(differences))
 
 
@@ -284,14 +296,14 @@ def p_clean_histogram(
             axes.tick_params(axis="x", length=3 if axes is rows[-1] else 0)
             said = f"AUC {auc[kind]:.3f}" if auc is not None and kind in auc else ""
             axes.annotate(
-                f"{kind}\nmean p {p.mean():.2f}\n{said}".rstrip(),
+                f"{figure_text(kind)}\nmean p {p.mean():.2f}\n{said}".rstrip(),
                 (1.02, 0.5),
                 xycoords="axes fraction",
                 va="center",
                 color=colour,
                 fontsize=9,
             )
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        figure.suptitle(figure_text(title), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         figure.supylabel("per cent of the images", fontsize=9.5)
         rows[-1].set_xlabel("p")
 
@@ -331,7 +343,7 @@ def filter_means(
             grid = np.linspace(low - pad, high + pad, 300)
             for row, (name, values) in enumerate(arrays.items()):
                 density, colour = _density(values, grid), colours[name]
-                axes.plot(grid, density, color=colour, label=name)
+                axes.plot(grid, density, color=colour, label=figure_text(name))
                 if len(arrays) == 1:
                     bins = round(min(max(1.5 * values.size**0.5, 6), 40))
                     axes.hist(values, bins=bins, density=True, histtype="stepfilled", color=colour, alpha=0.3)
@@ -343,7 +355,7 @@ def filter_means(
                         values, height, "|", ms=5, mew=0.9, color=colour, transform=transform, clip_on=False
                     )
             count = len(next(iter(arrays.values())))
-            axes.set_title(f"{layer}, {count} filters", fontweight="normal")
+            axes.set_title(f"{figure_text(layer)}, {count} filters", fontweight="normal")
             axes.set(
                 xlabel="mean over (C_in, k, k)", ylabel="density", xlim=(grid[0], grid[-1]), ylim=(0, None)
             )
@@ -352,7 +364,7 @@ def filter_means(
             axes.locator_params(axis="x", nbins=5)
         for axes in panels[len(layers) :]:
             axes.set_axis_off()
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+        figure.suptitle(figure_text(title), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
         if len(names) > 1:
             lines = {
                 line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]
@@ -387,14 +399,14 @@ def waterfall(
             axes.barh(row, left - step, color="#E4E4E4", height=0.7)
             axes.text(left + 1, row, f"−{count}" if count else "0", va="center", fontsize=8.5)
             left -= step
-            names.append(name)
+            names.append(figure_text(name))
         axes.barh(len(names), left, color="#333333", height=0.7)
         axes.text(left + 1, len(names), f"{left:.1f}", va="center", fontsize=8.5)
         names.append("withstands all")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set(title=title, xlabel="per cent of the images", xlim=(0, 108))
+        axes.set(title=figure_text(title), xlabel="per cent of the images", xlim=(0, 108))
 
 
 def sanity_curves(
@@ -460,7 +472,7 @@ def roc_curves(
                 np.asarray(y),
                 color=CONTROL if control else next(colours),
                 ls=next(dashes) if control else "-",
-                label=f"{kind}, AUC {auc[kind]:.3f}",
+                label=f"{figure_text(kind)}, AUC {auc[kind]:.3f}",
             )
         axes.set(
             title="The router's ROC",
@@ -531,7 +543,7 @@ def weight_gap_curves(gaps: Sequence[Any], path: str | Path, *, title: str) -> N
             left.plot(eps, [gap.measured for gap in own], "o", color=colour, label=f"α = {alpha:g}")
         right.plot(eps[1:] or eps, [gap.cosine for gap in own][1:] or [own[0].cosine], "o-", color="#333333")
         lowest = min(gap.cosine for gap in own)
-        left.set(title=title, xlabel="ε", ylabel="norm of the gap", ylim=(0, None))
+        left.set(title=figure_text(title), xlabel="ε", ylabel="norm of the gap", ylim=(0, None))
         left.legend(title="points: measured, lines: Eq. 8")
         right.set(
             title="Cosine of measured and predicted", xlabel="ε", ylim=(-1.05 if lowest < 0 else -0.05, 1.05)

@@ -52,6 +52,7 @@ from awnet.nn import Steering, has_router, observe, route, routed_networks
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
 from awnet.terminal import safe_console
+from awnet.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -838,11 +839,11 @@ def _progress(show: bool, total: int) -> Iterator[Advance]:
         return
 
     columns = (
-        TextColumn("evaluate {task.description:<14}"),
+        TextColumn("evaluate {task.description:<14}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=safe_console(), transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda kind, by: bar.update(task, advance=by, description=kind)
+        yield lambda kind, by: bar.update(task, advance=by, description=visible(kind))

@@ -12,6 +12,7 @@ from awnet.evaluation.report import Report
 from awnet.evaluation.statistics import Interval
 from awnet.models.registry import name_of
 from awnet.ops.backends import default_backend
+from awnet.text import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,13 +48,14 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     if not reports:
         raise ValueError("reports is empty: nothing to tabulate")
     first = next(iter(reports.values()))
     names = list(dict.fromkeys(name for report in reports.values() for name in report.results()))
     table = Table(
-        title=title or _title(first),
+        title=Text(visible(title or _title(first))),
         caption="per cent; ± half the width of a 95 % interval",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # nine columns in 80 characters
@@ -65,7 +67,7 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
     for name in names:
         label = LABELS.get(name, name)
         longest = max(len(word) for word in label.split())
-        table.add_column(f"{label}\nA_adv", justify="right", min_width=longest)
+        table.add_column(Text(f"{visible(label)}\nA_adv"), justify="right", min_width=longest)
         table.add_column("A_w", justify="right", style="bold")
     for label, report in reports.items():
         cells = [_cell(report.clean_accuracy, report.clean_interval_95)]
@@ -76,15 +78,17 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
                 continue
             cells.append(_cell(result.robust_accuracy, result.interval_95))
             cells.append(_cell(result.w_robust_accuracy, result.w_interval_95))
-        table.add_row(label, *cells)
+        table.add_row(Text(visible(label)), *cells)
     return table
 
 
 def _tall(table: Table, reports: Mapping[str, Report], names: list[str]) -> Table:
     """A row for each attack, two columns for each report."""
+    from rich.text import Text
+
     table.add_column("", no_wrap=True)
     for label in reports:
-        table.add_column(f"{label}\nA_adv", justify="right")
+        table.add_column(Text(f"{visible(label)}\nA_adv"), justify="right")
         table.add_column("\nA_w", justify="right", style="bold")
     clean = [(_cell(r.clean_accuracy, r.clean_interval_95), "") for r in reports.values()]
     table.add_row("Clean (A_nat)", *(cell for pair in clean for cell in pair))
@@ -97,7 +101,7 @@ def _tall(table: Table, reports: Mapping[str, Report], names: list[str]) -> Tabl
             else:
                 cells.append(_cell(result.robust_accuracy, result.interval_95))
                 cells.append(_cell(result.w_robust_accuracy, result.w_interval_95))
-        table.add_row(LABELS.get(name, name), *cells)
+        table.add_row(Text(visible(LABELS.get(name, name))), *cells)
     return table
 
 
@@ -109,25 +113,26 @@ def comparison_table(report: Report, label: str | None = None, title: str | None
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     if not report.compared_with:
         raise ValueError("the report is compared with nothing: evaluate with compared_with={name: report}")
     table = Table(
-        title=title or f"{label or report.model} minus …, paired by image",
+        title=Text(visible(title or f"{label or report.model} minus …, paired by image")),
         caption=r"percentage points \[95 % interval]; p: McNemar's exact test of A_nat, of A_adv",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     table.add_column("", no_wrap=True)
     for other in report.compared_with:
-        table.add_column(other, justify="right")
+        table.add_column(Text(visible(other)), justify="right")
     comparisons = report.compared_with.values()
     clean = [_difference(c.clean_difference, c.clean_interval_95, c.clean_mcnemar_p) for c in comparisons]
     table.add_row("Clean A_nat", *clean)
     for name in dict.fromkeys(name for comparison in comparisons for name in comparison.attacks):
         found = [comparison.attacks.get(name) for comparison in comparisons]
         cells = ["–" if d is None else _difference(d.difference, d.interval_95, d.mcnemar_p) for d in found]
-        table.add_row(f"{LABELS.get(name, name)} A_w", *cells)
+        table.add_row(Text(f"{visible(LABELS.get(name, name))} A_w"), *cells)
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from awnet.models.registry import name_of
 from awnet.nn import has_router, route
 from awnet.ops import use_backend
 from awnet.precision import full_precision
+from awnet.text import csv_text
 
 _EPS_SCALES = (0.0, 0.25, 0.5, 1.0)
 _ADV_WEIGHTS = (0.0, 0.5, 1.0)
@@ -43,7 +45,7 @@ def compare_filters(
     Raises ValueError where the models of a network differ in their convolutions.
     """
     panels: dict[str, dict[str, NDArray[np.float64]]] = {}
-    rows = ["network,layer,model,filter,mean"]
+    rows: list[tuple[Any, ...]] = [("network", "layer", "model", "filter", "mean")]
     for network, models in networks.items():
         shapes: dict[str, int] = {}
         for label, model in models.items():
@@ -53,7 +55,7 @@ def compare_filters(
                         f"the models of {network} differ in {layer}: compare networks of one kind"
                     )
                 panels.setdefault(f"{network}: {layer}", {})[label] = values
-                rows += [f"{network},{layer},{label},{i},{value:.8g}" for i, value in enumerate(values)]
+                rows += [(network, layer, label, i, float(value)) for i, value in enumerate(values)]
     return _write(panels, rows, out, "filter_means", title)
 
 
@@ -94,7 +96,7 @@ def effective_filters(
     Returns the files, none where no model has filter scales.
     """
     panels: dict[str, dict[str, NDArray[np.float64]]] = {}
-    rows = ["model,layer,images,filter,mean"]
+    rows: list[tuple[Any, ...]] = [("model", "layer", "images", "filter", "mean")]
     for label, (model, dataset) in models.items():
         model.eval()
         x, y, index = next(dataset.batches(len(dataset)))
@@ -113,7 +115,7 @@ def effective_filters(
         dynamic = {layer: found for layer, found in series.items() if len(found) == 3}
         for number, (layer, found) in enumerate(dynamic.items()):
             for kind, values in found.items():
-                rows += [f"{label},{layer},{kind},{i},{value:.8g}" for i, value in enumerate(values)]
+                rows += [(label, layer, kind, i, float(value)) for i, value in enumerate(values)]
             if number < layers:
                 panels[f"{label}: {layer}"] = {
                     "weights": found["weights"],
@@ -134,13 +136,13 @@ def _name(model: nn.Module) -> str:
 
 def _write(
     panels: Mapping[str, Mapping[str, NDArray[np.float64]]],
-    rows: Sequence[str],
+    rows: Sequence[Sequence[Any]],
     out: Path,
     name: str,
     title: str,
 ) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / f"{name}.csv", "\n".join(rows) + "\n")
+    write_text(out / f"{name}.csv", csv_text(rows))
     draw_filter_means(panels, out / f"{name}.png", title=title)
     return [out / f"{name}.png", out / f"{name}.csv"]
 
@@ -155,8 +157,8 @@ def measure_weight_gap(model: nn.Module, x: Tensor, y: Tensor, eps: float, out: 
     with use_backend("reference"):  # Eq. 8 is a second derivative
         gaps = weight_gaps(model, x, y, [eps * scale for scale in _EPS_SCALES], _ADV_WEIGHTS)
     names = [field.name for field in fields(WeightGap)]
-    rows = [",".join(names), *(",".join(f"{getattr(gap, n):.8g}" for n in names) for gap in gaps)]
+    rows = [names, *([getattr(gap, name) for name in names] for gap in gaps)]
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "one_step.csv", "\n".join(rows) + "\n")
+    write_text(out / "one_step.csv", csv_text(rows))
     weight_gap_curves(gaps, out / "one_step.png", title="One step of training")
     return [out / "one_step.png", out / "one_step.csv"]

@@ -22,6 +22,7 @@ from awnet.evaluation.table import LABELS, attack_label
 from awnet.files import expanded
 from awnet.reproduce.lanes import Job, run_lanes
 from awnet.terminal import safe_console
+from awnet.text import visible
 from awnet.training import MTARD, Recipe, recipe_for, train
 from awnet.training.checkpoint import claim
 
@@ -224,4 +225,4 @@ def in_words(differences: Mapping[str, tuple[float, Interval]]) -> str:
 
 def say(console: Console, text: str) -> None:
     """Prints a line as it stands."""
-    console.print(text, markup=False, soft_wrap=True)
+    console.print(visible(text), markup=False, soft_wrap=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -29,6 +28,7 @@ from awnet.reproduce.digits import verdict
 from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
 from awnet.reproduce.workshop import SURROGATE, Workshop
 from awnet.terminal import safe_console
+from awnet.text import csv_text, visible
 
 
 @dataclass(frozen=True)
@@ -202,14 +202,16 @@ def _weight_gap(name: str, experiment: Experiment, shop: Workshop, folder: Path)
     measure_weight_gap(plain, batch.x, batch.y, eps, folder)
 
     base = filter_means(plain)
-    rows = ["eps,adv_weight,layer,wasserstein,mean_difference,std_ratio"]
+    rows: list[tuple[Any, ...]] = [
+        ("eps", "adv_weight", "layer", "wasserstein", "mean_difference", "std_ratio")
+    ]
     for scale, alpha in ((1.0, 0.25), (1.0, 0.5), (1.0, 1.0), (0.25, 0.5), (0.5, 0.5)):
         means = filter_means(shop.trained(_varied(system, scale, alpha), dataset))
         for layer, values in means.items():
             distance = wasserstein_distance(values, base[layer])
             shift, ratio = values.mean() - base[layer].mean(), values.std() / base[layer].std()
-            rows.append(f"{eps * scale:.8g},{alpha:g},{layer},{distance:.8g},{shift:.8g},{ratio:.8g}")
-    write_text(folder / "trained.csv", "\n".join(rows) + "\n")
+            rows.append((eps * scale, alpha, layer, *map(float, (distance, shift, ratio))))
+    write_text(folder / "trained.csv", csv_text(rows))
     return []
 
 
@@ -413,16 +415,10 @@ def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop,
     text += _section(
         "Trainings, minutes by the clock of a machine that may have had other work", _trainings(shop)
     )
-    write_text(folder / "table.md", "\n".join(text))
-    table = io.StringIO()
+    write_text(folder / "table.md", "\n".join(map(visible, text)))
     names = [*(field.name for field in fields(Line)), "difference"]
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(
-        ["" if (v := getattr(line, n)) is None else f"{v:.6f}" if isinstance(v, float) else v for n in names]
-        for line in lines
-    )
-    write_text(folder / "table.csv", table.getvalue())
+    rows = [[f"{v:.6f}" if isinstance(v := getattr(line, n), float) else v for n in names] for line in lines]
+    write_text(folder / "table.csv", csv_text([names, *rows]))
     write_json(
         folder / "table.json",
         {
@@ -447,23 +443,23 @@ def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop,
 
 def _rich(experiment: Experiment, lines: list[Line], shop: Workshop) -> Table:
     from rich.box import SIMPLE_HEAD
+    from rich.text import Text
 
-    table = Table(
-        title=f"{experiment.title}, per cent", box=SIMPLE_HEAD, caption=_statement(experiment, shop)[0]
-    )
+    caption = Text(visible(_statement(experiment, shop)[0]))
+    table = Table(title=f"{experiment.title}, per cent", box=SIMPLE_HEAD, caption=caption)
     printed = any(line.paper is not None for line in lines)
     for number, heading in enumerate(_headings(printed)):
         table.add_column(heading, justify="right" if number > 2 else "left")
     before = None
     for line in lines:
-        cells = [cell.replace("[", r"\[") for cell in _cells(line, printed)]
+        cells = [visible(cell) for cell in _cells(line, printed)]
         if len(experiment.datasets) > 1:
             cells[0] += f", {line.dataset}"
         if cells[0] == before:
             cells[0] = ""
         else:
             before = cells[0]
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -21,6 +21,7 @@ from awnet.models import create_model
 from awnet.models.separate import SeparateNet
 from awnet.reproduce.experiments import Budget, System
 from awnet.reproduce.stand_in import stand_in
+from awnet.text import visible
 from awnet.training import Recipe, list_recipes, recipe_for, train
 from awnet.training.cost import multiply_adds
 
@@ -206,7 +207,7 @@ class Workshop:
         )
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(visible(text), markup=False, soft_wrap=True)
 
     def _recipe_name(self, name: str) -> str:
         fast = f"{name}_fast"

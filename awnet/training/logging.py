@@ -12,10 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from rich.markup import escape
-
 from awnet.files import expanded, flush
 from awnet.terminal import safe_console
+from awnet.text import visible
 
 if TYPE_CHECKING:
     from io import RawIOBase
@@ -222,14 +221,16 @@ class Reporter:
             from rich.progress import BarColumn, Progress, TextColumn
 
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=20),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 console=self.console,
                 transient=True,
                 refresh_per_second=4,
             )
-            self._task = self._bar.add_task(self.title, total=self._steps, completed=self._done, status="")
+            self._task = self._bar.add_task(
+                visible(self.title), total=self._steps, completed=self._done, status=""
+            )
             self._bar.start()
         self._since = time.monotonic()
         return self
@@ -242,7 +243,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         self._said = time.monotonic()
-        self.console.print(escape(text))
+        self.console.print(visible(text), markup=False)
 
     def start_epoch(self) -> None:
         self._images, self._epoch_since = 0, time.monotonic()
