@@ -14,6 +14,7 @@ from awnet import cli
 from awnet.files import write_text
 
 PAGE = Path(__file__).with_name("command-line.md")
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("train", "evaluate", "attack", "compare", "reproduce", "analyse filters", "analyse weight-gap"),
     *("bench run", "bench train", "bench verify", "bench plot", "bench table", "bench tune"),
@@ -49,6 +50,7 @@ def _rows(parser: Any) -> list[tuple[str, str, str]]:
         name = action.option_strings[-1] if action.option_strings else values
         shown = values if action.option_strings else ""
         text, _, default = (action.help or "").partition("(default: ")
+        default = default.replace(f"{ROOT}/", "")
         rows.append((name, shown, _cell(text), _cell(default.rstrip(") \n"))))
     return rows
 

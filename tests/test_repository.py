@@ -251,7 +251,7 @@ def test_every_fault_on_the_page_names_tests_that_exist() -> None:
             for slow, name in re.findall(r"(\*?)`(test_\w+)`", names):
                 found = re.search(rf"((?:^@.*\n(?:^[ )].*\n)*)*)^def {name}\(", source, re.MULTILINE)
                 assert found, f"{file} has no {name}"
-                assert ("pytest.mark.slow" in found[1]) == bool(slow), name
+                assert bool(re.search(r"^@pytest\.mark\.slow", found[1], re.MULTILINE)) == bool(slow), name
 
 
 def test_every_page_is_in_the_sites_navigation() -> None:

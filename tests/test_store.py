@@ -334,3 +334,22 @@ def test_a_report_that_is_about_to_be_moved_is_read(
             reports[1].save(place)
     (place / "report.json").unlink()  # the first operation of the moves
     assert Report.load(place).to_dict() == reports[1].to_dict()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_run_folder_gives_its_newest_report_with_all_arrays(
+    links: bool, reports: tuple[Report, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError("no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "symlink", refused)
+    old, new = reports
+    old.publish(tmp_path, "first")
+    new.publish(tmp_path, "second")
+    found = Report.load(tmp_path)
+    assert found.to_dict() == new.to_dict()
+    assert found.per_sample.keys() == new.per_sample.keys() != set()
+    for name, array in new.per_sample.items():
+        np.testing.assert_array_equal(found.per_sample[name], array)

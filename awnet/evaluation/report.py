@@ -216,7 +216,7 @@ class Report:
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:
-        """The report that :meth:`save` wrote into ``folder``.
+        """The report that :meth:`save` wrote into ``folder``, or the newest one of the run in ``folder``.
 
         Every file is checked against the checksums that were written with it, and the accuracies against the
         outcomes per image.
@@ -224,7 +224,7 @@ class Report:
         Raises FileNotFoundError where there is none, ValueError where it is damaged or foreign, or where its
         files are of different evaluations.
         """
-        folder = expanded(folder)
+        folder = _evaluation_folder(expanded(folder))
         path = folder / store.REPORT
         contents = store.read_together(folder, (store.REPORT, *(f"{name}.npz" for name in _ARRAYS)))
         if store.REPORT not in contents:
@@ -331,6 +331,19 @@ class Report:
         """½(clean correct) + ½(adversarial correct) of each image, ``[n]``: their mean is A_w."""
         clean, adversarial = self.per_sample["clean_correct"], self.per_sample[f"{attack}_correct"]
         return 0.5 * clean.astype(np.float64) + 0.5 * adversarial.astype(np.float64)
+
+
+def _evaluation_folder(folder: Path) -> Path:
+    """For a run folder the folder of the evaluation whose report it shows, else ``folder``."""
+    path = folder / store.REPORT
+    if path.is_symlink():
+        return path.resolve().parent
+    if path.is_file():  # a copy, where the file system has no links
+        report = path.read_bytes()
+        for copied in sorted(folder.glob(f"evaluations/*/{store.REPORT}")):
+            if copied.read_bytes() == report:
+                return copied.parent
+    return folder
 
 
 def _where_reports_are(folder: Path) -> str:

@@ -387,6 +387,8 @@ def _check_names(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[i
 
 def _misfit(file: Path, about: dict[str, Any], error: Exception) -> ValueError:
     version = str(about.get("version"))[:40]
+    if version == __version__:
+        return ValueError(f"{file} cannot be loaded: {error}")
     return ValueError(f"{file}, written by awnet {version}, does not fit awnet {__version__}: {error}")
 
 
