@@ -17,8 +17,7 @@ ORACLES := torchattacks timm torchvision
 COMPILE_TIME := about 2 minutes on two cores
 PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
-# not formatted yet: csrc/layer.cpp and the AMX kernels
-NATIVE := $(filter-out csrc/layer.cpp csrc/cpu/amx/%,$(shell git ls-files "csrc/*.cpp" "csrc/*.h" "csrc/*.inl" "csrc/*.cu"))
+NATIVE := $(shell git ls-files "csrc/*.cpp" "csrc/*.h" "csrc/*.inl" "csrc/*.cu")
 
 .PHONY: help run test test-all test-slow test-import mutations sanitize lint format bench bench-pytest gpu docs dist release-check clean
 

@@ -1,6 +1,8 @@
 // The whole layer as one operator with its gradient: the library's convolution around the passes and the
 // algebra. awnet/ops/layer.py is the same in Python for the backends whose passes are not native; the schemas
 // are its own.
+#include "layer.h"
+
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -12,7 +14,6 @@
 
 #include "cpu/amx/amx.h"
 #include "cpu/convolution.h"
-#include "layer.h"
 
 namespace awnet {
 
@@ -88,11 +89,11 @@ at::MemoryFormat layout_of(const Tensor& x) {
 }
 
 Outputs layer_forward(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& filter_scale,
-                const MaybeTensor& p_clean, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
-                const MaybeTensor& residual, const MaybeTensor& running_mean, const MaybeTensor& running_var,
-                const MaybeTensor& is_clean, bool training, double eps, bool relu, Sizes stride,
-                Sizes padding, Sizes dilation, int64_t groups, std::string process_group, bool keep_u,
-                bool keep_mask) {
+                      const MaybeTensor& p_clean, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
+                      const MaybeTensor& residual, const MaybeTensor& running_mean,
+                      const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training, double eps,
+                      bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
+                      std::string process_group, bool keep_u, bool keep_mask) {
   const Passes& passes = passes_of(input);
   const auto layout = layout_of(input);
   const auto floats = input.options().dtype(at::kFloat);
@@ -112,8 +113,8 @@ Outputs layer_forward(const Tensor& input, const MaybeTensor& weight, const Mayb
   }
   const int64_t batch = u.size(0), channels = weight ? weight->size(0) : u.size(1);
   const MaybeTensor omega = table(filter_scale);
-  Tensor batch_mean = at::empty({0}, floats), batch_var = at::empty({0}, floats),
-         n = at::empty({0}, floats), scale, shift;
+  Tensor batch_mean = at::empty({0}, floats), batch_var = at::empty({0}, floats), n = at::empty({0}, floats),
+         scale, shift;
   if (!norm) {
     scale = omega ? *omega : at::ones({batch, channels}, floats);
     shift = bn_bias ? *table(bn_bias) : at::zeros_like(scale);  // without a norm's weight the shift itself
@@ -143,13 +144,15 @@ Outputs layer_forward(const Tensor& input, const MaybeTensor& weight, const Mayb
 }
 
 Gradients layer_backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeTensor& weight,
-                 const MaybeTensor& filter_scale, const MaybeTensor& p_clean, const MaybeTensor& bn_weight,
-                 const MaybeTensor& bn_bias, const MaybeTensor& /*residual*/, const MaybeTensor& running_mean,
-                 const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training, double eps,
-                 bool /*relu*/, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                 std::string process_group, const MaybeTensor& u_in, const MaybeTensor& gate,
-                 const Tensor& mean, const Tensor& m2, const Tensor& batch_mean, const Tensor& batch_var,
-                 const Tensor& n, Sizes input_shape, bool channels_last, c10::List<bool> needs) {
+                         const MaybeTensor& filter_scale, const MaybeTensor& p_clean,
+                         const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
+                         const MaybeTensor& /*residual*/, const MaybeTensor& running_mean,
+                         const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training,
+                         double eps, bool /*relu*/, Sizes stride, Sizes padding, Sizes dilation,
+                         int64_t groups, std::string process_group, const MaybeTensor& u_in,
+                         const MaybeTensor& gate, const Tensor& mean, const Tensor& m2,
+                         const Tensor& batch_mean, const Tensor& batch_var, const Tensor& n,
+                         Sizes input_shape, bool channels_last, c10::List<bool> needs) {
   const bool need_input = needs[0], need_weight = needs[1], need_scale = needs[2], need_p = needs[3],
              need_gamma = needs[4], need_beta = needs[5], need_residual = needs[6];
   const Passes& passes = passes_of(grad_in);
@@ -168,8 +171,8 @@ Gradients layer_backward(const Tensor& grad_in, const MaybeTensor& input, const 
   MaybeTensor u, centre, by_input, constant;
   std::optional<cpu::Back> back;
   const auto convolve_back = [&](bool sums) {
-    back = cpu::convolve_back(grad, u, centre, gate, by_grad, by_input, constant, *weight, input_shape, window,
-                              sums, need_residual, need_weight);
+    back = cpu::convolve_back(grad, u, centre, gate, by_grad, by_input, constant, *weight, input_shape,
+                              window, sums, need_residual, need_weight);
   };
   if (need_scale || need_p || need_gamma || need_beta || (by_batch && need_images)) {
     TORCH_CHECK(u_in.has_value(), "the forward was told that its backward would not need u");
@@ -193,8 +196,8 @@ Gradients layer_backward(const Tensor& grad_in, const MaybeTensor& input, const 
       Tensor gamma_part, beta_part, input_part, constant_part;
       MaybeTensor through;
       if (!process_group.empty()) {
-        std::tie(d_gamma, d_beta, through) = passes.training_sums(g1, gc, mean, omega, norm->weight, batch_mean,
-                                                                  batch_var, kind, eps);
+        std::tie(d_gamma, d_beta, through) =
+            passes.training_sums(g1, gc, mean, omega, norm->weight, batch_mean, batch_var, kind, eps);
         through = summed(*through, process_group);
       }
       std::tie(d_scale, gamma_part, beta_part, by_grad, input_part, constant_part) =
@@ -281,8 +284,9 @@ constexpr int kArguments = 20, kDifferentiable = 7;
 Outputs call_forward(const Tensor& input, const std::vector<MaybeTensor>& t, bool training, double eps,
                      bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
                      const std::string& process_group, bool keep_u, bool keep_mask) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("awnet::layer_native", "").typed<decltype(layer_forward)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("awnet::layer_native", "")
+                             .typed<decltype(layer_forward)>();
   return op.call(input, t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], training, eps, relu, stride,
                  padding, dilation, groups, process_group, keep_u, keep_mask);
 }
@@ -298,11 +302,11 @@ class Layer : public torch::autograd::Function<Layer> {
                                std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
                                std::string process_group, bool keep_u, bool keep_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [y, u, mask, mean, m2, batch_mean, batch_var, n] =
-        call_forward(input,
-                     {input, weight, filter_scale, p_clean, bn_weight, bn_bias, residual, running_mean,
-                      running_var, is_clean},
-                     training, eps, relu, stride, padding, dilation, groups, process_group, keep_u, keep_mask);
+    const auto [y, u, mask, mean, m2, batch_mean, batch_var, n] = call_forward(
+        input,
+        {input, weight, filter_scale, p_clean, bn_weight, bn_bias, residual, running_mean, running_var,
+         is_clean},
+        training, eps, relu, stride, padding, dilation, groups, process_group, keep_u, keep_mask);
     // without a weight the input is u itself; with one, its values serve the weight's gradient only
     const bool keep_input = weight ? weight->requires_grad() : keep_u;
     const Tensor gate = keep_mask ? mask : y, kept_u = weight && keep_u ? u : Tensor();
@@ -311,8 +315,8 @@ class Layer : public torch::autograd::Function<Layer> {
                             kept(bn_weight), kept(bn_bias),
                             // training normalises by the batch, and is about to change the running statistics
                             training ? batch_mean : kept(running_mean),
-                            training ? batch_var : kept(running_var), kept(is_clean), relu ? gate : Tensor(), kept_u,
-                            mean, m2, batch_mean, batch_var, n});
+                            training ? batch_var : kept(running_var), kept(is_clean), relu ? gate : Tensor(),
+                            kept_u, mean, m2, batch_mean, batch_var, n});
     ctx->saved_data["folded"] = weight.has_value();
     ctx->saved_data["channels_last"] = layout_of(y) == at::MemoryFormat::ChannelsLast;
     ctx->saved_data["process_group"] = process_group;
@@ -369,8 +373,8 @@ class Layer : public torch::autograd::Function<Layer> {
                 maybe(s[4]), maybe(s[5]), std::nullopt, maybe(s[6]), maybe(s[7]), maybe(s[8]),
                 data.at("training").toBool(), data.at("eps").toDouble(), data.at("relu").toBool(),
                 ints("stride"), ints("padding"), ints("dilation"), data.at("groups").toInt(),
-                data.at("process_group").toStringRef(), maybe(folded ? s[10] : s[0]), maybe(s[9]), s[11], s[12],
-                s[13], s[14], s[15], shape, data.at("channels_last").toBool(), needs);
+                data.at("process_group").toStringRef(), maybe(folded ? s[10] : s[0]), maybe(s[9]), s[11],
+                s[12], s[13], s[14], s[15], shape, data.at("channels_last").toBool(), needs);
     const Tensor all[kDifferentiable] = {std::get<0>(found), std::get<1>(found), std::get<2>(found),
                                          std::get<3>(found), std::get<4>(found), std::get<5>(found),
                                          std::get<6>(found)};
@@ -400,9 +404,10 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       " input, Tensor? weight, Tensor? filter_scale, Tensor? p_clean, Tensor? bn_weight, Tensor? bn_bias, "
       "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? is_clean, bool training, float "
       "eps, bool relu, int[2] stride, int[2] padding, int[2] dilation, int groups, str process_group, ";
-  const std::string forward_schema = "layer_native(Tensor" + arguments +
-                                     "bool keep_u, bool keep_mask) -> (Tensor y, Tensor u, Tensor mask, Tensor "
-                                     "mean, Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n)";
+  const std::string forward_schema =
+      "layer_native(Tensor" + arguments +
+      "bool keep_u, bool keep_mask) -> (Tensor y, Tensor u, Tensor mask, Tensor "
+      "mean, Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n)";
   const std::string backward_schema =
       "layer_native_backward(Tensor grad, Tensor?" + arguments +
       "Tensor? u, Tensor? gate, Tensor mean, Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n, "
