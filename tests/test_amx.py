@@ -248,6 +248,8 @@ LAYERS = {
     "1x1 stride 2": ((16, 32, 4, 4), 32, 1, 2, 0, 1),
     "more pixels than a chunk": ((16, 32, 9, 9), 32, 3, 1, 1, 1),
     "dilation 2": ((33, 32, 5, 5), 32, 3, 1, 2, 2),
+    "a stride beyond the image": ((16, 32, 5, 4), 32, 3, 2**20, 1, 1),
+    "padding and dilation of one size": ((16, 32, 5, 4), 32, 3, 1, 2**20, 2**20),
 }
 
 
@@ -277,6 +279,17 @@ def test_a_layer_s_convolution_is_within_the_bound_of_its_roundings(case: str, t
     assert d_x.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("sizes", [(2**40, 1, 1), (1, 2**40, 2**40), (1, 2**62, 1)])
+def test_sizes_too_large_for_tiles_are_refused_by_name(sizes: tuple[int, int, int], tiles: str) -> None:
+    x = torch.ones(16, 32, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(32, 32, 3, 3).bfloat16()
+    numbers = [[size] * 2 for size in sizes]
+    with pytest.raises(RuntimeError, match="a size is too large for tiles"):
+        torch.ops.awnet.amx_convolution(x, weight, *numbers)
+    with pytest.raises(RuntimeError, match="a size is too large for tiles"):
+        torch.ops.awnet.amx_convolution_backward(x, x, weight, *numbers, True, True)
+
+
 def test_a_training_layer_takes_tiles_and_is_no_worse_than_twice_the_library(
     tiles: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,17 +298,21 @@ def test_a_training_layer_takes_tiles_and_is_no_worse_than_twice_the_library(
     weight = torch.randn(64, 32, 3, 3, generator=generator) / 17
     omega, clean = torch.rand(18, 64, generator=generator) + 0.5, torch.arange(18) % 2 == 0
 
-    def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
+    def run(dtype: torch.dtype, backend: str, stride: int = 1) -> list[Tensor]:
         leaves = [t.to(dtype).requires_grad_() for t in (x, weight, omega)]
         wide = torch.promote_types(dtype, torch.float32)
         norm = [torch.full((2, 64), value, dtype=wide) for value in (1.0, 0.0, 0.0, 1.0)]
-        y = ops.aw_conv2d(*leaves, *norm, is_clean=clean, training=True, padding=1, backend=backend)
+        call: dict[str, Any] = {"is_clean": clean, "training": True, "padding": 1, "stride": stride}
+        y = ops.aw_conv2d(*leaves, *norm, **call, backend=backend)
         cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
         return [y.detach(), *torch.autograd.grad((y * cotangent).sum(), leaves)]
 
     own = run(torch.bfloat16, "cpp")
+    beyond = run(torch.bfloat16, "cpp", 2**40)
     monkeypatch.setenv("AWNET_AMX", "0")
     library = run(torch.bfloat16, "cpp")
+    # sizes too large for tiles are the library's
+    assert all(torch.equal(a, b) for a, b in zip(beyond, run(torch.bfloat16, "cpp", 2**40), strict=True))
     # y may be the same to the bit, the sums of a weight's gradient have another order
     assert not all(torch.equal(a, b) for a, b in zip(own, library, strict=True))
     for got, low, wanted in zip(own, library, run(torch.float64, "eager"), strict=True):

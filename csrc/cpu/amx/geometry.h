@@ -1,6 +1,7 @@
 // Which pixels a convolution reads for which.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <numeric>
@@ -39,6 +40,18 @@ struct Geometry {
 
   bool operator<(const Geometry& other) const { return all() < other.all(); }
   std::array<std::array<int64_t, 2>, 6> all() const { return {in, out, kernel, stride, padding, dilation}; }
+  // Computes `out`. False where the filter is larger than the padded image, or a size is so large that the
+  // number of a pixel would not fit into 32 bits.
+  bool set_out() {
+    constexpr int64_t kMost = int64_t{1} << 20;
+    for (int d = 0; d < 2; ++d) {
+      if (std::max({in[d], kernel[d], stride[d], padding[d], dilation[d]}) > kMost) return false;
+      const int64_t left = in[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1;
+      if (left < 0 || padding[d] < 0 || stride[d] < 1 || dilation[d] < 1) return false;
+      out[d] = left / stride[d] + 1;
+    }
+    return std::max(in[0] * in[1], out[0] * out[1]) <= INT32_MAX;
+  }
   int32_t positions() const { return static_cast<int32_t>(kernel[0] * kernel[1]); }
 
   Pairs forward() const {
@@ -59,10 +72,12 @@ struct Geometry {
   // The pixels of one phase of the stride have the same taps, so they are paired.
   Pairs backward() const {
     std::vector<int32_t> order;
-    for (int64_t phase = 0; phase < stride[0] * stride[1]; ++phase) {
-      for (int64_t y = phase / stride[1]; y < in[0]; y += stride[0]) {
-        for (int64_t x = phase % stride[1]; x < in[1]; x += stride[1]) {
-          order.push_back(static_cast<int32_t>(y * in[1] + x));
+    for (int64_t top = 0; top < std::min(stride[0], in[0]); ++top) {
+      for (int64_t left = 0; left < std::min(stride[1], in[1]); ++left) {
+        for (int64_t y = top; y < in[0]; y += stride[0]) {
+          for (int64_t x = left; x < in[1]; x += stride[1]) {
+            order.push_back(static_cast<int32_t>(y * in[1] + x));
+          }
         }
       }
     }

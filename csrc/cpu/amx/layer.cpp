@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "amx.h"
 #include "geometry.h"
@@ -24,7 +25,7 @@ constexpr int64_t kPixelsAtOnce = 64;  // of a weight gradient: their cells stay
 const Bits* bits(const Tensor& x) { return static_cast<const Bits*>(x.const_data_ptr()); }
 Bits* mutable_bits(const Tensor& x) { return static_cast<Bits*>(x.mutable_data_ptr()); }
 
-Geometry geometry_of(at::IntArrayRef images, const Tensor& weight, const Window& window) {
+std::optional<Geometry> geometry_of(at::IntArrayRef images, const Tensor& weight, const Window& window) {
   Geometry g;
   for (int d = 0; d < 2; ++d) {
     g.in[d] = images[2 + d];
@@ -32,11 +33,14 @@ Geometry geometry_of(at::IntArrayRef images, const Tensor& weight, const Window&
     g.stride[d] = window.stride[d];
     g.padding[d] = window.padding[d];
     g.dilation[d] = window.dilation[d];
-    const int64_t left = g.in[d] + 2 * g.padding[d] - g.dilation[d] * (g.kernel[d] - 1) - 1;
-    TORCH_CHECK(left >= 0, "the filter is larger than the padded image");
-    g.out[d] = left / g.stride[d] + 1;
   }
-  return g;
+  return g.set_out() ? std::optional(g) : std::nullopt;
+}
+
+Geometry checked_geometry(at::IntArrayRef images, const Tensor& weight, const Window& window) {
+  const auto g = geometry_of(images, weight, window);
+  TORCH_CHECK(g, "the filter is larger than the padded image, or a size is too large for tiles");
+  return *g;
 }
 
 Tensor cells(int64_t count) { return kept_memory(count * kCell * static_cast<int64_t>(sizeof(Bits))); }
@@ -221,13 +225,13 @@ static bool runs(const Tensor& x, const Tensor& weight) {
 bool takes(Pass pass, const Tensor& input, const Tensor& weight, const Tensor& grad, const Window& window,
            int64_t groups) {
   if (groups != 1 || !runs(input, weight) || (pass != Pass::kForward && !runs(grad, weight))) return false;
-  if (pass == Pass::kWeightGradient) return true;
-  const Geometry g = geometry_of(input.sizes(), weight, window);
-  return g.out[0] * g.out[1] <= kMostPixels && (pass == Pass::kInputGradient || g.positions() > 1);
+  const auto g = geometry_of(input.sizes(), weight, window);
+  if (!g || pass == Pass::kWeightGradient) return g.has_value();
+  return g->out[0] * g->out[1] <= kMostPixels && (pass == Pass::kInputGradient || g->positions() > 1);
 }
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const Window& window) {
-  const Geometry g = geometry_of(input.sizes(), weight, window);
+  const Geometry g = checked_geometry(input.sizes(), weight, window);
   const Tensor packed = pack_weight(weight);
   return convolve(*kernels_for_layers(), input, bits(packed), g.forward(),
                   {input.size(0), weight.size(0), g.out[0], g.out[1]}, g.positions());
@@ -237,7 +241,7 @@ std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor&
                                                const Window& window, bool need_input, bool need_weight) {
   if (!need_input && !need_weight) return {};
   const Kernels& kernels = *kernels_for_layers();
-  const Geometry g = geometry_of(input.sizes(), weight, window);
+  const Geometry g = checked_geometry(input.sizes(), weight, window);
   Tensor d_input, d_weight;
   if (need_input) {
     const Tensor packed = pack_weight(weight);

@@ -117,11 +117,8 @@ struct Plan {
       g.stride = s.stride;
       g.padding = s.padding;
       g.dilation = s.dilation;
-      for (int d = 0; d < 2; ++d) {
-        const int64_t left = g.in[d] + 2 * g.padding[d] - g.dilation[d] * (g.kernel[d] - 1) - 1;
-        TORCH_CHECK(left >= 0, "layer ", i, ": the filter is larger than the padded image");
-        g.out[d] = left / g.stride[d] + 1;
-      }
+      TORCH_CHECK(g.set_out(), "layer ", i,
+                  ": the filter is larger than the padded image, or a size is too large for tiles");
       layer.in_blocks = ceil_div(layer.inputs, kChannels);
       layer.out_blocks = ceil_div(layer.outputs, kChannels);
       layer.in_pixels = g.in[0] * g.in[1];
