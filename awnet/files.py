@@ -281,12 +281,19 @@ def _remove_if_abandoned(path: Path) -> None:
         except OSError:
             if time.time() - inner.stat().st_mtime < _ABANDONED_SECONDS:
                 return
+        with suppress(PermissionError):  # Windows removes no open file
+            _remove(path)  # while the lock is held: a writer that has just made the folder may not take it
     finally:
         os.close(handle)
-    if inner == path:
-        path.unlink()
-    else:
+    if os.path.lexists(path):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def flush(handle: int) -> None:
