@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 MOST = 2**63 - 1  # what int64 holds
+# tuples, because Dynamo cannot trace a union of numpy's types
+_SCALARS, _ARRAYS = (np.number, np.bool_), (np.ndarray, torch.Tensor)
 
 
 def plain(value: Any) -> Any:
@@ -22,12 +24,10 @@ def plain(value: Any) -> Any:
     """
     if type(value) in (int, float, bool, str, type(None)):
         return value
-    if isinstance(value, np.number | np.bool_) or (
-        isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0
-    ):
-        return value.item()
     if type(value) in (list, tuple):
         return type(value)(plain(item) for item in value)
+    if isinstance(value, _SCALARS) or (isinstance(value, _ARRAYS) and value.ndim == 0):
+        return value.item()
     return value
 
 

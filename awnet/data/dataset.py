@@ -229,7 +229,8 @@ class Dataset:
         A data set on another device than ``device`` gives the same bits: a thread gathers the
         next batch's pixels in pinned memory, or from the file that they are mapped from, meanwhile.
         """
-        batch_size = min(check_integer("batch_size", batch_size, 1), max(len(self), 1))
+        # a larger one means the same, and its products could leave int64
+        batch_size = min(check_integer("batch_size", batch_size, 1), len(self) + 1)
         start, seed, epoch = (
             check_integer("start", start, 0),
             check_integer("seed", seed),

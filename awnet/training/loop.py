@@ -271,6 +271,7 @@ def train(
                     return RunResult(model.eval(), folder, [], {}, finished=False)
                 made.append(_as_teacher(one.model, where))
             given = Teachers(*made)
+            folder = folder if place is None else place.path
             ranks.first(partial(_record_teachers, folder, recipe, given))
 
         cuda = [where] if where.type == "cuda" else []
