@@ -93,7 +93,7 @@ def test_targeted_ratio_needs_four_classes() -> None:
         OfficialAttack(model, "apgd_t", eps=0.1)(*batch(model))
     with pytest.raises(ValueError, match="name must be one of apgd_ce"):
         OfficialAttack(model, "apgd", eps=0.1)
-    with pytest.raises(ValueError, match="classes must be at least 2"):
+    with pytest.raises(ValueError, match="classes must be an integer of at least 2"):
         AutoAttack(model, eps=0.1, classes=1)
 
 

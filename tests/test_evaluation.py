@@ -417,7 +417,7 @@ def test_report_json_has_the_schema(tmp_path: Path) -> None:
 
 
 def test_damaged_reports(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="evaluate the model first"):
+    with pytest.raises(FileNotFoundError, match="give the folder of an evaluation"):
         Report.load(tmp_path)
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):

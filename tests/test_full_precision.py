@@ -65,9 +65,8 @@ def restored() -> Iterator[None]:
         setattr(torch.backends.cuda.matmul, f"allow_{half}_reduced_precision_reduction", True)
     torch.backends.cuda.matmul.allow_fp16_accumulation = False
     for key in _FP32:
-        value = "tf32" if key[0] == "cuda" and key[1] in ("conv", "rnn") else "none"
-        torch._C._set_fp32_precision_setter(*key, value)
-    assert settings() == before  # torch's defaults
+        torch._C._set_fp32_precision_setter(*key, before[key])
+    assert settings() == before
 
 
 def test_every_setting_is_float32_inside_and_as_before_afterwards() -> None:

@@ -394,7 +394,6 @@ def test_the_report_tells_which_exits_were_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rdi_resnet38", "RDIResNet"),
         ("advmoe_resnet18", r"cannot convert 'blocks\.0\.conv1\.convolution' \(FilterScaledConv2d\)"),
         ("separate_net", "SeparateNet has a router of its own already"),
         ("swin_t", "Swin has no nn.BatchNorm2d"),

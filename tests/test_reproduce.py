@@ -48,7 +48,7 @@ def test_it_trains_attacks_and_compares(
 
     # what it says is there is there
     report = json.loads((out / "report.json").read_text())
-    assert str(out / "report.json") in said
+    assert str(out / "evaluations" / "default" / "report.html") in said
     assert report["n"] == 30
     assert set(report["compared_with"]) == {"resnet_tiny", "resnet_tiny_wide"}
     assert report["selected_on"] == "validation"
