@@ -21,6 +21,7 @@ import tyro
 from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
+from awnet import early_signals
 from awnet._version import __version__
 from awnet.files import expanded
 from awnet.terminal import SafeStream, safe_output
@@ -214,6 +215,7 @@ class Train:
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 …; by default the GPU where there is one."""
 
+    @early_signals.noted()
     def run(self, console: Console) -> None:
         from awnet.distributed import is_first
         from awnet.training import recipe_for, train

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import nn
 
-from awnet import files
+from awnet import early_signals, files
 from awnet.data import Splits, from_arrays
 from awnet.files import written_atomically
 from awnet.models.files import weights_fingerprint
@@ -347,6 +347,22 @@ def test_a_hangup_or_a_batch_systems_warning_saves_and_stops_however_often_it_co
     stop_at(None)
     assert go(tmp_path / "run", resume=True).finished
     assert_same_run(uninterrupted, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_hangup_before_training_begins_saves_and_stops_after_the_first_step(
+    number: int, tmp_path: Path
+) -> None:
+    usual = signal.getsignal(number)
+    stop_at(None)
+    with early_signals.noted():
+        os.kill(os.getpid(), number)
+        with pytest.raises(SystemExit) as ended:
+            go(tmp_path / "run")
+    assert ended.value.code == 128 + number
+    assert C.load_state(tmp_path / "run")["step"] == 1
+    assert signal.getsignal(number) == usual
+    assert early_signals.take() is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from awnet import rng
+from awnet import early_signals, rng
 from awnet.attacks import named_attack
 from awnet.attacks.base import check_values
 from awnet.attacks.probe import first_logits
@@ -763,7 +763,6 @@ class _Signals:
     """
 
     _AT_ONCE = (signal.SIGINT, signal.SIGTERM)
-    _PATIENT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self, reporter: Reporter) -> None:
         self.came: int | None = None
@@ -772,11 +771,14 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (*self._AT_ONCE, *self._PATIENT):
+            for number in (*self._AT_ONCE, *early_signals.PATIENT):
                 now = signal.getsignal(number)
-                if now in (signal.SIG_IGN, None) or (number in self._PATIENT and now != signal.SIG_DFL):
-                    continue
-                self._usual[number] = signal.signal(number, self._note)
+                taken = number in self._AT_ONCE or now in (signal.SIG_DFL, early_signals.note)
+                if taken and now not in (signal.SIG_IGN, None):
+                    self._usual[number] = signal.signal(number, self._note)
+            early = early_signals.take()
+            if early is not None:
+                self._note(early, None)
         return self
 
     def _note(self, number: int, frame: Any) -> None:
