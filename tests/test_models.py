@@ -23,6 +23,8 @@ from awnet.models import (
     save_model,
 )
 from awnet.models import registry as registry_module
+from awnet.models.advmoe import ADVMOE
+from awnet.models.sizes import check_state
 from awnet.nn import FixedRouter, MixBatchNorm2d
 
 COUNTS = {
@@ -362,6 +364,7 @@ DECLARED_SIZES = {
     "experts": {"name": "advmoe_resnet18", "options": {"experts": 10**5}},
     "no options": {"options": None},
     "a list of options": {"options": [1]},
+    "more sizes than tensors": {"name": "awnet_tiny", "options": {"router_widths": [4] * 10**4}},
     "text for classes": {"num_classes": "10"},
     "a list for a name": {"name": ["resnet_tiny"]},
     "a registered model's classes": {"name": "registered for its size", "num_classes": 10**9},
@@ -378,7 +381,7 @@ def test_sizes_that_a_file_states_are_compared_with_its_tensors_before_anything_
     good = {"name": "resnet_tiny", "num_classes": 10, "in_channels": 3, "options": {}}
     about = {"format": 1, "config": good | DECLARED_SIZES[case]}
     save_file({"weight": torch.ones(2)}, path, metadata={"awnet": json.dumps(about)})
-    assert path.stat().st_size < 1000
+    assert path.stat().st_size < 10**5
     # nothing may be built for real: not even the layers that would fit
     monkeypatch.setattr("awnet.models.files.create_model", None)
     with pytest.raises(ValueError, match=r"a\.safetensors, written by awnet .* does not fit") as caught:
@@ -430,8 +433,67 @@ def test_hub_folder(name, options, tmp_path):
     assert again.config == model.config
     config["num_classes"] = 5
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"config\.json of .* does not fit its weights: .*classifier"):
         type(model).from_pretrained(tmp_path, local_files_only=True)
+
+
+@pytest.fixture(scope="module")
+def on_hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    create_model("awnet_tiny", router_widths=(4, 8)).save_pretrained(folder)
+    create_model("advmoe_resnet18", width=0.05).save_pretrained(folder / "advmoe")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"width": 1e9},
+        {"width": 1e300},
+        {"width": float("nan")},
+        {"width": "wide"},
+        {"num_classes": 10**9},
+        {"num_classes": 10**30},
+        {"in_channels": -3},
+        {"router_widths": [10**9, 10**9]},
+        {"router_widths": [4] * 10**4},
+        {"router_widths": {"a": 1}},
+        {"name": "awnet_resnet50"},
+        {"experts": 10**9},
+    ],
+    ids=lambda declared: str(declared)[:40],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_sizes_that_a_hub_config_states_are_compared_with_the_weights_before_anything_is_allocated(
+    declared, strict, on_hub, tmp_path, monkeypatch
+):
+    kind, folder = (ADVMOE, on_hub / "advmoe") if "experts" in declared else (AWResNet, on_hub)
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | declared
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(kind, "_load_as_safetensor", None)  # follows the construction of the model
+    with pytest.raises(ValueError, match=r"config\.json of .* does not fit its weights") as caught:
+        kind.from_pretrained(tmp_path, strict=strict)
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+def test_buffers_that_no_file_holds_are_bounded_by_the_file_too():
+    module = nn.Linear(2, 2, device="meta")
+    module.register_buffer("mask", torch.ones(10**6, 10**6, device="meta"), persistent=False)
+    with pytest.raises(ValueError, match="buffers of 1,000,000,000,000 elements for weights of 6"):
+        check_state(module, {"weight": (2, 2), "bias": (2,)})
+    module.mask = module.mask[:2, :2]
+    check_state(module, {"weight": (2, 2), "bias": (2,)})
+
+
+def test_hub_folders_without_whole_weights_are_refused_by_name(on_hub, tmp_path):
+    (tmp_path / "config.json").write_text((on_hub / "config.json").read_text())
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        AWResNet.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((on_hub / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        AWResNet.from_pretrained(tmp_path)
 
 
 def test_deep_copies_are_whole():

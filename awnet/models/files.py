@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 import pickle
 import sys
 from collections.abc import Mapping
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from awnet._version import __version__
 from awnet.defaults import standard_defaults
 from awnet.files import expanded, written_atomically
-from awnet.models.registry import class_of, config_of, create_model, is_ours, list_models, model_shapes
+from awnet.models.registry import class_of, config_of, create_model, is_ours, list_models, sketch_of
+from awnet.models.sizes import check_lists, check_state, elements
 from awnet.nn import unwrapped
 from awnet.nn.structure import apply_settings, compare, describe
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
@@ -363,26 +363,16 @@ def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, .
         lacking = [key for key in ("name", "num_classes", "in_channels", "options") if key not in config]
         if lacking or not isinstance(config["options"], dict):
             raise ValueError(f"its description lacks {', '.join(lacking) or 'a dict of options'}")
-        expected = None if "class" in about else model_shapes(config)
+        check_lists(config["options"], len(shapes))
+        expected = None if "class" in about else sketch_of(config)
         if expected is None:  # a registered function or the user's class builds it
-            most = sum(map(math.prod, shapes.values()))
+            most = elements(shapes)
             if max(config["num_classes"], config["in_channels"]) > most:
                 raise ValueError(f"the description states more classes or channels than its {most} weights")
             return
-        _check_names(expected, shapes)
+        check_state(expected, shapes)
     except (ValueError, TypeError, KeyError) as error:
         raise _misfit(file, about, error) from error
-
-
-def _check_names(expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]]) -> None:
-    missing, unexpected = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-    for what, keys in (("Missing keys", missing), ("Unexpected keys", unexpected)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ValueError(f"{what}: {', '.join(keys[:3])}{more}")
-    for key, shape in shapes.items():
-        if shape != expected[key]:
-            raise ValueError(f"{key} has shape {list(shape)}, the model's has {list(expected[key])}")
 
 
 def _misfit(file: Path, about: dict[str, Any], error: Exception) -> ValueError:

@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from awnet.defaults import standard_defaults
+from awnet.models.sizes import check_lists, check_memory, check_state, sketch
 from awnet.nn.structure import compare
 
 
@@ -46,6 +50,50 @@ class OnHub(
         return super().save_pretrained(save_directory, **arguments)
 
     @classmethod
-    def _from_pretrained(cls, **kwargs: Any) -> Self:
-        kwargs.setdefault("strict", True)  # weights that do not fit are an error, not a random start
-        return super()._from_pretrained(**kwargs)
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        strict: bool = True,  # weights that do not fit are an error, not a random start
+        **arguments: Any,
+    ) -> Self:
+        file = Path(model_id) / SAFETENSORS_SINGLE_FILE
+        if not Path(model_id).is_dir():
+            file = Path(
+                hf_hub_download(
+                    repo_id=model_id,
+                    filename=SAFETENSORS_SINGLE_FILE,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+        _check_fit(cls, arguments, file, model_id, strict=strict)
+        with standard_defaults():
+            model = cls(**arguments)
+            return cls._load_as_safetensor(model, str(file), map_location, strict)
+
+
+def _check_fit(kind: type, arguments: dict[str, Any], file: Path, model_id: str, *, strict: bool) -> None:
+    """Raises ValueError where config.json states other sizes than ``file`` has; nothing is allocated."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or no safetensors file ({error}); download it again") from error
+    try:
+        check_lists(arguments, len(shapes))
+        model = sketch(lambda: kind(**arguments), kind.__name__)
+        check_state(model, shapes, strict=strict)
+        if not strict:
+            check_memory(model, kind.__name__)
+    except (ValueError, TypeError, MemoryError) as error:
+        raise ValueError(f"config.json of {model_id} does not fit its weights: {error}") from error

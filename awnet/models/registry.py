@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 from awnet.models import advmoe, awnet, mobilenet, rdi, repvgg, resnet, separate, swin, vgg, wide_resnet
+from awnet.models.sizes import check_memory, numbers, sketch
 from awnet.nn import RoutedNetwork, unwrapped
 from awnet.scalars import check_integer, is_number, plain
 
@@ -85,8 +84,10 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
         MemoryError: the weights would take more than the machine's memory; nothing is allocated.
     """
     build, config = _checked(name, num_classes, in_channels, options)
-    if max([*_numbers(config["options"]), num_classes / 1000, in_channels / 100]) > _USUAL_SIZE:
-        _check_memory(config)
+    if max([*numbers(config["options"]), num_classes / 1000, in_channels / 100]) > _USUAL_SIZE:
+        model = sketch_of(config)
+        if model is not None and torch.get_default_device().type != "meta":
+            check_memory(model, _described(config))
     model = build(num_classes=config["num_classes"], in_channels=config["in_channels"], **config["options"])
     if config_of(model) is None:
         vars(model)[_CONFIG] = config  # a model of the user's may have a config of its own
@@ -134,8 +135,8 @@ def is_ours(name: str) -> bool:
     return _REGISTRY.get(name) in _OURS
 
 
-def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes of the state of ``create_model``'s model, without allocating its tensors.
+def sketch_of(config: dict[str, Any]) -> nn.Module | None:
+    """``create_model``'s model on the meta device, without allocating its tensors.
 
     None for a model of :func:`register_model`, whose function may do anything. Raises what ``create_model``
     raises, and ValueError where a size exceeds what torch can address.
@@ -144,52 +145,13 @@ def model_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]] | None:
     build, config = _checked(name, config["num_classes"], config["in_channels"], options)
     if build not in _OURS:
         return None
-    try:
-        with torch.device("meta"):
-            sketch = build(
-                num_classes=config["num_classes"], in_channels=config["in_channels"], **config["options"]
-            )
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"{_described(config)} is larger than torch can address: {_first(error)}") from error
-    return {key: tuple(value.shape) for key, value in sketch.state_dict().items()}
-
-
-def _check_memory(config: dict[str, Any]) -> None:
-    """Raises MemoryError unless the weights fit into this machine's memory."""
-    shapes = model_shapes(config)
-    if shapes is None or torch.get_default_device().type == "meta":
-        return
-    needed = sum(map(math.prod, shapes.values())) * torch.get_default_dtype().itemsize
-    if needed > (there := _memory()):
-        raise MemoryError(
-            f"the weights of {_described(config)} would take {needed / 2**30:,.0f} GiB, this machine has "
-            f"{there / 2**30:,.0f} GiB: choose smaller sizes"
-        )
-
-
-def _memory() -> float:
-    """Bytes of this machine's memory; infinity where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return math.inf
+    sizes = {"num_classes": config["num_classes"], "in_channels": config["in_channels"]}
+    return sketch(partial(build, **sizes, **config["options"]), _described(config))
 
 
 def _described(config: dict[str, Any]) -> str:
     sizes = {"num_classes": config["num_classes"], "in_channels": config["in_channels"]} | config["options"]
     return f"{config['name']} with {', '.join(f'{key}={value!r}' for key, value in sizes.items())}"
-
-
-def _first(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    if isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(item)
-    elif is_number(value):
-        yield value
 
 
 def _checked(
