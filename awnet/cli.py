@@ -934,15 +934,12 @@ def _load(name: str, data_dir: Path | None, seed: int, eps: float | None) -> Spl
 
 
 def _model(name: str, options: dict[str, Any], splits: Splits, seed: int) -> nn.Module:
-    import torch
+    from awnet.models.registry import create_seeded_model
 
-    from awnet import rng
-    from awnet.models import create_model
-
-    with torch.random.fork_rng([]):
-        torch.manual_seed(rng.key(seed, "model") & (2**63 - 1))  # as train does for a model given by name
-        train = splits.train
-        return create_model(name, num_classes=train.num_classes, in_channels=train.in_channels, **options)
+    train = splits.train
+    return create_seeded_model(
+        name, seed, num_classes=train.num_classes, in_channels=train.in_channels, **options
+    )
 
 
 def resolve_device(name: str | None) -> Device:

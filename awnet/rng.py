@@ -25,6 +25,11 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def torch_seed(*parts: int | str) -> int:
+    """A seed for ``torch.manual_seed``, which takes no negative ones, from the same parts as ``key``."""
+    return key(*parts) & (2**63 - 1)
+
+
 def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: int64's own shift copies the sign
 

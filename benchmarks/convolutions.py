@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from awnet import files
+from awnet.devices import resolve_device
 from awnet.ops import triton_passes, tuning
 
 from .cases import Convolution
@@ -287,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a CSV file of every row")
     parser.add_argument("--update", action="store_true", help="write the wins into awnet/ops/configs/")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(None)
     reason = triton_passes.obstacle(torch.empty(1, 1, 1, 1, device=device))
     if reason is not None:
         parser.error(f"the Triton kernels cannot run here: {reason}")

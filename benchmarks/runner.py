@@ -22,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from awnet.devices import resolve_device
+from awnet.provenance import git_commit
 from awnet.terminal import safe_console
 
 from . import results
@@ -185,15 +187,7 @@ def _device(options: BenchOptions) -> torch.device:
     for batch in options.batch:
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
-    try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {options.device!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {options.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+    return resolve_device(options.device)
 
 
 def _chosen(known: Sequence[str], wanted: Sequence[str], option: str) -> list[str]:
@@ -497,14 +491,9 @@ def _output_of(*command: str, folder: Path | None = None) -> str:
 
 
 def _commit() -> str:
-    """The repository's commit, with -dirty where anything but results differs from it."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():  # installed: another repository's commit would be a lie
-        return ""
-    commit = _output_of("git", "rev-parse", "--short=7", "HEAD", folder=root)
-    changes = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".")
-    excluded = f":(exclude){results.FOLDER.as_posix()}"
-    return commit + ("-dirty" if _output_of(*changes, excluded, folder=root) else "")
+    """The repository's commit, with -dirty if files other than results differ from it; "" if installed."""
+    commit = git_commit(ignore=[results.FOLDER.as_posix()])
+    return "" if commit.hash is None else commit.hash[:7] + ("-dirty" if commit.modified else "")
 
 
 def _driver(device: torch.device) -> str:

@@ -203,10 +203,9 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def _device(options: TuneOptions, timed_here: bool) -> torch.device:
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = resolve_device(name)
+    device = resolve_device(options.device)
     if device.type != "cuda" and timed_here:
-        raise ValueError(f"tuning times Triton kernels on a CUDA device, and device is {name!r}")
+        raise ValueError(f"tuning times Triton kernels on a CUDA device, and device is {str(device)!r}")
     reason = triton_passes.obstacle(torch.empty(1, 1, 1, 1, device=device))
     if reason is not None:
         raise ValueError(f"the Triton kernels cannot run here: {reason}")

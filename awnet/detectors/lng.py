@@ -105,7 +105,7 @@ class LNG(Detector):
             ]
         )
         with torch.random.fork_rng([]), torch.enable_grad():
-            torch.manual_seed(rng.key(self.seed, "LNG") & (2**63 - 1))
+            torch.manual_seed(rng.torch_seed(self.seed, "LNG"))
             self.graph = _Graph(queries.shape[1], self.size, self.heads).to(queries)
             optimizer = torch.optim.Adam(self.graph.parameters(), self.lr)
             for _ in range(self.epochs):

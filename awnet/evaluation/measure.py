@@ -37,7 +37,6 @@ from awnet.evaluation.report import (
     attack_result,
     check_name,
     compare,
-    environment,
     flags,
 )
 from awnet.evaluation.sanity import Check, sanity_table, union_check
@@ -50,6 +49,7 @@ from awnet.models.rdi import has_exits
 from awnet.models.registry import config_of, name_of
 from awnet.nn import Steering, has_router, observe, route, routed_networks
 from awnet.precision import computed_in, full_precision
+from awnet.provenance import environment
 from awnet.scalars import check_integer
 from awnet.terminal import safe_console
 from awnet.text import visible

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import platform
 import re
-import subprocess
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,10 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from awnet._version import __version__
 from awnet.evaluation import store
 from awnet.evaluation.detection import detection_flags
 from awnet.evaluation.statistics import (
@@ -506,39 +502,6 @@ def _warnings(name: str, result: AttackResult, n: int) -> list[str]:
             "gradients may be masked"
         )
     return found
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where numbers were made: versions, device, threads, and the commit of the package's git checkout."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "awnet": __version__,
-        "torch": str(torch.__version__),  # a class of its own, which no file should need
-        "python": platform.python_version(),
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-        **_commit(Path(__file__).resolve().parents[2]),
-    }
-
-
-def _commit(root: Path) -> dict[str, Any]:
-    """``commit`` and ``modified`` of the checkout at ``root``; None for both where it is none."""
-    nothing = {"commit": None, "modified": None}
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        # the package may be installed inside somebody else's checkout, whose commit says nothing of it
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return nothing
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
-    except (OSError, subprocess.SubprocessError):
-        return nothing
 
 
 def check_name(name: str) -> None:

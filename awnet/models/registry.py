@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from awnet import rng
 from awnet.models import advmoe, awnet, mobilenet, rdi, repvgg, resnet, separate, swin, vgg, wide_resnet
 from awnet.models.sizes import check_memory, numbers, sketch
 from awnet.nn import RoutedNetwork, unwrapped
@@ -94,6 +95,13 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
         if not hasattr(model, "config"):
             model.config = config  # type: ignore[assignment]
     return model
+
+
+def create_seeded_model(name: str, seed: int, **options: Any) -> nn.Module:
+    """:func:`create_model` with weights drawn from ``seed``; torch's global generator keeps its state."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(rng.torch_seed(seed, "model"))
+        return create_model(name, **options)
 
 
 _CONFIG = "_awnet_config"

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from awnet import rng
 from awnet.attacks import Attack
 from awnet.data import Dataset, Splits, ThreatModel, load_dataset
 from awnet.evaluation import Report, evaluate
-from awnet.models import create_model
+from awnet.models.registry import create_seeded_model
 from awnet.models.separate import SeparateNet
 from awnet.reproduce.experiments import Budget, System
 from awnet.reproduce.stand_in import stand_in
@@ -214,14 +213,13 @@ class Workshop:
         return fast if self.budget.fast and fast in list_recipes() else name
 
     def _model(self, system: System, data: Dataset) -> nn.Module:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(rng.key(self.seed, "model") & (2**63 - 1))  # as train does for a name
-            return create_model(
-                system.model,
-                num_classes=data.num_classes,
-                in_channels=data.in_channels,
-                **self._options(system),
-            )
+        return create_seeded_model(
+            system.model,
+            self.seed,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            **self._options(system),
+        )
 
     def _options(self, system: System) -> dict[str, Any]:
         options = dict(system.options)

@@ -35,16 +35,16 @@ from awnet.defaults import standard_defaults
 from awnet.devices import resolve_device
 from awnet.distributed import Agreement, Ranks, joined, restarts
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
-from awnet.evaluation.report import environment
 from awnet.evaluation.table import in_one_line
 from awnet.files import expanded
-from awnet.models import create_model, load_model
+from awnet.models import load_model
 from awnet.models.files import description_of, packed_extra_state, weights_fingerprint, write_model
-from awnet.models.registry import config_of
+from awnet.models.registry import config_of, create_seeded_model
 from awnet.nn import has_router, not_supported, routed_networks, synchronize, unwrapped
 from awnet.nn.copies import copied, own_memory
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 from awnet.precision import check_environment, full_precision
+from awnet.provenance import environment
 from awnet.run_config import read_config
 from awnet.scalars import check_integer, check_number
 from awnet.training import checkpoint
@@ -277,7 +277,7 @@ def train(
         cuda = [where] if where.type == "cuda" else []
         own = [ranks.rank] if ranks.rank else []  # each rank draws its own dropout
         with torch.random.fork_rng(cuda), _synchronized(model, ranks):
-            torch.manual_seed(rng.key(seed, "training", *own) & (2**63 - 1))
+            torch.manual_seed(rng.torch_seed(seed, "training", *own))
             with _advised_on_memory(recipe, where, folder):
                 run = _Run(
                     recipe, model, splits, folder, seed, ranks, given, select_on, reporter, data_memory
@@ -812,9 +812,7 @@ def _model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
         return model
     if not isinstance(model, str):
         raise TypeError(f"model must be a module or a registered name, got {type(model).__name__}")
-    with torch.random.fork_rng([]):
-        torch.manual_seed(rng.key(seed, "model") & (2**63 - 1))
-        return create_model(model, num_classes=data.num_classes, in_channels=data.in_channels)
+    return create_seeded_model(model, seed, num_classes=data.num_classes, in_channels=data.in_channels)
 
 
 def _initialize(model: nn.Module, source: str | Path) -> None:
