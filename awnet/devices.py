@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:
@@ -34,3 +35,13 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
             f"cuda:{torch.cuda.device_count() - 1}"
         )
     return device
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Raises ValueError where a parameter or buffer has no values, being on the meta device."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, which holds no values: make the model on cpu or cuda (is "
+                "meta torch's default device?), or load weights into it"
+            )

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import awnet
 from awnet.attacks import Suite, named_attack
@@ -105,6 +106,48 @@ def test_a_model_made_under_other_defaults_is_refused_with_the_cause(change, mes
         train(recipe_for("standard", "digits"), model, splits, tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match=message):
         awnet.evaluate(model, splits.test, ["fgsm"])
+
+
+class CNN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.head(self.norm(self.convolution(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("change", CHANGES)
+def test_models_are_converted_stored_and_loaded_under_other_defaults(change, saved, tmp_path):
+    torch.manual_seed(0)
+    x, network, model = torch.rand(2, 1, 8, 8), CNN().eval(), load_model(saved)
+    expected, logits = awnet.convert(network, image_size=8, router_widths=(4,)), model(x)
+    CHANGES[change]()
+    converted = awnet.convert(network, image_size=8, router_widths=(4,))
+    save_model(model, tmp_path / "m.safetensors")
+    model.save_pretrained(tmp_path / "hub")
+    for again in (load_model(tmp_path / "m.safetensors"), type(model).from_pretrained(tmp_path / "hub")):
+        assert torch.equal(again(x), logits)
+    assert torch.equal(converted(x), expected(x))
+    assert {(p.dtype, p.device.type) for p in converted.parameters()} == {(torch.float32, "cpu")}
+
+
+@pytest.mark.usefixtures("restored")
+def test_models_without_values_are_refused_with_the_cause(saved, tmp_path):
+    torch.set_default_device("meta")
+    model = create_model("awnet_tiny", in_channels=1, width=0.5)
+    for use in (
+        lambda: awnet.convert(CNN()),
+        lambda: save_model(model, tmp_path / "m.safetensors"),
+        lambda: load_model(saved, model=model),
+        lambda: model.save_pretrained(tmp_path / "hub"),
+    ):
+        with pytest.raises(ValueError, match="on the meta device, which holds no values"):
+            use()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("restored")

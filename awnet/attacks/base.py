@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awnet.data.checks import check_images, check_labels
 from awnet.defaults import standard_defaults
+from awnet.devices import check_has_values
 from awnet.nn.freezing import frozen
 from awnet.scalars import check_integer, check_number
 
@@ -34,12 +35,7 @@ def check_model(model: nn.Module) -> None:
 def check_values(model: nn.Module) -> None:
     """Raises ValueError where a parameter or buffer has no values, being on the meta device."""
     check_model(model)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name} is on the meta device, which holds no values: make the model on cpu or cuda (is "
-                "meta torch's default device?), or load weights into it"
-            )
+    check_has_values(model)
 
 
 def check_size(name: str, value: float, high: float = math.inf) -> float:

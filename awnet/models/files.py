@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from awnet._version import __version__
 from awnet.defaults import standard_defaults
+from awnet.devices import check_has_values
 from awnet.files import expanded, written_atomically
 from awnet.models.registry import class_of, config_of, create_model, is_ours, list_models, sketch_of
 from awnet.models.sizes import check_lists, check_state, elements
@@ -61,6 +62,7 @@ def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor]
     path = expanded(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
+    check_has_values(model)
     if config_of(model) is None:
         raise ValueError(
             f"{type(unwrapped(model)).__name__} has no config to be rebuilt from: only models from "
@@ -308,8 +310,10 @@ def load_model(
     try:
         if model is None:
             model = _built(about)
-        elif about.get("structure") is not None:
-            _check_structure(model, about["structure"])
+        else:
+            check_has_values(model)
+            if about.get("structure") is not None:
+                _check_structure(model, about["structure"])
         _load(model, tensors | _unpacked_extra_state(metadata))
         apply_settings(unwrapped(model), about.get("settings", {}))
     except _MISFITS as error:

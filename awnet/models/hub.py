@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from awnet.defaults import standard_defaults
+from awnet.devices import check_has_values
 from awnet.models.sizes import check_lists, check_memory, check_state, sketch
 from awnet.nn.structure import compare
 
@@ -26,6 +27,7 @@ class OnHub(
 ):
     """``save_pretrained``, ``from_pretrained``, ``push_to_hub``; config.json: the constructor's arguments."""
 
+    @standard_defaults()
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> Any:
         """Writes weights and config.json, as huggingface_hub does; ``push_to_hub`` does so too.
 
@@ -34,6 +36,7 @@ class OnHub(
         settings and dtype.
         """
         network = cast("nn.Module", self)
+        check_has_values(network)
         made_with: dict[str, Any] = getattr(self, "_hub_mixin_config", None) or {}
         with torch.random.fork_rng([]):
             built = cast("nn.Module", type(self)(**made_with))

@@ -19,6 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from awnet.defaults import standard_defaults
+from awnet.devices import check_has_values
 from awnet.nn.layers import AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
@@ -35,6 +37,7 @@ _OPTIONS = (bool, int, float, str, tuple, type(None))
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, MixBatchNorm2d)
 
 
+@standard_defaults()
 def convert(
     module: nn.Module,
     *,
@@ -101,6 +104,7 @@ def convert(
         raise ValueError(
             f"{type(module).__name__} has lazy modules without parameters yet: call it once first"
         )
+    check_has_values(module)
     original = _copy(module)
     name = type(original).__name__
     _refuse_whole(original)
