@@ -16,8 +16,8 @@ from awnet._version import __version__
 from awnet.attacks import list_attacks
 from awnet.data import list_datasets
 from awnet.models import list_models
-from awnet.ops import amx
-from awnet.ops.backends import available_backends
+from awnet.ops.backends import amx
+from awnet.ops.dispatch import available_backends
 from awnet.training import list_recipes
 
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "timm")

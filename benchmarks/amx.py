@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awnet.models import create_model
-from awnet.ops import amx
+from awnet.ops.backends import amx
 
 # channels in and out, side, kernel, stride
 LAYERS = [(64, 64, 32, 3, 1), (128, 128, 16, 3, 1), (256, 256, 8, 3, 1), (512, 512, 4, 3, 1)]

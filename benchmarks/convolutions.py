@@ -28,7 +28,8 @@ from torch import Tensor
 
 from awnet import files
 from awnet.devices import resolve_device
-from awnet.ops import triton_passes, tuning
+from awnet.ops import launch_config
+from awnet.ops.backends import triton as triton_backend
 
 from .cases import Convolution
 
@@ -159,7 +160,7 @@ def _racers(
     # as an attack keeps it; where the side is no power of two, a tile's rows may run on from sample to
     # sample, and the kernel keeps none
     keep_mask = groups > 1 or out & (out - 1) == 0
-    passes = triton_passes.TritonPasses()
+    passes = triton_backend.TritonPasses()
     read = d_u if operation == "dgrad" else x
     name = kernels.kernel_of(groups).key(kernels.problem_of(operation, read, weight, x.shape, *layer.where))
 
@@ -260,7 +261,7 @@ def wins(results: Sequence[Result], margin: float = 1.02) -> dict[str, dict[str,
 
 
 def _update(device: torch.device, results: Sequence[Result]) -> Path:
-    path = tuning.FOLDER / f"{tuning.device_slug(device)}.json"
+    path = launch_config.FOLDER / f"{launch_config.device_slug(device)}.json"
     content: dict[str, Any] = (
         json.loads(path.read_text()) if path.exists() else {"device": path.stem, "launches": {}}
     )
@@ -268,7 +269,7 @@ def _update(device: torch.device, results: Sequence[Result]) -> Path:
     kept = {k: v for k, v in content.get("convolutions", {}).items() if k not in measured}
     content["convolutions"] = dict(sorted((kept | wins(results)).items()))
     files.write_json(path, content)
-    tuning.forget_tables()
+    launch_config.forget_tables()
     return path
 
 
@@ -289,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="write the wins into awnet/ops/configs/")
     options = parser.parse_args(arguments)
     device = resolve_device(None)
-    reason = triton_passes.obstacle(torch.empty(1, 1, 1, 1, device=device))
+    reason = triton_backend.obstacle(torch.empty(1, 1, 1, 1, device=device))
     if reason is not None:
         parser.error(f"the Triton kernels cannot run here: {reason}")
     if options.update and device.type != "cuda":
@@ -319,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*lines[-1], sep="  ", flush=True)
     if options.out is not None:
         with files.written_atomically(options.out) as path, open(path, "w", newline="") as file:
-            machine = (tuning.device_slug(device), torch.__version__, version("triton"))
+            machine = (launch_config.device_slug(device), torch.__version__, version("triton"))
             writer = csv.writer(file)
             writer.writerow([*head, "device", "torch", "triton"])
             writer.writerows([*line, *machine] for line in lines)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops import native
-from awnet.ops.algebra import BatchStatistics, Needs, Propagation, Sums
-from awnet.ops.passes import EagerPasses
+from awnet.ops.backends import native
+from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.coefficients import BatchStatistics, Needs, Propagation, Sums
 
 # by a part of a warp, a warp, a block, several blocks; values that fill a 16-byte access and that do not
 SHAPES = ((3, 8, 4, 4), (2, 5, 7, 7), (2, 16, 32, 32), (2, 3, 33, 31), (1, 8, 96, 100))
@@ -28,7 +28,7 @@ _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 class _Operators:
-    """The native operators under the names and signatures of ``awnet.ops.passes.Passes``."""
+    """The native operators under the names and signatures of ``awnet.ops.backends.eager.Passes``."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operator = getattr(torch.ops.awnet, name)
@@ -61,7 +61,7 @@ class _Operators:
 
 def _passes(backend: str) -> Any:
     if backend == "triton":
-        from awnet.ops.triton_passes import TritonPasses
+        from awnet.ops.backends.triton import TritonPasses
 
         return TritonPasses()
     reason = native.load() or (native.cuda_obstacle() if backend == "cuda" else None)
@@ -185,7 +185,7 @@ def check_algebra(check: _Checker) -> None:
 
 def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> int:
     """What only Triton has: convolutions, the attack's step, a network's coefficients. Returns the calls."""
-    from awnet.ops.tuning import launch_parameters
+    from awnet.ops.launch_config import launch_parameters
 
     names = ("coefficients", "fused_conv", "sign_step")
     coefficients, fused_conv, sign_step = (importlib.import_module(f"awnet.kernels.{name}") for name in names)
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu")
     interpreted = False
     if options.backend == "triton":
-        from awnet.ops.triton_passes import interpreted as is_interpreted
+        from awnet.ops.backends.triton import interpreted as is_interpreted
 
         interpreted = is_interpreted()
     if options.backend != "cpp" and not interpreted:

@@ -2,7 +2,7 @@
 
 From the default on, one parameter at a time is doubled or halved for as long as that is at least 2 % faster;
 a candidate is timed only after its results have been compared with the default's. What wins goes into the
-device's table in awnet/ops/configs/, where every later call finds it (awnet/ops/tuning.py).
+device's table in awnet/ops/configs/, where every later call finds it (awnet/ops/launch_config.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from awnet.devices import resolve_device
 from awnet.files import write_json
-from awnet.ops import triton_passes, tuning
+from awnet.ops import launch_config
+from awnet.ops.backends import triton as triton_backend
 from awnet.terminal import safe_console
 
 from .cases import CASES, SMOKE_CASES, STAGES, Convolution, LayerCase
@@ -62,7 +63,7 @@ class TuneOptions:
     """No new case is begun after this time; a second run goes on from there."""
     again: bool = False
     """Also tune what the table has already."""
-    out: Path = tuning.FOLDER
+    out: Path = launch_config.FOLDER
     """Folder of the tables; awnet reads its own only."""
 
 
@@ -111,8 +112,8 @@ def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, 
 
     pixels = case.size**2
     shape = (batch, case.c_out, pixels)
-    start = tuning.launch_parameters(op, torch.device("cpu"), *shape, kind, layout)
-    return Job(f"{op}/{dtype}/{layout}/{tuning.bucket(*shape)}", start, run)
+    start = launch_config.launch_parameters(op, torch.device("cpu"), *shape, kind, layout)
+    return Job(f"{op}/{dtype}/{layout}/{launch_config.bucket(*shape)}", start, run)
 
 
 def _table_job(op: str, case: Convolution, batch: int, device: torch.device) -> Job:
@@ -140,8 +141,8 @@ def _table_job(op: str, case: Convolution, batch: int, device: torch.device) -> 
             g1, gc, mean, m2, hw, omega, norm.weight, statistics, clean, eps, True, None, how
         )
 
-    start = tuning.launch_parameters(op, torch.device("cpu"), batch, channels)
-    return Job(f"{op}/{tuning.bucket(batch, channels, 1)}", start, run)
+    start = launch_config.launch_parameters(op, torch.device("cpu"), batch, channels)
+    return Job(f"{op}/{launch_config.bucket(batch, channels, 1)}", start, run)
 
 
 def _neighbours(how: Parameters) -> Iterator[dict[str, int]]:
@@ -206,7 +207,7 @@ def _device(options: TuneOptions, timed_here: bool) -> torch.device:
     device = resolve_device(options.device)
     if device.type != "cuda" and timed_here:
         raise ValueError(f"tuning times Triton kernels on a CUDA device, and device is {str(device)!r}")
-    reason = triton_passes.obstacle(torch.empty(1, 1, 1, 1, device=device))
+    reason = triton_backend.obstacle(torch.empty(1, 1, 1, 1, device=device))
     if reason is not None:
         raise ValueError(f"the Triton kernels cannot run here: {reason}")
     return device
@@ -224,10 +225,10 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
         RuntimeError: a candidate's result is wrong.
     """
     device = _device(options, do_bench is None)
-    path = options.out / f"{tuning.device_slug(device)}.json"
+    path = options.out / f"{launch_config.device_slug(device)}.json"
     content: dict[str, Any] = {"device": path.stem, "launches": {}}
     if path.exists():
-        tuning.read_table(path)
+        launch_config.read_table(path)
         content = json.loads(path.read_text(encoding="utf-8"))
     content["launches_tuned_with"] = {name: version(name) for name in ("torch", "triton")}
     launches: dict[str, dict[str, int]] = content["launches"]
@@ -247,7 +248,7 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
         # after each entry, so that an interrupted run loses none
         content["launches"] = dict(sorted(launches.items()))
         write_json(path, content)
-    tuning.forget_tables()
+    launch_config.forget_tables()
     if left:
         console.print(f"{left} entries are left for another run: {options.minutes:g} minutes are over")
     console.print(f"wrote {path}")

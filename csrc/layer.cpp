@@ -1,5 +1,5 @@
 // The whole layer as one operator with its gradient: the library's convolution around the passes and the
-// algebra. awnet/ops/layer.py is the same in Python for the backends whose passes are not native; the schemas
+// algebra. awnet/ops/autograd.py is the same in Python for the backends whose passes are not native; the schemas
 // are its own.
 #include "layer.h"
 

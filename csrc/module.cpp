@@ -8,7 +8,7 @@
 #include "cuda/launch.h"
 #endif
 
-// awnet.ops.native looks for this text in the file before it loads it.
+// awnet.ops.backends.native looks for this text in the file before it loads it.
 extern "C" __attribute__((visibility("default"), used)) const char awnet_built_for[] =
     "awnet-built-for-torch=" AWNET_TORCH_VERSION ";";
 

@@ -1,4 +1,4 @@
-// The operators that library.cpp registers, by device. awnet/ops/passes.py says what each one does.
+// The operators that library.cpp registers, by device. awnet/ops/backends/eager.py says what each one does.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-"""The [B, C] algebra of the layer: awnet/ops/algebra.py holds each formula, docs/equations.md its derivation.
+"""The [B, C] algebra of the layer: awnet/ops/coefficients.py has the formulas, docs/equations.md proves them.
 
 Tables of the batch norm have K rows (affine) or S rows (statistics), each 1 or 2: 0 adversarial, 1 clean.
 Everything is float32. Sums over samples are taken in a fixed order; a sample never enters the other row's

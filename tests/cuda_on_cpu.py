@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awnet.ops.algebra import BatchStatistics, Gradients, Propagation, Sums
-from awnet.ops.passes import LibraryConvolutions
+from awnet.ops.backends.eager import LibraryConvolutions
+from awnet.ops.coefficients import BatchStatistics, Gradients, Propagation, Sums
 
 ROOT = Path(__file__).parent.parent
 EMULATOR = ROOT / "tests" / "cuda_emulator"
@@ -71,7 +71,7 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
 
 
 class CudaOnCpu(LibraryConvolutions):
-    """The passes (``awnet.ops.passes.Passes``) on the emulated kernels.
+    """The passes (``awnet.ops.backends.eager.Passes``) on the emulated kernels.
 
     Outputs are poisoned with NaN and lie between guard bands, which are looked at after each call.
     ``backwards`` turns the order of the threads; ``misaligned`` moves outputs off their 16 bytes.

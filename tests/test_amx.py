@@ -16,7 +16,7 @@ from torch import Tensor
 from awnet import ops
 from awnet.attacks import frozen
 from awnet.models import create_model
-from awnet.ops import amx, native
+from awnet.ops.backends import amx, native
 from awnet.ops.network import NetworkLayer, _layer_by_layer
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="the native module is not built")
@@ -486,7 +486,7 @@ _REFUSED = """
     logging.basicConfig(level=logging.WARNING)
     import torch
     from awnet.models import create_model
-    from awnet.ops import amx
+    from awnet.ops.backends import amx
     model = create_model("awnet_tiny").frozen(torch.bfloat16)
     with torch.no_grad():
         print(model(torch.rand(8, 3, 8, 8)).isfinite().all().item())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from awnet.benchmarks import convolutions
 
-from awnet.ops import tuning
+from awnet.ops import launch_config
 
 ENTRY = {
     "block_m": 128,
@@ -58,7 +58,7 @@ def test_a_tile_that_some_batch_could_not_run_wins_nothing() -> None:
 def test_an_update_keeps_the_rest_of_the_devices_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(launch_config, "FOLDER", tmp_path)
     path = tmp_path / "cpu.json"
     launches = {"apply/nchw": {"tile": 2048, "inner": 1024, "warps": 4}}
     old = {"conv/measured before": ENTRY, "conv/lost now": ENTRY}
@@ -87,7 +87,7 @@ def test_damaged_tables_are_named(entries: Any, reason: str, tmp_path: Path) -> 
     path = tmp_path / "nvidia-h200.json"
     path.write_text(json.dumps({"launches": {}, "convolutions": entries}))
     with pytest.raises(ValueError, match=reason) as caught:
-        tuning.read_convolutions(path)
+        launch_config.read_convolutions(path)
     assert str(path) in str(caught.value)
     assert "awnet bench tune" in str(caught.value)
 
@@ -95,14 +95,14 @@ def test_damaged_tables_are_named(entries: Any, reason: str, tmp_path: Path) -> 
 def test_no_table_and_no_convolutions_in_it_are_legal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    tuning.forget_tables()
-    assert tuning.convolutions(torch.device("cpu")) == {}
+    monkeypatch.setattr(launch_config, "FOLDER", tmp_path)
+    launch_config.forget_tables()
+    assert launch_config.convolutions(torch.device("cpu")) == {}
     (tmp_path / "cpu.json").write_text(json.dumps({"launches": {}}))
-    tuning.forget_tables()
-    assert tuning.convolutions(torch.device("cpu")) == {}
+    launch_config.forget_tables()
+    assert launch_config.convolutions(torch.device("cpu")) == {}
     monkeypatch.undo()
-    tuning.forget_tables()
+    launch_config.forget_tables()
 
 
 def test_the_race_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

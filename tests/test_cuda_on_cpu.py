@@ -11,9 +11,9 @@ from layers import Layer, error, has_single_value, layers, run
 from torch import Tensor
 
 from awnet import ops
-from awnet.ops import layer as layer_module
-from awnet.ops.algebra import Needs, Propagation
-from awnet.ops.passes import EagerPasses
+from awnet.ops import autograd
+from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.coefficients import Needs, Propagation
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
 
@@ -163,16 +163,16 @@ def test_nan_passes_as_torchs_relu_lets_it() -> None:
 
 # --- the whole layer around them
 
-OPERATOR = layer_module.register("cuda_on_cpu", PASSES)
+OPERATOR = autograd.register("cuda_on_cpu", PASSES)
 
 
 def on_kernels(**arguments: object) -> Tensor:
     """``ops.aw_conv2d`` with the emulated kernels in place of the eager passes."""
-    from awnet.ops import backends
+    from awnet.ops import checks, dispatch
 
     momentum = arguments.pop("momentum", 0.1)
-    call = ops.arguments.layer_call(**arguments)
-    return backends._runner(OPERATOR)(call, momentum)
+    call = checks.layer_call(**arguments)
+    return dispatch._runner(OPERATOR)(call, momentum)
 
 
 @few

@@ -15,7 +15,8 @@ from awnet import ops
 from awnet.attacks import frozen
 from awnet.models import create_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone, FrozenAWNet, FrozenBackbone, Routing
-from awnet.ops import algebra, native, use_backend
+from awnet.ops import coefficients, use_backend
+from awnet.ops.backends import native
 
 CPP = pytest.param(
     "cpp",
@@ -339,7 +340,7 @@ def test_network_coefficients_are_each_layers_own(dynamic: int) -> None:
     for (scale, shift), width in zip(found, widths, strict=True):
         own = None if omega is None or begin >= dynamic else omega[:, begin : begin + width]
         norm = tables[:, :, begin : begin + width]
-        expected = algebra.testing_coefficients(own, *norm, p, 1e-5, 5)
+        expected = coefficients.testing_coefficients(own, *norm, p, 1e-5, 5)
         assert scale.is_contiguous()
         assert shift.is_contiguous()
         assert error(scale, expected[0]) < 1e-14

@@ -17,8 +17,8 @@ from layers import Layer, Result, build, error, has_single_value, layers, run, u
 from torch import Tensor
 
 from awnet import ops
-from awnet.ops import native
-from awnet.ops.backends import BACKENDS
+from awnet.ops.backends import native
+from awnet.ops.dispatch import BACKENDS
 
 DEVICE = os.environ.get("AWNET_TEST_DEVICE", "cuda")
 NAMES = ("cuda", "triton") if DEVICE == "cuda" else ("cpp",)

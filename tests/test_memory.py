@@ -8,7 +8,8 @@ import pytest
 import torch
 from awnet.benchmarks import memory
 
-from awnet.ops import aw_conv2d, native
+from awnet.ops import aw_conv2d
+from awnet.ops.backends import native
 
 BACKENDS = ["eager", "cpp"]
 B, C, SIZE = 6, 8, 5

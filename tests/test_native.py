@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from awnet import ops
-from awnet.ops import native
+from awnet.ops.backends import native
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = (

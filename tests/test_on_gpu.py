@@ -97,7 +97,7 @@ def test_every_stage_has_a_stand_in(tmp_path: Path) -> None:
 def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from awnet.ops import native
+    from awnet.ops.backends import native
 
     if native.load() is not None:
         pytest.skip(str(native.load()))

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from layers import DIFFERENTIABLE, Layer, build, error, has_single_value, layers, run, unfused
 
 from awnet import ops, reference
-from awnet.ops import arguments
-from awnet.ops.backends import BACKENDS
-from awnet.ops.layer import kept
-from awnet.ops.passes import EagerPasses
+from awnet.ops import checks
+from awnet.ops.autograd import kept
+from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.dispatch import BACKENDS
 
 LAYER_BACKENDS = [b.name for b in BACKENDS if b.name not in ("reference", "triton", "cuda")]
 few = settings(max_examples=60, deadline=None)
@@ -494,7 +494,7 @@ def test_a_second_derivative_names_the_reference() -> None:
 
 
 def operator_arguments(layer: Layer) -> tuple:
-    call = arguments.layer_call(
+    call = checks.layer_call(
         **{"filter_scale": None} | layer.tensors,
         **layer.options,
     )
@@ -597,7 +597,7 @@ def test_explain_says_which_backend_and_why_not_the_others() -> None:
 
 
 def ran_by(backend, layer: Layer) -> bool:
-    return backend.refusal(arguments.layer_call(**layer.tensors, **layer.options)) is None
+    return backend.refusal(checks.layer_call(**layer.tensors, **layer.options)) is None
 
 
 def test_use_backend_and_the_environment_choose() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from awnet import ops
 from awnet.nn import AWConv2d, MixBatchNorm2d, synchronize
-from awnet.ops import native
+from awnet.ops.backends import native
 
 SPLIT = 5  # of 8 samples rank 0 has five, rank 1 three
 # clean samples on both ranks, on rank 0 alone, and a rank without any sample
@@ -167,7 +167,7 @@ def test_a_group_that_is_none_is_told() -> None:
 
 
 def test_the_collectives_are_one_forward_and_one_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer_module = importlib.import_module("awnet.ops.layer")
+    layer_module = importlib.import_module("awnet.ops.autograd")
     calls: list[str] = []
     monkeypatch.setattr(
         layer_module, "joined_statistics", lambda own, group: calls.append("joined_statistics") or own

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from awnet import ops
 from awnet.models import create_model
-from awnet.ops import native
+from awnet.ops.backends import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from awnet import ops
-from awnet.ops import triton_passes
+from awnet.ops.backends import triton as triton_backend
 
 X, W = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 1, 1)
 
@@ -33,7 +33,7 @@ def test_without_a_gpu_it_says_what_is_missing_and_what_can_run(monkeypatch: pyt
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_passes, "_installed", lambda: False)
+    monkeypatch.setattr(triton_backend, "_installed", lambda: False)
     assert "Triton is not installed (pip install triton" in refusal()
 
 
@@ -42,21 +42,21 @@ def invented_gpu(monkeypatch: pytest.MonkeyPatch):
     """A machine with one GPU, of which nothing is used but its name."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    triton_passes.device_obstacle.cache_clear()
+    triton_backend.device_obstacle.cache_clear()
     yield
-    triton_passes.device_obstacle.cache_clear()
+    triton_backend.device_obstacle.cache_clear()
 
 
 def test_with_the_input_elsewhere_or_an_old_gpu(invented_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert triton_passes.obstacle(X) == "it runs on CUDA devices, and the input is on cpu"
-    old = triton_passes.device_obstacle(torch.device("cuda:0"))
+    assert triton_backend.obstacle(X) == "it runs on CUDA devices, and the input is on cpu"
+    old = triton_backend.device_obstacle(torch.device("cuda:0"))
     assert old == "it needs a GPU of compute capability 8.0 or more, and cuda:0 has 7.5"
 
 
 def test_float64_is_refused_in_the_interpreter_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_passes.obstacle(X) is None
+    assert triton_backend.obstacle(X) is None
     assert "it has no float64 (use eager or reference)" in refusal(X.double())
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from awnet.evaluation.report import Report
 from awnet.evaluation.statistics import Interval
 from awnet.models.registry import name_of
-from awnet.ops.backends import default_backend
+from awnet.ops.dispatch import default_backend
 from awnet.text import visible
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 ``docs/equations.md`` derives them, ``awnet/reference.py`` states what they must equal.
 """
 
-from awnet.ops.amx import PackedWeights
-from awnet.ops.backends import Explanation, available_backends, chosen_backend, use_backend
+from awnet.ops.backends.amx import PackedWeights
+from awnet.ops.dispatch import Explanation, available_backends, chosen_backend, use_backend
 from awnet.ops.functional import (
     AffineConvolution,
     affine_conv2d,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awnet.ops.algebra import BatchStatistics
+from awnet.ops.coefficients import BatchStatistics
 
 
 def _group_size(name: str) -> int:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.arguments import Size2, affine_call, conv_call, layer_call, norm_call
-from awnet.ops.backends import Explanation, explain_call, select
-from awnet.ops.layer import Call
+from awnet.ops.autograd import Call
+from awnet.ops.checks import Size2, affine_call, conv_call, layer_call, norm_call
+from awnet.ops.dispatch import Explanation, explain_call, select
 from awnet.ops.transforms import transform
 from awnet.scalars import plain
 

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from awnet.ops import amx, backends, triton_passes
+from awnet.ops import dispatch
+from awnet.ops.autograd import Call
+from awnet.ops.backends import amx
+from awnet.ops.backends import triton as triton_backend
 from awnet.ops.functional import AffineConvolution, global_average
-from awnet.ops.layer import Call
+from awnet.ops.launch_config import launch_parameters
 from awnet.ops.transforms import transform
-from awnet.ops.tuning import launch_parameters
 
 
 class NetworkLayer(NamedTuple):
@@ -41,7 +43,7 @@ def affine_network(
 
     On the ``cpp`` backend all of it is one operator, as a small network would else spend as long between its
     layers as in them. In bfloat16 on a CPU with AMX that operator keeps all activations in the layout of
-    AMX tiles (:mod:`awnet.ops.amx`).
+    AMX tiles (:mod:`awnet.ops.backends.amx`).
 
     Args:
         x: images ``[B, C, H, W]``.
@@ -59,7 +61,7 @@ def affine_network(
         As :class:`AffineConvolution`: the caller answers for shapes, dtypes and devices.
     """
     first = layers[0].convolution.call(x, weights[0], *coefficients[0])
-    by_layer = backends.select(first, None).name != "cpp" or torch.compiler.is_compiling()
+    by_layer = dispatch.select(first, None).name != "cpp" or torch.compiler.is_compiling()
     scales, shifts = zip(*coefficients, strict=True)
     if by_layer or transform((*weights, *scales, *shifts)):
         return _layer_by_layer(x, weights, coefficients, layers)
@@ -127,7 +129,7 @@ def network_coefficients(
     _check_network(tables, widths, omega, p_clean, eps)
     p_clean = p_clean.to(tables.dtype)
     omega = None if omega is None else omega.to(tables.dtype)
-    chosen = backends.select(_stand_in(tables, omega, p_clean), backend).name
+    chosen = dispatch.select(_stand_in(tables, omega, p_clean), backend).name
     if chosen == "cpp" and not torch.compiler.is_compiling():
         flat = torch.ops.awnet.network_coefficients_native(omega, p_clean, tables, widths, eps)
     elif chosen == "reference":
@@ -249,7 +251,7 @@ def _folded(tables: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _by_one_kernel(
     omega: Tensor | None, p_clean: Tensor, tables: Tensor, widths: tuple[int, ...], eps: float
 ) -> tuple[Tensor, ...]:
-    kernels = triton_passes.kernels("coefficients")
+    kernels = triton_backend.kernels("coefficients")
     dynamic = 0 if omega is None else omega.shape[1]
     packed = kernels.PackedNorms(tables, _layout(widths, dynamic, tables.device), widths, dynamic, eps)
     how = launch_parameters("network_coefficients", tables.device, len(p_clean), sum(widths))

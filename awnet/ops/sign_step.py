@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awnet.ops import backends, triton_passes
+from awnet.ops import dispatch
+from awnet.ops.backends import triton as triton_backend
+from awnet.ops.launch_config import launch_parameters
 from awnet.ops.transforms import transform
-from awnet.ops.tuning import launch_parameters
 
 
 def sign_step(
@@ -33,7 +34,7 @@ def sign_step(
     if _runs_triton(x_adv, grad, x):
         how = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
         start = x_adv if torch.ops.aten.is_non_overlapping_and_dense(x_adv) else x_adv.clone()
-        kernel = triton_passes.kernels("sign_step").sign_step
+        kernel = triton_backend.kernels("sign_step").sign_step
         copied = None if cast is None or cast.stride() != start.stride() else cast
         moved: Tensor = kernel(start, _alike(grad, start), _alike(x, start), step_size, eps, how, cast=copied)
         if cast is not None and copied is None:
@@ -47,7 +48,7 @@ def sign_step(
 
 
 def _runs_triton(*images: Tensor) -> bool:
-    if backends.chosen_backend() not in (None, "triton") or triton_passes.obstacle(images[0]) is not None:
+    if dispatch.chosen_backend() not in (None, "triton") or triton_backend.obstacle(images[0]) is not None:
         return False
     # the kernel has no derivative, torch's own operations have
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in images)

@@ -1,5 +1,5 @@
 // The [B, C] mathematics on CPUs: loops over samples and channels around ../arithmetic.h. Sums over the batch
-// are double. docs/equations.md derives what is computed, awnet/ops/algebra.py is the same in torch.
+// are double. docs/equations.md derives what is computed, awnet/ops/coefficients.py is the same in torch.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

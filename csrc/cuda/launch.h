@@ -3,8 +3,8 @@
 //
 // Every function launches on `stream` (a cudaStream_t) of the current device, waits for nothing, and returns
 // nullptr or why the launch failed. Images hold values of `Images::dtype`; everything on [B, C], [rows, C]
-// and [B] is float, contiguous. Null stands for an argument that a call does without. awnet/ops/passes.py and
-// awnet/ops/algebra.py say what each one computes.
+// and [B] is float, contiguous. Null stands for an argument that a call does without. awnet/ops/backends/eager.py and
+// awnet/ops/coefficients.py say what each one computes.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The [B, C] algebra on Triton against awnet/ops/algebra.py in float64."""
+"""The [B, C] algebra on Triton against awnet/ops/coefficients.py in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from awnet.kernels import coefficients as kernels
 from interpreter import DEVICE, Guarded
 from torch import Tensor
 
-from awnet.ops import algebra
+from awnet.ops import coefficients
 
 ROWS = [(2, 2), (2, 1), (1, 1), (1, 2)]
 SIZES = [(1, 1), (5, 3), (13, 9)]
@@ -83,7 +83,7 @@ def test_testing(k: int, s: int, omega: bool, how: dict) -> None:
         out = x.new(batch, channels), x.new(batch, channels)
         norm, own_omega, p = x.norm(), x.put(x.omega), x.put(x.p)
         got = kernels.testing_coefficients(own_omega, norm, p, EPS, batch, how, out=out)
-        for a, b in zip(got, algebra.testing_coefficients(*exact, batch), strict=True):
+        for a, b in zip(got, coefficients.testing_coefficients(*exact, batch), strict=True):
             assert_agrees(a, b)
 
         buffers = kernels.TestingGradients(
@@ -94,14 +94,16 @@ def test_testing(k: int, s: int, omega: bool, how: dict) -> None:
         )
         sums = [x.put(v) for v in (x.g1, x.gc, x.centre)]
         for needs in (
-            algebra.Needs(omega, max(k, s) == 2, True, True),
-            algebra.Needs(omega, False, False, False),
+            coefficients.Needs(omega, max(k, s) == 2, True, True),
+            coefficients.Needs(omega, False, False, False),
         ):
             wanted = kernels.TestingGradients(
                 *(v if need else None for v, need in zip(buffers, needs, strict=True))
             )
             found = kernels.testing_gradients(*sums, own_omega, norm, p, EPS, needs, how, out=wanted)
-            expected = algebra.testing_gradients(*(v.double() for v in (x.g1, x.gc, x.centre)), *exact, needs)
+            expected = coefficients.testing_gradients(
+                *(v.double() for v in (x.g1, x.gc, x.centre)), *exact, needs
+            )
             for a, b in zip(found, expected, strict=True):
                 assert_agrees(a, b, scale=1.0)
         x.guarded.check()
@@ -119,7 +121,7 @@ def test_training(k: int, s: int, omega: bool, how: dict) -> None:
 
         out = kernels.Statistics(x.new(s, channels), x.new(s, channels), x.new(s))
         got = kernels.batch_statistics(mean, m2, HW, own_omega, clean, s, how, out=out)
-        statistics = algebra.batch_statistics(*exact_images, x.clean, s)
+        statistics = coefficients.batch_statistics(*exact_images, x.clean, s)
         for a, b in zip(got, statistics, strict=True):
             assert_agrees(a, b)
 
@@ -127,8 +129,10 @@ def test_training(k: int, s: int, omega: bool, how: dict) -> None:
         pair = x.new(batch, channels), x.new(batch, channels)
         weight, bias = x.table[0].double(), x.table[1].double()
         # judged at the very statistics that the kernel was given: a variance near 0 magnifies their rounding
-        given = algebra.BatchStatistics(*(v.double().cpu() for v in got))
-        expected_pair = algebra.training_coefficients(wide(x.omega), weight, bias, given, x.clean, EPS, batch)
+        given = coefficients.BatchStatistics(*(v.double().cpu() for v in got))
+        expected_pair = coefficients.training_coefficients(
+            wide(x.omega), weight, bias, given, x.clean, EPS, batch
+        )
         found_pair = kernels.training_coefficients(own_omega, batch_norm, clean, EPS, batch, how, out=pair)
         for a, b in zip(found_pair, expected_pair, strict=True):
             assert_agrees(a, b)
@@ -138,7 +142,7 @@ def test_training(k: int, s: int, omega: bool, how: dict) -> None:
         exact_sums, exact_rest = (x.g1.double(), x.gc.double()), (wide(x.omega), weight, given, x.clean, EPS)
         own = kernels.Sums(x.new(k, channels), x.new(k, channels), x.new(2, s, channels))
         own = kernels.training_sums(*sums, mean, *rest, how, out=own)
-        exact_own = algebra.training_sums(*exact_sums, exact_images[0], *exact_rest)
+        exact_own = coefficients.training_sums(*exact_sums, exact_images[0], *exact_rest)
         for a, b in zip(own, exact_own, strict=True):
             assert_agrees(a, b)
         # alone, and where another rank has added its sums, as large as ours
@@ -151,7 +155,7 @@ def test_training(k: int, s: int, omega: bool, how: dict) -> None:
             shared = own._replace(through=2 * own.through) if others else None
             exact_shared = exact_own._replace(through=2 * exact_own.through) if others else None
             found = kernels.training_gradients(*sums, mean, m2, HW, *rest, omega, shared, how, out=buffers)
-            gradients, how_to = algebra.training_gradients(
+            gradients, how_to = coefficients.training_gradients(
                 *exact_sums, *exact_images[:3], *exact_rest, omega, exact_shared
             )
             check_training(x, found, gradients, how_to, given, weight)
@@ -232,7 +236,7 @@ def test_all_layers_of_a_network_in_one_launch(batch: int, how: dict) -> None:
         assert len(got) == len(layers)
         for layer, has, pair in zip(layers, dynamic, got, strict=True):
             own = wide(layer.omega) if has else None
-            expected = algebra.testing_coefficients(own, *layer.exact(), p.double(), EPS, batch)
+            expected = coefficients.testing_coefficients(own, *layer.exact(), p.double(), EPS, batch)
             for a, b in zip(pair, expected, strict=True):
                 assert a.is_contiguous()
                 assert_agrees(a, b)

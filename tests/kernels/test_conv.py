@@ -21,8 +21,8 @@ from interpreter import DEVICE, Guarded
 from torch import Tensor
 
 from awnet import reference
-from awnet.ops import tuning
-from awnet.ops.triton_convolutions import TritonConvolutions
+from awnet.ops import launch_config
+from awnet.ops.backends.triton_convolutions import TritonConvolutions
 
 TILE = conv.Tile(16, 16, 16, warps=4, stages=2)
 SWAPPED = TILE._replace(swap_ab=1)
@@ -427,8 +427,8 @@ def test_the_backend_asks_the_devices_table(
         "statistics": lambda: backend.fused_statistics(layer.x, layer.weight, *shape.where),
         "dgrad": lambda: backend.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where),
     }
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    tuning.forget_tables()
+    monkeypatch.setattr(launch_config, "FOLDER", tmp_path)
+    launch_config.forget_tables()
     assert [run() for run in calls.values()] == [None, None, None]
 
     table = {}
@@ -439,14 +439,14 @@ def test_the_backend_asks_the_devices_table(
             name = f"grouped_conv/{operation}/channels_last/float32/4x6g2/3x4/k3x3s1x1"
         tile: Any = TILE if groups == 1 else GROUPED_TILE
         table[name] = tile._asdict() | {"least_batch": 1}
-    path = tmp_path / f"{tuning.device_slug(DEVICE)}.json"
+    path = tmp_path / f"{launch_config.device_slug(DEVICE)}.json"
     path.write_text(json.dumps({"launches": {}, "convolutions": table}))
-    tuning.forget_tables()
+    launch_config.forget_tables()
     try:
         applied, counted, d_input = (run() for run in calls.values())
     finally:
         monkeypatch.undo()
-        tuning.forget_tables()
+        launch_config.forget_tables()
     assert isinstance(applied, tuple)
     assert isinstance(d_input, Tensor)
     assert error(applied[0], layer.y(False, True)) < TOLERANCE[torch.float32]

@@ -11,8 +11,8 @@ from interpreter import DEVICE, INTERPRETED
 from layers import Layer, build, error, has_single_value, layers, run
 
 from awnet import ops
-from awnet.ops.passes import EagerPasses
-from awnet.ops.triton_passes import TritonPasses
+from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.backends.triton import TritonPasses
 
 few = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 

@@ -12,7 +12,7 @@ from awnet.benchmarks import tune as tuner
 from awnet.benchmarks.cases import Convolution, LayerCase
 from interpreter import DEVICE, INTERPRETED
 
-from awnet.ops import tuning
+from awnet.ops import launch_config
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU `awnet bench tune` is run itself")
 
@@ -38,25 +38,25 @@ def options(folder: Path, **changes: object) -> tuner.TuneOptions:
 
 def test_it_finds_the_fastest_and_calls_then_find_it(tiny: None, tmp_path: Path, monkeypatch) -> None:
     path = tuner.tune(options(tmp_path), clock)
-    table = tuning.read_table(path)
-    assert path.name == f"{tuning.device_slug(DEVICE)}.json"
+    table = launch_config.read_table(path)
+    assert path.name == f"{launch_config.device_slug(DEVICE)}.json"
     assert set(table) == {
         "apply/float32/nchw/b2c4p4",
         "statistics/float32/nchw/b2c4p4",
         "testing_gradients/b2c4p1",
     }
     assert all((entry["tile"], entry["warps"]) == (512, 8) for entry in table.values())
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(launch_config, "FOLDER", tmp_path)
     (tmp_path / "default.json").write_text(
-        (Path(tuning.__file__).parent / "configs/default.json").read_text()
+        (Path(launch_config.__file__).parent / "configs/default.json").read_text()
     )
-    tuning.forget_tables()
-    found = tuning.launch_parameters("apply", DEVICE, 2, 3, 4, torch.float32, "nchw")
+    launch_config.forget_tables()
+    found = launch_config.launch_parameters("apply", DEVICE, 2, 3, 4, torch.float32, "nchw")
     assert found == table["apply/float32/nchw/b2c4p4"]
-    other = tuning.launch_parameters("apply", DEVICE, 2, 5, 4, torch.float32, "nchw")
+    other = launch_config.launch_parameters("apply", DEVICE, 2, 5, 4, torch.float32, "nchw")
     assert other["tile"] == 2048
     monkeypatch.undo()
-    tuning.forget_tables()
+    launch_config.forget_tables()
 
 
 def test_a_second_run_goes_on_and_keeps_what_is_there(tiny: None, tmp_path: Path) -> None:

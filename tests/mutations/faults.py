@@ -356,59 +356,59 @@ FAULTS = (
     ),
     # --- torch
     fault(
-        "the branches' sums exchanged", "awnet/ops/algebra.py",
+        "the branches' sums exchanged", "awnet/ops/coefficients.py",
         "[torch.where(clean, zero, x).sum(0), torch.where(clean, x, zero).sum(0)]",
         "[torch.where(clean, x, zero).sum(0), torch.where(clean, zero, x).sum(0)]",
         EAGER_LAYER,
     ),
     fault(
-        "hw left out of a branch's variance", "awnet/ops/algebra.py",
+        "hw left out of a branch's variance", "awnet/ops/coefficients.py",
         "+ hw * own.square()", "+ own.square()",
         EAGER_LAYER,
     ),
     fault(
-        "wrong sign of the gradient of p", "awnet/ops/algebra.py",
+        "wrong sign of the gradient of p", "awnet/ops/coefficients.py",
         "d_p = (by_branch[1] - by_branch[0]).sum(1)", "d_p = (by_branch[0] - by_branch[1]).sum(1)",
         EAGER_LAYER,
     ),
     fault(
-        "the centre left out of ∂ω in test mode", "awnet/ops/algebra.py",
+        "the centre left out of ∂ω in test mode", "awnet/ops/coefficients.py",
         "(gc + centre * g1) * _mix", "gc * _mix",
         EAGER_LAYER,
     ),
     fault(
-        "the mask turned round", "awnet/ops/passes.py",
+        "the mask turned round", "awnet/ops/backends/eager.py",
         "(y <= 0).logical_not_()", "(y <= 0)",
         OPS + "test_only_what_needs_a_gradient_gets_one[eager]",
     ),
     fault(
-        "statistics as E[x²] − μ²", "awnet/ops/passes.py",
+        "statistics as E[x²] − μ²", "awnet/ops/backends/eager.py",
         "(wide - _image(mean)).square_().sum((2, 3))", "wide.square().sum((2, 3)) - mean.square() * wide[0, 0].numel()",
         OPS + "test_the_variance_does_not_cancel_far_from_zero[eager]",
     ),
     fault(
-        "∂u without the term of the input", "awnet/ops/passes.py",
+        "∂u without the term of the input", "awnet/ops/backends/eager.py",
         "d_u.mul_(_image(how.by_input))", "d_u.mul_(0)",
         EAGER_LAYER,
     ),
     fault(
-        "a pixel of u as centre in training, where it is the mean", "awnet/ops/layer.py",
+        "a pixel of u as centre in training, where it is the mean", "awnet/ops/autograd.py",
         "centre = mean if by_batch else", "centre = mean if False else",
         EAGER_LAYER,
     ),
     fault(
-        "the biased variance in the running statistics", "awnet/ops/backends.py",
+        "the biased variance in the running statistics", "awnet/ops/dispatch.py",
         "saved.batch_var * (n / (n - 1).clamp(min=1))", "saved.batch_var",
         EAGER_LAYER,
     ),
     # --- bfloat16 on AMX tiles
     fault(
-        "packed filters kept when the weights change", "awnet/ops/amx.py",
+        "packed filters kept when the weights change", "awnet/ops/backends/amx.py",
         "-1 if w.is_inference() else w._version", "-1",
         AMX + "test_packed_weights_follow_the_weights",
     ),
     fault(
-        "tiles for a handful of images", "awnet/ops/amx.py",
+        "tiles for a handful of images", "awnet/ops/backends/amx.py",
         "len(x) >= _FEWEST_IMAGES", "len(x) >= 0",
         AMX + "test_grouped_convolutions_other_dtypes_and_the_switch_keep_the_library",
     ),

@@ -17,7 +17,7 @@ const std::string& obstacle();
 // Those of the processor, or plain loops. Throws where the processor's cannot be used.
 const Kernels& kernels(bool emulate);
 
-// Those that AWNET_AMX (awnet/ops/amx.py) and the processor give single layers; null where there are none.
+// Those that AWNET_AMX (awnet/ops/backends/amx.py) and the processor give single layers; null where there are none.
 const Kernels* kernels_for_layers();
 
 // Memory that is kept for the next call when the tensor dies. Its pages are mapped then, which for the tens

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from awnet.ops import tuning
+from awnet.ops import launch_config
 
 CPU = torch.device("cpu")
-SHIPPED = tuning.FOLDER
+SHIPPED = launch_config.FOLDER
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A configs folder with the shipped defaults, in which the device is called "toy"."""
     (tmp_path / "default.json").write_text((SHIPPED / "default.json").read_text())
-    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    monkeypatch.setattr(tuning, "device_slug", lambda device: "toy")
-    tuning.forget_tables()
+    monkeypatch.setattr(launch_config, "FOLDER", tmp_path)
+    monkeypatch.setattr(launch_config, "device_slug", lambda device: "toy")
+    launch_config.forget_tables()
     yield tmp_path
     monkeypatch.undo()
-    tuning.forget_tables()
+    launch_config.forget_tables()
 
 
 def look_up(**changes: object) -> dict[str, int]:
@@ -31,7 +31,7 @@ def look_up(**changes: object) -> dict[str, int]:
         "op": "apply", "device": CPU, "batch": 200, "channels": 64, "pixels": 1000,
         "dtype": torch.bfloat16, "layout": "nchw",
     }  # fmt: skip
-    return dict(tuning.launch_parameters(**(arguments | changes)))
+    return dict(launch_config.launch_parameters(**(arguments | changes)))
 
 
 def entry(tile: int) -> dict[str, int]:
@@ -40,8 +40,8 @@ def entry(tile: int) -> dict[str, int]:
 
 def test_every_shipped_table_is_sound() -> None:
     for path in SHIPPED.glob("*.json"):
-        assert tuning.read_table(path)
-        tuning._table(path.stem)
+        assert launch_config.read_table(path)
+        launch_config._table(path.stem)
     for op in ("apply", "statistics", "reduce", "propagate"):
         for layout in ("nchw", "channels_last"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -62,7 +62,7 @@ def test_the_most_specific_entry_of_the_device_wins(folder: Path) -> None:
     for number, key in enumerate(["apply/nchw", "apply/bfloat16/nchw", "apply/bfloat16/nchw/b256c64p1024"]):
         launches[key] = entry(64 << number)
         (folder / "toy.json").write_text(json.dumps({"device": "toy", "launches": launches}))
-        tuning.forget_tables()
+        launch_config.forget_tables()
         assert look_up() == entry(64 << number)
     assert look_up(batch=300) == entry(128)
     assert look_up(dtype=torch.float32) == entry(64)
@@ -77,8 +77,8 @@ def test_an_unknown_device_takes_the_default_and_an_unknown_op_is_an_error(folde
 
 
 def test_buckets_round_up_to_powers_of_two() -> None:
-    assert tuning.bucket(1, 64, 1000) == "b1c64p1024"
-    assert tuning.bucket(257, 3, 49) == "b512c4p64"
+    assert launch_config.bucket(1, 64, 1000) == "b1c64p1024"
+    assert launch_config.bucket(257, 3, 49) == "b512c4p64"
 
 
 DAMAGED = {

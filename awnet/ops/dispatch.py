@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from awnet import reference
-from awnet.ops import amx, native, triton_passes
-from awnet.ops.layer import Call, Layer, Saved, describe, kept, memory_format, register
-from awnet.ops.passes import EagerPasses
+from awnet.ops.autograd import Call, Layer, Saved, describe, kept, memory_format, register
+from awnet.ops.backends import amx, native
+from awnet.ops.backends import triton as triton_backend
+from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.transforms import transform
 
 Momentum = float | Tensor
@@ -125,7 +126,7 @@ def _cpp_refuses(call: Call) -> str | None:
 
 def _cuda_refuses(call: Call) -> str | None:
     assert call.input is not None
-    reason = triton_passes.device_obstacle(call.input.device)
+    reason = triton_backend.device_obstacle(call.input.device)
     if reason is not None:
         return reason
     if call.input.dtype == torch.float64:
@@ -135,7 +136,7 @@ def _cuda_refuses(call: Call) -> str | None:
 
 def _triton_refuses(call: Call) -> str | None:
     assert call.input is not None
-    return triton_passes.obstacle(call.input)
+    return triton_backend.obstacle(call.input)
 
 
 def _runs_anything(call: Call) -> str | None:
@@ -152,7 +153,7 @@ BACKENDS: tuple[Backend, ...] = (
         "triton",
         "Triton kernels (CUDA devices)",
         _triton_refuses,
-        _runner(register("triton", triton_passes.TritonPasses())),
+        _runner(register("triton", triton_backend.TritonPasses())),
     ),
     Backend("cuda", "CUDA C++ kernels (CUDA devices)", _cuda_refuses, _native),
     Backend("cpp", "C++ kernels (CPU)", _cpp_refuses, _native),

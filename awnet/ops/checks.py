@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.layer import Call
+from awnet.ops.autograd import Call
 from awnet.scalars import plain
 
 Size2 = int | tuple[int, int]

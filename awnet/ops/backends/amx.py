@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from awnet.ops import native
+from awnet.ops.backends import native
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from awnet.ops.tuning import convolutions
+from awnet.ops.launch_config import convolutions
 
 
 def _kernels() -> Any:
@@ -18,8 +18,8 @@ def _kernels() -> Any:
 class TritonConvolutions:
     """The fused convolutions of the Triton backend.
 
-    Each gives None where the device's table (:func:`awnet.ops.tuning.convolutions`) does not say that our
-    kernel beats the library's convolution and a pass: that is then the way to go.
+    Each returns None where the device's table (:func:`awnet.ops.launch_config.convolutions`) has no entry for
+    the case: the library's convolution followed by a pass is then used.
     """
 
     def fused_apply(

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.algebra import BatchStatistics, Gradients, Needs, Propagation, Sums
-from awnet.ops.triton_convolutions import TritonConvolutions
-from awnet.ops.tuning import Parameters, launch_parameters
+from awnet.ops.backends.triton_convolutions import TritonConvolutions
+from awnet.ops.coefficients import BatchStatistics, Gradients, Needs, Propagation, Sums
+from awnet.ops.launch_config import Parameters, launch_parameters
 
 _LEAST_CAPABILITY = (8, 0)
 
@@ -82,7 +82,7 @@ def _for_table(op: str, device: torch.device, batch: int, channels: int) -> Para
 
 
 class TritonPasses(TritonConvolutions):
-    """See :class:`awnet.ops.passes.Passes`. float32, bfloat16 and float16 images, either layout."""
+    """See :class:`awnet.ops.backends.eager.Passes`. float32, bfloat16 and float16 images, either layout."""
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         return kernels("passes").statistics(u, _for_images("statistics", u))

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from awnet.ops.algebra import BatchStatistics, Gradients, Needs, Propagation
+from awnet.ops.backends.eager import Passes, wide_dtype
+from awnet.ops.coefficients import BatchStatistics, Gradients, Needs, Propagation
 from awnet.ops.distributed import joined_statistics, summed
-from awnet.ops.passes import Passes, wide_dtype
 from awnet.ops.transforms import refuse_tangents
 
 _ARGUMENTS = """Tensor{optional} input, Tensor? weight, Tensor? filter_scale, Tensor? p_clean,
@@ -39,7 +39,7 @@ _DIFFERENTIABLE = 7  # the first seven arguments; the backward returns their gra
 
 
 class Call(NamedTuple):
-    """The arguments of one layer call, in the operators' order; ``awnet.ops.arguments`` has checked them."""
+    """The arguments of one layer call, in the operators' order; ``awnet.ops.checks`` has checked them."""
 
     input: Tensor | None  # [B, C_in, H, W]; None in a backward that needs only its shape
     weight: Tensor | None  # [C_out, C_in/groups, k, k]

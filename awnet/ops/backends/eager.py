@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from awnet.ops import algebra
-from awnet.ops.algebra import BatchStatistics, Gradients, Needs, Propagation, Sums
+from awnet.ops import coefficients
+from awnet.ops.coefficients import BatchStatistics, Gradients, Needs, Propagation, Sums
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,7 +116,7 @@ class Passes(Protocol):
         """The gradient of the convolution's input."""
         ...
 
-    # the algebra: see awnet/ops/algebra.py for each
+    # the algebra: see awnet/ops/coefficients.py for each
 
     def testing_coefficients(
         self,
@@ -222,12 +222,12 @@ class LibraryConvolutions:
 class EagerPasses(LibraryConvolutions):
     """The passes in plain torch: any device and dtype."""
 
-    testing_coefficients = staticmethod(algebra.testing_coefficients)
-    testing_gradients = staticmethod(algebra.testing_gradients)
-    batch_statistics = staticmethod(algebra.batch_statistics)
-    training_coefficients = staticmethod(algebra.training_coefficients)
-    training_sums = staticmethod(algebra.training_sums)
-    training_gradients = staticmethod(algebra.training_gradients)
+    testing_coefficients = staticmethod(coefficients.testing_coefficients)
+    testing_gradients = staticmethod(coefficients.testing_gradients)
+    batch_statistics = staticmethod(coefficients.batch_statistics)
+    training_coefficients = staticmethod(coefficients.training_coefficients)
+    training_sums = staticmethod(coefficients.training_sums)
+    training_gradients = staticmethod(coefficients.training_gradients)
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         wide = u.to(wide_dtype(u.dtype))

@@ -1,0 +1,1 @@
+"""The implementations of the layer: one module for each backend."""
