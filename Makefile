@@ -75,7 +75,8 @@ test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow $(TESTS)
 
 # what Windows runs: the import, and tests that need neither POSIX signals nor a compiler
-PURE := $(addprefix tests/test_,repository.py nn.py convert.py models.py attacks.py rng.py paper_rows.py)
+PURE := $(addprefix tests/,project/test_repository.py nn/test_nn.py nn/test_convert.py models/test_models.py \
+	attacks/test_attacks.py test_rng.py evaluation/test_paper_rows.py)
 test-import: $(READY)
 	$(BIN)/python -X importtime -c "import awnet" 2>/dev/null
 	$(BIN)/awnet --version
@@ -97,7 +98,7 @@ sanitize: $(READY)
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 		AWNET_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/awnet/_C*.so)" \
 		$(BIN)/python -m pytest -n 0 -p no:cacheprovider \
-		tests/test_native.py tests/test_amx.py tests/test_ops.py tests/test_frozen.py \
+		tests/ops/test_native.py tests/ops/test_amx.py tests/ops/test_ops.py tests/nn/test_frozen.py \
 		-k "($(SANITIZED_TESTS)) and not compile" $(OPTIONS)
 
 lint: $(READY)
@@ -119,7 +120,7 @@ bench: $(READY)
 
 # the same cases by pytest-benchmark; OPTIONS=--benchmark-save=NAME, --benchmark-compare=…
 bench-pytest: $(READY)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/test_layers_benchmark.py -n 0 --benchmark-enable --benchmark-only $(OPTIONS)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/benchmarks/test_layers_benchmark.py -n 0 --benchmark-enable --benchmark-only $(OPTIONS)
 
 # the running python3's torch, no .venv, no network; OUT=folder, STAGE=one stage
 gpu:

@@ -76,7 +76,7 @@ stage_tests() {
   if on_gpu; then
     pytest -m gpu tests && { [ ! -d tests/kernels ] || pytest -m '' tests/kernels; }
   else
-    AWNET_TEST_DEVICE=cpu pytest -m '' tests/test_gpu.py -k 'bits or nan or layout or empty or refused'
+    AWNET_TEST_DEVICE=cpu pytest -m '' tests/ops/test_gpu.py -k 'bits or nan or layout or empty or refused'
   fi
 }
 

@@ -13,7 +13,7 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 
-# Triton kernels need a CUDA device or the interpreter; tests/test_kernels.py starts the latter
+# Triton kernels need a CUDA device or the interpreter; tests/test_triton_kernels_in_interpreter.py starts the latter
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore = ["kernels"]
 

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from awnet.kernels import coefficients as kernels
-from interpreter import DEVICE, Guarded
+from support.interpreter import DEVICE, Guarded
 from torch import Tensor
 
 from awnet.ops import coefficients

@@ -1,4 +1,4 @@
-"""The Triton convolutions against the reference in float64: tests/interpreter.py says how this file runs.
+"""The Triton convolutions against the reference in float64: tests/support/interpreter.py says how this file runs.
 
 Tiles are 16³ here, the least that a tensor-core product takes: the paths are those of a shipped tile, and the
 interpreter takes milliseconds for each step of a product. bfloat16 products are garbage in the interpreter:
@@ -17,7 +17,7 @@ import torch
 from awnet.benchmarks import convolutions
 from awnet.kernels import conv, epilogue, fused_conv, grouped_conv
 from awnet.kernels.launch import recorded
-from interpreter import DEVICE, Guarded
+from support.interpreter import DEVICE, Guarded
 from torch import Tensor
 
 from awnet import reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter import DEVICE
+from support.interpreter import DEVICE
 from torch import Tensor
 
 from awnet import ops

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from awnet.kernels import passes
 from awnet.kernels.launch import launch, power_of_two
-from interpreter import DEVICE, INTERPRETED, Guarded
+from support.interpreter import DEVICE, INTERPRETED, Guarded
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

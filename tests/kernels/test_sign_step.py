@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from awnet.kernels.sign_step import sign_step
-from interpreter import DEVICE, Guarded
+from support.interpreter import DEVICE, Guarded
 
 HOW = {"tile": 64, "warps": 4}
 EPS, STEP = 8 / 255, 2 / 255

@@ -7,8 +7,8 @@ import importlib
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
-from interpreter import DEVICE, INTERPRETED
-from layers import Layer, build, error, has_single_value, layers, run
+from support.interpreter import DEVICE, INTERPRETED
+from support.random_layers import Layer, build, error, has_single_value, layers, run
 
 from awnet import ops
 from awnet.ops.backends.eager import EagerPasses

@@ -10,7 +10,7 @@ import pytest
 import torch
 from awnet.benchmarks import tune as tuner
 from awnet.benchmarks.cases import Convolution, LayerCase
-from interpreter import DEVICE, INTERPRETED
+from support.interpreter import DEVICE, INTERPRETED
 
 from awnet.ops import launch_config
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OPS = "tests/test_ops.py::"
-CUDA = "tests/test_cuda_on_cpu.py::"
+OPS = "tests/ops/test_ops.py::"
+CUDA = "tests/ops/test_cuda_kernels_on_cpu.py::"
 PASSES = "tests/kernels/test_passes.py::"
 ALGEBRA = "tests/kernels/test_coefficients.py::"
 CONV = "tests/kernels/test_conv.py::"
@@ -17,10 +17,10 @@ STEP = "tests/kernels/test_sign_step.py::"
 
 NATIVE_LAYER = OPS + "test_native_layers_of_any_shape_equal_the_reference"
 NATIVE_PASSES = OPS + "test_native_passes_in_every_shape"
-NETWORK = "tests/test_frozen.py::test_a_network_in_one_operator_equals_its_layers"
-DIRECT = "tests/test_native.py::test_the_direct_convolution_and_its_gradients"
+NETWORK = "tests/nn/test_frozen.py::test_a_network_in_one_operator_equals_its_layers"
+DIRECT = "tests/ops/test_native.py::test_the_direct_convolution_and_its_gradients"
 EAGER_LAYER = OPS + "test_eager_equals_the_reference_in_float64"
-AMX = "tests/test_amx.py::"
+AMX = "tests/ops/test_amx.py::"
 CUDA_PASSES = CUDA + "test_every_pass_in_every_shape"
 CUDA_ALGEBRA = CUDA + "test_the_algebra_equals_plain_torch"
 TESTING, TRAINING = ALGEBRA + "test_testing", ALGEBRA + "test_training"

@@ -1,0 +1,294 @@
+"""What is read from measurements: goals, tables, figures. The rows here are made up, and no file is."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from awnet.benchmarks import goals, report, results
+from awnet.benchmarks.cases import CASES, MODES, STAGES
+
+from awnet.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "benchmarks" / "results"
+
+
+def row(case: str, mode: str, provider: str, batch: int, ms: float, **changes: str) -> results.Row:
+    return dict.fromkeys(results.COLUMNS, "") | {
+        "date": "2026-03-01", "commit": "abc1234", "device": "Abacus 9", "torch": "2.13.0", "case": case,
+        "mode": mode, "provider": provider, "batch": str(batch), "channels": "64", "size": "32",
+        "dtype": "float32", "layout": "nchw", "ms_median": str(ms), "ms_p20": str(ms), "ms_p80": str(ms),
+        "gb_s": "10", "tflop_s": "0.5", "roofline_share": "0.5", "verified": "true",
+        "command": "awnet bench run --device cpu --threads 2",
+    } | changes  # fmt: skip
+
+
+CPU_MS = {"literal": 50.0, "unfused": 12.0, "static": 9.5, "eager": 11.0, "cpp": 10.0}
+GPU_MS = {
+    "literal": 21.0,
+    "unfused": 2.2,
+    "compile": 1.1,
+    "compile_frozen": 1.1,
+    "static_compile": 0.97,
+    "triton": 1.0,
+}
+
+
+def cpu_rows() -> Iterator[results.Row]:
+    for case in CASES:
+        for mode in MODES:
+            for provider, ms in CPU_MS.items():
+                yield row(case.name, mode, provider, 8 if case.name == "network" else 32, ms)
+
+
+def gpu_rows() -> Iterator[results.Row]:
+    h200 = {"device": "NVIDIA H200", "driver": "580.1", "dtype": "bfloat16", "layout": "channels_last"}
+    for case in (*STAGES, "depthwise"):
+        for batch in (256, 512):
+            for mode in MODES:
+                for provider, ms in GPU_MS.items():
+                    peak = {"peak_mib": "55" if provider == "triton" else "100"}
+                    share = {"roofline_share": "0.8"} if case == "depthwise" else {}
+                    yield row(case, mode, provider, batch, ms, **h200, **peak, **share)
+    yield row("network", "attack", "triton", 512, 12.5 * 512 / 1000, **h200)
+
+
+# one of these makes a row of training say nothing of the goal
+OTHER_TRAINING = {
+    "recipe": "trades", "provider": "unfused", "size": "8", "attack_steps": "2", "verified": "false",
+    "device": "NVIDIA A100", "model": "awnet_tiny",
+}  # fmt: skip
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    results.add_rows(tmp_path / "abacus-9.csv", list(cpu_rows()))
+    results.add_rows(tmp_path / "nvidia-h200.csv", list(gpu_rows()))
+    usual = {
+        "date": "2026-03-02", "commit": "abc1234", "device": "NVIDIA H200", "recipe": "mtard",
+        "model": "awnet_resnet18", "provider": "awnet", "batch": "128", "size": "32", "attack_steps": "10",
+        "images_per_second": "4000", "epoch_seconds_50000": "13.0", "share_attack": "0.5", "verified": "true",
+    }  # fmt: skip
+    with open(tmp_path / "nvidia-h200-train.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(usual))
+        writer.writeheader()
+        writer.writerows(
+            usual | changes
+            for changes in (
+                {},
+                {"date": "2026-03-01", "epoch_seconds_50000": "14.0"},
+                *({"epoch_seconds_50000": "3.0", name: value} for name, value in OTHER_TRAINING.items()),
+            )
+        )
+    cpu = usual | {
+        "device": "Abacus 9", "batch": "16", "threads": "2", "precision": "float32", "driver": "",
+    }  # fmt: skip
+    with open(tmp_path / "abacus-9-train.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(cpu))
+        writer.writeheader()
+        for model in ("awnet_tiny", "awnet_resnet18"):
+            for paces in ((20, 8, 16), (20, 5, 10)):  # of two runs, the second counts
+                writer.writerows(
+                    cpu | {"model": model, "provider": provider, "images_per_second": str(pace)}
+                    for provider, pace in zip(("awnet", "literal", "unfused"), paces, strict=True)
+                )
+            writer.writerows(
+                cpu | {"model": model, "images_per_second": "90"} | change
+                for change in ({"threads": "1"}, {"attack_steps": "2"}, {"provider": "awnet", "batch": "8"})
+            )
+    return tmp_path
+
+
+def verdicts(folder: Path) -> dict[str, tuple[str, str]]:
+    return {
+        f"{v.goal.name}{' (stretch)' if v.goal.stretch else ''}": (v.figure, v.text)
+        for v in goals.judge(folder)
+    }
+
+
+def test_each_goal_is_judged_by_its_own_figure(measured: Path) -> None:
+    found = verdicts(measured)
+    assert len(found) == len(goals.GOALS)
+    assert found == {
+        "layer against the literal form": ("21×", "met"),
+        "layer against plain torch (unfused)": ("2.2×", "met"),
+        "layer against torch.compile of it: worst shape": ("1.1×", "met"),
+        "layer against torch.compile of it (stretch)": ("1.1×", "not met"),
+        "time over a compiled static layer's": ("1.03×", "met"),
+        "peak memory of a training step over unfused's": ("0.55×", "met"),
+        "depthwise layer over moving its bytes once": ("1.25×", "met"),
+        "PGD step of AW-Net-18, an image": ("12.5 µs", "met"),
+        "PGD step of AW-Net-18, an image (stretch)": ("12.5 µs", "not met"),
+        "MTARD epoch, PGD-10, 50,000 images": ("13 s", "not met"),
+        "the paper's 100 epochs": ("21.7 min", "met"),
+        "cpp against the literal form": ("5×", "met"),
+        "cpp against plain torch (unfused)": ("1.2×", "met"),
+        "cpp over a static layer's time": ("1.05×", "met"),
+        **{f"cpp over eager's time: {case.name}": ("0.909×", "met") for case in CASES},
+        **{
+            f"training step of {model} against plain torch ({rival})": figure
+            for model in ("awnet_tiny", "awnet_resnet18")
+            for rival, figure in (("literal", ("4×", "met")), ("unfused", ("2×", "met")))
+        },
+    }
+
+
+def test_a_pgd_step_is_a_tenth_of_the_attack_of_a_training_step_where_one_was_measured(
+    measured: Path,
+) -> None:
+    path = measured / "nvidia-h200-train.csv"
+    path.write_text(path.read_text().replace(",128,32,10,4000,", ",512,32,10,4000,"))
+    # half of 250 µs an image, for ten steps
+    assert verdicts(measured)["PGD step of AW-Net-18, an image (stretch)"] == ("12.5 µs", "not met")
+    path.write_text(path.read_text().replace(",0.5,true", ",0.4,true"))
+    assert verdicts(measured)["PGD step of AW-Net-18, an image (stretch)"] == ("10 µs", "met")
+
+
+def test_the_geometric_mean_and_the_worst_shape_are_two_things(measured: Path) -> None:
+    slow = next(
+        r for r in gpu_rows() if (r["case"], r["mode"], r["provider"]) == ("stage3", "attack", "triton")
+    )
+    results.add_rows(measured / "nvidia-h200.csv", [slow | {"ms_median": "2.0"}])
+    found = verdicts(measured)
+    assert found["layer against torch.compile of it: worst shape"] == ("0.55×", "not met")
+    mean = 1.1 * 0.5 ** (1 / 16)  # one of 4 stages, 2 batches, 2 modes is twice as slow
+    assert found["layer against torch.compile of it (stretch)"][0] == f"{mean:.3g}×"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"verified": "false"},
+        {"command": "awnet bench run --threads 4"},
+        {"dtype": "bfloat16"},
+        {"layout": "channels_last"},
+        {"batch": "64"},
+        {"driver": "580.1"},
+    ],
+)
+def test_a_row_of_another_kind_measures_no_goal(changes: dict[str, str], tmp_path: Path) -> None:
+    results.add_rows(tmp_path / "abacus-9.csv", [r | changes for r in cpu_rows()])
+    assert {text for _, text in verdicts(tmp_path).values()} == {"not measured"}
+
+
+def test_one_missing_row_leaves_a_goal_unmeasured(tmp_path: Path) -> None:
+    rows = [r for r in cpu_rows() if (r["case"], r["mode"], r["provider"]) != ("stage2", "attack", "literal")]
+    results.add_rows(tmp_path / "abacus-9.csv", rows)
+    found = verdicts(tmp_path)
+    assert found["cpp against the literal form"] == ("", "not measured")
+    assert found["cpp against plain torch (unfused)"][1] == "met"
+
+
+def test_verify_prints_every_goal_and_the_commands_for_the_rest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results.add_rows(
+        tmp_path / "abacus-9.csv",
+        [r | {"ms_median": "30"} if r["provider"] == "cpp" else r for r in cpu_rows()],
+    )
+    assert main(["bench", "verify", "--results", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "cpp against the literal form  Abacus 9, abc1234" in out
+    assert "0 met, 13 not met, 15 not measured" in out
+    assert "awnet bench train --recipe mtard" in out
+    assert "--batch 256 512 --cases stage1 stage2 stage3 stage4 --modes attack training --compile" in out
+    assert main(["bench", "verify", "--results", str(tmp_path), "--strict"]) == 1
+    assert main(["bench", "verify", "--results", str(tmp_path / "nowhere")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_strict_is_about_what_was_measured_and_no_stretch_goal(measured: Path) -> None:
+    options = goals.VerifyOptions(measured, strict=True)
+    assert goals.verify(options) == 1  # the epoch
+    (measured / "nvidia-h200-train.csv").unlink()
+    assert goals.verify(options) == 0
+    assert goals.verify(replace(options, results=SHIPPED, strict=False)) == 0
+
+
+def test_documents_get_their_tables_and_nothing_else_changes(measured: Path, tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text(
+        "before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nbetween\n"
+        "<!-- bench:goals -->\n<!-- /bench:goals -->\nafter\n"
+    )
+    for _ in range(2):  # the second time changes nothing
+        assert main(["bench", "table", str(document), "--results", str(measured)]) == 0
+        text = document.read_text()
+        assert text.startswith(
+            "before\n<!-- bench:cpu -->\nAbacus 9, float32, nchw, torch 2.13.0, commit abc1234"
+        )
+        assert text.endswith("<!-- /bench:goals -->\nafter\n")
+        assert "old" not in text
+        assert "H200, bfloat16" in text
+        assert "| stage1 | attack | 32 | 50 | 12 | 11 | 10 | 9.5 |" in text
+        assert "| Abacus 9; abc1234 | met | ≥ 4× | 5× |" in text
+        assert text.count("| case | mode | batch | literal | unfused | eager | cpp | static |") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "<!-- bench:pace -->\n<!-- /bench:pace -->\n",
+            "there is no table bench:pace; there are goals, speed, cpu, gpu",
+        ),
+        ("<!-- bench:cpu -->\n<!-- /bench:gpu -->\n", "has no"),
+        ("<!-- bench:cpu -->\n", "has no"),
+    ],
+)
+def test_a_wrong_marker_is_named_and_the_document_left_alone(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "page.md"
+    document.write_text(text)
+    assert main(["bench", "table", str(document), "--results", str(SHIPPED)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(document) in error
+    assert document.read_text() == text
+
+
+def test_the_speed_table_names_the_device_and_what_was_not_measured(measured: Path, tmp_path: Path) -> None:
+    table = report.TABLES["speed"](measured)
+    assert table.startswith("On Abacus 9, 2 threads, float32")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    # the sums of CPU_MS over cases and modes, and images per second; no row of a compiled step is there
+    assert [row[2] for row in rows[1:]] == ["5×", "1.2×", "not measured", "2×"]
+    assert all("awnet bench" in row[3] for row in rows[1:])
+    (tmp_path / "empty").mkdir()
+    assert report.TABLES["speed"](tmp_path / "empty").count("not measured") == 4
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_the_tables_in_the_documents_are_what_the_results_give(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert report.filled(text, SHIPPED) == text, "run `awnet bench table`"
+    shown = {"README.md": {"speed"}, "docs/benchmarks.md": report.TABLES.keys() - {"speed"}}
+    assert set(re.findall(r"<!-- bench:(\w+) -->", text)) == shown[name]
+
+
+def test_figures_are_drawn_of_each_device(measured: Path, tmp_path: Path) -> None:
+    results.add_rows(
+        measured / "abacus-9.csv",
+        [
+            row("copy", "ceiling", "torch", 0, 1.0, channels="", size=""),
+            row("matmul", "ceiling", "torch", 0, 1.0, channels="", size=""),
+            row("stage1", "forward", "cpp", 32, 0, ms_median="", verified="false"),
+        ],
+    )
+    assert main(["bench", "plot", "--results", str(measured), "--out", str(tmp_path / "figures")]) == 0
+    found = {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*")}
+    cpu, gpu = "abacus-9-float32-nchw", "nvidia-h200-bfloat16-channels-last"
+    assert found.keys() == {f"{cpu}-bars.png", f"{cpu}-roofline.png", f"{gpu}-bars.png", f"{gpu}-batches.png"}
+    assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in found.values())
+
+
+def test_without_rows_there_is_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "plot", "--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 2
+    assert "has no row with a time" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()

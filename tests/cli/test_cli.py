@@ -1,0 +1,886 @@
+import hashlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from support.cifar_files import write_cifar10
+from support.http_server import Server, tar_of
+
+from awnet import __version__
+from awnet.attacks import list_attacks, named_attack
+from awnet.cli import EXPECTED, _OnRun, main, number, parse_options
+from awnet.data import Splits, from_arrays, list_datasets, load_dataset
+from awnet.evaluation import Report
+from awnet.models import create_model, list_models, load_model, save_model
+from awnet.reproduce import run_digits, run_digits_seeds
+from awnet.training import list_recipes, recipe_for, train
+from awnet.training.checkpoint import locked
+from awnet.training.step import TrainingStep
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nothing is read from or left in the working directory by accident
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("AWNET_DEBUG", raising=False)
+
+
+TRAIN = ["train", "--data", "digits", "--model", "resnet_tiny", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run that was trained by the command, one epoch on clean digits, eps 0.1."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "3", "--out", str(folder)]) == 0
+    return folder
+
+
+def fails(capsys, *words):
+    """The one line on stderr with which a command fails."""
+    assert main([str(word) for word in words]) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("awnet: error: ")
+    assert out.err.count("\n") == 1
+    assert "Traceback" not in out.err + out.out
+    return out.err
+
+
+# ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("1", 1.0), ("1e-3", 0.001)])
+def test_numbers_may_be_fractions(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "8/", "/255", "8/0", "x", "1/2/3"])
+def test_other_text_is_no_number(text):
+    with pytest.raises(ValueError, match="a number or a fraction such as 8/255"):
+        number(text)
+
+
+def test_options_become_python_values():
+    pairs = [
+        "lr=0.05",
+        "epochs=3",
+        "eps=8/255",
+        "milestones=75,90",
+        "kl-reduction=elementmean",
+        "on=true",
+        "off=None",
+    ]
+    assert parse_options(pairs, "--set") == {
+        "lr": 0.05,
+        "epochs": 3,
+        "eps": 8 / 255,
+        "milestones": (75, 90),
+        "kl_reduction": "elementmean",
+        "on": True,
+        "off": None,
+    }
+
+
+@pytest.mark.parametrize("pair", ["lr", "=3", ""])
+def test_options_need_a_name_and_a_value(pair):
+    with pytest.raises(ValueError, match="--set takes NAME=VALUE"):
+        parse_options([pair], "--set")
+
+
+COMMANDS = ["train", "evaluate", "attack", "reproduce", "bench", "data", "info"]
+
+
+def help_of(capsys, *words):
+    with pytest.raises(SystemExit) as exit:
+        main([*words, "--help"])
+    assert exit.value.code == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_every_command_has_help(capsys):
+    overview = help_of(capsys)
+    for command in COMMANDS:
+        assert f"• {command} " in overview
+        assert len(help_of(capsys, command)) > 100
+
+
+def test_seed_and_device_are_everywhere_a_model_runs(capsys):
+    for command in ("train", "evaluate", "attack", "reproduce", "bench run"):
+        text = help_of(capsys, *command.split())
+        assert "--seed INT" in text
+        assert "--device DEVICE" in text
+
+
+def test_help_names_every_recipe_and_data_set(capsys):
+    text = help_of(capsys, "train")
+    for name in [*list_recipes(), *list_datasets()]:
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["no-such-command"],
+        ["train", "--no-such-flag"],
+        ["train", "--epochs", "many"],
+        ["train", "--eps", "8/x"],
+        ["train", "--select-on", "luck"],
+        ["evaluate"],
+        ["attack", "run"],
+        ["reproduce"],
+        ["bench"],
+        ["data"],
+    ],
+)
+def test_words_that_make_no_sense_end_with_status_2(words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_without_words_it_prints_its_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    assert exit.value.code == 0
+    said = capsys.readouterr().out
+    assert "evaluate" in said
+    assert "reproduce" in said
+
+
+def test_version_prints_the_version_and_nothing_else(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"awnet {__version__}\n"
+
+
+LEAVES = (
+    *("train", "evaluate", "attack", "compare", "reproduce", "analyse filters", "analyse weight-gap", "info"),
+    *("bench run", "bench train", "bench verify", "bench plot", "bench table", "bench tune"),
+    *("data download", "data info", "export robustbench", "export program"),
+)
+
+
+def test_placeholders_in_the_help_say_what_a_value_is(capsys):
+    for command in LEAVES:
+        assert not re.search(r"\bSTR\b", help_of(capsys, *command.split())), command
+
+
+# ── train, evaluate, attack ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_train_leaves_a_run_that_says_what_it_is(run):
+    config = json.loads((run / "config.json").read_text())
+    assert config["recipe"]["name"] == "standard"
+    assert config["recipe"]["epochs"] == 1
+    assert config["dataset"]["name"] == "digits"
+    assert config["dataset"]["eps"] == 0.1
+    assert config["seed"] == 3
+    assert load_model(run).config["name"] == "resnet_tiny"
+
+
+def test_train_defaults_and_options_reach_the_recipe_and_the_model(tmp_path, capsys):
+    words = ["train", "--recipe", "standard", "--epochs", "1", "--batch-size", "256", "--lr", "1/50"]
+    words += ["--precision", "bfloat16", "--layout", "channels_last"]
+    words += ["--recipe-options", "weight_decay=0", "momentum=0.5", "--model-options", "beta=1"]
+    assert main(words) == 0
+    folder = tmp_path / "runs" / "digits-awnet_tiny-standard-0"
+    recipe = json.loads((folder / "config.json").read_text())["recipe"]
+    assert (recipe["batch_size"], recipe["lr"], recipe["weight_decay"], recipe["momentum"]) == (
+        256,
+        0.02,
+        0,
+        0.5,
+    )
+    assert (recipe["precision"], recipe["layout"]) == ("bfloat16", "channels_last")
+    assert load_model(folder).config["options"]["beta"] == 1
+    assert f"awnet evaluate {folder.relative_to(tmp_path)}" in capsys.readouterr().out
+
+
+def test_the_first_line_says_what_runs(run, tmp_path, capsys):
+    words = [
+        *TRAIN,
+        "--recipe",
+        "standard",
+        "--eps",
+        "8/255",
+        "--limit",
+        "100",
+        "--out",
+        str(tmp_path / "small"),
+    ]
+    assert main(words) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    parameters = sum(p.numel() for p in load_model(run).parameters())
+    for said in (
+        f"resnet_tiny, {parameters:,} parameters", "recipe standard, 1 epochs, seed 0",
+        "100 training images of digits", "cpu, backend ", "L-infinity eps 8/255",
+    ):  # fmt: skip
+        assert said in first
+    assert main(["evaluate", str(run), "--attacks", "fgsm", "--limit", "20", "--name", "first"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"resnet_tiny, {parameters:,} parameters; trained by standard; 20 test images of digits" in first
+
+
+def test_a_limit_takes_a_stratified_part_of_the_training_images(tmp_path, capsys):
+    words = [*TRAIN, "--recipe", "standard", "--out", str(tmp_path / "small")]
+    assert main([*words, "--limit", "100"]) == 0
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["dataset"]["sizes"]["train"] == 100
+    assert "limit must be" in fails(capsys, *words, "--overwrite", "--limit", 0)
+
+
+def test_training_starts_from_another_runs_weights(run, tmp_path, capsys):
+    words = [*TRAIN, "--recipe", "standard", "--eps", "1/10", "--lr", "1e-30", "--init-from"]
+    assert main([*words, str(run), "--out", str(tmp_path / "on")]) == 0
+    before, after = (load_model(folder).state_dict() for folder in (run, tmp_path / "on"))
+    assert torch.equal(
+        before["classifier.weight"], after["classifier.weight"]
+    )  # the learning rate is next to 0
+    config = json.loads((tmp_path / "on" / "config.json").read_text())
+    assert config["sessions"][0]["init_from"] == str(run)
+    error = fails(capsys, "train", "--data", "digits", "--epochs", 1, "--init-from", run, "--out", "new")
+    assert "is a resnet_tiny whose weights do not fit this awnet_tiny" in error
+    assert not Path("new").exists()
+    assert "no file nowhere" in fails(capsys, *words, "nowhere", "--out", "new")
+    save_model(create_model("resnet_tiny", in_channels=1), tmp_path / "random.safetensors")
+    again = [*words, str(tmp_path / "random.safetensors"), "--out", str(tmp_path / "on"), "--resume"]
+    assert "cannot be resumed with another configuration" in fails(capsys, *again)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_compare_sets_two_runs_side_by_side(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main([*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "4", "--out", str(other)]) == 0
+    assert main(["evaluate", str(run), "--attacks", "fgsm", "--limit", "40", "--name", "both"]) == 0
+    capsys.readouterr()
+    words = ["compare", str(run), str(other), "--name", "both"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "has no evaluation 'both': awnet evaluate" in out
+    assert re.search(r"seed\s+3\s+4", out)
+    assert "paired" not in out
+    assert Path("comparison.png").stat().st_size > 10_000
+    assert main(["evaluate", str(other), "--attacks", "fgsm", "--limit", "40", "--name", "both"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--out", "curves/here.png"]) == 0
+    assert "paired by image" in capsys.readouterr().out
+    assert Path("curves/here.png").is_file()
+    assert main(["evaluate", str(other), "--attacks", "fgsm", "--limit", "30", "--name", "both"]) == 0
+    assert main(words) == 0
+    assert "not paired by image:" in capsys.readouterr().out
+    assert "is no run folder" in fails(capsys, "compare", run, "nowhere")
+
+
+def test_an_evaluation_without_a_terminal_says_now_and_then_that_it_is_alive(run, monkeypatch, capsys):
+    monkeypatch.setattr("awnet.evaluation.measure.HEARTBEAT_SECONDS", 0.0)
+    words = [
+        "evaluate",
+        str(run),
+        "--attacks",
+        "fgsm",
+        "--limit",
+        "40",
+        "--batch-size",
+        "20",
+        "--name",
+        "alive",
+    ]
+    assert main(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("evaluate: ")]
+    assert re.match(r"evaluate: clean, 1 of 4 batches, \d+ s", lines[0])
+    assert "4 of 4" in lines[-1]
+
+
+def test_an_existing_run_needs_resume_or_overwrite(run, capsys):
+    words = [*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "3", "--out", run]
+    assert "--resume" in fails(capsys, *words)
+    assert main([str(word) for word in [*words, "--resume"]]) == 0
+    assert "cannot be resumed with another configuration" in fails(
+        capsys, *words[:-3], 4, *words[-2:], "--resume"
+    )
+
+
+def test_evaluate_prints_a_table_and_writes_report_and_figures(run, capsys):
+    words = [
+        "evaluate",
+        run,
+        "--attacks",
+        "fgsm",
+        "pgd_sat",
+        "--limit",
+        "50",
+        "--name",
+        "quick",
+        "--seed",
+        "1",
+    ]
+    assert main([str(word) for word in words]) == 0
+    out = capsys.readouterr().out
+    assert "PGD" in out
+    assert "digits test, 50 images, eps 0.1" in out
+    report = json.loads((run / "evaluations" / "quick" / "report.json").read_text())
+    assert json.loads((run / "report.json").read_text()) == report
+    assert (report["n"], report["eps"], report["selected_on"]) == (50, 0.1, "validation")
+    assert set(report["attacks"]) == {"fgsm", "pgd_sat"}
+    assert report["attacks"]["fgsm"]["settings"]["eps"] == 0.1
+    assert report["settings"]["classes"] == 10
+    assert list((run / "evaluations" / "quick").glob("*.png"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_evaluate_takes_other_images_eps_and_checkpoint(run, capsys):
+    words = [
+        "evaluate",
+        run,
+        "--attacks",
+        "fgsm",
+        "--split",
+        "validation",
+        "--eps",
+        "2/10",
+        "--checkpoint",
+        "last",
+    ]
+    assert main([str(word) for word in [*words, "--name", "other"]]) == 0
+    report = Report.load(run / "evaluations" / "other")
+    assert (report.split, report.n, report.eps) == ("validation", 200, 0.2)
+    assert report.selected_on == "nothing: the last checkpoint"
+    # the images that this run held out, which are those of its seed
+    held_out = load_dataset("digits", seed=3).validation
+    assert report.per_sample["index"].tolist() == held_out.index.tolist()
+    assert report.settings["fingerprint"] == held_out.fingerprint()
+    assert "not the ones" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_evaluate_compares_runs_image_by_image(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main([*TRAIN, "--recipe", "standard", "--eps", "1/10", "--out", str(other)]) == 0
+    words = ["--attacks", "fgsm", "--limit", "60", "--name", "pair"]
+    assert main(["evaluate", str(other), *words]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), *words, "--compare-with", str(other)]) == 0
+    assert "paired by image" in capsys.readouterr().out
+    report = Report.load(run / "evaluations" / "pair")
+    assert list(report.compared_with) == [str(other)]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_file_of_weights_alone_needs_the_data_sets_name(tmp_path, capsys):
+    file = tmp_path / "alone" / "model.safetensors"
+    save_model(create_model("resnet_tiny", in_channels=1), file)
+    assert "give --data" in fails(capsys, "evaluate", file)
+    words = ["evaluate", str(file), "--data", "digits", "--attacks", "fgsm", "--limit", "20"]
+    assert main(words) == 0
+    assert (tmp_path / "alone" / "evaluations" / "default" / "report.json").is_file()
+
+
+def test_attack_saves_images_labels_and_provenance(run, tmp_path, capsys):
+    out = tmp_path / "new" / "x_adv.npz"
+    words = [
+        "attack",
+        run,
+        "--attack",
+        "pgd_sat",
+        "--limit",
+        "30",
+        "--seed",
+        "2",
+        "--batch-size",
+        "7",
+        "--out",
+        out,
+    ]
+    assert main([str(word) for word in words]) == 0
+    assert "still classified correctly" in capsys.readouterr().out
+    with np.load(out, allow_pickle=False) as saved:
+        arrays = {name: saved[name] for name in saved}
+    provenance = json.loads(str(arrays["provenance"]))
+    assert provenance["attack"] == "pgd_sat"
+    assert provenance["seed"] == 2
+    assert provenance["awnet"] == __version__
+    assert provenance["model_config"]["name"] == "resnet_tiny"
+    model, data = load_model(run), load_dataset("digits").test.subset(30)
+    x, y, index = next(data.batches(30))
+    assert arrays["y"].tolist() == y.tolist()
+    assert arrays["index"].tolist() == index.tolist()
+    x_adv = torch.from_numpy(arrays["x_adv"])
+    assert x_adv.dtype == torch.float32
+    assert (x_adv - x).abs().max() <= 0.1 + 1e-6  # eps 0.1, and one rounding of x ± eps
+    assert 0 <= x_adv.min() <= x_adv.max() <= 1
+    threat_model = type(data.threat_model)(0.1)
+    expected = named_attack("pgd_sat", model, threat_model, seed=2)(x, y, index=index)
+    # batches of 7 and of 30 may round differently, and a sign of a gradient near 0 may flip
+    assert ((x_adv - expected).abs() < 1e-5).float().mean() > 0.99
+    with torch.no_grad():
+        assert arrays["prediction"].tolist() == model(x_adv).argmax(1).tolist()
+    assert "exists: choose another file, or replace it by --overwrite" in fails(capsys, *words)
+    assert main([str(word) for word in [*words, "--overwrite"]]) == 0
+
+
+def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
+    # the experiment itself is run in test_reproduce.py
+    calls = []
+    signature = inspect.signature(run_digits)
+    monkeypatch.setattr(
+        "awnet.reproduce.run_digits", lambda *a, **k: calls.append(signature.bind(*a, **k).arguments)
+    )
+    assert main(["reproduce", "digits"]) == 0
+    assert main(["reproduce", "digits", "--out", "here", "--seed", "5", "--device", "cpu", "--resume"]) == 0
+    assert main(["reproduce", "digits", "--overwrite"]) == 0
+    usual = {"out": Path("runs/digits"), "seed": 0, "resume": False, "overwrite": False, "device": None}
+    changed = {"out": Path("here"), "seed": 5, "resume": True, "device": "cpu"}
+    assert calls == [usual, usual | changed, usual | {"overwrite": True}]
+
+    calls.clear()
+    signature = inspect.signature(run_digits_seeds)
+    monkeypatch.setattr(
+        "awnet.reproduce.run_digits_seeds", lambda *a, **k: calls.append(signature.bind(*a, **k).arguments)
+    )
+    assert main(["reproduce", "digits", "--seeds", "3", "1", "--out", "here", "--resume"]) == 0
+    assert [(call["out"], call["seeds"], call["resume"]) for call in calls] == [(Path("here"), (3, 1), True)]
+
+
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--recipe", "luck"], "unknown recipe 'luck'"),
+        (["reproduce", "table1", "--seeds", "1", "2"], "seeds is for digits"),
+        (["reproduce", "digits", "--seeds", "1"], "two or more different numbers"),
+        (["train", "--model", "awnet_huge", "--out", "new"], "unknown model 'awnet_huge'"),
+        (["train", "--data", "mnist"], "unknown data set 'mnist'; known are digits"),
+        (["train", "--data", "cifar10"], "cifar10 is not in data_dir 'data'"),
+        (["train", "--eps", "-8/255", "--out", "new"], "eps must be in (0, 1]"),
+        (["train", "--epochs", "0"], "epochs must be"),
+        (["train", "--epochs", "2", "--recipe-options", "epochs=3"], "epochs is given twice"),
+        (["train", "--recipe-options", "colour=red"], "no setting 'colour'"),
+        (["train", "--recipe-options", "colour"], "--recipe-options takes NAME=VALUE"),
+        (["train", "--model-options", "colour=red", "--out", "new"], "colour"),
+        (["train", "--device", "tpu9", "--out", "new"], "device must be"),
+        (["train", "--resume", "--overwrite", "--out", "new"], "resume and overwrite"),
+        (["train", "--recipe", "trades", "--teachers", "a", "b", "--out", "new"], "takes no teachers"),
+        (["train", "--teachers", "a", "b", "--out", "new"], "no file a"),
+        (["train", "--device", "meta", "--out", "new"], "device must be cpu, cuda, cuda:1"),
+        (["train", "--device", "mps", "--out", "new"], "device must be cpu, cuda, cuda:1"),
+        (["train", "--recipe-options", "milestones=3", "--out", "new"], "command line milestones=75,"),
+        (["train", "--recipe-options", "lr=1" + "0" * 400, "--out", "new"], "lr must be a number above 0"),
+        (["train", "--recipe-options", "precision=8", "--out", "new"], "precision must be one of"),
+        (["train", "--model-options", "width=1e9", "--out", "new"], "awnet_tiny with num_classes=10"),
+        (["train", "--model-options", "width=1" + "0" * 400, "--out", "new"], "width must be finite"),
+        (["train", "--model-options", "router_widths=8", "--out", "new"], "router_widths must be a list"),
+        (["train", "--model-options", "bn=1", "--out", "new"], "bn"),
+        (["train", "--seed", "1" + "0" * 30, "--out", "new"], "seed must be an integer that int64 holds"),
+        (["train", "--max-minutes", "nan", "--out", "new"], "max_minutes must be finite"),
+        (["train", "--beta", "1"], "--beta is a setting of the model: give --model-options beta=VALUE"),
+        (["train", "--router-lr=1"], "of the recipe: give --recipe-options router_lr=VALUE"),
+        (["evaluate", "nowhere"], "nowhere does not exist: give a run folder"),
+        (["evaluate", "nowhere", "--data", "digits"], "nowhere does not exist: give a run folder"),
+        (["evaluate", "."], "is no run folder: it has no config.json"),
+        (["attack", "nowhere", "--out", "x.npz", "--data", "digits"], "nowhere does not exist"),
+        (["analyse", "filters", "nowhere"], "nowhere does not exist"),
+        (["export", "program", "nowhere", "--out", "x.pt2"], "nowhere does not exist"),
+        (["reproduce", "everything"], "what must be digits or one of table1"),
+        (["data", "info", "mnist"], "unknown data set 'mnist'"),
+        (["data", "download", "digits"], "digits needs no download"),
+        (["bench", "run", "--batch", "0"], "batch"),
+        (["bench", "run", "--shape", "64,64"], "shape must be C_IN,C_OUT,SIZE"),
+        (["bench", "run", "--shape", "64,64,x"], "shape must be C_IN,C_OUT,SIZE"),
+        (["bench", "run", "--shape", "64,64,8,3,1,5"], "groups, 5, must divide"),
+        (["bench", "run", "--shape", "64,64,8,2"], "the kernel must be odd"),
+        (["bench", "run", "--shape", "8,8,8", "--cases", "stem"], "shape and cases are both given"),
+        (["reproduce", "table1", "--data", "digits"], "what must be digits or one of table1"),
+        (["reproduce", "digits", "--data", "digits"], "digits has data of its own"),
+    ],
+)
+def test_an_error_is_one_clean_line(words, message, capsys):
+    assert message in fails(capsys, *words)
+    assert not Path("new").exists()
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--attacks", "luck"], "attacks must be among"),
+        (["--limit", "0"], "limit must be"),
+        (["--batch-size", "0"], "batch_size must be"),
+        (["--name", "a/b"], "name must be letters"),
+        (["--eps", "0"], "eps must be in (0, 1]"),
+        (["--device", "tpu9"], "device must be"),
+        (["--data", "mnist"], "unknown data set"),
+        (["--compare-with", "nowhere"], "compare-with takes run folders; nowhere is none"),
+        (["--device", "meta"], "device must be cpu"),
+        (["--device", "mps"], "device must be cpu"),
+        (["--seed", "1" + "0" * 30], "seed must be an integer that int64 holds"),
+        (["--queries", "-1", "--attacks", "square"], "queries must be"),
+    ],
+)
+def test_errors_on_a_run_are_clean_too(run, words, message, capsys):
+    assert message in fails(capsys, "evaluate", run, *words)
+
+
+def edits(config):
+    """(entry, value): each entry of a config.json missing, or with values of other types and sizes."""
+    entries = [(), *((name,) for name in config)]
+    entries += [(part, name) for part in ("model", "dataset", "recipe") for name in config[part]]
+    entries += [("dataset", "fingerprints", split) for split in ("train", "validation", "test")]
+    entries += [("sessions", 0), ("sessions", 0, "teachers"), ("sessions", 0, "environment")]
+    for entry in entries:
+        for value in (..., None, "", "unknown", "\0", 0, -1, 0.5, 10**400, True, [], [1], {}, {"a": [None]}):
+            yield entry, value
+
+
+def edited(config, entry, value):
+    config = json.loads(json.dumps(config))
+    if not entry:
+        return value
+    *above, last = entry
+    place = reduce(lambda inner, key: inner[key], above, config)
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return config
+
+
+def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkeypatch):
+    config = json.loads((run / "config.json").read_text())
+    model, splits = load_model(run), load_dataset("digits")
+    monkeypatch.setattr("awnet.models.load_model", lambda path: model)
+    monkeypatch.setattr("awnet.cli._load", lambda name, data_dir, seed, eps: loaded(splits, name, seed, eps))
+    (tmp_path / "best.safetensors").touch()
+    refused, unclear = 0, []
+    for entry, value in edits(config):
+        if not entry and value is ...:
+            continue
+        (tmp_path / "config.json").write_text(json.dumps(edited(config, entry, value)))
+        command = _OnRun(run_folder=tmp_path)
+        try:
+            command.load(Console(quiet=True))
+        except EXPECTED as error:
+            refused += 1
+            if str(tmp_path) not in str(error) or len(str(error)) > 500:
+                unclear.append((entry, value, error))
+    assert not unclear
+    assert refused > 150
+
+
+def loaded(splits, name, seed, eps):
+    assert name == "digits"
+    assert type(seed) is int
+    assert 0 < eps <= 1
+    return splits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not readable as JSON"),
+        ('{"kind": "awnet run"', "is not readable as JSON"),
+        ("[" * 10**5, "is not readable as JSON"),
+        ("9" * 5000, "is not readable as JSON"),
+        ("\xff", "does not describe|is not readable"),
+        ("null", "does not describe a training run"),
+        ('{"kind": "awnet run"}', "recipe is missing"),
+        ('{"kind": "awnet run", "recipe": 3}', "recipe must be a dict, got 3"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_a_damaged_config_is_one_line(run, tmp_path, text, message, command, capsys):
+    shutil.copy(run / "best.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    words = ["evaluate", tmp_path] if command == "evaluate" else ["train", "--resume", "--out", tmp_path]
+    said = fails(capsys, *words)
+    if command == "evaluate" or "must be" in message:
+        assert re.search(message, said)
+        assert str(tmp_path / "config.json") in said
+
+
+def test_a_run_on_arrays_is_exported_and_other_commands_say_what_to_do(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (24, 2, 6, 6), dtype=np.uint8)
+    part = from_arrays(images, np.arange(24) % 4, name="flowers")
+    recipe = recipe_for("standard", "digits", epochs=1)
+    train(recipe, "resnet_tiny", Splits(part, part, part), "own", quiet=True, tensorboard=False)
+    assert main(["export", "program", "own", "--out", "own.pt2"]) == 0
+    assert torch.export.load("own.pt2").module()(torch.zeros(5, 2, 6, 6)).shape == (5, 4)
+    capsys.readouterr()
+    for words in (["evaluate", "own"], ["attack", "own", "--out", "x.npz"], ["analyse", "filters", "own"]):
+        assert re.search(
+            r"own was trained on 'flowers', arrays .*awnet\.evaluate.*--data", fails(capsys, *words)
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_gpu_that_is_not_here_is_said_so(run, capsys):
+    assert "finds no GPU" in fails(capsys, "evaluate", run, "--device", "cuda")
+
+
+def test_damaged_weights_are_said_so(tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not weights")
+    assert "model.safetensors is damaged" in fails(capsys, "evaluate", file, "--data", "digits")
+
+
+@pytest.mark.parametrize("how", ["flag", "environment"])
+def test_a_traceback_can_be_asked_for(how, capsys, monkeypatch):
+    words = ["data", "info", "mnist"]
+    if how == "flag":
+        words.append("--traceback")
+    else:
+        monkeypatch.setenv("AWNET_DEBUG", "1")
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.endswith("in Python\n")
+    assert "\nawnet: error: unknown data set" in error
+
+
+def test_an_interruption_is_one_line_and_status_130(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("awnet.data.load_dataset", interrupt)
+    assert main(["data", "info", "digits"]) == 130
+    assert capsys.readouterr().err == "awnet: interrupted\n"
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def defect(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("awnet.data.load_dataset", defect)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["data", "info", "digits"])
+
+
+def test_a_data_file_that_was_damaged_or_changed_stops_a_resumed_run(tmp_path, capsys):
+    data, out = write_cifar10(tmp_path / "data", rows=(8, 8, 8, 8, 8, 8)), tmp_path / "run"
+    train = [
+        "train",
+        "--data",
+        "cifar10",
+        "--data-dir",
+        data,
+        "--model",
+        "resnet_tiny",
+        "--recipe",
+        "standard",
+    ]
+    train = [*map(str, train), "--epochs", "1", "--batch-size", "8", "--out", str(out)]
+    assert main([*train, "--max-minutes", "1e-9"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    path = data / "data_batch_3"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    assert "data_batch_3" in fails(capsys, *train, "--resume")
+    path.write_bytes(whole.replace(content := whole[5000:5004], bytes(255 - b for b in content), 1))
+    said = fails(capsys, *train, "--resume")
+    assert "another configuration: dataset.fingerprints.train was" in said
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    path.write_bytes(whole)
+    assert main([*train, "--resume"]) == 0
+
+
+def test_a_full_memory_and_a_second_process_are_one_line_each(tmp_path, capsys, monkeypatch):
+    def full(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    train = [*TRAIN, "--recipe", "standard", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", full)
+        assert "Tried to allocate 2.00 GiB" in fails(capsys, *train)
+    with locked(tmp_path / "run"):
+        assert "another process trains in" in fails(capsys, *train, "--resume")
+
+
+# ── data, info, bench ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_data_download_prints_the_folder_or_says_what_to_do(tmp_path, capsys, monkeypatch):
+    server = Server()
+    server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
+    words = ["data", "download", "cifar10", "--data-dir", "mine"]
+    server.break_off_after = 500
+    assert "the same command goes on from there" in fails(capsys, *words)
+    server.break_off_after = None
+    assert main(words) == 0
+    assert capsys.readouterr().out == "mine/cifar-10-batches-py\n"
+    assert server.asked == [None, "bytes=500-"]
+    server.close()
+    assert main(["data", "info", "cifar10", "--data-dir", "mine"]) == 0
+    assert "10: class 0, class 1" in capsys.readouterr().out
+
+
+def test_data_info_prints_splits_threat_model_and_fingerprints(capsys):
+    assert main(["data", "info", "digits", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    for part in load_dataset("digits", seed=1):
+        assert f"{len(part):,}" in out
+        assert part.fingerprint() in out
+    assert "L-infinity, eps 0.15" in out
+    assert "shift by up to ±1 pixels, no flip" in out
+
+
+def test_info_as_json_and_for_people_says_what_is_here(capsys):
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["awnet"] == __version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["models"] == list_models()
+    assert found["datasets"] == list_datasets()
+    assert found["attacks"] == list(list_attacks())
+    assert found["recipes"] == list_recipes()
+    assert "cpu" in found["devices"]
+    assert found["backends"]["eager"] is None
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in ["awnet_resnet18", "tiny_imagenet", "pgd_trades", "mtard", __version__, *found["backends"]]:
+        assert name in out
+    for reason in filter(None, found["backends"].values()):
+        assert reason in out
+
+
+def test_bench_run_takes_the_benchmarks_own_options(tmp_path, capsys):
+    words = ["bench", "run", "--smoke", "--cases", "stem", "--modes", "forward", "--providers", "eager"]
+    assert main([*words, "--seconds", "0.01", "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.glob("*.csv"))
+
+
+def test_as_a_program(tmp_path):
+    def awnet(*words):
+        command = [sys.executable, "-m", "awnet.cli", *words]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "COLUMNS": "100"}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    good = awnet("data", "info", "digits")
+    assert good.returncode == 0
+    assert "threat model: L-infinity" in good.stdout
+    bad = awnet("evaluate", "nowhere")
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert bad.stderr.startswith("awnet: error: ")
+    assert bad.stderr.count("\n") == 1
+
+
+# ── ~ in paths ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_home_folder_is_expanded_in_every_path_of_a_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "home" / "runs" / "x"
+    small = ["--recipe", "standard", "--model", "resnet_tiny", "--epochs", "1", "--batch-size", "512"]
+    assert main(["train", *small, "--out=~/runs/x"]) == 0
+    assert (run / "best.safetensors").is_file()
+    limits = ["--limit", "10", "--attack", "fgsm"]
+    assert main(["attack", "~/runs/x/best.safetensors", *limits, "--data", "digits", "--out", "~/x.npz"]) == 0
+    assert (tmp_path / "home" / "x.npz").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    capsys.readouterr()
+    for words in (
+        ["train", *small, "--out=~nobody-here/x"],
+        ["train", *small, "--data-dir", "~nobody-here/data"],
+        ["train", "--teachers", "~nobody-here/a", "~nobody-here/b", "--out", "y"],
+        ["evaluate", "~nobody-here/x"],
+        ["data", "info", "cifar10", "--data-dir", "~nobody-here/d"],
+        ["reproduce", "digits", "--out", "~nobody-here/d"],
+        ["bench", "plot", "--out", "~nobody-here/d"],
+    ):
+        assert "the home folder of '~nobody-here' is not known" in fails(capsys, *words)
+
+
+@pytest.mark.slow
+def test_a_home_folder_is_expanded_in_every_path_of_the_python_api(tmp_path, monkeypatch):
+    from awnet import evaluate, load_model, save_model
+    from awnet.attacks.transfer import Crafted, craft
+    from awnet.data import load_dataset
+    from awnet.training import checkpoint, read_log, recipe_for, train
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    splits = load_dataset("digits")
+    recipe = recipe_for("standard", "digits", epochs=1, batch_size=512)
+    result = train(recipe, "resnet_tiny", splits, "~/run", quiet=True, tensorboard=False)
+    assert result.folder == tmp_path / "home" / "run"
+    assert checkpoint.states("~/run")
+    assert len(read_log("~/run", "epoch")) == 1
+    model = load_model("~/run")
+    save_model(model, "~/copy.safetensors")
+    assert type(load_model("~/copy.safetensors")) is type(model)
+    report = evaluate(model, splits.test, ["fgsm"], limit=10, out="~/run")
+    assert Report.load("~/run/evaluations/default").n == report.n
+    report.save("~/saved")
+    assert Report.load("~/saved").n == 10
+    images = craft("~/run", splits.test.subset(10), "fgsm", folder="~/crafted")
+    (path,) = (tmp_path / "home" / "crafted").glob("*.safetensors")
+    assert torch.equal(Crafted.load(f"~/crafted/{path.name}").x_adv, images.x_adv)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    for call in (
+        lambda: train(recipe, "resnet_tiny", splits, "~nobody-here/run"),
+        lambda: load_model("~nobody-here/run"),
+        lambda: save_model(model, "~nobody-here/x.safetensors"),
+        lambda: evaluate(model, splits.test, ["fgsm"], limit=10, out="~nobody-here/run"),
+        lambda: Report.load("~nobody-here/run"),
+        lambda: load_dataset("cifar10", "~nobody-here/data"),
+    ):
+        with pytest.raises(ValueError, match="home folder of '~nobody-here' is not known"):
+            call()
+
+
+def test_the_branching_network_is_exported_for_any_batch_size(tmp_path, capsys):
+    model = create_model("rdi_resnet38", width=0.125, num_classes=10, in_channels=1).eval()
+    save_model(model, tmp_path / "rdi.safetensors")
+    assert (
+        main(["export", "program", str(tmp_path / "rdi.safetensors"), "--data", "digits", "--out", "p.pt2"])
+        == 0
+    )
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.allclose(torch.export.load("p.pt2").module()(x), model(x), atol=1e-6)  # float32 rounding
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("model", None), ("model", {}), ("optimizer", {}), ("scheduler", []), ("epoch", "3"), ("step", -1),
+     ("best_model", 3), ("random", {}), ("random", [3]), ("log_bytes", 1.5), ("finished", 2), ("of_epoch", None)],
+)  # fmt: skip
+def test_a_state_with_another_content_under_a_right_checksum_is_one_line(run, tmp_path, part, value, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    newest = sorted((folder / "state").glob("*.pt"))[-1]
+    state = torch.load(newest, weights_only=True) | {"finished": False, part: value}
+    torch.save(state, newest)
+    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
+    newest.with_name(f"{newest.name}.sha256").write_text(f"{digest}  {newest.name}\n")
+    words = [*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "3", "--out", folder, "--resume"]
+    assert str(folder) in fails(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluations", "none"], "has no evaluation 'none', it has default"),
+        (["elsewhere", "evaluations", "default"], r"there is no folder .*elsewhere"),
+        (["state"], "give the folder of an evaluation"),
+    ],
+)
+def test_a_report_that_is_not_there_says_where_reports_are(tmp_path, words, message):
+    place = tmp_path / "evaluations" / "default"
+    place.mkdir(parents=True)
+    (place / "report.json").write_text("{}")
+    (tmp_path / "state").mkdir()
+    with pytest.raises(FileNotFoundError, match=message):
+        Report.load(tmp_path.joinpath(*words))

@@ -1,0 +1,88 @@
+"""An evaluation that is killed by the system, at any moment, and started again gives the same report."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support.killed_evaluation import assert_same_evaluation, evaluate_gated
+
+from awnet.data import load_dataset
+from awnet.models import create_model, save_model
+
+EVALUATE = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[2]))
+from support.killed_evaluation import evaluate_gated
+evaluate_gated(sys.argv[1])
+"""
+
+
+def start(words: list[str]) -> subprocess.Popen[bytes]:
+    """This Python with ``words``, which finds the tests' own modules."""
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen([sys.executable, *words], env=os.environ | {"PYTHONPATH": path}, stdout=quiet)
+
+
+def test_killed_once(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    evaluate_gated(whole)
+    state = killed / "evaluations" / "default" / "state"
+    process = start(["-c", EVALUATE, str(killed), str(torch.get_num_threads())])
+    try:
+        while not list(state.glob("*/*.safetensors")):  # the kill falls between two writes, or within one
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert state.is_dir()
+    assert not (killed / "report.json").exists()
+    evaluate_gated(killed)
+    assert_same_evaluation(whole, killed)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_from_the_command_line(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("awnet_tiny", in_channels=1)
+    x = load_dataset("digits").train.images[:64].float() / 16
+    with torch.no_grad():
+        model(x, is_clean=torch.arange(64) % 2 == 0)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        save_model(model, tmp_path / name / "model.safetensors")
+
+    def command(name: str) -> list[str]:
+        words = ["--data", "digits", "--limit", "4", "--batch-size", "2", "--budget", "smoke"]
+        words += ["--queries", "20", "--attacks", "pgd_sat", "aa", "union"]
+        return ["-m", "awnet.cli", "evaluate", str(tmp_path / name / "model.safetensors"), *words]
+
+    assert start(command("whole")).wait() == 0
+    kills = 0
+    state = tmp_path / "killed" / "evaluations" / "default" / "state"
+    for attempt in range(5):
+        before = len(list(state.glob("*/*.safetensors")))
+        process = start(command("killed"))
+        if attempt < 4:
+            while process.poll() is None and len(list(state.glob("*/*.safetensors"))) <= before:
+                time.sleep(0.02)
+            time.sleep(random.uniform(0, 0.5))
+            process.kill()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 1  # each but the first run goes on from what the one before had written
+    assert_same_evaluation(tmp_path / "whole", tmp_path / "killed")

@@ -1,0 +1,720 @@
+"""The ops against the reference in float64: values, every gradient, running statistics, contract."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support.random_layers import DIFFERENTIABLE, Layer, build, error, has_single_value, layers, run, unfused
+
+from awnet import ops, reference
+from awnet.ops import checks
+from awnet.ops.autograd import kept
+from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.dispatch import BACKENDS
+
+LAYER_BACKENDS = [b.name for b in BACKENDS if b.name not in ("reference", "triton", "cuda")]
+few = settings(max_examples=60, deadline=None)
+
+
+def example(training: bool, seed: int = 0, **changes: object) -> Layer:
+    defaults: dict = {
+        "batch": 6, "c_in": 4, "c_out": 6, "groups": 2, "kernel": (3, 3), "stride": 1, "padding": 1,
+        "dilation": 1, "size": [6, 5], "affine_rows": 2, "statistics_rows": 2, "offset": 0.0,
+        "kinds": "mixed", "scale": "random", "p": "random", "residual": True, "activation": "relu",
+    }  # fmt: skip
+    return build(torch.Generator().manual_seed(seed), training, **(defaults | changes))
+
+
+def assert_agrees(layer: Layer, forward: float, gradient: float) -> None:
+    expected, got = run(layer, backend="reference"), run(layer, backend="eager")
+    fixed = run(with_fixed_statistics(layer), backend="reference")
+    assert error(got.output, expected.output) <= forward
+    assert got.output.shape == expected.output.shape
+    assert got.grads.keys() == expected.grads.keys()
+    for name, value in expected.grads.items():
+        # through batch statistics a gradient may cancel to nothing (a 1×1 filter of one channel has no gradient
+        # along itself): the same layer with its statistics held fixed gives the size of what cancels
+        allowed = gradient * (value.norm() + fixed.grads[name].norm())
+        assert (got.grads[name] - value).norm() <= allowed, name
+    for name, value in expected.running.items():
+        assert error(got.running[name], value) <= forward, name
+
+
+def with_fixed_statistics(layer: Layer) -> Layer:
+    """The layer in test mode with p = 0 or 1 by the sample's kind and the batch's own statistics."""
+    if not layer.options["training"]:
+        return layer
+    running = run(Layer(layer.tensors, layer.options | {"momentum": 1.0}), backend="reference").running
+    tensors = {n: x for n, x in layer.tensors.items() if n != "is_clean"} | running
+    tensors["p_clean"] = layer.tensors["is_clean"].to(torch.float64)
+    return Layer(tensors, layer.options | {"training": False})
+
+
+@few
+@given(layers())
+def test_eager_equals_the_reference_in_float64(layer: Layer) -> None:
+    assume(not has_single_value(layer))
+    # 1e-9: rounding of float64 (1e-16) times the condition of a branch of two or three values (eps = 1e-5 bounds
+    # 1/σ by 316, its cube enters ∂u)
+    assert_agrees(layer, forward=1e-9, gradient=1e-7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(layers(offset=1000.0, least=4))
+def test_eager_equals_the_reference_where_the_mean_is_a_thousand_deviations(layer: Layer) -> None:
+    assume(not has_single_value(layer))
+    # the reference itself loses three digits to |mean|/std = 1000; E[x²] − μ² would lose six
+    assert_agrees(layer, forward=1e-8, gradient=1e-5)
+
+
+def kappa(layer: Layer) -> float:
+    conv = {k: layer.options[k] for k in ("stride", "padding", "dilation", "groups")}
+    u = reference.filter_scaled_conv2d(layer.tensors["input"], layer.tensors["weight"], None, **conv)
+    std = u.transpose(0, 1).flatten(1).std(1)
+    return float((u.mean((0, 2, 3)).abs() / std).max())
+
+
+@settings(max_examples=40, deadline=None)
+@given(layers(), st.sampled_from(["cpp"]))
+def test_native_layers_of_any_shape_equal_the_reference(layer: Layer, backend: str) -> None:
+    layer = layer.rounded(torch.float32)
+    assume(not has_single_value(layer))
+    values = run(layer, backend="reference").output[:, 0].numel()
+    # a training batch of a few values has 1/σ up to 316 and magnifies any rounding
+    assume(not layer.options["training"] or values >= 40)
+    exact, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend=backend)
+    fixed = run(with_fixed_statistics(layer), backend="reference")
+    assert error(got.output, exact.output) <= 2e-5
+    for name, value in exact.grads.items():
+        allowed = 1e-4 * value.norm() + 2e-5 * fixed.grads[name].norm()  # as in assert_agrees
+        assert got.grads[name].shape == value.shape
+        assert (got.grads[name] - value).norm() <= allowed, name
+    for name, value in exact.running.items():
+        assert error(got.running[name], value) <= 1e-5, name
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_native_passes_in_every_shape(dtype: torch.dtype, training: bool, last: bool) -> None:
+    # less than a vector; full vectors and a rest, more than a block of columns and of pixels; several blocks
+    for channels, size in ((5, [3, 3]), (70, [9, 11]), (130, [4, 4])):
+        layer = example(
+            training, channels, batch=4, c_in=channels, c_out=channels, groups=channels, kernel=(1, 1),
+            padding=0, size=size,
+        ).rounded(dtype)  # fmt: skip
+        # a filter that changes nothing: what is left are the passes
+        tensors = layer.tensors | {"weight": torch.ones_like(layer.tensors["weight"])}
+        if last:
+            for name in ("input", "residual"):
+                tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        layer = Layer(tensors, layer.options)
+        exact, got = run(layer, backend="reference"), run(layer.to(dtype), backend="cpp")
+        # float32 arithmetic, rounded to the nearest value of the images' dtype: half a unit in the last place
+        away = (got.output.double() - exact.output).abs()
+        assert (away <= 0.5 * torch.finfo(dtype).eps * exact.output.abs() + 1e-5 * exact.output.std()).all()
+        # (in the other dtypes upstream's gradient is rounded, which is not the passes' doing)
+        if dtype == torch.float32:
+            assert got.grads.keys() == exact.grads.keys()
+            for name, value in exact.grads.items():
+                # batch norm takes out the size of a filter of one weight, whose gradient is eps-small then
+                assert name == "weight" or error(got.grads[name], value) <= 1e-4, name
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_nan_passes_the_activation_as_in_torch(backend: str, last: bool) -> None:
+    layer = example(False, 0, batch=2, c_in=20, c_out=20, groups=20, kernel=(1, 1), padding=0)
+    layer = layer.to(torch.float32)
+    broken = torch.rand(layer.tensors["input"].shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    u = layer.tensors["input"].masked_fill(broken, float("nan"))
+    u = u.contiguous(memory_format=torch.channels_last) if last else u
+    y = run(Layer(layer.tensors | {"input": u}, layer.options), backend=backend).output
+    assert torch.equal(y.isnan(), broken)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_eps_counts_where_the_variance_is_small(backend: str, training: bool) -> None:
+    layer = example(training, 0, batch=12).rounded(torch.float32)
+    small = {"input": layer.tensors["input"] / 256, "running_var": layer.tensors["running_var"] / 65536}
+    layer = Layer(layer.tensors | small, layer.options | {"eps": 1e-3})
+    expected, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend=backend)
+    assert error(got.output, expected.output) <= 1e-5
+    for name, value in expected.grads.items():
+        assert error(got.grads[name], value) <= 1e-4, name
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+def test_float32_keeps_the_digits_demanded(training: bool, offset: float, backend: str) -> None:
+    for seed in range(6):
+        layer = example(training, seed, offset=offset, batch=12, size=[9, 8], kernel=(3, 2), padding=0)
+        layer = layer.rounded(torch.float32)
+        expected, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend=backend)
+        factor = max(1.0, kappa(layer) / 10)  # the contract's: rounding of u grows with |mean|/std
+        assert error(got.output, expected.output) <= 1e-5 * factor
+        for name, value in expected.grads.items():
+            assert error(got.grads[name], value) <= 1e-4 * factor, (name, seed)
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_the_variance_does_not_cancel_far_from_zero(backend: str) -> None:
+    for seed in range(4):
+        # without filter scales: theirs would spread the samples' means, beside which the pixels' spread is nothing
+        layer = example(True, seed, scale="none", offset=1000.0, batch=12, size=[9, 8], padding=0)
+        layer = layer.rounded(torch.float32)
+        expected, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend=backend)
+        assert kappa(layer) > 300
+        assert error(got.output, expected.output) <= 1e-5 * kappa(layer) / 10  # as above
+        for name in ("bn_weight", "bn_bias", "input"):
+            assert error(got.grads[name], expected.grads[name]) <= 1e-4 * kappa(layer) / 10, name
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_filter_scale_gradient_where_a_branch_holds_few_samples(backend: str) -> None:
+    # with one or two samples ∂ω is O(ε/σ²): a near-cancelling sum, compared in absolute error
+    for batch in (1, 2):
+        layer = example(
+            True, batch, batch=batch, kinds="all clean", activation=None, residual=False, size=[8, 8]
+        )
+        layer = layer.rounded(torch.float32)
+        expected, got = run(layer, backend="reference"), run(layer.to(torch.float32), backend=backend)
+        conv = {k: layer.options[k] for k in ("stride", "padding", "dilation", "groups")}
+        u = reference.filter_scaled_conv2d(layer.tensors["input"], layer.tensors["weight"], None, **conv)
+        upstream = torch.randn(u.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        scaled = u * layer.tensors["filter_scale"][:, :, None, None]
+        std = (scaled.var((0, 2, 3), unbiased=False) + 1e-5).sqrt()
+        size = layer.tensors["bn_weight"][1].abs() / std
+        size = size * (upstream.abs() * (u - u.mean((2, 3), keepdim=True)).abs()).sum((2, 3))
+        difference = (got.grads["filter_scale"].double() - expected.grads["filter_scale"]).abs()
+        assert (difference <= 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_low_precision_is_no_worse_than_twice_plain_torch(dtype, training: bool, backend: str) -> None:
+    worst: dict[str, list[float]] = {}
+    for seed in range(4):
+        layer = example(training, seed, batch=12, c_in=8, c_out=8, size=[10, 10]).rounded(dtype)
+        exact = run(layer, backend="reference")
+        plain, ours = run(layer.to(dtype), function=unfused), run(layer.to(dtype), backend=backend)
+        assert ours.output.dtype == dtype
+        pairs = {"output": (ours.output, plain.output, exact.output)}
+        pairs |= {n: (ours.grads[n], plain.grads[n], exact.grads[n]) for n in exact.grads}
+        for name, (a, b, c) in pairs.items():
+            worst.setdefault(name, [0.0, 0.0])
+            worst[name][0] += error(a, c)
+            worst[name][1] += error(b, c)
+    for name, (ours_error, plain_error) in worst.items():
+        assert ours_error <= 2 * plain_error, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(layers(training=False, least=2), st.integers(0, 6), st.sampled_from(LAYER_BACKENDS))
+def test_other_samples_filled_with_nan_change_no_bit(layer: Layer, which: int, backend: str) -> None:
+    layer = layer.to(torch.float32)
+    batch = len(layer.tensors["input"])
+    own = which % batch
+    spoilt = dict(layer.tensors)
+    for name in ("input", "filter_scale", "p_clean", "residual"):
+        if name in spoilt:
+            spoilt[name] = spoilt[name].clone()
+            spoilt[name][torch.arange(batch) != own] = float("nan")
+    clean, dirty = run(layer, backend=backend), run(Layer(spoilt, layer.options), backend=backend)
+    assert torch.equal(clean.output[own], dirty.output[own])
+    for name in ("input", "filter_scale", "p_clean", "residual"):
+        if name in clean.grads:
+            assert torch.equal(clean.grads[name][own], dirty.grads[name][own]), name
+
+
+def test_a_branch_is_untouched_by_nan_in_the_other() -> None:
+    layer = example(True, 3, batch=8).to(torch.float32)
+    clean = layer.tensors["is_clean"]
+    clean[:3], clean[3:] = True, False
+    spoilt = dict(layer.tensors)
+    for name in ("input", "filter_scale", "residual"):
+        spoilt[name] = spoilt[name].clone()
+        spoilt[name][~clean] = float("nan")
+    good, bad = run(layer), run(Layer(spoilt, layer.options))
+    assert torch.equal(good.output[clean], bad.output[clean])
+    assert torch.equal(good.grads["bn_weight"][1], bad.grads["bn_weight"][1])
+    assert torch.equal(good.running["running_mean"][1], bad.running["running_mean"][1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+def test_gradcheck(backend: str) -> None:
+    for training in (True, False):
+        layer = example(
+            training, 1, batch=4, c_out=4, size=[3, 3], activation=None
+        )  # ReLU has no derivative at 0
+        names = [n for n in DIFFERENTIABLE if n in layer.tensors]
+        fixed = {n: x for n, x in layer.tensors.items() if n not in names}
+
+        def function(*values: torch.Tensor, names=names, fixed=fixed, layer=layer) -> torch.Tensor:
+            tensors = fixed | dict(zip(names, values, strict=True))
+            running = {n: tensors[n].clone() for n in ("running_mean", "running_var")}
+            return ops.aw_conv2d(**(tensors | running), **layer.options, backend=backend)
+
+        values = [layer.tensors[n].clone().requires_grad_() for n in names]
+        # the input alone may be left out: the operators keep less then, and must still be right
+        assert torch.autograd.gradcheck(function, values, atol=1e-6)
+        values = [v.detach().requires_grad_(n == "input") for n, v in zip(names, values, strict=True)]
+        assert torch.autograd.gradcheck(function, values, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("eager", torch.float64, 1e-12), ("cpp", torch.float32, 1e-5)],  # sums cost a few of 16 and 7 digits
+    ids=["eager", "cpp"],
+)
+def test_mix_batch_norm_and_filter_scaled_conv2d_alone(
+    backend: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    both = (("reference", torch.float64), (backend, dtype))
+    for training in (True, False):
+        layer = example(training, 5).rounded(dtype)
+        t = layer.tensors
+        kind = {"is_clean": t["is_clean"]} if training else {"p_clean": t["p_clean"]}
+        results = []
+        for name, own in both:
+            x = t["residual"].to(own, copy=True).requires_grad_()
+            tables = [t[n].to(own, copy=True).requires_grad_(n[0] == "b") for n in ("bn_weight", "bn_bias")]
+            running = [t[n].to(own, copy=True) for n in ("running_mean", "running_var")]
+            given = {n: v if v.dtype == torch.bool else v.to(own) for n, v in kind.items()}
+            y = ops.mix_batch_norm(x, *tables, *running, **given, training=training, backend=name)
+            grads = torch.autograd.grad(y.sin().sum(), [x, *tables])
+            results.append([y, *grads, *running])
+        for expected, got in zip(*results, strict=True):
+            assert error(got, expected) < tolerance
+
+    results = []
+    for name, own in both:
+        leaves = [t[n].to(own, copy=True).requires_grad_() for n in ("input", "weight", "filter_scale")]
+        y = ops.filter_scaled_conv2d(*leaves, padding=1, groups=2, backend=name)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    for expected, got in zip(*results, strict=True):
+        assert error(got, expected) < tolerance
+
+
+def test_agrees_with_torch_batch_norm_module() -> None:
+    # an oracle that shares no code with us: two nn.BatchNorm2d over the two halves
+    layer = example(True, 7, scale="none", residual=False, activation=None)
+    t = layer.tensors
+    y = ops.aw_conv2d(**t, filter_scale=None, **layer.options)
+    u = torch.nn.functional.conv2d(t["input"], t["weight"], padding=1, groups=2)
+    fresh = example(True, 7, scale="none", residual=False, activation=None).tensors
+    for k in range(2):
+        norm = torch.nn.BatchNorm2d(6, dtype=torch.float64)
+        norm.weight.data, norm.bias.data = t["bn_weight"][k].clone(), t["bn_bias"][k].clone()
+        norm.running_mean, norm.running_var = fresh["running_mean"][k], fresh["running_var"][k]
+        own = t["is_clean"] == bool(k)
+        assert error(y[own], norm(u[own])) < 1e-12
+        assert error(t["running_mean"][k], norm.running_mean) < 1e-12
+        assert error(t["running_var"][k], norm.running_var) < 1e-12
+
+
+def test_a_missing_branch_keeps_its_statistics_and_momentum_may_differ_by_branch() -> None:
+    layer = example(True, 2, kinds="all clean")
+    before = layer.tensors["running_mean"].clone(), layer.tensors["running_var"].clone()
+    after = run(Layer(layer.tensors, layer.options | {"momentum": torch.tensor([0.5, 1.0])})).running
+    assert torch.equal(after["running_mean"][0], before[0][0])
+    assert torch.equal(after["running_var"][0], before[1][0])
+    whole = run(Layer(layer.tensors, layer.options | {"momentum": 1.0})).running
+    assert torch.equal(after["running_mean"][1], whole["running_mean"][1])
+
+
+def test_an_empty_batch_gives_an_empty_output() -> None:
+    for training in (True, False):
+        layer = example(training, 0, batch=0).to(torch.float32)
+        for backend in ("reference", *LAYER_BACKENDS):
+            result = run(layer, backend=backend)
+            assert result.output.shape == (0, 6, 6, 5)
+            assert torch.equal(result.running["running_mean"], layer.tensors["running_mean"])
+            assert all(torch.isfinite(g).all() for g in result.grads.values())
+
+
+def test_one_value_per_channel_in_training_is_an_error() -> None:
+    layer = example(True, 0, size=[1, 1], kernel=(1, 1), padding=0, batch=3)
+    layer.tensors["is_clean"][:] = torch.tensor([True, False, False])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        run(layer)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        run(
+            example(True, 0, size=[1, 1], kernel=(1, 1), padding=0, batch=1, affine_rows=1, statistics_rows=1)
+        )
+
+
+@pytest.mark.parametrize("channels", [4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_the_output_keeps_the_inputs_memory_format(backend: str, dtype: torch.dtype, channels: int) -> None:
+    # the same values whatever the layout, up to the order of the convolution's sums
+    tolerance = 2 * torch.finfo(dtype).eps
+    for training in (True, False):
+        layer = example(training, 0, c_in=channels, c_out=channels).to(dtype)
+        plain = run(layer, backend=backend)
+        tensors = dict(layer.tensors)
+        for name in ("input", "residual", "weight"):
+            tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+        last = run(Layer(tensors, layer.options), backend=backend)
+        assert plain.output.is_contiguous()
+        assert last.output.is_contiguous(memory_format=torch.channels_last)
+        assert last.grads["input"].is_contiguous(memory_format=torch.channels_last)
+        assert error(last.output, plain.output) < tolerance
+        for name, value in plain.grads.items():
+            assert error(last.grads[name], value) < 20 * tolerance, name
+        strided = layer.tensors["input"].transpose(2, 3).clone().transpose(2, 3)
+        odd = run(Layer(layer.tensors | {"input": strided}, layer.options), backend=backend)
+        assert error(odd.output, plain.output) < tolerance
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_the_same_call_gives_the_same_bits(backend: str) -> None:
+    for training in (True, False):
+        layer = example(training, 0, batch=16, size=[17, 13]).to(torch.float32)
+        first, second = run(layer, backend=backend), run(layer, backend=backend)
+        assert torch.equal(first.output, second.output)
+        assert all(torch.equal(first.grads[n], second.grads[n]) for n in first.grads)
+        torch.use_deterministic_algorithms(True)
+        try:
+            run(layer, backend=backend)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mask_in_place_of_y_changes_nothing(dtype, layout: torch.memory_format, backend: str) -> None:
+    for training in (True, False):
+        layer = example(training, 4, size=[9, 7]).to(dtype)
+        tensors = layer.tensors
+        for name in ("input", "residual"):
+            tensors[name] = tensors[name].contiguous(memory_format=layout)
+        tensors["residual"][0, 0, 0, :3] = torch.tensor([float("nan"), float("inf"), 1e-7])
+        if not training:  # y as it is stored: in float16 this is next to zero and rounds to it
+            tensors["residual"][1] = 1e-8
+            for name in ("filter_scale", "bn_bias", "running_mean"):
+                tensors[name][-1 if name == "filter_scale" else slice(None)] = 0.0
+        whole = run(layer, backend=backend)  # the weight needs its gradient, so y is kept
+        names = [n for n in ("input", "filter_scale", "p_clean", "residual") if n in tensors]
+        leaves = {n: x.clone().requires_grad_(n in names) for n, x in tensors.items()}
+        y = ops.aw_conv2d(**leaves, **layer.options, backend=backend)
+        assert torch.equal(y.nan_to_num(7.0), whole.output.nan_to_num(7.0))
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        found = torch.autograd.grad(y, [leaves[n] for n in names], upstream.to(y))
+        for name, got in zip(names, found, strict=True):
+            got, want = got.nan_to_num(7.0), whole.grads[name].nan_to_num(7.0)
+            # the compiler contracts products and sums of the two loops in its own way, the library may convolve
+            # in another order: rounding, where a wrong gate would show in whole pixels
+            assert error(got, want) <= 4 * torch.finfo(dtype).eps, name
+        # and with nothing to save at all the layer may write over its own u, never over the caller's tensors
+        before = {n: x.clone() for n, x in tensors.items()}
+        with torch.no_grad():
+            again = ops.aw_conv2d(**before, **layer.options, backend=backend)
+        assert torch.equal(again.nan_to_num(7.0), whole.output.nan_to_num(7.0))
+        for n in ("input", "weight", "residual", "filter_scale"):
+            assert torch.equal(before[n].nan_to_num(7.0), tensors[n].nan_to_num(7.0)), n
+
+
+def test_mix_batch_norm_never_writes_to_its_input() -> None:
+    t = example(False, 0).to(torch.float32).tensors
+    tables = [t[n] for n in ("bn_weight", "bn_bias", "running_mean", "running_var")]
+    for backend in LAYER_BACKENDS:
+        x = t["residual"].clone()
+        ops.mix_batch_norm(x, *tables, p_clean=t["p_clean"], backend=backend)
+        assert torch.equal(x, t["residual"])
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_gradients_that_nobody_asks_for_are_not_computed(backend: str, monkeypatch) -> None:
+    # in the attack that is ∂γ, ∂β; a router's layer has neither ω nor p
+    asked = []
+    if backend == "eager":
+        plain = EagerPasses.testing_gradients
+        monkeypatch.setattr(
+            EagerPasses, "testing_gradients", staticmethod(lambda *a: asked.append(a[-1]) or plain(*a))
+        )
+    layer = example(False, 0).to(torch.float32)
+    leaves = {n: x.clone().requires_grad_(n in ("filter_scale", "p_clean")) for n, x in layer.tensors.items()}
+    y = ops.aw_conv2d(**leaves, **layer.options, backend=backend)
+    torch.autograd.grad(y.sum(), [leaves["filter_scale"], leaves["p_clean"]])
+    assert asked == ([(True, True, False, False)] if backend == "eager" else [])
+    if backend == "cpp":
+        sums = [torch.randn(6, 6) for _ in range(3)]
+        tables = [layer.tensors[n] for n in ("bn_weight", "bn_bias", "running_mean", "running_var")]
+        arguments = (*sums, layer.tensors["filter_scale"], *tables, layer.tensors["p_clean"], 1e-5)
+        for needs in ([True, True, False, False], [False, True, False, False], [False, False, True, True]):
+            found = torch.ops.awnet.testing_gradients(*arguments, needs)
+            assert [x.numel() > 0 for x in found] == needs
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
+    for training, scale in ((True, "random"), (False, "random"), (False, "none")):
+        layer = example(training, 0, scale=scale).to(torch.float32)
+        everything = run(layer, backend=backend).grads
+        for name in everything:
+            leaves = {n: x.clone().requires_grad_(n == name) for n, x in layer.tensors.items()}
+            leaves.setdefault("filter_scale", None)
+            y = ops.aw_conv2d(**leaves, **layer.options, backend=backend)
+            upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            y.backward(upstream.to(y))
+            assert leaves[name].grad is not None, name
+            # the same sums, but for the order in which the library's convolution takes them
+            assert error(leaves[name].grad, everything[name]) < 1e-6, name
+            assert all(x is None or x.grad is None for n, x in leaves.items() if n != name)
+
+
+def test_a_second_derivative_names_the_reference() -> None:
+    layer = example(False, 0)
+    for backend in ("eager", "reference"):
+        x = layer.tensors["input"].clone().requires_grad_()
+        tensors = layer.tensors | {"input": x}
+        y = ops.aw_conv2d(**tensors, **layer.options, backend=backend)
+        upstream = torch.ones_like(y).requires_grad_()
+        (first,) = torch.autograd.grad((y * upstream).square().sum(), x, create_graph=True)
+        if backend == "reference":
+            torch.autograd.grad(first.sum(), upstream)
+        else:
+            with pytest.raises(RuntimeError, match="backend='reference'"):
+                torch.autograd.grad(first.sum(), upstream)
+
+
+# --- torch's machinery
+
+
+def operator_arguments(layer: Layer) -> tuple:
+    call = checks.layer_call(
+        **{"filter_scale": None} | layer.tensors,
+        **layer.options,
+    )
+    return (*call, *kept(call))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_opcheck(training: bool, layout: torch.memory_format, backend: str) -> None:
+    layer = example(training, 0).to(torch.float32)
+    for name in ("input", "residual"):
+        layer.tensors[name] = layer.tensors[name].contiguous(memory_format=layout)
+    operator = getattr(torch.ops.awnet, "layer_native" if backend == "cpp" else f"layer_{backend}").default
+    # training saves u and y, an attack u and a mask, a frozen router a mask alone
+    attacked = [] if training else [("input", "filter_scale", "p_clean", "residual"), ("input",)]
+    for names in (DIFFERENTIABLE, *attacked):
+        for name, x in layer.tensors.items():
+            if x.is_floating_point():
+                x.requires_grad_(name in names)
+        torch.library.opcheck(operator, operator_arguments(layer))
+
+
+def compiled(function):
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_a_graph_break(training: bool) -> None:
+    layer = example(training, 0).to(torch.float32)
+    expected = run(layer)
+    torch.compiler.reset()
+    got = run(layer, function=compiled(ops.aw_conv2d))
+    assert torch.equal(got.output, expected.output)
+    for name in expected.grads:
+        assert torch.equal(got.grads[name], expected.grads[name]), name
+    assert torch.equal(got.running["running_mean"], expected.running["running_mean"])
+    with ops.use_backend("eager"):
+        run(layer, function=compiled(ops.aw_conv2d))
+
+
+def test_exports_in_test_mode_with_a_dynamic_batch() -> None:
+    layer = example(False, 0).to(torch.float32)
+    t = layer.tensors
+
+    class Module(torch.nn.Module):
+        def forward(self, x, scale, p, residual):
+            tables = (t["bn_weight"], t["bn_bias"], t["running_mean"], t["running_var"])
+            return ops.aw_conv2d(
+                x, t["weight"], scale, *tables, p_clean=p, residual=residual, padding=1, groups=2
+            )
+
+    per_sample = (t["input"], t["filter_scale"], t["p_clean"], t["residual"])
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        Module(), per_sample, dynamic_shapes={n: {0: batch} for n in ("x", "scale", "p", "residual")}
+    )
+    larger = tuple(torch.cat([x, x]) for x in per_sample)
+    assert torch.equal(program.module()(*larger), Module()(*larger))
+
+
+def test_autocast_is_applied_once() -> None:
+    for training in (True, False):
+        layer = example(training, 0).to(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            result = run(layer)
+        assert result.output.dtype == torch.bfloat16
+        assert all(result.grads[n].dtype == x.dtype for n, x in layer.tensors.items() if n in result.grads)
+        assert result.running["running_mean"].dtype == torch.float32
+        direct = run(layer.to(torch.bfloat16))
+        assert torch.equal(result.output, direct.output)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert run(example(training, 0)).output.dtype == torch.float64  # as torch: float64 is left alone
+
+
+def test_half_precision_parameters() -> None:
+    layer = example(True, 0)
+    half = Layer(
+        {n: x.bfloat16() if x.is_floating_point() else x for n, x in layer.tensors.items()}, layer.options
+    )
+    result = run(half)
+    assert all(g.dtype == torch.bfloat16 for g in result.grads.values())
+    assert error(result.output, run(layer).output) < 0.05
+
+
+# --- dispatch
+
+
+def test_explain_says_which_backend_and_why_not_the_others() -> None:
+    layer = example(False, 0)
+    explanation = ops.explain(ops.aw_conv2d, **layer.tensors, **layer.options)
+    assert explanation.backend == next(b.name for b in BACKENDS if b.refusal is not None and ran_by(b, layer))
+    assert set(explanation.others) == {b.name for b in BACKENDS} - {explanation.backend}
+    assert all(explanation.others.values())
+    assert explanation.backend in str(explanation)
+    named = ops.explain(ops.aw_conv2d, **layer.tensors, **layer.options, backend="reference")
+    assert named.backend == "reference"
+    with pytest.raises(ValueError, match="function must be one of"):
+        ops.explain(torch.relu, layer.tensors["input"])
+
+
+def ran_by(backend, layer: Layer) -> bool:
+    return backend.refusal(checks.layer_call(**layer.tensors, **layer.options)) is None
+
+
+def test_use_backend_and_the_environment_choose() -> None:
+    layer = example(False, 0)
+
+    def taken(**more: object) -> str:
+        return ops.explain(ops.aw_conv2d, **layer.tensors, **layer.options, **more).backend
+
+    with ops.use_backend("reference"):
+        assert taken() == "reference"
+        assert taken(backend="eager") == "eager"
+        with ops.use_backend(None):
+            assert taken() != "reference"
+        with pytest.raises(KeyError), ops.use_backend("eager"):
+            raise KeyError
+        assert taken() == "reference"
+    with pytest.raises(ValueError, match="names no backend: 'fast'"), ops.use_backend("fast"):
+        pass
+    code = (
+        "import torch, awnet.ops as o; x = torch.ones(1, 1, 3, 3);"
+        "print(o.explain(o.filter_scaled_conv2d, x, x, None).backend)"
+    )
+    for value, expected in (("reference", "reference\n"), ("nonsense", "AWNET_BACKEND names no backend")):
+        environment = os.environ | {"AWNET_BACKEND": value}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert expected in done.stdout + done.stderr
+
+
+def test_a_named_backend_that_cannot_run_raises_with_the_reason() -> None:
+    layer = example(False, 0)
+    for backend in BACKENDS:
+        if not ran_by(backend, layer):
+            with pytest.raises(ValueError, match=f"{backend.name}.*cannot run this call, .* can: "):
+                ops.aw_conv2d(**layer.tensors, **layer.options, backend=backend.name)
+
+
+# --- bad input
+
+X, W = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
+SCALE = torch.ones(2, 8)
+TABLES = {n: torch.ones(2, 8) for n in ("bn_weight", "bn_bias", "running_mean", "running_var")}
+GOOD = {"input": X, "weight": W, "filter_scale": SCALE, **TABLES, "p_clean": torch.ones(2), "padding": 1}
+META = torch.device("meta")
+
+BAD = {
+    "input not a tensor": ({"input": [1.0]}, TypeError, "input must be a torch.Tensor, got list"),
+    "input of three dimensions": ({"input": X[0]}, ValueError, r"input must have 4 dimensions, got shape \[4, 6, 6\]"),
+    "input of integers": ({"input": X.long()}, TypeError, "input must be float32.*got torch.int64"),
+    "input complex": ({"input": X.cfloat()}, TypeError, "got torch.complex64"),
+    "input sparse": ({"input": X.to_sparse()}, TypeError, "dense"),
+    "weight of other dtype": ({"weight": W.double()}, TypeError, "weight has dtype torch.float64, input torch.float32"),
+    "weight on another device": ({"weight": W.to(META)}, ValueError, "weight is on meta, input on cpu"),
+    "weight of three dimensions": ({"weight": W[0]}, ValueError, "weight must have 4 dimensions"),
+    "weight for other channels": ({"weight": W[:, :3]}, ValueError, r"input must have 3 channels .*, got 4"),
+    "weight empty": ({"weight": W[:0]}, ValueError, "weight must not be empty"),
+    "kernel larger than the input": ({"input": X[:, :, :1], "padding": 0}, ValueError, "too small"),
+    "groups that do not divide": ({"groups": 3}, ValueError, "groups must be at least 1 and divide"),
+    "groups zero": ({"groups": 0}, ValueError, "groups must be at least 1"),
+    "groups not an int": ({"groups": 1.0}, TypeError, "groups must be an int, got float"),
+    "stride zero": ({"stride": 0}, ValueError, "stride must be at least 1"),
+    "stride of three": ({"stride": (1, 1, 1)}, TypeError, "stride must be an int or a pair"),
+    "padding negative": ({"padding": -1}, ValueError, "padding must be at least 0"),
+    "padding by name": ({"padding": "same"}, TypeError, "padding must be an int or a pair of ints, got 'same'"),
+    "dilation zero": ({"dilation": (1, 0)}, ValueError, "dilation must be at least 1"),
+    "scale for other filters": ({"filter_scale": SCALE[:, :7]}, ValueError, r"filter_scale must have shape \[B, C_out\] = \[2, 8\], got \[2, 7\]"),
+    "scale for another batch": ({"filter_scale": SCALE[:1]}, ValueError, r"filter_scale .* got \[1, 8\]"),
+    "scale of integers": ({"filter_scale": SCALE.int()}, TypeError, "filter_scale must be a floating-point tensor"),
+    "scale not a tensor": ({"filter_scale": 1.0}, TypeError, r"filter_scale must be a torch.Tensor \[B, C_out\], got float"),
+    "scale on another device": ({"filter_scale": SCALE.to(META)}, ValueError, "filter_scale is on meta"),
+    "batch norm of three rows": ({"bn_weight": torch.ones(3, 8)}, ValueError, "bn_weight must have 1 or 2 rows"),
+    "batch norm of one dimension": ({"bn_weight": torch.ones(8)}, ValueError, r"bn_weight must have shape \[2, C\] or \[1, C\] = \[1 or 2, 8\], got \[8\]"),
+    "batch norm for other channels": ({"running_mean": torch.ones(2, 7)}, ValueError, "running_mean must have shape"),
+    "bias unlike weight": ({"bn_bias": torch.ones(1, 8)}, ValueError, "bn_weight and bn_bias must have one shape"),
+    "variance unlike mean": ({"running_var": torch.ones(1, 8)}, ValueError, "running_mean and running_var must have one shape"),
+    "p missing": ({"p_clean": None}, ValueError, "p_clean is missing"),
+    "p of another batch": ({"p_clean": torch.ones(3)}, ValueError, r"p_clean must have shape \[B\] = \[2\], got \[3\]"),
+    "p of booleans": ({"p_clean": torch.ones(2).bool()}, TypeError, "p_clean must be a floating-point tensor"),
+    "kind in testing": ({"is_clean": torch.ones(2).bool()}, ValueError, "is_clean is for training only"),
+    "kind missing in training": ({"training": True, "p_clean": None}, ValueError, "is_clean is missing"),
+    "p in training": ({"training": True, "is_clean": torch.ones(2).bool()}, ValueError, "p_clean is for testing only"),
+    "kind of floats": ({"training": True, "p_clean": None, "is_clean": torch.ones(2)}, TypeError, "is_clean must be bool"),
+    "training not a bool": ({"training": 1}, TypeError, "training must be a bool, got int"),
+    "eps zero": ({"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),
+    "momentum out of range": ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
+    "momentum None": ({"momentum": None}, TypeError, "momentum must be a number or a tensor"),
+    "momentum of other rows": ({"momentum": torch.ones(3)}, ValueError, "momentum must be a number or have one value a row"),
+    "residual of another shape": ({"residual": X}, ValueError, r"residual must have the output's shape \[2, 8, 6, 6\]"),
+    "residual of another dtype": ({"residual": torch.ones(2, 8, 6, 6).double()}, TypeError, "residual has dtype torch.float64"),
+    "activation unknown": ({"activation": "gelu"}, ValueError, 'activation must be "relu" or None, got \'gelu\''),
+    "backend unknown": ({"backend": "fastest"}, ValueError, "backend names no backend: 'fastest'; there are triton"),
+    "backend not a name": ({"backend": 3}, TypeError, "backend must be a backend's name or None, got int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_plain_words(case: str) -> None:
+    change, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        ops.aw_conv2d(**(GOOD | change))
+
+
+def test_bad_input_of_the_other_functions() -> None:
+    tables = [torch.ones(2, 4)] * 4
+    with pytest.raises(ValueError, match="p_clean is missing"):
+        ops.mix_batch_norm(X, *tables)
+    with pytest.raises(ValueError, match="weight must have shape"):
+        ops.mix_batch_norm(X, torch.ones(2, 5), *tables[1:], p_clean=torch.ones(2))
+    with pytest.raises(ValueError, match="at least one pixel"):
+        ops.mix_batch_norm(X[:, :, :0], *tables, p_clean=torch.ones(2))
+    with pytest.raises(ValueError, match="filter_scale must have shape"):
+        ops.filter_scaled_conv2d(X, W, torch.ones(3, 8))
+    ops.aw_conv2d(**GOOD)  # the good call that every bad one changes
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, derandomize=False)
+@given(layers(offset=0.0))
+def test_fuzz_ten_thousand_layers(layer: Layer) -> None:
+    assume(not has_single_value(layer))
+    assert_agrees(layer, forward=1e-9, gradient=1e-7)

@@ -1,0 +1,246 @@
+"""The CUDA kernels on the CPU: csrc/cuda/*.cu compiled as C++ with tests/support/cuda_emulator/, called through ctypes.
+
+It shows that indices, tails, reductions and launches are right, on any machine with a C++ compiler. What it
+cannot show (memory coalescing, real concurrency, the compiler's code) is for tests/ops/test_gpu.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from awnet.ops.backends.eager import LibraryConvolutions
+from awnet.ops.coefficients import BatchStatistics, Gradients, Propagation, Sums
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATOR = ROOT / "tests" / "support" / "cuda_emulator"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+GUARD = 64  # values before and after each output; a multiple of 16 bytes
+
+
+class Images(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("dtype", "channels_last", "aligned")),
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "pixels")),
+    )
+
+
+class Norm(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "mean", "var")),
+        ("rows", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+    )
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The emulated kernels, compiled once for what the sources hold."""
+    sources = [*(ROOT / "csrc" / "cuda").glob("*.*"), *EMULATOR.iterdir(), ROOT / "csrc" / "arithmetic.h"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources) if path.is_file()))
+    path = ROOT / "build" / "cuda" / f"emulated-{digest.hexdigest()[:24]}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f"{os.getpid()}-{path.name}")
+        command = [compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", f"-I{EMULATOR}"]
+        done = subprocess.run(
+            [*command, str(EMULATOR / "emulated.cpp"), "-o", str(fresh)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        fresh.replace(path)
+    loaded = ctypes.CDLL(str(path))
+    loaded.awnet_cuda_workspace.restype = ctypes.c_int64
+    return loaded
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+class CudaOnCpu(LibraryConvolutions):
+    """The passes (``awnet.ops.backends.eager.Passes``) on the emulated kernels.
+
+    Outputs are poisoned with NaN and lie between guard bands, which are looked at after each call.
+    ``backwards`` turns the order of the threads; ``misaligned`` moves outputs off their 16 bytes.
+    """
+
+    def __init__(self) -> None:
+        self.backwards = False
+        self.misaligned = False
+        self._bands: list[tuple[str, Tensor]] = []
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+        size = torch.Size(shape).numel()
+        shift = 1 if self.misaligned else 0
+        poison = 0x5A if dtype == torch.uint8 else float("nan")
+        buffer = torch.full((size + 2 * GUARD + shift,), poison, dtype=dtype)
+        self._bands += [("before", buffer[: GUARD + shift]), ("after", buffer[GUARD + shift + size :])]
+        inside = buffer[GUARD + shift : GUARD + shift + size]
+        if channels_last:
+            batch, channels, height, width = shape
+            return inside.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return inside.view(shape)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        emulated = library()
+        emulated.awnet_emulator_order(int(self.backwards))
+        function = getattr(emulated, f"awnet_cuda_{name}")
+        function.restype = ctypes.c_char_p
+        error = function(*arguments, None)
+        assert error is None, error
+        assert emulated.awnet_emulator_diverged() == 0, f"{name}: a thread skipped a barrier"
+        for where, band in self._bands:
+            untouched = band == 0x5A if band.dtype == torch.uint8 else band.isnan()
+            assert untouched.all(), f"{name} wrote {where} an output"
+        self._bands.clear()
+
+    def _images(self, u: Tensor, *others: Tensor | None) -> Images:
+        last = not u.is_contiguous() and u.is_contiguous(memory_format=torch.channels_last)
+        everything = [u, *(x for x in others if x is not None)]
+        aligned = all(x.data_ptr() % 16 == 0 for x in everything)
+        batch, channels, height, width = u.shape
+        return Images(DTYPES[u.dtype], last, aligned, batch, channels, height * width)
+
+    @staticmethod
+    def _alike(x: Tensor | None, u: Tensor) -> Tensor | None:
+        return x if x is None or x.stride() == u.stride() else torch.empty_like(u, dtype=x.dtype).copy_(x)
+
+    def _new_image(self, u: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        last = not u.is_contiguous() and u.is_contiguous(memory_format=torch.channels_last)
+        return self._new(tuple(u.shape), dtype or u.dtype, last)
+
+    @staticmethod
+    def _gate(gate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (None, gate) if gate is not None and gate.dtype == torch.bool else (gate, None)
+
+    def _new_table(self, u: Tensor, rows: int | None = None) -> Tensor:
+        return self._new((len(u) if rows is None else rows, u.shape[1]), torch.float32)
+
+    # --- passes
+
+    def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        images, mean, m2 = self._images(u), self._new_table(u), self._new_table(u)
+        workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
+        self._call(
+            "statistics", ctypes.byref(images), pointer(u), pointer(mean), pointer(m2), pointer(workspace)
+        )
+        return mean, m2
+
+    def apply(self, u, scale, shift, residual, relu, keep_mask, in_place):
+        residual, scale, shift = self._alike(residual, u), scale.contiguous(), shift.contiguous()
+        y = u if in_place else self._new_image(u)
+        mask = self._new_image(u, torch.uint8) if keep_mask else None
+        images = self._images(u, y, mask, residual, scale, shift)
+        operands = (pointer(x) for x in (y, mask, u, residual, scale, shift))
+        self._call("apply", ctypes.byref(images), *operands, int(relu))
+        return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask.view(torch.bool)
+
+    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        grad, gate, centre = self._alike(grad, u), self._alike(gate, u), centre.contiguous()
+        images, g1, gc = self._images(u, grad, gate, centre), self._new_table(u), self._new_table(u)
+        workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
+        operands = (pointer(x) for x in (grad, u, *self._gate(gate), centre, g1, gc, workspace))
+        self._call("reduce", ctypes.byref(images), *operands)
+        return g1, gc
+
+    def propagate(self, grad, u, centre, gate, how: Propagation, residual: bool):
+        gate = self._alike(gate, grad)
+        u = None if how.by_input is None else self._alike(u, grad)
+        centre = None if how.by_input is None else centre.contiguous()
+        d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
+        by = [None if x is None else x.contiguous() for x in how]
+        images = self._images(grad, u, d_u, d_residual, gate, centre, *by)
+        operands = (pointer(x) for x in (d_u, d_residual, grad, u, *self._gate(gate), centre, *by))
+        self._call("propagate", ctypes.byref(images), *operands)
+        return d_u, d_residual
+
+    # --- the [B, C] algebra
+
+    @staticmethod
+    def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> ctypes.c_void_p:
+        tables = (pointer(x) for x in (weight, bias, mean, var))
+        return ctypes.byref(Norm(*tables, len(weight), len(mean), eps))
+
+    @staticmethod
+    def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+        return [None if x is None else x.contiguous() for x in tensors]
+
+    def testing_coefficients(self, omega, weight, bias, mean, var, p, eps, batch):
+        omega, p = self._dense(omega, p)
+        scale, shift = self._new_table(weight, batch), self._new_table(weight, batch)
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(weight.shape[1])
+        operands = (pointer(x) for x in (omega, p, scale, shift))
+        self._call("testing_coefficients", self._norm(weight, bias, mean, var, eps), *sizes, *operands)
+        return scale, shift
+
+    def testing_gradients(self, g1, gc, centre, omega, weight, bias, mean, var, p, eps, needs):
+        g1, gc, centre, omega, p = self._dense(g1, gc, centre, omega, p)
+        batch, channels = g1.shape
+        d_omega = self._new_table(g1) if needs[0] else None
+        d_p = self._new((batch,), torch.float32) if needs[1] else None
+        d_weight, d_bias = (self._new_table(weight) if any(needs[2:]) else None for _ in range(2))
+        operands = (pointer(x) for x in (g1, gc, centre, omega, p, d_omega, d_p, d_weight, d_bias))
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
+        self._call("testing_gradients", self._norm(weight, bias, mean, var, eps), *sizes, *operands)
+        return Gradients(d_omega, d_p, d_weight, d_bias)
+
+    def batch_statistics(self, mean, m2, hw, omega, is_clean, rows):
+        mean, m2, omega, is_clean = self._dense(mean, m2, omega, is_clean)
+        batch, channels = mean.shape
+        mu, var = self._new_table(mean, rows), self._new_table(mean, rows)
+        n = self._new((rows,), torch.float32)
+        sizes = (ctypes.c_int64(x) for x in (batch, channels, hw))
+        operands = (pointer(x) for x in (mean, m2, omega, is_clean, mu, var, n))
+        self._call("batch_statistics", *sizes, rows, *operands)
+        return BatchStatistics(mu, var, n)
+
+    def training_coefficients(self, omega, weight, bias, statistics, is_clean, eps, batch):
+        omega, is_clean = self._dense(omega, is_clean)
+        scale, shift = self._new_table(weight, batch), self._new_table(weight, batch)
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(weight.shape[1])
+        norm = self._norm(weight, bias, statistics.mean, statistics.var, eps)
+        operands = (pointer(x) for x in (omega, is_clean, scale, shift))
+        self._call("training_coefficients", norm, *sizes, *operands)
+        return scale, shift
+
+    def training_sums(self, g1, gc, mean, omega, weight, statistics, is_clean, eps):
+        g1, gc, mean, omega, is_clean = self._dense(g1, gc, mean, omega, is_clean)
+        batch, channels = g1.shape
+        d_weight, d_bias = self._new_table(weight), self._new_table(weight)
+        through = self._new((2, *statistics.mean.shape), torch.float32)
+        norm = self._norm(weight, None, statistics.mean, statistics.var, eps)
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
+        operands = (pointer(x) for x in (g1, gc, mean, omega, is_clean, d_weight, d_bias, through))
+        self._call("training_sums", norm, *sizes, *operands)
+        return Sums(d_weight, d_bias, through)
+
+    def training_gradients(
+        self, g1, gc, mean, m2, hw, omega, weight, statistics, is_clean, eps, need_scale, sums
+    ):
+        g1, gc, mean, m2, omega, is_clean = self._dense(g1, gc, mean, m2, omega, is_clean)
+        batch, channels = g1.shape
+        d_omega = self._new_table(g1) if need_scale else None
+        by_grad, by_input, constant = (self._new_table(g1) for _ in range(3))
+        d_weight, d_bias = (self._new_table(weight) if sums is None else None for _ in range(2))
+        outputs = (d_omega, d_weight, d_bias, by_grad, by_input, constant)
+        sizes = (ctypes.c_int64(x) for x in (batch, channels, hw))
+        norm = self._norm(weight, None, statistics.mean, statistics.var, eps)
+        through = None if sums is None else sums.through.contiguous()
+        inputs = (g1, gc, mean, m2, omega, statistics.n, is_clean, through)
+        operands = (pointer(x) for x in (*inputs, *outputs))
+        self._call("training_gradients", norm, *sizes, *operands)
+        tables = (d_weight, d_bias) if sums is None else sums[:2]
+        return Gradients(d_omega, None, *tables), Propagation(by_grad, by_input, constant)

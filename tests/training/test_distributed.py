@@ -1,0 +1,381 @@
+"""Runs on two processes: together they train as one does, and what one is told, both do."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.two_ranks import on_two_ranks, torchrun
+from torch import Tensor, nn
+
+from awnet import rng
+from awnet.data import Splits, from_arrays, load_dataset
+from awnet.data.dataset import Batch
+from awnet.distributed import Agreement, Ranks, joined
+from awnet.models import create_model
+from awnet.nn import AdversarialRouter, AWNet, Backbone
+from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, read_log, train
+from awnet.training import checkpoint as C
+from awnet.training.loop import _synchronized
+from awnet.training.step import TrainingStep
+
+CPU = torch.device("cpu")
+# where a subprocess finds this module and tests/support
+IMPORT_PATH = [str(path) for path in Path(__file__).resolve().parents[:2]]
+K = 3
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# --- what each rank does; one process alone does the same
+
+
+def plain_net(seed: int = 0) -> nn.Module:
+    """Without a batch norm."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, K))
+
+
+def splits(train: int = 23) -> Splits:
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for name, n in (("train", train), ("validation", 11), ("test", 6)):
+        x = torch.randint(0, 256, (n, 1, 4, 4), generator=generator).to(torch.uint8)
+        parts.append(from_arrays(x, torch.arange(n) % K, name="noise", split=name, eps=0.05, shift=1))
+    return Splits(*parts)
+
+
+def steps_in_float64(
+    ranks: Ranks, make: Callable[[], nn.Module], recipe: Recipe, images: int, steps: int
+) -> dict[str, Tensor]:
+    """Some steps on digits, attack and all; weights, statistics and momentum after."""
+    data = load_dataset("digits").train.subset(images)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().double()
+        teachers = Teachers(*(create_model("resnet_tiny", in_channels=1).double().eval() for _ in range(2)))
+    average = ranks.mean if ranks.size > 1 else None
+    with _synchronized(model, ranks):
+        step = TrainingStep(recipe, model, CPU, -(-images // recipe.batch_size), teachers, average=average)
+        done = 0
+        for epoch in range(recipe.epochs):
+            step.start_epoch(epoch)
+            key = rng.key(0, "training attack", epoch)
+            attack = recipe.attack(model, data.threat_model, data.num_classes, key)
+            part = (ranks.rank, ranks.size)
+            batches = data.batches(recipe.batch_size, shuffle=True, augment=True, epoch=epoch, part=part)
+            for number, (x, y, index) in enumerate(batches):
+                images = min(recipe.batch_size, len(data) - number * recipe.batch_size)
+                if done < steps:
+                    step(Batch(x.double(), y, index), attack, len(y) * ranks.size / images)
+                    done += 1
+        assert done == steps
+    found = dict(model.state_dict())
+    for number, own in step.optimizer.state_dict()["state"].items():
+        found[f"momentum {number}"] = own["momentum_buffer"]
+    if step.weights is not None:
+        found["w_nat"] = step.weights.w_nat
+    return found
+
+
+def awnet_tiny() -> nn.Module:
+    return create_model("awnet_tiny", in_channels=1)
+
+
+def awnet_smaller() -> nn.Module:
+    dynamic = Backbone("basic", [1, 1], [4, 8], num_classes=10, in_channels=1)
+    return AWNet(
+        dynamic, AdversarialRouter(dynamic.signal_widths, in_channels=1, widths=(4, 8), blocks=(1, 1))
+    )
+
+
+SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "attack_steps": 2, "milestones": ()}
+# 45 images: the last batch has 13, 7 for one rank and 6 for the other
+
+
+def a_few_steps(ranks: Ranks, folder: Path) -> Any:
+    recipe = MTARD(weight_lr=0.5, **SHORT)
+    return steps_in_float64(ranks, awnet_smaller, recipe, images=45, steps=3)
+
+
+def twenty_steps(ranks: Ranks, folder: Path) -> Any:
+    recipes = (MTARD(weight_lr=0.5, epochs=4, batch_size=32), PGDAT(epochs=4, batch_size=32))
+    return {r.name: steps_in_float64(ranks, awnet_tiny, r, images=179, steps=20) for r in recipes}
+
+
+def pieces(ranks: Ranks, folder: Path) -> Any:
+    """The collectives themselves."""
+    tensors = [torch.full((2, 3), 1.0 + ranks.rank), torch.tensor(10.0 * ranks.rank, dtype=torch.float64)]
+    ranks.mean(tensors, 1 + 2 * ranks.rank)  # weights ¼ and ¾ on two ranks
+
+    def fails() -> None:
+        raise FileNotFoundError("only rank 0 looked for it")
+
+    with pytest.raises(FileNotFoundError, match="only rank 0 looked"):
+        ranks.first(fails)
+    agreement = Agreement(ranks)
+    told = [agreement(step if ranks.rank else 0, 0) for step in range(4)]
+    return {
+        "mean": tensors,
+        "first": ranks.first(lambda: ranks.rank),
+        "gathered": ranks.gathered(ranks.rank),
+        "total": ranks.total(torch.tensor([1 + ranks.rank])),
+        "told": told,
+        "last": agreement.close(),
+    }
+
+
+RECIPE = PGDAT(epochs=3, batch_size=8, attack_steps=1, lr=0.05, milestones=(2,), log_every=2)
+
+
+def whole_run(ranks: Ranks, folder: Path) -> Any:
+    result = train(
+        RECIPE, plain_net(seed=ranks.rank if ranks.size > 1 else 0), splits(), folder / "run", quiet=True
+    )
+    return {"weights": result.model.state_dict(), "history": result.history, "validation": result.validation}
+
+
+def stopped_by_one_rank(ranks: Ranks, folder: Path) -> Any:
+    """Rank 1 alone gets a signal: both save and stop at the same step, and go on together."""
+
+    class Signals(nn.Sequential):
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.passes += 1
+                if self.passes == 2 and ranks.rank == ranks.size - 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return super().forward(x)
+
+    model = Signals(*plain_net())
+    with pytest.raises(SystemExit) as stopped:
+        train(RECIPE, model, splits(), folder / "stopped", quiet=True, seed=3)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    ranks.gathered(None)
+    step = C.load_state(folder / "stopped")["step"]
+    ranks.gathered(None)
+    model = Signals(*plain_net())
+    model.passes = 10
+    result = train(RECIPE, model, splits(), folder / "stopped", quiet=True, seed=3, resume=True)
+    return {"step": step, "finished": result.finished}
+
+
+def begun(ranks: Ranks, folder: Path) -> Any:
+    """A run like ``whole_run``, left after its first steps, in the middle of an epoch."""
+    out = folder / f"begun on {ranks.size}"
+    assert not train(RECIPE, plain_net(), splits(), out, quiet=True, max_minutes=1e-9).finished
+    return C.load_state(out)["batch"]
+
+
+def gone_on(ranks: Ranks, folder: Path) -> Any:
+    """The run that another number of ranks has begun."""
+    out = folder / f"begun on {3 - ranks.size}"
+    result = train(RECIPE, plain_net(seed=9), splits(), out, quiet=True, resume=True)
+    assert result.finished
+    return {"weights": result.model.state_dict(), "history": result.history}
+
+
+def refusals(ranks: Ranks, folder: Path) -> Any:
+    with pytest.raises(
+        ValueError, match=r"all ranks must train the same.*recipe\.lr was 0\.1, is now 0\.2|0\.2, is now 0\.1"
+    ):
+        train(Standard(epochs=1, lr=0.1 * (1 + ranks.rank)), plain_net(), splits(), folder / "a", quiet=True)
+    with pytest.raises(
+        ValueError, match="leaves 1 images for the last batch of an epoch, too few for 2 ranks"
+    ):
+        train(Standard(epochs=1, batch_size=22), plain_net(), splits(), folder / "b", quiet=True)
+    norm = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, K))
+    with pytest.raises(ValueError, match="model's 1 is a plain batch norm"):
+        train(Standard(epochs=1, batch_size=8), norm, splits(), folder / "c", quiet=True)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(RECIPE, plain_net(), splits(), folder / "run", quiet=True)
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- two processes
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("two")
+    assert begun(Ranks(CPU), folder) == 1
+    jobs: list[Callable[..., Any]] = [pieces, a_few_steps, whole_run, stopped_by_one_rank, refusals]
+    return {**on_two_ranks([*jobs, begun, gone_on], folder), "folder": folder}
+
+
+def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: float) -> None:
+    """To ``tolerance`` of each tensor's largest value."""
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if value.is_floating_point():
+            assert (value - two[name]).abs().max() <= tolerance * value.abs().max(), name
+        else:
+            assert torch.equal(value, two[name]), name
+
+
+# float64 rounds at 1e-16, the order of sums differs: 1e-5 leaves room for twenty steps that amplify it
+TOLERANCE = 1e-5
+
+
+def test_two_ranks_with_half_the_batch_train_as_one_with_all(both: dict[str, Any], tmp_path: Path) -> None:
+    one = a_few_steps(Ranks(CPU), tmp_path)
+    first, second = both["a_few_steps"]
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert_close(one, first, TOLERANCE)
+    assert one["w_nat"] != 0.5
+
+
+@pytest.mark.slow
+def test_twenty_steps_on_two_ranks(tmp_path: Path) -> None:
+    one = twenty_steps(Ranks(CPU), tmp_path)
+    for found in on_two_ranks([twenty_steps], tmp_path)["twenty_steps"]:
+        for name in ("mtard", "pgd_at"):
+            assert_close(one[name], found[name], TOLERANCE)
+
+
+def test_the_collectives(both: dict[str, Any]) -> None:
+    for found in both["pieces"]:
+        assert found["mean"][0].tolist() == [[1.75] * 3] * 2
+        assert found["mean"][1].item() == 7.5
+        assert found["first"] == 0
+        assert found["gathered"] == [0, 1]
+        assert found["total"].tolist() == [3]
+        assert found["told"] == [[0, 0], [0, 0], [1, 0], [2, 0]]  # the greatest wish, one call later
+        assert found["last"] == [3, 0]
+
+
+def test_a_whole_run_on_two_ranks_is_that_of_one(both: dict[str, Any], tmp_path: Path) -> None:
+    """Also where rank 1 brought other weights: rank 0's count. float32, six steps: 1e-4."""
+    one = whole_run(Ranks(CPU), tmp_path)
+    first, second = both["whole_run"]
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    assert_close(one["weights"], first["weights"], 1e-4)
+    assert first["validation"] == second["validation"] == one["validation"]  # shards sum to the whole
+    for ours, theirs in zip(one["history"], first["history"], strict=True):
+        for name in ("total", "nat", "adv", "clean_accuracy", "robust_accuracy", "lr"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    assert first["history"] == second["history"] == read_log(both["folder"] / "run", "epoch")
+    session = C.read_config(both["folder"] / "run")["sessions"]
+    assert [one["environment"]["ranks"] for one in session] == [2]
+    assert len(C.load_state(both["folder"] / "run")["random"]) == 2
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(both: dict[str, Any]) -> None:
+    """Order, augmentation and noise are the images', so it is the same run up to rounding: float32, 1e-4."""
+    whole = both["whole_run"][0]
+    assert both["begun"] == [2, 2]
+    more, fewer = both["gone_on"][0], gone_on(Ranks(CPU), both["folder"])
+    for found in (more, fewer):
+        assert_close(whole["weights"], found["weights"], 1e-4)
+        for ours, theirs in zip(whole["history"], found["history"], strict=True):
+            for name in ("total", "nat", "adv", "clean_accuracy", "robust_accuracy", "lr"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for before, now in ((1, 2), (2, 1)):
+        run = both["folder"] / f"begun on {before}"
+        sessions = C.read_config(run)["sessions"]
+        assert [one["environment"]["ranks"] for one in sessions] == [before, now]
+        assert [record["step"] for record in read_log(run, "step")] == [2, 4, 6, 8]
+
+
+def test_a_signal_to_one_rank_stops_both_at_one_step(both: dict[str, Any]) -> None:
+    for found in both["stopped_by_one_rank"]:
+        assert found == {"step": 3, "finished": True}  # the signal came in step 2
+
+
+def test_what_is_refused(both: dict[str, Any]) -> None:
+    for names in both["refusals"]:
+        assert not {"a", "b", "c"} & set(names)
+
+
+def test_the_shares_of_a_batch_are_the_batch() -> None:
+    data = splits().train
+    whole = list(data.batches(8, shuffle=True, augment=True, seed=1, epoch=2))
+    parts = [
+        list(data.batches(8, shuffle=True, augment=True, seed=1, epoch=2, part=(r, 3))) for r in range(3)
+    ]
+    for number, batch in enumerate(whole):
+        index = torch.cat([part[number].index for part in parts])
+        order = index.argsort()
+        assert torch.equal(index[order], batch.index.sort().values)
+        x = torch.cat([part[number].x for part in parts])
+        assert torch.equal(x[order], batch.x[batch.index.argsort()])
+    assert [len(part[-1].y) for part in parts] == [3, 2, 2]
+
+
+def test_a_rank_of_torchrun_takes_no_numbered_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ValueError, match="device must be 'cuda' under torchrun"),
+        joined(torch.device("cuda:1")),
+    ):
+        pass
+
+
+# --- torchrun and the command line
+
+# trains on two ranks; one of the first attempt dies at once within a step
+KILLED = """
+    import os, signal, sys
+    sys.path[:0] = {tests}
+    import torch, test_distributed as t
+    from torch import nn
+
+    class Mortal(nn.Sequential):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += self.training
+            first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+            if first and self.passes == {step} and self.training and os.environ["RANK"] == "{rank}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().forward(x)
+
+    t.train(t.RECIPE, Mortal(*t.plain_net()), t.splits(), {run!r}, device="cpu", tensorboard=False)
+    """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "step", "after"), [(1, 5, "3"), (0, 8, "[36]"), (1, 1, "0")])
+def test_a_killed_rank_restarts_both_from_the_last_checkpoint(
+    tmp_path: Path, rank: int, step: int, after: str
+) -> None:
+    """Rank 0 may be killed while it still writes the checkpoint of the epoch before."""
+    run = tmp_path / "run"
+    (tmp_path / "job.py").write_text(
+        textwrap.dedent(KILLED).format(tests=IMPORT_PATH, run=str(run), rank=rank, step=step)
+    )
+    found = torchrun(str(tmp_path / "job.py"), restarts=2)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert re.search(rf"after step {after} \(\d of 3 epochs are done\)", found.stdout)
+    assert len(C.read_config(run)["sessions"]) == 2
+    whole = train(RECIPE, plain_net(), splits(), tmp_path / "whole", quiet=True, tensorboard=False)
+    state = C.load_state(run)
+    assert state["finished"]
+    assert_close(C.load_state(whole.folder)["model"], state["model"], 1e-4)
+    assert [r["step"] for r in read_log(run, "step")] == [2, 4, 6, 8]
+
+
+@pytest.mark.slow
+def test_the_command_line_on_two_ranks(tmp_path: Path) -> None:
+    arguments = ["-m", "awnet.cli", "train", "--recipe", "pgd_at", "--device", "cpu", "--epochs", "1"]
+    arguments += ["--recipe-options", "attack_steps=1", "validate_limit=20", "--out", str(tmp_path / "run")]
+    found = torchrun(*arguments, "--max-minutes", "1e-9")
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("stopped in epoch 1 of 1, after step 2; saved in") == 1  # rank 0 alone speaks
+    found = torchrun(*arguments, "--resume")
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert found.stdout.count("going on with") == 1
+    assert found.stdout.count("next: awnet evaluate") == 1
+    state = C.load_state(tmp_path / "run")
+    assert state["finished"]
+    assert state["step"] == 19
