@@ -16,17 +16,17 @@ from awnet.files import write_text
 PAGE = Path(__file__).with_name("command-line.md")
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
-    *("train", "evaluate", "attack", "compare", "reproduce", "analyse filters", "analyse weight-gap"),
+    *("train", "evaluate", "attack", "compare", "reproduce", "analyze filters", "analyze weight-gap"),
     *("bench run", "bench train", "bench verify", "bench plot", "bench table", "bench tune"),
     *("data info", "data download", "export robustbench", "export program", "info"),
 )
 INTRODUCTION = """# Command line
 
-Written by `python docs/command_line.py` from the commands themselves.
+Generated from the commands by `python docs/command_line.py`.
 
-`awnet COMMAND --help` prints the same. Numbers may be fractions: `--eps 8/255`. An error prints one line and
-ends with status 2; `--traceback`, or `AWNET_DEBUG=1`, shows where it came from. Ctrl-C saves a run and ends
-with status 130. `awnet --version` prints the version.
+`awnet COMMAND --help` prints the same text. Numbers may be fractions: `--eps 8/255`. An error prints one line
+and the exit status is 2; `--traceback`, or `AWNET_DEBUG=1`, prints the traceback too. Ctrl-C saves a run; the
+exit status is then 130. `awnet --version` prints the version.
 
 """
 

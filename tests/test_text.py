@@ -14,7 +14,7 @@ from rich.console import Console
 
 from awnet.analysis import filter_means as draw_filter_means
 from awnet.analysis import w_robust_bars, waterfall
-from awnet.cli import _say
+from awnet.cli.options import print_text
 from awnet.evaluation import Report, compare, comparison_table, w_robust_table
 from awnet.evaluation.report import AttackResult
 from awnet.models import create_model
@@ -77,7 +77,7 @@ def test_tables_print_every_name_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_lines_print_every_name_as_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = io.StringIO()
-    _say(Console(file=file, width=40, highlight=False), f"written to {name}")
+    print_text(Console(file=file, width=40, highlight=False), f"written to {name}")
     assert file.getvalue() == f"written to {visible(name)}\n"
     Reporter(name).say(f"{name} is finished")
     assert capsys.readouterr().out == f"{visible(name)} is finished\n"

@@ -1,4 +1,4 @@
-"""What ``awnet analyse`` draws for any set of checkpoints, with the data behind each figure."""
+"""What ``awnet analyze`` draws for any set of checkpoints, with the data behind each figure."""
 
 from __future__ import annotations
 

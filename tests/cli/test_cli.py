@@ -18,7 +18,9 @@ from support.http_server import Server, tar_of
 
 from awnet import __version__
 from awnet.attacks import list_attacks, named_attack
-from awnet.cli import EXPECTED, _OnRun, main, number, parse_options
+from awnet.cli import EXPECTED, main
+from awnet.cli.options import number, parse_options
+from awnet.cli.run_options import RunOptions
 from awnet.data import Splits, from_arrays, list_datasets, load_dataset
 from awnet.evaluation import Report
 from awnet.models import create_model, list_models, load_model, save_model
@@ -164,7 +166,7 @@ def test_version_prints_the_version_and_nothing_else(capsys):
 
 
 LEAVES = (
-    *("train", "evaluate", "attack", "compare", "reproduce", "analyse filters", "analyse weight-gap", "info"),
+    *("train", "evaluate", "attack", "compare", "reproduce", "analyze filters", "analyze weight-gap", "info"),
     *("bench run", "bench train", "bench verify", "bench plot", "bench table", "bench tune"),
     *("data download", "data info", "export robustbench", "export program"),
 )
@@ -423,7 +425,7 @@ def test_attack_saves_images_labels_and_provenance(run, tmp_path, capsys):
     assert ((x_adv - expected).abs() < 1e-5).float().mean() > 0.99
     with torch.no_grad():
         assert arrays["prediction"].tolist() == model(x_adv).argmax(1).tolist()
-    assert "exists: choose another file, or replace it by --overwrite" in fails(capsys, *words)
+    assert "exists: choose another file, or replace it with --overwrite" in fails(capsys, *words)
     assert main([str(word) for word in [*words, "--overwrite"]]) == 0
 
 
@@ -457,7 +459,7 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
     ("words", "message"),
     [
         (["train", "--recipe", "luck"], "unknown recipe 'luck'"),
-        (["reproduce", "table1", "--seeds", "1", "2"], "seeds is for digits"),
+        (["reproduce", "table1", "--seeds", "1", "2"], "seeds is an option of digits"),
         (["reproduce", "digits", "--seeds", "1"], "two or more different numbers"),
         (["train", "--model", "awnet_huge", "--out", "new"], "unknown model 'awnet_huge'"),
         (["train", "--data", "mnist"], "unknown data set 'mnist'; known are digits"),
@@ -489,6 +491,7 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
         (["evaluate", "nowhere", "--data", "digits"], "nowhere does not exist: give a run folder"),
         (["evaluate", "."], "is no run folder: it has no config.json"),
         (["attack", "nowhere", "--out", "x.npz", "--data", "digits"], "nowhere does not exist"),
+        (["analyze", "filters", "nowhere"], "nowhere does not exist"),
         (["analyse", "filters", "nowhere"], "nowhere does not exist"),
         (["export", "program", "nowhere", "--out", "x.pt2"], "nowhere does not exist"),
         (["reproduce", "everything"], "what must be digits or one of table1"),
@@ -501,7 +504,7 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
         (["bench", "run", "--shape", "64,64,8,2"], "the kernel must be odd"),
         (["bench", "run", "--shape", "8,8,8", "--cases", "stem"], "shape and cases are both given"),
         (["reproduce", "table1", "--data", "digits"], "what must be digits or one of table1"),
-        (["reproduce", "digits", "--data", "digits"], "digits has data of its own"),
+        (["reproduce", "digits", "--data", "digits"], "digits always uses its own data set"),
     ],
 )
 def test_an_error_is_one_clean_line(words, message, capsys):
@@ -520,7 +523,7 @@ def test_an_error_is_one_clean_line(words, message, capsys):
         (["--eps", "0"], "eps must be in (0, 1]"),
         (["--device", "tpu9"], "device must be"),
         (["--data", "mnist"], "unknown data set"),
-        (["--compare-with", "nowhere"], "compare-with takes run folders; nowhere is none"),
+        (["--compare-with", "nowhere"], "compare-with takes run folders; nowhere is not a folder"),
         (["--device", "meta"], "device must be cpu"),
         (["--device", "mps"], "device must be cpu"),
         (["--seed", "1" + "0" * 30], "seed must be an integer that int64 holds"),
@@ -559,14 +562,17 @@ def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkey
     config = json.loads((run / "config.json").read_text())
     model, splits = load_model(run), load_dataset("digits")
     monkeypatch.setattr("awnet.models.load_model", lambda path: model)
-    monkeypatch.setattr("awnet.cli._load", lambda name, data_dir, seed, eps: loaded(splits, name, seed, eps))
+    monkeypatch.setattr(
+        "awnet.cli.run_options.load_splits",
+        lambda name, data_dir, seed, eps: loaded(splits, name, seed, eps),
+    )
     (tmp_path / "best.safetensors").touch()
     refused, unclear = 0, []
     for entry, value in edits(config):
         if not entry and value is ...:
             continue
         (tmp_path / "config.json").write_text(json.dumps(edited(config, entry, value)))
-        command = _OnRun(run_folder=tmp_path)
+        command = RunOptions(run_folder=tmp_path)
         try:
             command.load(Console(quiet=True))
         except EXPECTED as error:
@@ -616,7 +622,7 @@ def test_a_run_on_arrays_is_exported_and_other_commands_say_what_to_do(tmp_path,
     assert main(["export", "program", "own", "--out", "own.pt2"]) == 0
     assert torch.export.load("own.pt2").module()(torch.zeros(5, 2, 6, 6)).shape == (5, 4)
     capsys.readouterr()
-    for words in (["evaluate", "own"], ["attack", "own", "--out", "x.npz"], ["analyse", "filters", "own"]):
+    for words in (["evaluate", "own"], ["attack", "own", "--out", "x.npz"], ["analyze", "filters", "own"]):
         assert re.search(
             r"own was trained on 'flowers', arrays .*awnet\.evaluate.*--data", fails(capsys, *words)
         )

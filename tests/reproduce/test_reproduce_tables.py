@@ -223,7 +223,7 @@ def test_checkpoints_are_analysed_from_the_command_line(
     assert (
         main(
             [
-                "analyse",
+                "analyze",
                 "filters",
                 *runs,
                 "--out",
@@ -244,7 +244,7 @@ def test_checkpoints_are_analysed_from_the_command_line(
     assert (
         main(
             [
-                "analyse",
+                "analyze",
                 "weight-gap",
                 runs[0],
                 "--images",

@@ -1,0 +1,47 @@
+"""``awnet attack``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from awnet.cli.options import print_text
+from awnet.cli.run_options import RunOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(kw_only=True)
+class Attack(RunOptions):
+    """Generate adversarial images against a model and save them."""
+
+    attack: str = "pgd_sat"
+    """Name of the attack, see `awnet info`."""
+    out: Path
+    """The .npz file to write: x_adv (float32 [N, C, H, W] in [0, 1]), y, index (each image's position in the
+    published order), prediction, and provenance (JSON text)."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+
+    def run(self, console: Console) -> None:
+        from awnet.attacks import Suite, named_attack
+        from awnet.attacks.npz import attack_dataset, save_npz
+        from awnet.devices import resolve_device
+
+        if self.out.exists() and not self.overwrite:
+            raise FileExistsError(f"{self.out} exists: choose another file, or replace it with --overwrite")
+        model, dataset = self.load(console)
+        if self.limit is not None:
+            dataset = dataset.subset(self.limit)
+        suite = Suite(classes=dataset.num_classes)
+        attack = named_attack(self.attack, model, dataset.threat_model, seed=self.seed, suite=suite)
+        images = attack_dataset(attack, dataset.to(resolve_device(self.device)), self.batch_size)
+        save_npz(self.out, images, {"model": str(self.run_folder), "attack": self.attack, "seed": self.seed})
+        print_text(
+            console,
+            f"{len(images.labels)} images of {dataset.name} {dataset.split}, {self.attack}, "
+            f"eps {dataset.threat_model.eps:.4g}: {100 * images.accuracy:.1f} % still classified correctly",
+        )
+        print_text(console, f"written to {self.out}")

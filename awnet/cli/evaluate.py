@@ -1,0 +1,99 @@
+"""``awnet evaluate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from awnet.cli.options import Maybe, Several, print_text
+from awnet.cli.run_options import RunOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from awnet.distributed import Ranks
+
+
+@dataclass(kw_only=True)
+class Evaluate(RunOptions):
+    """Evaluate a trained model on clean and adversarial images: table, report and figures.
+
+    On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet.cli evaluate …`. Each rank takes whole
+    batches, so the results equal those of one GPU."""
+
+    attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
+    """Names of attacks, see `awnet info`. aa is AutoAttack; union is the worst case over all of them and
+    more."""
+    budget: Literal["smoke", "short", "standard"] = "standard"
+    """Budget of the attacks beyond the first four. smoke takes seconds and only shows that they run. short is
+    for small networks on a CPU; the standard budget may break images that it leaves robust."""
+    queries: Maybe[int] = None
+    """Queries of Square, within aa and union. Default: the budget's, 5000 for standard."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 may be faster and is for experiments: its report has no headline accuracy."""
+    name: str = "default"
+    """Name of the evaluation; it is written to RUN/evaluations/NAME."""
+    compare_with: Several[Path] = ()
+    """Other runs, evaluated under the same name, to add paired differences with."""
+    teachers: Maybe[tuple[Path, ...]] = None
+    """Where the teachers that the run was trained with are now, in the order clean, robust. Default: the
+    paths in the run's record. Their weights must match the record."""
+    allow_missing: bool = False
+    """Leave out attacks that need a missing teacher, and mark the report's headline as incomplete."""
+
+    def run(self, console: Console) -> None:
+        from awnet.devices import resolve_device
+        from awnet.distributed import joined
+
+        # a rank that has finished its batches waits for the others, which may take hours
+        with joined(resolve_device(self.device), timeout=timedelta(days=30)) as ranks:
+            console.quiet = console.quiet or ranks.rank > 0
+            self._evaluate(console, ranks)
+
+    def _evaluate(self, console: Console, ranks: Ranks) -> None:
+        from awnet.evaluation import Report, comparison_table, evaluate
+
+        for run in self.compare_with:
+            if not run.is_dir():
+                raise FileNotFoundError(f"compare-with takes run folders; {run} is not a folder")
+        others = {str(run): Report.load(run / "evaluations" / self.name) for run in self.compare_with}
+        model, dataset = self.load(console, ranks.device)
+        last = self.run_folder == self.folder and self.checkpoint == "last"
+        report = evaluate(
+            model,
+            dataset,
+            self.attacks,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            limit=self.limit,
+            budget=self.budget,
+            queries=self.queries,
+            precision=self.precision,
+            teachers=self.teachers,
+            allow_missing=self.allow_missing,
+            progress=not console.quiet,
+            out=self.folder,
+            name=self.name,
+            compared_with=others,
+            selected_on="nothing: the last checkpoint" if last else None,
+            ranks=ranks,
+        )
+        console.print(report.table())
+        if others:
+            console.print(comparison_table(report))
+        for kind, use in report.exits.items():
+            share = use["mean_flops"] / use["full_flops"]
+            print_text(
+                console,
+                f"{kind}: mean exit {use['mean_exit']:.2f}, {100 * share:.0f} % of the full network's FLOPs",
+            )
+        for line in report.sanity:
+            print_text(console, f"{line['result']}: {line['check']} ({line['evidence']})")
+        if report.router_auc:
+            values = ", ".join(f"{kind} {auc:.3f}" for kind, auc in report.router_auc.items())
+            print_text(console, f"router's AUC, clean images against: {values}")
+        for flag in report.flags:
+            print_text(console, f"note: {flag}")
+        print_text(console, f"written to {self.folder / 'evaluations' / self.name}")

@@ -1,0 +1,29 @@
+"""``awnet info``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(kw_only=True)
+class Info:
+    """Print versions, devices, backends, models, data sets, attacks and recipes."""
+
+    prints_its_result: ClassVar[bool] = True
+
+    json: bool = False
+    """Print JSON, for programs."""
+
+    def run(self, console: Console) -> None:
+        from awnet.info import collect, render
+
+        facts = collect()
+        if self.json:
+            print(json.dumps(facts, indent=2))
+        else:
+            console.print(render(facts))

@@ -1,0 +1,71 @@
+"""``awnet reproduce``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from awnet.cli.options import Maybe, Several
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(kw_only=True)
+class Reproduce:
+    """Run a whole experiment: train, attack, compare, print the table."""
+
+    what: Positional[str]
+    """digits: AW-Net and two static baselines on scikit-learn's digits, a few minutes on two CPU cores.
+    table1 … table11, fig1, fig3, fig4, fig5: the paper's, next to its published results. weight_gap: its
+    Section 3.2. systems: small dynamic networks of several kinds at equal training cost."""
+    data: Maybe[str] = None
+    """For table3 only: digits runs the ablation on digits instead of CIFAR-10."""
+    budget: Literal["smoke", "cpu", "gpu-30min", "paper"] = "smoke"
+    """Compute budget of a table or figure. smoke takes a minute and shows that the command works, on
+    generated images if the data set is missing; cpu takes hours; gpu-30min takes half an hour per network;
+    paper uses the paper's settings."""
+    out: Maybe[Path] = None
+    """Output folder. Default: runs/digits; runs/paper for tables and figures, which share networks."""
+    data_dir: Maybe[Path] = None
+    """For tables and figures: folder of the data sets. Default: `data`."""
+    resume: bool = False
+    """Resume the experiment in the output folder, if there is one; Ctrl-C saves a checkpoint. Tables and
+    figures always resume."""
+    overwrite: bool = False
+    """Replace the experiment in the output folder (digits only)."""
+    seed: int = 0
+    """Seed of weights, order of images, augmentation, attacks and choice of held-out images."""
+    seeds: Several[int] = ()
+    """Run digits with each of these seeds instead of --seed, and compare over the trainings. Default output
+    folder: runs/digits-seeds."""
+    device: Maybe[str] = None
+    """cpu, cuda, cuda:1 …. Default: the GPU if there is one."""
+
+    def run(self, console: Console) -> None:
+        from awnet.reproduce import reproduce, run_digits, run_digits_seeds
+
+        if self.data is not None and self.what == "digits":
+            raise ValueError("data is an option of table3; digits always uses its own data set")
+        if self.what == "digits":
+            flags: Any = {"resume": self.resume, "overwrite": self.overwrite, "device": self.device}
+            if self.seeds:
+                run_digits_seeds(self.out or Path("runs/digits-seeds"), self.seeds, **flags)
+            else:
+                run_digits(self.out or Path("runs/digits"), seed=self.seed, **flags)
+            return
+        if self.seeds:
+            raise ValueError(f"seeds is an option of digits; run {self.what} once per seed")
+        if self.overwrite:
+            raise ValueError("overwrite is an option of digits; tables share networks, so choose another out")
+        reproduce(
+            self.what if self.data is None else f"{self.what}-{self.data}",
+            self.budget,
+            out=self.out or Path("runs/paper"),
+            data_dir=self.data_dir,
+            seed=self.seed,
+            device=self.device,
+        )

@@ -1,0 +1,160 @@
+"""``awnet train``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from awnet import early_signals
+from awnet.cli.options import Maybe, Number, Several, parse_options, print_text
+from awnet.cli.run_options import load_splits
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from awnet.data import Splits
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a model with a recipe and write everything into a run folder.
+
+    On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet.cli train …`; with --max-restarts=2 it
+    resumes from the last checkpoint automatically. --batch-size counts the images of all GPUs together."""
+
+    recipe: str = "mtard"
+    """mtard (two teachers, the paper's), trades, pgd_at or standard (clean images only). With a one-cycle
+    learning rate and fewer epochs: mtard_fast, trades_fast, pgd_at_fast, standard_fast and hat. For one
+    network each: rdi, advmoe and separate."""
+    model: Maybe[str] = None
+    """Name of the model, see `awnet info`. Default: the recipe's own network, or awnet_tiny on digits and
+    awnet_resnet18 elsewhere."""
+    data: str = "digits"
+    """digits (ships with scikit-learn), cifar10, cifar100 or tiny_imagenet."""
+    data_dir: Maybe[Path] = None
+    """Folder of the published data set, or its parent. Default: `data`."""
+    out: Maybe[Path] = None
+    """Run folder to write. Default: runs/DATA-MODEL-RECIPE-SEED."""
+    resume: bool = False
+    """Resume the run in the run folder, if there is one. Ctrl-C saves a checkpoint."""
+    overwrite: bool = False
+    """Replace the run in the run folder."""
+    teachers: Maybe[tuple[Path, ...]] = None
+    """The clean and the robust teacher (for hat the clean one only): run folders or .safetensors files.
+    Without this option the recipe trains them first."""
+    epochs: Maybe[int] = None
+    """Passes over the training images; the milestones of the learning rate are scaled. Default: the
+    recipe's."""
+    batch_size: Maybe[int] = None
+    """Images per step. Default: the recipe's."""
+    lr: Number = None
+    """Learning rate of the network (the router has its own, router_lr). Default: the recipe's."""
+    attack_steps: Maybe[int] = None
+    """Steps of the training attack. Default: the recipe's."""
+    precision: Maybe[Literal["auto", "float32", "bfloat16"]] = None
+    """Precision of convolutions and matrix products. auto, the default, is bfloat16 on CUDA and float32
+    elsewhere. bfloat16 is faster on CPUs with AMX, see `awnet info`."""
+    layout: Maybe[Literal["auto", "nchw", "channels_last"]] = None
+    """Memory format of the images. Default: auto. channels_last requires bfloat16."""
+    recipe_options: Several[str] = ()
+    """Other settings of the recipe as NAME=VALUE …, such as temperature=5 milestones=75,90."""
+    model_options: Several[str] = ()
+    """Settings of the model as NAME=VALUE …, such as bn=one."""
+    limit: Maybe[int] = None
+    """Train on at most this many images, stratified by class."""
+    init_from: Maybe[Path] = None
+    """Start from the weights of this run or .safetensors file; the model must be the same."""
+    eps: Number = None
+    """Size of the perturbation in image units. Default: the data set's, 8/255 (0.15 on digits)."""
+    select_on: Literal["validation", "test"] = "validation"
+    """Images that select the best checkpoint: held-out training images, or the test images (the paper's
+    protocol, which gives optimistic results; the report says so)."""
+    data_memory: Literal["auto", "device", "host"] = "auto"
+    """Where the training images are stored: on the device, on the host, or (auto) on the device if they
+    fit."""
+    max_minutes: Number = None
+    """Write a checkpoint and stop after this time."""
+    checkpoint_minutes: float = 10.0
+    """Time between checkpoints within an epoch. The end of each epoch always writes one."""
+    keep_checkpoints: int = 2
+    """Number of recent checkpoints to keep on disk; a damaged one is skipped when the run is resumed."""
+    seed: int = 0
+    """Seed of the weights, the order of the images, the augmentation, the attacks' noise and the choice of
+    held-out images."""
+    device: Maybe[str] = None
+    """cpu, cuda, cuda:1 …. Default: the GPU if there is one."""
+
+    @early_signals.noted()
+    def run(self, console: Console) -> None:
+        from awnet.distributed import is_first
+        from awnet.training import recipe_for, train
+
+        settings = parse_options(self.recipe_options, "--recipe-options")
+        for name in ("epochs", "batch_size", "lr", "attack_steps", "precision", "layout"):
+            value = getattr(self, name)
+            if value is not None:
+                if name in settings:
+                    raise ValueError(
+                        f"{name} is given twice: as --{name.replace('_', '-')} and in --recipe-options"
+                    )
+                settings[name] = value
+        recipe = recipe_for(self.recipe, self.data, **settings)
+        splits = load_splits(self.data, self.data_dir, self.seed, self.eps)
+        if self.limit is not None:
+            if self.limit < 1:
+                raise ValueError(f"limit must be 1 or more images, got {self.limit}")
+            splits = splits._replace(train=splits.train.subset(self.limit))
+        name = self.model or recipe.network or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
+        out = self.out or Path("runs") / f"{self.data}-{name}-{self.recipe}-{self.seed}"
+        options = parse_options(self.model_options, "--model-options")
+        result = train(
+            recipe,
+            _create_model(name, options, splits, self.seed) if options else name,
+            splits,
+            out,
+            seed=self.seed,
+            device=self.device,
+            resume=self.resume,
+            overwrite=self.overwrite,
+            teachers=self.teachers,
+            init_from=self.init_from,
+            data_memory=self.data_memory,
+            max_minutes=self.max_minutes,
+            checkpoint_minutes=self.checkpoint_minutes,
+            keep_checkpoints=self.keep_checkpoints,
+            select_on=self.select_on,
+        )
+        if result.finished and is_first():
+            print_text(console, f"next: awnet evaluate {result.folder}")
+
+
+def _create_model(name: str, options: dict[str, Any], splits: Splits, seed: int) -> nn.Module:
+    from awnet.models.registry import create_seeded_model
+
+    train = splits.train
+    return create_seeded_model(
+        name, seed, num_classes=train.num_classes, in_channels=train.in_channels, **options
+    )
+
+
+def misplaced_option(words: Sequence[str]) -> str | None:
+    """An error message if an unknown option of ``train`` is a setting of the recipe or the model."""
+    known = {field.name for field in fields(Train)} | {"help"}
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or name in known:
+            continue
+        from awnet.models.registry import model_options
+        from awnet.training.recipes import RECIPES
+
+        for owner, settings in {
+            "recipe": {field.name for kind in RECIPES.values() for field in fields(kind)},
+            "model": model_options(),
+        }.items():
+            if name in settings:
+                flag = f"--{name.replace('_', '-')}"
+                return f"{flag} is a setting of the {owner}: give --{owner}-options {name}=VALUE"
+    return None
