@@ -20,7 +20,7 @@ from awnet.evaluation.statistics import Interval
 from awnet.evaluation.store import locked
 from awnet.evaluation.table import LABELS, attack_label
 from awnet.files import expanded
-from awnet.reproduce.lanes import Job, run_lanes
+from awnet.reproduce.parallel import Job, run_in_parallel
 from awnet.terminal import safe_console
 from awnet.text import visible
 from awnet.training import MTARD, Recipe, recipe_for, train
@@ -112,9 +112,9 @@ def run_digits(
 
     def side_by_side(here: list[Job], aside: list[Job]) -> list[Any]:
         """The results of the jobs ``here`` and then of those ``aside``."""
-        lanes = [here, aside] if processes == 2 else [here + aside]
-        found = run_lanes(lanes, max(1, torch.get_num_threads() // processes))
-        return [result for lane in found for result in lane]
+        queues = [here, aside] if processes == 2 else [here + aside]
+        results = run_in_parallel(queues, max(1, torch.get_num_threads() // processes))
+        return [result for queue in results for result in queue]
 
     beside = ", in a second process" if processes == 2 else ""
     clean, robust = recipe.teacher_recipe("clean"), recipe.teacher_recipe("robust")

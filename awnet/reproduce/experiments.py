@@ -307,7 +307,7 @@ class Budget:
     attack_budget: BudgetName = "standard"
     queries: int | None = None
     """Of Square; None takes the attack budget's."""
-    stand_in: bool = False
+    synthetic: bool = False
     """Generated images where a data set's folder is not there."""
 
 
@@ -322,7 +322,7 @@ BUDGETS: dict[str, Budget] = {
         test_limit=16,
         attack_budget="smoke",
         queries=40,
-        stand_in=True,
+        synthetic=True,
     ),
     "cpu": Budget(
         "narrow networks on part of the images, hours on a CPU",

@@ -27,7 +27,7 @@ from awnet.provenance import environment
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.digits import verdict
 from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
-from awnet.reproduce.workshop import SURROGATE, Workshop
+from awnet.reproduce.runs import SURROGATE, Runs
 from awnet.terminal import safe_console
 from awnet.text import csv_text, visible
 
@@ -87,7 +87,7 @@ def reproduce(
     experiment = EXPERIMENTS[name]
     console = safe_console(quiet=quiet)
     allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
-    shop = Workshop(
+    runs = Runs(
         expanded(out),
         budget,
         allowed,
@@ -98,64 +98,64 @@ def reproduce(
     )
     folder = expanded(out) / f"{name}-{budget}"
     folder.mkdir(parents=True, exist_ok=True)
-    shop.say(f"{name}: {experiment.title}; budget {budget}: {allowed.about}")
+    runs.say(f"{name}: {experiment.title}; budget {budget}: {allowed.about}")
     if experiment.equal_cost:
         (dataset,) = experiment.datasets
-        experiment = replace(experiment, systems=shop.at_equal_cost(experiment.systems, dataset))
-    lines = _KINDS[experiment.kind](name, experiment, shop, folder)
+        experiment = replace(experiment, systems=runs.at_equal_cost(experiment.systems, dataset))
+    lines = _KINDS[experiment.kind](name, experiment, runs, folder)
     if lines:
-        _write(name, experiment, lines, shop, folder)
-        console.print(_rich(experiment, lines, shop))
-    shop.say(f"written to {folder}")
+        _write(name, experiment, lines, runs, folder)
+        console.print(_rich(experiment, lines, runs))
+    runs.say(f"written to {folder}")
     return Outcome(folder, tuple(lines))
 
 
 # --- the kinds of experiment
 
 
-def _accuracy(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+def _accuracy(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
     lines = []
     for dataset in experiment.datasets:
         reports: dict[str, Report] = {}
         for system in experiment.systems:
             try:
-                reports[system.label] = shop.evaluated(system, dataset, experiment.attacks, name)
+                reports[system.label] = runs.evaluated(system, dataset, experiment.attacks, name)
             except ImportError as error:  # a network that an optional package brings
-                shop.say(f"{system.label} is left out: {error}")
-                shop.left_out[system.label] = str(error)
+                runs.say(f"{system.label} is left out: {error}")
+                runs.left_out[system.label] = str(error)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in experiment.attacks})
-        _remark(reports, shop, dataset)
-        _draw_bars(experiment, reports, folder / f"{dataset}.png", shop.splits(dataset).test.name)
+        _remark(reports, runs, dataset)
+        _draw_bars(experiment, reports, folder / f"{dataset}.png", runs.splits(dataset).test.name)
     return lines
 
 
-def _transfer(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+def _transfer(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
     lines = []
     for dataset in experiment.datasets:
-        surrogate = shop.trained(SURROGATE, dataset)
-        test = shop.splits(dataset).test
+        surrogate = runs.trained(SURROGATE, dataset)
+        test = runs.splits(dataset).test
         crafted = {}
         for attack in experiment.attacks:
-            shop.say(f"{attack} on {SURROGATE.label}, {len(test)} test images")
-            place = shop.run_folder(SURROGATE, dataset) / "crafted"
-            crafted[f"transfer_{attack}"] = craft(surrogate, test, attack, folder=place, seed=shop.seed)
+            runs.say(f"{attack} on {SURROGATE.label}, {len(test)} test images")
+            place = runs.run_folder(SURROGATE, dataset) / "crafted"
+            crafted[f"transfer_{attack}"] = craft(surrogate, test, attack, folder=place, seed=runs.seed)
         reports = {}
         for system in experiment.systems:
-            model = shop.trained(system, dataset)
+            model = runs.trained(system, dataset)
             replayed = {attack: replay(model, images) for attack, images in crafted.items()}
-            reports[system.label] = shop.evaluated(system, dataset, replayed, name)
+            reports[system.label] = runs.evaluated(system, dataset, replayed, name)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in crafted})
-        _remark(reports, shop, dataset)
-        _draw_bars(experiment, reports, folder / f"{dataset}.png", shop.splits(dataset).test.name)
+        _remark(reports, runs, dataset)
+        _draw_bars(experiment, reports, folder / f"{dataset}.png", runs.splits(dataset).test.name)
     return lines
 
 
 @full_precision()
-def _detection(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+def _detection(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
     lines = []
     (dataset,), (system,) = experiment.datasets, experiment.systems
-    splits = shop.splits(dataset)
-    model = shop.trained(system, dataset)
+    splits = runs.splits(dataset)
+    model = runs.trained(system, dataset)
     train = next(splits.train.batches(len(splits.train)))
     held_out, test = (next(part.batches(len(part))) for part in (splits.validation, splits.test))
     few = max(2, min(len(train.y) // 4, 50))
@@ -165,13 +165,13 @@ def _detection(name: str, experiment: Experiment, shop: Workshop, folder: Path) 
         system.label: RouterDetector,
     }
     for attack_name in experiment.attacks:
-        attack = named_attack(attack_name, model, splits.test.threat_model, seed=shop.seed)
+        attack = named_attack(attack_name, model, splits.test.threat_model, seed=runs.seed)
         adversarial = {
             "fit": attack(held_out.x, held_out.y, index=held_out.index),
             "test": attack(test.x, test.y, index=test.index),
         }
         for label, make in makers.items():
-            shop.say(f"{label} against {attack_name}")
+            runs.say(f"{label} against {attack_name}")
             detector = make(model).fit(train.x, train.y, held_out.x, adversarial["fit"])
             found = auc(detector.score(adversarial["test"]).numpy(), detector.score(test.x).numpy())
             paper = _paper(experiment, dataset, label, attack_name)
@@ -180,26 +180,26 @@ def _detection(name: str, experiment: Experiment, shop: Workshop, folder: Path) 
     return lines
 
 
-def _filters(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+def _filters(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
     """Fig. 1 and 3: the first two convolutions of each network, plainly and robustly trained."""
     (dataset,) = experiment.datasets
     networks: dict[str, dict[str, nn.Module]] = {}
     for system in experiment.systems:
         network, _, recipe = system.label.partition(" by ")
-        networks.setdefault(network, {})[recipe] = shop.trained(system, dataset)
+        networks.setdefault(network, {})[recipe] = runs.trained(system, dataset)
     compare_filters(networks, folder, title=experiment.title)
     return []
 
 
-def _weight_gap(name: str, experiment: Experiment, shop: Workshop, folder: Path) -> list[Line]:
+def _weight_gap(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
     """One step from the same weights against Eq. 8; and whole trainings that differ in ε and α alone."""
     from scipy.stats import wasserstein_distance
 
     (dataset,), (system,) = experiment.datasets, experiment.systems
-    test = shop.splits(dataset).test
+    test = runs.splits(dataset).test
     batch = next(test.batches(min(128, len(test))))
     eps = test.threat_model.eps
-    plain = shop.trained(_varied(system, 1.0, 0.0), dataset)
+    plain = runs.trained(_varied(system, 1.0, 0.0), dataset)
     measure_weight_gap(plain, batch.x, batch.y, eps, folder)
 
     base = filter_means(plain)
@@ -207,7 +207,7 @@ def _weight_gap(name: str, experiment: Experiment, shop: Workshop, folder: Path)
         ("eps", "adv_weight", "layer", "wasserstein", "mean_difference", "std_ratio")
     ]
     for scale, alpha in ((1.0, 0.25), (1.0, 0.5), (1.0, 1.0), (0.25, 0.5), (0.5, 0.5)):
-        means = filter_means(shop.trained(_varied(system, scale, alpha), dataset))
+        means = filter_means(runs.trained(_varied(system, scale, alpha), dataset))
         for layer, values in means.items():
             distance = wasserstein_distance(values, base[layer])
             shift, ratio = values.mean() - base[layer].mean(), values.std() / base[layer].std()
@@ -225,7 +225,7 @@ def _varied(system: System, eps_scale: float, adv_weight: float) -> System:
     )
 
 
-_KINDS: dict[str, Callable[[str, Experiment, Workshop, Path], list[Line]]] = {
+_KINDS: dict[str, Callable[[str, Experiment, Runs, Path], list[Line]]] = {
     "accuracy": _accuracy,
     "transfer": _transfer,
     "detection": _detection,
@@ -280,23 +280,23 @@ def _lines_of(
     return lines
 
 
-def _remark(reports: dict[str, Report], shop: Workshop, dataset: str) -> None:
+def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
     """Attack settings, paired differences and doubts, told beside the table."""
     attacks = {name: result for report in reports.values() for name, result in report.results().items()}
     for name, result in attacks.items():
-        said = _settings(name, result, shop)
-        if said not in shop.attack_settings:
-            shop.attack_settings.append(said)
+        said = _settings(name, result, runs)
+        if said not in runs.attack_settings:
+            runs.attack_settings.append(said)
     first = reports.get(AWNET.label)
     for label, report in reports.items():
         if first is not None and report is not first:
-            shop.differences.append(
-                f"{AWNET.label} against {label}, {dataset}: {verdict(compare(first, report, shop.seed))}."
+            runs.differences.append(
+                f"{AWNET.label} against {label}, {dataset}: {verdict(compare(first, report, runs.seed))}."
             )
-        shop.doubts += [f"{label}, {dataset}: {flag}." for flag in report.flags]
+        runs.doubts += [f"{label}, {dataset}: {flag}." for flag in report.flags]
 
 
-def _settings(name: str, result: AttackResult, shop: Workshop) -> str:
+def _settings(name: str, result: AttackResult, runs: Runs) -> str:
     settings = result.settings
     if "members" in settings:
         said = ", ".join(settings["members"])
@@ -321,12 +321,12 @@ def _fraction(per_cent: float | None) -> float | None:
     return None if per_cent is None else per_cent / 100
 
 
-def _statement(experiment: Experiment, shop: Workshop) -> list[str]:
+def _statement(experiment: Experiment, runs: Runs) -> list[str]:
     """What ours was measured on, for a reader of the table."""
-    budget = shop.budget
+    budget = runs.budget
     said = []
     for dataset in experiment.datasets:
-        splits = shop.splits(dataset)
+        splits = runs.splits(dataset)
         said.append(
             f"Data: {splits.train.name}, {len(splits.train)} training, {len(splits.validation)} validation "
             f"and {len(splits.test)} test images ({splits.train.source}); L-infinity eps "
@@ -334,12 +334,12 @@ def _statement(experiment: Experiment, shop: Workshop) -> list[str]:
         )
     channels = "" if budget.width == 1 else f"channels × {budget.width:g}; "
     said += [
-        f"Budget {shop.budget_name}: {budget.about}.",
-        f"Training: {channels}seed {shop.seed}, one run of each network; the checkpoint is the best on the "
+        f"Budget {runs.budget_name}: {budget.about}.",
+        f"Training: {channels}seed {runs.seed}, one run of each network; the checkpoint is the best on the "
         "validation images (the paper chose on the test images).",
-        *_budget_settings(shop),
+        *_budget_settings(runs),
         *experiment.notes,
-        *(f"{system} was not measured: {reason}." for system, reason in shop.left_out.items()),
+        *(f"{system} was not measured: {reason}." for system, reason in runs.left_out.items()),
     ]
     if experiment.table is not None:
         said += [
@@ -350,8 +350,8 @@ def _statement(experiment: Experiment, shop: Workshop) -> list[str]:
     return said
 
 
-def _budget_settings(shop: Workshop) -> list[str]:
-    settings = shop.budget.settings
+def _budget_settings(runs: Runs) -> list[str]:
+    settings = runs.budget.settings
     if not settings:
         return []
     eps = "attack_step_size"  # in image units, which a reader of attacks thinks of in 255ths
@@ -387,11 +387,11 @@ def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], text_columns: 
     return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
 
 
-def _trainings(shop: Workshop) -> list[str]:
-    counted = any(one.multiply_adds is not None for one in shop.trainings)
+def _trainings(runs: Runs) -> list[str]:
+    counted = any(one.multiply_adds is not None for one in runs.trainings)
     headings = ["data", "network trained", "as", "recipe", "parameters", "epochs", "minutes"]
     rows = []
-    for one in shop.trainings:
+    for one in runs.trainings:
         cells = [one.dataset, one.label, one.network, one.recipe, f"{one.parameters:,}", str(one.epochs)]
         cells.append(f"{one.seconds / 60:.1f}")
         if counted:
@@ -404,17 +404,17 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"## {title}", "", *lines, ""] if lines else []
 
 
-def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop, folder: Path) -> None:
-    text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in _statement(experiment, shop)), ""]
+def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs, folder: Path) -> None:
+    text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in _statement(experiment, runs)), ""]
     printed = any(line.paper is not None for line in lines)
     for dataset in experiment.datasets:
         own = [_cells(line, printed) for line in lines if line.dataset == dataset]
-        text += _section(f"{shop.splits(dataset).test.name}, per cent", _rows(_headings(printed), own, 3))
-    text += _section("Paired by image, 95 % intervals", [f"- {said}" for said in shop.differences])
-    text += _section("Attacks", [f"- {said}" for said in shop.attack_settings])
-    text += _section("Doubts that the numbers themselves raise", [f"- {said}" for said in shop.doubts])
+        text += _section(f"{runs.splits(dataset).test.name}, per cent", _rows(_headings(printed), own, 3))
+    text += _section("Paired by image, 95 % intervals", [f"- {said}" for said in runs.differences])
+    text += _section("Attacks", [f"- {said}" for said in runs.attack_settings])
+    text += _section("Doubts that the numbers themselves raise", [f"- {said}" for said in runs.doubts])
     text += _section(
-        "Trainings, minutes by the clock of a machine that may have had other work", _trainings(shop)
+        "Trainings, minutes by the clock of a machine that may have had other work", _trainings(runs)
     )
     write_text(folder / "table.md", "\n".join(map(visible, text)))
     names = [*(field.name for field in fields(Line)), "difference"]
@@ -425,16 +425,16 @@ def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop,
         {
             "experiment": name,
             "title": experiment.title,
-            "budget": shop.budget_name,
-            "seed": shop.seed,
-            "statement": _statement(experiment, shop),
-            "attacks": shop.attack_settings,
-            "differences": shop.differences,
-            "doubts": shop.doubts,
-            "trainings": [asdict(training) for training in shop.trainings],
-            "environment": environment(resolve_device(shop.device or "cpu")),
+            "budget": runs.budget_name,
+            "seed": runs.seed,
+            "statement": _statement(experiment, runs),
+            "attacks": runs.attack_settings,
+            "differences": runs.differences,
+            "doubts": runs.doubts,
+            "trainings": [asdict(training) for training in runs.trainings],
+            "environment": environment(resolve_device(runs.device or "cpu")),
             "runs": {
-                f"{dataset}/{system.label}": str(shop.run_folder(system, dataset).relative_to(shop.out))
+                f"{dataset}/{system.label}": str(runs.run_folder(system, dataset).relative_to(runs.out))
                 for dataset in experiment.datasets
                 for system in experiment.systems
             },
@@ -442,11 +442,11 @@ def _write(name: str, experiment: Experiment, lines: list[Line], shop: Workshop,
     )
 
 
-def _rich(experiment: Experiment, lines: list[Line], shop: Workshop) -> Table:
+def _rich(experiment: Experiment, lines: list[Line], runs: Runs) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.text import Text
 
-    caption = Text(visible(_statement(experiment, shop)[0]))
+    caption = Text(visible(_statement(experiment, runs)[0]))
     table = Table(title=f"{experiment.title}, per cent", box=SIMPLE_HEAD, caption=caption)
     printed = any(line.paper is not None for line in lines)
     for number, heading in enumerate(_headings(printed)):

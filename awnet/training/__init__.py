@@ -1,6 +1,6 @@
 """Training: recipes, losses, the loop and the run folder."""
 
-from awnet.training.compared import RDI, AlternatingTrades, Separate
+from awnet.training.baselines import RDI, AlternatingTrades, Separate
 from awnet.training.logging import read_log
 from awnet.training.loop import RunResult, train
 from awnet.training.losses import LossOptions, LossResult, MTARDWeights, Teachers

@@ -50,9 +50,9 @@ from awnet.scalars import check_integer, check_number
 from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, check_log
 from awnet.training.losses import Teachers
-from awnet.training.place import Place
+from awnet.training.micro_batches import check_smallest_micro_batch
 from awnet.training.recipes import Recipe
-from awnet.training.smallest import check_smallest_micro_batch
+from awnet.training.run_folder import RunFolder
 from awnet.training.step import Numerics, TrainingStep, numerics
 
 EVALUATION_BATCH = 256
@@ -235,7 +235,7 @@ def train(
         if state is not None and state["finished"]:
             reporter.say(f"{folder} is finished: nothing to train")
             return _result(model, folder, state["best"], state["best_model"], history, finished=True)
-        place = held.enter_context(Place(folder, reporter.say)) if ranks.rank == 0 else None
+        place = held.enter_context(RunFolder(folder, reporter.say)) if ranks.rank == 0 else None
 
         images = f"{len(splits.train):,} training images of {splits.train.name}"
         how = f"recipe {recipe.name}, {recipe.epochs} epochs, seed {seed}"
@@ -368,7 +368,7 @@ class _Run:
         data_memory: Memory,
     ) -> None:
         self.recipe, self.model, self.folder, self.seed = recipe, model, folder, seed
-        self.place: Place | None = None  # rank 0's: where the folder is now
+        self.place: RunFolder | None = None  # rank 0's: where the folder is now
         self.history: list[dict[str, Any]] = []  # rank 0's: the epochs' records
         self.ranks, self.device, self.reporter = ranks, ranks.device, reporter
         self.data = splits.train.placed(self.device, data_memory)

@@ -19,7 +19,7 @@ from awnet.evaluation.report import AttackDifference
 from awnet.models import load_model
 from awnet.reproduce import run_digits_seeds
 from awnet.reproduce.digits import _train, run_digits, verdict
-from awnet.reproduce.lanes import run_lanes
+from awnet.reproduce.parallel import run_in_parallel
 from awnet.training import MTARD, checkpoint, read_log, recipe_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,26 +160,26 @@ def test_seeds_must_be_several_and_different(tmp_path: Path, seeds: tuple[int, .
     assert not (tmp_path / "run").exists()
 
 
-# --- lanes
+# --- parallel
 
 
-def test_lanes_run_in_processes_of_their_own_with_their_threads() -> None:
+def test_queues_run_in_separate_processes_with_their_number_of_threads() -> None:
     threads = torch.get_num_threads()
     jobs = [os.getpid, torch.get_num_threads, partial(max, 3, 5)]
-    here, there = run_lanes([jobs, jobs], 1)
+    here, there = run_in_parallel([jobs, jobs], 1)
     assert here == [os.getpid(), 1, 5]
     assert there[0] != os.getpid()
     assert there[1:] == [1, 5]
     assert torch.get_num_threads() == threads
 
 
-def test_a_lane_that_fails_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_job_of_another_process_raises(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="a process of this run failed with status 1"):
-        run_lanes([[partial(int, "3")], [partial(int, "three")]], 1)
+        run_in_parallel([[partial(int, "3")], [partial(int, "three")]], 1)
     assert "invalid literal for int() with base 10: 'three'" in capfd.readouterr().err
 
 
-def test_when_one_lane_is_stopped_the_others_save_and_stop(tmp_path: Path) -> None:
+def test_an_interrupt_stops_the_other_processes_after_they_save(tmp_path: Path) -> None:
     splits, _ = small()
     recipe = recipe_for("standard", "digits", epochs=100_000, batch_size=10)
     run = tmp_path / "run"
@@ -192,7 +192,7 @@ def test_when_one_lane_is_stopped_the_others_save_and_stop(tmp_path: Path) -> No
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_lanes([[interrupted], [endless]], 1)
+        run_in_parallel([[interrupted], [endless]], 1)
     step = checkpoint.load_state(run)["step"]
     assert step >= 6
     time.sleep(0.5)

@@ -18,8 +18,8 @@ from awnet.data import load_dataset
 from awnet.models import create_model, list_models
 from awnet.reproduce import BUDGETS, EXPERIMENTS, paper_rows, reproduce
 from awnet.reproduce.analyses import alike, compare_filters, effective_filters
-from awnet.reproduce.stand_in import stand_in
-from awnet.reproduce.workshop import _shrunk
+from awnet.reproduce.runs import _shrunk
+from awnet.reproduce.synthetic import synthetic_splits
 from awnet.training import list_recipes, train
 
 PRINTED = {name: experiment for name, experiment in EXPERIMENTS.items() if experiment.table}
@@ -51,15 +51,15 @@ def test_every_system_exists(name: str) -> None:
         assert system.recipe in list_recipes()
 
 
-def test_a_stand_in_has_the_shape_of_what_it_stands_for_and_says_what_it_is() -> None:
-    splits = stand_in("cifar100", seed=1, train=210, validation=20, test=30)
+def test_synthetic_splits_have_the_published_shape_and_say_that_they_are_generated() -> None:
+    splits = synthetic_splits("cifar100", seed=1, train=210, validation=20, test=30)
     assert splits.train.images.shape == (210, 3, 32, 32)
     assert [len(part) for part in splits] == [210, 20, 30]
     assert splits.train.num_classes == 100
     assert "stand-in" in splits.test.name
     assert "generated" in splits.test.source
-    assert splits.train.fingerprint() == stand_in("cifar100", seed=1, train=210).train.fingerprint()
-    assert splits.train.fingerprint() != stand_in("cifar100", seed=2, train=210).train.fingerprint()
+    assert splits.train.fingerprint() == synthetic_splits("cifar100", seed=1, train=210).train.fingerprint()
+    assert splits.train.fingerprint() != synthetic_splits("cifar100", seed=2, train=210).train.fingerprint()
     # of one class, images are nearer to one another than to other classes': there is something to learn
     x = splits.train.images.float().flatten(1)
     spectrum = torch.fft.rfft2(splits.train.images.float()).abs().flatten(1)
@@ -68,7 +68,7 @@ def test_a_stand_in_has_the_shape_of_what_it_stands_for_and_says_what_it_is() ->
     assert (same < other).float().mean() > 0.8
     assert x.std() > 20
     with pytest.raises(ValueError, match="stand-in for cifar10, cifar100"):
-        stand_in("digits")
+        synthetic_splits("digits")
 
 
 def test_a_figure_from_the_command_line_goes_on_where_it_was(
@@ -152,7 +152,7 @@ def test_small_systems_are_compared_at_equal_cost(tmp_path: Path, monkeypatch: p
 
 
 def test_images_are_averaged_over_squares() -> None:
-    part = stand_in("cifar10", seed=0, train=12).train
+    part = synthetic_splits("cifar10", seed=0, train=12).train
     shrunk = _shrunk(part, 2)
     assert shrunk.images.shape == (12, 3, 16, 16)
     square = part.images[3, 1, 4:6, 8:10].float().mean()

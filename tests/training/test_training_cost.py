@@ -16,7 +16,7 @@ from awnet.data import Batch, load_dataset
 from awnet.models import create_model
 from awnet.ops import use_backend
 from awnet.reproduce import BUDGETS, EXPERIMENTS
-from awnet.reproduce.workshop import Workshop
+from awnet.reproduce.runs import Runs
 from awnet.training import TrainingStep, recipe_for
 from awnet.training.cost import _Counter, multiply_adds
 
@@ -82,12 +82,12 @@ def test_a_recipe_with_teachers_is_refused() -> None:
 
 def test_epochs_at_equal_cost_are_those_that_come_nearest(tmp_path: Path) -> None:
     budget = replace(BUDGETS["smoke"], epochs=20)
-    shop = Workshop(
+    runs = Runs(
         tmp_path, "smoke", budget, data_dir=tmp_path, seed=0, device="cpu", console=Console(quiet=True)
     )
-    systems = shop.at_equal_cost(EXPERIMENTS["systems"].systems[:3], "cifar10")
-    train = shop.splits("cifar10").train
-    costs = [multiply_adds(shop.recipe(s, "cifar10"), shop._model(s, train), train) for s in systems]
+    systems = runs.at_equal_cost(EXPERIMENTS["systems"].systems[:3], "cifar10")
+    train = runs.splits("cifar10").train
+    costs = [multiply_adds(runs.recipe(s, "cifar10"), runs._model(s, train), train) for s in systems]
     epochs = [system.settings["epochs"] for system in systems]
     assert epochs[0] == 20
     assert epochs[1] > 20  # the static twin is cheaper

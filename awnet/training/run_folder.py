@@ -15,7 +15,7 @@ except ImportError:  # Windows, which does not rename a folder that is in use
 _F_GETPATH = 50  # of macOS
 
 
-class Place:
+class RunFolder:
     """Where a folder is now, known by its identity rather than by its name. Use it in a ``with`` statement.
 
     Args:
@@ -80,7 +80,7 @@ class Place:
             return None
         return Path(os.fsdecode(found.rstrip(b"\0")))
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> RunFolder:
         return self
 
     def __exit__(

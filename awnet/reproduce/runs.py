@@ -19,7 +19,7 @@ from awnet.evaluation import Report, evaluate
 from awnet.models.registry import create_seeded_model
 from awnet.models.separate import SeparateNet
 from awnet.reproduce.experiments import Budget, System
-from awnet.reproduce.stand_in import stand_in
+from awnet.reproduce.synthetic import synthetic_splits
 from awnet.text import visible
 from awnet.training import Recipe, list_recipes, recipe_for, train
 from awnet.training.cost import multiply_adds
@@ -51,7 +51,7 @@ class Training:
     """By the clock, on whatever else the machine did meanwhile."""
 
 
-class Workshop:
+class Runs:
     """The runs under one folder, shared by all experiments of one budget and seed.
 
     ``out/runs/<budget>/<data set>-<model>-<recipe>…`` are run folders; one that is finished is only loaded,
@@ -93,11 +93,11 @@ class Workshop:
             try:
                 found = load_dataset(name, self.data_dir, seed=self.seed)
             except FileNotFoundError as error:
-                if not budget.stand_in:
+                if not budget.synthetic:
                     raise FileNotFoundError(
                         f"{error} (only --budget smoke runs without the images, on generated ones)"
                     ) from error
-                found = stand_in(name, self.seed)
+                found = synthetic_splits(name, self.seed)
                 self.say(f"{name} is not here: generated images stand in for it; the figures mean nothing")
             limits = (budget.train_limit, budget.validation_limit, budget.test_limit)
             parts = (_cut(part, n) for part, n in zip(found, limits, strict=True))

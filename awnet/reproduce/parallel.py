@@ -1,4 +1,7 @@
-"""Independent work side by side: small networks use one core each far better than all cores together."""
+"""Runs independent jobs in parallel processes.
+
+Small networks train faster with one core for each process than with all cores for one.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +20,27 @@ import torch
 Job = Callable[[], Any]
 
 
-def run_lanes(lanes: Sequence[Sequence[Job]], threads: int) -> list[list[Any]]:
-    """Runs each lane's jobs in order, ``threads`` threads a lane, and returns their results.
+def run_in_parallel(queues: Sequence[Sequence[Job]], threads: int) -> list[list[Any]]:
+    """Runs the queues side by side, the jobs of each in order, and returns their results.
 
-    The first lane runs in this process, each other one in a process of its own; jobs and results there must
-    be picklable. When anything ends this process, or an exception passes through, the others are told to stop
-    as by SIGTERM, and waited for.
+    The first queue runs in this process, every other one in a separate process; its jobs and results must be
+    picklable. If an exception is raised here, or this process ends for any reason, the other processes
+    receive SIGTERM, and this process waits for them.
 
-    Raises RuntimeError when another process fails; it has printed why.
+    Args:
+        queues: the jobs of each process.
+        threads: number of threads of each process.
+
+    Raises:
+        RuntimeError: another process failed; it has printed its error.
     """
     with _threads(threads):
-        others = [_Child(lane, threads) for lane in lanes[1:]]
+        children = [_Child(queue, threads) for queue in queues[1:]]
         try:
-            results = [[job() for job in lanes[0]]]
-            return results + [child.results() for child in others]
+            results = [[job() for job in queues[0]]]
+            return results + [child.results() for child in children]
         finally:
-            for child in others:
+            for child in children:
                 child.stop()
 
 
@@ -47,11 +55,11 @@ def _threads(number: int) -> Iterator[None]:
 
 
 class _Child:
-    """A Python process that takes pickled jobs on its input and stops when that input is closed."""
+    """A Python process that reads pickled jobs from its standard input and stops when that is closed."""
 
     def __init__(self, jobs: Sequence[Job], threads: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from awnet.reproduce.lanes import _serve; _serve()"],
+            [sys.executable, "-c", "from awnet.reproduce.parallel import _serve; _serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C reaches this process only, which passes it on by stop()
@@ -62,11 +70,11 @@ class _Child:
 
     def results(self) -> list[Any]:
         assert self._process.stdout is not None
-        answer = self._process.stdout.read()
+        output = self._process.stdout.read()
         status = self._process.wait()
         if status != 0:
             raise RuntimeError(f"a process of this run failed with status {status}; see its message above")
-        results: list[Any] = pickle.loads(answer)
+        results: list[Any] = pickle.loads(output)
         return results
 
     def stop(self) -> None:
@@ -78,25 +86,24 @@ class _Child:
 
 
 def _serve() -> None:
-    """The child's side."""
-    # the answer has standard output to itself; what a job prints goes where errors go
-    answer = os.fdopen(os.dup(1), "wb")
+    """The main function of the child process."""
+    # standard output carries only the results; what jobs print goes to standard error
+    output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
         threads, jobs = pickle.load(sys.stdin.buffer)
-    except EOFError:  # told to stop before it began
+    except EOFError:  # stopped before it began
         sys.exit(128 + signal.SIGTERM)
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     results = [job() for job in jobs]
-    with suppress(BrokenPipeError):  # nobody waits for the answer any more
-        answer.write(pickle.dumps(results))
-        answer.close()
+    with suppress(BrokenPipeError):  # the parent no longer waits for it
+        output.write(pickle.dumps(results))
+        output.close()
 
 
 def _stop_with_parent() -> None:
-    while os.read(
-        0, 1
-    ):  # not sys.stdin: its lock, held by a daemon thread, would break the interpreter's exit
+    # not sys.stdin: a daemon thread that holds its lock would break the exit of the interpreter
+    while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -10,7 +10,7 @@ from awnet.data import Dataset, Splits, ThreatModel, from_arrays
 _SHAPES = {"cifar10": (10, 32), "cifar100": (100, 32), "tiny_imagenet": (200, 64)}
 
 
-def stand_in(
+def synthetic_splits(
     name: str, seed: int = 0, *, train: int = 1024, validation: int = 256, test: int = 256
 ) -> Splits:
     """A data set called "stand-in for <name>" with its classes, image size and threat model (8/255).
