@@ -1,12 +1,19 @@
-"""Attacks within an L-infinity ball, on any ``nn.Module`` that maps images in [0, 1] to logits."""
+"""Attacks within an L-infinity ball, on any ``nn.Module`` that maps images in [0, 1] to logits.
+
+``base`` checks arguments and freezes the model; ``pgd``, ``autoattack``, ``search`` and ``adaptive`` are the
+attacks; ``registry`` names them; ``cascade`` runs several in turn and decides which images are already
+broken; ``transfer`` and ``craft`` replay images made on another model; ``saved`` stores the state of an
+interrupted attack, with checksums.
+"""
 
 from awnet.attacks.autoattack import AutoAttack
 from awnet.attacks.base import Attack, frozen
 from awnet.attacks.cascade import Cascade
+from awnet.attacks.craft import craft
 from awnet.attacks.graphed import GraphedPGD
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.registry import Suite, list_attacks, named_attack
-from awnet.attacks.transfer import TransferAttack, craft, replay
+from awnet.attacks.transfer import TransferAttack, replay
 
 __all__ = [
     "CW",

@@ -1,4 +1,10 @@
-"""Several attacks in a row, each on the images that no earlier one broke."""
+"""Runs several attacks in turn, each only on the images that no earlier attack has broken.
+
+:meth:`Cascade.perturb` decides which images are already broken: after each attack the model classifies the
+new images, and ``broken_by`` records for each image the attack that broke it first. AutoAttack and the union
+of all attacks are cascades. :class:`awnet.evaluation.union.WorstCase` does the same over the attacks of an
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +24,24 @@ ROBUST, WRONG_CLEAN = -1, -2
 
 
 class Outcome(NamedTuple):
-    """What a cascade did to a batch."""
+    """The result of a cascade on one batch."""
 
     x_adv: Tensor
     """``[B, C, H, W]``"""
     broken_by: Tensor
-    """int64 ``[B]``: the number of the first member that broke an image, ``ROBUST`` or ``WRONG_CLEAN``."""
+    """int64 ``[B]``: the number of the first member that broke the image, ``ROBUST`` or ``WRONG_CLEAN``."""
     notes: Counter[str]
-    """What members noticed, in counts."""
+    """Warnings of the members, counted."""
 
 
 class Cascade(Attack):
-    """``members`` one after the other, each on the images that are still classified correctly.
+    """Runs ``members`` in order, each on the images that are still classified correctly.
 
-    An image's ``x_adv`` is that of the member that broke it; for an image that withstood all of them, the one
-    with the smallest margin seen. An image that is misclassified without an attack is left as it is.
+    An image's ``x_adv`` is that of the member that broke it; for an image that no member broke, the one with
+    the smallest margin. An image that is misclassified without an attack is returned unchanged.
 
     Args:
-        model: the attacked model, which judges every member's images, also those made on another model.
+        model: the attacked model; it classifies every member's images, also those made on another model.
         members: attacks by name, run in this order.
         eps, seed: as for :class:`Attack`.
     """
@@ -51,7 +57,7 @@ class Cascade(Attack):
         self.announce: Callable[[str], None] | None = None
         """Called with a member's name before it runs."""
         self.outcome: Outcome | None = None
-        """Of the last batch."""
+        """The result of the last batch."""
         self._saved: Saved | None = None
 
     @property
@@ -59,63 +65,63 @@ class Cascade(Attack):
         return super().settings | {"members": {name: m.settings for name, m in self.members.items()}}
 
     def keep_in(self, saved: Saved | None) -> None:
-        """Keeps each batch there after each member, and goes on from what is there; None keeps nothing."""
+        """Saves each batch to ``saved`` after each member, and resumes from there; None saves nothing."""
         self._saved = saved
         for member in self.members.values():
             if isinstance(member, Cascade):
                 member.keep_in(saved)
 
     def examine(self, x: Tensor, y: Tensor, largest_label: int) -> Counter[str]:
-        """What there is to notice of a batch before it is attacked."""
+        """Checks a batch before it is attacked; returns warnings, counted."""
         return Counter()
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        """As for :class:`Attack`, but reads back after each member which images it broke."""
+        """As for :class:`Attack`, but synchronizes with the host after each member to see what it broke."""
         low, high = self.ball(x)
         name = "" if self._saved is None else digest(self.settings, x, y, index)
-        found = None if self._saved is None else self._saved.load(name, x.device)
-        if found is None:
+        state = None if self._saved is None else self._saved.load(name, x.device)
+        if state is None:
             x_adv, done, notes = x.clone(), 0, self.examine(x, y, largest_label)
-            correct, closest = self._judge(x, y, largest_label)
+            correct, smallest_margin = self._classify(x, y, largest_label)
             broken_by = torch.where(correct, ROBUST, WRONG_CLEAN)
-            closest.fill_(torch.inf)  # the first attack's image replaces x, however well it holds
+            smallest_margin.fill_(torch.inf)  # the first attack's image always replaces x
         else:
-            tensors, note = found
-            # with x's strides, whatever they are: they choose a convolution's path, and so its rounding
-            check_ball(tensors["x_adv"], x, self.eps, f"the images kept in {self._saved_at(name)}")
+            tensors, note = state
+            # copied into x's strides: they choose a convolution's algorithm, and so its rounding
+            check_ball(tensors["x_adv"], x, self.eps, f"the images saved in {self._path(name)}")
             x_adv = torch.empty_like(x).copy_(tensors["x_adv"])
-            broken_by, closest = tensors["broken_by"], tensors["closest"]
+            broken_by, smallest_margin = tensors["broken_by"], tensors["closest"]
             done, notes = note["done"], Counter(note["notes"])
         for number, (member_name, member) in list(enumerate(self.members.items()))[done:]:
-            rows = (broken_by == ROBUST).nonzero()[:, 0]
+            rows = (broken_by == ROBUST).nonzero()[:, 0]  # the images that are not broken yet
             if len(rows) == 0:
                 break
             if self.announce is not None:
                 self.announce(member_name)
-            made = member.perturb(x[rows], y[rows], index[rows], largest_label).detach()
-            if not bool(made.isfinite().all()):
+            images = member.perturb(x[rows], y[rows], index[rows], largest_label).detach()
+            if not bool(images.isfinite().all()):
                 raise FloatingPointError(
-                    f"{member_name} met a gradient that is not finite: look for NaN in the model's weights "
-                    "and outputs"
+                    f"{member_name} computed a gradient that is not finite: look for NaN in the model's "
+                    "weights and outputs"
                 )
-            made = torch.maximum(torch.minimum(made, high[rows]), low[rows])
-            correct, distance = self._judge(made, y[rows], largest_label)
-            closer = (distance < closest[rows]) | ~correct
-            x_adv[rows[closer]], closest[rows[closer]] = made[closer], distance[closer]
+            images = torch.maximum(torch.minimum(images, high[rows]), low[rows])
+            correct, margins = self._classify(images, y[rows], largest_label)
+            better = (margins < smallest_margin[rows]) | ~correct
+            x_adv[rows[better]], smallest_margin[rows[better]] = images[better], margins[better]
             broken_by[rows[~correct]] = number
             if isinstance(member, Cascade) and member.outcome is not None:
                 notes += member.outcome.notes
             notes += Counter(getattr(member, "notes", {}))
             if self._saved is not None:
-                state = {"x_adv": x_adv, "broken_by": broken_by, "closest": closest}
-                self._saved.save(name, state, {"done": number + 1, "notes": notes})
+                tensors = {"x_adv": x_adv, "broken_by": broken_by, "closest": smallest_margin}
+                self._saved.save(name, tensors, {"done": number + 1, "notes": notes})
         self.outcome = Outcome(x_adv, broken_by, notes)
         return x_adv
 
-    def _saved_at(self, name: str) -> str:
+    def _path(self, name: str) -> str:
         return "" if self._saved is None else str(self._saved.path(name))
 
-    def _judge(self, x: Tensor, y: Tensor, largest_label: int) -> tuple[Tensor, Tensor]:
+    def _classify(self, x: Tensor, y: Tensor, largest_label: int) -> tuple[Tensor, Tensor]:
         """Whether each image is classified correctly, bool ``[B]``, and its margin ``[B]``."""
         with torch.no_grad():
             logits = self.logits(x, largest_label)

@@ -1,8 +1,7 @@
-"""Attacks made on one model and replayed on another."""
+"""Transfer attacks: adversarial images made on one model and replayed on another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awnet._version import __version__
-from awnet.attacks.base import Attack, check_ball, check_model, device_of
+from awnet.attacks.base import Attack, check_ball
 from awnet.attacks.saved import Saved, digest, model_fingerprint
-from awnet.data.dataset import Dataset
-from awnet.files import expanded, read_json, write_json
-from awnet.models import load_model
-from awnet.models.registry import config_of
-from awnet.precision import full_precision
+from awnet.files import expanded, read_json
 
 
 @dataclass(frozen=True)
 class Crafted:
-    """Adversarial images of a surrogate.
+    """Adversarial images made on a surrogate by :func:`awnet.attacks.craft`.
 
     Attributes:
         x_adv: float32 ``[N, C, H, W]`` in [0, 1].
-        index: int64 ``[N]``, each image's place in its data set's published order.
-        labels: int64 ``[N]``, the true ones.
-        provenance: what they were made with: ``surrogate`` and ``data`` (fingerprints), ``settings`` of the
+        index: int64 ``[N]``, each image's position in its data set's published order.
+        labels: int64 ``[N]``, the true labels.
+        provenance: how they were made: ``surrogate`` and ``data`` (fingerprints), ``settings`` of the
             attack, ``dataset``, ``split``, ``eps``, versions.
     """
 
@@ -39,101 +33,34 @@ class Crafted:
 
     @classmethod
     def load(cls, path: str | Path) -> Crafted:
-        """What :func:`craft` wrote: the ``.safetensors`` file, with its ``.json`` beside it."""
+        """Reads a ``.safetensors`` file that :func:`craft` wrote, and the ``.json`` next to it."""
         path = expanded(path)
         for part in (path, path.with_suffix(".json")):
             if not part.is_file():
                 raise FileNotFoundError(f"{part} does not exist: craft the images first")
-        found = Saved(path.parent, "").load(path.stem)
-        tensors = {} if found is None else found[0]
+        stored = Saved(path.parent, "").load(path.stem)
+        tensors = {} if stored is None else stored[0]
         provenance = read_json(path.with_suffix(".json"))
         try:
-            whole = cls(tensors["x_adv"], tensors["index"], tensors["labels"], provenance)
+            crafted = cls(tensors["x_adv"], tensors["index"], tensors["labels"], provenance)
         except KeyError as error:
             raise ValueError(f"{path} holds no crafted images: {error} is missing") from error
-        if not isinstance(provenance, dict) or provenance.get("content") != _content(whole):
+        if not isinstance(provenance, dict) or provenance.get("content") != crafted.content():
             raise ValueError(f"{path} and its .json do not belong together: craft the images again")
-        return whole
+        return crafted
 
-
-@full_precision()
-def craft(
-    surrogate: nn.Module | str | Path,
-    dataset: Dataset,
-    attack: str | Callable[[nn.Module], Attack] = "pgd_sat",
-    *,
-    folder: str | Path | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Crafted:
-    """Attacks ``surrogate`` on every image of ``dataset``, once: a second call reads what the first wrote.
-
-    Runs in full float32, see :func:`awnet.precision.full_precision`.
-
-    Args:
-        surrogate: a model, or a run folder or ``.safetensors`` file to load one from.
-        dataset: whose threat model gives eps and step sizes.
-        attack: a name that :func:`awnet.attacks.named_attack` knows, or a function that makes an attack on
-            the model it is given.
-        folder: where to keep the images, as ``<key>.safetensors`` with ``<key>.json``; an interrupted call
-            goes on there. None keeps nothing.
-        progress: called with (images done, images in all).
-    """
-    from awnet.attacks.registry import named_attack
-
-    model = surrogate if isinstance(surrogate, nn.Module) else load_model(surrogate)
-    check_model(model)
-    device = device_of(model)
-    dataset = dataset if device is None else dataset.to(device)
-    if isinstance(attack, str):
-        made = named_attack(attack, model, dataset.threat_model, seed=seed)
-    else:
-        made = attack(model)
-        if not isinstance(made, Attack):
-            raise TypeError(f"attack must make an Attack, got {type(made).__name__}")
-    provenance = {
-        "surrogate": model_fingerprint(model),
-        "surrogate_config": config_of(model),
-        "settings": made.settings,
-        "eps": made.eps,
-        "dataset": dataset.name,
-        "split": dataset.split,
-        "data": dataset.fingerprint(),
-        "batch_size": batch_size,
-    }
-    key = digest(provenance)
-    path = None if folder is None else expanded(folder) / f"{key}.safetensors"
-    if path is not None and path.is_file() and path.with_suffix(".json").is_file():
-        return Crafted.load(path)
-    parts = None if folder is None else Saved(folder, f"{key}.parts")
-    batches: list[Tensor] = []
-    for number, (x, y, index) in enumerate(dataset.batches(batch_size)):
-        kept = None if parts is None else parts.load(str(number))
-        x_adv = made(x, y, index=index).cpu() if kept is None else kept[0]["x_adv"]
-        check_ball(x_adv, x.cpu(), made.eps, f"images of {type(made).__name__}, batch {number}")
-        if parts is not None and kept is None:
-            parts.save(str(number), {"x_adv": x_adv})
-        batches.append(x_adv)
-        if progress is not None:
-            progress(min((number + 1) * batch_size, len(dataset)), len(dataset))
-    whole = Crafted(torch.cat(batches), dataset.index.cpu(), dataset.labels.cpu(), provenance)
-    provenance |= {"awnet": __version__, "torch": torch.__version__, "content": _content(whole)}
-    if path is not None and parts is not None:
-        tensors = {"x_adv": whole.x_adv, "index": whole.index, "labels": whole.labels}
-        Saved(path.parent, "").save(path.stem, tensors)
-        write_json(path.with_suffix(".json"), provenance)
-        parts.remove()
-    return whole
+    def content(self) -> str:
+        """Digest of the tensors, which ``provenance`` stores."""
+        return digest(self.x_adv, self.index, self.labels)
 
 
 class TransferAttack(Attack):
-    """Images made on a surrogate, for any model.
+    """Replays adversarial images of a surrogate on any model.
 
     Args:
-        model: the model that faces them; it plays no part in making them.
-        source: an attack on the surrogate, run when images are asked for, or what :func:`craft` made, from
-            which images are taken by their index.
+        model: the model to attack; it is not used to make the images.
+        source: an attack on the surrogate, run for each batch, or images made by
+            :func:`awnet.attacks.craft`, which are looked up by index.
     """
 
     def __init__(self, model: nn.Module, source: Attack | Crafted) -> None:
@@ -149,19 +76,19 @@ class TransferAttack(Attack):
     @property
     def settings(self) -> dict[str, Any]:
         if isinstance(self.source, Attack):
-            made = {"surrogate": model_fingerprint(self.source.model), "settings": self.source.settings}
+            origin = {"surrogate": model_fingerprint(self.source.model), "settings": self.source.settings}
         else:
-            made = {key: self.source.provenance[key] for key in ("surrogate", "settings", "data")}
-        return super().settings | made
+            origin = {key: self.source.provenance[key] for key in ("surrogate", "settings", "data")}
+        return super().settings | origin
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         if isinstance(self.source, Attack):
             return self.source(x, y, index=index)
-        wanted = index.cpu()
-        place = torch.searchsorted(self._sorted, wanted).clamp(max=len(self._sorted) - 1)
-        if not torch.equal(self._sorted[place], wanted):
+        index = index.cpu()
+        position = torch.searchsorted(self._sorted, index).clamp(max=len(self._sorted) - 1)
+        if not torch.equal(self._sorted[position], index):
             raise ValueError("index has images that were not crafted: craft those of the same data set")
-        rows = self._order[place]
+        rows = self._order[position]
         x_adv = self.source.x_adv[rows].to(x)
         if not torch.equal(self.source.labels[rows], y.cpu()):
             raise ValueError("x and y are not the images that were crafted from: use the same data set")
@@ -172,7 +99,3 @@ class TransferAttack(Attack):
 def replay(model: nn.Module, crafted: Crafted | str | Path) -> TransferAttack:
     """The attack on ``model`` with images of :func:`craft`, or of the file that it wrote."""
     return TransferAttack(model, crafted if isinstance(crafted, Crafted) else Crafted.load(crafted))
-
-
-def _content(crafted: Crafted) -> str:
-    return digest(crafted.x_adv, crafted.index, crafted.labels)

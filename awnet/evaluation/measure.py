@@ -597,7 +597,7 @@ def _attacked(
         return x_adv
     found = None if saved is None else saved.load(f"{number}-{kind}", x.device)
     if saved is not None and found is not None:
-        check_ball(found[0]["x_adv"], x, attack.eps, f"the images kept in {saved.path(f'{number}-{kind}')}")
+        check_ball(found[0]["x_adv"], x, attack.eps, f"the images saved in {saved.path(f'{number}-{kind}')}")
         notes.update(found[1])
         return found[0]["x_adv"]
     x_adv = attack(x, y, index=index)

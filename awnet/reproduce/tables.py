@@ -13,7 +13,8 @@ from torch import nn
 
 from awnet.analysis import w_robust_bars
 from awnet.attacks import named_attack
-from awnet.attacks.transfer import craft, replay
+from awnet.attacks.craft import craft
+from awnet.attacks.transfer import replay
 from awnet.detectors import LNG, NNIF, Detector, RouterDetector
 from awnet.devices import resolve_device
 from awnet.evaluation import Report, auc, compare

@@ -232,7 +232,7 @@ def test_cascade_refuses() -> None:
         def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
             return x * torch.nan
 
-    with pytest.raises(FloatingPointError, match="sick met a gradient that is not finite"):
+    with pytest.raises(FloatingPointError, match="sick computed a gradient that is not finite"):
         Cascade(model, {"sick": Breaks(model, 0.1)}, eps=0.1)(*levels())
 
 

@@ -9,7 +9,8 @@ import torch
 from support.broken_defences import EPS, Gated, Honest, Masked, images
 
 from awnet.attacks import CW, PGD, named_attack
-from awnet.attacks.transfer import Crafted, TransferAttack, craft, replay
+from awnet.attacks.craft import craft
+from awnet.attacks.transfer import Crafted, TransferAttack, replay
 from awnet.models import create_model, save_model
 
 

@@ -811,7 +811,8 @@ def test_a_home_folder_is_expanded_in_every_path_of_a_command(tmp_path, capsys, 
 @pytest.mark.slow
 def test_a_home_folder_is_expanded_in_every_path_of_the_python_api(tmp_path, monkeypatch):
     from awnet import evaluate, load_model, save_model
-    from awnet.attacks.transfer import Crafted, craft
+    from awnet.attacks.craft import craft
+    from awnet.attacks.transfer import Crafted
     from awnet.data import load_dataset
     from awnet.training import checkpoint, read_log, recipe_for, train
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import awnet
 from awnet.analysis import weight_gaps
-from awnet.attacks.transfer import craft
+from awnet.attacks.craft import craft
 from awnet.data import Dataset
 from awnet.detectors import LNG
 from awnet.evaluation import accuracy, evaluate, robust_correct, sanity_table

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from awnet.attacks import FGSM, PGD, Attack, Cascade
+from awnet.attacks.craft import craft
 from awnet.attacks.saved import Saved
-from awnet.attacks.transfer import Crafted, craft, replay
+from awnet.attacks.transfer import Crafted, replay
 from awnet.data import Dataset, from_arrays
 from awnet.evaluation import Report, evaluate, store
 from awnet.evaluation.store import locked, read_together, replaced_together
@@ -271,7 +272,9 @@ def test_a_kept_image_outside_the_ball_is_refused_under_a_right_checksum(
     tensors, note = found
     tensors["x_adv"][3, 0, 1, 2] += value
     saved.save(path.stem, tensors, note)
-    with pytest.raises(ValueError, match=r"images kept in .*1 of 6 are not in \[0, 1\] and within eps = 0.1"):
+    with pytest.raises(
+        ValueError, match=r"images saved in .*1 of 6 are not in \[0, 1\] and within eps = 0.1"
+    ):
         resume(tmp_path, attack)
 
 
