@@ -185,10 +185,12 @@ def check_algebra(check: _Checker) -> None:
 
 def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> int:
     """What only Triton has: convolutions, the attack's step, a network's coefficients. Returns the calls."""
+    from awnet.ops.backends.triton import network_coefficients, network_gradients
     from awnet.ops.launch_config import launch_parameters
 
-    names = ("coefficients", "fused_conv", "sign_step")
-    coefficients, fused_conv, sign_step = (importlib.import_module(f"awnet.kernels.{name}") for name in names)
+    fused_conv, sign_step = (
+        importlib.import_module(f"awnet.kernels.{name}") for name in ("fused_conv", "sign_step")
+    )
 
     generator = torch.Generator().manual_seed(2)
 
@@ -219,12 +221,11 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
     how = launch_parameters("sign_step", device, 3, 3, 289)
     moved = sign_step.sign_step(image, normal(3, 3, 17, 17), image, 0.01, 0.03, how)
     assert float((moved - image).abs().max()) <= 0.0101
-    norms = [coefficients.Norm(*(normal(2, width).abs() for _ in range(4))) for width in (8, 24)]
-    packed = coefficients.PackedNorms.pack(norms, [True, False], 1e-5)
-    how = launch_parameters("network_coefficients", device, 5, 32)
-    found = coefficients.network_coefficients(normal(5, 8), packed, normal(5).sigmoid(), how)
-    assert all(part.isfinite().all() for part in _tensors(found))
-    return calls + 2
+    tables, scale, p = normal(4, 2, 32).abs(), normal(5, 8), normal(5).sigmoid()
+    coefficients = network_coefficients(tables, (8, 24), scale, p, 1e-5)
+    grads = network_gradients(normal(5, 32), normal(5, 32), tables, scale, p, 1e-5, (True, True))
+    assert all(part.isfinite().all() for part in _tensors((coefficients, grads)))
+    return calls + 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

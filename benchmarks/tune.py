@@ -35,11 +35,11 @@ DoBench = Callable[[Callable[[], object]], float]
 
 _IMAGES = ("apply", "statistics", "reduce", "propagate")
 _TABLES = (
-    "testing_coefficients",
-    "testing_gradients",
+    "eval_coefficients",
+    "eval_gradients",
     "batch_statistics",
-    "training_coefficients",
-    "training_gradients",
+    "train_coefficients",
+    "train_gradients",
 )
 _RANGE = {"tile": (256, 16384), "inner": (4, 2048), "steps": (1, 16), "warps": (1, 16)}
 _MARGIN = 1.02
@@ -117,29 +117,26 @@ def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, 
 
 
 def _table_job(op: str, case: Convolution, batch: int, device: torch.device) -> Job:
-    kernels = importlib.import_module("awnet.kernels.coefficients")
-    channels, hw, eps = case.c_out, case.size**2, 1e-5
-    g1, gc, mean, m2, omega = (torch.rand(batch, channels, device=device) for _ in range(5))
-    norm = kernels.Norm(*(torch.rand(2, channels, device=device) + 0.5 for _ in range(4)))
-    p = torch.rand(batch, device=device)
-    clean = torch.arange(batch, device=device) < batch // 2
+    names = ("tables", "eval_coefficients", "train_coefficients")
+    tables, evaluated, trained = (importlib.import_module(f"awnet.kernels.{name}") for name in names)
+    channels, hw = case.c_out, case.size**2
+    g1, gc, mean, m2, scale = (torch.rand(batch, channels, device=device) for _ in range(5))
+    norm = tables.Norm(*(torch.rand(2, channels, device=device) + 0.5 for _ in range(4)), 1e-5)
+    is_clean = torch.arange(batch, device=device) < batch // 2
+    mix = tables.Mix(scale, torch.rand(batch, device=device), is_clean)
     n = torch.full((2,), batch * hw / 2, device=device)
-    statistics = kernels.Statistics(norm.mean, norm.var, n)
+    stats = trained.SampleStats(mean, m2, hw)
 
-    def run(how: Parameters) -> Any:
-        if op == "testing_coefficients":
-            return kernels.testing_coefficients(omega, norm, p, eps, batch, how)
-        if op == "testing_gradients":
-            return kernels.testing_gradients(
-                g1, gc, mean, omega, norm, p, eps, (True, True, False, False), how
-            )
+    def run(config: Parameters) -> Any:
+        if op == "eval_coefficients":
+            return evaluated.eval_coefficients(norm, mix, batch, config)
+        if op == "eval_gradients":
+            return evaluated.eval_gradients(g1, gc, mean, norm, mix, (True, True, False, False), config)
         if op == "batch_statistics":
-            return kernels.batch_statistics(mean, m2, hw, omega, clean, 2, how)
-        if op == "training_coefficients":
-            return kernels.training_coefficients(omega, norm, clean, eps, batch, how)
-        return kernels.training_gradients(
-            g1, gc, mean, m2, hw, omega, norm.weight, statistics, clean, eps, True, None, how
-        )
+            return trained.batch_statistics(stats, mix, 2, config)
+        if op == "train_coefficients":
+            return trained.train_coefficients(norm, mix, batch, config)
+        return trained.train_gradients(g1, gc, stats, norm, n, mix, True, None, config)
 
     start = launch_config.launch_parameters(op, torch.device("cpu"), batch, channels)
     return Job(f"{op}/{launch_config.bucket(batch, channels, 1)}", start, run)

@@ -1,9 +1,10 @@
 """Implicit-GEMM convolution for groups = 1 in channels_last, with the layer's work in its epilogue.
 
 Rows of the product are output pixels, columns output channels, and the contraction runs over taps and input
-channels, so no patch matrix is ever written. float32 accumulation, int64 addresses, no atomics. The gradient
-of the input, for stride 1, is the convolution of ∂u with the weight turned by 180 degrees and transposed,
-which the kernel reads in that order: nothing is copied. kernels/fused_conv.py calls it.
+channels, so no patch matrix is written. Accumulation is in float32, offsets are int64, and there are no
+atomics. The gradient of the input, for stride 1, is the convolution of ∂u with the weight rotated by 180
+degrees and transposed; the kernel reads the weight in that order without a copy. kernels/fused_conv.py calls
+it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -35,14 +36,14 @@ class Tile(NamedTuple):
 
 
 def key(problem: Problem) -> str:
-    """The table's key; its entry has the fields of :class:`Tile`, and ``least_batch``, from which it wins."""
+    """Key of the launch table; an entry holds the fields of :class:`Tile` and ``least_batch``."""
     name = "tfloat32" if problem.precision == "tf32" else str(problem.dtype).removeprefix("torch.")
     channels, size = f"{problem.c_in}x{problem.c_out}", f"{problem.size[0]}x{problem.size[1]}"
     return f"conv/{problem.operation}/{name}/{channels}/{size}/k{problem.kernel[0]}s{problem.stride[0]}"
 
 
 def read_key(key: str) -> Problem:
-    """The problem of 32 samples that ``key`` is about, padded by half the kernel."""
+    """The problem that ``key`` describes, with 32 samples and half the kernel as padding."""
     _, operation, name, channels, size, taps = key.split("/")
     c_in, c_out = map(int, channels.split("x"))
     height, width = map(int, size.split("x"))
@@ -56,7 +57,7 @@ def read_key(key: str) -> Problem:
 
 
 def default_tile(problem: Problem) -> Tile:
-    """A tile that is safe on any shape; tuning finds better ones."""
+    """A tile that works for every shape; tuning finds faster ones."""
     deepest = max(16, power_of_two(problem.reads.channels))
     if problem.dtype != torch.float32:
         block_k = min(64, deepest)
@@ -72,9 +73,9 @@ def default_tile(problem: Problem) -> Tile:
 def conv_kernel(
     x_ptr,  # [B, H, W, C_IN] in memory
     weight_ptr,
-    u_ptr,  # outputs and their companions: see finish
+    u_ptr,  # from here to m2_ptr: see finish
     y_ptr,
-    mask_ptr,
+    relu_mask_ptr,
     residual_ptr,
     scale_ptr,
     shift_ptr,
@@ -93,7 +94,7 @@ def conv_kernel(
     K: tl.constexpr,  # taps along a side
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
-    FLIP: tl.constexpr,  # taps in reverse: the gradient of the input
+    FLIP: tl.constexpr,  # reverses the taps, for the gradient of the input
     SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     RELU: tl.constexpr,
@@ -108,30 +109,30 @@ def conv_kernel(
     BLOCKS_K: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     TAPS: tl.constexpr = K * K
 
-    # neighbours share the pixels, the larger operand
-    program = tl.program_id(0).to(tl.int64)
-    tile = program // BLOCKS_N
-    channel = (program % BLOCKS_N).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # adjacent programs share the pixels, the larger operand
+    pid = tl.program_id(0).to(tl.int64)
+    tile = pid // BLOCKS_N
+    channel = (pid % BLOCKS_N).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_M)
     if SPAN:
         part = 0
         first_sample = tile * BLOCK_M // HW
         run = (tile * BLOCK_M % HW).to(tl.int32) + row
-        nearby = run // HW
+        sample_in_tile = run // HW
         pixel = run % HW
     else:
         PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS
         part = (tile % PARTS).to(tl.int32)
         first_sample = tile // PARTS * (BLOCK_M // ROWS)
-        nearby = row // ROWS
+        sample_in_tile = row // ROWS
         pixel = part * ROWS + row % ROWS
-    row_ok = (first_sample + nearby < batch) & (pixel < HW)
+    row_in_bounds = (first_sample + sample_in_tile < batch) & (pixel < HW)
 
     top = pixel // OW * STRIDE - PADDING
     left = pixel % OW * STRIDE - PADDING
-    # 64 bits for the tile's place, 32 within it; a row's first tap may lie in the padding
+    # a 64-bit offset for the tile, 32-bit offsets within it; a row's first tap may be in the padding
     x_from = x_ptr + first_sample * (H * W * C_IN)
-    x_row = (nearby * (H * W) + top * W + left) * C_IN
+    x_row = (sample_in_tile * (H * W) + top * W + left) * C_IN
     weight_column = channel * weight_out
     if SWAP_AB:
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -142,19 +143,19 @@ def conv_kernel(
         depth = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K)
         i = tap // K
         j = tap % K
-        inside = row_ok & (top + i >= 0) & (top + i < H) & (left + j >= 0) & (left + j < W)
-        x_ok = inside[:, None]
-        weight_ok = (channel < C_OUT)[None, :]
+        inside = row_in_bounds & (top + i >= 0) & (top + i < H) & (left + j >= 0) & (left + j < W)
+        x_in_bounds = inside[:, None]
+        weight_in_bounds = (channel < C_OUT)[None, :]
         if C_IN % BLOCK_K != 0:
-            x_ok = x_ok & (depth < C_IN)[None, :]
-            weight_ok = weight_ok & (depth < C_IN)[:, None]
-        x_at = x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :]
-        x = tl.load(x_from + x_at, mask=x_ok, other=0.0)
-        weight_tap_at = tap
+            x_in_bounds = x_in_bounds & (depth < C_IN)[None, :]
+            weight_in_bounds = weight_in_bounds & (depth < C_IN)[:, None]
+        x_offsets = x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :]
+        x = tl.load(x_from + x_offsets, mask=x_in_bounds, other=0.0)
+        flipped_tap = tap
         if FLIP:
-            weight_tap_at = TAPS - 1 - tap
-        weight_at = weight_column[None, :] + (depth * weight_in + weight_tap_at * weight_tap)[:, None]
-        weight = tl.load(weight_ptr + weight_at, mask=weight_ok, other=0.0)
+            flipped_tap = TAPS - 1 - tap
+        weight_offsets = weight_column[None, :] + (depth * weight_in + flipped_tap * weight_tap)[:, None]
+        weight = tl.load(weight_ptr + weight_offsets, mask=weight_in_bounds, other=0.0)
         if SWAP_AB:
             acc = tl.dot(tl.trans(weight), tl.trans(x), acc, input_precision=PRECISION)
         else:
@@ -163,16 +164,16 @@ def conv_kernel(
         acc = tl.trans(acc)
     finish(
         acc,
-        nearby,
+        sample_in_tile,
         pixel,
-        row_ok,
+        row_in_bounds,
         channel,
         first_sample,
         part,
         batch,
         u_ptr,
         y_ptr,
-        mask_ptr,
+        relu_mask_ptr,
         residual_ptr,
         scale_ptr,
         shift_ptr,
@@ -191,28 +192,29 @@ def conv_kernel(
 
 
 def _spans(problem: Problem, tile: Tile) -> bool:
-    """Whether rows run on from sample to sample, where no tile is whole samples and no sample whole tiles.
+    """Whether a sample may end within a tile and the next one begin.
 
-    Not so in statistics, where no sum may mix samples: the last rows of a tile stay empty instead.
+    True if neither whole samples fill a tile nor whole tiles a sample. Never in statistics, whose sums must
+    not mix samples: there the last rows of a tile stay empty.
     """
     hw = problem.writes.pixels
     return problem.operation != "statistics" and hw % tile.block_m != 0 and tile.block_m % hw != 0
 
 
 def rows(problem: Problem, tile: Tile) -> int:
-    """How many rows of a tile are one sample's."""
+    """Rows of one sample in a tile."""
     if _spans(problem, tile):
         return tile.block_m
     return min(tile.block_m, power_of_two(problem.writes.pixels))
 
 
 def keeps_mask(problem: Problem, tile: Tile) -> bool:
-    """Whether there are registers for a mask too: where rows run on from sample to sample there are not."""
+    """Whether the epilogue can write the ReLU mask: with samples that end within a tile registers run out."""
     return not _spans(problem, tile)
 
 
 def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, relu: bool) -> None:
-    """Convolves ``x`` and fills what ``epilogue`` holds."""
+    """Convolves ``x`` and writes the outputs of ``epilogue``."""
     reads, writes, (taps, _) = problem.reads, problem.writes, problem.kernel
     spans, own_rows = _spans(problem, tile), rows(problem, tile)
     if spans:
@@ -235,21 +237,23 @@ def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilo
     )  # fmt: skip
 
 
-def refusal(
+def not_supported(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> str | None:
     """Why this kernel cannot convolve ``x`` [B, C_in, H, W] with ``weight``; None if it can."""
     kernel = tuple(weight.shape[2:])
     if kernel not in ((1, 1), (3, 3)):
-        return f"it does 1×1 and 3×3 kernels (got {kernel[0]}×{kernel[1]})"
+        return f"it supports 1×1 and 3×3 kernels (got {kernel[0]}×{kernel[1]})"
     if tuple(stride) not in ((1, 1), (2, 2)) or tuple(padding) not in ((0, 0), (1, 1)):
-        return f"it does stride 1 and 2 and padding 0 and 1 (got {tuple(stride)}, {tuple(padding)})"
+        return f"it supports stride 1 and 2 and padding 0 and 1 (got {tuple(stride)}, {tuple(padding)})"
     if tuple(dilation) != (1, 1):
-        return f"it has no dilation (got {tuple(dilation)})"
+        return f"it does not support dilation (got {tuple(dilation)})"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
-        return f"it does float32, bfloat16 and float16, one for both (got {x.dtype} and {weight.dtype})"
+        return (
+            f"it supports float32, bfloat16 and float16, the same for both (got {x.dtype} and {weight.dtype})"
+        )
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return "it does channels_last only"
+        return "it supports channels_last only"
     if weight.stride(2) != 3 * weight.stride(3) and kernel == (3, 3):
         return "the weight's taps are not evenly strided"
     if x.numel() == 0:
@@ -261,8 +265,8 @@ def refusal(
     return None
 
 
-def dgrad_refusal(problem: Problem) -> str | None:
-    """What else is in the way of the gradient of the input."""
+def dgrad_not_supported(problem: Problem) -> str | None:
+    """Why this kernel cannot compute the gradient of the input; None if it can."""
     if problem.stride != (1, 1):
         return f"its gradient of the input is for stride 1 (got {problem.stride})"
     if problem.input.pixels * problem.c_in >= 2**30:

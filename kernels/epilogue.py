@@ -1,8 +1,8 @@
-"""What the convolutions have in common: the problem, and what becomes of a finished tile in the registers.
+"""Shared parts of the convolution kernels: the problem, and the epilogue of a tile in registers.
 
-Either the layer's affine map, y = act(u · scale + shift + residual), or the statistics of u: each tile writes
-the mean and the centred sum of squares of its own pixels, and ``combine`` joins the tiles of a sample by
-Chan's update. Nothing is added atomically, so the same call gives the same bits.
+The epilogue is either the layer's affine map, y = act(u · scale + shift + residual), or the statistics of u:
+each tile writes the mean and the centred sum of squares of its pixels, and ``combine`` merges the tiles of a
+sample by Chan's update. There are no atomics, so the same call gives the same bits.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -32,7 +32,7 @@ class Image(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a convolution kernel is to do for a layer of this shape."""
+    """The operation and the shape of one convolution."""
 
     operation: str  # "apply", "statistics" or "dgrad", the gradient of the input
     dtype: torch.dtype
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
 
     @property
     def reads(self) -> Image:
-        """What the kernel reads beside the weight: the input, or ∂u."""
+        """The image that the kernel reads: the input, or ∂u."""
         return self.output if self.dgrad else self.input
 
     @property
@@ -73,7 +73,7 @@ class Problem(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What ``finish`` writes and reads, in its order; None for what a call does without."""
+    """The tensors of ``finish`` in its order; None for those that a call does not use."""
 
     u: Tensor | None
     y: Tensor | None = None
@@ -88,16 +88,16 @@ class Epilogue(NamedTuple):
 @triton.jit
 def finish(
     acc,  # [BLOCK_M, BLOCK_N] float32, a tile of u
-    nearby,  # [BLOCK_M] int32, the row's sample, counted from first_sample
+    sample_in_tile,  # [BLOCK_M] int32, the sample of each row minus first_sample
     pixel,  # [BLOCK_M] int32
-    row_ok,  # [BLOCK_M]
+    row_in_bounds,  # [BLOCK_M]
     channel,  # [BLOCK_N]
-    first_sample,  # int64, the sample of the tile's first row
-    part,  # which of its sample's PARTS tiles this is (statistics)
+    first_sample,  # int64, the sample of the first row
+    part,  # index among the PARTS tiles of the sample (statistics)
     batch,
     u_ptr,  # [B, C, HW] in the images' layout, or None
     y_ptr,  # the same, or None for no affine map
-    mask_ptr,  # the same in bytes, or None: 1 where the activation passed
+    relu_mask_ptr,  # the same in bytes, or None: 1 where the ReLU passed
     residual_ptr,  # the same, or None
     scale_ptr,  # [B, C] float32
     shift_ptr,
@@ -109,68 +109,70 @@ def finish(
     PIXEL_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,  # rows of one sample in a tile: BLOCK_M, or a part of it where samples share a tile
-    SPAN: tl.constexpr,  # rows run on from sample to sample (then no statistics)
+    ROWS: tl.constexpr,  # rows of one sample in a tile: BLOCK_M, or less where several samples share a tile
+    SPAN: tl.constexpr,  # a sample may end within a tile and the next one begin (then no statistics)
     RELU: tl.constexpr,
 ):
-    channel_ok = channel < C
-    ok = row_ok[:, None] & channel_ok[None, :]
-    start = first_sample * (HW * C)  # 64 bits for the tile's place, 32 within it
-    at = (nearby * (HW * C) + pixel * PIXEL_STRIDE)[:, None] + channel[None, :] * CHANNEL_STRIDE
+    channel_in_bounds = channel < C
+    in_bounds = row_in_bounds[:, None] & channel_in_bounds[None, :]
+    start = first_sample * (HW * C)  # a 64-bit offset for the tile, 32-bit offsets within it
+    offsets = (sample_in_tile * (HW * C) + pixel * PIXEL_STRIDE)[:, None] + channel[None, :] * CHANNEL_STRIDE
     if u_ptr is not None:
-        tl.store(u_ptr + start + at, acc.to(u_ptr.dtype.element_ty), mask=ok)
+        tl.store(u_ptr + start + offsets, acc.to(u_ptr.dtype.element_ty), mask=in_bounds)
     if y_ptr is not None:
         scale_from = scale_ptr + first_sample * C
         shift_from = shift_ptr + first_sample * C
         if SPAN:
-            own = (nearby * C)[:, None] + channel[None, :]
-            y = acc * tl.load(scale_from + own, mask=ok, other=0.0)
-            y += tl.load(shift_from + own, mask=ok, other=0.0)
+            table_offsets = (sample_in_tile * C)[:, None] + channel[None, :]
+            y = acc * tl.load(scale_from + table_offsets, mask=in_bounds, other=0.0)
+            y += tl.load(shift_from + table_offsets, mask=in_bounds, other=0.0)
         elif ROWS < BLOCK_M:
             each = tl.arange(0, BLOCK_M // ROWS)
-            each_ok = (first_sample + each < batch)[:, None] & channel_ok[None, :]
-            own = (each * C)[:, None] + channel[None, :]
-            scale = tl.load(scale_from + own, mask=each_ok, other=0.0)
-            shift = tl.load(shift_from + own, mask=each_ok, other=0.0)
-            apart = tl.reshape(acc, [BLOCK_M // ROWS, ROWS, BLOCK_N])
-            y = tl.reshape(apart * scale[:, None, :] + shift[:, None, :], [BLOCK_M, BLOCK_N])
+            sample_in_bounds = (first_sample + each < batch)[:, None] & channel_in_bounds[None, :]
+            table_offsets = (each * C)[:, None] + channel[None, :]
+            scale = tl.load(scale_from + table_offsets, mask=sample_in_bounds, other=0.0)
+            shift = tl.load(shift_from + table_offsets, mask=sample_in_bounds, other=0.0)
+            by_sample = tl.reshape(acc, [BLOCK_M // ROWS, ROWS, BLOCK_N])
+            y = tl.reshape(by_sample * scale[:, None, :] + shift[:, None, :], [BLOCK_M, BLOCK_N])
         else:
-            scale = tl.load(scale_from + channel, mask=channel_ok, other=0.0)
-            shift = tl.load(shift_from + channel, mask=channel_ok, other=0.0)
+            scale = tl.load(scale_from + channel, mask=channel_in_bounds, other=0.0)
+            shift = tl.load(shift_from + channel, mask=channel_in_bounds, other=0.0)
             y = acc * scale[None, :] + shift[None, :]
         if residual_ptr is not None:
-            y += tl.load(residual_ptr + start + at, mask=ok, other=0.0).to(tl.float32)
+            y += tl.load(residual_ptr + start + offsets, mask=in_bounds, other=0.0).to(tl.float32)
         if RELU:
-            y = tl.where(y < 0, 0.0, y)  # as torch's, this keeps NaN
-        tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=ok)
-        if mask_ptr is not None:  # of y as it is stored
+            y = tl.where(y < 0, 0.0, y)  # NaN passes, as in torch
+        tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
+        if relu_mask_ptr is not None:  # of y as stored
             stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-            tl.store(mask_ptr + start + at, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=ok)
+            tl.store(
+                relu_mask_ptr + start + offsets, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=in_bounds
+            )
     if mean_ptr is not None:
         SAMPLES: tl.constexpr = BLOCK_M // ROWS
         PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS
-        # of u as it is stored, so that they agree with what later passes read
-        value = tl.where(row_ok[:, None], acc.to(u_ptr.dtype.element_ty).to(tl.float32), 0.0)
+        # of u as stored, which is what later passes read
+        value = tl.where(row_in_bounds[:, None], acc.to(u_ptr.dtype.element_ty).to(tl.float32), 0.0)
         if SAMPLES == 1:
             count = tl.minimum(HW - part * ROWS, ROWS).to(tl.float32)
             mean = tl.sum(value, 0) / count
-            centred = tl.where(row_ok[:, None], value - mean[None, :], 0.0)
+            centred = tl.where(row_in_bounds[:, None], value - mean[None, :], 0.0)
             m2 = tl.sum(centred * centred, 0)
             out = (first_sample * PARTS + part) * C + channel
-            tl.store(mean_ptr + out, mean, mask=channel_ok)
-            tl.store(m2_ptr + out, m2, mask=channel_ok)
+            tl.store(mean_ptr + out, mean, mask=channel_in_bounds)
+            tl.store(m2_ptr + out, m2, mask=channel_in_bounds)
         else:
             # HW <= ROWS: each sample is whole in this tile
-            apart = tl.reshape(value, [SAMPLES, ROWS, BLOCK_N])
-            mean = tl.sum(apart, 1) / HW
+            by_sample = tl.reshape(value, [SAMPLES, ROWS, BLOCK_N])
+            mean = tl.sum(by_sample, 1) / HW
             inside = (tl.arange(0, ROWS) < HW)[None, :, None]
-            centred = tl.where(inside, apart - mean[:, None, :], 0.0)
+            centred = tl.where(inside, by_sample - mean[:, None, :], 0.0)
             m2 = tl.sum(centred * centred, 1)
-            own_sample = first_sample + tl.arange(0, SAMPLES)
-            out = (own_sample * C)[:, None] + channel[None, :]
-            out_ok = (own_sample < batch)[:, None] & channel_ok[None, :]
-            tl.store(mean_ptr + out, mean, mask=out_ok)
-            tl.store(m2_ptr + out, m2, mask=out_ok)
+            sample = first_sample + tl.arange(0, SAMPLES)
+            out = (sample * C)[:, None] + channel[None, :]
+            out_in_bounds = (sample < batch)[:, None] & channel_in_bounds[None, :]
+            tl.store(mean_ptr + out, mean, mask=out_in_bounds)
+            tl.store(m2_ptr + out, m2, mask=out_in_bounds)
 
 
 @triton.jit
@@ -189,26 +191,26 @@ def combine_kernel(
     BLOCKS_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     sample = tl.program_id(0).to(tl.int64) // BLOCKS_C
     channel = tl.program_id(0) % BLOCKS_C * BLOCK_C + tl.arange(0, BLOCK_C)
-    channel_ok = channel < C
+    channel_in_bounds = channel < C
     mean = tl.zeros([BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_C], tl.float32)
     for first in range(0, PARTS, BLOCK_PARTS):
         part = first + tl.arange(0, BLOCK_PARTS)
         count = tl.maximum(tl.minimum(HW - part * ROWS, ROWS), 0).to(tl.float32)[:, None]
-        at = ((sample * PARTS + part) * C)[:, None] + channel[None, :]
-        ok = (part < PARTS)[:, None] & channel_ok[None, :]
-        means = tl.load(part_mean_ptr + at, mask=ok, other=0.0)
-        m2s = tl.load(part_m2_ptr + at, mask=ok, other=0.0)
+        offsets = ((sample * PARTS + part) * C)[:, None] + channel[None, :]
+        in_bounds = (part < PARTS)[:, None] & channel_in_bounds[None, :]
+        part_mean = tl.load(part_mean_ptr + offsets, mask=in_bounds, other=0.0)
+        part_m2 = tl.load(part_m2_ptr + offsets, mask=in_bounds, other=0.0)
         before = first * ROWS * 1.0
         new = tl.sum(count)
-        new_mean = tl.sum(means * count, 0) / new
-        apart = means - new_mean[None, :]
-        new_m2 = tl.sum(m2s + count * apart * apart, 0)
+        new_mean = tl.sum(part_mean * count, 0) / new
+        centred = part_mean - new_mean[None, :]
+        new_m2 = tl.sum(part_m2 + count * centred * centred, 0)
         delta = new_mean - mean
         mean += delta * (new / (before + new))
         m2 += new_m2 + delta * delta * (before * new / (before + new))
-    tl.store(mean_ptr + sample * C + channel, mean, mask=channel_ok)
-    tl.store(m2_ptr + sample * C + channel, m2, mask=channel_ok)
+    tl.store(mean_ptr + sample * C + channel, mean, mask=channel_in_bounds)
+    tl.store(m2_ptr + sample * C + channel, m2, mask=channel_in_bounds)
 
 
 def new_tensor(

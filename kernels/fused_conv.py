@@ -100,10 +100,10 @@ def fused_apply(
         tile: take it with this one, a ``Tile`` of the kernel's module.
 
     Returns:
-        None where the kernel cannot run the call (its module's ``refusal``) or ``table`` does not name it.
+        None where the kernel does not support the call or ``table`` has no entry for it.
     """
     kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
-    if kernel.refusal(input, weight, *where[:3]) is not None:
+    if kernel.not_supported(input, weight, *where[:3]) is not None:
         return None
     problem = problem_of("apply", input, weight, input.shape, *where, precision)
     layout = _layout(problem.channels_last)
@@ -145,7 +145,7 @@ def fused_statistics(
     Arguments as for :func:`fused_apply`.
     """
     kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
-    if kernel.refusal(input, weight, *where[:3]) is not None:
+    if kernel.not_supported(input, weight, *where[:3]) is not None:
         return None
     problem = problem_of("statistics", input, weight, input.shape, *where, precision)
     tile = tile or _tile(problem, table, force)
@@ -178,10 +178,10 @@ def fused_dgrad(
     Other arguments as for :func:`fused_apply`; without groups for stride 1 only.
     """
     kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
-    if kernel.refusal(d_u, weight, *where[:3]) is not None:
+    if kernel.not_supported(d_u, weight, *where[:3]) is not None:
         return None
     problem = problem_of("dgrad", d_u, weight, input_shape, *where, precision)
-    if kernel.dgrad_refusal(problem) is not None:
+    if kernel.dgrad_not_supported(problem) is not None:
         return None
     tile = tile or _tile(problem, table, force)
     if tile is None:

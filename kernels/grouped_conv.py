@@ -1,9 +1,8 @@
 """Direct convolution for groups > 1, depthwise included, with the layer's work in its epilogue.
 
-Such a convolution is bound by memory: each program computes a tile of pixels × channels of one sample by
-plain multiply-adds, in either layout (channels_last reads runs of channels, NCHW runs of pixels), and the
-affine map or the statistics cost no further pass. The gradient of the input is the same kernel,
-``TRANSPOSED``, for any stride. kernels/fused_conv.py calls it.
+Such a convolution is memory-bound. Each program computes a tile of pixels × channels of one sample by plain
+multiply-adds, in either layout, and the affine map or the statistics need no further pass. The gradient of
+the input is the same kernel, ``TRANSPOSED``, for any stride. kernels/fused_conv.py calls it.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -32,7 +31,7 @@ class Tile(NamedTuple):
 
 
 def key(problem: Problem) -> str:
-    """The table's key; its entry has the fields of :class:`Tile`, and ``least_batch``, from which it wins."""
+    """Key of the launch table; an entry holds the fields of :class:`Tile` and ``least_batch``."""
     layout = "channels_last" if problem.channels_last else "nchw"
     name = str(problem.dtype).removeprefix("torch.")
     shape = f"{problem.c_in}x{problem.c_out}g{problem.groups}/{problem.size[0]}x{problem.size[1]}"
@@ -41,7 +40,7 @@ def key(problem: Problem) -> str:
 
 
 def read_key(key: str) -> Problem:
-    """The problem of 32 samples that ``key`` is about, padded by half the kernel."""
+    """The problem that ``key`` describes, with 32 samples and half the kernel as padding."""
     _, operation, layout, name, channels, size, taps = key.split("/")
     c_in, c_out, groups = map(int, channels.replace("g", "x").split("x"))
     height, width = map(int, size.split("x"))
@@ -53,7 +52,7 @@ def read_key(key: str) -> Problem:
 
 
 def default_tile(problem: Problem) -> Tile:
-    """A tile that is safe on any shape; tuning finds better ones."""
+    """A tile that works for every shape; tuning finds faster ones."""
     channels = power_of_two(problem.writes.channels)
     pixels = max(16, power_of_two(problem.writes.pixels))
     if problem.channels_last:
@@ -67,9 +66,9 @@ def default_tile(problem: Problem) -> Tile:
 def grouped_conv_kernel(
     x_ptr,  # [B, C_IN, H, W], channels_last or NCHW
     weight_ptr,
-    u_ptr,  # outputs and their companions: see finish
+    u_ptr,  # from here to m2_ptr: see finish
     y_ptr,
-    mask_ptr,
+    relu_mask_ptr,
     residual_ptr,
     scale_ptr,
     shift_ptr,
@@ -104,68 +103,68 @@ def grouped_conv_kernel(
     HW: tl.constexpr = OH * OW
     PARTS: tl.constexpr = (HW + BLOCK_P - 1) // BLOCK_P
     BLOCKS_C: tl.constexpr = (C_OUT + BLOCK_C - 1) // BLOCK_C
-    READ: tl.constexpr = C_IN // GROUPS  # channels of x that a channel of the result reads
-    OWN: tl.constexpr = C_OUT // GROUPS
+    GROUP_IN: tl.constexpr = C_IN // GROUPS
+    GROUP_OUT: tl.constexpr = C_OUT // GROUPS
     X_CHANNEL: tl.constexpr = 1 if CHANNELS_LAST else H * W
     X_PIXEL: tl.constexpr = C_IN if CHANNELS_LAST else 1
     CHANNEL_STRIDE: tl.constexpr = 1 if CHANNELS_LAST else HW
     PIXEL_STRIDE: tl.constexpr = C_OUT if CHANNELS_LAST else 1
 
-    program = tl.program_id(0).to(tl.int64)
-    channel = (program % BLOCKS_C).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = program // BLOCKS_C
+    pid = tl.program_id(0).to(tl.int64)
+    channel = (pid % BLOCKS_C).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = pid // BLOCKS_C
     part = (tile % PARTS).to(tl.int32)
     sample = tile // PARTS
     row = tl.arange(0, BLOCK_P)
     pixel = part * BLOCK_P + row
-    row_ok = pixel < HW
-    channel_ok = channel < C_OUT
+    row_in_bounds = pixel < HW
+    channel_in_bounds = channel < C_OUT
     y = pixel // OW
     x = pixel % OW
     x_sample = x_ptr + sample * (C_IN * H * W)
-    source = channel // OWN * READ  # the first channel of the group
-    if TRANSPOSED:  # the weight is [C_IN, OWN, KH, KW]
-        weight = weight_ptr + source * weight_out + channel % OWN * weight_in
-        weight_read = weight_out
-    else:  # [C_OUT, READ, KH, KW]
+    first_in = channel // GROUP_OUT * GROUP_IN  # first input channel of the group
+    if TRANSPOSED:  # the weight is [C_IN, GROUP_OUT, KH, KW]
+        weight = weight_ptr + first_in * weight_out + channel % GROUP_OUT * weight_in
+        weight_stride = weight_out
+    else:  # [C_OUT, GROUP_IN, KH, KW]
         weight = weight_ptr + channel * weight_out
-        weight_read = weight_in
+        weight_stride = weight_in
 
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for i in range(KH):
         for j in tl.static_range(KW):
             if TRANSPOSED:
-                down = y + PADDING_H - i * DILATION_H
-                across = x + PADDING_W - j * DILATION_W
+                in_y = y + PADDING_H - i * DILATION_H
+                in_x = x + PADDING_W - j * DILATION_W
                 # negative ones must not reach the division, which rounds towards zero
-                inside = row_ok & (down >= 0) & (across >= 0)
-                inside = inside & (down % STRIDE_H == 0) & (across % STRIDE_W == 0)
-                down = down // STRIDE_H
-                across = across // STRIDE_W
-                inside = inside & (down < H) & (across < W)
+                inside = row_in_bounds & (in_y >= 0) & (in_x >= 0)
+                inside = inside & (in_y % STRIDE_H == 0) & (in_x % STRIDE_W == 0)
+                in_y = in_y // STRIDE_H
+                in_x = in_x // STRIDE_W
+                inside = inside & (in_y < H) & (in_x < W)
             else:
-                down = y * STRIDE_H - PADDING_H + i * DILATION_H
-                across = x * STRIDE_W - PADDING_W + j * DILATION_W
-                inside = row_ok & (down >= 0) & (down < H) & (across >= 0) & (across < W)
-            at = ((down * W + across) * X_PIXEL)[:, None] + (source * X_CHANNEL)[None, :]
-            ok = inside[:, None] & channel_ok[None, :]
+                in_y = y * STRIDE_H - PADDING_H + i * DILATION_H
+                in_x = x * STRIDE_W - PADDING_W + j * DILATION_W
+                inside = row_in_bounds & (in_y >= 0) & (in_y < H) & (in_x >= 0) & (in_x < W)
+            offsets = ((in_y * W + in_x) * X_PIXEL)[:, None] + (first_in * X_CHANNEL)[None, :]
+            in_bounds = inside[:, None] & channel_in_bounds[None, :]
             tap = weight + (i * weight_row + j * weight_column)
-            for read in range(READ):
-                value = tl.load(x_sample + (at + read * X_CHANNEL), mask=ok, other=0.0).to(tl.float32)
-                factor = tl.load(tap + read * weight_read, mask=channel_ok, other=0.0).to(tl.float32)
-                acc += value * factor[None, :]
+            for i_in in range(GROUP_IN):
+                value = tl.load(x_sample + (offsets + i_in * X_CHANNEL), mask=in_bounds, other=0.0)
+                factor = tl.load(tap + i_in * weight_stride, mask=channel_in_bounds, other=0.0)
+                acc += value.to(tl.float32) * factor.to(tl.float32)[None, :]
     finish(
         acc,
         tl.zeros([BLOCK_P], tl.int32),
         pixel,
-        row_ok,
+        row_in_bounds,
         channel,
         sample,
         part,
         batch,
         u_ptr,
         y_ptr,
-        mask_ptr,
+        relu_mask_ptr,
         residual_ptr,
         scale_ptr,
         shift_ptr,
@@ -184,17 +183,17 @@ def grouped_conv_kernel(
 
 
 def rows(problem: Problem, tile: Tile) -> int:
-    """How many rows of a tile are one sample's: all."""
+    """Rows of one sample in a tile."""
     return tile.pixels
 
 
 def keeps_mask(problem: Problem, tile: Tile) -> bool:
-    """Whether there are registers for a mask too."""
+    """Whether the epilogue can write the ReLU mask."""
     return True
 
 
 def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, relu: bool) -> None:
-    """Convolves ``x`` and fills what ``epilogue`` holds."""
+    """Convolves ``x`` and writes the outputs of ``epilogue``."""
     reads, writes = problem.reads, problem.writes
     programs = (
         problem.batch * triton.cdiv(writes.pixels, tile.pixels) * triton.cdiv(writes.channels, tile.channels)
@@ -212,14 +211,16 @@ def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilo
     )  # fmt: skip
 
 
-def refusal(
+def not_supported(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> str | None:
     """Why this kernel cannot convolve ``x`` [B, C_in, H, W] with ``weight``; None if it can."""
     if max(weight.shape[2:]) > 7:
-        return f"it does kernels up to 7×7 (got {weight.shape[2]}×{weight.shape[3]})"
+        return f"it supports kernels up to 7×7 (got {weight.shape[2]}×{weight.shape[3]})"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
-        return f"it does float32, bfloat16 and float16, one for both (got {x.dtype} and {weight.dtype})"
+        return (
+            f"it supports float32, bfloat16 and float16, the same for both (got {x.dtype} and {weight.dtype})"
+        )
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is neither contiguous nor channels_last"
     if x.numel() == 0:
@@ -230,8 +231,8 @@ def refusal(
     return None
 
 
-def dgrad_refusal(problem: Problem) -> str | None:
-    """What else is in the way of the gradient of the input."""
+def dgrad_not_supported(problem: Problem) -> str | None:
+    """Why this kernel cannot compute the gradient of the input; None if it can."""
     reach = [size + 2 * pad for size, pad in zip(problem.size, problem.padding, strict=True)]
     if problem.c_in * reach[0] * reach[1] >= 2**31:
         return "one sample of the gradient has 2^31 values or more"

@@ -1,17 +1,17 @@
-"""The layer's passes over [B, C, H, W]: apply, statistics, reduce, propagate.
+"""The layer's passes over images [B, C, H, W]: apply, statistics, reduce and propagate.
 
-A *map* is one channel of one sample, B·C in all; every pass works on tiles of [MAPS, PIXELS] with one
-coefficient a map. The two layouts differ in addresses alone: NCHW has a map's pixels side by side,
-channels_last a pixel's channels, and then a tile stays within one sample. Values are float32 from the load
-on, sums too; addresses are int64. Nothing is atomic: where a map's pixels are split over programs, each
-leaves its partial result and a second kernel combines them.
+A *plane* is one channel of one sample; there are B·C of them. Every pass works on tiles of ``BLOCK_M`` planes
+by ``BLOCK_P`` pixels with one coefficient per plane. The two layouts differ in offsets alone: in NCHW the
+pixels of a plane are adjacent, in channels_last the channels of a pixel are, and a tile stays within one
+sample. Values and sums are float32, offsets int64. There are no atomics: where the pixels of a plane are
+split over several programs, each writes its partial result and a second kernel combines them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Case, Table, launch, power_of_two
+from .tables import as_bytes
 
 OPS = ("apply", "statistics", "reduce", "propagate")
 
@@ -28,242 +29,271 @@ OPS = ("apply", "statistics", "reduce", "propagate")
 
 
 @triton.jit
-def _maps(group, total, channels, pixels, LAST: tl.constexpr, MAPS: tl.constexpr):
-    """The maps of tile row ``group``: their numbers, which exist, and where the first pixel of each lies."""
-    if LAST:
-        groups = tl.cdiv(channels, MAPS)
-        sample = (group // groups).to(tl.int64)
-        channel = (group % groups) * MAPS + tl.arange(0, MAPS)
-        maps = sample * channels + channel
-        exists = channel < channels
-        start = sample * pixels * channels + channel
+def _planes(row, num_planes, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The planes of a row of tiles, which are in bounds, and the offsets of their first pixels."""
+    if CHANNELS_LAST:
+        rows_per_sample = tl.cdiv(channels, BLOCK_M)
+        sample = (row // rows_per_sample).to(tl.int64)
+        channel = (row % rows_per_sample) * BLOCK_M + tl.arange(0, BLOCK_M)
+        plane = sample * channels + channel
+        in_planes = channel < channels
+        start = sample * hw * channels + channel
     else:
-        maps = group.to(tl.int64) * MAPS + tl.arange(0, MAPS)
-        exists = maps < total
-        start = maps * pixels
-    return maps, exists, start
+        plane = row.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        in_planes = plane < num_planes
+        start = plane * hw
+    return plane, in_planes, start
 
 
 @triton.jit
-def _places(start, exists, first, channels, pixels, LAST: tl.constexpr, PIXELS: tl.constexpr):
-    """Addresses [MAPS, PIXELS] of PIXELS pixels from ``first`` on, and which of them exist."""
-    pixel = first + tl.arange(0, PIXELS)
-    if LAST:
-        places = start[:, None] + (pixel * channels)[None, :]
+def _tile_offsets(
+    start, in_planes, first_pixel, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Offsets [BLOCK_M, BLOCK_P] of the pixels from ``first_pixel``, and which are in bounds."""
+    pixel = first_pixel + tl.arange(0, BLOCK_P)
+    if CHANNELS_LAST:
+        offsets = start[:, None] + (pixel * channels)[None, :]
     else:
-        places = start[:, None] + pixel[None, :]
-    return places, exists[:, None] & (pixel < pixels)[None, :]
+        offsets = start[:, None] + pixel[None, :]
+    return offsets, in_planes[:, None] & (pixel < hw)[None, :]
 
 
 @triton.jit
-def _tile(total, channels, pixels, splits, LAST: tl.constexpr, MAPS: tl.constexpr, PIXELS: tl.constexpr):
-    """The one tile of a program: its maps, which exist, the tile's addresses, and which of these exist."""
-    program = tl.program_id(0)
-    maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
-    first = (program % splits).to(tl.int64) * PIXELS
-    places, mask = _places(start, exists, first, channels, pixels, LAST, PIXELS)
-    return maps, exists, places, mask
+def _tile_of_program(
+    num_planes, channels, hw, splits,
+    CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """The planes of a program that computes one tile, and the offsets of the tile."""
+    pid = tl.program_id(0)
+    plane, in_planes, start = _planes(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
+    first_pixel = (pid % splits).to(tl.int64) * BLOCK_P
+    offsets, in_bounds = _tile_offsets(start, in_planes, first_pixel, channels, hw, CHANNELS_LAST, BLOCK_P)
+    return plane, in_planes, offsets, in_bounds
 
 
 @triton.jit
-def _run_of_tiles(total, channels, pixels, splits, LAST: tl.constexpr, MAPS: tl.constexpr):
-    """A program of several tiles: its maps, which exist, their starts, and which of the splits it is."""
-    program = tl.program_id(0)
-    split = (program % splits).to(tl.int64)
-    maps, exists, start = _maps(program // splits, total, channels, pixels, LAST, MAPS)
-    return maps, exists, start, split
+def _planes_of_program(num_planes, channels, hw, splits, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The planes of a program that loops over tiles, their offsets, and the index of its split."""
+    pid = tl.program_id(0)
+    plane, in_planes, start = _planes(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
+    return plane, in_planes, start, (pid % splits).to(tl.int64)
 
 
 @triton.jit
-def _parts(total, splits, MAPS: tl.constexpr, SPLITS: tl.constexpr):
-    """What combines: the maps and which exist, the splits, and the addresses and existence of their parts."""
-    maps = tl.program_id(0).to(tl.int64) * MAPS + tl.arange(0, MAPS)
-    split = tl.arange(0, SPLITS).to(tl.int64)
-    exists = maps < total
-    places = split[None, :] * total + maps[:, None]
-    return maps, exists, split, places, exists[:, None] & (split < splits)[None, :]
+def _parts_of_program(num_planes, splits, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The planes of a combining program, the splits, and the offsets [BLOCK_M, BLOCK_S] of their parts."""
+    plane = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.arange(0, BLOCK_S).to(tl.int64)
+    in_planes = plane < num_planes
+    offsets = split[None, :] * num_planes + plane[:, None]
+    return plane, in_planes, split, offsets, in_planes[:, None] & (split < splits)[None, :]
 
 
 @triton.jit
-def _read(pointer, places, mask):
-    return tl.load(pointer + places, mask=mask, other=0.0).to(tl.float32)
+def _load(ptr, offsets, in_bounds):
+    return tl.load(ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _write(pointer, places, values, mask):
-    tl.store(pointer + places, values.to(pointer.dtype.element_ty), mask=mask)
+def _load_planes(ptr, plane, in_planes):
+    """One coefficient per plane, [BLOCK_M, 1]."""
+    return tl.load(ptr + plane, mask=in_planes, other=0.0)[:, None]
 
 
 @triton.jit
-def _read_gated_grad(grad, gate, places, mask):
-    """∂L/∂y where the activation passed by ``gate``: y, where NaN lets it pass as in torch, or 0 and 1."""
-    g = _read(grad, places, mask)
-    if gate is not None:
-        g = tl.where(_read(gate, places, mask) <= 0, 0.0, g)
+def _store(ptr, offsets, values, in_bounds):
+    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=in_bounds)
+
+
+@triton.jit
+def _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds):
+    """The gradient where the ReLU passed, else 0. The mask is y (NaN passes, as in torch) or bytes."""
+    g = _load(grad_ptr, offsets, in_bounds)
+    if relu_mask_ptr is not None:
+        g = tl.where(_load(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)
     return g
 
 
 @triton.jit
 def apply_kernel(
-    y,
-    passed,
-    u,
-    scale,
-    shift,
-    residual,
-    residual_scale,
-    residual_shift,
-    total,
+    y_ptr,
+    relu_mask_ptr,  # bytes like y, or None
+    u_ptr,
+    scale_ptr,  # [B, C]
+    shift_ptr,
+    residual_ptr,  # like u, or None
+    residual_scale_ptr,  # [B, C], or None
+    residual_shift_ptr,
+    num_planes,
     channels,
-    pixels,
+    hw,
     splits,
-    LAST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     RELU: tl.constexpr,
-    MAPS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    maps, exists, places, mask = _tile(total, channels, pixels, splits, LAST, MAPS, PIXELS)
-    v = _read(u, places, mask) * _read(scale, maps, exists)[:, None] + _read(shift, maps, exists)[:, None]
-    if residual is not None:
-        r = _read(residual, places, mask)
-        if residual_scale is not None:
-            r = (
-                r * _read(residual_scale, maps, exists)[:, None]
-                + _read(residual_shift, maps, exists)[:, None]
-            )
-        v += r
+    plane, in_planes, offsets, in_bounds = _tile_of_program(
+        num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M, BLOCK_P
+    )
+    scale = _load_planes(scale_ptr, plane, in_planes)
+    y = _load(u_ptr, offsets, in_bounds) * scale + _load_planes(shift_ptr, plane, in_planes)
+    if residual_ptr is not None:
+        residual = _load(residual_ptr, offsets, in_bounds)
+        if residual_scale_ptr is not None:
+            shift = _load_planes(residual_shift_ptr, plane, in_planes)
+            residual = residual * _load_planes(residual_scale_ptr, plane, in_planes) + shift
+        y += residual
     if RELU:
-        v = tl.where(v <= 0, 0.0, v)  # NaN passes, as in torch
-    _write(y, places, v, mask)
-    if passed is not None:  # of y as it is stored
-        stored = v.to(y.dtype.element_ty).to(tl.float32)
-        tl.store(passed + places, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=mask)
+        y = tl.where(y <= 0, 0.0, y)  # NaN passes, as in torch
+    _store(y_ptr, offsets, y, in_bounds)
+    if relu_mask_ptr is not None:  # of y as stored
+        stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(relu_mask_ptr + offsets, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=in_bounds)
 
 
 @triton.jit
 def statistics_kernel(
-    mean_out,
-    m2_out,
-    u,
-    total,
+    mean_ptr,  # [splits, B, C]
+    m2_ptr,
+    u_ptr,
+    num_planes,
     channels,
-    pixels,
+    hw,
     splits,
-    LAST: tl.constexpr,
-    MAPS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    maps, exists, start, split = _run_of_tiles(total, channels, pixels, splits, LAST, MAPS)
-    first = split * (PIXELS * STEPS)
-    mean = tl.zeros([MAPS], tl.float32)
-    m2 = tl.zeros([MAPS], tl.float32)
+    plane, in_planes, start, split = _planes_of_program(
+        num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M
+    )
+    first_pixel = split * (BLOCK_P * STEPS)
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    m2 = tl.zeros([BLOCK_M], tl.float32)
     for step in range(STEPS):
-        begin = first + step * PIXELS
-        places, mask = _places(start, exists, begin, channels, pixels, LAST, PIXELS)
-        count = tl.minimum(tl.maximum(pixels - begin, 0), PIXELS).to(tl.float32)
-        before = tl.minimum(pixels - first, step * PIXELS).to(tl.float32)
-        x = _read(u, places, mask)
-        own_mean = tl.sum(x, 1) / tl.maximum(count, 1.0)
-        d = tl.where(mask, x - own_mean[:, None], 0.0)
-        # Chan's update: tiles merge by their means and centred squares
-        share = count / (before + count)
-        apart = own_mean - mean
-        mean += apart * share
-        m2 += tl.sum(d * d, 1) + apart * apart * (before * share)
-    tl.store(mean_out + split * total + maps, mean, mask=exists)
-    tl.store(m2_out + split * total + maps, m2, mask=exists)
+        begin = first_pixel + step * BLOCK_P
+        offsets, in_bounds = _tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
+        count = tl.minimum(tl.maximum(hw - begin, 0), BLOCK_P).to(tl.float32)
+        count_before = tl.minimum(hw - first_pixel, step * BLOCK_P).to(tl.float32)
+        x = _load(u_ptr, offsets, in_bounds)
+        tile_mean = tl.sum(x, 1) / tl.maximum(count, 1.0)
+        centred = tl.where(in_bounds, x - tile_mean[:, None], 0.0)
+        # Chan's update: merges the tile's mean and centred squares into those so far
+        share = count / (count_before + count)
+        delta = tile_mean - mean
+        mean += delta * share
+        m2 += tl.sum(centred * centred, 1) + delta * delta * (count_before * share)
+    tl.store(mean_ptr + split * num_planes + plane, mean, mask=in_planes)
+    tl.store(m2_ptr + split * num_planes + plane, m2, mask=in_planes)
 
 
 @triton.jit
 def combine_statistics_kernel(
-    mean_out,
-    m2_out,
-    means,
-    m2s,
-    total,
-    pixels,
+    mean_ptr,  # [B, C]
+    m2_ptr,
+    part_mean_ptr,  # [splits, B, C]
+    part_m2_ptr,
+    num_planes,
+    hw,
     splits,
-    SPAN: tl.constexpr,
-    MAPS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PIXELS_PER_SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    maps, exists, split, places, mask = _parts(total, splits, MAPS, SPLITS)
-    count = tl.minimum(tl.maximum(pixels - split * SPAN, 0), SPAN).to(tl.float32)[None, :]
-    means = _read(means, places, mask)
-    mean = tl.sum(means * count, 1) / pixels
-    apart = tl.where(mask, means - mean[:, None], 0.0)
-    m2 = tl.sum(_read(m2s, places, mask) + count * apart * apart, 1)
-    tl.store(mean_out + maps, mean, mask=exists)
-    tl.store(m2_out + maps, m2, mask=exists)
+    plane, in_planes, split, offsets, in_bounds = _parts_of_program(num_planes, splits, BLOCK_M, BLOCK_S)
+    count = tl.minimum(tl.maximum(hw - split * PIXELS_PER_SPLIT, 0), PIXELS_PER_SPLIT)
+    count = count.to(tl.float32)[None, :]
+    part_mean = _load(part_mean_ptr, offsets, in_bounds)
+    mean = tl.sum(part_mean * count, 1) / hw
+    delta = tl.where(in_bounds, part_mean - mean[:, None], 0.0)
+    m2 = tl.sum(_load(part_m2_ptr, offsets, in_bounds) + count * delta * delta, 1)
+    tl.store(mean_ptr + plane, mean, mask=in_planes)
+    tl.store(m2_ptr + plane, m2, mask=in_planes)
 
 
 @triton.jit
 def reduce_kernel(
-    g1_out,
-    gc_out,
-    grad,
-    u,
-    centre,
-    gate,
-    total,
+    g1_ptr,  # [splits, B, C]
+    gc_ptr,
+    grad_ptr,
+    u_ptr,
+    centre_ptr,  # [B, C]
+    relu_mask_ptr,
+    num_planes,
     channels,
-    pixels,
+    hw,
     splits,
-    LAST: tl.constexpr,
-    MAPS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    maps, exists, start, split = _run_of_tiles(total, channels, pixels, splits, LAST, MAPS)
-    first = split * (PIXELS * STEPS)
-    middle = _read(centre, maps, exists)[:, None]
-    g1 = tl.zeros([MAPS, PIXELS], tl.float32)
-    gc = tl.zeros([MAPS, PIXELS], tl.float32)
+    plane, in_planes, start, split = _planes_of_program(
+        num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M
+    )
+    first_pixel = split * (BLOCK_P * STEPS)
+    centre = _load_planes(centre_ptr, plane, in_planes)
+    g1 = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    gc = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     for step in range(STEPS):
-        places, mask = _places(start, exists, first + step * PIXELS, channels, pixels, LAST, PIXELS)
-        g = _read_gated_grad(grad, gate, places, mask)
+        begin = first_pixel + step * BLOCK_P
+        offsets, in_bounds = _tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
+        g = _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds)
         g1 += g
-        gc += tl.where(mask, g * (_read(u, places, mask) - middle), 0.0)
-    tl.store(g1_out + split * total + maps, tl.sum(g1, 1), mask=exists)
-    tl.store(gc_out + split * total + maps, tl.sum(gc, 1), mask=exists)
+        gc += tl.where(in_bounds, g * (_load(u_ptr, offsets, in_bounds) - centre), 0.0)
+    tl.store(g1_ptr + split * num_planes + plane, tl.sum(g1, 1), mask=in_planes)
+    tl.store(gc_ptr + split * num_planes + plane, tl.sum(gc, 1), mask=in_planes)
 
 
 @triton.jit
-def combine_sums_kernel(g1_out, gc_out, g1s, gcs, total, splits, MAPS: tl.constexpr, SPLITS: tl.constexpr):
-    maps, exists, _, places, mask = _parts(total, splits, MAPS, SPLITS)
-    tl.store(g1_out + maps, tl.sum(_read(g1s, places, mask), 1), mask=exists)
-    tl.store(gc_out + maps, tl.sum(_read(gcs, places, mask), 1), mask=exists)
+def combine_sums_kernel(
+    g1_ptr,  # [B, C]
+    gc_ptr,
+    part_g1_ptr,  # [splits, B, C]
+    part_gc_ptr,
+    num_planes,
+    splits,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    plane, in_planes, _, offsets, in_bounds = _parts_of_program(num_planes, splits, BLOCK_M, BLOCK_S)
+    tl.store(g1_ptr + plane, tl.sum(_load(part_g1_ptr, offsets, in_bounds), 1), mask=in_planes)
+    tl.store(gc_ptr + plane, tl.sum(_load(part_gc_ptr, offsets, in_bounds), 1), mask=in_planes)
 
 
 @triton.jit
 def propagate_kernel(
-    d_u,
-    d_residual,
-    grad,
-    u,
-    centre,
-    gate,
-    by_grad,
-    by_input,
-    constant,
-    total,
+    d_u_ptr,
+    d_residual_ptr,  # or None
+    grad_ptr,
+    u_ptr,  # None without by_input, like centre and constant
+    centre_ptr,  # [B, C]
+    relu_mask_ptr,
+    by_grad_ptr,
+    by_input_ptr,
+    constant_ptr,
+    num_planes,
     channels,
-    pixels,
+    hw,
     splits,
-    LAST: tl.constexpr,
-    MAPS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    maps, exists, places, mask = _tile(total, channels, pixels, splits, LAST, MAPS, PIXELS)
-    g = _read_gated_grad(grad, gate, places, mask)
-    d = g * _read(by_grad, maps, exists)[:, None]
-    if by_input is not None:
-        away = _read(u, places, mask) - _read(centre, maps, exists)[:, None]
-        d += away * _read(by_input, maps, exists)[:, None] + _read(constant, maps, exists)[:, None]
-    _write(d_u, places, d, mask)
-    if d_residual is not None:
-        _write(d_residual, places, g, mask)
+    plane, in_planes, offsets, in_bounds = _tile_of_program(
+        num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M, BLOCK_P
+    )
+    g = _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds)
+    d_u = g * _load_planes(by_grad_ptr, plane, in_planes)
+    if by_input_ptr is not None:
+        centred = _load(u_ptr, offsets, in_bounds) - _load_planes(centre_ptr, plane, in_planes)
+        constant = _load_planes(constant_ptr, plane, in_planes)
+        d_u += centred * _load_planes(by_input_ptr, plane, in_planes) + constant
+    _store(d_u_ptr, offsets, d_u, in_bounds)
+    if d_residual_ptr is not None:
+        _store(d_residual_ptr, offsets, g, in_bounds)
 
 
 # --- launches
@@ -271,16 +301,16 @@ def propagate_kernel(
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense image tensor as the kernels see it."""
+    """The shape and layout of a dense image tensor."""
 
     batch: int
     channels: int
-    pixels: int
-    last: bool  # channels_last
+    hw: int
+    channels_last: bool
 
     @property
-    def layout(self) -> str:
-        return "channels_last" if self.last else "nchw"
+    def planes(self) -> int:
+        return self.batch * self.channels
 
 
 def shape_of(u: Tensor) -> Shape:
@@ -293,57 +323,63 @@ def shape_of(u: Tensor) -> Shape:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Tiles over a shape. ``constants`` goes to the kernel, ``programs`` = map tiles × ``splits``."""
+    """Tiles over a shape: ``splits`` programs for each row of tiles, ``programs`` in all."""
 
+    shape: Shape
     programs: int
     splits: int
     constants: dict[str, int | bool]
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """The kernels' arguments num_planes, channels, hw, splits."""
+        return self.shape.planes, self.shape.channels, self.shape.hw, self.splits
 
-def _grid(shape: Shape, how: Mapping[str, int], steps: bool = False) -> _Grid:
-    """Tiles of at most ``how["tile"]`` elements, at most ``how["inner"]`` along the contiguous axis.
 
-    With ``steps`` a program takes up to ``how["steps"]`` tiles of pixels in turn, fewer where too few
+def _grid(shape: Shape, config: Mapping[str, int], steps: bool = False) -> _Grid:
+    """Tiles of at most ``tile`` elements, at most ``inner`` along the contiguous axis.
+
+    With ``steps`` a program loops over up to ``config["steps"]`` tiles of pixels, fewer where too few
     programs would be left to fill a GPU.
     """
-    total = shape.batch * shape.channels
-    if shape.last:
-        maps = min(power_of_two(shape.channels), how["inner"], how["tile"])
-        pixels = min(power_of_two(shape.pixels), how["tile"] // maps)
-        groups = shape.batch * -(-shape.channels // maps)
+    if shape.channels_last:
+        block_m = min(power_of_two(shape.channels), config["inner"], config["tile"])
+        block_p = min(power_of_two(shape.hw), config["tile"] // block_m)
+        rows = shape.batch * -(-shape.channels // block_m)
     else:
-        pixels = min(power_of_two(shape.pixels), how["inner"], how["tile"])
-        maps = min(power_of_two(total), how["tile"] // pixels)
-        groups = -(-total // maps)
-    tiles = -(-shape.pixels // pixels)
-    constants: dict[str, int | bool] = {"LAST": shape.last, "MAPS": maps, "PIXELS": pixels}
+        block_p = min(power_of_two(shape.hw), config["inner"], config["tile"])
+        block_m = min(power_of_two(shape.planes), config["tile"] // block_p)
+        rows = -(-shape.planes // block_m)
+    tiles = -(-shape.hw // block_p)
+    constants: dict[str, int | bool] = {
+        "CHANNELS_LAST": shape.channels_last,
+        "BLOCK_M": block_m,
+        "BLOCK_P": block_p,
+    }
     if steps:
-        each = min(how["steps"], power_of_two(tiles))
-        while each > 1 and groups * -(-tiles // each) < _ENOUGH_PROGRAMS:
-            each //= 2
-        constants["STEPS"] = each
-        tiles = -(-tiles // each)
-    return _Grid(groups * tiles, tiles, constants)
+        per_program = min(config["steps"], power_of_two(tiles))
+        while per_program > 1 and rows * -(-tiles // per_program) < _ENOUGH_PROGRAMS:
+            per_program //= 2
+        constants["STEPS"] = per_program
+        tiles = -(-tiles // per_program)
+    return _Grid(shape, rows * tiles, tiles, constants)
 
 
-_ENOUGH_PROGRAMS = 512  # about four for each multiprocessor of a large GPU
-_COMBINED = 2048  # elements of a tile where partial results are combined
+_ENOUGH_PROGRAMS = 512  # about four per multiprocessor of a large GPU
+_COMBINE_TILE = 2048  # elements of a tile of the combining kernels
 
 
-def _combine(kernel: object, total: int, splits: int, *arguments: object, **constants: int) -> None:
-    width = power_of_two(splits)
-    maps = min(power_of_two(total), max(1, _COMBINED // width))
-    launch(kernel, -(-total // maps), *arguments, MAPS=maps, SPLITS=width, **constants)
+def _combine(kernel: object, grid: _Grid, *arguments: object, **constants: int) -> None:
+    block_s = power_of_two(grid.splits)
+    block_m = min(power_of_two(grid.shape.planes), max(1, _COMBINE_TILE // block_s))
+    programs = -(-grid.shape.planes // block_m)
+    launch(kernel, programs, *arguments, BLOCK_M=block_m, BLOCK_S=block_s, **constants)
 
 
 def _table(u: Tensor, splits: int = 1) -> Tensor:
-    """Uninitialised float32 [B, C], or [splits, B, C] for partial results."""
+    """Uninitialized float32 [B, C], or [splits, B, C] for partial results."""
     size = u.shape[:2] if splits == 1 else (splits, *u.shape[:2])
     return torch.empty(size, dtype=torch.float32, device=u.device)
-
-
-def _bytes(gate: Tensor | None) -> Tensor | None:
-    return gate.view(torch.uint8) if gate is not None and gate.dtype == torch.bool else gate
 
 
 def apply(
@@ -352,86 +388,49 @@ def apply(
     shift: Tensor,
     residual: Tensor | None,
     relu: bool,
-    how: Mapping[str, int],
+    config: Mapping[str, int],
     *,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     out: Tensor | None = None,
-    mask: Tensor | None = None,
+    relu_mask: Tensor | None = None,
 ) -> Tensor:
     """y = act(u · scale + shift + r) with r = residual, or residual · residual_scale + residual_shift.
 
     Args:
         u: [B, C, H, W], contiguous or channels_last, float32, bfloat16 or float16.
         scale, shift, residual_scale, residual_shift: contiguous float32 [B, C].
-        residual: of ``u``'s shape, dtype and layout, or None.
-        relu: whether act is the ReLU; else it is the identity.
-        how: launch parameters ``tile``, ``inner``, ``warps``.
-        out: where to write, ``u`` itself too; a new tensor like ``u`` if None.
-        mask: bool like ``u``, gets where the activation passed: where y is not <= 0.
+        residual: of the shape, dtype and layout of ``u``, or None.
+        relu: whether act is the ReLU; otherwise it is the identity.
+        config: launch parameters ``tile``, ``inner``, ``warps``.
+        out: the tensor to write to, which may be ``u``; a new tensor like ``u`` if None.
+        relu_mask: a bool tensor like ``u`` to write to: True where y is not <= 0.
     """
     y = torch.empty_like(u) if out is None else out
-    shape = shape_of(u)
-    grid = _grid(shape, how)
+    grid = _grid(shape_of(u), config)
     launch(
-        apply_kernel,
-        grid.programs,
-        y,
-        _bytes(mask),
-        u,
-        scale,
-        shift,
-        residual,
-        residual_scale,
-        residual_shift,
-        shape.batch * shape.channels,
-        shape.channels,
-        shape.pixels,
-        grid.splits,
-        RELU=relu,
-        warps=how["warps"],
-        **grid.constants,
-    )
+        apply_kernel, grid.programs,
+        y, as_bytes(relu_mask), u, scale, shift, residual, residual_scale, residual_shift, *grid.sizes,
+        RELU=relu, warps=config["warps"], **grid.constants,
+    )  # fmt: skip
     return y
 
 
 def statistics(
-    u: Tensor, how: Mapping[str, int], *, out: tuple[Tensor, Tensor] | None = None
+    u: Tensor, config: Mapping[str, int], *, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and centred sum of squares of each map of ``u`` [B, C, H, W]: two float32 [B, C].
+    """Mean and centred sum of squares of each plane of ``u`` [B, C, H, W]: two float32 [B, C].
 
-    ``how``: launch parameters ``tile``, ``inner``, ``steps``, ``warps``. ``out``: where to write.
+    ``config``: launch parameters ``tile``, ``inner``, ``steps``, ``warps``. ``out``: tensors to write to.
     """
-    shape = shape_of(u)
-    total = shape.batch * shape.channels
-    grid = _grid(shape, how, steps=True)
+    grid = _grid(shape_of(u), config, steps=True)
     out = (_table(u), _table(u)) if out is None else out
     parts = out if grid.splits == 1 else (_table(u, grid.splits), _table(u, grid.splits))
-    launch(
-        statistics_kernel,
-        grid.programs,
-        *parts,
-        u,
-        total,
-        shape.channels,
-        shape.pixels,
-        grid.splits,
-        warps=how["warps"],
-        **grid.constants,
-    )
+    launch(statistics_kernel, grid.programs, *parts, u, *grid.sizes, warps=config["warps"], **grid.constants)
     if grid.splits > 1:
-        span = grid.constants["PIXELS"] * grid.constants["STEPS"]
-        _combine(
-            combine_statistics_kernel,
-            total,
-            grid.splits,
-            *out,
-            *parts,
-            total,
-            shape.pixels,
-            grid.splits,
-            SPAN=span,
-        )
+        pixels = grid.constants["BLOCK_P"] * grid.constants["STEPS"]
+        sizes = (grid.shape.planes, grid.shape.hw, grid.splits)
+        _combine(combine_statistics_kernel, grid, *out, *parts, *sizes, PIXELS_PER_SPLIT=pixels)
     return out
 
 
@@ -439,42 +438,31 @@ def reduce(
     grad: Tensor,
     u: Tensor,
     centre: Tensor,
-    gate: Tensor | None,
-    how: Mapping[str, int],
+    relu_mask: Tensor | None,
+    config: Mapping[str, int],
     *,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """G1 = Σ g and Gc = Σ g (u − centre) over each map, float32 [B, C]; g is ``grad`` where the gate passes.
+    """G1 = Σ g and Gc = Σ g (u − centre) over each plane, float32 [B, C].
+
+    g is ``grad`` where the ReLU passed and 0 elsewhere.
 
     Args:
         grad, u: [B, C, H, W] of one dtype and layout.
-        gate: y, or the bool mask that :func:`apply` leaves, laid out alike; None without an activation.
         centre: contiguous float32 [B, C].
-        how: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
-        out: where to write.
+        relu_mask: y, or the bool mask that :func:`apply` writes, of the same layout; None without activation.
+        config: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
+        out: tensors to write to.
     """
-    shape = shape_of(u)
-    total = shape.batch * shape.channels
-    grid = _grid(shape, how, steps=True)
+    grid = _grid(shape_of(u), config, steps=True)
     out = (_table(u), _table(u)) if out is None else out
     parts = out if grid.splits == 1 else (_table(u, grid.splits), _table(u, grid.splits))
     launch(
-        reduce_kernel,
-        grid.programs,
-        *parts,
-        grad,
-        u,
-        centre,
-        _bytes(gate),
-        total,
-        shape.channels,
-        shape.pixels,
-        grid.splits,
-        warps=how["warps"],
-        **grid.constants,
-    )
+        reduce_kernel, grid.programs, *parts, grad, u, centre, as_bytes(relu_mask), *grid.sizes,
+        warps=config["warps"], **grid.constants,
+    )  # fmt: skip
     if grid.splits > 1:
-        _combine(combine_sums_kernel, total, grid.splits, *out, *parts, total, grid.splits)
+        _combine(combine_sums_kernel, grid, *out, *parts, grid.shape.planes, grid.splits)
     return out
 
 
@@ -482,54 +470,39 @@ def propagate(
     grad: Tensor,
     u: Tensor | None,
     centre: Tensor | None,
-    gate: Tensor | None,
+    relu_mask: Tensor | None,
     by_grad: Tensor,
     by_input: Tensor | None,
     constant: Tensor | None,
     residual: bool,
-    how: Mapping[str, int],
+    config: Mapping[str, int],
     *,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """∂u = by_grad · g + by_input · (u − centre) + constant, and ∂residual = g with ``residual``.
 
     Args:
-        grad, u, gate: as in :func:`reduce`.
+        grad, u, relu_mask: as in :func:`reduce`.
         centre, by_grad, by_input, constant: contiguous float32 [B, C]; u, centre, by_input and constant are
-            None all together.
-        how: launch parameters ``tile``, ``inner``, ``warps``.
-        out: where to write.
+            either all given or all None.
+        residual: whether ∂residual is requested.
+        config: launch parameters ``tile``, ``inner``, ``warps``.
+        out: tensors to write to.
     """
-    shape = shape_of(grad)
-    grid = _grid(shape, how)
+    grid = _grid(shape_of(grad), config)
     if by_input is None:
         u = centre = None
     if out is None:
         out = torch.empty_like(grad), torch.empty_like(grad) if residual else None
-    d_u, d_residual = out
     launch(
-        propagate_kernel,
-        grid.programs,
-        d_u,
-        d_residual,
-        grad,
-        u,
-        centre,
-        _bytes(gate),
-        by_grad,
-        by_input,
-        constant,
-        shape.batch * shape.channels,
-        shape.channels,
-        shape.pixels,
-        grid.splits,
-        warps=how["warps"],
-        **grid.constants,
-    )
-    return d_u, d_residual
+        propagate_kernel, grid.programs,
+        *out, grad, u, centre, as_bytes(relu_mask), by_grad, by_input, constant, *grid.sizes,
+        warps=config["warps"], **grid.constants,
+    )  # fmt: skip
+    return out
 
 
-# --- what to compile ahead of time
+# --- ahead-of-time compilation
 
 # a stage of a ResNet-18, ImageNet's first map, one with no even size, the smallest
 _SHAPES = {
@@ -543,48 +516,42 @@ _SHAPES = {
 
 def cases(table: Table) -> Iterator[Case]:
     """Each pass with and without its options at every shipped set of launch parameters."""
-    for key, how in table.items():
+    for key, config in table.items():
         op, *rest = key.split("@")[0].split("/")
         if op not in OPS:
             continue
         dtypes = [d for d in ("float32", "bfloat16", "float16") if d in rest] or ["float32", "bfloat16"]
         for dtype in dtypes:
             for name, size in _SHAPES.items():
-                yield from _cases_of(op, key, dtype, "channels_last" in rest, name, size, how)
+                yield from _cases_of(op, key, dtype, "channels_last" in rest, name, size, config)
 
 
 def _cases_of(
-    op: str, key: str, dtype: str, last: bool, name: str, size: tuple[int, ...], how: Mapping[str, int]
+    op: str, key: str, dtype: str, last: bool, name: str, size: tuple[int, ...], config: Mapping[str, int]
 ) -> Iterator[Case]:
     layout = torch.channels_last if last else torch.contiguous_format
     u = torch.empty(size, dtype=getattr(torch, dtype), device="meta", memory_format=layout)
-    gate = torch.empty(size, dtype=torch.bool, device="meta", memory_format=layout)
+    mask = torch.empty(size, dtype=torch.bool, device="meta", memory_format=layout)
     c = torch.empty(size[:2], device="meta")
     title = f"{key} {dtype} {name}"
-    plain = name == "64@32²"  # the options make other kernels; one shape shows them
-    quick = plain and dtype == "bfloat16"
+    calls: dict[str, Callable[[], object]] = {}  # the first is compiled for every shape
     if op == "apply":
-        yield Case(title + " residual relu", lambda: apply(u, c, c, u, True, how), quick=quick)
-        if plain:
-            yield Case(title, lambda: apply(u, c, c, None, False, how))
-            yield Case(title + " relu mask", lambda: apply(u, c, c, u, True, how, mask=gate), quick=quick)
-            yield Case(
-                title + " shortcut relu",
-                lambda: apply(u, c, c, u, True, how, residual_scale=c, residual_shift=c),
-            )
+        calls[" residual relu"] = lambda: apply(u, c, c, u, True, config)
+        calls[""] = lambda: apply(u, c, c, None, False, config)
+        calls[" relu mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=mask)
+        shortcut = {"residual_scale": c, "residual_shift": c}
+        calls[" shortcut relu"] = lambda: apply(u, c, c, u, True, config, **shortcut)
     elif op == "statistics":
-        yield Case(title, lambda: statistics(u, how), quick=quick)
+        calls[""] = lambda: statistics(u, config)
     elif op == "reduce":
-        yield Case(title + " relu", lambda: reduce(u, u, c, u, how), quick=quick)
-        if plain:
-            yield Case(title, lambda: reduce(u, u, c, None, how))
-            yield Case(title + " mask", lambda: reduce(u, u, c, gate, how), quick=quick)
+        calls[" relu"] = lambda: reduce(u, u, c, u, config)
+        calls[""] = lambda: reduce(u, u, c, None, config)
+        calls[" mask"] = lambda: reduce(u, u, c, mask, config)
     elif op == "propagate":
-        yield Case(title + " training relu", lambda: propagate(u, u, c, u, c, c, c, True, how), quick=quick)
-        if plain:
-            yield Case(
-                title + " attack mask", lambda: propagate(u, None, None, gate, c, None, None, False, how)
-            )
-            yield Case(
-                title + " training mask", lambda: propagate(u, u, c, gate, c, c, c, True, how), quick=quick
-            )
+        calls[" training relu"] = lambda: propagate(u, u, c, u, c, c, c, True, config)
+        calls[" attack mask"] = lambda: propagate(u, None, None, mask, c, None, None, False, config)
+        calls[" training mask"] = lambda: propagate(u, u, c, mask, c, c, c, True, config)
+    quick = name == "64@32²" and dtype == "bfloat16"
+    for number, (options, run) in enumerate(calls.items()):
+        if number == 0 or name == "64@32²":
+            yield Case(title + options, run, quick=quick and (number == 0 or "mask" in options))

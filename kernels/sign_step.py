@@ -1,4 +1,4 @@
-"""One step of a sign-gradient attack: move, clip to the ball, clip to [0, 1], cast; one kernel."""
+"""One step of a sign-gradient attack in one kernel: move, clip to the ball, clip to [0, 1], cast."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -16,17 +16,27 @@ from .launch import Case, Table, launch
 
 
 @triton.jit
-def sign_step_kernel(moved, cast, x_adv, grad, x, step_size, eps, total, TILE: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = place < total
-    g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-    start = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-    here = tl.load(x_adv + place, mask=mask, other=0.0).to(tl.float32)
-    here += tl.where(g > 0, step_size, tl.where(g < 0, -step_size, 0.0))
-    here = tl.minimum(tl.maximum(here, tl.maximum(start - eps, 0.0)), tl.minimum(start + eps, 1.0))
-    tl.store(moved + place, here.to(moved.dtype.element_ty), mask=mask)
-    if cast is not None:
-        tl.store(cast + place, here.to(cast.dtype.element_ty), mask=mask)
+def sign_step_kernel(
+    out_ptr,
+    cast_ptr,  # like out in another dtype, or None
+    x_adv_ptr,
+    grad_ptr,
+    x_ptr,
+    step_size,
+    eps,
+    numel,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_bounds = offsets < numel
+    grad = tl.load(grad_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    x_adv = tl.load(x_adv_ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
+    x_adv += tl.where(grad > 0, step_size, tl.where(grad < 0, -step_size, 0.0))
+    x_adv = tl.minimum(tl.maximum(x_adv, tl.maximum(x - eps, 0.0)), tl.minimum(x + eps, 1.0))
+    tl.store(out_ptr + offsets, x_adv.to(out_ptr.dtype.element_ty), mask=in_bounds)
+    if cast_ptr is not None:
+        tl.store(cast_ptr + offsets, x_adv.to(cast_ptr.dtype.element_ty), mask=in_bounds)
 
 
 def sign_step(
@@ -35,22 +45,22 @@ def sign_step(
     x: Tensor,
     step_size: float,
     eps: float,
-    how: Mapping[str, int],
+    config: Mapping[str, int],
     *,
     out: Tensor | None = None,
     cast: Tensor | None = None,
 ) -> Tensor:
     """x_adv + step_size · sign(grad), clipped to [x − eps, x + eps] and to [0, 1].
 
-    sign(NaN) is 0, as in torch: who calls this must look for broken gradients elsewhere.
+    sign(NaN) is 0, so a broken gradient moves nothing: the caller must check for it.
 
     Args:
         x_adv, x: images in [0, 1] of one dtype.
-        grad: of any floating dtype; 0 leaves a pixel alone.
+        grad: of any floating dtype; 0 leaves a pixel unchanged.
         step_size, eps: in image units.
-        how: launch parameters ``tile``, ``warps``.
-        out: where to write, ``x_adv`` itself if wanted; a new tensor if None.
-        cast: a tensor of another dtype that gets the result too, for a model in bfloat16.
+        config: launch parameters ``tile``, ``warps``.
+        out: the tensor to write to, which may be ``x_adv``; a new tensor if None.
+        cast: a tensor of another dtype to write the result to as well, for a model in bfloat16.
 
     Raises:
         ValueError: the tensors differ in shape or strides, or are not dense.
@@ -65,21 +75,10 @@ def sign_step(
             )
     if not torch.ops.aten.is_non_overlapping_and_dense(x_adv):
         raise ValueError(f"x_adv must be dense, got shape {list(x_adv.shape)} and strides {x_adv.stride()}")
-    total = x_adv.numel()
     launch(
-        sign_step_kernel,
-        -(-total // how["tile"]),
-        out,
-        cast,
-        x_adv,
-        grad,
-        x,
-        step_size,
-        eps,
-        total,
-        TILE=how["tile"],
-        warps=how["warps"],
-    )
+        sign_step_kernel, -(-x_adv.numel() // config["tile"]),
+        out, cast, x_adv, grad, x, step_size, eps, x_adv.numel(), BLOCK=config["tile"], warps=config["warps"],
+    )  # fmt: skip
     return out
 
 
@@ -87,9 +86,9 @@ def cases(table: Table) -> Iterator[Case]:
     """In float32, and with a bfloat16 gradient and copy."""
     x = torch.empty(256, 3, 32, 32, device="meta")
     low = x.bfloat16()
-    for key, how in table.items():
+    for key, config in table.items():
         if key.split("@")[0].split("/")[0] == "sign_step":
-            yield Case(f"{key} float32", partial(sign_step, x, x, x, 0.01, 0.03, how))
+            yield Case(f"{key} float32", partial(sign_step, x, x, x, 0.01, 0.03, config))
             yield Case(
-                f"{key} bfloat16", partial(sign_step, x, low, x, 0.01, 0.03, how, cast=low), quick=True
+                f"{key} bfloat16", partial(sign_step, x, low, x, 0.01, 0.03, config, cast=low), quick=True
             )

@@ -29,6 +29,14 @@ _CONVOLUTIONS = {
 _POWERS = ("tile", "inner", "steps", "warps", "block_m", "block_n", "block_k", "pixels", "channels")
 _REWRITE = "write it again with `awnet bench tune`, or delete it: the defaults then hold"
 
+# op names in tables that earlier versions wrote
+_RENAMED = {
+    "testing_coefficients": "eval_coefficients",
+    "testing_gradients": "eval_gradients",
+    "training_coefficients": "train_coefficients",
+    "training_gradients": "train_gradients",
+}
+
 Parameters = Mapping[str, int]
 
 
@@ -58,7 +66,12 @@ def read_table(path: Path) -> dict[str, dict[str, int]]:
         problem = _problem(entry)
         if problem:
             raise ValueError(f"{path}: launches[{key!r}] {problem}, got {entry!r}; {_REWRITE}")
-    return launches
+    return {_renamed(key): entry for key, entry in launches.items()}
+
+
+def _renamed(key: str) -> str:
+    op, slash, rest = key.partition("/")
+    return _RENAMED.get(op, op) + slash + rest
 
 
 @functools.cache

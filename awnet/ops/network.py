@@ -7,7 +7,6 @@ before the network runs (``docs/equations.md``), each layer is ``act(conv(x) · 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from awnet.ops.autograd import Call
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.functional import AffineConvolution, global_average
-from awnet.ops.launch_config import launch_parameters
 from awnet.ops.transforms import transform
 
 
@@ -198,10 +196,10 @@ class _NetworkCoefficients(torch.autograd.Function):
         eps: float,
         runs_triton: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.eps, ctx.has_omega = eps, omega is not None
+        ctx.eps, ctx.runs_triton = eps, runs_triton
         ctx.save_for_backward(omega, p_clean, tables)
         if runs_triton:
-            return _by_one_kernel(omega, p_clean, tables, widths, eps)
+            return triton_backend.network_coefficients(tables, widths, omega, p_clean, eps)
         gain, offset = _folded(tables, eps)
         p = p_clean[:, None]
         q = 1 - p
@@ -225,9 +223,14 @@ class _NetworkCoefficients(torch.autograd.Function):
                 "inside `with awnet.use_backend('reference')`"
             )
         omega, p_clean, tables = ctx.saved_tensors
-        gain, offset = _folded(tables, ctx.eps)
         d_scale, d_shift = torch.cat(grads[::2], 1), torch.cat(grads[1::2], 1)  # [B, T]
         d_omega = d_p = None
+        if ctx.runs_triton:
+            d_omega, d_p = triton_backend.network_gradients(
+                d_scale, d_shift, tables, omega, p_clean, ctx.eps, ctx.needs_input_grad[:2]
+            )
+            return d_omega, d_p, None, None, None, None
+        gain, offset = _folded(tables, ctx.eps)
         dynamic = 0 if omega is None else omega.shape[1]
         if ctx.needs_input_grad[0]:
             p = p_clean[:, None]
@@ -246,27 +249,3 @@ def _folded(tables: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     weight, bias, mean, var = tables
     gain = weight * torch.rsqrt(var + eps)
     return gain, torch.addcmul(bias, mean, gain, value=-1)
-
-
-def _by_one_kernel(
-    omega: Tensor | None, p_clean: Tensor, tables: Tensor, widths: tuple[int, ...], eps: float
-) -> tuple[Tensor, ...]:
-    kernels = triton_backend.kernels("coefficients")
-    dynamic = 0 if omega is None else omega.shape[1]
-    packed = kernels.PackedNorms(tables, _layout(widths, dynamic, tables.device), widths, dynamic, eps)
-    how = launch_parameters("network_coefficients", tables.device, len(p_clean), sum(widths))
-    omega = None if omega is None else omega.contiguous()
-    pairs = kernels.network_coefficients(omega, packed, p_clean.contiguous(), how)
-    return tuple(x for pair in pairs for x in pair)
-
-
-@functools.lru_cache(maxsize=64)
-def _layout(widths: tuple[int, ...], dynamic: int, device: torch.device) -> Tensor:
-    """Of each column begin_l, C_l and the column of ω or -1, int32 [3, T]: the layout of ``PackedNorms``."""
-    rows: list[tuple[int, int, int]] = []
-    begin = 0
-    for width in widths:
-        rows += [(begin, width, begin + i if begin < dynamic else -1) for i in range(width)]
-        begin += width
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int32).T.contiguous().to(device)

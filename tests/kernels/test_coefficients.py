@@ -6,7 +6,9 @@ from itertools import product
 
 import pytest
 import torch
-from awnet.kernels import coefficients as kernels
+from awnet.kernels import eval_coefficients as evaluated
+from awnet.kernels import train_coefficients as trained
+from awnet.kernels.tables import Mix, Norm
 from support.interpreter import DEVICE, Guarded
 from torch import Tensor
 
@@ -25,14 +27,16 @@ TOLERANCE = 1e-5
 class Problem:
     """Random arguments in float32 between guard bands, and the same in float64."""
 
-    def __init__(self, batch: int, channels: int, k: int, s: int, omega: bool, kinds: str = "mixed") -> None:
+    def __init__(
+        self, batch: int, channels: int, k: int, s: int, has_scale: bool, kinds: str = "mixed"
+    ) -> None:
         self.guarded = Guarded()
         self.generator = torch.Generator().manual_seed(batch * 100 + channels)
         self.batch, self.channels, self.k, self.s = batch, channels, k, s
         image = (batch, channels)
         self.mean, self.g1, self.gc, self.centre = (self.normal(*image) for _ in range(4))
         self.m2 = self.normal(*image).square() * HW
-        self.omega = self.normal(*image).abs() if omega else None
+        self.filter_scale = self.normal(*image).abs() if has_scale else None
         two = max(k, s) == 2
         self.p = torch.rand(batch, generator=self.generator) if two else None
         clean = torch.rand(batch, generator=self.generator) < 0.5
@@ -51,8 +55,12 @@ class Problem:
     def new(self, *shape: int) -> Tensor:
         return self.guarded.output(torch.empty(shape, device=DEVICE))
 
-    def norm(self) -> kernels.Norm:
-        return kernels.Norm(*(self.put(x) for x in (*self.table, self.var)))
+    def norm(self) -> Norm:
+        return Norm(*(self.put(x) for x in (*self.table, self.var)), EPS)
+
+    def mix(self) -> Mix:
+        is_clean = None if self.clean is None else self.clean.to(DEVICE)
+        return Mix(self.put(self.filter_scale), self.put(self.p), is_clean)
 
     def exact(self) -> tuple[Tensor, ...]:
         return tuple(x.double() for x in (*self.table, self.var))
@@ -70,192 +78,182 @@ def assert_agrees(got: Tensor | None, expected: Tensor | None, scale: float | Te
         assert difference <= TOLERANCE * max(float(expected.abs().max()), float(scale))
 
 
-every = pytest.mark.parametrize(("k", "s", "omega"), [(*rows, o) for rows, o in product(ROWS, (True, False))])
-tiles = pytest.mark.parametrize("how", [SMALL, LARGE], ids=["small", "large"])
+every = pytest.mark.parametrize(
+    ("k", "s", "has_scale"), [(*rows, has_scale) for rows, has_scale in product(ROWS, (True, False))]
+)
+tiles = pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"])
 
 
 @every
 @tiles
-def test_testing(k: int, s: int, omega: bool, how: dict) -> None:
+def test_eval(k: int, s: int, has_scale: bool, config: dict) -> None:
     for batch, channels in SIZES:
-        x = Problem(batch, channels, k, s, omega)
-        exact = (wide(x.omega), *x.exact(), wide(x.p), EPS)
+        x = Problem(batch, channels, k, s, has_scale)
+        exact = (wide(x.filter_scale), *x.exact(), wide(x.p), EPS)
         out = x.new(batch, channels), x.new(batch, channels)
-        norm, own_omega, p = x.norm(), x.put(x.omega), x.put(x.p)
-        got = kernels.testing_coefficients(own_omega, norm, p, EPS, batch, how, out=out)
+        norm, mix = x.norm(), x.mix()
+        got = evaluated.eval_coefficients(norm, mix, batch, config, out=out)
         for a, b in zip(got, coefficients.testing_coefficients(*exact, batch), strict=True):
             assert_agrees(a, b)
 
-        buffers = kernels.TestingGradients(
-            x.new(batch, channels) if omega else None,
+        buffers = evaluated.EvalGradients(
+            x.new(batch, channels) if has_scale else None,
             x.new(batch) if max(k, s) == 2 else None,
             x.new(k, channels),
             x.new(k, channels),
         )
         sums = [x.put(v) for v in (x.g1, x.gc, x.centre)]
         for needs in (
-            coefficients.Needs(omega, max(k, s) == 2, True, True),
-            coefficients.Needs(omega, False, False, False),
+            coefficients.Needs(has_scale, max(k, s) == 2, True, True),
+            coefficients.Needs(has_scale, False, False, False),
         ):
-            wanted = kernels.TestingGradients(
+            requested = evaluated.EvalGradients(
                 *(v if need else None for v, need in zip(buffers, needs, strict=True))
             )
-            found = kernels.testing_gradients(*sums, own_omega, norm, p, EPS, needs, how, out=wanted)
+            grads = evaluated.eval_gradients(*sums, norm, mix, needs, config, out=requested)
             expected = coefficients.testing_gradients(
                 *(v.double() for v in (x.g1, x.gc, x.centre)), *exact, needs
             )
-            for a, b in zip(found, expected, strict=True):
+            for a, b in zip(grads, expected, strict=True):
                 assert_agrees(a, b, scale=1.0)
         x.guarded.check()
 
 
 @every
 @tiles
-def test_training(k: int, s: int, omega: bool, how: dict) -> None:
+def test_train(k: int, s: int, has_scale: bool, config: dict) -> None:
     for (batch, channels), kinds in zip(SIZES, ("clean", "adversarial", "mixed"), strict=True):
-        x = Problem(batch, channels, k, s, omega, kinds)
-        norm, own_omega, clean = x.norm(), x.put(x.omega), x.clean
-        clean = None if clean is None else clean.to(DEVICE)
-        mean, m2 = x.put(x.mean), x.put(x.m2)
-        exact_images = (x.mean.double(), x.m2.double(), HW, wide(x.omega))
+        x = Problem(batch, channels, k, s, has_scale, kinds)
+        norm, mix = x.norm(), x.mix()
+        stats = trained.SampleStats(x.put(x.mean), x.put(x.m2), HW)
+        exact_images = (x.mean.double(), x.m2.double(), HW, wide(x.filter_scale))
 
-        out = kernels.Statistics(x.new(s, channels), x.new(s, channels), x.new(s))
-        got = kernels.batch_statistics(mean, m2, HW, own_omega, clean, s, how, out=out)
-        statistics = coefficients.batch_statistics(*exact_images, x.clean, s)
-        for a, b in zip(got, statistics, strict=True):
+        out = trained.BatchStats(x.new(s, channels), x.new(s, channels), x.new(s))
+        got = trained.batch_statistics(stats, mix, s, config, out=out)
+        for a, b in zip(got, coefficients.batch_statistics(*exact_images, x.clean, s), strict=True):
             assert_agrees(a, b)
 
-        batch_norm = kernels.Norm(norm.weight, norm.bias, got.mean, got.var)
+        batch_norm = norm._replace(mean=got.mean, var=got.var)
         pair = x.new(batch, channels), x.new(batch, channels)
         weight, bias = x.table[0].double(), x.table[1].double()
-        # judged at the very statistics that the kernel was given: a variance near 0 magnifies their rounding
+        # evaluated at the statistics that the kernel was given: a variance near 0 magnifies their rounding
         given = coefficients.BatchStatistics(*(v.double().cpu() for v in got))
         expected_pair = coefficients.training_coefficients(
-            wide(x.omega), weight, bias, given, x.clean, EPS, batch
+            wide(x.filter_scale), weight, bias, given, x.clean, EPS, batch
         )
-        found_pair = kernels.training_coefficients(own_omega, batch_norm, clean, EPS, batch, how, out=pair)
-        for a, b in zip(found_pair, expected_pair, strict=True):
+        got_pair = trained.train_coefficients(batch_norm, mix, batch, config, out=pair)
+        for a, b in zip(got_pair, expected_pair, strict=True):
             assert_agrees(a, b)
 
         sums = x.put(x.g1), x.put(x.gc)
-        rest = (own_omega, norm.weight, got, clean, EPS)
-        exact_sums, exact_rest = (x.g1.double(), x.gc.double()), (wide(x.omega), weight, given, x.clean, EPS)
-        own = kernels.Sums(x.new(k, channels), x.new(k, channels), x.new(2, s, channels))
-        own = kernels.training_sums(*sums, mean, *rest, how, out=own)
+        exact_sums = (x.g1.double(), x.gc.double())
+        exact_rest = (wide(x.filter_scale), weight, given, x.clean, EPS)
+        own = trained.TrainSums(x.new(k, channels), x.new(k, channels), x.new(2, s, channels))
+        own = trained.train_sums(*sums, stats.mean, batch_norm, mix, config, out=own)
         exact_own = coefficients.training_sums(*exact_sums, exact_images[0], *exact_rest)
         for a, b in zip(own, exact_own, strict=True):
             assert_agrees(a, b)
         # alone, and where another rank has added its sums, as large as ours
         for others in (False, True):
-            buffers = kernels.TrainingGradients(
-                x.new(batch, channels) if omega else None,
+            buffers = trained.TrainGradients(
+                x.new(batch, channels) if has_scale else None,
                 *((own.weight, own.bias) if others else (x.new(k, channels), x.new(k, channels))),
                 *(x.new(batch, channels) for _ in range(3)),
             )
             shared = own._replace(through=2 * own.through) if others else None
             exact_shared = exact_own._replace(through=2 * exact_own.through) if others else None
-            found = kernels.training_gradients(*sums, mean, m2, HW, *rest, omega, shared, how, out=buffers)
-            gradients, how_to = coefficients.training_gradients(
-                *exact_sums, *exact_images[:3], *exact_rest, omega, exact_shared
+            grads = trained.train_gradients(
+                *sums, stats, batch_norm, got.n, mix, has_scale, shared, config, out=buffers
             )
-            check_training(x, found, gradients, how_to, given, weight)
+            expected, by = coefficients.training_gradients(
+                *exact_sums, *exact_images[:3], *exact_rest, has_scale, exact_shared
+            )
+            check_train(x, grads, expected, by, given, weight)
         x.guarded.check()
 
 
-def check_training(x: Problem, found, gradients, how_to, given, weight: Tensor) -> None:
-    # ∂ω of a branch of few samples is what is left of large terms
+def check_train(x: Problem, grads, expected, by, given, weight: Tensor) -> None:
+    # the gradient of the filter scale in a branch of few samples is what is left of large terms
     inv_std = torch.rsqrt(given.var.min() + EPS)
     size = float(inv_std * (weight.abs().max() * x.gc.abs().max() + HW * x.mean.abs().max()))
-    assert_agrees(found.omega, gradients.filter_scale, scale=size)
-    assert_agrees(found.weight, gradients.bn_weight)
-    assert_agrees(found.bias, gradients.bn_bias)
-    for a, b in zip(found[3:], how_to, strict=True):
+    assert_agrees(grads.filter_scale, expected.filter_scale, scale=size)
+    assert_agrees(grads.weight, expected.bn_weight)
+    assert_agrees(grads.bias, expected.bn_bias)
+    for a, b in zip(grads[3:], by, strict=True):
         assert_agrees(a, b)
 
 
 @tiles
-def test_a_row_is_untouched_by_nan_in_the_other(how: dict) -> None:
+def test_a_row_is_untouched_by_nan_in_the_other(config: dict) -> None:
     x = Problem(9, 5, 2, 2, True)
-    assert x.omega is not None
-    clean = torch.arange(9) < 4
+    assert x.filter_scale is not None
+    x.clean = torch.arange(9) < 4
     results = []
     for spoilt in (False, True):
         if spoilt:
-            for v in (x.mean, x.m2, x.omega, x.g1, x.gc):
-                v[~clean] = float("nan")
-        norm, omega, kind = x.norm(), x.put(x.omega), clean.to(DEVICE)
+            for v in (x.mean, x.m2, x.filter_scale, x.g1, x.gc):
+                v[~x.clean] = float("nan")
+        norm, mix = x.norm(), x.mix()
         mean, m2, g1, gc = (x.put(v) for v in (x.mean, x.m2, x.g1, x.gc))
-        statistics = kernels.batch_statistics(mean, m2, HW, omega, kind, 2, how)
-        found = kernels.training_gradients(
-            g1, gc, mean, m2, HW, omega, norm.weight, statistics, kind, EPS, True, None, how
-        )
-        rows = [v[1] for v in (statistics.mean, statistics.var, found.weight, found.bias)]
-        results.append([*rows, *(v[:4] for v in (found.omega, *found[3:]) if v is not None)])
+        stats = trained.SampleStats(mean, m2, HW)
+        batch_mean, batch_var, n = trained.batch_statistics(stats, mix, 2, config)
+        norm = norm._replace(mean=batch_mean, var=batch_var)
+        grads = trained.train_gradients(g1, gc, stats, norm, n, mix, True, None, config)
+        rows = [v[1] for v in (batch_mean, batch_var, grads.weight, grads.bias)]
+        results.append([*rows, *(v[:4] for v in (grads.filter_scale, *grads[3:]) if v is not None)])
     for before, after in zip(*results, strict=True):
         assert torch.equal(before, after)
 
 
 def test_an_empty_batch() -> None:
     x = Problem(0, 3, 2, 2, True)
-    norm, clean = x.norm(), torch.empty(0, dtype=torch.bool, device=DEVICE)
-    empty, p = torch.empty(0, 3, device=DEVICE), torch.empty(0, device=DEVICE)
-    assert kernels.testing_coefficients(empty, norm, p, EPS, 0, SMALL)[0].shape == (0, 3)
-    found = kernels.testing_gradients(empty, empty, empty, empty, norm, p, EPS, (True,) * 4, SMALL)
-    assert float(found.weight.abs().sum()) == float(found.bias.abs().sum()) == 0
-    statistics = kernels.batch_statistics(empty, empty, HW, empty, clean, 2, SMALL)
-    assert all(float(v.abs().sum()) == 0 for v in statistics)
-    trained = kernels.training_gradients(
-        empty, empty, empty, empty, HW, empty, norm.weight, statistics, clean, EPS, True, None, SMALL
-    )
-    assert float(trained.weight.abs().sum()) == float(trained.bias.abs().sum()) == 0
+    norm, mix = x.norm(), x.mix()
+    empty = torch.empty(0, 3, device=DEVICE)
+    assert evaluated.eval_coefficients(norm, mix, 0, SMALL)[0].shape == (0, 3)
+    grads = evaluated.eval_gradients(empty, empty, empty, norm, mix, (True,) * 4, SMALL)
+    assert float(grads.weight.abs().sum()) == float(grads.bias.abs().sum()) == 0
+    stats = trained.SampleStats(empty, empty, HW)
+    batch = trained.batch_statistics(stats, mix, 2, SMALL)
+    assert all(float(v.abs().sum()) == 0 for v in batch)
+    result = trained.train_gradients(empty, empty, stats, norm, batch.n, mix, True, None, SMALL)
+    assert float(result.weight.abs().sum()) == float(result.bias.abs().sum()) == 0
 
 
 @tiles
 @pytest.mark.parametrize("batch", [1, 6])
-def test_all_layers_of_a_network_in_one_launch(batch: int, how: dict) -> None:
-    layers = [
-        Problem(batch, c, *rows, True) for c, rows in ((3, (2, 2)), (17, (2, 1)), (1, (1, 1)), (8, (2, 2)))
-    ]
-    dynamic = [True, False, True, True]
-    guarded = layers[0].guarded
-    p = torch.rand(batch, generator=layers[0].generator)
-    norms = [layer.norm() for layer in layers]
-    packed = kernels.PackedNorms.pack(norms, dynamic, EPS)
-    assert packed.omega_width == 12
-    omegas = [layer.omega for layer, has in zip(layers, dynamic, strict=True) if has]
-    omega = guarded.input(torch.cat([o for o in omegas if o is not None], 1).to(DEVICE))
-    for repeat in range(2):
-        if repeat:  # weights that were changed in place
-            for layer, norm in zip(layers, norms, strict=True):
-                layer.var += 1
-                norm.var.copy_(layer.var)
-            packed.refresh(norms)
-        flat = torch.empty(batch * 29, device=DEVICE)
-        out = guarded.output(flat), guarded.output(flat)
-        got = kernels.network_coefficients(omega, packed, guarded.input(p.to(DEVICE)), how, out=out)
-        assert len(got) == len(layers)
-        for layer, has, pair in zip(layers, dynamic, got, strict=True):
-            own = wide(layer.omega) if has else None
-            expected = coefficients.testing_coefficients(own, *layer.exact(), p.double(), EPS, batch)
-            for a, b in zip(pair, expected, strict=True):
-                assert a.is_contiguous()
-                assert_agrees(a, b)
-        for whole in out:
-            assert not whole.isnan().any()
-    for layer in layers[1:]:
-        layer.guarded = Guarded()  # their tables were changed on purpose
+@pytest.mark.parametrize("dynamic_layers", [0, 1, 3])
+def test_a_network_is_one_layer_with_all_channels_side_by_side(
+    dynamic_layers: int, batch: int, config: dict
+) -> None:
+    widths = (3, 17, 8)
+    channels, dynamic = sum(widths), sum(widths[:dynamic_layers])
+    x = Problem(batch, channels, 2, 2, True)
+    assert x.p is not None
+    assert x.filter_scale is not None
+    covered = x.filter_scale[:, :dynamic].contiguous() if dynamic else None
+    mix = Mix(x.put(covered), x.put(x.p))
+    out = x.new(batch * channels), x.new(batch * channels)
+    layout = evaluated.network_layout(widths, DEVICE)
+    norm = x.norm()
+    got = evaluated.network_coefficients(norm, mix, widths, layout, config, out=out)
+    x.filter_scale[:, dynamic:] = 1
+    exact = (x.filter_scale.double(), *x.exact(), x.p.double(), EPS)
+    expected = coefficients.testing_coefficients(*exact, batch)
+    for table, part in zip(expected, zip(*got, strict=True), strict=True):
+        for ours, layer in zip(part, table.split(widths, 1), strict=True):
+            assert ours.is_contiguous()
+            assert_agrees(ours, layer)
 
-
-def test_a_network_refuses_what_does_not_fit() -> None:
-    layers = [Problem(2, 3, 2, 2, True), Problem(2, 4, 2, 2, True)]
-    norms = [layer.norm() for layer in layers]
-    with pytest.raises(ValueError, match="as long as each other and not empty, got 2 and 1"):
-        kernels.PackedNorms.pack(norms, [True], EPS)
-    packed = kernels.PackedNorms.pack(norms, [True, False], EPS)
-    p = torch.ones(2, device=DEVICE)
-    with pytest.raises(ValueError, match=r"omega must have shape \[2, 3\] .* got \[2, 7\]"):
-        kernels.network_coefficients(torch.ones(2, 7, device=DEVICE), packed, p, SMALL)
-    with pytest.raises(ValueError, match="got None"):
-        kernels.network_coefficients(None, packed, p, SMALL)
-    alone = kernels.PackedNorms.pack(norms, [False, False], EPS)
-    assert len(kernels.network_coefficients(None, alone, p, SMALL)) == 2
+    d_filter_scale = x.new(batch, dynamic) if dynamic else None
+    buffers = evaluated.EvalGradients(d_filter_scale, x.new(batch), None, None)
+    d_scale, d_shift = x.put(x.gc), x.put(x.g1)
+    needs = (dynamic > 0, True, False, False)
+    grads = evaluated.eval_gradients(d_shift, d_scale, None, norm, mix, needs, config, out=buffers)
+    zero = torch.zeros_like(x.gc).double()
+    all_needs = coefficients.Needs(True, True, False, False)
+    reference = coefficients.testing_gradients(x.g1.double(), x.gc.double(), zero, *exact, all_needs)
+    assert reference.filter_scale is not None
+    if dynamic:
+        assert_agrees(grads.filter_scale, reference.filter_scale[:, :dynamic])
+    assert_agrees(grads.p_clean, reference.p_clean, scale=channels**0.5)  # terms of about 1 that cancel
+    x.guarded.check()

@@ -348,7 +348,7 @@ REFUSED = {
 def test_what_it_does_not_take_it_refuses_by_name(reason: str, case: tuple[Shape, dict[str, Any]]) -> None:
     shape, how = case
     layer = Layer(shape, how.get("dtype", torch.float32), Guarded(), how.get("channels_last", True))
-    assert reason in str(conv.refusal(layer.x, layer.weight, *shape.where[:3]))
+    assert reason in str(conv.not_supported(layer.x, layer.weight, *shape.where[:3]))
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True)
     assert fused_conv.fused_apply(*arguments, *shape.where, False, force=True) is None
     assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
@@ -358,11 +358,13 @@ def test_what_it_does_not_take_it_refuses_by_name(reason: str, case: tuple[Shape
 def test_grouped_refusals() -> None:
     for shape, reason in ((Shape(1, 4, 4, (9, 9), (8, 1), groups=2), "up to 7×7"),):
         layer = Layer(shape, torch.float32, Guarded())
-        assert reason in str(grouped_conv.refusal(layer.x, layer.weight, *shape.where[:3]))
+        assert reason in str(grouped_conv.not_supported(layer.x, layer.weight, *shape.where[:3]))
         assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
     layer = Layer(Shape(2, 4, 4, (4, 4), (3, 3), groups=4), torch.float32, Guarded())
     cropped = layer.x[:, :, 1:]
-    assert "neither contiguous" in str(grouped_conv.refusal(cropped, layer.weight, *layer.shape.where[:3]))
+    assert "neither contiguous" in str(
+        grouped_conv.not_supported(cropped, layer.weight, *layer.shape.where[:3])
+    )
 
 
 def test_strided_dgrad_is_the_librarys() -> None:

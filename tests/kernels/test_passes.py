@@ -105,7 +105,7 @@ def test_apply(
         assert_close(y, expected, size, dtype)
         # in u's own place, and with the mask of y as it is stored
         ours, mask = guarded.output(u).copy_(u), torch.empty_like(u, dtype=torch.bool)
-        again = passes.apply(ours, scale, shift, r, relu, how, **affine, out=ours, mask=mask)
+        again = passes.apply(ours, scale, shift, r, relu, how, **affine, out=ours, relu_mask=mask)
         assert torch.equal(again, y)
         assert torch.equal(mask, ~(y <= 0))
     guarded.check()
@@ -240,11 +240,12 @@ def test_nan_passes_the_activation_as_in_torch() -> None:
 
 @triton.jit
 def _addresses_kernel(out, group, first, total, channels, pixels, LAST: tl.constexpr):
-    maps, exists, start = passes._maps(group, total, channels, pixels, LAST, 16)
-    places, mask = passes._places(start, exists, first + tl.zeros([], tl.int64), channels, pixels, LAST, 16)
+    plane, in_planes, start = passes._planes(group, total, channels, pixels, LAST, 16)
+    first_pixel = first + tl.zeros([], tl.int64)
+    offsets, in_bounds = passes._tile_offsets(start, in_planes, first_pixel, channels, pixels, LAST, 16)
     inside = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(out + inside, tl.where(mask, places, -1))
-    tl.store(out + 256 + tl.arange(0, 16), tl.where(exists, maps, -1))
+    tl.store(out + inside, tl.where(in_bounds, offsets, -1))
+    tl.store(out + 256 + tl.arange(0, 16), tl.where(in_planes, plane, -1))
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
@@ -289,7 +290,7 @@ def test_a_single_large_image_still_fills_a_gpu() -> None:
         grid = passes._grid(passes.Shape(1, 64, 224 * 224, last), LARGE, steps=True)
         assert grid.programs >= 264  # two for each multiprocessor of an H200
     grid = passes._grid(passes.Shape(256, 512, 4, False), LARGE, steps=True)
-    assert grid.constants["MAPS"] * grid.constants["PIXELS"] == LARGE["tile"]  # several planes a program
+    assert grid.constants["BLOCK_M"] * grid.constants["BLOCK_P"] == LARGE["tile"]  # several planes a program
 
 
 def test_power_of_two() -> None:

@@ -23,7 +23,7 @@ EAGER_LAYER = OPS + "test_eager_equals_the_reference_in_float64"
 AMX = "tests/ops/test_amx.py::"
 CUDA_PASSES = CUDA + "test_every_pass_in_every_shape"
 CUDA_ALGEBRA = CUDA + "test_the_algebra_equals_plain_torch"
-TESTING, TRAINING = ALGEBRA + "test_testing", ALGEBRA + "test_training"
+EVAL, TRAIN = ALGEBRA + "test_eval", ALGEBRA + "test_train"
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ FAULTS = (
     # --- Triton, through its interpreter
     fault(
         "the residual dropped", "kernels/passes.py",
-        "        v += r\n", "",
+        "        y += residual\n", "",
         PASSES + "test_apply",
     ),
     fault(
@@ -284,74 +284,74 @@ FAULTS = (
     ),
     fault(
         "NaN becomes 0 in the ReLU", "kernels/passes.py",
-        "v = tl.where(v <= 0, 0.0, v)", "v = tl.where(v > 0, v, 0.0)",
+        "y = tl.where(y <= 0, 0.0, y)", "y = tl.where(y > 0, y, 0.0)",
         PASSES + "test_nan_passes_the_activation_as_in_torch",
     ),
     fault(
         "the gradient let through where the ReLU gave 0", "kernels/passes.py",
-        "g = tl.where(_read(gate, places, mask) <= 0, 0.0, g)", "g = tl.where(_read(gate, places, mask) < 0, 0.0, g)",
+        "g = tl.where(_load(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)", "g = tl.where(_load(relu_mask_ptr, offsets, in_bounds) < 0, 0.0, g)",
         PASSES + "test_reduce",
     ),
     fault(
         "statistics that do not centre before they square", "kernels/passes.py",
-        "d = tl.where(mask, x - own_mean[:, None], 0.0)", "d = tl.where(mask, x, 0.0)",
+        "centred = tl.where(in_bounds, x - tile_mean[:, None], 0.0)", "centred = tl.where(in_bounds, x, 0.0)",
         PASSES + "test_statistics",
     ),
     fault(
         "the mask of the last pixels dropped", "kernels/passes.py",
-        "exists[:, None] & (pixel < pixels)[None, :]", "exists[:, None] & (pixel >= 0)[None, :]",
+        "in_planes[:, None] & (pixel < hw)[None, :]", "in_planes[:, None] & (pixel >= 0)[None, :]",
         PASSES + "test_reduce",
     ),
     fault(
-        "ω instead of ω² in a branch's variance", "kernels/coefficients.py",
-        "spread = _scaled(within, omega, places, mask) + hw * own * own", "spread = within + hw * own * own",
-        TRAINING,
+        "ω instead of ω² in a branch's variance", "kernels/train_coefficients.py",
+        "m2 = scaled(m2, filter_scale_ptr, offsets, in_bounds) + hw * delta * delta", "m2 = m2 + hw * delta * delta",
+        TRAIN,
     ),
     fault(
-        "the rows of a table exchanged", "kernels/coefficients.py",
-        "first = tl.where(clean, _row(table, 1, channel, channels, exists)[None, :], first)",
-        "first = tl.where(clean, first, _row(table, 1, channel, channels, exists)[None, :])",
-        TRAINING,
+        "the rows of a table exchanged", "kernels/tables.py",
+        "row = tl.where(is_clean, load_row(table_ptr, 1, c, channels)[None, :], row)",
+        "row = tl.where(is_clean, row, load_row(table_ptr, 1, c, channels)[None, :])",
+        TRAIN,
     ),
     fault(
-        "samples of absent rows counted", "kernels/coefficients.py",
-        "zeroth, first = _sums(ones, clean, (sample < batch)[:, None], S)", "zeroth, first = _sums(ones, clean, (sample >= 0)[:, None], S)",
-        TRAINING,
+        "samples of absent rows counted", "kernels/train_coefficients.py",
+        "sum_by_row(ones, is_clean, (b < batch)[:, None], S)", "sum_by_row(ones, is_clean, (b >= 0)[:, None], S)",
+        TRAIN,
     ),
     fault(
-        "the second branch weighted by 1 − p", "kernels/coefficients.py",
-        "d_weight_0, d_weight_1 = q * about_0 * inv_std_0, p * about_1 * inv_std_1",
-        "d_weight_0, d_weight_1 = q * about_0 * inv_std_0, q * about_1 * inv_std_1",
-        TESTING,
+        "the second branch weighted by 1 − p", "kernels/eval_coefficients.py",
+        "d_weight_0, d_weight_1 = q * along_0 * inv_std_0, p * along_1 * inv_std_1",
+        "d_weight_0, d_weight_1 = q * along_0 * inv_std_0, q * along_1 * inv_std_1",
+        EVAL,
     ),
     fault(
         "an off-by-one tap", "kernels/conv.py",
-        "x_at = x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :]", "x_at = x_row[:, None] + ((i * W + j + 1) * C_IN + depth)[None, :]",
+        "x_offsets = x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :]", "x_offsets = x_row[:, None] + ((i * W + j + 1) * C_IN + depth)[None, :]",
         CONV + "test_apply",
     ),
     fault(
         "taps not turned round in the gradient of the input", "kernels/conv.py",
-        "weight_tap_at = TAPS - 1 - tap", "weight_tap_at = tap",
+        "flipped_tap = TAPS - 1 - tap", "flipped_tap = tap",
         CONV + "test_dgrad",
     ),
     fault(
         "the scale of the tile's first sample for all that share the tile", "kernels/epilogue.py",
-        "own = (nearby * C)[:, None] + channel[None, :]", "own = (nearby * 0)[:, None] + channel[None, :]",
+        "table_offsets = (sample_in_tile * C)[:, None] + channel[None, :]", "table_offsets = (sample_in_tile * 0)[:, None] + channel[None, :]",
         CONV + "test_apply",
     ),
     fault(
         "the wrong group's channels", "kernels/grouped_conv.py",
-        "source = channel // OWN * READ", "source = channel // OWN",
+        "first_in = channel // GROUP_OUT * GROUP_IN", "first_in = channel // GROUP_OUT",
         CONV + "test_grouped",
     ),
     fault(
         "pixels between the strides let through in the gradient of the input", "kernels/grouped_conv.py",
-        "inside & (down % STRIDE_H == 0) & (across % STRIDE_W == 0)", "inside & (across % STRIDE_W == 0)",
+        "inside & (in_y % STRIDE_H == 0) & (in_x % STRIDE_W == 0)", "inside & (in_x % STRIDE_W == 0)",
         CONV + "test_grouped_dgrad",
     ),
     fault(
         "the lower side of the ball dropped", "kernels/sign_step.py",
-        "tl.maximum(start - eps, 0.0)", "0.0",
+        "tl.maximum(x - eps, 0.0)", "0.0",
         STEP + "test_it_is_torchs_step_bit_for_bit",
     ),
     # --- torch

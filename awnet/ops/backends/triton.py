@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,6 +82,19 @@ def _for_table(op: str, device: torch.device, batch: int, channels: int) -> Para
     return launch_parameters(op, device, batch, channels)
 
 
+def _norm(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Any:
+    return kernels("tables").Norm(*map(_dense, (weight, bias, mean, var)), eps)
+
+
+def _network_norm(tables: Tensor, eps: float) -> Any:
+    weight, bias, mean, var = tables.unbind(0)
+    return _norm(weight, bias, mean, var, eps)
+
+
+def _mix(omega: Tensor | None, p_clean: Tensor | None, is_clean: Tensor | None = None) -> Any:
+    return kernels("tables").Mix(*map(_dense, (omega, p_clean, is_clean)))
+
+
 class TritonPasses(TritonConvolutions):
     """See :class:`awnet.ops.backends.eager.Passes`. float32, bfloat16 and float16 images, either layout."""
 
@@ -98,14 +112,16 @@ class TritonPasses(TritonConvolutions):
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
         other = None if residual is None else _alike(residual, u)
-        how, out = _for_images("apply", u), u if in_place else None
+        config, out = _for_images("apply", u), u if in_place else None
         mask = torch.empty_like(u, dtype=torch.bool) if keep_mask else None
-        y = kernels("passes").apply(u, _dense(scale), _dense(shift), other, relu, how, out=out, mask=mask)
+        y = kernels("passes").apply(
+            u, _dense(scale), _dense(shift), other, relu, config, out=out, relu_mask=mask
+        )
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
 
     def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-        how = _for_images("reduce", u)
-        return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), gate, how)
+        config = _for_images("reduce", u)
+        return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), gate, config)
 
     def propagate(
         self,
@@ -117,8 +133,8 @@ class TritonPasses(TritonConvolutions):
         residual: bool,
     ) -> tuple[Tensor, Tensor | None]:
         coefficients = [_dense(x) for x in how]
-        launch = _for_images("propagate", grad)
-        return kernels("passes").propagate(grad, u, _dense(centre), gate, *coefficients, residual, launch)
+        config = _for_images("propagate", grad)
+        return kernels("passes").propagate(grad, u, _dense(centre), gate, *coefficients, residual, config)
 
     def testing_coefficients(
         self,
@@ -131,10 +147,9 @@ class TritonPasses(TritonConvolutions):
         eps: float,
         batch: int,
     ) -> tuple[Tensor, Tensor]:
-        algebra = kernels("coefficients")
-        norm = algebra.Norm(_dense(bn_weight), _dense(bn_bias), _dense(running_mean), _dense(running_var))
-        how = _for_table("testing_coefficients", bn_weight.device, batch, bn_weight.shape[1])
-        return algebra.testing_coefficients(_dense(omega), norm, _dense(p_clean), eps, batch, how)
+        norm = _norm(bn_weight, bn_bias, running_mean, running_var, eps)
+        config = _for_table("eval_coefficients", bn_weight.device, batch, bn_weight.shape[1])
+        return kernels("eval_coefficients").eval_coefficients(norm, _mix(omega, p_clean), batch, config)
 
     def testing_gradients(
         self,
@@ -150,20 +165,19 @@ class TritonPasses(TritonConvolutions):
         eps: float,
         needs: Needs,
     ) -> Gradients:
-        algebra = kernels("coefficients")
-        norm = algebra.Norm(_dense(bn_weight), _dense(bn_bias), _dense(running_mean), _dense(running_var))
-        how = _for_table("testing_gradients", g1.device, *g1.shape)
-        images = (g1, gc, _dense(centre), _dense(omega))
-        return Gradients(*algebra.testing_gradients(*images, norm, _dense(p_clean), eps, needs, how))
+        norm = _norm(bn_weight, bn_bias, running_mean, running_var, eps)
+        config = _for_table("eval_gradients", g1.device, *g1.shape)
+        mix = _mix(omega, p_clean)
+        grads = kernels("eval_coefficients").eval_gradients(g1, gc, _dense(centre), norm, mix, needs, config)
+        return Gradients(*grads)
 
     def batch_statistics(
         self, mean: Tensor, m2: Tensor, hw: int, omega: Tensor | None, is_clean: Tensor | None, rows: int
     ) -> BatchStatistics:
-        how = _for_table("batch_statistics", mean.device, *mean.shape)
-        found = kernels("coefficients").batch_statistics(
-            mean, m2, hw, _dense(omega), _dense(is_clean), rows, how
-        )
-        return BatchStatistics(*found)
+        train = kernels("train_coefficients")
+        config = _for_table("batch_statistics", mean.device, *mean.shape)
+        stats = train.SampleStats(mean, m2, hw)
+        return BatchStatistics(*train.batch_statistics(stats, _mix(omega, None, is_clean), rows, config))
 
     def training_coefficients(
         self,
@@ -175,10 +189,10 @@ class TritonPasses(TritonConvolutions):
         eps: float,
         batch: int,
     ) -> tuple[Tensor, Tensor]:
-        algebra = kernels("coefficients")
-        norm = algebra.Norm(_dense(bn_weight), _dense(bn_bias), statistics.mean, statistics.var)
-        how = _for_table("training_coefficients", bn_weight.device, batch, bn_weight.shape[1])
-        return algebra.training_coefficients(_dense(omega), norm, _dense(is_clean), eps, batch, how)
+        norm = _norm(bn_weight, bn_bias, statistics.mean, statistics.var, eps)
+        config = _for_table("train_coefficients", bn_weight.device, batch, bn_weight.shape[1])
+        mix = _mix(omega, None, is_clean)
+        return kernels("train_coefficients").train_coefficients(norm, mix, batch, config)
 
     def training_sums(
         self,
@@ -191,9 +205,10 @@ class TritonPasses(TritonConvolutions):
         is_clean: Tensor | None,
         eps: float,
     ) -> Sums:
-        how = _for_table("training_gradients", g1.device, *g1.shape)
-        tables = (_dense(omega), _dense(bn_weight), statistics, _dense(is_clean))
-        return Sums(*kernels("coefficients").training_sums(g1, gc, mean, *tables, eps, how))
+        norm = _norm(bn_weight, bn_weight, statistics.mean, statistics.var, eps)
+        config = _for_table("train_gradients", g1.device, *g1.shape)
+        mix = _mix(omega, None, is_clean)
+        return Sums(*kernels("train_coefficients").train_sums(g1, gc, mean, norm, mix, config))
 
     def training_gradients(
         self,
@@ -210,12 +225,49 @@ class TritonPasses(TritonConvolutions):
         need_scale: bool,
         sums: Sums | None,
     ) -> tuple[Gradients, Propagation]:
-        algebra = kernels("coefficients")
-        how = _for_table("training_gradients", g1.device, *g1.shape)
-        weight, kind = _dense(bn_weight), _dense(is_clean)
-        given = None if sums is None else algebra.Sums(*sums)
-        found = algebra.training_gradients(
-            g1, gc, mean, m2, hw, _dense(omega), weight, statistics, kind, eps, need_scale, given, how
-        )
-        gradients = Gradients(found.omega, None, found.weight, found.bias)
-        return gradients, Propagation(found.by_grad, found.by_input, found.constant)
+        train = kernels("train_coefficients")
+        config = _for_table("train_gradients", g1.device, *g1.shape)
+        stats = train.SampleStats(mean, m2, hw)
+        norm = _norm(bn_weight, bn_weight, statistics.mean, statistics.var, eps)
+        mix, n = _mix(omega, None, is_clean), _dense(statistics.n)
+        own_sums = None if sums is None else train.TrainSums(*sums)
+        grads = train.train_gradients(g1, gc, stats, norm, n, mix, need_scale, own_sums, config)
+        by = Propagation(grads.by_grad, grads.by_input, grads.constant)
+        return Gradients(grads.filter_scale, None, grads.weight, grads.bias), by
+
+
+def network_coefficients(
+    tables: Tensor, widths: Sequence[int], omega: Tensor | None, p_clean: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    """scale and shift of each layer of a network in eval mode, in turn; tables ``[4, 2, T]``."""
+    config = _for_table("network_coefficients", tables.device, len(p_clean), sum(widths))
+    layout = _network_layout(tuple(widths), tables.device)
+    pairs = kernels("eval_coefficients").network_coefficients(
+        _network_norm(tables, eps), _mix(omega, p_clean), widths, layout, config
+    )
+    return tuple(table for pair in pairs for table in pair)
+
+
+def network_gradients(
+    d_scale: Tensor,
+    d_shift: Tensor,
+    tables: Tensor,
+    omega: Tensor | None,
+    p_clean: Tensor,
+    eps: float,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of ω and p from those of all scales and shifts side by side, ``[B, T]``."""
+    config = _for_table("network_gradients", tables.device, *d_scale.shape)
+    norm, mix = _network_norm(tables, eps), _mix(omega, p_clean)
+    grads = kernels("eval_coefficients").eval_gradients(
+        d_shift, d_scale, None, norm, mix, (*needs, False, False), config
+    )
+    return grads.filter_scale, grads.p_clean
+
+
+@functools.lru_cache(maxsize=64)
+def _network_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        layout: Tensor = kernels("eval_coefficients").network_layout(widths, device)
+    return layout
