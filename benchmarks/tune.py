@@ -225,8 +225,8 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
     path = options.out / f"{launch_config.device_slug(device)}.json"
     content: dict[str, Any] = {"device": path.stem, "launches": {}}
     if path.exists():
-        launch_config.read_table(path)
         content = json.loads(path.read_text(encoding="utf-8"))
+        content["launches"] = launch_config.read_table(path)
     content["launches_tuned_with"] = {name: version(name) for name in ("torch", "triton")}
     launches: dict[str, dict[str, int]] = content["launches"]
     console = safe_console()

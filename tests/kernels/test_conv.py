@@ -338,7 +338,7 @@ REFUSED = {
     "1×1 and 3×3": (Shape(1, 4, 4, (6, 6), (5, 5)), {}),
     "stride 1 and 2": (Shape(1, 4, 4, (6, 6), (3, 3), (3, 3)), {}),
     "padding 0 and 1": (Shape(1, 4, 4, (6, 6), (3, 3), padding=(1, 0)), {}),
-    "no dilation": (Shape(1, 4, 4, (6, 6), (3, 3), dilation=(2, 2)), {}),
+    "does not support dilation": (Shape(1, 4, 4, (6, 6), (3, 3), dilation=(2, 2)), {}),
     "float32, bfloat16 and float16": (Shape(1, 4, 4, (6, 6), (3, 3)), {"dtype": torch.float64}),
     "channels_last only": (Shape(1, 4, 4, (6, 6), (3, 3)), {"channels_last": False}),
 }

@@ -47,13 +47,23 @@ def test_every_shipped_table_is_sound() -> None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 assert look_up(op=op, layout=layout, dtype=dtype)["tile"] > 0
     for op in (
-        "testing_coefficients",
-        "testing_gradients",
+        "eval_coefficients",
+        "eval_gradients",
+        "network_coefficients",
+        "network_gradients",
         "batch_statistics",
-        "training_gradients",
+        "train_coefficients",
+        "train_gradients",
         "sign_step",
     ):
         assert look_up(op=op, dtype=None, layout=None)["warps"] > 0
+
+
+def test_a_table_with_the_former_op_names_is_read(folder: Path) -> None:
+    launches = {"testing_gradients/b256c64p1": entry(512), "training_coefficients": entry(256)}
+    (folder / "toy.json").write_text(json.dumps({"device": "toy", "launches": launches}))
+    assert look_up(op="eval_gradients", pixels=1, dtype=None, layout=None)["tile"] == 512
+    assert look_up(op="train_coefficients", dtype=None, layout=None)["tile"] == 256
 
 
 def test_the_most_specific_entry_of_the_device_wins(folder: Path) -> None:
