@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from awnet.files import expanded, write_json
 from awnet.models import load_model
 from awnet.models.registry import config_of
 from awnet.precision import full_precision
+from awnet.run_folder import RunFolder
+
+_LOG = logging.getLogger("awnet")
 
 
 @full_precision()
@@ -65,10 +70,36 @@ def craft(
         "batch_size": batch_size,
     }
     key = digest(provenance)
-    path = None if folder is None else expanded(folder) / f"{key}.safetensors"
-    if path is not None and path.is_file() and path.with_suffix(".json").is_file():
+    if folder is None:
+        return _crafted(source, dataset, provenance, batch_size, progress)
+    folder = expanded(folder)
+    path = folder / f"{key}.safetensors"
+    if path.is_file() and path.with_suffix(".json").is_file():
         return Crafted.load(path)
-    parts = None if folder is None else Saved(folder, f"{key}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunFolder(folder, _LOG.warning, "an attack", "attack again there to resume") as place:
+        parts = Saved("", f"{key}.parts", place)
+        crafted = _crafted(source, dataset, provenance, batch_size, progress, parts)
+
+        def write() -> None:
+            tensors = {"x_adv": crafted.x_adv, "index": crafted.index, "labels": crafted.labels}
+            Saved(place.path, "").save(key, tensors)
+            write_json(place.path / f"{key}.json", crafted.provenance)
+
+        place.during(write)
+        parts.remove()
+    return crafted
+
+
+def _crafted(
+    source: Attack,
+    dataset: Dataset,
+    provenance: dict[str, Any],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+    parts: Saved | None = None,
+) -> Crafted:
+    """The images. Batches in ``parts`` are loaded; all others are stored there."""
     batches: list[Tensor] = []
     for number, (x, y, index) in enumerate(dataset.batches(batch_size)):
         stored = None if parts is None else parts.load(str(number))
@@ -81,9 +112,4 @@ def craft(
             progress(min((number + 1) * batch_size, len(dataset)), len(dataset))
     crafted = Crafted(torch.cat(batches), dataset.index.cpu(), dataset.labels.cpu(), provenance)
     provenance |= {"awnet": __version__, "torch": torch.__version__, "content": crafted.content()}
-    if path is not None and parts is not None:
-        tensors = {"x_adv": crafted.x_adv, "index": crafted.index, "labels": crafted.labels}
-        Saved(path.parent, "").save(path.stem, tensors)
-        write_json(path.with_suffix(".json"), provenance)
-        parts.remove()
     return crafted

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from awnet.files import expanded, written_atomically
 from awnet.models.files import raw_bytes, weights_fingerprint
 from awnet.models.registry import config_of
+from awnet.run_folder import RunFolder
 
 
 def digest(*parts: Any) -> str:
@@ -49,10 +50,16 @@ class Saved:
     Args:
         folder: of the evaluation, say.
         key: what the tensors follow from; another key sees none of them.
+        place: the folder that ``folder`` is relative to, which is followed when it is renamed.
     """
 
-    def __init__(self, folder: str | Path, key: str) -> None:
-        self.folder = expanded(folder) / key
+    def __init__(self, folder: str | Path, key: str, place: RunFolder | None = None) -> None:
+        self._folder, self._place = expanded(folder) / key, place
+
+    @property
+    def folder(self) -> Path:
+        """Where the groups are now."""
+        return self._folder if self._place is None else self._place.path / self._folder
 
     def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any] | None:
         """The tensors and what was noted beside them; None where there are none.
@@ -82,9 +89,16 @@ class Saved:
     def save(self, name: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Writes them whole or not at all; ``note`` is what JSON can write."""
         plain = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        with written_atomically(self.path(name)) as temporary:
-            metadata = {"format": "pt", "note": json.dumps(note), "digest": _content(plain, note)}
-            save_file(plain, temporary, metadata=metadata)
+        metadata = {"format": "pt", "note": json.dumps(note), "digest": _content(plain, note)}
+
+        def write() -> None:
+            with written_atomically(self.path(name)) as temporary:
+                save_file(plain, temporary, metadata=metadata)
+
+        if self._place is None:
+            write()
+        else:
+            self._place.during(write)
 
     def path(self, name: str) -> Path:
         """The file of the group ``name``."""

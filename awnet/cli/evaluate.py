@@ -54,6 +54,7 @@ class Evaluate(RunOptions):
 
     def _evaluate(self, console: Console, ranks: Ranks) -> None:
         from awnet.evaluation import Report, comparison_table, evaluate
+        from awnet.run_folder import RunFolder
 
         for run in self.compare_with:
             if not run.is_dir():
@@ -61,25 +62,27 @@ class Evaluate(RunOptions):
         others = {str(run): Report.load(run / "evaluations" / self.name) for run in self.compare_with}
         model, dataset = self.load(console, ranks.device)
         last = self.run_folder == self.folder and self.checkpoint == "last"
-        report = evaluate(
-            model,
-            dataset,
-            self.attacks,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            limit=self.limit,
-            budget=self.budget,
-            queries=self.queries,
-            precision=self.precision,
-            teachers=self.teachers,
-            allow_missing=self.allow_missing,
-            progress=not console.quiet,
-            out=self.folder,
-            name=self.name,
-            compared_with=others,
-            selected_on="nothing: the last checkpoint" if last else None,
-            ranks=ranks,
-        )
+        with RunFolder(self.folder, lambda text: None, "evaluation") as place:  # evaluate warns
+            report = evaluate(
+                model,
+                dataset,
+                self.attacks,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                limit=self.limit,
+                budget=self.budget,
+                queries=self.queries,
+                precision=self.precision,
+                teachers=self.teachers,
+                allow_missing=self.allow_missing,
+                progress=not console.quiet,
+                out=self.folder,
+                name=self.name,
+                compared_with=others,
+                selected_on="nothing: the last checkpoint" if last else None,
+                ranks=ranks,
+            )
+            folder = place.path
         console.print(report.table())
         if others:
             console.print(comparison_table(report))
@@ -96,4 +99,4 @@ class Evaluate(RunOptions):
             print_text(console, f"router's AUC, clean images against: {values}")
         for flag in report.flags:
             print_text(console, f"note: {flag}")
-        print_text(console, f"written to {self.folder / 'evaluations' / self.name}")
+        print_text(console, f"written to {folder / 'evaluations' / self.name}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,6 +52,7 @@ from awnet.models.registry import config_of, name_of
 from awnet.nn import Steering, has_router, observe, route, routed_networks
 from awnet.precision import computed_in, full_precision
 from awnet.provenance import environment
+from awnet.run_folder import RunFolder
 from awnet.scalars import check_integer
 from awnet.terminal import safe_console
 from awnet.text import visible
@@ -169,8 +172,8 @@ def evaluate(
     others = {name.replace(" ", "_"): one for name, one in (surrogates or {}).items()}
     missing = _missing(model, found, needed, others, allow_missing)
     ranks = ranks or Ranks(dataset.device)
-    folder = None if out is None else out / "evaluations" / name
-    with _alone(folder, ranks):
+    selected_on = _selected_on(run) if selected_on is None else selected_on
+    with _alone(out, name, ranks) as place:
         suite = Suite(
             classes=classes,
             budget=budget,
@@ -181,11 +184,12 @@ def evaluate(
         )
         plan = _Plan(model, dataset, _chosen(attacks, model, dataset, seed, suite), seed)
         saved = None
-        if folder is not None or ranks.size > 1:
+        if place is not None or ranks.size > 1:
             key = _key(live, dataset, plan.attacks, batch_size, suite, f"{precision} {chosen.runs_on}")
             _check_same(key, ranks)
-        if folder is not None:
-            saved = ranks.first(lambda: _state(folder, key))
+        if place is not None:
+            saved = Saved(_state_folder(name), key, place)
+            ranks.first(partial(_prepare, saved))
         own = _Share(plan)
         batches = -(-len(dataset) // batch_size)
         mine = range(ranks.rank, batches, ranks.size)
@@ -218,7 +222,7 @@ def evaluate(
                     "class_names": list(dataset.classes),
                     "runs_on": chosen.runs_on,
                 },
-                _selected_on(run) if selected_on is None else selected_on,
+                selected_on,
                 missing,
             )
             if chosen.flag is not None:
@@ -238,9 +242,8 @@ def evaluate(
             report.compared_with = {
                 other: compare(report, value, seed) for other, value in other_reports.items()
             }
-            if out is not None:
-                report.publish(out, name)
-            if saved is not None:
+            if place is not None and saved is not None:
+                place.during(lambda: report.publish(place.path, name))
                 saved.remove()
                 saved.folder.parent.rmdir()
             return report
@@ -640,16 +643,30 @@ def _key(
 
 
 @contextmanager
-def _alone(folder: Path | None, ranks: Ranks) -> Iterator[None]:
-    """Holds the lock of the evaluation's folder, on rank 0, for a block of code."""
+def _alone(out: Path | None, name: str, ranks: Ranks) -> Iterator[RunFolder | None]:
+    """Holds the lock of the evaluation's folder, on rank 0, for a block of code; yields the run folder."""
     with ExitStack() as held:
 
         def lock() -> None:
-            if folder is not None:
-                held.enter_context(locked(folder))
+            if out is not None:
+                held.enter_context(locked(out / "evaluations" / name))
 
         ranks.first(lock)
-        yield
+        yield None if out is None else held.enter_context(_followed(out, ranks))
+
+
+def _followed(out: Path, ranks: Ranks) -> RunFolder:
+    def warn(text: str) -> None:
+        if ranks.rank == 0:
+            logging.getLogger("awnet").warning(text)
+
+    out.mkdir(parents=True, exist_ok=True)  # on a rank with a file system of its own
+    return RunFolder(out, warn, "evaluation", "evaluate it there: what was done is not done again")
+
+
+def _state_folder(name: str) -> Path:
+    """Of an interrupted evaluation, in its run folder."""
+    return Path("evaluations", name, "state")
 
 
 def _check_same(key: str, ranks: Ranks) -> None:
@@ -662,16 +679,14 @@ def _check_same(key: str, ranks: Ranks) -> None:
         )
 
 
-def _state(folder: Path, key: str) -> Saved:
-    """Where this evaluation is kept; what another model, data set or attack left there is deleted."""
-    sweep(folder)
-    saved = Saved(folder / "state", key)
+def _prepare(saved: Saved) -> None:
+    """Makes the folder of ``saved``; what another model, data set or attack left next to it is deleted."""
+    sweep(saved.folder.parent.parent)
     if saved.folder.parent.is_dir():
         for other in saved.folder.parent.iterdir():
             if other != saved.folder:
                 shutil.rmtree(other)
     saved.folder.mkdir(parents=True, exist_ok=True)
-    return saved
 
 
 def _broken_first_by(broken_by: Array, names: Sequence[str]) -> dict[str, int]:

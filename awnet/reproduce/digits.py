@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,7 +19,8 @@ from awnet.evaluation.statistics import Interval
 from awnet.evaluation.store import locked
 from awnet.evaluation.table import LABELS, attack_label
 from awnet.files import expanded
-from awnet.reproduce.parallel import Job, run_in_parallel
+from awnet.reproduce.parallel import run_in_parallel
+from awnet.run_folder import RunFolder
 from awnet.terminal import safe_console
 from awnet.text import visible
 from awnet.training import MTARD, Recipe, recipe_for, train
@@ -86,6 +86,35 @@ def run_digits(
         assert isinstance(usual, MTARD)
         recipe = usual
     claim(out, resume=resume, overwrite=overwrite)
+    with followed(out, partial(say, console)) as place:
+        reports = _trained_and_evaluated(
+            place, recipe, splits, seed, where, attacks=attacks, processes=processes, console=console
+        )
+        report = reports[AWNET]
+        report.compared_with = {name: compare(report, reports[name], seed) for name in TWINS}
+        place.during(lambda: _save(report, place.path))
+        _tell(console, reports, place.path, time.monotonic() - begun)
+        return DigitsResult(place.path, reports)
+
+
+def followed(folder: Path, warn: Callable[[str], None]) -> RunFolder:
+    """An experiment's folder, which exists from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return RunFolder(folder, warn, "the experiment")
+
+
+def _trained_and_evaluated(
+    place: RunFolder,
+    recipe: MTARD,
+    splits: Splits,
+    seed: int,
+    device: torch.device,
+    *,
+    attacks: Sequence[str],
+    processes: int,
+    console: Console,
+) -> dict[str, Report]:
+    """The reports of AW-Net, which waits for the comparison to be saved, and of its twins."""
     say(console, f"{splits.train.name}: {splits.train.source}")
     say(
         console,
@@ -93,9 +122,7 @@ def run_digits(
         f"images, L-infinity eps {splits.train.threat_model.eps:.4g}; seed {seed}",
     )
 
-    teachers = (out / "teachers" / "clean", out / "teachers" / "robust")
-
-    def job(recipe: Recipe, model: str, folder: Path, *, aside: bool) -> Job:
+    def job(recipe: Recipe, model: str, folder: str, *, aside: bool) -> _Training:
         student = isinstance(recipe, MTARD)
         return partial(
             _train,
@@ -104,38 +131,35 @@ def run_digits(
             splits,
             folder,
             seed=seed,
-            device=where,
-            teachers=teachers if student else None,
+            device=device,
+            teachers=("teachers/clean", "teachers/robust") if student else (),
             attacks=attacks if student else (),
-            quiet=quiet or (aside and processes == 2),
+            quiet=console.quiet or (aside and processes == 2),
         )
 
-    def side_by_side(here: list[Job], aside: list[Job]) -> list[Any]:
+    def side_by_side(here: list[_Training], aside: list[_Training]) -> list[_Trained]:
         """The results of the jobs ``here`` and then of those ``aside``."""
         queues = [here, aside] if processes == 2 else [here + aside]
-        results = run_in_parallel(queues, max(1, torch.get_num_threads() // processes))
-        return [result for queue in results for result in queue]
+        jobs = [[partial(_train_all, place.path, queue)] for queue in queues]
+        results = run_in_parallel(jobs, max(1, torch.get_num_threads() // processes))
+        return [one for queue in results for trained in queue for one in trained]
 
     beside = ", in a second process" if processes == 2 else ""
     clean, robust = recipe.teacher_recipe("clean"), recipe.teacher_recipe("robust")
     say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{beside}")
     found = side_by_side(
-        [job(robust, TEACHER, teachers[1], aside=False)], [job(clean, TEACHER, teachers[0], aside=True)]
+        [job(robust, TEACHER, "teachers/robust", aside=False)],
+        [job(clean, TEACHER, "teachers/clean", aside=True)],
     )
     say(console, f"clean teacher: validation accuracy {100 * found[1].validation['clean_accuracy']:.1f} %")
     say(console, f"students by {recipe.name}: {AWNET}; {' and '.join(TWINS)}{beside}")
     found = side_by_side(
-        [job(recipe, AWNET, out, aside=False)],
-        [job(recipe, name, out / "compared" / name, aside=True) for name in TWINS],
+        [job(recipe, AWNET, "", aside=False)],
+        [job(recipe, name, f"compared/{name}", aside=True) for name in TWINS],
     )
-
-    names = (AWNET, *TWINS)
-    reports = {name: one.report for name, one in zip(names, found, strict=True)}
-    report = reports[AWNET]
-    report.compared_with = {name: compare(report, reports[name], seed) for name in TWINS}
-    _save(report, out)
-    _tell(console, reports, out, time.monotonic() - begun)
-    return DigitsResult(out, reports)
+    return {
+        name: one.report for name, one in zip((AWNET, *TWINS), found, strict=True) if one.report is not None
+    }
 
 
 @dataclass(frozen=True)
@@ -144,36 +168,58 @@ class _Trained:
     report: Report | None
 
 
+_Training = Callable[[RunFolder], _Trained]
+
+
+def _train_all(out: Path, trainings: Sequence[_Training]) -> list[_Trained]:
+    """One after the other, in ``out``, which is followed when it is renamed."""
+    with RunFolder(out, _ignore, "the experiment") as place:
+        return [training(place) for training in trainings]
+
+
+def _ignore(text: str) -> None:
+    """The process that started the experiment warns already."""
+
+
 def _train(
     recipe: Recipe,
     model: str,
     splits: Splits,
-    folder: Path,
+    folder: str,
+    place: RunFolder,
     *,
     seed: int,
     device: torch.device,
-    teachers: Sequence[Path] | None,
+    teachers: Sequence[str],
     attacks: Sequence[str],
     quiet: bool,
 ) -> _Trained:
-    """Trains one model, or goes on with it, and judges it where there are attacks."""
+    """Trains one model, or resumes its training, and evaluates it where there are attacks.
+
+    ``folder`` and ``teachers`` are relative to ``place``.
+    """
     result = train(
         recipe,
         model,
         splits,
-        folder,
+        place.path / folder,
         seed=seed,
         device=device,
         resume=True,  # run_digits has asked already
-        teachers=teachers,
+        teachers=[place.path / teacher for teacher in teachers] or None,
         quiet=quiet,
     )
     report = None
     if attacks:
-        report = evaluate(result.model, splits.test, attacks, seed=seed, selected_on="validation", run=folder)
+        run = place.path / folder
+        report = evaluate(result.model, splits.test, attacks, seed=seed, selected_on="validation", run=run)
         if model != AWNET:  # whose report waits for the comparison
-            _save(report, folder)
+            place.during(partial(_save_in, report, place, folder))
     return _Trained(result.validation, report)
+
+
+def _save_in(report: Report, place: RunFolder, folder: str) -> None:
+    _save(report, place.path / folder)
 
 
 def _save(report: Report, folder: Path) -> None:

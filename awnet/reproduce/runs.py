@@ -20,6 +20,7 @@ from awnet.models.registry import create_seeded_model
 from awnet.models.separate import SeparateNet
 from awnet.reproduce.experiments import Budget, System
 from awnet.reproduce.synthetic import synthetic_splits
+from awnet.run_folder import RunFolder
 from awnet.text import visible
 from awnet.training import Recipe, list_recipes, recipe_for, train
 from awnet.training.cost import multiply_adds
@@ -60,7 +61,7 @@ class Runs:
 
     def __init__(
         self,
-        out: Path,
+        place: RunFolder,
         budget_name: str,
         budget: Budget,
         *,
@@ -69,7 +70,7 @@ class Runs:
         device: str | torch.device | None,
         console: Console,
     ) -> None:
-        self.out, self.budget_name, self.budget = out, budget_name, budget
+        self.place, self.budget_name, self.budget = place, budget_name, budget
         self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
         self.left_out: dict[str, str] = {}
         """Systems that cannot be made here, and why."""
@@ -111,7 +112,13 @@ class Runs:
         words = [f"{key}={value}" for key, value in sorted(settings.items())]
         recipe = self._recipe_name(system.recipe)
         name = "-".join([dataset, system.model, recipe, *words, f"seed{self.seed}"])
-        return self.out / "runs" / self.budget_name / name
+        return self.place.path / "runs" / self.budget_name / name
+
+    def results(self, experiment: str) -> Path:
+        """The folder of an experiment's tables and figures."""
+        folder = self.place.path / f"{experiment}-{self.budget_name}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def recipe(self, system: System, dataset: str) -> Recipe:
         """How the system is trained under this budget."""
@@ -182,11 +189,10 @@ class Runs:
         self, system: System, dataset: str, attacks: Sequence[str] | Mapping[str, Attack], name: str
     ) -> Report:
         """The system's report on the test images; one that is there with the same attacks is read."""
-        folder = self.run_folder(system, dataset)
         model = self.trained(system, dataset)
-        place = folder / "evaluations" / name
+        folder = self.run_folder(system, dataset)
         with suppress(FileNotFoundError):
-            report = Report.load(place)
+            report = Report.load(folder / "evaluations" / name)
             there = {*report.attacks, *(["union"] if report.union is not None else [])}
             if there >= set(attacks) and report.n == len(self.splits(dataset).test):
                 return report

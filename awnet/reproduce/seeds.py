@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from awnet.evaluation import Report, t_interval
 from awnet.evaluation.statistics import Interval
 from awnet.evaluation.table import attack_label
 from awnet.files import expanded, write_json
-from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, in_words, run_digits, say
+from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, followed, in_words, run_digits, say
 from awnet.terminal import safe_console
 
 if TYPE_CHECKING:
@@ -77,11 +78,14 @@ def run_digits_seeds(
         raise ValueError(f"seeds must be two or more different numbers, got {seeds}")
     out, console = expanded(out), safe_console(quiet=quiet)
     runs = {}
-    for number, seed in enumerate(seeds, 1):
-        console.rule(f"seed {seed}, {number} of {len(seeds)}")
-        runs[seed] = run_digits(
-            out / f"seed-{seed}", seed=seed, resume=resume, overwrite=overwrite, quiet=quiet, **options
-        )
+    with followed(out, partial(say, console)) as place:
+        for number, seed in enumerate(seeds, 1):
+            console.rule(f"seed {seed}, {number} of {len(seeds)}")
+            folder = place.path / f"seed-{seed}"
+            runs[seed] = run_digits(
+                folder, seed=seed, resume=resume, overwrite=overwrite, quiet=quiet, **options
+            )
+        out = place.path
     per_seed = [{name: _figures(report) for name, report in run.reports.items()} for run in runs.values()]
     accuracies = {
         model: {what: _spread([one[model][what] for one in per_seed]) for what in per_seed[0][model]}

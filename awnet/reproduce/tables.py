@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from awnet.files import expanded, write_json, write_text
 from awnet.precision import full_precision
 from awnet.provenance import environment
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
-from awnet.reproduce.digits import verdict
+from awnet.reproduce.digits import followed, say, verdict
 from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
 from awnet.reproduce.runs import SURROGATE, Runs
 from awnet.terminal import safe_console
@@ -88,33 +89,33 @@ def reproduce(
     experiment = EXPERIMENTS[name]
     console = safe_console(quiet=quiet)
     allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
-    runs = Runs(
-        expanded(out),
-        budget,
-        allowed,
-        data_dir=None if data_dir is None else expanded(data_dir),
-        seed=seed,
-        device=device,
-        console=console,
-    )
-    folder = expanded(out) / f"{name}-{budget}"
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.say(f"{name}: {experiment.title}; budget {budget}: {allowed.about}")
-    if experiment.equal_cost:
-        (dataset,) = experiment.datasets
-        experiment = replace(experiment, systems=runs.at_equal_cost(experiment.systems, dataset))
-    lines = _KINDS[experiment.kind](name, experiment, runs, folder)
-    if lines:
-        _write(name, experiment, lines, runs, folder)
-        console.print(_rich(experiment, lines, runs))
-    runs.say(f"written to {folder}")
-    return Outcome(folder, tuple(lines))
+    with followed(expanded(out), partial(say, console)) as place:
+        runs = Runs(
+            place,
+            budget,
+            allowed,
+            data_dir=None if data_dir is None else expanded(data_dir),
+            seed=seed,
+            device=device,
+            console=console,
+        )
+        runs.say(f"{name}: {experiment.title}; budget {budget}: {allowed.about}")
+        if experiment.equal_cost:
+            (dataset,) = experiment.datasets
+            experiment = replace(experiment, systems=runs.at_equal_cost(experiment.systems, dataset))
+        lines = _KINDS[experiment.kind](name, experiment, runs)
+        if lines:
+            _write(name, experiment, lines, runs)
+            console.print(_rich(experiment, lines, runs))
+        folder = runs.results(name)
+        runs.say(f"written to {folder}")
+        return Outcome(folder, tuple(lines))
 
 
 # --- the kinds of experiment
 
 
-def _accuracy(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
+def _accuracy(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
     lines = []
     for dataset in experiment.datasets:
         reports: dict[str, Report] = {}
@@ -126,11 +127,11 @@ def _accuracy(name: str, experiment: Experiment, runs: Runs, folder: Path) -> li
                 runs.left_out[system.label] = str(error)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in experiment.attacks})
         _remark(reports, runs, dataset)
-        _draw_bars(experiment, reports, folder / f"{dataset}.png", runs.splits(dataset).test.name)
+        _draw_bars(experiment, reports, runs.results(name) / f"{dataset}.png", runs.splits(dataset).test.name)
     return lines
 
 
-def _transfer(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
+def _transfer(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
     lines = []
     for dataset in experiment.datasets:
         surrogate = runs.trained(SURROGATE, dataset)
@@ -147,12 +148,12 @@ def _transfer(name: str, experiment: Experiment, runs: Runs, folder: Path) -> li
             reports[system.label] = runs.evaluated(system, dataset, replayed, name)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in crafted})
         _remark(reports, runs, dataset)
-        _draw_bars(experiment, reports, folder / f"{dataset}.png", runs.splits(dataset).test.name)
+        _draw_bars(experiment, reports, runs.results(name) / f"{dataset}.png", runs.splits(dataset).test.name)
     return lines
 
 
 @full_precision()
-def _detection(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
+def _detection(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
     lines = []
     (dataset,), (system,) = experiment.datasets, experiment.systems
     splits = runs.splits(dataset)
@@ -181,18 +182,18 @@ def _detection(name: str, experiment: Experiment, runs: Runs, folder: Path) -> l
     return lines
 
 
-def _filters(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
+def _filters(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
     """Fig. 1 and 3: the first two convolutions of each network, plainly and robustly trained."""
     (dataset,) = experiment.datasets
     networks: dict[str, dict[str, nn.Module]] = {}
     for system in experiment.systems:
         network, _, recipe = system.label.partition(" by ")
         networks.setdefault(network, {})[recipe] = runs.trained(system, dataset)
-    compare_filters(networks, folder, title=experiment.title)
+    compare_filters(networks, runs.results(name), title=experiment.title)
     return []
 
 
-def _weight_gap(name: str, experiment: Experiment, runs: Runs, folder: Path) -> list[Line]:
+def _weight_gap(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
     """One step from the same weights against Eq. 8; and whole trainings that differ in ε and α alone."""
     from scipy.stats import wasserstein_distance
 
@@ -201,7 +202,7 @@ def _weight_gap(name: str, experiment: Experiment, runs: Runs, folder: Path) -> 
     batch = next(test.batches(min(128, len(test))))
     eps = test.threat_model.eps
     plain = runs.trained(_varied(system, 1.0, 0.0), dataset)
-    measure_weight_gap(plain, batch.x, batch.y, eps, folder)
+    measure_weight_gap(plain, batch.x, batch.y, eps, runs.results(name))
 
     base = filter_means(plain)
     rows: list[tuple[Any, ...]] = [
@@ -213,7 +214,7 @@ def _weight_gap(name: str, experiment: Experiment, runs: Runs, folder: Path) -> 
             distance = wasserstein_distance(values, base[layer])
             shift, ratio = values.mean() - base[layer].mean(), values.std() / base[layer].std()
             rows.append((eps * scale, alpha, layer, *map(float, (distance, shift, ratio))))
-    write_text(folder / "trained.csv", csv_text(rows))
+    write_text(runs.results(name) / "trained.csv", csv_text(rows))
     return []
 
 
@@ -226,7 +227,7 @@ def _varied(system: System, eps_scale: float, adv_weight: float) -> System:
     )
 
 
-_KINDS: dict[str, Callable[[str, Experiment, Runs, Path], list[Line]]] = {
+_KINDS: dict[str, Callable[[str, Experiment, Runs], list[Line]]] = {
     "accuracy": _accuracy,
     "transfer": _transfer,
     "detection": _detection,
@@ -405,7 +406,7 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"## {title}", "", *lines, ""] if lines else []
 
 
-def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs, folder: Path) -> None:
+def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> None:
     text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in _statement(experiment, runs)), ""]
     printed = any(line.paper is not None for line in lines)
     for dataset in experiment.datasets:
@@ -417,6 +418,7 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs, fol
     text += _section(
         "Trainings, minutes by the clock of a machine that may have had other work", _trainings(runs)
     )
+    folder = runs.results(name)
     write_text(folder / "table.md", "\n".join(map(visible, text)))
     names = [*(field.name for field in fields(Line)), "difference"]
     rows = [[f"{v:.6f}" if isinstance(v := getattr(line, n), float) else v for n in names] for line in lines]
@@ -435,7 +437,9 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs, fol
             "trainings": [asdict(training) for training in runs.trainings],
             "environment": environment(resolve_device(runs.device or "cpu")),
             "runs": {
-                f"{dataset}/{system.label}": str(runs.run_folder(system, dataset).relative_to(runs.out))
+                f"{dataset}/{system.label}": str(
+                    runs.run_folder(system, dataset).relative_to(runs.place.path)
+                )
                 for dataset in experiment.datasets
                 for system in experiment.systems
             },

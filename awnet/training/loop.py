@@ -46,13 +46,13 @@ from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 from awnet.precision import check_environment, full_precision
 from awnet.provenance import environment
 from awnet.run_config import read_config
+from awnet.run_folder import RunFolder
 from awnet.scalars import check_integer, check_number
 from awnet.training import checkpoint
 from awnet.training.logging import Reporter, RunLog, check_log
 from awnet.training.losses import Teachers
 from awnet.training.micro_batches import check_smallest_micro_batch
 from awnet.training.recipes import Recipe
-from awnet.training.run_folder import RunFolder
 from awnet.training.step import Numerics, TrainingStep, numerics
 
 EVALUATION_BATCH = 256

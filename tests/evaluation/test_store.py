@@ -356,3 +356,83 @@ def test_a_run_folder_gives_its_newest_report_with_all_arrays(
     assert found.per_sample.keys() == new.per_sample.keys() != set()
     for name, array in new.per_sample.items():
         np.testing.assert_array_equal(found.per_sample[name], array)
+
+
+# --- a folder that is renamed while files are written to it
+
+
+class Renaming(FGSM):
+    """FGSM that renames a folder once, before the second batch."""
+
+    def __init__(self, model: nn.Module, old: Path, new: Path) -> None:
+        super().__init__(model, eps=0.1)
+        self.old, self.new, self.batches, self.last = old, new, 0, 10
+
+    def __call__(self, x: Tensor, y: Tensor, *, index: Tensor | None = None) -> Tensor:
+        self.batches += 1
+        if self.batches == 2:
+            self.old.rename(self.new)
+        if self.batches > self.last:
+            raise KeyboardInterrupt
+        return super().__call__(x, y, index=index)
+
+
+@pytest.mark.parametrize("parent", [False, True])
+def test_a_run_folder_that_is_renamed_during_evaluation_is_followed(
+    parent: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text('{"selected_on": "test"}')
+    old, new = (run.parent, tmp_path / "other") if parent else (run, run.parent / "renamed")
+    attack = Renaming(linear(0), old, new)
+    report = evaluate(linear(0), data(), {"mine": attack}, out=run, name="a", batch_size=4)
+    moved = new / "run" if parent else new
+    assert not old.exists()
+    assert Report.load(moved / "evaluations" / "a").to_dict() == report.to_dict()
+    assert Report.load(moved).to_dict() == report.to_dict()
+    assert report.selected_on == "test"
+    assert not list(moved.rglob("*.tmp"))
+    assert not (moved / "evaluations" / "a" / "state").exists()
+    assert f"{run} was renamed during evaluation; the run continues in {moved}" in caplog.text
+
+
+def test_an_evaluation_is_resumed_in_the_folder_that_it_was_renamed_to(tmp_path: Path) -> None:
+    old, new = tmp_path / "run", tmp_path / "renamed"
+    old.mkdir()
+    attack = Renaming(linear(0), old, new)
+    attack.last = 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(linear(0), data(), {"mine": attack}, out=old, batch_size=4)
+    assert not old.exists()
+    attack.last = 10
+    evaluate(linear(0), data(), {"mine": attack}, out=new, batch_size=4)
+    assert attack.batches == 4  # the third batch alone
+    assert (new / "report.json").is_file()
+
+
+def test_a_run_folder_that_is_deleted_during_evaluation_does_not_come_back(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+
+    class Deleting(FGSM):
+        def __call__(self, x: Tensor, y: Tensor, *, index: Tensor | None = None) -> Tensor:
+            shutil.rmtree(run, ignore_errors=True)
+            return super().__call__(x, y, index=index)
+
+    with pytest.raises(FileNotFoundError, match="deleted or moved away during evaluation"):
+        evaluate(linear(0), data(), {"mine": Deleting(linear(0), eps=0.1)}, out=run)
+    assert not run.exists()
+
+
+def test_a_folder_that_is_renamed_while_images_are_crafted_is_followed(tmp_path: Path) -> None:
+    old, new = tmp_path / "crafted", tmp_path / "renamed"
+
+    def attack(model: nn.Module) -> Attack:
+        return Renaming(model, old, new)
+
+    made = craft(linear(0), data(), attack, folder=old, batch_size=4)
+    assert not old.exists()
+    (path,) = new.glob("*.safetensors")
+    assert torch.equal(Crafted.load(path).x_adv, made.x_adv)
+    assert sorted(p.suffix for p in new.iterdir()) == [".json", ".safetensors"]

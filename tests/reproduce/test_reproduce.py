@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from awnet.data import Splits, load_dataset
-from awnet.evaluation import Comparison
+from awnet.evaluation import Comparison, Report
 from awnet.evaluation.report import AttackDifference
 from awnet.models import load_model
-from awnet.reproduce import run_digits_seeds
-from awnet.reproduce.digits import _train, run_digits, verdict
+from awnet.reproduce import digits, run_digits_seeds
+from awnet.reproduce.digits import _train, _train_all, run_digits, verdict
 from awnet.reproduce.parallel import run_in_parallel
 from awnet.training import MTARD, checkpoint, read_log, recipe_for
 
@@ -79,6 +79,36 @@ def test_it_trains_attacks_and_compares(
     assert (out / "last.safetensors").stat().st_mtime_ns == before
     for name, report_again in again.reports.items():
         assert report_again.to_dict()["attacks"] == result.reports[name].to_dict()["attacks"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_that_is_renamed_between_and_during_trainings_is_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits, recipe = small()
+    old, between, new = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    names = iter([(old, between), (None, None), (between, new), *[(None, None)] * 9])
+    train = digits.train
+
+    def renaming(*arguments: Any, **options: Any) -> Any:
+        """Renames after the first training, and while the first student is evaluated."""
+        result = train(*arguments, **options)
+        now, later = next(names)
+        if now is not None:
+            now.rename(later)
+        return result
+
+    monkeypatch.setattr(digits, "train", renaming)
+    result = run_digits(old, recipe=recipe, splits=splits, attacks=("fgsm",), processes=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    assert result.folder == new
+    for folder in (new, new / "compared" / "resnet_tiny", new / "compared" / "resnet_tiny_wide"):
+        assert Report.load(folder).n == 30
+        assert load_model(folder)
+    assert load_model(new / "teachers" / "clean")
+    said = capsys.readouterr().out
+    assert f"note: {old} was renamed during the experiment; the run continues in {between}" in said
+    assert str(new / "evaluations" / "default" / "report.html") in said
 
 
 def test_the_verdict_follows_the_interval() -> None:
@@ -183,8 +213,10 @@ def test_an_interrupt_stops_the_other_processes_after_they_save(tmp_path: Path) 
     splits, _ = small()
     recipe = recipe_for("standard", "digits", epochs=100_000, batch_size=10)
     run = tmp_path / "run"
-    arguments = {"seed": 0, "device": torch.device("cpu"), "teachers": None, "attacks": (), "quiet": True}
-    endless = partial(_train, recipe, "resnet_tiny", splits, run, **arguments)
+    arguments = {"seed": 0, "device": torch.device("cpu"), "teachers": (), "attacks": (), "quiet": True}
+    endless = partial(
+        _train_all, tmp_path, [partial(_train, recipe, "resnet_tiny", splits, "run", **arguments)]
+    )
 
     def interrupted() -> None:
         while not checkpoint.states(run) or checkpoint.load_state(run)["epoch"] < 1:

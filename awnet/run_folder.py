@@ -1,4 +1,4 @@
-"""A run folder that is followed when it is renamed or moved while a run writes to it."""
+"""A folder that is followed when it is renamed or moved while files are written to it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,18 @@ class RunFolder:
     Args:
         folder: an existing folder.
         warn: receives a line of text when the folder was renamed.
+        work: what writes to the folder, for messages.
+        again: how to continue the work after the folder was deleted, for the error message.
     """
 
-    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
-        self._path, self._warn = folder, warn
+    def __init__(
+        self,
+        folder: Path,
+        warn: Callable[[str], None],
+        work: str = "training",
+        again: str = "resume it there with --resume (resume=True)",
+    ) -> None:
+        self._path, self._warn, self._work, self._again = folder, warn, work, again
         self._found = folder.stat()
         self._handle: int | None = None
         if fcntl is not None:
@@ -41,14 +49,14 @@ class RunFolder:
             moved = self._current()
             if moved is None or not self._is_at(moved):
                 raise FileNotFoundError(
-                    f"the run folder {self._path} was deleted or moved away during training, so nothing more "
-                    "can be saved in it. If it is elsewhere, resume it there with --resume (resume=True)"
+                    f"the run folder {self._path} was deleted or moved away during {self._work}, so nothing "
+                    f"more can be saved in it. If it is elsewhere, {self._again}"
                 )
-            self._warn(f"note: {self._path} was renamed during training; the run continues in {moved}")
+            self._warn(f"note: {self._path} was renamed during {self._work}; the run continues in {moved}")
             self._path = moved
         return self._path
 
-    def during(self, write: Callable[[], None]) -> None:
+    def during(self, write: Callable[[], object]) -> None:
         """Calls ``write``, and once more where the folder was renamed meanwhile."""
         path = self.path
         try:
