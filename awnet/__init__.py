@@ -16,7 +16,7 @@ from awnet._version import __version__
 if TYPE_CHECKING:
     from awnet import analysis, attacks, data, evaluation, models, nn, ops, reference, training
     from awnet.data import load_dataset
-    from awnet.evaluation import evaluate
+    from awnet.evaluation.evaluate import evaluate
     from awnet.models import create_model, list_models, load_model, save_model
     from awnet.nn import convert
     from awnet.ops import explain, functional, use_backend

@@ -16,7 +16,7 @@ from awnet.analysis import filter_means as draw_filter_means
 from awnet.analysis import w_robust_bars, waterfall
 from awnet.cli.options import print_text
 from awnet.evaluation import Report, compare, comparison_table, w_robust_table
-from awnet.evaluation.report import AttackResult
+from awnet.evaluation.results import AttackResult
 from awnet.models import create_model
 from awnet.reproduce.analyses import compare_filters
 from awnet.text import csv_cell, csv_text, figure_text, visible

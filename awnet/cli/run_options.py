@@ -111,7 +111,7 @@ class RunOptions:
     def load(self, console: Console, target: Device | None = None) -> tuple[nn.Module, Dataset]:
         """The model on the device ``target`` (default: ``--device``), and the images on the host."""
         from awnet.devices import resolve_device
-        from awnet.evaluation.table import in_one_line
+        from awnet.evaluation.tables import in_one_line
         from awnet.models import load_model
 
         if self.limit is not None and self.limit < 1:

@@ -1,8 +1,16 @@
-"""How accurate and how robust a model is, with intervals, paired comparison, a report and figures."""
+"""Evaluates how accurate and how robust a model is: intervals, paired comparison, report and figures.
 
+``evaluate`` is the entry point. ``collect`` runs the model batch by batch, ``resume`` stores the state of an
+interrupted evaluation, ``summarize`` turns outcomes into a report. ``results`` defines the report's content
+and ``report`` its files, which ``store`` writes with checksums; ``tables``, ``figures`` and ``html`` render
+it.
+"""
+
+from awnet.evaluation.compare import compare
 from awnet.evaluation.detection import auc_interval, detection, roc_curve
-from awnet.evaluation.measure import accuracy, evaluate, robust_correct
-from awnet.evaluation.report import AttackDifference, AttackResult, Comparison, Report, compare
+from awnet.evaluation.evaluate import accuracy, evaluate, robust_correct
+from awnet.evaluation.report import Report
+from awnet.evaluation.results import AttackDifference, AttackResult, Comparison, Results
 from awnet.evaluation.sanity import Check, sanity_table
 from awnet.evaluation.statistics import (
     auc,
@@ -12,7 +20,7 @@ from awnet.evaluation.statistics import (
     w_robust_accuracy,
     wilson_interval,
 )
-from awnet.evaluation.table import comparison_table, w_robust_table
+from awnet.evaluation.tables import comparison_table, w_robust_table
 
 __all__ = [
     "AttackDifference",
@@ -20,6 +28,7 @@ __all__ = [
     "Check",
     "Comparison",
     "Report",
+    "Results",
     "accuracy",
     "auc",
     "auc_interval",

@@ -11,14 +11,14 @@ import numpy as np
 from awnet import analysis
 from awnet.analysis.figures import Measured
 from awnet.evaluation.detection import CONTROLS, roc_curve
-from awnet.evaluation.report import Report
-from awnet.evaluation.table import LABELS, attack_label
+from awnet.evaluation.results import Results
+from awnet.evaluation.tables import LABELS, attack_label
 
 NAMES = {"clean": "clean", "uniform_noise": "uniform noise", "sign_noise": "sign noise", **LABELS}
 PANELS = 4
 
 
-def draw(report: Report, folder: Path, training_log: Path | None = None) -> None:
+def draw(report: Results, folder: Path, training_log: Path | None = None) -> None:
     """Writes those figures into ``folder`` for which ``report`` and the log hold something."""
     if report.results():
         systems, clean = _bars(report)
@@ -49,7 +49,7 @@ def draw(report: Report, folder: Path, training_log: Path | None = None) -> None
             analysis.training_curves(epochs, folder / "training.png", title=report.model)
 
 
-def _draw_doubts(report: Report, folder: Path) -> None:
+def _draw_doubts(report: Results, folder: Path) -> None:
     """What a sceptical reader looks for: the worst case, the curves, the detector, the images."""
     if report.union is not None:
         withstood, broken = int(report.per_sample["union_correct"].sum()), report.union.broken_first_by
@@ -97,7 +97,7 @@ def _draw_doubts(report: Report, folder: Path) -> None:
         )
 
 
-def _class(report: Report, label: int) -> str:
+def _class(report: Results, label: int) -> str:
     names = report.settings.get("class_names") or []
     return str(names[label]) if label < len(names) else str(label)
 
@@ -112,7 +112,7 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if record.get("kind") == "epoch"]
 
 
-def _bars(report: Report) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
+def _bars(report: Results) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
     """A_w with intervals, and A_nat, of the report's model and those it is compared with."""
     measured = {name: (a.w_robust_accuracy, a.w_interval_95) for name, a in report.results().items()}
     systems: dict[str, dict[str, Measured]] = {report.model: _named(measured)}
@@ -127,7 +127,7 @@ def _named(measured: dict[str, Measured]) -> dict[str, Measured]:
     return {NAMES.get(attack, attack): value for attack, value in measured.items()}
 
 
-def _layers(report: Report) -> dict[str, dict[str, Any]]:
+def _layers(report: Results) -> dict[str, dict[str, Any]]:
     """Up to ``PANELS`` layers, evenly spaced: weights and, where scaled, effective filters."""
     kinds = {"weights": "weights", "clean": "clean images, ω·weights"}
     attacks = [

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from awnet.evaluation.paper import PaperRow, paper_rows
-from awnet.evaluation.table import attack_label, eps_text
+from awnet.evaluation.results import Results
+from awnet.evaluation.tables import attack_label, eps_text
 from awnet.files import read_json
-
-if TYPE_CHECKING:
-    from awnet.evaluation.report import Report
 
 # our names of the networks of Tables I, II and XI
 _SYSTEMS = {
@@ -60,7 +59,7 @@ details { margin: 1rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere
 """
 
 
-def page(report: Report, folder: Path, place: Path | None = None) -> str:
+def page(report: Results, folder: Path, place: Path | None = None) -> str:
     """The page for ``report``; figures are taken from the PNG files in ``folder`` and embedded.
 
     ``place`` is the folder that the page is for, where it is another: ``RUN/evaluations/NAME`` names the run.
@@ -94,7 +93,7 @@ def page(report: Report, folder: Path, place: Path | None = None) -> str:
     )
 
 
-def summary(report: Report) -> str:
+def summary(report: Results) -> str:
     """A table of the accuracies for a notebook: HTML without a page around it."""
     rows = [("clean", _with_interval(report.clean_accuracy, report.clean_interval_95), "")]
     rows += [
@@ -151,7 +150,7 @@ def _table(
     )
 
 
-def _cards(report: Report) -> str:
+def _cards(report: Results) -> str:
     """Clean, the headline and its A_w; nothing but clean where the precision allows no headline."""
     cards = [("", "clean", report.clean_accuracy, report.clean_interval_95)]
     headline = None if report.approximate else report.headline()
@@ -185,7 +184,7 @@ def _flags(flags: Sequence[str]) -> str:
     return f'<div class="flags"><h2>Before you believe it</h2><ul>{items}</ul></div>'
 
 
-def _paper_row(report: Report, attack: str) -> PaperRow | None:
+def _paper_row(report: Results, attack: str) -> PaperRow | None:
     table, system = _TABLES.get(report.dataset), _SYSTEMS.get(report.model)
     if table is None or system is None:
         return None
@@ -193,7 +192,7 @@ def _paper_row(report: Report, attack: str) -> PaperRow | None:
     return found[0] if found else None
 
 
-def _attacks(report: Report) -> str:
+def _attacks(report: Results) -> str:
     results = dict(report.attacks) | ({} if report.union is None else {"union": report.union})
     if not results:
         return ""
@@ -237,7 +236,7 @@ def _sanity(lines: Sequence[dict[str, str]]) -> str:
     return "<h2>Can it be believed?</h2>" + _table(("check", "result", "evidence"), rows, text=(1, 2))
 
 
-def _detection(report: Report) -> str:
+def _detection(report: Results) -> str:
     if not report.detection:
         return ""
 
@@ -264,7 +263,7 @@ def _detection(report: Report) -> str:
     )
 
 
-def _compared(report: Report) -> str:
+def _compared(report: Results) -> str:
     if not report.compared_with:
         return ""
     rows = []
@@ -315,9 +314,7 @@ def _figures(folder: Path, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _settings(report: Report) -> str:
-    import json
-
+def _settings(report: Results) -> str:
     plain = {
         "settings": report.settings,
         "attacks": {name: result.settings for name, result in report.attacks.items()},

@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 PrecisionName = Literal["float32", "bfloat16"]
 
-SAID = {"float32": "float32, TF32 off", "bfloat16": "bfloat16"}
+DESCRIPTIONS = {"float32": "float32, TF32 off", "bfloat16": "bfloat16"}
 """What reports say of each precision."""
 
 
-class Evaluated(NamedTuple):
+class Prepared(NamedTuple):
     """What an evaluation runs in place of the user's model.
 
     module: a frozen copy of the model, or the model itself; in bfloat16 the model under autocast.
@@ -41,7 +41,7 @@ A ResNet's two orders of summation differ by some 1e-6. What a copy could get wr
 setting) changes logits by far more."""
 
 
-def evaluated(model: nn.Module, precision: PrecisionName, x: Tensor) -> Evaluated:
+def prepare(model: nn.Module, precision: PrecisionName, x: Tensor) -> Prepared:
     """What an evaluation of ``model`` runs: no gradient of it reaches a weight.
 
     What the model computes when it is called decides. A frozen copy replaces it only where
@@ -49,14 +49,14 @@ def evaluated(model: nn.Module, precision: PrecisionName, x: Tensor) -> Evaluate
     [B, C, H, W] are the model's but for rounding; for ``"float32"`` it has the model's dtype. Any other model
     runs itself, in bfloat16 under autocast.
     """
-    if precision not in SAID:
-        raise ValueError(f"precision must be one of {', '.join(SAID)}, got {precision!r}")
+    if precision not in DESCRIPTIONS:
+        raise ValueError(f"precision must be one of {', '.join(DESCRIPTIONS)}, got {precision!r}")
     low = precision == "bfloat16"
     itself = _Autocast(model) if low else model
     reason = not_supported(model)
     if reason is not None:
         logger.info("the evaluation runs the model itself: %s", reason)
-        return Evaluated(itself, f"the model itself, frozen in place: {reason}")
+        return Prepared(itself, f"the model itself, frozen in place: {reason}")
     copy = frozen_copy(model)
     assert copy is not None
     difference = _difference(model, copy, x)
@@ -67,13 +67,13 @@ def evaluated(model: nn.Module, precision: PrecisionName, x: Tensor) -> Evaluate
             "batch, so the model itself was evaluated: please report this"
         )
         logger.warning(flag)
-        return Evaluated(
+        return Prepared(
             itself, f"the model itself, frozen in place: its copy differed by {difference:.1e}", flag
         )
     if low:
         copy = frozen_copy(model, torch.bfloat16)
         assert copy is not None
-    return Evaluated(copy, COPY)
+    return Prepared(copy, COPY)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ Source = nn.Module | str | Path
 
 
 @dataclass
-class Found:
+class Teachers:
     """The teachers of a run.
 
     models: by kind, ``"clean"`` and ``"robust"``.
@@ -38,7 +38,7 @@ def find_teachers(
     device: torch.device | str = "cpu",
     given: Sequence[Source] | Mapping[str, Source] | None = None,
     robust: nn.Module | None = None,
-) -> Found:
+) -> Teachers:
     """The teachers that ``config.json`` in the folder ``run`` names, or those in ``run/teachers``.
 
     A teacher counts as found only if its weights have the recorded SHA-256, where one is recorded. A path
@@ -54,7 +54,7 @@ def find_teachers(
     """
     run = None if run is None else expanded(run)
     record = _Record(run)
-    found = Found(recorded=record.exists)
+    found = Teachers(recorded=record.exists)
     kinds = record.kinds or tuple(kind for kind in KINDS if run is not None and record.inside(kind).exists())
     if given is not None and not isinstance(given, Mapping):
         order = kinds or KINDS

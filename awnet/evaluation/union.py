@@ -44,7 +44,7 @@ class WorstCase:
         numbers = torch.tensor([self.names.index(name) for name in rest.members], device=x.device)
         self.broken_by[rows] = torch.where(found >= 0, numbers[found.clamp(min=0)], ROBUST)
 
-    def judged(self, correct: Tensor) -> Tensor:
+    def confirmed(self, correct: Tensor) -> Tensor:
         """``broken_by``, after the model was asked once more about the whole batch."""
         again = correct & (self.broken_by >= 0)  # broken in a smaller batch, whose rounding was another
         return torch.where(again, ROBUST, self.broken_by)

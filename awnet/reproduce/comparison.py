@@ -13,7 +13,7 @@ from rich.table import Table
 
 from awnet.analysis import compared_curves
 from awnet.evaluation import Report, compare, comparison_table, w_robust_table
-from awnet.evaluation.report import Comparison
+from awnet.evaluation.results import Comparison
 from awnet.run_config import read_config
 from awnet.training.checkpoint import differences
 from awnet.training.logging import read_log

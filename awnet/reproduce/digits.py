@@ -17,7 +17,7 @@ from awnet.devices import resolve_device
 from awnet.evaluation import Comparison, Report, compare, comparison_table, evaluate, w_robust_table
 from awnet.evaluation.statistics import Interval
 from awnet.evaluation.store import locked
-from awnet.evaluation.table import LABELS, attack_label
+from awnet.evaluation.tables import LABELS, attack_label
 from awnet.files import expanded
 from awnet.reproduce.parallel import run_in_parallel
 from awnet.run_folder import RunFolder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from awnet import analysis
 from awnet.evaluation import Report, t_interval
 from awnet.evaluation.statistics import Interval
-from awnet.evaluation.table import attack_label
+from awnet.evaluation.tables import attack_label
 from awnet.files import expanded, write_json
 from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, followed, in_words, run_digits, say
 from awnet.terminal import safe_console

@@ -21,8 +21,8 @@ from awnet.devices import resolve_device
 from awnet.evaluation import Report, auc, compare
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.paper import PaperRow, paper_rows
-from awnet.evaluation.report import AttackResult
-from awnet.evaluation.table import attack_label
+from awnet.evaluation.results import AttackResult
+from awnet.evaluation.tables import attack_label
 from awnet.files import expanded, write_json, write_text
 from awnet.precision import full_precision
 from awnet.provenance import environment

@@ -35,7 +35,7 @@ from awnet.defaults import standard_defaults
 from awnet.devices import resolve_device
 from awnet.distributed import Agreement, Ranks, joined, restarts
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
-from awnet.evaluation.table import in_one_line
+from awnet.evaluation.tables import in_one_line
 from awnet.files import expanded
 from awnet.models import load_model
 from awnet.models.files import description_of, packed_extra_state, weights_fingerprint, write_model

@@ -283,7 +283,7 @@ def test_compare_sets_two_runs_side_by_side(run, tmp_path, capsys):
 
 
 def test_an_evaluation_without_a_terminal_says_now_and_then_that_it_is_alive(run, monkeypatch, capsys):
-    monkeypatch.setattr("awnet.evaluation.measure.HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr("awnet.evaluation.progress.HEARTBEAT_SECONDS", 0.0)
     words = [
         "evaluate",
         str(run),

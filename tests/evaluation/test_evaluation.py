@@ -34,7 +34,7 @@ from awnet.evaluation import (
     w_robust_table,
     wilson_interval,
 )
-from awnet.evaluation.report import flags
+from awnet.evaluation.flags import flags
 from awnet.models import create_model
 from awnet.nn import Routing, convert
 
@@ -460,7 +460,7 @@ def test_comparison_refuses_other_images_and_other_settings() -> None:
         compare(this, evaluate(Linear(), images(29), ["fgsm"]))
     with pytest.raises(ValueError, match="not evaluated on the same images"):
         compare(this, evaluate(Linear(), images(name="others"), ["fgsm"]))
-    with pytest.raises(ValueError, match="faced pgd_sat with different settings"):
+    with pytest.raises(ValueError, match="evaluated under pgd_sat with different settings"):
         evaluate(Linear(), images(), ["pgd_sat"], seed=1, compared_with={"first": this})
     bare = evaluate(Linear(), images(), ["fgsm"])
     bare.per_sample = {}

@@ -20,7 +20,7 @@ from awnet.data import Dataset, load_dataset
 from awnet.data.dataset import from_arrays
 from awnet.evaluation import Report, compare, evaluate
 from awnet.evaluation.html import page
-from awnet.evaluation.precision import COPY, evaluated
+from awnet.evaluation.precision import COPY, prepare
 from awnet.evaluation.robustbench import Entry, export_robustbench
 from awnet.models import create_model, save_model
 from awnet.nn import Routing, convert
@@ -89,7 +89,7 @@ def test_an_evaluation_runs_frozen_layers_alone(make: Callable[[], nn.Module], c
     """In test mode and with frozen weights, so that no gradient is computed for them."""
     torch.manual_seed(0)
     model = make().train()
-    assert (evaluated(model, "float32", digits(4).images[:2] / 255).module is not model) == copied
+    assert (prepare(model, "float32", digits(4).images[:2] / 255).module is not model) == copied
     live: list[str] = []
     attacked = 0
 
@@ -228,8 +228,8 @@ def test_a_model_without_frozen_copies_runs_under_autocast() -> None:
     torch.manual_seed(0)
     model = Routed()
     x = torch.rand(3, 1, 8, 8)
-    assert evaluated(model, "float32", x).module is model
-    rounded = evaluated(model, "bfloat16", x).module
+    assert prepare(model, "float32", x).module is model
+    rounded = prepare(model, "bfloat16", x).module
     assert rounded(x).dtype == torch.bfloat16
     assert rounded.route(x).type_logits.dtype == torch.bfloat16
     assert not hasattr(rounded, "exit_of")
@@ -238,7 +238,7 @@ def test_a_model_without_frozen_copies_runs_under_autocast() -> None:
     assert set(report.router_auc) == {"fgsm", "joint", "uniform_noise", "sign_noise"}
     assert model.linear.weight.requires_grad
     with pytest.raises(ValueError, match="precision must be one of float32, bfloat16, got 'half'"):
-        evaluated(model, "half", x)  # type: ignore[arg-type]
+        prepare(model, "half", x)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -15,9 +15,9 @@ import torch
 
 from awnet.data import load_dataset
 from awnet.evaluation import Report, evaluate
+from awnet.evaluation.flags import flags
 from awnet.evaluation.html import page
-from awnet.evaluation.report import flags
-from awnet.evaluation.table import eps_text
+from awnet.evaluation.tables import eps_text
 from awnet.files import write_json
 from awnet.models import create_model
 

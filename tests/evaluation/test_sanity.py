@@ -237,7 +237,7 @@ def test_state_of_another_model_is_not_taken(tmp_path: Path, monkeypatch: pytest
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr("awnet.evaluation.measure.filter_means", stop)
+        patch.setattr("awnet.evaluation.summarize.filter_means", stop)
         with pytest.raises(Stopped):
             smoke(Masked(), ["pgd_sat", "aa"], out=tmp_path)
     state = tmp_path / "evaluations" / "default" / "state"

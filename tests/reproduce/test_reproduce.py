@@ -15,7 +15,7 @@ import torch
 
 from awnet.data import Splits, load_dataset
 from awnet.evaluation import Comparison, Report
-from awnet.evaluation.report import AttackDifference
+from awnet.evaluation.results import AttackDifference
 from awnet.models import load_model
 from awnet.reproduce import digits, run_digits_seeds
 from awnet.reproduce.digits import _train, _train_all, run_digits, verdict

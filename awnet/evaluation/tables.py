@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from awnet.evaluation.report import Report
+from awnet.evaluation.results import Results
 from awnet.evaluation.statistics import Interval
 from awnet.models.registry import name_of
 from awnet.ops.dispatch import default_backend
@@ -41,7 +41,7 @@ def in_one_line(model: nn.Module, images: str, eps: float, trained: str | None =
     return "; ".join(part for part in parts if part)
 
 
-def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> Table:
+def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> Table:
     """A row for each report: A_nat, then A_adv and A_w (Eq. 23) for each attack, ± half a 95 % interval.
 
     With more attacks than fit beside each other the attacks are the rows.
@@ -82,7 +82,7 @@ def w_robust_table(reports: Mapping[str, Report], title: str | None = None) -> T
     return table
 
 
-def _tall(table: Table, reports: Mapping[str, Report], names: list[str]) -> Table:
+def _tall(table: Table, reports: Mapping[str, Results], names: list[str]) -> Table:
     """A row for each attack, two columns for each report."""
     from rich.text import Text
 
@@ -105,7 +105,7 @@ def _tall(table: Table, reports: Mapping[str, Report], names: list[str]) -> Tabl
     return table
 
 
-def comparison_table(report: Report, label: str | None = None, title: str | None = None) -> Table:
+def comparison_table(report: Results, label: str | None = None, title: str | None = None) -> Table:
     """Differences to each model in ``report.compared_with``, paired by image: of A_nat, and of A_w by attack.
 
     Beside each difference its 95 % bootstrap interval and p of McNemar's exact test, which compares outcomes:
@@ -136,7 +136,7 @@ def comparison_table(report: Report, label: str | None = None, title: str | None
     return table
 
 
-def _title(report: Report) -> str:
+def _title(report: Results) -> str:
     marked = f", {report.settings['precision']}: no headline" if report.approximate else ""
     marked += f", incomplete: {len(report.missing)} attacks could not run" if report.missing else ""
     return f"{report.dataset} {report.split}, {report.n} images, eps {eps_text(report.eps)}{marked}"

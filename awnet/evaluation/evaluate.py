@@ -1,0 +1,376 @@
+"""Evaluates a model on a data set: accuracy on clean and adversarial images, and everything in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awnet.attacks import Attack, Suite, frozen, list_attacks, named_attack
+from awnet.attacks.base import check_values, device_of
+from awnet.attacks.probe import first_logits
+from awnet.attacks.registry import TRANSFERRED, BudgetName
+from awnet.attacks.saved import Saved
+from awnet.data.dataset import Dataset
+from awnet.defaults import standard_defaults
+from awnet.devices import resolve_device
+from awnet.distributed import Ranks
+from awnet.evaluation.collect import CLEAN, UNION, Collected, Plan
+from awnet.evaluation.compare import compare
+from awnet.evaluation.detection import CONTROLS
+from awnet.evaluation.precision import DESCRIPTIONS, PrecisionName, prepare
+from awnet.evaluation.progress import progress_bar
+from awnet.evaluation.report import Report, check_name
+from awnet.evaluation.resume import check_same_key, evaluation_lock, prepare_state, state_folder, state_key
+from awnet.evaluation.summarize import build_report, check_finite
+from awnet.evaluation.teachers import KINDS, Source, Teachers, find_teachers
+from awnet.files import expanded, read_json
+from awnet.models.registry import config_of
+from awnet.nn import routed_networks
+from awnet.precision import computed_in, full_precision
+from awnet.scalars import check_integer
+
+REFERENCE = 256  # number of images over which the attack on a frozen router averages ω
+
+
+@full_precision()
+@standard_defaults()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    attacks: Sequence[str] | Mapping[str, Attack] = ("fgsm", "pgd_sat", "pgd_trades", "cw"),
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    limit: int | None = None,
+    budget: BudgetName = "standard",
+    queries: int | None = None,
+    precision: PrecisionName = "float32",
+    teacher: nn.Module | None = None,
+    teachers: Sequence[Source] | Mapping[str, Source] | None = None,
+    surrogates: Mapping[str, nn.Module] | None = None,
+    allow_missing: bool = False,
+    run: str | Path | None = None,
+    sanity: bool | None = None,
+    progress: bool = False,
+    out: str | Path | None = None,
+    name: str = "default",
+    compared_with: Mapping[str, Report] | None = None,
+    selected_on: str | None = None,
+    ranks: Ranks | None = None,
+) -> Report:
+    """Accuracy of ``model`` on clean and adversarial images: A_nat, A_adv and A_w (Eq. 23) for each attack.
+
+    With ``"union"`` among the attacks the report's headline is the worst case per image over all named
+    attacks and all attacks that the union adds; an image that one attack breaks is not attacked again. For a
+    model with a router (``model.route``) the report also has the AUC of the type logits, clean images against
+    each attack and, as a control, against noise of the same size.
+
+    Everything runs in float32 with frozen parameters: the caller's autocast and all of torch's settings that
+    allow less, such as TF32, are disabled meanwhile. If the model's own code uses another dtype, the report
+    says so. A model that is exactly as awnet made it is replaced by a frozen copy, which is first compared
+    with the model on one batch; any other model runs itself. The report's ``settings["runs_on"]`` says which
+    of the two ran, and why. For a network with side exits (``rdi_resnet38``) the report has the exit that
+    each image takes.
+
+    Args:
+        model: images [0, 1] → logits ``[B, K]``, in train or eval mode; it is not changed.
+        dataset: the images; its threat model gives eps and step sizes.
+        attacks: names that :func:`awnet.attacks.list_attacks` returns, or your own attacks by name.
+        batch_size: images per forward pass; results depend on it only by rounding (AutoAttack's attacks also
+            draw their noise per batch).
+        seed: seed of the attacks' random starts, the noise and the bootstrap.
+        device: device of the model; None takes it from the parameters. The images are moved there.
+        limit: evaluate at most this many images, stratified by class.
+        budget: budget of the attacks beyond the paper's four; ``"smoke"`` only shows that they run.
+        queries: queries of Square; None takes the budget's.
+        precision: ``"bfloat16"`` is for quick experiments: the report marks its numbers, has no headline, and
+            can neither be exported nor compared with float32 reports.
+        teacher: the robust teacher, for ``adaptive_paper``; None takes the run's. It is checked as in
+            ``teachers`` if the run recorded one.
+        teachers: the run's teachers, if they are no longer where the run's record says: modules, run folders
+            or ``.safetensors`` files, by kind or in the order (clean, robust). Their weights must match the
+            record.
+        surrogates: models whose adversarial images the union replays, by name, as well as the run's teachers.
+        allow_missing: leave out attacks of the union that need a missing teacher, and flag the report's
+            headline; otherwise a missing teacher is an error.
+        run: the run folder of the model, for its record of teachers; None takes ``out``.
+        sanity: whether to compute the sanity table; None computes it with ``"union"``.
+        progress: show a progress bar, or print a line per minute if the output is not a terminal.
+        out: a run folder: writes ``evaluations/<name>/`` there, and the newest report as ``report.json``. An
+            interrupted evaluation resumes from ``evaluations/<name>/state`` when it is called again.
+        name: name of the evaluation and of its folder.
+        compared_with: reports of other models on the same images, by name, to add paired differences with.
+        selected_on: split that selected the checkpoint; None reads it from ``config.json`` in ``out``.
+        ranks: processes that share the work, from :func:`awnet.distributed.joined`; each calls this function
+            with the same arguments. Rank r of R evaluates the batches r, r + R, …; the sanity table counts as
+            one more batch.
+
+    Returns:
+        The :class:`Report`, on every rank. It is bit-identical for the same arguments on the same machine
+        with the same number of threads, interrupted or not, on any number of ranks (except the last bits of
+        the mean ω in ``filter_means``, which is summed in float64 rank by rank).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described, or the model does not fit the data set.
+        ValueError: a teacher that an attack needs is missing or is not the one that the run was trained with.
+        BlockingIOError: another process runs the evaluation ``name`` in ``out``.
+        FloatingPointError: the model's logits are NaN or infinite.
+    """
+    check_name(name)
+    batch_size, seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed)
+    limit = None if limit is None else check_integer("limit", limit, 1)
+    queries = None if queries is None else check_integer("queries", queries, 0)
+    out = None if out is None else expanded(out)
+    dataset, classes = _check_fit(model, dataset, batch_size, device)
+    prepared = prepare(model, precision, next(dataset.batches(min(batch_size, REFERENCE))).x)
+    computes = _precision(prepared.module, dataset, precision)
+    if limit is not None:
+        dataset = dataset.subset(limit, seed=0)
+    other_reports = dict(compared_with or {})
+    for other, report in other_reports.items():
+        if not isinstance(report, Report):
+            raise TypeError(f"compared_with[{other!r}] must be a Report, got {type(report).__name__}")
+    run = out if run is None else run
+    needed = _attacks_with_teacher(attacks, sanity)
+    run_teachers = find_teachers(run, dataset.device, teachers, teacher) if needed else Teachers()
+    surrogates = {name.replace(" ", "_"): module for name, module in (surrogates or {}).items()}
+    missing = _missing_attacks(prepared.module, run_teachers, needed, surrogates, allow_missing)
+    ranks = ranks or Ranks(dataset.device)
+    selected_on = _selected_on(run) if selected_on is None else selected_on
+    with evaluation_lock(out, name, ranks) as run_folder:
+        suite = Suite(
+            classes=classes,
+            budget=budget,
+            queries=queries,
+            teacher=None if "robust" in run_teachers.missing else run_teachers.models.get("robust", teacher),
+            surrogates={f"{kind}_teacher": module for kind, module in run_teachers.models.items()}
+            | surrogates,
+            reference=next(dataset.batches(REFERENCE)).x,
+        )
+        chosen = _choose_attacks(attacks, prepared.module, dataset, seed, suite)
+        plan = Plan(prepared.module, dataset, chosen, seed)
+        saved = None
+        if run_folder is not None or ranks.size > 1:
+            runs_on = f"{precision} {prepared.runs_on}"
+            key = state_key(model, dataset, plan.attacks, batch_size, suite, runs_on)
+            check_same_key(key, ranks)
+        if run_folder is not None:
+            saved = Saved(state_folder(name), key, run_folder)
+            ranks.first(partial(prepare_state, saved))
+        collected = Collected(plan)
+        batches = -(-len(dataset) // batch_size)
+        share = range(ranks.rank, batches, ranks.size)
+        with (
+            frozen(prepared.module),
+            torch.no_grad(),
+            progress_bar(progress and ranks.rank == 0, len(share) * len(plan.kinds)) as advance,
+        ):
+            for number, batch in islice(enumerate(dataset.batches(batch_size)), ranks.rank, None, ranks.size):
+                collected.add_batch(plan, number, batch, saved, advance)
+            with_sanity = plan.union is not None if sanity is None else sanity
+            if with_sanity and batches % ranks.size == ranks.rank:  # it counts as one more batch
+                advance("sanity", 0)
+                collected.add_sanity_table(plan, suite, batch_size, saved)
+            if ranks.size > 1:
+                advance("other ranks", 0)
+            shares = ranks.gathered(collected.to_host())
+
+        def finish() -> Report:
+            settings = {
+                "seed": seed,
+                "batch_size": batch_size,
+                "limit": limit,
+                "budget": budget,
+                "precision": computes,
+                "class_names": list(dataset.classes),
+                "runs_on": prepared.runs_on,
+            }
+            merged = Collected.merged(plan, shares)
+            report = build_report(plan, model, merged, settings, selected_on, missing)
+            if prepared.flag is not None:
+                report.flags.append(prepared.flag)
+            no_teachers = teacher is None and not run_teachers.models and not surrogates
+            no_record = no_teachers and not run_teachers.recorded
+            if plan.union is not None and no_record and (run is not None or config_of(model) is not None):
+                report.flags.append(
+                    "no training record was found: if the model was trained with teachers, the union lacks "
+                    "the attacks that use them (evaluate its run folder, or pass run= or teachers=)"
+                )
+            report.flags += [
+                f"the union of {other}, which this is compared with, is incomplete: it lacks "
+                f"{', '.join(value.missing)}"
+                for other, value in other_reports.items()
+                if value.missing
+            ]
+            report.compared_with = {
+                other: compare(report, value, seed) for other, value in other_reports.items()
+            }
+            if run_folder is not None and saved is not None:
+                run_folder.during(lambda: report.publish(run_folder.path, name))
+                saved.remove()
+                saved.folder.parent.rmdir()
+            return report
+
+        return ranks.first(finish)
+
+
+@standard_defaults()
+def accuracy(
+    model: nn.Module, dataset: Dataset, batch_size: int = 256, device: str | torch.device | None = None
+) -> Tensor:
+    """Whether each clean image is classified correctly: bool ``[N]`` on the CPU, in the data set's order."""
+    return _correct(model, dataset, None, batch_size, device)
+
+
+@standard_defaults()
+def robust_correct(
+    model: nn.Module,
+    dataset: Dataset,
+    attack: Attack | str,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+) -> Tensor:
+    """Whether each image is classified correctly under ``attack``: bool ``[N]`` on the CPU.
+
+    ``attack`` is an attack on this model (or on another one: a transfer attack), or the name of one.
+    """
+    check_values(model)
+    if isinstance(attack, str):
+        attack = named_attack(attack, model, dataset.threat_model)
+    return _correct(model, dataset, attack, batch_size, device)
+
+
+@full_precision()
+def _correct(
+    model: nn.Module,
+    dataset: Dataset,
+    attack: Attack | None,
+    batch_size: int,
+    device: str | torch.device | None,
+) -> Tensor:
+    dataset, _ = _check_fit(model, dataset, batch_size, device)
+    correct, finite = [], []
+    with frozen(model), torch.no_grad():
+        for x, y, index in dataset.batches(batch_size):
+            logits = model(x if attack is None else attack(x, y, index=index))
+            correct.append(logits.argmax(1) == y)
+            finite.append(logits.isfinite().all(1))
+    check_finite(torch.cat(finite).cpu().numpy(), CLEAN if attack is None else "adversarial")
+    return torch.cat(correct).cpu()
+
+
+def _check_fit(
+    model: nn.Module, dataset: Dataset, batch_size: int, device: str | torch.device | None
+) -> tuple[Dataset, int]:
+    """Checks that model, data set and device fit; returns the data set on the model's device, and K."""
+    check_values(model)
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"dataset must be a Dataset, of load_dataset say, got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError(f"dataset is empty: {dataset.name} {dataset.split} holds no image")
+    target = device_of(model)
+    if device is not None:
+        requested = resolve_device(device) if target is None else torch.device(device)
+        if target is not None and (requested.type, requested.index or 0) != (target.type, target.index or 0):
+            raise ValueError(
+                f"device is {requested}, but the model is on {target}: call model.to({str(requested)!r}) "
+                "first"
+            )
+        target = target or requested
+    dataset = dataset if target is None else dataset.to(target)
+    logits = first_logits(model, next(dataset.batches(1)).x, dataset.num_classes, dataset.name)
+    return dataset, logits.shape[1]
+
+
+def _choose_attacks(
+    attacks: Sequence[str] | Mapping[str, Attack], model: nn.Module, dataset: Dataset, seed: int, suite: Suite
+) -> dict[str, Attack]:
+    if isinstance(attacks, str):
+        raise TypeError(
+            f"attacks must be a sequence of names, got the string {attacks!r}: write [{attacks!r}]"
+        )
+    if isinstance(attacks, Mapping):
+        for name, attack in attacks.items():
+            check_name(name)
+            if name in (CLEAN, *CONTROLS) or name.endswith("_rounded"):
+                raise ValueError(f"attacks must not be called {name!r}: the report uses that name itself")
+            if not isinstance(attack, Attack):
+                raise TypeError(f"attacks[{name!r}] must be an Attack, got {type(attack).__name__}")
+        return dict(attacks)
+    names = list(attacks)
+    if len(set(names)) < len(names):
+        raise ValueError(f"attacks must be named once each, got {names}")
+    for name in names:
+        if name not in list_attacks():
+            raise ValueError(f"attacks must be among {', '.join(list_attacks())}, got {name!r}")
+    return {name: named_attack(name, model, dataset.threat_model, seed, suite) for name in names}
+
+
+def _attacks_with_teacher(
+    attacks: Sequence[str] | Mapping[str, Attack], sanity: bool | None
+) -> dict[str, tuple[str, ...]]:
+    """The attacks that use a run's teacher, by the teacher's kind; empty if there are none."""
+    names = set() if isinstance(attacks, Mapping) else set(attacks)
+    transfers = {UNION} & names or sanity
+    needed: dict[str, tuple[str, ...]] = {}
+    for kind in KINDS:
+        uses = ["adaptive_paper"] if kind == "robust" and names & {UNION, "adaptive_paper"} else []
+        uses += [f"transfer_{kind}_teacher_{attack}" for attack in TRANSFERRED] if transfers else []
+        if uses:
+            needed[kind] = tuple(uses)
+    return needed
+
+
+def _missing_attacks(
+    model: nn.Module,
+    teachers: Teachers,
+    needed: Mapping[str, tuple[str, ...]],
+    surrogates: Mapping[str, nn.Module],
+    allowed: bool,
+) -> dict[str, str]:
+    """The union's attacks that cannot run, and why; ValueError unless leaving them out is ``allowed``."""
+    taken = [name for name in surrogates if name in {f"{kind}_teacher" for kind in KINDS}]
+    if taken:
+        raise ValueError(f"surrogates must not be called {taken[0]}: pass the run's teachers as teachers=")
+    missing: dict[str, str] = {}
+    for kind, uses in needed.items():
+        if kind in teachers.missing:
+            missing |= dict.fromkeys(uses, f"the {kind} teacher is missing: {teachers.missing[kind]}")
+    advice = "Say where the teachers are now (--teachers, teachers=), or leave" if missing else "Leave"
+    count = len(routed_networks(model))
+    if count > 1 and any(use.startswith("transfer") for uses in needed.values() for use in uses):
+        reason = f"the model holds {count} networks with a router, and attacks on the router need exactly one"
+        missing |= dict.fromkeys(("two_phase", "forced", "softened"), reason)
+    if missing and not allowed:
+        reasons = "; ".join(dict.fromkeys(missing.values()))
+        raise ValueError(
+            f"{', '.join(missing)} cannot run: {reasons}. {advice} these attacks out, which the report's "
+            "headline then says (--allow-missing, allow_missing=True)"
+        )
+    return missing
+
+
+def _precision(model: nn.Module, dataset: Dataset, precision: PrecisionName) -> str:
+    """The report's description of the precision: that of a forward pass, whatever was requested."""
+    with frozen(model):
+        dtype = computed_in(model, next(dataset.batches(1)).x)
+    name = str(dtype).removeprefix("torch.")
+    requested = "bfloat16" if precision == "bfloat16" else "float32"
+    return DESCRIPTIONS[precision] if name == requested else f"{name}, in the model's own code"
+
+
+def _selected_on(run: str | Path | None) -> str | None:
+    path = None if run is None else Path(run) / "config.json"
+    if path is None or not path.is_file():
+        return None
+    config: Any = read_json(path)
+    split = config.get("selected_on") if isinstance(config, dict) else None
+    return split if isinstance(split, str) else None

@@ -1,0 +1,127 @@
+"""Turns the collected outcomes of an evaluation into a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from awnet.attacks import Cascade
+from awnet.evaluation.collect import CLEAN, UNION, Collected, Plan
+from awnet.evaluation.detection import detection
+from awnet.evaluation.filters import filter_means
+from awnet.evaluation.flags import flags
+from awnet.evaluation.report import Report
+from awnet.evaluation.results import Array, AttackResult, attack_result
+from awnet.evaluation.sanity import union_check
+from awnet.evaluation.statistics import auc, wilson_interval
+from awnet.models.rdi import has_exits
+from awnet.models.registry import name_of
+from awnet.provenance import environment
+
+
+def build_report(
+    plan: Plan,
+    model: nn.Module,
+    collected: Collected,
+    settings: dict[str, Any],
+    selected_on: str | None,
+    missing: dict[str, str],
+) -> Report:
+    """The report on ``model``, the user's own, whose copy ``plan.model`` may be."""
+    dataset, seed, outcomes, table = plan.dataset, plan.seed, collected.outcomes, list(collected.table)
+    per_sample: dict[str, Array] = {
+        "index": dataset.index.cpu().numpy(),
+        "label": dataset.labels.cpu().numpy(),
+    }
+    for kind in [kind for kind in outcomes if outcomes[kind].batches]:
+        per_sample |= {f"{kind}_{name}": values for name, values in outcomes[kind].arrays().items()}
+        check_finite(per_sample.pop(f"{kind}_finite", None), kind)
+    if plan.union is not None and "aa" in plan.chosen:
+        table.append(union_check(per_sample["aa_correct"], per_sample["union_correct"]))
+
+    clean = per_sample["clean_correct"]
+
+    def result(kind: str, settings: dict[str, Any], members: Sequence[str]) -> AttackResult:
+        outcome = attack_result(clean, per_sample[f"{kind}_correct"], settings, seed)
+        if f"{kind}_broken_by" in per_sample:
+            outcome.broken_first_by = _broken_first_by(per_sample[f"{kind}_broken_by"], members)
+        outcome.warnings = dict(sorted(collected.notes[kind].items()))
+        return outcome
+
+    report = Report(
+        model=name_of(model),
+        dataset=dataset.name,
+        split=dataset.split,
+        n=len(dataset),
+        eps=dataset.threat_model.eps,
+        clean_accuracy=int(clean.sum()) / len(clean),
+        clean_interval_95=wilson_interval(int(clean.sum()), len(clean)),
+        attacks={
+            kind: result(kind, attack.settings, list(attack.members) if isinstance(attack, Cascade) else [])
+            for kind, attack in plan.chosen.items()
+        },
+        union=None
+        if plan.union is None
+        else result(UNION, plan.union.settings | {"after": list(plan.chosen)}, plan.order),
+        router_auc={
+            kind: auc(per_sample["clean_type_score"], per_sample[f"{kind}_type_score"])
+            for kind in plan.kinds
+            if plan.has_type_head and kind != CLEAN
+        },
+        detection=detection(per_sample, plan.attacked, seed) if plan.has_type_head else {},
+        sanity=[asdict(check) for check in table],
+        curves=collected.curves,
+        flags=[],
+        settings=settings
+        | {
+            "source": dataset.source,
+            "classes": dataset.num_classes,
+            "fingerprint": dataset.fingerprint(),
+            "robust_accuracy": "of adversarial images made from all images, also those misclassified clean",
+        },
+        environment=environment(dataset.device),
+        selected_on=selected_on,
+        missing=missing,
+        per_sample=per_sample,
+        examples=collected.examples.arrays(),
+        filter_means=filter_means(
+            model,
+            next(dataset.batches(1)).x,
+            {kind: outcomes[kind].mean_scales() for kind in [CLEAN, *plan.attacked] if plan.has_type_head},
+        ),
+    )
+    if has_exits(model):
+        report.exits = {
+            kind: _exit_use(model, per_sample[f"{kind}_exit"], dataset.image_size)
+            for kind in [CLEAN, *plan.attacked]
+        }
+    report.flags = flags(report)
+    return report
+
+
+def check_finite(finite: Array | None, kind: str) -> None:
+    """Raises FloatingPointError unless all logits of the images ``kind`` are finite."""
+    if finite is not None and not finite.all():
+        raise FloatingPointError(
+            f"the model's logits are NaN or infinite for {int((~finite).sum())} of {len(finite)} {kind} "
+            "images: an accuracy would mean nothing; look at its weights"
+        )
+
+
+def _broken_first_by(broken_by: Array, names: Sequence[str]) -> dict[str, int]:
+    counts = {name: int((broken_by == number).sum()) for number, name in enumerate(names)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _exit_use(model: nn.Module, exit_of: Array, image_size: tuple[int, int]) -> dict[str, Any]:
+    cost = np.array(model.flops(image_size))  # type: ignore[operator]
+    return {
+        "mean_exit": float(exit_of.mean()) + 1,
+        "shares": [float((exit_of == e).mean()) for e in range(len(cost))],
+        "mean_flops": float(cost[exit_of].mean()),
+        "full_flops": int(cost[-1]),
+    }
