@@ -74,7 +74,7 @@ def pgd_step(model: str, batch: int, size: int, rounds: int) -> None:
         ("tiles", "auto", torch.contiguous_format),
         ("library", "0", torch.channels_last),
     ):
-        still = live.to(memory_format=layout).frozen(torch.bfloat16)  # type: ignore[call-overload]
+        still = live.to(memory_format=layout).inference_copy(torch.bfloat16)  # type: ignore[call-overload]
         images = x.contiguous(memory_format=layout)
 
         def run(still: Callable[[Tensor], Tensor] = still, images: Tensor = images) -> object:

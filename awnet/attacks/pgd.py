@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from awnet import ops, rng
 from awnet.attacks.base import Attack, check_count, check_size
-from awnet.nn import Frozen
+from awnet.nn import InferenceCopy
 
 #: maps (model, x_adv, x, y) to a loss ``[B]``, to be maximised
 LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -102,7 +102,7 @@ class PGD(Attack):
         """All steps from ``start``: device operations only, and none that writes to an argument."""
         objective = self._objective(x, y, largest_label) if self.steps else None
         # a frozen copy's images may be of less precision than ours
-        dtype = self.model.image_dtype if isinstance(self.model, Frozen) else x.dtype
+        dtype = self.model.image_dtype if isinstance(self.model, InferenceCopy) else x.dtype
         x_adv, image = start, start.to(dtype, copy=True)
         broken = torch.zeros_like(x)
         for _ in range(self.steps):

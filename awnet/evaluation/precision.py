@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.attacks import frozen
-from awnet.nn import Frozen, Routing, frozen_copy, has_router, not_supported, route
+from awnet.nn import InferenceCopy, Routing, has_router, inference_copy, not_supported, route
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def prepare(model: nn.Module, precision: PrecisionName, x: Tensor) -> Prepared:
     if reason is not None:
         logger.info("the evaluation runs the model itself: %s", reason)
         return Prepared(itself, f"the model itself, frozen in place: {reason}")
-    copy = frozen_copy(model)
+    copy = inference_copy(model)
     assert copy is not None
     difference = _difference(model, copy, x)
     tolerance = ROUNDING if copy.image_dtype in (torch.float32, torch.float64) else 0.1
@@ -71,13 +71,13 @@ def prepare(model: nn.Module, precision: PrecisionName, x: Tensor) -> Prepared:
             itself, f"the model itself, frozen in place: its copy differed by {difference:.1e}", flag
         )
     if low:
-        copy = frozen_copy(model, torch.bfloat16)
+        copy = inference_copy(model, torch.bfloat16)
         assert copy is not None
     return Prepared(copy, COPY)
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, copy: Frozen, x: Tensor) -> float:
+def _difference(model: nn.Module, copy: InferenceCopy, x: Tensor) -> float:
     """Largest difference of logits and routing on ``x``, each as a share of its largest value."""
     with frozen(model):
         expected, got = [model(x)], [copy(x)]

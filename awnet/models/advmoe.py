@@ -7,11 +7,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from awnet.models.common import Freezable, config, scaled
+from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
 from awnet.nn import AWConv2d, Backbone, FilterScaledConv2d, MixBatchNorm2d, WithRouter
-from awnet.nn.frozen import FrozenCopy, copied_by, known_layers
+from awnet.nn.inference import PlainInferenceCopy, register_inference_copy, register_layers
 from awnet.nn.layers import check_image, check_sizes
 from awnet.scalars import check_integer
 
@@ -62,11 +62,11 @@ class ExpertBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(hidden, gate)) + residual)
 
 
-known_layers(ExpertConv2d, ExpertBlock)
+register_layers(ExpertConv2d, ExpertBlock)
 
 
-@copied_by(FrozenCopy)
-class ADVMOE(WithRouter, Freezable, OnHub):
+@register_inference_copy(PlainInferenceCopy)
+class ADVMOE(WithRouter, WithInferenceCopy, OnHub):
     """ResNet-18 whose block convolutions hold ``experts`` sets of filters, and a small ResNet that picks one.
 
     The router scores the experts once for an image, and the best one serves in every layer. Its choice is

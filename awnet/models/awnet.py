@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, NamedTuple, get_args
 
 from awnet.models import mobilenet, wide_resnet
-from awnet.models.common import Freezable, config, scaled
+from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
 from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter
 from awnet.nn.backbone import BlockNetwork
-from awnet.nn.frozen import awnet_copy, check_awnet, copied_by
+from awnet.nn.inference import register_inference_copy
+from awnet.nn.inference_network import awnet_copy, check_awnet
 from awnet.nn.layers import Branches
 from awnet.nn.router import TestBN
 from awnet.scalars import check_flag, check_integers
@@ -41,8 +42,8 @@ _BASES = {
 NAMES = tuple(_BASES)
 
 
-@copied_by(awnet_copy, check_awnet)
-class AWResNet(AWNet, Freezable, OnHub):
+@register_inference_copy(awnet_copy, check_awnet)
+class AWResNet(AWNet, WithInferenceCopy, OnHub):
     """An AW-Net whose dynamic sub-network is the residual network of the same name, for small images.
 
     ``awnet_resnet18`` is the paper's AW-Net (26.3 M parameters), ``awnet_resnet34`` its AW-Net-L. Beside the

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awnet.nn.frozen import Frozen, copy_of
+from awnet.nn.inference import InferenceCopy, required_inference_copy
 from awnet.scalars import check_number, plain
 
 
@@ -53,17 +53,20 @@ def flops(network: nn.Module, run: Callable[[], object]) -> int:
     return total
 
 
-class Freezable(nn.Module):
-    """Offers ``frozen`` for attacks."""
+class WithInferenceCopy(nn.Module):
+    """Adds the method ``inference_copy``, which attacks and evaluation use."""
 
-    def frozen(self, dtype: torch.dtype | None = None) -> Frozen:
-        """A copy of this network in test mode, differentiable in the images alone, for attacks.
+    def inference_copy(self, dtype: torch.dtype | None = None) -> InferenceCopy:
+        """Returns a frozen copy of this network in eval mode, differentiable with respect to images only.
 
-        ``dtype`` is that of weights and images, the model's own if None; ω, p and the batch norms' algebra
-        stay float32 or wider. ``refresh()`` brings the copy up to date with this network, which is not
-        changed.
+        ``refresh()`` of the copy copies this network's current weights to it.
 
-        Raises TypeError with the reason where a copy could compute something else than this model: a
-        subclass, replaced layers, hooks, parametrized weights (:func:`awnet.nn.not_supported`).
+        Args:
+            dtype: dtype of weights and images; the model's own if None. ω, p and the algebra of batch norms
+                stay float32 or wider.
+
+        Raises:
+            TypeError: a copy might not compute what this model does, because of a subclass, replaced layers,
+                hooks or parametrized weights (:func:`awnet.nn.not_supported`). The message gives the reason.
         """
-        return copy_of(self, dtype)
+        return required_inference_copy(self, dtype)

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from awnet.models.common import Freezable, config, scaled
+from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import MobileBackbone
-from awnet.nn.frozen import FrozenCopy, copied_by
+from awnet.nn.inference import PlainInferenceCopy, register_inference_copy
 
 NAMES = ("mobilenet_v2",)
 # expansion, width, blocks, stride; the stem and the stage of width 24 keep the size (2 in the original)
@@ -37,8 +37,8 @@ def backbone(width: float, *, dynamic_shortcut: bool = False, **options: Any) ->
     return MobileBackbone(*_architecture(width), **options)
 
 
-@copied_by(FrozenCopy)
-class MobileNetV2(MobileBackbone, Freezable, OnHub):
+@register_inference_copy(PlainInferenceCopy)
+class MobileNetV2(MobileBackbone, WithInferenceCopy, OnHub):
     """The static MobileNet-v2, without dropout. ``width`` multiplies the channels of every layer."""
 
     def __init__(

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from awnet.models.common import Freezable, config, scaled
+from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
-from awnet.nn.frozen import FrozenCopy, copied_by, known_layers
+from awnet.nn.inference import PlainInferenceCopy, register_inference_copy, register_layers
 from awnet.nn.layers import AWConv2d, MixBatchNorm2d, check_image, check_sizes
 from awnet.scalars import check_flag
 
@@ -78,11 +78,11 @@ class FusedBlock(nn.Module):
         return F.relu(self.conv(input))
 
 
-known_layers(RepVGGBlock, FusedBlock)
+register_layers(RepVGGBlock, FusedBlock)
 
 
-@copied_by(FrozenCopy)
-class RepVGG(Freezable, OnHub):
+@register_inference_copy(PlainInferenceCopy)
+class RepVGG(WithInferenceCopy, OnHub):
     """RepVGG-A2, with stem and first stage of stride 1.
 
     ``width`` multiplies the channels of every layer. ``fused=True`` is the re-parameterised form, one 3×3

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from awnet.models.common import Freezable, config, scaled
+from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import Backbone, BlockKind
-from awnet.nn.frozen import FrozenBackbone, check_backbone, copied_by
+from awnet.nn.inference import register_inference_copy
+from awnet.nn.inference_network import InferenceBackbone, check_backbone
 
 
 class Architecture(NamedTuple):
@@ -35,8 +36,8 @@ ARCHITECTURES = {
 NAMES = (*ARCHITECTURES, "resnet_tiny_wide")
 
 
-@copied_by(FrozenBackbone, check_backbone)
-class ResNet(Backbone, Freezable, OnHub):
+@register_inference_copy(InferenceBackbone, check_backbone)
+class ResNet(Backbone, WithInferenceCopy, OnHub):
     """A static CIFAR ResNet: the AW-Net's dynamic sub-network with plain convolutions and one batch norm.
 
     It runs through the same fused layer, so a comparison with an AW-Net measures the dynamics alone.

@@ -9,12 +9,12 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from awnet.models.common import Freezable, config, scaled
+from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
 from awnet.models.mobilenet import MobileNetV2
 from awnet.models.resnet import ResNet
 from awnet.nn import AdversarialRouter, RoutedNetwork, Routing
-from awnet.nn.frozen import FrozenCopy, copied_by
+from awnet.nn.inference import PlainInferenceCopy, register_inference_copy
 from awnet.nn.layers import check_is_clean
 from awnet.scalars import check_integers, check_number
 
@@ -25,8 +25,8 @@ _ROUTER_WIDTHS = (64, 128, 256, 512)
 Gate = Literal["hard", "soft", "standard", "robust"]
 
 
-@copied_by(FrozenCopy)
-class SeparateNet(RoutedNetwork, Freezable, OnHub):
+@register_inference_copy(PlainInferenceCopy)
+class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
     """What AW-Net does filter by filter, done network by network, with AW-Net's router as the detector.
 
     In test mode an image whose ``p_clean`` is above ``threshold`` gets the logits of the standard member, a

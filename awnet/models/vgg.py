@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from awnet.models.common import Freezable, config, scaled
+from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
-from awnet.nn.frozen import FrozenCopy, copied_by
+from awnet.nn.inference import PlainInferenceCopy, register_inference_copy
 from awnet.nn.layers import check_image, check_sizes
 
 fx.wrap("check_image")
@@ -19,8 +19,8 @@ _HIDDEN = 4096  # width of the two hidden linear layers
 _DROPOUT = 0.5
 
 
-@copied_by(FrozenCopy)
-class VGG(Freezable, OnHub):
+@register_inference_copy(PlainInferenceCopy)
+class VGG(WithInferenceCopy, OnHub):
     """Thirteen 3×3 convolutions with bias, batch norm and ReLU, a global average pool, three linear layers.
 
     The linear layers are 512-4096-4096-K with dropout ½ between them, as in the ImageNet network but for the

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from awnet.models.common import Freezable, config, scaled
+from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import WideBackbone
-from awnet.nn.frozen import FrozenCopy, copied_by
+from awnet.nn.inference import PlainInferenceCopy, register_inference_copy
 
 # name → depth, widening factor
 _SIZES = {"wrn34_8": (34, 8), "wrn34_10": (34, 10), "wrn70_16": (70, 16)}
@@ -27,8 +27,8 @@ def backbone(name: str, width: float, **options: Any) -> WideBackbone:
     return WideBackbone(*_architecture(name, width), **options)
 
 
-@copied_by(FrozenCopy)
-class WideResNet(WideBackbone, Freezable, OnHub):
+@register_inference_copy(PlainInferenceCopy)
+class WideResNet(WideBackbone, WithInferenceCopy, OnHub):
     """A static WideResNet of pre-activation blocks, without dropout, as in adversarial training.
 
     ``wrn34_10`` has depth 34 and widening factor 10. ``width`` multiplies the channels of every layer.

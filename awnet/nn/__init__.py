@@ -3,14 +3,8 @@
 from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
 from awnet.nn.conversion import convert
-from awnet.nn.frozen import (
-    Frozen,
-    FrozenAWNet,
-    FrozenBackbone,
-    FrozenCopy,
-    frozen_copy,
-    not_supported,
-)
+from awnet.nn.inference import InferenceCopy, PlainInferenceCopy, inference_copy, not_supported
+from awnet.nn.inference_network import InferenceAWNet, InferenceBackbone
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, synchronize
 from awnet.nn.network import AWNet
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
@@ -39,20 +33,20 @@ __all__ = [
     "Backbone",
     "FilterScaledConv2d",
     "FixedRouter",
-    "Frozen",
-    "FrozenAWNet",
-    "FrozenBackbone",
-    "FrozenCopy",
+    "InferenceAWNet",
+    "InferenceBackbone",
+    "InferenceCopy",
     "MixBatchNorm2d",
     "MobileBackbone",
+    "PlainInferenceCopy",
     "RoutedNetwork",
     "Routing",
     "Steering",
     "WideBackbone",
     "WithRouter",
     "convert",
-    "frozen_copy",
     "has_router",
+    "inference_copy",
     "not_supported",
     "observe",
     "route",

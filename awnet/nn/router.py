@@ -122,22 +122,46 @@ class AdversarialRouter(nn.Module):
         feature = torch.cat(
             [global_average(stage) for stage in self.backbone.features(x)], dim=1
         )  # [B, d], Eq. 17
-        type_logits = None
-        if self.type_head is None:
-            p_clean = feature.new_full((feature.shape[0],), self.fixed_p_clean)
-        else:
-            type_logits = self.type_head(feature)
-            p_clean = p_clean_of(type_logits, self.p_temperature)
-            if not self.training:
-                p_clean = p_clean * self.p_scale
-        filter_scales: list[Tensor] = []
-        if self.signal_heads is not None:
-            omega = filter_scales_of(self.signal_heads(feature), self.beta)
-            filter_scales = list(omega.split(self.signal_widths, dim=1))
+        type_logits, p_clean, filter_scale = apply_heads(
+            self, feature, self.type_head, self.signal_heads, training=self.training
+        )
+        filter_scales = [] if filter_scale is None else list(filter_scale.split(self.signal_widths, dim=1))
         return Routing(type_logits, p_clean, filter_scales)
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, p_temperature={self.p_temperature}, p_scale={self.p_scale}"
+
+
+def apply_heads(
+    router: AdversarialRouter,
+    feature: Tensor,
+    type_head: nn.Module | None,
+    signal_heads: nn.Module | None,
+    *,
+    training: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """The answer of ``router``'s heads, or of copies of them, for ψ_M; Eq. 18 and 19.
+
+    Args:
+        router: its β, p_temperature, p_scale and fixed p are used.
+        feature: ψ_M [B, d].
+        type_head, signal_heads: the two linear layers, or None without them.
+        training: whether p is that of train mode, which ``p_scale`` leaves alone.
+
+    Returns:
+        type_logits [B, 2] or None, p_clean [B], and ω [B, Σ C_out] of all dynamic convolutions or None.
+    """
+    type_logits = filter_scale = None
+    if type_head is None:
+        p_clean = feature.new_full((feature.shape[0],), router.fixed_p_clean)
+    else:
+        type_logits = type_head(feature)
+        p_clean = p_clean_of(type_logits, router.p_temperature)
+        if not training:
+            p_clean = p_clean * router.p_scale
+    if signal_heads is not None:
+        filter_scale = filter_scales_of(signal_heads(feature), router.beta)
+    return type_logits, p_clean, filter_scale
 
 
 class FixedRouter(nn.Module):

@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from awnet.cuda_graphs import Graphed, Record, capture
 from awnet.nn.copies import copied
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
-from awnet.training.graphs import Graphed, Inference
 from awnet.training.losses import Attack, Averaging, Batch, Loss, LossResult, MTARDWeights, Teachers
 from awnet.training.recipes import MTARD, Recipe
+from awnet.training.teachers import TeacherModel
 
 
 class Numerics(NamedTuple):
@@ -58,6 +59,7 @@ class TrainingStep:
         average: of a distributed run: ``average(tensors, count)`` replaces tensors, in place, by their means
             over the ranks, each weighted by its ``count``. Called with the gradients and the loss (0-d), with
             equal counts, before anything is decided upon them, and with MTARD's losses.
+        record: captures the step with ``recipe.capture``; None captures CUDA graphs on a CUDA device.
     """
 
     def __init__(
@@ -69,8 +71,9 @@ class TrainingStep:
         teachers: Teachers | None = None,
         *,
         average: Averaging | None = None,
+        record: Record | None = None,
     ) -> None:
-        if recipe.capture and device.type != "cuda":
+        if recipe.capture and record is None and device.type != "cuda":
             raise ValueError(f"capture needs a CUDA device, got {device}: leave it out")
         self.recipe, self.model, self.device, self._over_ranks = recipe, model, device, average
         self.numerics = numerics(recipe, device)
@@ -80,11 +83,11 @@ class TrainingStep:
         model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.teachers = None
         if teachers is not None:
-            self.teachers = Teachers(*(self._inference(one) for one in teachers if one is not None))
+            self.teachers = Teachers(*(self._teacher(one) for one in teachers if one is not None))
         self.options = recipe.loss_options()
         self.optimizer = recipe.optimizer(model)
         self.scheduler = recipe.scheduler(self.optimizer, steps_per_epoch)
-        self._graphed = Graphed(self._learn_from) if recipe.capture else None
+        self.graphed = Graphed(self._learn_from, record or capture) if recipe.capture else None
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._weight = torch.ones((), dtype=torch.float64, device=device)  # which a graph reads
         self._names: list[str] = []
@@ -104,9 +107,9 @@ class TrainingStep:
             # all micro-batches of a step together move the weights as far as one batch would
             self.weights.learning_rate = self.recipe.weight_lr_at(epoch) / self.recipe.accumulate
 
-    def _inference(self, teacher: nn.Module) -> Inference:
+    def _teacher(self, teacher: nn.Module) -> TeacherModel:
         low = self.numerics.precision == "bfloat16"
-        return Inference(teacher, self._autocast, low, self.memory_format)
+        return TeacherModel(teacher, self._autocast, low, self.memory_format)
 
     def _autocast(self) -> torch.autocast:
         low = self.numerics.precision == "bfloat16"
@@ -125,7 +128,7 @@ class TrainingStep:
         """
         batch = _Piece(batch.x.contiguous(memory_format=self.memory_format), batch.y, batch.index)
         self._weight.fill_(weight)
-        if self._graphed is None:
+        if self.graphed is None:
             terms = self._learn(batch, attack)
         else:
             terms = self._replayed(batch, attack)
@@ -190,7 +193,7 @@ class TrainingStep:
     # The same as a CUDA graph, all but the attack, which is a graph of its own
 
     def _replayed(self, batch: _Piece, attack: Attack) -> dict[str, Tensor]:
-        assert self._graphed is not None
+        assert self.graphed is not None
         x_adv = batch.x
         if self.recipe.needs_attack:
             with self._autocast():
@@ -202,7 +205,7 @@ class TrainingStep:
         try:
             # the learning rate of MTARD's weights is a number in the graph
             rate = None if self.weights is None else self.weights.learning_rate
-            terms = self._graphed(*batch, x_adv, key=rate)
+            terms = self.graphed(*batch, x_adv, key=rate)
         finally:
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate

@@ -20,8 +20,8 @@ import awnet
 from awnet.attacks import PGD, GraphedPGD
 from awnet.data import load_dataset
 from awnet.models import create_model
-from awnet.nn import FrozenAWNet, MixBatchNorm2d
-from awnet.nn.frozen import known_layers
+from awnet.nn import InferenceAWNet, MixBatchNorm2d
+from awnet.nn.inference import register_layers
 from awnet.ops import use_backend
 
 SIZE: dict[str, Any] = {"eps": 0.1, "step_size": 0.025, "steps": 4, "random_start": "normal"}
@@ -89,7 +89,9 @@ def test_recorded_and_plain_are_the_same_bits(name: str, loss: str) -> None:
     # and the same as PGD itself on the frozen module
     assert torch.equal(
         x_adv,
-        PGD(model.frozen(), **(SIZE | {"loss": loss, "seed": 7}))(**images | {"x": images["x"].flip(0)}),
+        PGD(model.inference_copy(), **(SIZE | {"loss": loss, "seed": 7}))(
+            **images | {"x": images["x"].flip(0)}
+        ),
     )
 
 
@@ -113,7 +115,7 @@ def test_a_program_without_refresh_would_be_seen(monkeypatch: pytest.MonkeyPatch
     model, images = net(), batch()
     attack = engine(model, Recorder())
     attack(**images)
-    monkeypatch.setattr(FrozenAWNet, "refresh", lambda self: None)
+    monkeypatch.setattr(InferenceAWNet, "refresh", lambda self: None)
     move(model)
     stale = attack(**images)
     monkeypatch.undo()
@@ -149,7 +151,7 @@ def test_keeps_a_bounded_number_of_programs(caplog: pytest.LogCaptureFixture) ->
         for n in (1, 2, 3) * 12:
             part = {k: v[:n] for k, v in images.items()}
             assert torch.equal(attack(**part), engine(model, steps=1)(**part))
-    assert len(attack._graphs) <= 2
+    assert len(attack.graphs) <= 2
     assert recorder.recorded == 32  # then the plain loop
     assert sum("yet another batch shape" in r.message for r in caplog.records) == 1
 
@@ -218,7 +220,7 @@ def test_leaves_the_model_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
         "arguments",
         lambda *a: calls.append(True) or forward(*a),  # type: ignore[func-returns-value]
     )
-    known_layers(MixBatchNorm2d)  # as patched
+    register_layers(MixBatchNorm2d)  # as patched
     with torch.no_grad():
         x_adv = engine(model, Recorder())(**images)
     assert not x_adv.requires_grad
@@ -227,7 +229,7 @@ def test_leaves_the_model_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(m.training for m in model.modules())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     monkeypatch.undo()
-    known_layers(MixBatchNorm2d)
+    register_layers(MixBatchNorm2d)
 
 
 def test_a_broken_gradient_shows() -> None:
@@ -330,7 +332,7 @@ def test_a_cuda_graph_gives_the_same_bits_and_follows_the_weights(
             move(model, seed)
         last = {k: v[:7] for k, v in images.items()}
         assert torch.equal(graphed(**last), plain(**last))
-    assert len(graphed._graphs) == 2
+    assert len(graphed.graphs) == 2
     assert "could not be captured" not in caplog.text
     assert not torch.equal(seen[0], seen[1])
 

@@ -116,7 +116,7 @@ def test_a_frozen_router_softens_as_the_model_does(mode: tuple[str, float]) -> N
     model = network().double().eval().requires_grad_(False)
     x = torch.rand(5, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = []
-    for one in (model, model.frozen()):
+    for one in (model, model.inference_copy()):
         point = x.clone().requires_grad_()
         logits = SoftRouter(one, mode[1], straight_through=mode[0] == "through")(point)
         found.append((logits.detach(), torch.autograd.grad(logits.square().sum(), point)[0]))
@@ -134,7 +134,7 @@ def test_adaptive_attacks_break_the_copy_as_they_break_the_model(name: str) -> N
     y = model(x).argmax(1)
     suite = Suite(budget="smoke", reference=x)
     right = []
-    for one in (model, model.frozen()):
+    for one in (model, model.inference_copy()):
         x_adv = named_attack(name, one, data.threat_model, suite=suite)(x, y, index=index)
         right.append(model(x_adv).argmax(1) == y)
     assert (right[0] != right[1]).sum() <= 1

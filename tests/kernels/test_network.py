@@ -77,7 +77,8 @@ def test_an_attack_on_a_frozen_network() -> None:
     for backend in ("triton", "eager"):
         with use_backend(backend):
             found[backend] = {
-                dtype: PGD(model.frozen(dtype), **size)(x, y) for dtype in (torch.float32, torch.float16)
+                dtype: PGD(model.inference_copy(dtype), **size)(x, y)
+                for dtype in (torch.float32, torch.float16)
             }
     for dtype, least in ((torch.float32, 1.0), (torch.float16, 0.9)):  # a sign turns where a gradient is tiny
         same = (found["triton"][dtype] - found["eager"][dtype]).abs() < 1e-6

@@ -23,8 +23,8 @@ from awnet.evaluation import Report, evaluate
 from awnet.models import create_model, load_model, parameter_count
 from awnet.models.advmoe import ExpertConv2d
 from awnet.models.rdi import choose_thresholds, entropy
-from awnet.nn import FilterScaledConv2d, FrozenBackbone, Routing, convert
-from awnet.nn.frozen import FrozenCopy
+from awnet.nn import FilterScaledConv2d, InferenceBackbone, Routing, convert
+from awnet.nn.inference import PlainInferenceCopy
 from awnet.ops import use_backend
 from awnet.training import TrainingStep, recipe_for, train
 
@@ -362,8 +362,8 @@ def test_members_of_separate_net_are_attacked_on_their_fast_copies() -> None:
     model, batch = narrow("separate_net"), next(DIGITS.train.batches(8))
     attack = recipe_for("separate", "digits", attack_steps=1).attack(model, THREAT, 10, seed=1)
     attack(batch.x, batch.y, index=batch.index)
-    assert isinstance(attack.first.pgd.model, FrozenBackbone)
-    assert isinstance(attack.second.pgd.model, FrozenCopy)
+    assert isinstance(attack.first.pgd.model, InferenceBackbone)
+    assert isinstance(attack.second.pgd.model, PlainInferenceCopy)
 
 
 @pytest.mark.parametrize("name", [name for _, name in OWN_RECIPES])

@@ -27,7 +27,7 @@ from awnet.nn import (
     MixBatchNorm2d,
     convert,
 )
-from awnet.nn.frozen import Frozen
+from awnet.nn.inference import InferenceCopy
 from awnet.training import recipe_for, train
 
 FULL = [name for name in list_models() if "tiny" not in name]
@@ -126,10 +126,10 @@ def test_the_attack_of_training_runs_on_a_copy(name: str) -> None:
         with torch.no_grad():  # the copy follows
             for parameter in model.parameters():
                 parameter.add_(0.01 * torch.randn_like(parameter))
-    assert isinstance(attack.pgd.model, Frozen)
+    assert isinstance(attack.pgd.model, InferenceCopy)
     model.eval()
     with torch.no_grad():
-        logits, low = model(x), model.frozen(torch.bfloat16)(x)
+        logits, low = model(x), model.inference_copy(torch.bfloat16)(x)
     assert (low - logits).norm() < 0.01 * logits.norm()  # bfloat16 rounds by 2⁻⁹ at each layer
 
 

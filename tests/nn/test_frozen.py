@@ -14,7 +14,7 @@ import awnet
 from awnet import ops
 from awnet.attacks import frozen
 from awnet.models import create_model
-from awnet.nn import AdversarialRouter, AWNet, Backbone, FrozenAWNet, FrozenBackbone, Routing
+from awnet.nn import AdversarialRouter, AWNet, Backbone, InferenceAWNet, InferenceBackbone, Routing
 from awnet.ops import coefficients, use_backend
 from awnet.ops.backends import native
 
@@ -83,11 +83,11 @@ def test_equals_the_model_in_test_mode(case: str) -> None:
     model, x = build(case), images()
     with frozen(model):
         logits, gradient = logits_and_gradient(model, x)
-    found, slope = logits_and_gradient(model.frozen(), x)
+    found, slope = logits_and_gradient(model.inference_copy(), x)
     # the same formulas in another order of a few roundings, in float64
     assert error(found, logits) < 1e-12
     assert error(slope, gradient) < 1e-12
-    single = model.frozen(torch.float32)
+    single = model.inference_copy(torch.float32)
     found, slope = logits_and_gradient(single, x.float())
     assert found.dtype == slope.dtype == torch.float32
     assert error(found, logits) < 1e-5
@@ -100,7 +100,7 @@ def test_equals_the_model_on_each_backend(backend: str) -> None:
     with frozen(model):
         logits, gradient = logits_and_gradient(model, x)
     with use_backend(backend):
-        found, slope = logits_and_gradient(model.frozen(torch.float32), x.float())
+        found, slope = logits_and_gradient(model.inference_copy(torch.float32), x.float())
     assert error(found, logits) < 1e-5
     assert error(slope, gradient) < 1e-4
 
@@ -113,7 +113,7 @@ def test_deep_and_bottleneck_networks() -> None:
         model = shaken(AWNet(net, router), torch.float64)
         with frozen(model):
             logits, gradient = logits_and_gradient(model, images())
-        found, slope = logits_and_gradient(FrozenAWNet(model), images())
+        found, slope = logits_and_gradient(InferenceAWNet(model), images())
         assert error(found, logits) < 1e-12
         assert error(slope, gradient) < 1e-12
 
@@ -124,7 +124,7 @@ def test_bfloat16_is_no_worse_than_twice_autocast() -> None:
         logits, gradient = logits_and_gradient(copy.deepcopy(model).double(), x.double())
         with torch.autocast("cpu", torch.bfloat16):
             low, low_gradient = logits_and_gradient(model, x)
-    found, slope = logits_and_gradient(model.frozen(torch.bfloat16), x)
+    found, slope = logits_and_gradient(model.inference_copy(torch.bfloat16), x)
     assert found.dtype == torch.bfloat16
     assert slope.dtype == torch.float32
     assert error(found, logits) < 2 * error(low, logits)
@@ -134,7 +134,7 @@ def test_bfloat16_is_no_worse_than_twice_autocast() -> None:
 def test_routes_like_the_model() -> None:
     for case in ("dynamic shortcut", "no type head", "no scaling", "no router"):
         model, x = build(case), images()
-        still = model.frozen()
+        still = model.inference_copy()
         with frozen(model):
             expected = model.route(x)
             other = Routing(None, torch.rand(3).double(), [s * 0.5 + 0.1 for s in expected.filter_scales])
@@ -153,7 +153,7 @@ def test_routes_like_the_model() -> None:
 @pytest.mark.parametrize("case", ["awnet_tiny", "no router", "resnet_tiny"])
 def test_refresh_brings_it_up_to_date(case: str) -> None:
     model, x = build(case), images()
-    still = model.frozen()
+    still = model.inference_copy()
     before = still(x)
     fresh = build(case).state_dict()
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_leaves_the_live_model_alone() -> None:
     model.router.eval()
     modes = [m.training for m in model.modules()]
     weights = copy.deepcopy(model.state_dict())
-    still = model.frozen()
+    still = model.inference_copy()
     logits_and_gradient(still, x)
     still.refresh()
     assert [m.training for m in model.modules()] == modes
@@ -191,17 +191,17 @@ def test_attacks_take_it_as_a_model() -> None:
     y = torch.tensor([0, 1, 2])
     size = {"eps": 0.1, "step_size": 0.02, "steps": 5}
     expected = awnet.attacks.PGD(model, **size)(x, y)
-    found = awnet.attacks.PGD(model.frozen(), **size)(x, y)
+    found = awnet.attacks.PGD(model.inference_copy(), **size)(x, y)
     assert (found == expected).float().mean() > 0.99  # a sign turns where a gradient is a rounding from 0
     assert (
-        awnet.attacks.CW(model.frozen(torch.bfloat16), steps=2, eps=0.1, step_size=0.02)(x, y).dtype
+        awnet.attacks.CW(model.inference_copy(torch.bfloat16), steps=2, eps=0.1, step_size=0.02)(x, y).dtype
         == x.dtype
     )
 
 
 def test_inference_mode_and_autocast_leave_no_trace() -> None:
     model, x = build("resnet_tiny", torch.float32), images(torch.float32)
-    still = model.frozen()
+    still = model.inference_copy()
     with torch.inference_mode():
         inside = still(x)
     logits, _ = logits_and_gradient(still, x)  # the coefficients made inside may be differentiated through
@@ -214,25 +214,25 @@ def test_what_cannot_be_frozen_says_so() -> None:
     converted = awnet.convert(
         nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), Pooled(), nn.Linear(3, 5))
     )
-    assert not hasattr(converted, "frozen")
+    assert not hasattr(converted, "inference_copy")
     with pytest.raises(
         TypeError, match=r"must be an AWNet on a Backbone, got .*GraphModule.*awnet\.attacks\.frozen"
     ):
-        FrozenAWNet(converted)
+        InferenceAWNet(converted)
     model = build("awnet_tiny")
     with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32.* got torch\.int32"):
-        model.frozen(torch.int32)
+        model.inference_copy(torch.int32)
     with pytest.raises(ValueError, match=r"must hold 6 tensors.*got 1"):
-        model.frozen()(images(), routing=Routing(None, torch.zeros(3), [torch.ones(3, 16)]))
+        model.inference_copy()(images(), routing=Routing(None, torch.zeros(3), [torch.ones(3, 16)]))
     with pytest.raises(ValueError, match="in_channels"):
-        model.frozen()(torch.rand(1, 3, 8, 8))
+        model.inference_copy()(torch.rand(1, 3, 8, 8))
     with pytest.raises(ValueError, match="p_clean is missing"):
-        FrozenBackbone(model.dynamic, torch.float32)(images())
+        InferenceBackbone(model.dynamic, torch.float32)(images())
     with pytest.raises(TypeError, match="no classifier"):
-        FrozenBackbone(model.router.backbone, torch.float32)(images())
+        InferenceBackbone(model.router.backbone, torch.float32)(images())
     model.dynamic.stem.bn.eps = 1e-3
     with pytest.raises(TypeError, match="one eps"):
-        model.frozen()
+        model.inference_copy()
 
 
 class Pooled(nn.Module):

@@ -18,9 +18,9 @@ from awnet.data import Dataset, load_dataset
 from awnet.evaluation import accuracy, evaluate
 from awnet.evaluation.precision import COPY, evaluated
 from awnet.models import AWResNet, ResNet, create_model
-from awnet.nn import AWBasicBlock, MixBatchNorm2d, frozen_copy, not_supported
-from awnet.nn.frozen import FrozenAWNet, FrozenBackbone
-from awnet.training.graphs import Inference
+from awnet.nn import AWBasicBlock, MixBatchNorm2d, inference_copy, not_supported
+from awnet.nn.inference_network import InferenceAWNet, InferenceBackbone
+from awnet.training.teachers import TeacherModel
 
 SIZE = {"eps": 0.1, "step_size": 0.03, "steps": 2}
 
@@ -161,7 +161,7 @@ def test_what_the_model_computes_decides(
     model = make()
     if isinstance(model, nn.Sequential):
         assert not_supported(model) is not None
-    assert frozen_copy(model) is None
+    assert inference_copy(model) is None
     caplog.set_level(logging.INFO)
     report = evaluate(model, digits, ["fgsm"])
     assert report.clean_accuracy == pytest.approx(accuracy(model, digits).float().mean().item())
@@ -176,7 +176,7 @@ def test_what_the_model_computes_decides(
     assert torch.equal(images, PGD(model, **SIZE)(x, y, index=index))
     assert all(module.training for module in model.modules())
     expected = model.eval()(x)
-    teacher = Inference(model, torch.no_grad, False, torch.contiguous_format)
+    teacher = TeacherModel(model, torch.no_grad, False, torch.contiguous_format)
     assert torch.equal(teacher(x), expected)
     assert teacher.reason is not None
 
@@ -199,7 +199,7 @@ def test_an_unchanged_model_has_a_copy_also_inside_wrappers(name: str, digits: D
 def test_an_unchanged_compiled_model_has_a_copy() -> None:
     model, x = trained("resnet_tiny").eval(), torch.rand(2, 1, 8, 8)
     compiled = torch.compile(model, backend="eager")
-    copied = frozen_copy(compiled)
+    copied = inference_copy(compiled)
     assert copied is not None
     torch.testing.assert_close(copied(x), model(x), rtol=1e-4, atol=1e-5)
     compiled.register_forward_hook(lambda *a: a[2] * 2)
@@ -222,11 +222,11 @@ def test_global_hooks_and_patched_classes_are_seen(monkeypatch: pytest.MonkeyPat
 def test_frozen_refuses_with_the_reason(make: Callable[[], nn.Module]) -> None:
     model = make()
     with pytest.raises(TypeError, match=r"has no frozen copy: .*awnet\.attacks\.frozen"):
-        model.frozen()
+        model.inference_copy()
     with pytest.raises(TypeError, match="must be an AWNet on a Backbone"):
-        FrozenAWNet(CHANGED["another norm"][0]())
+        InferenceAWNet(CHANGED["another norm"][0]())
     with pytest.raises(TypeError, match="classifier is a Halved"):
-        FrozenBackbone(CHANGED["another head"][0](), torch.float32)
+        InferenceBackbone(CHANGED["another head"][0](), torch.float32)
 
 
 def test_a_training_attack_follows_a_model_whose_structure_changes(digits: Dataset) -> None:
@@ -236,7 +236,7 @@ def test_a_training_attack_follows_a_model_whose_structure_changes(digits: Datas
 
     def same() -> bool:
         expected = (
-            PGD(model.frozen(), **SIZE)(x, y, index=index)
+            PGD(model.inference_copy(), **SIZE)(x, y, index=index)
             if not_supported(model) is None
             else PGD(model, **SIZE)(x, y, index=index)
         )
@@ -256,7 +256,7 @@ def test_a_training_attack_follows_a_model_whose_structure_changes(digits: Datas
 
 def test_a_copy_follows_settings_that_are_no_tensors() -> None:
     model = trained("separate_net", width=0.05).eval()
-    copy, x = model.frozen(), torch.rand(6, 1, 8, 8)
+    copy, x = model.inference_copy(), torch.rand(6, 1, 8, 8)
     model.threshold = float(model.route(x).p_clean.median())
     copy.refresh()
     torch.testing.assert_close(copy(x), model(x))
@@ -269,8 +269,8 @@ def test_a_copy_that_differs_is_given_up_with_a_flag(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained("resnet_tiny")
-    logits = FrozenBackbone.logits
-    monkeypatch.setattr(FrozenBackbone, "logits", lambda self, *a: logits(self, *a) + 0.01)
+    logits = InferenceBackbone.logits
+    monkeypatch.setattr(InferenceBackbone, "logits", lambda self, *a: logits(self, *a) + 0.01)
     report = evaluate(model, digits, ["fgsm"])
     assert any("frozen copy's outputs differed" in flag for flag in report.flags)
     assert "its copy differed by" in report.settings["runs_on"]

@@ -173,7 +173,7 @@ def test_adaptive_attacks_see_a_wrapped_router(case: str, digits: Splits) -> Non
 
 OWN = [
     {},
-    {"frozen": False},
+    {"inference_copy": False},
     {"config": {"width": 4}},
     {"config": {"name": 3, "num_classes": "ten"}},
     {"route": "north"},

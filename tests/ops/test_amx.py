@@ -375,7 +375,7 @@ def test_a_frozen_model_is_no_worse_than_twice_autocast_and_follows_its_model(ti
         logits = of(images)
         return logits.detach(), torch.autograd.grad((logits * torch.arange(5)).sum(), images)[0]
 
-    still = model.frozen(torch.bfloat16)
+    still = model.inference_copy(torch.bfloat16)
     for _ in range(2):
         with frozen(model):
             with torch.autocast("cpu", torch.bfloat16):
@@ -487,7 +487,7 @@ _REFUSED = """
     import torch
     from awnet.models import create_model
     from awnet.ops.backends import amx
-    model = create_model("awnet_tiny").frozen(torch.bfloat16)
+    model = create_model("awnet_tiny").inference_copy(torch.bfloat16)
     with torch.no_grad():
         print(model(torch.rand(8, 3, 8, 8)).isfinite().all().item())
     print(amx.obstacle())

@@ -159,7 +159,7 @@ def test_torch_func_of_a_model_agrees_with_autograd(name: str, frozen: bool) -> 
     model = create_model(name, num_classes=3, in_channels=1).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(0.05 * torch.randn_like(parameter))
-    network: Any = model.frozen(torch.float32) if frozen else model  # type: ignore[operator]
+    network: Any = model.inference_copy(torch.float32) if frozen else model  # type: ignore[operator]
     x, v = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
     images = x.clone().requires_grad_()
     logits = network(images)
@@ -187,7 +187,7 @@ def test_torch_func_of_a_model_agrees_with_autograd(name: str, frozen: bool) -> 
 
 def test_a_second_derivative_of_a_frozen_network_names_the_reference_and_works_there() -> None:
     model = create_model("awnet_tiny", num_classes=3, in_channels=1).eval().requires_grad_(False)
-    frozen: Any = model.frozen(torch.float32)  # type: ignore[operator]
+    frozen: Any = model.inference_copy(torch.float32)  # type: ignore[operator]
     x, v = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
 
     def curvature() -> Tensor:

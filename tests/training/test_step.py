@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,13 +17,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awnet.cuda_graphs import Graphed
 from awnet.data import Splits, dataset, from_arrays
 from awnet.data.dataset import Batch
 from awnet.distributed import Ranks
 from awnet.models import create_model, load_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone, synchronize
-from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, checkpoint, graphs, read_log, train
+from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, checkpoint, read_log, train
 from awnet.training.step import Average, TrainingStep, numerics
+from awnet.training.teachers import TeacherModel
 
 CPU = torch.device("cpu")
 K = 3
@@ -303,45 +306,56 @@ class Recorded:
         return self.value.clone()
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
-    made: list[Recorded] = []
+class Recorder:
+    """Stands in for the capture of CUDA graphs: a replay calls the function again."""
 
-    def capture(function: Callable[[], Tensor]) -> tuple[Any, Callable[[], None]]:
-        made.append(Recorded(function))
-        return made[-1], made[-1].replay
+    def __init__(self) -> None:
+        self.recorded: list[Recorded] = []
 
-    monkeypatch.setattr(graphs, "capture", capture)
-    return made
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Any, Callable[[], None]]:
+        self.recorded.append(Recorded(function))
+        return self.recorded[-1], self.recorded[-1].replay
 
 
-def test_a_graph_for_each_shape_from_its_second_call_on(recorded: list[Recorded]) -> None:
-    double = graphs.Graphed(lambda x, y: 2 * x + y)
+def test_graphed_captures_each_shape_at_its_second_call() -> None:
+    recorder = Recorder()
+    double = Graphed(lambda x, y: 2 * x + y, recorder)
     for i, shape in enumerate([(3,), (3,), (2,), (3,), (2,), (3,)]):
         x, y = torch.full(shape, float(i)), torch.rand(shape)
         assert torch.equal(double(x, y), 2 * x + y)
-        assert len(recorded) == (0, 1, 1, 1, 2, 2)[i]
+        assert len(recorder.recorded) == (0, 1, 1, 1, 2, 2)[i]
     double(torch.rand(3), torch.rand(3), key=0.5)
-    assert len(recorded) == 2  # plain, the first of its key
+    assert len(recorder.recorded) == 2  # plain, the first of its key
 
 
-def test_what_cannot_be_captured_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphed_keeps_a_bounded_number_of_graphs() -> None:
+    recorder = Recorder()
+    double = Graphed(lambda x: 2 * x, recorder, max_graphs=2)
+    for size in (1, 2, 3, 1, 2, 3, 3, 2):
+        assert torch.equal(double(torch.ones(size)), torch.full((size,), 2.0))
+    assert len(double.cache) == 2
+    assert len(recorder.recorded) == 3
+
+
+def test_graphed_runs_the_function_after_a_failed_capture() -> None:
     def refuse(function: Callable[[], Tensor]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs, "capture", refuse)
-    double = graphs.Graphed(lambda x: 2 * x)
+    double = Graphed(lambda x: 2 * x, refuse)
     double(torch.ones(2))
     with pytest.warns(UserWarning, match="not permitted"):
         assert double(torch.ones(2)).tolist() == [2, 2]
-    assert double(torch.ones(2)).tolist() == [2, 2]  # and says it once
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert double(torch.ones(2)).tolist() == [2, 2]
 
 
-def test_a_captured_step_is_the_step(recorded: list[Recorded]) -> None:
+def test_a_captured_step_is_the_step() -> None:
+    recorder = Recorder()
     recipe = MTARD(epochs=2, milestones=(1,), ema_decay=0.9, clip_norm=1.0, weight_lr=0.3)
     model, teachers = dynamic(), Teachers(linear(), linear())
-    plain, captured = (made(recipe, copy.deepcopy(model), teachers=teachers) for _ in range(2))
-    captured._graphed = graphs.Graphed(captured._learn_from)  # as with capture=True on CUDA
+    plain = made(recipe, copy.deepcopy(model), teachers=teachers)
+    captured = made(replace(recipe, capture=True), model, teachers=teachers, record=recorder)
     for i in range(9):
         if i == 5:
             for step in (plain, captured):
@@ -353,14 +367,14 @@ def test_a_captured_step_is_the_step(recorded: list[Recorded]) -> None:
             {n: v.item() for n, v in one.items()}, nan_ok=True, rel=1e-6
         )  # float32, whatever the term's dtype
         assert captured.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"]
-    assert len(recorded) == 2  # one for each learning rate of MTARD's weights
+    assert len(recorder.recorded) == 2  # one for each learning rate of MTARD's weights
     for a, b in zip(everything(plain), everything(captured), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-6)  # a rate in float32
 
 
-def test_a_captured_step_averages_over_ranks_and_weighs_each_batch(recorded: list[Recorded]) -> None:
+def test_a_captured_step_averages_over_ranks_and_weighs_each_batch() -> None:
     """The collectives are in the graph, which reads the batch's weight at each replay."""
-    recipe, calls, models = MTARD(weight_lr=0.3), [0, 0], [dynamic()]
+    recorder, recipe, calls, models = Recorder(), MTARD(weight_lr=0.3), [0, 0], [dynamic()]
     models.append(copy.deepcopy(models[0]))
     steps = []
     for number, model in enumerate(models):
@@ -370,13 +384,13 @@ def test_a_captured_step_averages_over_ranks_and_weighs_each_batch(recorded: lis
             for tensor in tensors:
                 tensor.mul_(0.5)  # as if another rank had nothing to learn
 
-        steps.append(made(recipe, model, teachers=Teachers(linear(), linear()), average=average))
+        options = {"teachers": Teachers(linear(), linear()), "average": average, "record": recorder}
+        steps.append(made(replace(recipe, capture=number == 1), model, **options))
     steps[1].teachers = steps[0].teachers
-    steps[1]._graphed = graphs.Graphed(steps[1]._learn_from)
     for i, weight in enumerate((1.0, 1.0, 1.2, 0.8)):
         one, other = (step(batch(seed=i), shifted, weight) for step in steps)
         assert other["total"].item() == pytest.approx(one["total"].item(), rel=1e-6)  # float32
-    assert len(recorded) == 1
+    assert len(recorder.recorded) == 1
     assert calls[0] == calls[1] == 8  # the gradients, and MTARD's losses
     for a, b in zip(everything(steps[0]), everything(steps[1]), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-6)  # a rate in float32
@@ -404,7 +418,7 @@ def test_teachers_answer_in_the_steps_precision() -> None:
     assert torch.allclose(rounded, exact, atol=0.05)  # 8 bits of mantissa
     assert not torch.equal(rounded, exact)
     assert rounded.dtype == torch.float32
-    assert low.teachers.clean.frozen.image_dtype == torch.bfloat16
+    assert low.teachers.clean.copy.image_dtype == torch.bfloat16
     few = plain.teachers.clean(x[:2])  # nothing is left of the batch before
     for got, images in ((exact, x), (few, x[:2])):
         # the same sums in another order
@@ -413,13 +427,13 @@ def test_teachers_answer_in_the_steps_precision() -> None:
 
 def test_a_teacher_without_a_frozen_copy_is_changed_itself() -> None:
     teacher = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, K))
-    exact = graphs.Inference(teacher, nullcontext, False, torch.contiguous_format)
+    exact = TeacherModel(teacher, nullcontext, False, torch.contiguous_format)
     x = torch.rand(5, 1, 8, 8)
     wanted = exact(x)
     assert torch.equal(wanted, teacher(x))
     assert not teacher.training
     bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
-    low = graphs.Inference(teacher, bfloat16, True, torch.channels_last)
+    low = TeacherModel(teacher, bfloat16, True, torch.channels_last)
     assert teacher[0].weight.dtype == teacher[3].weight.dtype == torch.bfloat16
     assert teacher[1].weight.dtype == torch.float32
     rounded = low(x)
@@ -512,14 +526,14 @@ def test_on_a_gpu_a_step_runs_in_bfloat16_and_a_broken_one_changes_nothing() -> 
         before = everything(step)
         assert step(data, attack)["skipped"].item() == skipped
         assert same(before, everything(step)) == bool(skipped)
-    assert isinstance(step.teachers.clean, graphs.Inference)  # type: ignore[union-attr]
-    assert any(step.teachers.clean._graphed._graphs.values())  # type: ignore[union-attr]
+    assert isinstance(step.teachers.clean, TeacherModel)  # type: ignore[union-attr]
+    assert len(step.teachers.clean.graphed.cache)  # type: ignore[union-attr]
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_teachers_graphs_of_two_batch_sizes_keep_apart() -> None:
     teacher = create_model("resnet_tiny", num_classes=K).cuda()
-    inference = graphs.Inference(teacher, nullcontext, False, torch.contiguous_format)
+    inference = TeacherModel(teacher, nullcontext, False, torch.contiguous_format)
     for _ in range(4):  # plain, captured, replayed
         for size in (6, 3):
             x = torch.rand(size, 3, 8, 8, device="cuda")

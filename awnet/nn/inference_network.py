@@ -1,0 +1,372 @@
+"""Inference copies of AW-Nets on a ResNet, and of static ResNets, with all batch norms in one table.
+
+The scale and shift of every layer come from one call of ``ops.network_coefficients``, and the layers run as
+``ops.affine_network``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awnet import ops
+from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
+from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
+from awnet.nn.inference import (
+    InferenceCopy,
+    PlainInferenceCopy,
+    empty_copy,
+    not_supported,
+    register_inference_copy,
+    register_layers,
+)
+from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, check_image
+from awnet.nn.network import AWNet
+from awnet.nn.router import AdversarialRouter, FixedRouter, Routing, apply_heads
+
+Coefficients = list[tuple[Tensor, Tensor]]
+
+
+def _convolution(layer: AWConv2d) -> ops.AffineConvolution:
+    return ops.AffineConvolution(
+        stride=layer.stride,
+        padding=cast("tuple[int, int]", layer.padding),
+        dilation=layer.dilation,
+        groups=layer.groups,
+        activation=layer.activation,
+    )
+
+
+def _connected(backbone: Backbone, layers: list[AWConv2d]) -> tuple[list[int], list[ops.NetworkLayer]]:
+    """The order in which ``ops.affine_network`` runs ``layers``, as indices, and their connections.
+
+    With a classifier the last layer is averaged over pixels, without one the stem and the last layer of every
+    stage are. The shortcut of a block is the last of its convolutions; it runs before the layer that adds it.
+    """
+    sequence: list[int] = []
+    connections: list[ops.NetworkLayer] = []
+
+    def append(index: int, input: int, residual: int = -1) -> int:
+        sequence.append(index)
+        connections.append(ops.NetworkLayer(_convolution(layers[index]), input, residual, False))
+        return len(connections) - 1
+
+    ends = [last := append(0, -1)]
+    count = 1
+    for stage in backbone._stages():
+        for block in stage:
+            *inner, end = range(count, count := count + len(block.convolutions()))
+            x = residual = last
+            if block.shortcut is not None:
+                residual = append(end, last)
+                end = inner.pop()
+            for index in inner:
+                x = append(index, x)
+            last = append(end, x, residual)
+        ends.append(last)
+    for layer in ends if backbone.classifier is None else ends[-1:]:
+        connections[layer] = connections[layer]._replace(averaged=True)
+    return sequence, connections
+
+
+class _InferenceLinear(nn.Module):
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.live = (linear,)  # in a tuple: no submodule
+        self.weight = empty_copy(linear.weight, dtype)
+        self.bias = empty_copy(linear.bias, dtype)
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.weight, self.live[0].weight), (self.bias, self.live[0].bias)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class InferenceBackbone(InferenceCopy):
+    """The inference copy of a :class:`Backbone`.
+
+    Args:
+        backbone: the live backbone.
+        dtype: dtype of weights and images; the table of batch norms is float32 or wider.
+
+    Raises:
+        TypeError: :func:`check_backbone` gives a reason against a copy.
+    """
+
+    tables: Tensor  # [4, 2, T], see ops.network_coefficients
+
+    def __init__(self, backbone: Backbone, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        reason = check_backbone(backbone)
+        if reason is not None:
+            raise TypeError(f"{type(backbone).__name__} has no frozen copy: {reason}")
+        self.live = (backbone,)
+        layers = self._live_layers()
+        self.eps = layers[0].bn.eps
+        self.sequence, self.layers = _connected(backbone, layers)
+        self.weights = nn.ParameterList(empty_copy(layers[i].weight, dtype) for i in self.sequence)
+        # the dynamic layers come first in the table, so that their ω is one contiguous block
+        self.order = sorted(range(len(layers)), key=lambda i: not layers[i].dynamic)
+        self.columns = [self.order.index(i) for i in self.sequence]
+        self.widths = tuple(layers[i].out_channels for i in self.order)
+        self.in_channels = backbone.in_channels
+        self.has_branches = any(layer.bn.branches != "one" for layer in layers)
+        table_dtype = torch.promote_types(dtype, torch.float32)
+        tables = torch.empty(4, 2, sum(self.widths), dtype=table_dtype, device=layers[0].weight.device)
+        self.register_buffer("tables", tables, persistent=False)
+        classifier = backbone.classifier
+        self.classifier = None if classifier is None else _InferenceLinear(classifier, dtype)
+        self._cached: tuple[int, torch.device, Coefficients] | None = None
+        self._packed = ops.PackedWeights()
+        self.record_structure(backbone)
+        self.refresh()
+
+    def _live_layers(self) -> list[AWConv2d]:
+        backbone = self.live[0]
+        blocks = [block for stage in backbone._stages() for block in stage]
+        layers = [backbone.stem, *(layer for block in blocks for layer in block.convolutions())]
+        return cast("list[AWConv2d]", layers)
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        layers = self._live_layers()
+        pairs: list[tuple[Tensor, Tensor]] = [
+            (copy, layers[i].weight) for copy, i in zip(self.weights, self.sequence, strict=True)
+        ]
+        for columns, i in zip(self.tables.split(self.widths, 2), self.order, strict=True):
+            norm = layers[i].bn
+            for rows, table in zip(
+                columns, (norm.weight, norm.bias, norm.running_mean, norm.running_var), strict=True
+            ):
+                pairs += [(rows[k], table[min(k, len(table) - 1)]) for k in range(2)]
+        return pairs + ([] if self.classifier is None else self.classifier.copies())
+
+    def clear_cache(self) -> None:
+        self._cached = None
+        self._packed.clear()
+
+    def coefficients(
+        self, batch: int, omega: Tensor | None = None, p_clean: Tensor | None = None
+    ) -> Coefficients:
+        """Scale and shift [B, C] of all layers, in the order of the table; cached if equal for all images."""
+        if p_clean is not None:
+            return ops.network_coefficients(self.tables, self.widths, omega, p_clean, eps=self.eps)
+        if self.has_branches or omega is not None:
+            raise ValueError("p_clean is missing: the branches are blended by p_clean [B]")
+        device = self.tables.device
+        if self._cached is None or self._cached[:2] != (batch, device):
+            with torch.inference_mode(False), torch.no_grad():  # autograd cannot save inference tensors
+                zeros = self.tables.new_zeros(batch)
+                coefficients = ops.network_coefficients(self.tables, self.widths, None, zeros, eps=self.eps)
+            self._cached = (batch, device, coefficients)
+        return self._cached[2]
+
+    def averages(self, x: Tensor, coefficients: Coefficients) -> list[Tensor]:
+        """Means over pixels [B, C] of the stem and every stage; with a classifier of the last stage only."""
+        in_sequence = [coefficients[i] for i in self.columns]
+        return ops.affine_network(x, list(self.weights), in_sequence, self.layers, self._packed)
+
+    def logits(self, x: Tensor, coefficients: Coefficients) -> Tensor:
+        if self.classifier is None:
+            raise TypeError(
+                "a backbone with num_classes=None has no classifier: use averages(x, coefficients)"
+            )
+        return self.classifier(self.averages(x, coefficients)[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [0, 1], of any floating dtype → logits [B, K] in ``image_dtype``."""
+        check_image(x, self.in_channels)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.logits(x.to(self.image_dtype), self.coefficients(len(x)))
+
+
+class _InferenceRouter(InferenceCopy):
+    """The inference copy of a router; its batch norms become scale and shift of its convolutions."""
+
+    def __init__(self, router: AdversarialRouter, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.live = (router,)
+        self.backbone = InferenceBackbone(router.backbone, dtype)
+        self.type_head = None if router.type_head is None else _InferenceLinear(router.type_head, dtype)
+        self.signal_heads = (
+            None if router.signal_heads is None else _InferenceLinear(router.signal_heads, dtype)
+        )
+        self.refresh()
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        heads = (self.type_head, self.signal_heads)
+        return self.backbone.copies() + [pair for head in heads if head is not None for pair in head.copies()]
+
+    @property
+    def beta(self) -> float:
+        """β of the live router."""
+        return self.live[0].beta
+
+    def clear_cache(self) -> None:
+        self.backbone.clear_cache()
+
+    def graph_key(self) -> tuple[Any, ...]:
+        live = self.live[0]
+        options = (live.beta, live.p_temperature, live.p_scale, live.fixed_p_clean)
+        return (*super().graph_key(), *options)
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """type_logits [B, 2] or None, p_clean [B], ω of all dynamic layers [B, D] or None."""
+        feature = torch.cat(self.backbone.averages(x, self.backbone.coefficients(len(x))), dim=1)
+        return apply_heads(self.live[0], feature, self.type_head, self.signal_heads, training=False)
+
+
+class InferenceAWNet(InferenceCopy):
+    """The inference copy of an :class:`AWNet`, with ``route(x)`` and ``forward(x, routing=...)``.
+
+    Args:
+        model: its dynamic sub-network is a :class:`Backbone`. A converted network (``awnet.convert``) has a
+            traced sub-network, whose coefficients cannot be computed ahead: freeze it in place with
+            ``awnet.attacks.frozen``.
+        dtype: dtype of weights and images; the model's own if None.
+
+    Raises:
+        TypeError: the model consists of other parts.
+    """
+
+    def __init__(self, model: AWNet, dtype: torch.dtype | None = None) -> None:
+        dynamic, router = model.dynamic, model.router
+        reason = check_awnet(model) or not_supported(model)
+        if reason is not None or not isinstance(dynamic, Backbone):
+            raise TypeError(
+                f"model must be an AWNet on a Backbone, got {type(model).__name__} on a "
+                f"{type(dynamic).__name__} ({reason}); for others use `with awnet.attacks.frozen(model)`"
+            )
+        assert isinstance(router, AdversarialRouter | FixedRouter)
+        super().__init__(next(model.parameters()).dtype if dtype is None else dtype)
+        self.dynamic = InferenceBackbone(dynamic, self.image_dtype)
+        self.router = (
+            router if isinstance(router, FixedRouter) else _InferenceRouter(router, self.image_dtype)
+        )
+        self.signal_widths = list(router.signal_widths)
+        self.record_structure(model)
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        router = self.router.copies() if isinstance(self.router, _InferenceRouter) else []
+        return self.dynamic.copies() + router
+
+    def clear_cache(self) -> None:
+        self.dynamic.clear_cache()
+        if isinstance(self.router, _InferenceRouter):
+            self.router.clear_cache()
+
+    def graph_key(self) -> tuple[Any, ...]:
+        if isinstance(self.router, _InferenceRouter):
+            return (*self.dynamic.graph_key(), *self.router.graph_key())
+        return (*self.dynamic.graph_key(), self.router.p_clean)
+
+    def _signals(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        if isinstance(self.router, _InferenceRouter):
+            return self.router(x)
+        return None, self.router(x).p_clean, None
+
+    def route(self, x: Tensor) -> Routing:
+        """The routing of images [B, C, H, W]."""
+        check_image(x, self.dynamic.in_channels)
+        with torch.autocast(x.device.type, enabled=False):
+            type_logits, p_clean, omega = self._signals(x.to(self.image_dtype))
+        scales = [] if omega is None else list(omega.split(self.signal_widths, 1))
+        return Routing(type_logits, p_clean, scales)
+
+    def forward(self, x: Tensor, *, routing: Routing | None = None) -> Tensor:
+        """Images [B, C, H, W] in [0, 1], of any floating dtype → logits [B, K] in ``image_dtype``.
+
+        ``routing`` replaces the routing of the router, as in :class:`AWNet`.
+        """
+        check_image(x, self.dynamic.in_channels)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.image_dtype)
+            if routing is None:
+                _, p_clean, omega = self._signals(x)
+            elif len(routing.filter_scales) != len(self.signal_widths):
+                raise ValueError(
+                    f"routing.filter_scales must hold {len(self.signal_widths)} tensors, one for each "
+                    f"dynamic convolution, got {len(routing.filter_scales)}"
+                )
+            else:
+                p_clean = routing.p_clean
+                omega = torch.cat(routing.filter_scales, 1) if routing.filter_scales else None
+            return self.dynamic.logits(x, self.dynamic.coefficients(len(x), omega, p_clean))
+
+
+def check_backbone(backbone: nn.Module) -> str | None:
+    """Returns why :class:`InferenceBackbone` would not compute what ``backbone`` does; None if it does."""
+    assert isinstance(backbone, Backbone)
+    if type(backbone.stages) is not nn.ModuleList:
+        return f"stages is a {type(backbone.stages).__name__}"
+    layers: list[tuple[str, Any]] = [("stem", backbone.stem)]
+    for i, stage in enumerate(backbone.stages):
+        if type(stage) is not nn.ModuleList:
+            return f"stages.{i} is a {type(stage).__name__}"
+        for j, block in enumerate(stage):
+            if type(block) not in (AWBasicBlock, AWBottleneck):
+                return f"stages.{i}.{j} is a {type(block).__name__}"
+            assert isinstance(block, AWBasicBlock | AWBottleneck)
+            names = {id(child): name for name, child in block.named_children()}
+            layers += [(f"stages.{i}.{j}.{names.get(id(c), '?')}", c) for c in block.convolutions()]
+    for name, layer in layers:
+        if type(layer) is not AWConv2d:
+            return f"{name} is a {type(layer).__name__}"
+        if type(layer.bn) is not MixBatchNorm2d:
+            return f"{name}.bn is a {type(layer.bn).__name__}"
+        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return f"{name} does not pad with a fixed number of zeros"
+        if layer.bias is not None:
+            return f"{name} has a bias"
+    if len({layer.bn.eps for _, layer in layers}) != 1:
+        return "its batch norms do not have one eps"
+    return _check_linear("classifier", backbone.classifier)
+
+
+def _check_linear(name: str, layer: nn.Module | None) -> str | None:
+    if layer is None:
+        return None
+    if type(layer) is not nn.Linear:
+        return f"{name} is a {type(layer).__name__}"
+    return "its " + name + " has no bias" if layer.bias is None else None
+
+
+def check_awnet(model: AWNet) -> str | None:
+    """Returns why no inference copy computes what ``model`` does; None if one does."""
+    router = model.router
+    if type(router) not in (AdversarialRouter, FixedRouter):
+        return f"router is a {type(router).__name__}"
+    if type(model.dynamic) is not Backbone:
+        return None  # PlainInferenceCopy runs the forward of the model
+    reason = check_backbone(model.dynamic)
+    if reason is None and model.dynamic.classifier is None:
+        reason = "it has no classifier"
+    if reason is None and isinstance(router, AdversarialRouter):
+        if type(router.backbone) is not Backbone or router.backbone.classifier is not None:
+            return "the router's backbone is not the one that it was made with"
+        reason = (
+            check_backbone(router.backbone)
+            or _check_linear("router.type_head", router.type_head)
+            or _check_linear("router.signal_heads", router.signal_heads)
+        )
+    return reason
+
+
+def awnet_copy(model: AWNet, dtype: torch.dtype) -> InferenceCopy:
+    """The inference copy of ``model``, specialized if its dynamic sub-network is a :class:`Backbone`."""
+    return (
+        InferenceAWNet(model, dtype) if type(model.dynamic) is Backbone else PlainInferenceCopy(model, dtype)
+    )
+
+
+register_layers(
+    *(AWConv2d, FilterScaledConv2d, MixBatchNorm2d),
+    *(AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock),
+    *(Backbone, MobileBackbone, WideBackbone, AdversarialRouter, FixedRouter),
+    *(nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
+    *(nn.Dropout, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleList),
+)
+register_inference_copy(awnet_copy, check_awnet)(AWNet)
