@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from awnet.models import create_model, list_models, load_model, save_model
     from awnet.nn import convert
     from awnet.ops import explain, functional, use_backend
-    from awnet.training import train
+    from awnet.training.train import train
 
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "kernels" / "__init__.py").is_file() and (_ROOT / "setup.py").is_file():

@@ -1,8 +1,7 @@
-"""Training: recipes, losses, the loop and the run folder."""
+"""Training: recipes, losses, the training step, runs and their folders."""
 
 from awnet.training.baselines import RDI, AlternatingTrades, Separate
 from awnet.training.logging import read_log
-from awnet.training.loop import RunResult, train
 from awnet.training.losses import LossOptions, LossResult, MTARDWeights, Teachers
 from awnet.training.recipes import (
     HAT,
@@ -20,6 +19,7 @@ from awnet.training.recipes import (
     recipe_for,
 )
 from awnet.training.step import TrainingStep
+from awnet.training.train import RunResult, train
 
 __all__ = [
     "HAT",

@@ -217,8 +217,8 @@ class TrainingStep:
         return torch.stack([term.float() for term in terms.values()])
 
     @property
-    def judged(self) -> nn.Module:
-        """What is validated and saved: the weight average where there is one, else the model."""
+    def evaluated_model(self) -> nn.Module:
+        """The model that is validated and saved: the weight average if there is one, else the model."""
         return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:

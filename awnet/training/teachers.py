@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awnet.cuda_graphs import Graphed
+from awnet.files import expanded
+from awnet.models import load_model
+from awnet.models.files import weights_fingerprint
+from awnet.models.registry import name_of
 from awnet.nn import inference_copy, not_supported
+from awnet.nn.copies import copied
+from awnet.run_config import read_config
+from awnet.training import checkpoint
+from awnet.training.losses import Teachers
+from awnet.training.recipes import Recipe
+
+TeacherSource = nn.Module | str | Path
 
 
 class TeacherModel(nn.Module):
@@ -61,3 +74,77 @@ class TeacherModel(nn.Module):
         if x.is_cuda and not torch.cuda.is_current_stream_capturing():
             return self.graphed(x)
         return self._logits(x)
+
+
+def load_teachers(teachers: Sequence[TeacherSource], recipe: Recipe, device: torch.device) -> Teachers:
+    """Loads ``teachers``; ValueError unless there is one for each of ``recipe.teachers``."""
+    if isinstance(teachers, str | Path) or len(teachers) != len(recipe.teachers):
+        raise ValueError(
+            f"teachers of {recipe.name} must be {len(recipe.teachers)}, ({', '.join(recipe.teachers)}): "
+            "modules, run folders or .safetensors files"
+        )
+    return Teachers(*(load_teacher(teacher, device) for teacher in teachers))
+
+
+def load_teacher(teacher: TeacherSource, device: torch.device) -> nn.Module:
+    """A copy of a module, or the model of a run folder or file, in eval mode and without gradients."""
+    if isinstance(teacher, nn.Module):
+        model = copied(teacher)
+    elif isinstance(teacher, str | Path):
+        model = load_model(teacher)
+    else:
+        raise TypeError(f"a teacher must be a module or a path, got {type(teacher).__name__}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def default_teacher(student: nn.Module) -> str:
+    """The name of the model that is trained as a teacher of ``student`` if none is given."""
+    return "resnet_tiny" if "tiny" in name_of(student) else "resnet18"
+
+
+def describe_teachers(
+    recipe: Recipe, model: nn.Module, given: Teachers | None
+) -> dict[str, dict[str, Any]] | None:
+    """The teachers for config.json: fingerprints of given weights, or how this run trains them.
+
+    Fingerprints stay the same wherever the files are stored.
+    """
+    if given is not None:
+        return {kind: {"weights": weights_fingerprint(getattr(given, kind))} for kind in recipe.teachers}
+    if not recipe.teachers:
+        return None
+    return {
+        kind: {"model": default_teacher(model), "recipe": recipe.teacher_recipe(kind).to_dict()}
+        for kind in recipe.teachers
+    }
+
+
+def describe_sources(sources: Mapping[str, TeacherSource], given: Teachers, folder: Path) -> dict[str, Any]:
+    """For each kind of teacher its absolute path, its path relative to ``folder``, and its SHA-256.
+
+    Both paths of a module are None.
+    """
+    described: dict[str, Any] = {}
+    for kind, source in sources.items():
+        path = None if isinstance(source, nn.Module) else expanded(source).resolve()
+        described[kind] = {
+            "path": None if path is None else str(path),
+            "from_run": None if path is None else _relative(folder.resolve(), path),
+            "weights": weights_fingerprint(getattr(given, kind)),
+        }
+    return described
+
+
+def _relative(folder: Path, path: Path) -> str | None:
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:  # on another drive of Windows
+        return None
+
+
+def record_trained_teachers(folder: Path, recipe: Recipe, teachers: Teachers) -> None:
+    """Adds the teachers that the run in ``folder`` trained to its current session in config.json."""
+    sources: dict[str, TeacherSource] = {kind: folder / "teachers" / kind for kind in recipe.teachers}
+    config = read_config(folder)
+    config["sessions"][-1]["teachers"] = describe_sources(sources, teachers, folder)
+    checkpoint.write_config(folder, config)

@@ -30,10 +30,11 @@ from awnet.data import Splits, from_arrays
 from awnet.files import written_atomically
 from awnet.models.files import weights_fingerprint
 from awnet.nn import AdversarialRouter, AWNet, Backbone
-from awnet.training import MTARD, PGDAT, loop, read_log, train
+from awnet.training import MTARD, PGDAT, RunResult, read_log, train
 from awnet.training import checkpoint as C
 from awnet.training import losses as L
 from awnet.training.logging import RunLog
+from awnet.training.setup import memory_advice
 
 CPU = torch.device("cpu")
 # where a subprocess finds this module and tests/support
@@ -100,7 +101,7 @@ RECIPE = Planned(
 )
 
 
-def go(out: Path, recipe: MTARD = RECIPE, **options: Any) -> loop.RunResult:
+def go(out: Path, recipe: MTARD = RECIPE, **options: Any) -> RunResult:
     settings: dict[str, Any] = {"teachers": TEACHERS, "seed": 5, "quiet": True, "tensorboard": False}
     return train(recipe, model(), options.pop("splits", SPLITS), out, **(settings | options))
 
@@ -840,12 +841,12 @@ def test_out_of_memory_comes_with_advice(
 def test_the_advice_is_the_devices(tmp_path: Path) -> None:
     with (
         pytest.raises(MemoryError) as raised,
-        loop._advised_on_memory(RECIPE, torch.device("cuda"), tmp_path),
+        memory_advice(RECIPE, torch.device("cuda"), tmp_path),
     ):
         raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
     assert "--data-memory host" in str(raised.value)
     assert "bfloat16" not in str(raised.value)  # it is that already
-    with pytest.raises(RuntimeError, match="shapes"), loop._advised_on_memory(RECIPE, CPU, tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), memory_advice(RECIPE, CPU, tmp_path):
         raise RuntimeError("shapes cannot be multiplied")
 
 

@@ -23,7 +23,7 @@ from awnet.models import create_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, read_log, train
 from awnet.training import checkpoint as C
-from awnet.training.loop import _synchronized
+from awnet.training.setup import synchronized
 from awnet.training.step import TrainingStep
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def steps_in_float64(
         model = make().double()
         teachers = Teachers(*(create_model("resnet_tiny", in_channels=1).double().eval() for _ in range(2)))
     average = ranks.mean if ranks.size > 1 else None
-    with _synchronized(model, ranks):
+    with synchronized(model, ranks):
         step = TrainingStep(recipe, model, CPU, -(-images // recipe.batch_size), teachers, average=average)
         done = 0
         for epoch in range(recipe.epochs):
@@ -374,7 +374,7 @@ def test_the_command_line_on_two_ranks(tmp_path: Path) -> None:
     assert found.stdout.count("stopped in epoch 1 of 1, after step 2; saved in") == 1  # rank 0 alone speaks
     found = torchrun(*arguments, "--resume")
     assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.count("going on with") == 1
+    assert found.stdout.count("resuming ") == 1
     assert found.stdout.count("next: awnet evaluate") == 1
     state = C.load_state(tmp_path / "run")
     assert state["finished"]

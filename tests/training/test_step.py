@@ -574,7 +574,7 @@ def test_a_run_leaves_out_a_step_that_is_not_finite(
     train(Standard(epochs=4, **QUICK), Breaks(range(5, 6)), splits(), tmp_path, tensorboard=False)
     epochs = read_log(tmp_path, "epoch")
     assert [record["skipped_steps"] for record in epochs] == [0, 1, 1, 1]
-    assert "nothing learnt at step 5 (epoch 2): total nan" in capsys.readouterr().out
+    assert "not finite, skipped step 5 (epoch 2): total nan" in capsys.readouterr().out
     assert all(abs(record["total"]) < 100 for record in epochs)
 
 
