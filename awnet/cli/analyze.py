@@ -12,6 +12,7 @@ from tyro.conf import Positional, subcommand
 
 from awnet.cli.options import Maybe, print_text
 from awnet.cli.run_options import RunOptions
+from awnet.cli.user_code import ImportOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class _Runs:
+class _Runs(ImportOption):
     runs: Positional[tuple[Path, ...]]
     """Run folders, or .safetensors files."""
     out: Path = Path("runs/analysis")
@@ -39,6 +40,7 @@ class _Runs:
 
         if not self.runs:
             raise ValueError("runs must name at least one run folder or .safetensors file")
+        self.import_user_module()
         loaded = {}
         for path, label in zip(self.runs, _labels(self.runs), strict=True):
             options = RunOptions(run_folder=path, data=self.data, data_dir=self.data_dir, device=self.device)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from awnet.cli.options import Maybe, Number, print_text
+from awnet.cli.user_code import ImportOption, build_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,9 +30,14 @@ def load_splits(name: str, data_dir: Path | None, seed: int, eps: float | None) 
 
 
 @dataclass(kw_only=True)
-class RunOptions:
+class RunOptions(ImportOption):
     run_folder: Positional[Path]
     """A run folder, or a .safetensors file."""
+    builder: Annotated[
+        str | None, arg(name="model", metavar="FILE.py:FUNCTION|MODULE:FUNCTION", help_behavior_hint="")
+    ] = None
+    """Function that builds the model of the run, without arguments, if awnet cannot: a converted network, or
+    one of another library. The weights are loaded into it."""
     checkpoint: Literal["best", "last"] = "best"
     """Which weights of a run folder: the best on held-out images, or the last ones."""
     data: Maybe[str] = None
@@ -60,6 +66,13 @@ class RunOptions:
         """The path for ``load_model``: the path that was given, or the run's last checkpoint."""
         last = self.run_folder == self.folder and self.checkpoint == "last"
         return self.folder / "last.safetensors" if last else self.run_folder
+
+    def load_model(self) -> nn.Module:
+        """The model with its weights, in eval mode on the CPU."""
+        from awnet.models import load_model
+
+        self.import_user_module()
+        return load_model(self.weights, model=None if self.builder is None else build_model(self.builder))
 
     def config(self) -> dict[str, Any]:
         """The run's config.json, checked; empty for a .safetensors file outside a run folder."""
@@ -99,20 +112,18 @@ class RunOptions:
 
         from awnet.data import list_datasets
         from awnet.devices import resolve_device
-        from awnet.models import load_model
 
         target, config = resolve_device(self.device), self.config()
         sizes = config.get("input")
         if self.data is not None or sizes is None or config["dataset"]["name"] in list_datasets():
             model, dataset = self.load(console, target)
             return model, next(dataset.to(target).batches(2)).x
-        return load_model(self.weights).to(target), torch.zeros(2, *sizes, device=target)
+        return self.load_model().to(target), torch.zeros(2, *sizes, device=target)
 
     def load(self, console: Console, target: Device | None = None) -> tuple[nn.Module, Dataset]:
         """The model on the device ``target`` (default: ``--device``), and the images on the host."""
         from awnet.devices import resolve_device
         from awnet.evaluation.tables import in_one_line
-        from awnet.models import load_model
 
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be 1 or more images, got {self.limit}")
@@ -126,7 +137,7 @@ class RunOptions:
             data_dir = Path(recorded["source"])
         if same_data and eps is None:
             eps = recorded["eps"]
-        model = load_model(self.weights).to(target or resolve_device(self.device))
+        model = self.load_model().to(target or resolve_device(self.device))
         # the run's own seed, so that the validation images are those that it did not train on
         dataset: Dataset = getattr(load_splits(name, data_dir, config.get("seed", 0), eps), self.split)
         if same_data and dataset.fingerprint() != recorded["fingerprints"][self.split]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from awnet import early_signals
 from awnet.cli.options import Maybe, Number, Several, parse_options, print_text
 from awnet.cli.run_options import load_splits
+from awnet.cli.user_code import ImportOption, build_model, is_function
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Train:
+class Train(ImportOption):
     """Train a model with a recipe and write everything into a run folder.
 
     On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet.cli train …`; with --max-restarts=2 it
@@ -30,8 +31,8 @@ class Train:
     learning rate and fewer epochs: mtard_fast, trades_fast, pgd_at_fast, standard_fast and hat. For one
     network each: rdi, advmoe and separate."""
     model: Maybe[str] = None
-    """Name of the model, see `awnet info`. Default: the recipe's own network, or awnet_tiny on digits and
-    awnet_resnet18 elsewhere."""
+    """Name of the model, see `awnet info`, or FILE.py:FUNCTION (MODULE:FUNCTION) to train what that function
+    returns. Default: the recipe's own network, or awnet_tiny on digits and awnet_resnet18 elsewhere."""
     data: str = "digits"
     """digits (ships with scikit-learn), cifar10, cifar100 or tiny_imagenet."""
     data_dir: Maybe[Path] = None
@@ -92,6 +93,7 @@ class Train:
         from awnet.distributed import is_first
         from awnet.training import recipe_for, train
 
+        self.import_user_module()
         settings = parse_options(self.recipe_options, "--recipe-options")
         for name in ("epochs", "batch_size", "lr", "attack_steps", "precision", "layout"):
             value = getattr(self, name)
@@ -108,11 +110,12 @@ class Train:
                 raise ValueError(f"limit must be 1 or more images, got {self.limit}")
             splits = splits._replace(train=splits.train.subset(self.limit))
         name = self.model or recipe.network or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
-        out = self.out or Path("runs") / f"{self.data}-{name}-{self.recipe}-{self.seed}"
+        label = name.rpartition(":")[2]
+        out = self.out or Path("runs") / f"{self.data}-{label}-{self.recipe}-{self.seed}"
         options = parse_options(self.model_options, "--model-options")
         result = train(
             recipe,
-            _create_model(name, options, splits, self.seed) if options else name,
+            _create_model(name, options, splits, self.seed) if options or is_function(name) else name,
             splits,
             out,
             seed=self.seed,
@@ -128,12 +131,22 @@ class Train:
             select_on=self.select_on,
         )
         if result.finished and is_first():
-            print_text(console, f"next: awnet evaluate {result.folder}")
+            code = f" --import {self.user_module}" if self.user_module is not None else ""
+            if is_function(name):
+                code += f" --model {name}"
+            print_text(console, f"next: awnet evaluate {result.folder}{code}")
 
 
 def _create_model(name: str, options: dict[str, Any], splits: Splits, seed: int) -> nn.Module:
+    import torch
+
+    from awnet import rng
     from awnet.models.registry import create_seeded_model
 
+    if is_function(name):
+        with torch.random.fork_rng([]):
+            torch.manual_seed(rng.torch_seed(seed, "model"))
+            return build_model(name, options)
     train = splits.train
     return create_seeded_model(
         name, seed, num_classes=train.num_classes, in_channels=train.in_channels, **options

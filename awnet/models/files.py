@@ -168,7 +168,8 @@ def _known_class(name: str) -> type[nn.Module]:
         module, _, path = name.partition(":")
         raise ValueError(
             f"it is a {path} of the module {module}, which is not imported here: import it first, or build "
-            "the model and pass it: awnet.load_model(..., model=my_model)"
+            "the model and pass it: awnet.load_model(..., model=my_model). On the command line: --import "
+            "FILE.py, or --model FILE.py:FUNCTION"
         )
     return found
 
@@ -361,8 +362,9 @@ def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, .
         if isinstance(config.get("name"), str) and config["name"] not in list_models():
             raise ValueError(
                 f"unknown model {config['name']!r}. If your code registers it, import the module that calls "
-                f"awnet.models.register_model({config['name']!r}, ...) first; or build the model and pass "
-                f"it: awnet.load_model({str(file)!r}, model=my_model)"
+                f"awnet.models.register_model({config['name']!r}, ...) first (command line: --import "
+                f"FILE.py); or build the model and pass it: awnet.load_model({str(file)!r}, model=my_model) "
+                "(command line: --model FILE.py:FUNCTION)"
             )
         lacking = [key for key in ("name", "num_classes", "in_channels", "options") if key not in config]
         if lacking or not isinstance(config["options"], dict):
@@ -392,7 +394,8 @@ def _about(file: Path, metadata: dict[str, str], model: nn.Module | None) -> dic
             return {}
         raise ValueError(
             f"{file} was not written by awnet.save_model: its metadata names no model. For weights from "
-            f"elsewhere, build the model and pass it: awnet.load_model({str(file)!r}, model=my_model)"
+            f"elsewhere, build the model and pass it: awnet.load_model({str(file)!r}, model=my_model), on "
+            "the command line --model FILE.py:FUNCTION"
         )
     try:
         about = json.loads(metadata[_KEY])
@@ -412,7 +415,7 @@ def _about(file: Path, metadata: dict[str, str], model: nn.Module | None) -> dic
     if about["config"] is None and model is None:
         raise ValueError(
             f"{file} holds the weights of a {about.get('class')}, which awnet cannot build: build it in the "
-            f"same way and pass it, awnet.load_model({str(file)!r}, model=my_model), then evaluate, attack "
-            "or export it from Python"
+            f"same way and pass it: awnet.load_model({str(file)!r}, model=my_model), on the command line "
+            "--model FILE.py:FUNCTION"
         )
     return about

@@ -247,7 +247,8 @@ def train(
         if description["config"] is None and not (state is not None and state["finished"]):
             reporter.say(
                 f"note: awnet cannot build a {type(unwrapped(model)).__name__} from this run's files alone: "
-                f"build it in the same way and pass it, awnet.load_model({str(folder)!r}, model=my_model)"
+                f"build it in the same way and pass it, awnet.load_model({str(folder)!r}, model=my_model); "
+                "on the command line --model FILE.py:FUNCTION"
             )
         if state is not None and state["finished"]:
             reporter.say(f"{folder} is finished: nothing to train")
