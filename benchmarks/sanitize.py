@@ -9,16 +9,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from awnet.ops.args import Needs
 from awnet.ops.backends import native
 from awnet.ops.backends.eager import EagerPasses
-from awnet.ops.coefficients import BatchStatistics, Needs, Propagation, Sums
+from awnet.ops.coefficients import BatchStatistics, Propagation, Sums
 
 # by a part of a warp, a warp, a block, several blocks; values that fill a 16-byte access and that do not
 SHAPES = ((3, 8, 4, 4), (2, 5, 7, 7), (2, 16, 32, 32), (2, 3, 33, 31), (1, 8, 96, 100))
@@ -30,33 +31,60 @@ _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 class _Operators:
     """The native operators under the names and signatures of ``awnet.ops.backends.eager.Passes``."""
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        operator = getattr(torch.ops.awnet, name)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.awnet, name)
 
-        def call(*arguments: Any) -> Any:
-            if name == "apply":
-                arguments = arguments[:-1]  # the operator is never in place
-            flat: list[Any] = []
-            for argument in arguments:
-                if isinstance(argument, BatchStatistics) and name in (
-                    "training_coefficients",
-                    "training_sums",
-                ):
-                    flat += argument[:2]  # it does without the counts
-                elif isinstance(argument, BatchStatistics | Propagation):
-                    flat += argument
-                elif isinstance(argument, Sums):
-                    flat.append(argument.through)
-                elif isinstance(argument, Needs):
-                    flat.append(list(argument))
-                else:
-                    flat.append(argument)
-            found = operator(*flat)
-            if name == "training_gradients" and isinstance(arguments[-1], Sums):
-                return found[0], *arguments[-1][:2], *found[3:]  # γ's and β's are known by then
-            return found
+    def apply(self, *arguments: Any) -> Any:
+        return torch.ops.awnet.apply(*arguments[:-1])  # the operator is never in place
 
-        return call
+    def propagate(self, grad: Any, u: Any, centre: Any, mask: Any, how: Propagation, residual: bool) -> Any:
+        return torch.ops.awnet.propagate(grad, u, centre, mask, *how, residual)
+
+    def testing_coefficients(self, omega: Any, *rest: Any) -> Any:
+        *tables, p_clean, eps, batch = rest
+        return torch.ops.awnet.eval_coefficients(omega, p_clean, *tables, eps, batch)
+
+    def testing_gradients(self, g1: Any, gc: Any, centre: Any, omega: Any, *rest: Any) -> Any:
+        *tables, p_clean, eps, needs = rest
+        return torch.ops.awnet.eval_gradients(g1, gc, centre, omega, p_clean, *tables, eps, list(needs[2:6]))
+
+    def training_coefficients(
+        self, omega: Any, weight: Any, bias: Any, own: BatchStatistics, kind: Any, *rest: Any
+    ) -> Any:
+        return torch.ops.awnet.train_coefficients(omega, kind, weight, bias, own.mean, own.var, *rest)
+
+    def training_sums(
+        self, g1: Any, gc: Any, mean: Any, omega: Any, weight: Any, own: BatchStatistics, *rest: Any
+    ) -> Any:
+        kind, eps = rest
+        return torch.ops.awnet.train_sums(g1, gc, mean, omega, kind, weight, weight, own.mean, own.var, eps)
+
+    def training_gradients(
+        self, g1: Any, gc: Any, mean: Any, m2: Any, hw: int, omega: Any, weight: Any, *rest: Any
+    ) -> Any:
+        own, kind, eps, need, sums = rest
+        through = None if sums is None else sums.through
+        grads = torch.ops.awnet.train_gradients(
+            g1,
+            gc,
+            mean,
+            mean,
+            m2,
+            hw,
+            omega,
+            kind,
+            weight,
+            weight,
+            own.mean,
+            own.var,
+            eps,
+            own.n,
+            need,
+            through,
+        )
+        if sums is not None:  # γ's and β's are known by then
+            return grads[0], sums.bn_weight, sums.bn_bias, *grads[3:]
+        return grads
 
 
 def _passes(backend: str) -> Any:
@@ -170,8 +198,8 @@ def check_algebra(check: _Checker) -> None:
             check("testing_coefficients", scaled, weight, bias, *running, probability, 1e-5, BATCH)
             tables = (scaled, weight, bias, *running, probability, 1e-5)
             for needs in (
-                Needs(scaled is not None, rows == 2, True, True),
-                Needs(False, rows == 2, False, False),
+                Needs(filter_scale=scaled is not None, p_clean=rows == 2, bn_weight=True, bn_bias=True),
+                Needs(p_clean=rows == 2),
             ):
                 check("testing_gradients", g1, gc, mean, *tables, needs)
             own = check("batch_statistics", mean, m2, 9, scaled, kind if groups == 2 else None, groups)

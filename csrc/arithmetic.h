@@ -1,7 +1,7 @@
 // The [B, C] mathematics of the layer for one sample and channel, shared by the CPU and the CUDA code.
 //
-// docs/equations.md derives it, awnet/ops/coefficients.py is the same in torch. k is the branch: 0 adversarial, 1
-// clean.
+// docs/equations.md derives it, awnet/ops/coefficients.py is the same in torch. k is the branch: 0
+// adversarial, 1 clean.
 #pragma once
 
 #include <cmath>

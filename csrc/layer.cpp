@@ -1,8 +1,9 @@
 // The whole layer as one operator with its gradient: the library's convolution around the passes and the
-// algebra. awnet/ops/autograd.py is the same in Python for the backends whose passes are not native; the schemas
-// are its own.
+// coefficients. awnet/ops/autograd.py is the same in Python for the backends whose passes are not native;
+// awnet/ops/args.py has the schemas.
 #include "layer.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
@@ -14,6 +15,7 @@
 
 #include "cpu/amx/amx.h"
 #include "cpu/convolution.h"
+#include "stack.h"
 
 namespace awnet {
 
@@ -21,22 +23,22 @@ namespace amx = cpu::amx;
 
 namespace {
 
-#define AWNET_FIELDS(space)                                                                           \
-  &space::statistics, &space::apply, &space::reduce, &space::propagate, &space::testing_coefficients, \
-      &space::testing_gradients, &space::batch_statistics, &space::training_coefficients,             \
-      &space::training_sums, &space::training_gradients
+#define AWNET_FIELDS(space)                                                                             \
+  &space::statistics, &space::apply, &space::reduce, &space::propagate, &space::eval_coefficients,      \
+      &space::eval_gradients, &space::batch_statistics, &space::train_coefficients, &space::train_sums, \
+      &space::train_gradients
 
 struct Passes {
   decltype(&cpu::statistics) statistics;
   decltype(&cpu::apply) apply;
   decltype(&cpu::reduce) reduce;
   decltype(&cpu::propagate) propagate;
-  decltype(&cpu::testing_coefficients) testing_coefficients;
-  decltype(&cpu::testing_gradients) testing_gradients;
+  decltype(&cpu::eval_coefficients) eval_coefficients;
+  decltype(&cpu::eval_gradients) eval_gradients;
   decltype(&cpu::batch_statistics) batch_statistics;
-  decltype(&cpu::training_coefficients) training_coefficients;
-  decltype(&cpu::training_sums) training_sums;
-  decltype(&cpu::training_gradients) training_gradients;
+  decltype(&cpu::train_coefficients) train_coefficients;
+  decltype(&cpu::train_sums) train_sums;
+  decltype(&cpu::train_gradients) train_gradients;
 };
 
 const Passes& passes_of(const Tensor& x) {
@@ -54,23 +56,25 @@ MaybeTensor table(const MaybeTensor& x) {
 }
 MaybeTensor dense(const MaybeTensor& x) { return x ? MaybeTensor(x->contiguous()) : std::nullopt; }
 
-struct Norm {
-  Tensor weight, bias, mean, var;
-};
+// The [B, C] inputs in the dtype and layout that the passes take.
+Mix widened(const Mix& mix) { return {table(mix.filter_scale), table(mix.p_clean), dense(mix.is_clean)}; }
 
-std::optional<Norm> norm_of(const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& mean,
-                            const MaybeTensor& var) {
-  if (!weight) return std::nullopt;
-  return Norm{*table(weight), *table(bias), *table(mean), *table(var)};
+std::optional<MixNorm> widened(const std::optional<MixNorm>& norm) {
+  if (!norm) return std::nullopt;
+  MixNorm wide = *norm;
+  for (Tensor* x : {&wide.weight, &wide.bias, &wide.mean, &wide.var}) *x = *table(*x);
+  return wide;
 }
 
-// Collectives over a process group's ranks; awnet/ops/distributed.py registers them.
-std::tuple<Tensor, Tensor, Tensor> joined_statistics(const Tensor& mean, const Tensor& var, const Tensor& n,
-                                                     const std::string& process_group) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("awnet::joined_statistics", "")
-                             .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                                       const Tensor&, c10::string_view)>();
+// Collectives over the ranks of a process group; awnet/ops/distributed.py registers them.
+using BatchStats = std::tuple<Tensor, Tensor, Tensor>;  // mean, var, n
+
+BatchStats joined_statistics(const BatchStats& own, const std::string& process_group) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("awnet::joined_statistics", "")
+          .typed<BatchStats(const Tensor&, const Tensor&, const Tensor&, c10::string_view)>();
+  const auto& [mean, var, n] = own;
   return op.call(mean, var, n, process_group);
 }
 
@@ -88,347 +92,378 @@ at::MemoryFormat layout_of(const Tensor& x) {
   return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-Outputs layer_forward(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& filter_scale,
-                      const MaybeTensor& p_clean, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
-                      const MaybeTensor& residual, const MaybeTensor& running_mean,
-                      const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training, double eps,
-                      bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                      std::string process_group, bool keep_u, bool keep_mask) {
-  const Passes& passes = passes_of(input);
-  const auto layout = layout_of(input);
-  const auto floats = input.options().dtype(at::kFloat);
-  Tensor u = input.contiguous(layout);
-  Tensor mean = at::empty({0}, floats), m2 = at::empty({0}, floats);
-  const auto norm = norm_of(bn_weight, bn_bias, running_mean, running_var);
-  const bool by_batch = norm && training;
-  const cpu::Window window{stride, padding, dilation};
-  const bool direct = weight && u.is_cpu() && cpu::convolves(u, *weight, window, groups);
+LayerOutputs layer_forward(const LayerArgs& args, Keep keep) {
+  const Passes& passes = passes_of(args.input);
+  const auto layout = layout_of(args.input);
+  const auto floats = args.input.options().dtype(at::kFloat);
+  const MaybeTensor& weight = args.weight;
+  const Conv& conv = args.conv;
+  Tensor u = args.input.contiguous(layout);
+  LayerOutputs out;
+  for (Tensor* x : {&out.mean, &out.m2, &out.batch_mean, &out.batch_var, &out.n}) *x = at::empty({0}, floats);
+  const Mix mix = widened(args.mix);
+  auto norm = widened(args.norm);
+  const bool by_batch = norm && norm->training;
+  const cpu::Window window = conv.window();
+  const bool direct = weight && u.is_cpu() && cpu::convolves(u, *weight, window, conv.groups);
   if (direct && by_batch) {
-    std::tie(u, mean, m2) = cpu::convolve_statistics(u, *weight, window);
+    std::tie(u, out.mean, out.m2) = cpu::convolve_statistics(u, *weight, window);
   } else if (weight && !direct) {
-    u = amx::takes(amx::Pass::kForward, u, *weight, {}, window, groups)
+    u = amx::takes(amx::Pass::kForward, u, *weight, {}, window, conv.groups)
             ? amx::convolution(u, *weight, window)
-            : at::convolution(u, *weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups);
+            : at::convolution(u, *weight, std::nullopt, conv.stride, conv.padding, conv.dilation, false,
+                              {0, 0}, conv.groups);
     u = u.contiguous(layout);
   }
   const int64_t batch = u.size(0), channels = weight ? weight->size(0) : u.size(1);
-  const MaybeTensor omega = table(filter_scale);
-  Tensor batch_mean = at::empty({0}, floats), batch_var = at::empty({0}, floats), n = at::empty({0}, floats),
-         scale, shift;
+  Tensor scale, shift;
   if (!norm) {
-    scale = omega ? *omega : at::ones({batch, channels}, floats);
-    shift = bn_bias ? *table(bn_bias) : at::zeros_like(scale);  // without a norm's weight the shift itself
-  } else if (training) {
-    if (!direct) std::tie(mean, m2) = passes.statistics(u);
-    const auto kind = dense(is_clean);
-    std::tie(batch_mean, batch_var, n) =
-        passes.batch_statistics(mean, m2, u.size(2) * u.size(3), omega, kind, norm->mean.size(0));
-    if (!process_group.empty()) {
-      std::tie(batch_mean, batch_var, n) = joined_statistics(batch_mean, batch_var, n, process_group);
-    }
-    std::tie(scale, shift) = passes.training_coefficients(omega, norm->weight, norm->bias, batch_mean,
-                                                          batch_var, kind, eps, batch);
+    scale = mix.filter_scale ? *mix.filter_scale : at::ones({batch, channels}, floats);
+    shift = args.shift ? *table(args.shift) : at::zeros_like(scale);
+  } else if (by_batch) {
+    if (!direct) std::tie(out.mean, out.m2) = passes.statistics(u);
+    auto stats = passes.batch_statistics({out.mean, out.m2, u.size(2) * u.size(3)}, mix, norm->mean.size(0));
+    if (!norm->process_group.empty()) stats = joined_statistics(stats, norm->process_group);
+    std::tie(out.batch_mean, out.batch_var, out.n) = stats;
+    norm->mean = out.batch_mean;
+    norm->var = out.batch_var;
+    std::tie(scale, shift) = passes.train_coefficients(mix, *norm, batch);
   } else {
-    std::tie(scale, shift) = passes.testing_coefficients(omega, norm->weight, norm->bias, norm->mean,
-                                                         norm->var, table(p_clean), eps, batch);
+    std::tie(scale, shift) = passes.eval_coefficients(mix, *norm, batch);
   }
   if (direct && !by_batch) {
-    const auto [y, kept, mask] =
-        cpu::convolve_apply(u, *weight, window, scale, shift, residual, relu, keep_u, keep_mask);
-    return {y, kept, mask, mean, m2, batch_mean, batch_var, n};
+    std::tie(out.y, out.u, out.mask) =
+        cpu::convolve_apply(u, *weight, window, scale, shift, args.residual, args.relu, keep.u, keep.mask);
+    return out;
   }
-  const bool own_u = weight.has_value();
-  auto [y, mask] = passes.apply(u, scale, shift, residual, relu, keep_mask, own_u && !keep_u);
-  const Tensor kept = own_u && keep_u ? u : at::empty({0}, input.options());
-  return {y, kept, mask, mean, m2, batch_mean, batch_var, n};
+  const bool keep_u = weight && keep.u;  // without a weight u is the input
+  std::tie(out.y, out.mask) =
+      passes.apply(u, scale, shift, args.residual, args.relu, keep.mask, weight && !keep_u);
+  out.u = keep_u ? u : at::empty({0}, args.input.options());
+  return out;
 }
 
-Gradients layer_backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeTensor& weight,
-                         const MaybeTensor& filter_scale, const MaybeTensor& p_clean,
-                         const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
-                         const MaybeTensor& /*residual*/, const MaybeTensor& running_mean,
-                         const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training,
-                         double eps, bool /*relu*/, Sizes stride, Sizes padding, Sizes dilation,
-                         int64_t groups, std::string process_group, const MaybeTensor& u_in,
-                         const MaybeTensor& gate, const Tensor& mean, const Tensor& m2,
-                         const Tensor& batch_mean, const Tensor& batch_var, const Tensor& n,
-                         Sizes input_shape, bool channels_last, c10::List<bool> needs) {
-  const bool need_input = needs[0], need_weight = needs[1], need_scale = needs[2], need_p = needs[3],
-             need_gamma = needs[4], need_beta = needs[5], need_residual = needs[6];
-  const Passes& passes = passes_of(grad_in);
-  const auto layout = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const Tensor grad = grad_in.contiguous(layout);
-  const MaybeTensor omega = table(filter_scale), p = table(p_clean);
-  const auto norm = norm_of(bn_weight, bn_bias, running_mean, running_var);
-  const bool by_batch = norm && training;
-  const bool need_images = need_input || need_weight || need_residual;
+LayerGradients layer_backward(const LayerBackwardArgs& b) {
+  const LayerArgs& args = b.args;
+  const Needs& needs = b.needs;
+  const MaybeTensor& weight = args.weight;
+  const Conv& conv = args.conv;
+  const Passes& passes = passes_of(b.grad);
+  const auto layout = b.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const Tensor grad = b.grad.contiguous(layout);
+  const Mix mix = widened(args.mix);
+  const auto norm = widened(args.norm);
+  const bool by_batch = norm && norm->training;
   const int64_t hw = grad.size(2) * grad.size(3);
 
-  const cpu::Window window{stride, padding, dilation};
-  const bool direct = weight && need_input && grad.is_cpu() &&
-                      cpu::convolves_back(input_shape, grad, *weight, window, groups);
-  Tensor d_scale, d_p, d_gamma, d_beta, by_grad;
-  MaybeTensor u, centre, by_input, constant;
+  const cpu::Window window = conv.window();
+  const bool direct = weight && needs.input && grad.is_cpu() &&
+                      cpu::convolves_back(b.input_shape, grad, *weight, window, conv.groups);
+  LayerGradients d;
+  Propagation propagation;
+  MaybeTensor u, centre;
   std::optional<cpu::Back> back;
   const auto convolve_back = [&](bool sums) {
-    back = cpu::convolve_back(grad, u, centre, gate, by_grad, by_input, constant, *weight, input_shape,
-                              window, sums, need_residual, need_weight);
+    back = cpu::convolve_back(grad, u, centre, b.relu_mask, propagation.by_grad, propagation.by_input,
+                              propagation.constant, *weight, b.input_shape, window, sums, needs.residual,
+                              needs.weight);
   };
-  if (need_scale || need_p || need_gamma || need_beta || (by_batch && need_images)) {
-    TORCH_CHECK(u_in.has_value(), "the forward was told that its backward would not need u");
-    u = u_in->contiguous(layout);
-    // any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is such a one
-    centre = by_batch ? mean : u->select(3, 0).select(2, 0).to(at::kFloat).contiguous();
-    Tensor g1, gc;
+  const auto filter_scale = [&] {
+    return mix.filter_scale ? *mix.filter_scale
+                            : at::ones({grad.size(0), grad.size(1)}, grad.options().dtype(at::kFloat));
+  };
+  if (needs.coefficients() || (by_batch && needs.images())) {
+    TORCH_CHECK(b.u.has_value(), "the forward was called with keep_u=False, and this backward needs u");
+    u = b.u->contiguous(layout);
+    // any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
+    centre = by_batch ? b.mean : u->select(3, 0).select(2, 0).to(at::kFloat).contiguous();
+    Reduced sums{{}, {}, *centre};
     if (direct && !norm) {
-      by_grad = omega ? *omega : at::ones({grad.size(0), grad.size(1)}, grad.options());
+      propagation.by_grad = filter_scale();
       convolve_back(true);
-      g1 = back->g1;
-      gc = back->gc;
+      sums.g1 = back->g1;
+      sums.gc = back->gc;
     } else {
-      std::tie(g1, gc) = passes.reduce(grad, *u, *centre, gate);
+      std::tie(sums.g1, sums.gc) = passes.reduce(grad, *u, *centre, b.relu_mask);
     }
     if (!norm) {
-      d_scale = at::addcmul(gc, *centre, g1);
-      d_beta = g1;
-    } else if (training) {
-      const auto kind = dense(is_clean);
-      Tensor gamma_part, beta_part, input_part, constant_part;
+      d.filter_scale = at::addcmul(sums.gc, *centre, sums.g1);
+      d.shift = sums.g1;
+    } else if (by_batch) {
+      Tensor own_weight, own_bias;
       MaybeTensor through;
-      if (!process_group.empty()) {
-        std::tie(d_gamma, d_beta, through) =
-            passes.training_sums(g1, gc, mean, omega, norm->weight, batch_mean, batch_var, kind, eps);
-        through = summed(*through, process_group);
+      if (!norm->process_group.empty()) {
+        std::tie(d.bn_weight, d.bn_bias, through) = passes.train_sums(sums, mix, *norm);
+        through = summed(*through, norm->process_group);
       }
-      std::tie(d_scale, gamma_part, beta_part, by_grad, input_part, constant_part) =
-          passes.training_gradients(g1, gc, mean, m2, hw, omega, norm->weight, batch_mean, batch_var, n, kind,
-                                    eps, need_scale, through);
+      std::tie(d.filter_scale, own_weight, own_bias, propagation.by_grad, propagation.by_input,
+               propagation.constant) =
+          passes.train_gradients(sums, {b.mean, b.m2, hw}, mix, *norm, b.n, needs.filter_scale, through);
       if (!through) {
-        d_gamma = gamma_part;
-        d_beta = beta_part;
+        d.bn_weight = own_weight;
+        d.bn_bias = own_bias;
       }
-      by_input = input_part;
-      constant = constant_part;
     } else {
-      std::tie(d_scale, d_p, d_gamma, d_beta) =
-          passes.testing_gradients(g1, gc, *centre, omega, norm->weight, norm->bias, norm->mean, norm->var, p,
-                                   eps, {need_scale, need_p, need_gamma, need_beta});
+      std::tie(d.filter_scale, d.p_clean, d.bn_weight, d.bn_bias) =
+          passes.eval_gradients(sums, mix, *norm, needs);
     }
   }
-  Tensor d_input, d_weight, d_residual, d_u;
-  if (need_images) {
-    if (!by_grad.defined()) {
-      if (norm) {
-        by_grad = std::get<0>(passes.testing_coefficients(omega, norm->weight, norm->bias, norm->mean,
-                                                          norm->var, p, eps, grad.size(0)));
-      } else {
-        by_grad = omega ? *omega : at::ones({grad.size(0), grad.size(1)}, grad.options().dtype(at::kFloat));
-      }
+  Tensor d_u;
+  if (needs.images()) {
+    if (!propagation.by_grad.defined()) {
+      propagation.by_grad =
+          norm ? std::get<0>(passes.eval_coefficients(mix, *norm, grad.size(0))) : filter_scale();
     }
     if (direct) {
       if (!back) convolve_back(false);
-      d_input = back->d_input;
-      d_residual = back->d_residual;
+      d.input = back->d_input;
+      d.residual = back->d_residual;
       d_u = back->d_u;
     } else {
-      std::tie(d_u, d_residual) =
-          passes.propagate(grad, u, centre, gate, by_grad, by_input, constant, need_residual);
+      std::tie(d_u, d.residual) = passes.propagate(grad, u, centre, b.relu_mask, propagation, needs.residual);
     }
   }
-  const bool ask_input = need_input && !direct;
+  const bool convolve_input = needs.input && !direct;
   if (!weight) {
-    d_input = d_u;
-  } else if (ask_input || need_weight) {
+    d.input = d_u;
+  } else if (convolve_input || needs.weight) {
     // the gradient of the input needs the input's shape alone
-    const Tensor source = input ? *input : at::empty(input_shape, grad.options(), layout);
-    const cpu::Window window{stride, padding, dilation};
+    const Tensor source =
+        args.input.defined() ? args.input : at::empty(b.input_shape, grad.options(), layout);
     const bool input_on_tiles =
-        ask_input && amx::takes(amx::Pass::kInputGradient, source, *weight, d_u, window, groups);
+        convolve_input && amx::takes(amx::Pass::kInputGradient, source, *weight, d_u, window, conv.groups);
     const bool weight_on_tiles =
-        need_weight && amx::takes(amx::Pass::kWeightGradient, source, *weight, d_u, window, groups);
-    const auto [input_found, weight_found] =
+        needs.weight && amx::takes(amx::Pass::kWeightGradient, source, *weight, d_u, window, conv.groups);
+    const auto [input_on_amx, weight_on_amx] =
         amx::convolution_backward(d_u, source, *weight, window, input_on_tiles, weight_on_tiles);
-    const std::array<bool, 3> rest = {ask_input && !input_on_tiles, need_weight && !weight_on_tiles, false};
+    const std::array<bool, 3> rest = {convolve_input && !input_on_tiles, needs.weight && !weight_on_tiles,
+                                      false};
     Tensor d_rest;
     if (rest[0] || rest[1]) {
-      std::tie(d_rest, d_weight, std::ignore) = at::convolution_backward(
-          d_u, source, *weight, std::nullopt, stride, padding, dilation, false, {0, 0}, groups, rest);
+      std::tie(d_rest, d.weight, std::ignore) =
+          at::convolution_backward(d_u, source, *weight, std::nullopt, conv.stride, conv.padding,
+                                   conv.dilation, false, {0, 0}, conv.groups, rest);
     }
-    if (ask_input) d_input = input_on_tiles ? input_found : d_rest;
-    if (weight_on_tiles) d_weight = weight_found;
+    if (convolve_input) d.input = input_on_tiles ? input_on_amx : d_rest;
+    if (weight_on_tiles) d.weight = weight_on_amx;
   }
-  const auto wanted = [&](bool need, const Tensor& value, at::ScalarType dtype) {
-    return need && value.defined() ? value.to(dtype) : at::empty({0}, grad.options());
-  };
   const auto images = grad.scalar_type();
+  const auto finish = [&](bool need, Tensor& value, at::ScalarType dtype) {
+    value = need && value.defined() ? value.to(dtype) : at::empty({0}, grad.options());
+  };
   const auto dtype_of = [&](const MaybeTensor& x) { return x ? x->scalar_type() : images; };
-  return {wanted(need_input, d_input, images),
-          wanted(need_weight, d_weight, images),
-          wanted(need_scale, d_scale, dtype_of(filter_scale)),
-          wanted(need_p, d_p, dtype_of(p_clean)),
-          wanted(need_gamma, d_gamma, dtype_of(bn_weight)),
-          wanted(need_beta, d_beta, dtype_of(bn_bias)),
-          wanted(need_residual, d_residual, images)};
+  const auto norm_dtype = args.norm ? args.norm->weight.scalar_type() : images;
+  finish(needs.input, d.input, images);
+  finish(needs.weight, d.weight, images);
+  finish(needs.filter_scale, d.filter_scale, dtype_of(args.mix.filter_scale));
+  finish(needs.p_clean, d.p_clean, dtype_of(args.mix.p_clean));
+  finish(needs.bn_weight, d.bn_weight, norm_dtype);
+  finish(needs.bn_bias, d.bn_bias, args.norm ? args.norm->bias.scalar_type() : images);
+  finish(needs.shift, d.shift, dtype_of(args.shift));
+  finish(needs.residual, d.residual, images);
+  return d;
 }
 
 namespace {
 
-// --- autograd: in C++, where only the gradients that are asked for at run time are computed
+// --- the operators, boxed: the orders below are those of the schemas in awnet/ops/args.py
+
+constexpr size_t kForwardArguments = 21, kBackwardArguments = 26, kOutputs = 8;
+
+std::optional<MixNorm> norm_of(const MaybeTensor& weight, const MaybeTensor& bias) {
+  if (!weight) return std::nullopt;
+  MixNorm norm;
+  norm.weight = *weight;
+  norm.bias = *bias;
+  return norm;
+}
+
+// weight to process_group and the convolution's geometry; `residual`: whether there is one in between
+void read_layer(Arguments& in, LayerArgs& args, bool residual) {
+  args.weight = in.maybe_tensor();
+  args.mix.filter_scale = in.maybe_tensor();
+  args.mix.p_clean = in.maybe_tensor();
+  const MaybeTensor bn_weight = in.maybe_tensor(), bn_bias = in.maybe_tensor();
+  args.norm = norm_of(bn_weight, bn_bias);
+  args.shift = in.maybe_tensor();
+  if (residual) args.residual = in.maybe_tensor();
+  const MaybeTensor mean = in.maybe_tensor(), var = in.maybe_tensor();
+  args.mix.is_clean = in.maybe_tensor();
+  const bool training = in.flag();
+  const double eps = in.real();
+  const std::string process_group = in.text();
+  if (args.norm) {
+    args.norm->mean = *mean;
+    args.norm->var = *var;
+    args.norm->training = training;
+    args.norm->eps = eps;
+    args.norm->process_group = process_group;
+  }
+  args.conv.stride = in.pair();
+  args.conv.padding = in.pair();
+  args.conv.dilation = in.pair();
+  args.conv.groups = in.integer();
+}
+
+std::pair<LayerArgs, Keep> read_forward(const Stack& stack) {
+  Arguments in(stack, kForwardArguments);
+  LayerArgs args;
+  args.input = in.tensor();
+  read_layer(in, args, true);
+  args.relu = in.flag();
+  Keep keep;
+  keep.u = in.flag();
+  keep.mask = in.flag();
+  return {args, keep};
+}
+
+LayerBackwardArgs read_backward(const Stack& stack) {
+  Arguments in(stack, kBackwardArguments);
+  LayerBackwardArgs b;
+  b.grad = in.tensor();
+  if (const MaybeTensor input = in.maybe_tensor()) b.args.input = *input;
+  b.input_shape = in.integers();
+  read_layer(in, b.args, false);
+  b.u = in.maybe_tensor();
+  b.relu_mask = in.maybe_tensor();
+  b.mean = in.tensor();
+  b.m2 = in.tensor();
+  b.n = in.tensor();
+  b.channels_last = in.flag();
+  const auto needs = in.next().toBoolList();
+  b.needs = {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5], needs[6], needs[7]};
+  return b;
+}
+
+void boxed_forward(const c10::OperatorHandle&, Stack* stack) {
+  const auto [args, keep] = read_forward(*stack);
+  const LayerOutputs out = layer_forward(args, keep);
+  return_outputs(*stack, kForwardArguments, out.y, out.u, out.mask, out.mean, out.m2, out.batch_mean,
+                 out.batch_var, out.n);
+}
+
+void boxed_backward(const c10::OperatorHandle&, Stack* stack) {
+  const LayerGradients d = layer_backward(read_backward(*stack));
+  return_outputs(*stack, kBackwardArguments, d.input, d.weight, d.filter_scale, d.p_clean, d.bn_weight,
+                 d.bn_bias, d.shift, d.residual);
+}
+
+// --- autograd: in C++, where only the gradients that are required at run time are computed
 
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-constexpr int kArguments = 20, kDifferentiable = 7;
-
-Outputs call_forward(const Tensor& input, const std::vector<MaybeTensor>& t, bool training, double eps,
-                     bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                     const std::string& process_group, bool keep_u, bool keep_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("awnet::layer_native", "")
-                             .typed<decltype(layer_forward)>();
-  return op.call(input, t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], training, eps, relu, stride,
-                 padding, dilation, groups, process_group, keep_u, keep_mask);
-}
+c10::IValue maybe(const Tensor& x) { return x.defined() ? c10::IValue(x) : c10::IValue(); }
 
 class Layer : public torch::autograd::Function<Layer> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, const MaybeTensor& weight,
-                               const MaybeTensor& filter_scale, const MaybeTensor& p_clean,
-                               const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
-                               const MaybeTensor& residual, const MaybeTensor& running_mean,
-                               const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training,
-                               double eps, bool relu, std::vector<int64_t> stride,
-                               std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                               std::string process_group, bool keep_u, bool keep_mask) {
+  // `tensors` are the differentiable arguments that are present, `positions` their places in LayerGradients;
+  // the operator's arguments are on the stack.
+  static variable_list forward(AutogradContext* ctx, at::TensorList /*tensors*/,
+                               const std::vector<int64_t>& positions, const LayerArgs& args, Keep keep,
+                               const c10::OperatorHandle& op, Stack* stack) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto [y, u, mask, mean, m2, batch_mean, batch_var, n] = call_forward(
-        input,
-        {input, weight, filter_scale, p_clean, bn_weight, bn_bias, residual, running_mean, running_var,
-         is_clean},
-        training, eps, relu, stride, padding, dilation, groups, process_group, keep_u, keep_mask);
+    const auto given = torch::jit::last(*stack, kForwardArguments);
+    // training, eps, process_group, stride, padding, dilation and groups
+    std::vector<c10::IValue> options(given.begin() + 11, given.begin() + 18);
+    op.callBoxed(stack);
+    const auto results = torch::jit::last(*stack, kOutputs);
+    variable_list out;
+    for (const c10::IValue& value : results) out.push_back(value.toTensor());
+    torch::jit::drop(*stack, kOutputs);
+    const Tensor &y = out[0], &u = out[1], &mask = out[2];
+    const bool by_batch = args.norm && args.norm->training;
+    const auto given_or_none = [](const MaybeTensor& x) { return x ? *x : Tensor(); };
     // without a weight the input is u itself; with one, its values serve the weight's gradient only
-    const bool keep_input = weight ? weight->requires_grad() : keep_u;
-    const Tensor gate = keep_mask ? mask : y, kept_u = weight && keep_u ? u : Tensor();
-    const auto kept = [](const MaybeTensor& x) { return x ? *x : Tensor(); };
-    ctx->save_for_backward({keep_input ? input : Tensor(), kept(weight), kept(filter_scale), kept(p_clean),
-                            kept(bn_weight), kept(bn_bias),
-                            // training normalises by the batch, and is about to change the running statistics
-                            training ? batch_mean : kept(running_mean),
-                            training ? batch_var : kept(running_var), kept(is_clean), relu ? gate : Tensor(),
-                            kept_u, mean, m2, batch_mean, batch_var, n});
-    ctx->saved_data["folded"] = weight.has_value();
+    const bool keep_input = args.weight && args.weight->requires_grad();
+    const Tensor kept_u = args.weight ? u : args.input;
+    const MixNorm norm = args.norm.value_or(MixNorm());
+    ctx->save_for_backward(
+        {keep_input ? args.input : Tensor(), given_or_none(args.weight), given_or_none(args.mix.filter_scale),
+         given_or_none(args.mix.p_clean), norm.weight, norm.bias, given_or_none(args.shift),
+         // the running statistics are about to be updated in place
+         by_batch ? out[5] : norm.mean, by_batch ? out[6] : norm.var, given_or_none(args.mix.is_clean),
+         keep.u ? kept_u : Tensor(), args.relu ? (keep.mask ? mask : y) : Tensor(), out[3], out[4], out[7]});
+    ctx->saved_data["options"] = c10::ivalue::Tuple::create(std::move(options));
+    ctx->saved_data["positions"] = positions;
     ctx->saved_data["channels_last"] = layout_of(y) == at::MemoryFormat::ChannelsLast;
-    ctx->saved_data["process_group"] = process_group;
-    ctx->saved_data["has_residual"] = residual.has_value();
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["eps"] = eps;
-    ctx->saved_data["relu"] = relu;
-    ctx->saved_data["stride"] = stride;
-    ctx->saved_data["padding"] = padding;
-    ctx->saved_data["dilation"] = dilation;
-    ctx->saved_data["groups"] = groups;
-    ctx->saved_data["shape"] = input.sym_sizes().vec();
+    ctx->saved_data["shape"] = args.input.sym_sizes().vec();
     ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({u, mask, mean, m2, batch_mean, batch_var, n});
-    return {y, u, mask, mean, m2, batch_mean, batch_var, n};
+    ctx->mark_non_differentiable({out.begin() + 1, out.end()});
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(kArguments);
+    const auto positions = ctx->saved_data.at("positions").toIntVector();
+    constexpr size_t others = 5;  // arguments of `forward` that are not tensors
+    variable_list result(positions.size() + others);
     if (!grads[0].defined()) return result;
     const variable_list s = ctx->get_saved_variables();
-    const auto maybe = [](const Tensor& x) { return x.defined() ? MaybeTensor(x) : std::nullopt; };
-    const auto& data = ctx->saved_data;
-    const bool folded = data.at("folded").toBool();
-    // autograd numbers the tensors that were there, not the arguments
-    const bool present[kDifferentiable] = {true,
-                                           folded,
-                                           s[2].defined(),
-                                           s[3].defined(),
-                                           s[4].defined(),
-                                           s[5].defined(),
-                                           data.at("has_residual").toBool()};
     c10::List<bool> needs;
-    for (int i = 0, edge = 0; i < kDifferentiable; ++i) {
-      needs.push_back(present[i] && ctx->needs_input_grad(edge));
-      edge += present[i];
-    }
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("awnet::layer_native_backward", "")
-            .typed<Gradients(const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                             const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                             const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, bool, double, bool,
-                             Sizes, Sizes, Sizes, int64_t, std::string, const MaybeTensor&,
-                             const MaybeTensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                             const Tensor&, c10::SymIntArrayRef, bool, c10::List<bool>)>();
-    const auto ints = [&](const char* name) { return data.at(name).toIntVector(); };
-    const auto shape = data.at("shape").toSymIntVector();
-    // the operator's own autograd only says that there is no second derivative
+    needs.resize(kOutputs, false);
+    for (size_t i = 0; i < positions.size(); ++i) needs[positions[i]] = ctx->needs_input_grad(i);
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("awnet::layer_native_backward", "");
+    Stack stack;
+    stack.reserve(kBackwardArguments);
+    torch::jit::push(stack, grads[0], maybe(s[0]), ctx->saved_data.at("shape"));
+    for (size_t i = 1; i < 10; ++i) stack.push_back(maybe(s[i]));
+    const auto options = ctx->saved_data.at("options").toTuple();
+    for (const c10::IValue& option : options->elements()) stack.push_back(option);
+    torch::jit::push(stack, maybe(s[10]), maybe(s[11]), s[12], s[13], s[14],
+                     ctx->saved_data.at("channels_last"), needs);
+    // the operator's own autograd only reports that there is no second derivative
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
     if (!at::GradMode::is_enabled()) guard.emplace();
-    const auto found =
-        op.call(grads[0], folded ? maybe(s[0]) : std::nullopt, maybe(s[1]), maybe(s[2]), maybe(s[3]),
-                maybe(s[4]), maybe(s[5]), std::nullopt, maybe(s[6]), maybe(s[7]), maybe(s[8]),
-                data.at("training").toBool(), data.at("eps").toDouble(), data.at("relu").toBool(),
-                ints("stride"), ints("padding"), ints("dilation"), data.at("groups").toInt(),
-                data.at("process_group").toStringRef(), maybe(folded ? s[10] : s[0]), maybe(s[9]), s[11],
-                s[12], s[13], s[14], s[15], shape, data.at("channels_last").toBool(), needs);
-    const Tensor all[kDifferentiable] = {std::get<0>(found), std::get<1>(found), std::get<2>(found),
-                                         std::get<3>(found), std::get<4>(found), std::get<5>(found),
-                                         std::get<6>(found)};
-    for (int i = 0; i < kDifferentiable; ++i) {
-      if (needs[i]) result[i] = all[i];
+    op.callBoxed(&stack);
+    for (size_t i = 0; i < positions.size(); ++i) {
+      if (ctx->needs_input_grad(i)) result[i] = stack[positions[i]].toTensor();
     }
     return result;
   }
 };
 
-Outputs differentiable(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& filter_scale,
-                       const MaybeTensor& p_clean, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
-                       const MaybeTensor& residual, const MaybeTensor& running_mean,
-                       const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training, double eps,
-                       bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                       std::string process_group, bool keep_u, bool keep_mask) {
-  const auto r = Layer::apply(input, weight, filter_scale, p_clean, bn_weight, bn_bias, residual,
-                              running_mean, running_var, is_clean, training, eps, relu, stride.vec(),
-                              padding.vec(), dilation.vec(), groups, process_group, keep_u, keep_mask);
-  return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]};
+void differentiable(const c10::OperatorHandle& op, Stack* stack) {
+  const auto [args, keep] = read_forward(*stack);
+  const auto& norm = args.norm;
+  const std::array<MaybeTensor, kOutputs> arguments = {
+      args.input,
+      args.weight,
+      args.mix.filter_scale,
+      args.mix.p_clean,
+      norm ? MaybeTensor(norm->weight) : std::nullopt,
+      norm ? MaybeTensor(norm->bias) : std::nullopt,
+      args.shift,
+      args.residual,
+  };
+  variable_list tensors;
+  std::vector<int64_t> positions;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!arguments[i]) continue;
+    tensors.push_back(*arguments[i]);
+    positions.push_back(static_cast<int64_t>(i));
+  }
+  const variable_list out = Layer::apply(at::TensorList(tensors), positions, args, keep, op, stack);
+  for (const Tensor& x : out) stack->emplace_back(x);
 }
+
+using torch::CppFunction;
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(awnet, m) {
-  const std::string arguments =
-      " input, Tensor? weight, Tensor? filter_scale, Tensor? p_clean, Tensor? bn_weight, Tensor? bn_bias, "
-      "Tensor? residual, Tensor? running_mean, Tensor? running_var, Tensor? is_clean, bool training, float "
-      "eps, bool relu, int[2] stride, int[2] padding, int[2] dilation, int groups, str process_group, ";
-  const std::string forward_schema =
-      "layer_native(Tensor" + arguments +
-      "bool keep_u, bool keep_mask) -> (Tensor y, Tensor u, Tensor mask, Tensor "
-      "mean, Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n)";
-  const std::string backward_schema =
-      "layer_native_backward(Tensor grad, Tensor?" + arguments +
-      "Tensor? u, Tensor? gate, Tensor mean, Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n, "
-      "SymInt[] input_shape, bool channels_last, bool[] needs) -> (Tensor input, Tensor weight, Tensor "
-      "filter_scale, Tensor p_clean, Tensor bn_weight, Tensor bn_bias, Tensor residual)";
-  m.def(forward_schema.c_str());
-  m.def(backward_schema.c_str());
-}
-
 TORCH_LIBRARY_IMPL(awnet, CPU, m) {
-  m.impl("layer_native", &layer_forward);
-  m.impl("layer_native_backward", &layer_backward);
+  m.impl("layer_native", CppFunction::makeFromBoxedFunction<&boxed_forward>());
+  m.impl("layer_native_backward", CppFunction::makeFromBoxedFunction<&boxed_backward>());
 }
 
 #if defined(AWNET_CUDA)
 TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
-  m.impl("layer_native", &layer_forward);
-  m.impl("layer_native_backward", &layer_backward);
+  m.impl("layer_native", CppFunction::makeFromBoxedFunction<&boxed_forward>());
+  m.impl("layer_native_backward", CppFunction::makeFromBoxedFunction<&boxed_backward>());
 }
 #endif
 
-TORCH_LIBRARY_IMPL(awnet, Autograd, m) { m.impl("layer_native", &differentiable); }
+TORCH_LIBRARY_IMPL(awnet, Autograd, m) {
+  m.impl("layer_native", CppFunction::makeFromBoxedFunction<&differentiable>());
+}
 
 }  // namespace awnet

@@ -1,38 +1,63 @@
 // The layer's operator for callers in C++, below autograd; layer.cpp.
 #pragma once
 
-#include <ATen/core/List.h>
-
+#include <array>
 #include <string>
+#include <vector>
 
+#include "cpu/convolution.h"
 #include "ops.h"
 
 namespace awnet {
 
 using Sizes = at::IntArrayRef;
-// y, u, mask, mean, m2, batch_mean, batch_var, n
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-// of input, weight, filter_scale, p_clean, bn_weight, bn_bias, residual
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Conv {
+  std::array<int64_t, 2> stride{1, 1}, padding{0, 0}, dilation{1, 1};
+  int64_t groups = 1;
+
+  cpu::Window window() const { return {stride, padding, dilation}; }  // refers to this record
+};
+
+// One layer call, as in awnet/ops/args.py.
+struct LayerArgs {
+  Tensor input;  // in a backward undefined unless the weight's gradient is required
+  MaybeTensor weight;
+  Conv conv;
+  Mix mix;
+  std::optional<MixNorm> norm;
+  MaybeTensor shift;  // [B, C_out], only without a norm
+  MaybeTensor residual;
+  bool relu = false;
+};
+
+// What the backward will need of the forward.
+struct Keep {
+  bool u = false, mask = false;
+};
+
+struct LayerOutputs {
+  Tensor y, u, mask, mean, m2, batch_mean, batch_var, n;
+};
+
+struct LayerBackwardArgs {
+  Tensor grad;
+  LayerArgs args;  // in train mode its norm has the statistics of the batch
+  std::vector<int64_t> input_shape;
+  MaybeTensor u, relu_mask;
+  Tensor mean, m2, n;  // of a forward in train mode
+  bool channels_last = false;
+  Needs needs;
+};
+
+// Empty where not required.
+struct LayerGradients {
+  Tensor input, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, residual;
+};
 
 at::MemoryFormat layout_of(const Tensor& x);
 
-Outputs layer_forward(const Tensor& input, const MaybeTensor& weight, const MaybeTensor& filter_scale,
-                      const MaybeTensor& p_clean, const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
-                      const MaybeTensor& residual, const MaybeTensor& running_mean,
-                      const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training, double eps,
-                      bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                      std::string process_group, bool keep_u, bool keep_mask);
-
-Gradients layer_backward(const Tensor& grad_in, const MaybeTensor& input, const MaybeTensor& weight,
-                         const MaybeTensor& filter_scale, const MaybeTensor& p_clean,
-                         const MaybeTensor& bn_weight, const MaybeTensor& bn_bias,
-                         const MaybeTensor& residual, const MaybeTensor& running_mean,
-                         const MaybeTensor& running_var, const MaybeTensor& is_clean, bool training,
-                         double eps, bool relu, Sizes stride, Sizes padding, Sizes dilation, int64_t groups,
-                         std::string process_group, const MaybeTensor& u_in, const MaybeTensor& gate,
-                         const Tensor& mean, const Tensor& m2, const Tensor& batch_mean,
-                         const Tensor& batch_var, const Tensor& n, Sizes input_shape, bool channels_last,
-                         c10::List<bool> needs);
+LayerOutputs layer_forward(const LayerArgs& args, Keep keep);
+LayerGradients layer_backward(const LayerBackwardArgs& args);
 
 }  // namespace awnet

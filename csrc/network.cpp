@@ -61,12 +61,18 @@ std::pair<variable_list, std::vector<Layer>> run(const Tensor& x, at::TensorList
       std::tie(y[i], u, mask) = cpu::convolve_apply(input, weights[i], window, scales[i], shifts[i], residual,
                                                     s.relu, keep_u, keep_mask && s.relu);
     } else {
-      const auto found =
-          layer_forward(input, weights[i], scales[i], {}, {}, shifts[i], residual, {}, {}, {}, false, 1e-5,
-                        s.relu, s.stride, s.padding, s.dilation, s.groups, "", keep_u, keep_mask && s.relu);
-      y[i] = std::get<0>(found);
-      u = std::get<1>(found);
-      mask = std::get<2>(found);
+      LayerArgs args;
+      args.input = input;
+      args.weight = weights[i];
+      args.conv = {s.stride, s.padding, s.dilation, s.groups};
+      args.mix.filter_scale = scales[i];
+      args.shift = shifts[i];
+      args.residual = residual;
+      args.relu = s.relu;
+      const LayerOutputs out = layer_forward(args, {keep_u, keep_mask && s.relu});
+      y[i] = out.y;
+      u = out.u;
+      mask = out.mask;
     }
     layers.push_back({u, mask, y[i].sizes().vec(), layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
     if (s.averaged) means.push_back(at::mean(y[i], {2, 3}));
@@ -161,15 +167,26 @@ class Network : public torch::autograd::Function<Network> {
         if (need_shift) result[of_shift] = back.g1;
         continue;
       }
-      const c10::List<bool> needs({need_input, false, need_scale, false, false, need_shift, s.residual >= 0});
-      const auto found = layer_backward(d[i], {}, weight, scale, {}, {}, shift, {}, {}, {}, {}, false, 1e-5,
-                                        s.relu, s.stride, s.padding, s.dilation, s.groups, "", kept, gate, {},
-                                        {}, {}, {}, {}, shape_of(s.input), channels_last[i] != 0, needs);
+      LayerBackwardArgs back;
+      back.grad = d[i];
+      back.args.weight = weight;
+      back.args.conv = {s.stride, s.padding, s.dilation, s.groups};
+      back.args.mix.filter_scale = scale;
+      back.args.shift = shift;
+      back.input_shape = shape_of(s.input).vec();
+      back.u = kept;
+      back.relu_mask = gate;
+      back.channels_last = channels_last[i] != 0;
+      back.needs.input = need_input;
+      back.needs.filter_scale = need_scale;
+      back.needs.shift = need_shift;
+      back.needs.residual = s.residual >= 0;
+      const LayerGradients grads_of = layer_backward(back);
       d[i] = Tensor();
-      if (need_input) add(s.input < 0 ? d_x : d[s.input], std::get<0>(found));
-      if (s.residual >= 0) add(d[s.residual], std::get<6>(found));
-      if (need_scale) result[of_scale] = std::get<2>(found);
-      if (need_shift) result[of_shift] = std::get<5>(found);
+      if (need_input) add(s.input < 0 ? d_x : d[s.input], grads_of.input);
+      if (s.residual >= 0) add(d[s.residual], grads_of.residual);
+      if (need_scale) result[of_scale] = grads_of.filter_scale;
+      if (need_shift) result[of_shift] = grads_of.shift;
     }
     return result;
   }

@@ -1,10 +1,11 @@
-// The operators that library.cpp registers, by device. awnet/ops/backends/eager.py says what each one does.
+// The operators of a backend, by device: library.cpp registers them, layer.cpp calls them. What each computes
+// is in awnet/ops/coefficients.py and awnet/ops/backends/base.py.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <array>
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace awnet {
@@ -12,40 +13,69 @@ namespace awnet {
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-using Needs = std::array<bool, 4>;  // whether omega's, p's, weight's and bias's gradients are asked for
+// The records below have the names and fields of those in awnet/ops/args.py and awnet/ops/coefficients.py.
 
-// A gate is y or a bool mask of where the activation passed. Outputs that are not asked for are empty.
-#define AWNET_DECLARE_OPS                                                                                    \
-  std::tuple<Tensor, Tensor> statistics(const Tensor& u);                                                    \
-  std::tuple<Tensor, Tensor> apply(const Tensor& u, const Tensor& scale, const Tensor& shift,                \
-                                   const MaybeTensor& residual, bool relu, bool keep_mask, bool in_place);   \
-  std::tuple<Tensor, Tensor> reduce(const Tensor& grad, const Tensor& u, const Tensor& centre,               \
-                                    const MaybeTensor& gate);                                                \
-  std::tuple<Tensor, Tensor> propagate(                                                                      \
-      const Tensor& grad, const MaybeTensor& u, const MaybeTensor& centre, const MaybeTensor& gate,          \
-      const Tensor& by_grad, const MaybeTensor& by_input, const MaybeTensor& constant, bool residual);       \
-  std::tuple<Tensor, Tensor> testing_coefficients(const MaybeTensor& omega, const Tensor& weight,            \
-                                                  const Tensor& bias, const Tensor& mean, const Tensor& var, \
-                                                  const MaybeTensor& p_clean, double eps, int64_t batch);    \
-  std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(                                              \
-      const Tensor& g1, const Tensor& gc, const Tensor& centre, const MaybeTensor& omega,                    \
-      const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,                       \
-      const MaybeTensor& p_clean, double eps, Needs needs);                                                  \
-  std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& mean, const Tensor& m2, int64_t hw,      \
-                                                      const MaybeTensor& omega, const MaybeTensor& is_clean, \
-                                                      int64_t rows);                                         \
-  std::tuple<Tensor, Tensor> training_coefficients(                                                          \
-      const MaybeTensor& omega, const Tensor& weight, const Tensor& bias, const Tensor& batch_mean,          \
-      const Tensor& batch_var, const MaybeTensor& is_clean, double eps, int64_t batch);                      \
-  std::tuple<Tensor, Tensor, Tensor> training_sums(const Tensor& g1, const Tensor& gc, const Tensor& mean,   \
-                                                   const MaybeTensor& omega, const Tensor& weight,           \
-                                                   const Tensor& batch_mean, const Tensor& batch_var,        \
-                                                   const MaybeTensor& is_clean, double eps);                 \
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(                             \
-      const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,                  \
-      const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,     \
-      const Tensor& n, const MaybeTensor& is_clean, double eps, bool need_omega,                             \
-      const MaybeTensor& through);
+// Per-sample inputs of the coefficients, float32 and contiguous (is_clean: bool).
+struct Mix {
+  MaybeTensor filter_scale;  // [B, C]
+  MaybeTensor p_clean;       // [B]
+  MaybeTensor is_clean;      // [B]
+};
+
+// A batch norm of 1 or 2 branches, float32 and contiguous; in train mode with the statistics of the batch.
+struct MixNorm {
+  Tensor weight, bias;  // [K, C]
+  Tensor mean, var;     // [S, C]
+  double eps = 1e-5;
+  bool training = false;
+  std::string process_group;
+};
+
+struct SampleStats {
+  Tensor mean, m2;  // [B, C] of u
+  int64_t hw = 0;
+};
+
+// g1 = sum g and gc = sum g (u - centre), each [B, C].
+struct Reduced {
+  Tensor g1, gc, centre;
+};
+
+// d_u = by_grad g + by_input (u - centre) + constant, each [B, C].
+struct Propagation {
+  Tensor by_grad;
+  MaybeTensor by_input, constant;
+};
+
+// For which arguments a gradient is required.
+struct Needs {
+  bool input = false, weight = false, filter_scale = false, p_clean = false, bn_weight = false,
+       bn_bias = false, shift = false, residual = false;
+
+  bool coefficients() const { return filter_scale || p_clean || bn_weight || bn_bias || shift; }
+  bool images() const { return input || weight || residual; }
+};
+
+// relu_mask is y or a bool mask of where the activation passed. Outputs that are not required are empty.
+#define AWNET_DECLARE_OPS                                                                                   \
+  std::tuple<Tensor, Tensor> statistics(const Tensor& u);                                                   \
+  std::tuple<Tensor, Tensor> apply(const Tensor& u, const Tensor& scale, const Tensor& shift,               \
+                                   const MaybeTensor& residual, bool relu, bool keep_mask, bool in_place);  \
+  std::tuple<Tensor, Tensor> reduce(const Tensor& grad, const Tensor& u, const Tensor& centre,              \
+                                    const MaybeTensor& relu_mask);                                          \
+  std::tuple<Tensor, Tensor> propagate(const Tensor& grad, const MaybeTensor& u, const MaybeTensor& centre, \
+                                       const MaybeTensor& relu_mask, const Propagation& propagation,        \
+                                       bool residual);                                                      \
+  std::tuple<Tensor, Tensor> eval_coefficients(const Mix& mix, const MixNorm& norm, int64_t batch);         \
+  std::tuple<Tensor, Tensor, Tensor, Tensor> eval_gradients(const Reduced& sums, const Mix& mix,            \
+                                                            const MixNorm& norm, const Needs& needs);       \
+  std::tuple<Tensor, Tensor, Tensor> batch_statistics(const SampleStats& stats, const Mix& mix,             \
+                                                      int64_t stat_rows);                                   \
+  std::tuple<Tensor, Tensor> train_coefficients(const Mix& mix, const MixNorm& norm, int64_t batch);        \
+  std::tuple<Tensor, Tensor, Tensor> train_sums(const Reduced& sums, const Mix& mix, const MixNorm& norm);  \
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_gradients(                               \
+      const Reduced& sums, const SampleStats& stats, const Mix& mix, const MixNorm& norm, const Tensor& n,  \
+      bool need_filter_scale, const MaybeTensor& through);
 
 namespace cpu {
 AWNET_DECLARE_OPS

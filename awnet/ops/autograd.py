@@ -1,9 +1,7 @@
 """The layer as a registered forward/backward pair of operators, one pair for each backend.
 
-``register(name, passes)`` assembles convolution, passes and algebra into ``torch.ops.awnet.layer_<name>``
-and ``layer_<name>_backward``, with fake kernels and autograd. One pair serves all four public functions:
-without a weight there is no convolution (``mix_batch_norm``); without a batch norm the affine map is the
-filter scale alone (``filter_scaled_conv2d``), or it and ``bn_bias`` as the shift (``affine_conv2d``).
+``register(name, passes)`` assembles convolution, passes and coefficients into the operators
+``torch.ops.awnet.layer_<name>`` and ``layer_<name>_backward``, with fake kernels and autograd.
 ``csrc/layer.cpp`` is the same in C++, ``layer_native``, for the backends whose passes are native.
 """
 
@@ -16,85 +14,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from awnet.ops.args import (
+    BACKWARD_SCHEMA,
+    FORWARD_SCHEMA,
+    BackwardArgs,
+    Conv,
+    LayerArgs,
+    MixNorm,
+    Needs,
+    Saved,
+    flatten_backward,
+    unflatten,
+    unflatten_backward,
+)
 from awnet.ops.backends.eager import Passes, wide_dtype
-from awnet.ops.coefficients import BatchStatistics, Gradients, Needs, Propagation
+from awnet.ops.coefficients import BatchStatistics, Gradients, Propagation
 from awnet.ops.distributed import joined_statistics, summed
 from awnet.ops.transforms import refuse_tangents
 
-_ARGUMENTS = """Tensor{optional} input, Tensor? weight, Tensor? filter_scale, Tensor? p_clean,
-    Tensor? bn_weight, Tensor? bn_bias, Tensor? residual, Tensor? running_mean, Tensor? running_var,
-    Tensor? is_clean, bool training, float eps, bool relu, int[2] stride, int[2] padding, int[2] dilation,
-    int groups, str process_group"""
-_FORWARD = f"""({_ARGUMENTS.format(optional="")}, bool keep_u, bool keep_mask)
-    -> (Tensor y, Tensor u, Tensor mask, Tensor mean, Tensor m2, Tensor batch_mean, Tensor batch_var,
-    Tensor n)"""
-_BACKWARD = f"""(Tensor grad, {_ARGUMENTS.format(optional="?")}, Tensor? u, Tensor? gate, Tensor mean,
-    Tensor m2, Tensor batch_mean, Tensor batch_var, Tensor n, SymInt[] input_shape, bool channels_last,
-    bool[] needs)
-    -> (Tensor input, Tensor weight, Tensor filter_scale, Tensor p_clean, Tensor bn_weight, Tensor bn_bias,
-    Tensor residual)"""
 Layer = Callable[..., tuple[Tensor, ...]]
 
-_DIFFERENTIABLE = 7  # the first seven arguments; the backward returns their gradients in this order
 
+def kept(args: LayerArgs) -> tuple[bool, bool]:
+    """``keep_u`` and ``keep_mask``: whether the backward of ``args`` will need u, and a mask instead of y.
 
-class Call(NamedTuple):
-    """The arguments of one layer call, in the operators' order; ``awnet.ops.checks`` has checked them."""
-
-    input: Tensor | None  # [B, C_in, H, W]; None in a backward that needs only its shape
-    weight: Tensor | None  # [C_out, C_in/groups, k, k]
-    filter_scale: Tensor | None  # [B, C_out]
-    p_clean: Tensor | None  # [B]
-    bn_weight: Tensor | None  # [K, C_out]
-    bn_bias: Tensor | None  # the same; without a bn_weight the shift itself, [B, C_out]
-    residual: Tensor | None  # [B, C_out, H', W']
-    running_mean: Tensor | None  # [S, C_out]
-    running_var: Tensor | None
-    is_clean: Tensor | None  # [B] bool
-    training: bool
-    eps: float
-    relu: bool
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    groups: int
-    process_group: str = ""  # whose ranks share the batch statistics; empty: this process alone
-
-
-class Saved(NamedTuple):
-    """What the forward operator returns beside y."""
-
-    u: Tensor  # [B, C_out, H', W']; empty where it is the input itself or the backward will not need it
-    mask: Tensor  # of u's shape, bool: where the activation passed; empty where y itself says so
-    mean: Tensor  # [B, C_out] of u; this and the rest are empty outside training
-    m2: Tensor
-    batch_mean: Tensor  # [S, C_out] of ω ⊙ u
-    batch_var: Tensor
-    n: Tensor  # [S], values per channel
-
-
-def kept(call: Call) -> tuple[bool, bool]:
-    """``keep_u`` and ``keep_mask``: whether the backward of ``call`` will need u, and a mask in place of y.
-
-    Where the weight is trained, so is the next layer's, which keeps y as its input: y costs nothing then.
-    Else, in an attack, nobody keeps y, and a mask takes a byte an element.
+    Where the weight is trained, so is the next layer's, which keeps y as its input: y takes no extra memory
+    then. Otherwise, in an attack, nothing else keeps y, and a mask takes one byte per element.
     """
-
-    def wanted(x: Any) -> bool:
-        return isinstance(x, Tensor) and x.requires_grad
-
-    if not torch.is_grad_enabled() or not any(map(wanted, call[:_DIFFERENTIABLE])):
+    if not torch.is_grad_enabled():
         return False, False
-    by_batch = call.training and call.bn_weight is not None
-    keep_u = by_batch or any(map(wanted, call[2 : _DIFFERENTIABLE - 1]))
-    return keep_u, call.relu and not wanted(call.weight)
-
-
-class _Norm(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    var: Tensor
+    needs = Needs(*[x is not None and x.requires_grad for x in args.differentiable()])
+    if not any(needs):
+        return False, False
+    return args.by_batch or needs.coefficients, args.activation == "relu" and not needs.weight
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -104,258 +56,287 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _convolved(call: Call) -> Tensor:
-    assert call.input is not None
-    layout = memory_format(call.input)
-    if call.weight is None:
-        return call.input.contiguous(memory_format=layout)
+def _convolved(args: LayerArgs) -> Tensor:
+    layout = memory_format(args.input)
+    if args.weight is None:
+        return args.input.contiguous(memory_format=layout)
+    conv = args.conv
     u = torch.ops.aten.convolution(
-        call.input, call.weight, None, call.stride, call.padding, call.dilation, False, [0, 0], call.groups
+        args.input, args.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
     )
     return u.contiguous(memory_format=layout)
 
 
-def _widened(call: Call, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, _Norm | None]:
-    """filter_scale, p_clean and the batch norm's tensors in the algebra's dtype."""
-    omega = None if call.filter_scale is None else call.filter_scale.to(dtype)
-    p_clean = None if call.p_clean is None else call.p_clean.to(dtype)
-    if call.bn_weight is None:
-        return omega, p_clean, None
-    assert call.bn_bias is not None
-    assert call.running_mean is not None
-    assert call.running_var is not None
-    tables = (call.bn_weight, call.bn_bias, call.running_mean, call.running_var)
-    return omega, p_clean, _Norm(*(table.to(dtype) for table in tables))
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
-def _where(call: Call) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
-    return call.stride, call.padding, call.dilation, call.groups
+class _Tables(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
 
 
-def _forward(passes: Passes, *arguments: Any) -> tuple[Tensor, ...]:
-    call, keep_u, keep_mask = Call(*arguments[:-2]), *arguments[-2:]
-    refuse_tangents(call)
-    assert call.input is not None
-    wide = wide_dtype(call.input.dtype)
-    keep_u = keep_u and call.weight is not None
-    with torch.autocast(call.input.device.type, enabled=False):
-        omega, p_clean, norm = _widened(call, wide)
-        if norm is not None and call.training:
-            y, u, mask, statistics = _train(passes, call, omega, norm, keep_u, keep_mask)
+def _tables(norm: MixNorm, dtype: torch.dtype) -> _Tables:
+    return _Tables(norm.weight.to(dtype), norm.bias.to(dtype), norm.mean.to(dtype), norm.var.to(dtype))
+
+
+def _where(conv: Conv) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
+    return conv.stride, conv.padding, conv.dilation, conv.groups
+
+
+def _forward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
+    refuse_tangents(flat)
+    args, keep_u, keep_mask = unflatten(flat)
+    wide = wide_dtype(args.input.dtype)
+    keep_u = keep_u and args.weight is not None
+    with torch.autocast(args.input.device.type, enabled=False):
+        if args.by_batch:
+            y, u, mask, statistics = _train(passes, args, wide, keep_u, keep_mask)
         else:
-            y, u, mask = _test(passes, call, omega, p_clean, norm, keep_u, keep_mask)
+            y, u, mask = _eval(passes, args, wide, keep_u, keep_mask)
             statistics = tuple(y.new_empty(0, dtype=wide) for _ in range(5))
     return y, u if keep_u else y.new_empty(0), mask, *statistics
 
 
 def _train(
-    passes: Passes, call: Call, omega: Tensor | None, norm: _Norm, keep_u: bool, keep_mask: bool
+    passes: Passes, args: LayerArgs, wide: torch.dtype, keep_u: bool, keep_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    assert call.input is not None
+    assert args.norm is not None
+    norm, eps = _tables(args.norm, wide), args.norm.eps
+    filter_scale = _to(args.filter_scale, wide)
     fused = None
-    if call.weight is not None:
-        fused = passes.fused_statistics(call.input, call.weight, *_where(call))
+    if args.weight is not None:
+        fused = passes.fused_statistics(args.input, args.weight, *_where(args.conv))
     if fused is None:
-        u = _convolved(call)
+        u = _convolved(args)
         mean, m2 = passes.statistics(u)
     else:
         u, mean, m2 = fused
-    rows, hw = len(norm.mean), u.shape[2] * u.shape[3]
-    batch = passes.batch_statistics(mean, m2, hw, omega, call.is_clean, rows)
-    if call.process_group:
-        batch = joined_statistics(batch, call.process_group)
+    hw = u.shape[2] * u.shape[3]
+    batch = passes.batch_statistics(mean, m2, hw, filter_scale, args.is_clean, len(norm.mean))
+    if args.norm.process_group:
+        batch = joined_statistics(batch, args.norm.process_group)
     scale, shift = passes.training_coefficients(
-        omega, norm.weight, norm.bias, batch, call.is_clean, call.eps, len(u)
+        filter_scale, norm.weight, norm.bias, batch, args.is_clean, eps, len(u)
     )
-    in_place = call.weight is not None and not keep_u
-    y, mask = passes.apply(u, scale, shift, call.residual, call.relu, keep_mask, in_place)
+    in_place = args.weight is not None and not keep_u
+    y, mask = passes.apply(u, scale, shift, args.residual, args.activation == "relu", keep_mask, in_place)
     return y, u, mask, (mean, m2, *batch)
 
 
-def _test(
-    passes: Passes,
-    call: Call,
-    omega: Tensor | None,
-    p_clean: Tensor | None,
-    norm: _Norm | None,
-    keep_u: bool,
-    keep_mask: bool,
+def _eval(
+    passes: Passes, args: LayerArgs, wide: torch.dtype, keep_u: bool, keep_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    assert call.input is not None
-    if norm is not None:
-        scale, shift = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(call.input))
+    filter_scale = _to(args.filter_scale, wide)
+    if args.norm is not None:
+        norm, p_clean = _tables(args.norm, wide), _to(args.p_clean, wide)
+        scale, shift = passes.testing_coefficients(
+            filter_scale, *norm, p_clean, args.norm.eps, len(args.input)
+        )
     else:
-        scale = _ones(call) if omega is None else omega
-        shift = torch.zeros_like(scale) if call.bn_bias is None else call.bn_bias.to(scale.dtype)
-    epilogue = (scale, shift, call.residual, call.relu)
+        scale = _ones(args, wide) if filter_scale is None else filter_scale
+        shift = torch.zeros_like(scale) if args.shift is None else args.shift.to(wide)
+    epilogue = (scale, shift, args.residual, args.activation == "relu")
     fused = None
-    if call.weight is not None:
-        fused = passes.fused_apply(call.input, call.weight, *epilogue, *_where(call), keep_u, keep_mask)
+    if args.weight is not None:
+        fused = passes.fused_apply(args.input, args.weight, *epilogue, *_where(args.conv), keep_u, keep_mask)
     if fused is not None:
         return fused
-    u = _convolved(call)
-    y, mask = passes.apply(u, *epilogue, keep_mask, call.weight is not None and not keep_u)
+    u = _convolved(args)
+    y, mask = passes.apply(u, *epilogue, keep_mask, args.weight is not None and not keep_u)
     return y, u, mask
 
 
-def _ones(call: Call) -> Tensor:
+def _ones(args: LayerArgs, wide: torch.dtype) -> Tensor:
     """ω ≡ 1, [B, C_out]."""
-    like = call.input
-    assert like is not None
-    channels = like.shape[1] if call.weight is None else call.weight.shape[0]
-    return like.new_ones((len(like), channels), dtype=wide_dtype(like.dtype))
+    x = args.input
+    channels = x.shape[1] if args.weight is None else args.weight.shape[0]
+    return x.new_ones((len(x), channels), dtype=wide)
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    call, keep_u, keep_mask = Call(*arguments[:-2]), *arguments[-2:]
-    assert call.input is not None
-    u = _convolved(call)
-    wide = wide_dtype(call.input.dtype)
+def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    args, keep_u, keep_mask = unflatten(flat)
+    u = _convolved(args)
+    wide = wide_dtype(args.input.dtype)
     sizes: list[list[Any]] = [[0]] * 5
-    if call.training and call.running_mean is not None:
-        per_sample, per_branch = [u.shape[0], u.shape[1]], [call.running_mean.shape[0], u.shape[1]]
+    if args.norm is not None and args.norm.training:
+        per_sample, per_branch = [u.shape[0], u.shape[1]], [args.norm.mean.shape[0], u.shape[1]]
         sizes = [per_sample, per_sample, per_branch, per_branch, per_branch[:1]]
-    own_u = torch.empty_like(u) if keep_u and call.weight is not None else u.new_empty(0)
+    kept_u = torch.empty_like(u) if keep_u and args.weight is not None else u.new_empty(0)
     mask = torch.empty_like(u, dtype=torch.bool) if keep_mask else u.new_empty(0, dtype=torch.bool)
-    return torch.empty_like(u), own_u, mask, *(u.new_empty(size, dtype=wide) for size in sizes)
+    return torch.empty_like(u), kept_u, mask, *(u.new_empty(size, dtype=wide) for size in sizes)
 
 
 def _convolution_gradients(
-    call: Call, d_u: Tensor, input_shape: Sequence[int], need_input: bool, need_weight: bool
+    args: BackwardArgs, d_u: Tensor, need_input: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    assert call.weight is not None
-    source = call.input
+    source = args.input
     if source is None:
         # only its shape matters, and the library would copy one that is not dense
         source = torch.empty(
-            input_shape, dtype=d_u.dtype, device=d_u.device, memory_format=memory_format(d_u)
+            args.input_shape, dtype=d_u.dtype, device=d_u.device, memory_format=memory_format(d_u)
         )
-    wanted = [need_input, need_weight, False]
-    stride, padding, dilation, groups = _where(call)
-    convolution = (stride, padding, dilation, False, [0, 0], groups)
-    found = torch.ops.aten.convolution_backward(d_u, source, call.weight, None, *convolution, wanted)
-    return found[0], found[1]
+    stride, padding, dilation, groups = _where(args.conv)
+    grads = torch.ops.aten.convolution_backward(
+        d_u, source, args.weight, None, stride, padding, dilation, False, [0, 0], groups,
+        [need_input, need_weight, False],
+    )  # fmt: skip
+    return grads[0], grads[1]
 
 
 def _layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-_FIELDS = len(Call._fields)
-
-
-def _backward(passes: Passes, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    refuse_tangents((grad, *arguments))
-    call = Call(*arguments[:_FIELDS])
-    u, gate, mean, m2, *batch, input_shape, channels_last, needs = arguments[_FIELDS:]
-    need_input, need_weight, *need_tables, need_residual = needs
-    asked = Needs(*need_tables)
-    wide = wide_dtype(grad.dtype)
-    with torch.autocast(grad.device.type, enabled=False):
-        grad = grad.contiguous(memory_format=_layout(channels_last))
-        omega, p_clean, norm = _widened(call, wide)
-        by_batch = norm is not None and call.training
-        need_images = need_input or need_weight or need_residual
-        centre = None
-        found = Gradients(None, None, None, None)
-        how: Propagation | None = None
-        if any(asked) or (by_batch and need_images):
-            # any centre is exact; one near the channel's mean keeps the digits, as a pixel of u does
-            centre = mean if by_batch else u[:, :, 0, 0].to(wide)
-            g1, gc = passes.reduce(grad, u, centre, gate)
-            if norm is None:
-                found = Gradients(torch.addcmul(gc, centre, g1), None, None, g1)
-            elif by_batch:
-                statistics = BatchStatistics(*batch)
-                sums = None
-                if call.process_group:
-                    arguments = (g1, gc, mean, omega, norm.weight, statistics, call.is_clean, call.eps)
-                    sums = passes.training_sums(*arguments)
-                    sums = sums._replace(through=summed(sums.through, call.process_group))
-                hw, need_scale = grad.shape[2] * grad.shape[3], asked.filter_scale
-                rest = (norm.weight, statistics, call.is_clean, call.eps, need_scale, sums)
-                found, how = passes.training_gradients(g1, gc, mean, m2, hw, omega, *rest)
-            else:
-                found = passes.testing_gradients(g1, gc, centre, omega, *norm, p_clean, call.eps, asked)
-        d_input = d_weight = d_residual = None
-        if need_images:
-            if how is None:
-                if norm is not None:
-                    scale = passes.testing_coefficients(omega, *norm, p_clean, call.eps, len(grad))[0]
-                else:
-                    scale = grad.new_ones(grad.shape[:2], dtype=wide) if omega is None else omega
-                how = Propagation(scale, None, None)
-            d_input, d_residual = passes.propagate(grad, u, centre, gate, how, need_residual)
-        if call.weight is not None and (need_input or need_weight):
-            assert d_input is not None
-            d_u, fused = d_input, None
-            if need_input:
-                fused = passes.fused_dgrad(d_u, call.weight, input_shape, *_where(call))
-            if need_weight or fused is None:
-                d_input, d_weight = _convolution_gradients(
-                    call, d_u, input_shape, need_input and fused is None, need_weight
-                )
-            d_input = d_input if fused is None else fused
-    wanted = (d_input, d_weight, *found, d_residual)
-    like = (grad, grad, call.filter_scale, call.p_clean, call.bn_weight, call.bn_bias, grad)
+def _backward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
+    refuse_tangents(flat)
+    args = unflatten_backward(flat)
+    with torch.autocast(args.grad.device.type, enabled=False):
+        grads = _gradients(passes, args)
+    norm = args.norm
+    bn_weight, bn_bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    grad = args.grad
+    like = (grad, grad, args.filter_scale, args.p_clean, bn_weight, bn_bias, args.shift, grad)
     return tuple(
         value.to(of.dtype) if need and value is not None and of is not None else grad.new_empty(0)
-        for need, value, of in zip(needs, wanted, like, strict=True)
+        for need, value, of in zip(args.needs, grads, like, strict=True)
     )
 
 
-def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = Call(*arguments[:_FIELDS])
-    input_shape, channels_last, needs = arguments[-3:]
-    d_input = d_u = torch.empty_like(grad, memory_format=_layout(channels_last))
-    if call.weight is not None:
-        d_input = _convolution_gradients(call, d_u, input_shape, True, False)[0]
-    like: tuple[Any, ...] = (d_input, *call[1 : _DIFFERENTIABLE - 1], d_u)
+def _gradients(passes: Passes, args: BackwardArgs) -> tuple[Tensor | None, ...]:
+    """The gradients in the order of :class:`Needs`, each in the dtype in which it was computed."""
+    needs, u, relu_mask = args.needs, args.u, args.relu_mask
+    wide = wide_dtype(args.grad.dtype)
+    grad = args.grad.contiguous(memory_format=_layout(args.channels_last))
+    filter_scale, p_clean = _to(args.filter_scale, wide), _to(args.p_clean, wide)
+    norm = None if args.norm is None else _tables(args.norm, wide)
+    eps = 0.0 if args.norm is None else args.norm.eps
+    by_batch = args.norm is not None and args.norm.training
+    centre = d_shift = None
+    grads = Gradients(None, None, None, None)
+    propagation: Propagation | None = None
+    if needs.coefficients or (by_batch and needs.images):
+        assert u is not None
+        # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
+        centre = args.mean if by_batch else u[:, :, 0, 0].to(wide)
+        g1, gc = passes.reduce(grad, u, centre, relu_mask)
+        if norm is None:
+            grads = Gradients(torch.addcmul(gc, centre, g1), None, None, None)
+            d_shift = g1
+        elif by_batch:
+            assert args.norm is not None
+            batch = BatchStatistics(norm.mean, norm.var, args.n)
+            sums = None
+            if args.norm.process_group:
+                sums = passes.training_sums(
+                    g1, gc, centre, filter_scale, norm.weight, batch, args.is_clean, eps
+                )
+                sums = sums._replace(through=summed(sums.through, args.norm.process_group))
+            rest = (norm.weight, batch, args.is_clean, eps, needs.filter_scale, sums)
+            hw = grad.shape[2] * grad.shape[3]
+            grads, propagation = passes.training_gradients(g1, gc, centre, args.m2, hw, filter_scale, *rest)
+        else:
+            grads = passes.testing_gradients(g1, gc, centre, filter_scale, *norm, p_clean, eps, needs)
+    d_input = d_weight = d_residual = None
+    if needs.images:
+        if propagation is None:
+            if norm is not None:
+                scale = passes.testing_coefficients(filter_scale, *norm, p_clean, eps, len(grad))[0]
+            else:
+                scale = grad.new_ones(grad.shape[:2], dtype=wide) if filter_scale is None else filter_scale
+            propagation = Propagation(scale, None, None)
+        d_input, d_residual = passes.propagate(grad, u, centre, relu_mask, propagation, needs.residual)
+    if args.weight is not None and (needs.input or needs.weight):
+        assert d_input is not None
+        d_u, fused = d_input, None
+        if needs.input:
+            fused = passes.fused_dgrad(d_u, args.weight, args.input_shape, *_where(args.conv))
+        if needs.weight or fused is None:
+            d_input, d_weight = _convolution_gradients(args, d_u, needs.input and fused is None, needs.weight)
+        d_input = d_input if fused is None else fused
+    return d_input, d_weight, *grads, d_shift, d_residual
+
+
+def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
+    args = unflatten_backward(flat)
+    grad, norm = args.grad, args.norm
+    d_input = d_u = torch.empty_like(grad, memory_format=_layout(args.channels_last))
+    if args.weight is not None:
+        d_input = _convolution_gradients(args, d_u, True, False)[0]
+    bn_weight, bn_bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    like = (d_input, args.weight, args.filter_scale, args.p_clean, bn_weight, bn_bias, args.shift, d_u)
     return tuple(
         torch.empty_like(of) if need and of is not None else grad.new_empty(0)
-        for need, of in zip(needs, like, strict=True)
+        for need, of in zip(args.needs, like, strict=True)
     )
+
+
+_DIFFERENTIABLE = len(Needs._fields)  # the first arguments of the forward operator
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call, keep_u, keep_mask = Call(*inputs[:-2]), *inputs[-2:]
-    assert call.input is not None
-    y, saved = output[0], Saved(*output[1:])
-    # without a weight the input is u itself; with one, its values serve the weight's gradient only
-    keep_input = keep_u if call.weight is None else ctx.needs_input_grad[1]
-    ctx.input_shape = call.input.shape
-    ctx.channels_last = memory_format(y) == torch.channels_last
-    ctx.options = call[10:]
+    args, keep_u, keep_mask = unflatten(inputs)
+    saved = Saved(*output)
+    norm = args.norm
+    ctx.conv, ctx.input_shape = args.conv, args.input.shape
+    ctx.channels_last = memory_format(saved.y) == torch.channels_last
+    ctx.norm_options = None if norm is None else (norm.eps, norm.training, norm.process_group)
     ctx.set_materialize_grads(False)
-    gate = saved.mask if keep_mask else y
+    relu_mask = None
+    if args.activation == "relu":
+        relu_mask = saved.mask if keep_mask else saved.y
+    tables: tuple[Tensor | None, ...] = (None, None, None, None)
+    if norm is not None:
+        # the running statistics are about to be updated in place
+        statistics = (saved.batch_mean, saved.batch_var) if norm.training else (norm.mean, norm.var)
+        tables = (norm.weight, norm.bias, *statistics)
+    u = None
+    if keep_u:
+        u = args.input if args.weight is None else saved.u
     ctx.save_for_backward(
-        call.input if keep_input else None,
-        *call[1 : _DIFFERENTIABLE - 1],
-        # training normalises by the batch, and is about to change the running statistics in place
-        *((saved.batch_mean, saved.batch_var) if call.training else call[_DIFFERENTIABLE:9]),
-        call.is_clean,
-        gate if call.relu else None,
-        saved.u if keep_u and call.weight is not None else None,
-        *saved[2:],
-    )
+        args.input if args.weight is not None and ctx.needs_input_grad[1] else None,
+        args.weight, args.filter_scale, args.p_clean, args.is_clean, args.shift, *tables, u, relu_mask,
+        saved.mean, saved.m2, saved.n,
+    )  # fmt: skip
 
 
 def _autograd(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    undifferentiable: tuple[Any, ...] = (None,) * (_FIELDS + 2 - _DIFFERENTIABLE)
+    gradients: list[Any] = [None] * len(ctx.needs_input_grad)
     if grads[0] is None:
-        return (None,) * _DIFFERENTIABLE + undifferentiable
-    *tensors, gate, u, mean, m2, batch_mean, batch_var, n = ctx.saved_tensors
-    residual = None  # its gradient needs no values
-    arguments = [*tensors[: _DIFFERENTIABLE - 1], residual, *tensors[_DIFFERENTIABLE - 1 :], *ctx.options]
-    call = Call(*arguments)
-    if call.weight is None:
-        u = call.input
-        call = call._replace(input=None)
-    needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    statistics = (mean, m2, batch_mean, batch_var, n)
-    where = (list(ctx.input_shape), ctx.channels_last, needs)
-    found = operator(grads[0], *call, u, gate, *statistics, *where)
-    return tuple(value if need else None for need, value in zip(needs, found, strict=True)) + undifferentiable
+        return tuple(gradients)
+    (input, weight, filter_scale, p_clean, is_clean, shift, bn_weight, bn_bias, bn_mean, bn_var, u, relu_mask,
+     mean, m2, n) = ctx.saved_tensors  # fmt: skip
+    norm = None
+    if ctx.norm_options is not None:
+        eps, training, process_group = ctx.norm_options
+        norm = MixNorm(
+            bn_weight, bn_bias, bn_mean, bn_var, eps, training=training, process_group=process_group
+        )
+    args = BackwardArgs(
+        grad=grads[0],
+        input=input,
+        input_shape=list(ctx.input_shape),
+        weight=weight,
+        conv=ctx.conv,
+        filter_scale=filter_scale,
+        norm=norm,
+        p_clean=p_clean,
+        is_clean=is_clean,
+        shift=shift,
+        u=u,
+        relu_mask=relu_mask,
+        mean=mean,
+        m2=m2,
+        n=n,
+        channels_last=ctx.channels_last,
+        needs=Needs(*ctx.needs_input_grad[:_DIFFERENTIABLE]),
+    )
+    for i, value in enumerate(operator(*flatten_backward(args))):
+        if args.needs[i]:
+            gradients[i] = value
+    return tuple(gradients)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:
@@ -365,11 +346,16 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
     )
 
 
+def define(name: str) -> None:
+    """Defines the pair's schemas."""
+    torch.library.define(f"awnet::layer_{name}", FORWARD_SCHEMA)
+    torch.library.define(f"awnet::layer_{name}_backward", BACKWARD_SCHEMA)
+
+
 def register(name: str, passes: Passes) -> Layer:
     """Registers the pair for a backend whose passes are Python functions; returns the forward operator."""
     forward, backward = f"awnet::layer_{name}", f"awnet::layer_{name}_backward"
-    torch.library.define(forward, " ".join(_FORWARD.split()))
-    torch.library.define(backward, " ".join(_BACKWARD.split()))
+    define(name)
     torch.library.impl(forward, "CompositeExplicitAutograd", partial(_forward, passes))
     torch.library.impl(backward, "CompositeExplicitAutograd", partial(_backward, passes))
     operator = describe(name)

@@ -1,6 +1,6 @@
-"""From the arguments of a public function to a checked :class:`Call`, with autocast applied.
+"""Checks of the public functions' arguments, which become a :class:`LayerArgs` with autocast applied.
 
-Each check says which argument, what came and what is expected.
+An error names the argument, what is expected and what was passed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.autograd import Call
+from awnet.ops.args import Conv, LayerArgs, MixNorm
 from awnet.scalars import plain
 
 Size2 = int | tuple[int, int]
@@ -19,119 +19,35 @@ _MOST = 2**62  # of a stride, padding or dilation, which are 64-bit integers in 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def conv_call(
+def conv_args(
     input: Tensor,
     weight: Tensor,
     filter_scale: Tensor | None,
+    *,
     stride: Size2 = 1,
     padding: Size2 = 0,
     dilation: Size2 = 1,
     groups: int = 1,
-) -> Call:
-    """``filter_scaled_conv2d``."""
+) -> LayerArgs:
+    """The arguments of ``filter_scaled_conv2d``."""
+    input, weight, conv, output = _convolution(input, weight, stride, padding, dilation, groups)
+    _check_filter_scale(filter_scale, output, input)
+    return LayerArgs(input, weight, conv, filter_scale)
+
+
+def norm_args(
+    input: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, **options: Any
+) -> LayerArgs:
+    """The arguments of ``mix_batch_norm``; ``options`` are those of :func:`_norm`."""
     input = _autocast(check_image(input, "input"))
-    weight = _autocast(check_image(weight, "weight"))
-    check_like(weight, "weight", input, "input")
-    sizes = (
-        _pair(stride, "stride", 1),
-        _pair(padding, "padding", 0),
-        _pair(dilation, "dilation", 1),
-    )
-    groups = plain(groups)
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
-    c_out, c_in, *kernel = weight.shape
-    if groups < 1 or c_out % groups != 0:
-        raise ValueError(f"groups must be at least 1 and divide weight's {c_out} filters, got {groups}")
-    if input.shape[1] != c_in * groups:
-        raise ValueError(
-            f"input must have {c_in * groups} channels for weight {list(weight.shape)} with groups={groups}, "
-            f"got {input.shape[1]}"
-        )
-    if c_out == 0 or c_in == 0 or kernel[0] == 0 or kernel[1] == 0:
-        raise ValueError(f"weight must not be empty, got shape {list(weight.shape)}")
-    call = Call(input, weight, filter_scale, *(None,) * 7, False, 1e-5, False, *sizes, groups)
-    output = _output_shape(call)
-    if output[2] < 1 or output[3] < 1:
-        raise ValueError(
-            f"input {list(input.shape)} is too small for weight {list(weight.shape)} with stride={stride}, "
-            f"padding={padding}, dilation={dilation}: the output would have size {list(output[2:])}"
-        )
-    if filter_scale is not None:
-        check_table(filter_scale, "filter_scale", (output[0], output[1]), "[B, C_out]", input)
-    return call
+    if input.shape[2] == 0 or input.shape[3] == 0:
+        raise ValueError(f"input must have at least one pixel, got shape {list(input.shape)}")
+    tables = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    norm, p_clean, is_clean = _norm(input, tuple(input.shape), tables, **options)
+    return LayerArgs(input, norm=norm, p_clean=p_clean, is_clean=is_clean)
 
 
-def norm_call(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    p_clean: Tensor | None = None,
-    is_clean: Tensor | None = None,
-    training: bool = False,
-    momentum: float | Tensor = 0.1,
-    eps: float = 1e-5,
-    process_group: str | None = None,
-    names: tuple[str, str] = ("weight", "bias"),
-    convolution: Call | None = None,
-) -> Call:
-    """``mix_batch_norm``; with ``convolution`` the norm of that call's output."""
-    eps, momentum, training = plain(eps), plain(momentum), plain(training)
-    if convolution is None:
-        input = _autocast(check_image(input, "input"))
-        convolution = Call(input, *(None,) * 9, False, eps, False, (1, 1), (0, 0), (1, 1), 1)
-        if input.shape[2] == 0 or input.shape[3] == 0:
-            raise ValueError(f"input must have at least one pixel, got shape {list(input.shape)}")
-    batch, channels, height, width = _output_shape(convolution)
-    tables = {names[0]: weight, names[1]: bias, "running_mean": running_mean, "running_var": running_var}
-    for name, table in tables.items():
-        check_table(table, name, (None, channels), "[2, C] or [1, C]", input)
-        if table.shape[0] not in (1, 2):
-            raise ValueError(f"{name} must have 1 or 2 rows (adversarial, clean), got {table.shape[0]}")
-    for first, second in (names, ("running_mean", "running_var")):
-        if tables[first].shape != tables[second].shape:
-            raise ValueError(
-                f"{first} and {second} must have one shape, got {list(tables[first].shape)} and "
-                f"{list(tables[second].shape)}"
-            )
-    if not isinstance(training, bool):
-        raise TypeError(f"training must be a bool, got {type(training).__name__}")
-    if not isinstance(eps, float | int) or not eps > 0:
-        raise ValueError(f"eps must be a positive number, got {eps!r}")
-    _check_momentum(momentum, running_mean)
-    for value, name in ((p_clean, "p_clean"), (is_clean, "is_clean")):
-        if value is not None:
-            check_table(value, name, (batch,), "[B]", input, boolean=name == "is_clean")
-    two = weight.shape[0] == 2 or running_mean.shape[0] == 2
-    if two and training and is_clean is None:
-        raise ValueError("is_clean is missing: training with two branches needs each sample's kind, bool [B]")
-    if two and not training and p_clean is None:
-        raise ValueError("p_clean is missing: testing blends the two branches by p, [B] in [0, 1]")
-    if two and training and p_clean is not None:
-        raise ValueError("p_clean is for testing only: in training is_clean decides each sample's branch")
-    if two and not training and is_clean is not None:
-        raise ValueError("is_clean is for training only: in testing p_clean blends the branches")
-    if process_group is not None and (not isinstance(process_group, str) or not process_group):
-        raise TypeError(f"process_group must be a group's name or None, got {process_group!r}")
-    if training and height * width == 1 and process_group is None and not torch.compiler.is_compiling():
-        _check_more_than_one_value(is_clean if running_mean.shape[0] == 2 else None, batch, input)
-    return convolution._replace(
-        p_clean=p_clean if two else None,
-        bn_weight=weight,
-        bn_bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        is_clean=is_clean if two else None,
-        training=training,
-        eps=float(eps),
-        process_group=process_group if training and process_group else "",
-    )
-
-
-def layer_call(
+def layer_args(
     input: Tensor,
     weight: Tensor,
     filter_scale: Tensor | None,
@@ -146,24 +62,33 @@ def layer_call(
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str | None = "relu",
-    **norm: Any,
-) -> Call:
-    """``aw_conv2d``."""
-    call = conv_call(input, weight, filter_scale, stride, padding, dilation, groups)
-    call = norm_call(
+    **options: Any,
+) -> LayerArgs:
+    """The arguments of ``aw_conv2d``; ``options`` are those of :func:`_norm`."""
+    input, weight, conv, output = _convolution(input, weight, stride, padding, dilation, groups)
+    _check_filter_scale(filter_scale, output, input)
+    tables = {
+        "bn_weight": bn_weight,
+        "bn_bias": bn_bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    norm, p_clean, is_clean = _norm(input, output, tables, **options)
+    residual = _epilogue(residual, activation, output, input)
+    return LayerArgs(
         input,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        **norm,
-        names=("bn_weight", "bn_bias"),
-        convolution=call,
+        weight,
+        conv,
+        filter_scale,
+        norm,
+        p_clean=p_clean,
+        is_clean=is_clean,
+        residual=residual,
+        activation=activation,
     )
-    return _finished(call, residual, activation)
 
 
-def affine_call(
+def affine_args(
     input: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -175,29 +100,124 @@ def affine_call(
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str | None = "relu",
-) -> Call:
-    """``affine_conv2d``: the scale goes as ω, the shift as a bias [B, C_out] without a batch norm."""
-    call = conv_call(input, weight, None, stride, padding, dilation, groups)
-    assert call.input is not None
+) -> LayerArgs:
+    """The arguments of ``affine_conv2d``: without a norm the filter scale is the scale."""
+    input, weight, conv, output = _convolution(input, weight, stride, padding, dilation, groups)
     for name, table in (("scale", scale), ("shift", shift)):
-        check_table(table, name, _output_shape(call)[:2], "[B, C_out]", call.input)
-    return _finished(call._replace(filter_scale=scale, bn_bias=shift), residual, activation)
+        check_table(table, name, output[:2], "[B, C_out]", input)
+    residual = _epilogue(residual, activation, output, input)
+    return LayerArgs(input, weight, conv, scale, shift=shift, residual=residual, activation=activation)
 
 
-def _finished(call: Call, residual: Tensor | None, activation: str | None) -> Call:
-    """``call`` with its residual and activation."""
+def _convolution(
+    input: Tensor, weight: Tensor, stride: Size2, padding: Size2, dilation: Size2, groups: int
+) -> tuple[Tensor, Tensor, Conv, tuple[int, int, int, int]]:
+    """``input`` and ``weight`` with autocast applied, the geometry and the output's shape."""
+    input = _autocast(check_image(input, "input"))
+    weight = _autocast(check_image(weight, "weight"))
+    check_like(weight, "weight", input, "input")
+    groups = plain(groups)
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int, got {type(groups).__name__}")
+    conv = Conv(
+        _pair(stride, "stride", 1), _pair(padding, "padding", 0), _pair(dilation, "dilation", 1), groups
+    )
+    c_out, c_in, *kernel = weight.shape
+    if groups < 1 or c_out % groups != 0:
+        raise ValueError(f"groups must be at least 1 and divide weight's {c_out} filters, got {groups}")
+    if input.shape[1] != c_in * groups:
+        raise ValueError(
+            f"input must have {c_in * groups} channels for weight {list(weight.shape)} with groups={groups}, "
+            f"got {input.shape[1]}"
+        )
+    if c_out == 0 or c_in == 0 or kernel[0] == 0 or kernel[1] == 0:
+        raise ValueError(f"weight must not be empty, got shape {list(weight.shape)}")
+    height, width = (
+        (size + 2 * conv.padding[i] - conv.dilation[i] * (kernel[i] - 1) - 1) // conv.stride[i] + 1
+        for i, size in enumerate(input.shape[2:])
+    )
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"input {list(input.shape)} is too small for weight {list(weight.shape)} with stride={stride}, "
+            f"padding={padding}, dilation={dilation}: the output would have size {[height, width]}"
+        )
+    return input, weight, conv, (input.shape[0], c_out, height, width)
+
+
+def _check_filter_scale(filter_scale: Tensor | None, output: tuple[int, ...], input: Tensor) -> None:
+    if filter_scale is not None:
+        check_table(filter_scale, "filter_scale", output[:2], "[B, C_out]", input)
+
+
+def _norm(
+    input: Tensor,
+    output: tuple[int, ...],
+    tables: dict[str, Tensor],
+    *,
+    p_clean: Tensor | None = None,
+    is_clean: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    process_group: str | None = None,
+) -> tuple[MixNorm, Tensor | None, Tensor | None]:
+    """The batch norm of images of shape ``output``; p_clean and is_clean where it has two branches.
+
+    ``tables``: weight, bias, running mean and running variance by the names that the caller knows.
+    """
+    eps, momentum, training = plain(eps), plain(momentum), plain(training)
+    batch, channels, height, width = output
+    for name, table in tables.items():
+        check_table(table, name, (None, channels), "[2, C] or [1, C]", input)
+        if table.shape[0] not in (1, 2):
+            raise ValueError(f"{name} must have 1 or 2 rows (adversarial, clean), got {table.shape[0]}")
+    names = list(tables)
+    for first, second in ((names[0], names[1]), (names[2], names[3])):
+        if tables[first].shape != tables[second].shape:
+            raise ValueError(
+                f"{first} and {second} must have one shape, got {list(tables[first].shape)} and "
+                f"{list(tables[second].shape)}"
+            )
+    weight, bias, mean, var = tables.values()
+    if not isinstance(training, bool):
+        raise TypeError(f"training must be a bool, got {type(training).__name__}")
+    if not isinstance(eps, float | int) or not eps > 0:
+        raise ValueError(f"eps must be a positive number, got {eps!r}")
+    _check_momentum(momentum, mean)
+    for value, name in ((p_clean, "p_clean"), (is_clean, "is_clean")):
+        if value is not None:
+            check_table(value, name, (batch,), "[B]", input, boolean=name == "is_clean")
+    two = weight.shape[0] == 2 or mean.shape[0] == 2
+    if two and training and is_clean is None:
+        raise ValueError("is_clean is missing: training with two branches needs each sample's kind, bool [B]")
+    if two and not training and p_clean is None:
+        raise ValueError("p_clean is missing: eval mode blends the two branches by p, [B] in [0, 1]")
+    if two and training and p_clean is not None:
+        raise ValueError("p_clean is for eval mode only: in train mode is_clean chooses each sample's branch")
+    if two and not training and is_clean is not None:
+        raise ValueError("is_clean is for train mode only: in eval mode p_clean blends the branches")
+    if process_group is not None and (not isinstance(process_group, str) or not process_group):
+        raise TypeError(f"process_group must be a group's name or None, got {process_group!r}")
+    if training and height * width == 1 and process_group is None and not torch.compiler.is_compiling():
+        _check_more_than_one_value(is_clean if mean.shape[0] == 2 else None, batch, input)
+    group = process_group if training and process_group else ""
+    norm = MixNorm(weight, bias, mean, var, float(eps), momentum, training, group)
+    return norm, p_clean if two else None, is_clean if two else None
+
+
+def _epilogue(
+    residual: Tensor | None, activation: str | None, output: tuple[int, ...], input: Tensor
+) -> Tensor | None:
+    """``residual`` with autocast applied."""
     if activation not in ("relu", None):
         raise ValueError(f'activation must be "relu" or None, got {activation!r}')
-    if residual is not None:
-        residual = _autocast(check_image(residual, "residual"))
-        output = _output_shape(call)
-        if tuple(residual.shape) != output:
-            raise ValueError(
-                f"residual must have the output's shape {list(output)}, got {list(residual.shape)}"
-            )
-        assert call.input is not None
-        check_like(residual, "residual", call.input, "input")
-    return call._replace(residual=residual, relu=activation == "relu")
+    if residual is None:
+        return None
+    residual = _autocast(check_image(residual, "residual"))
+    if tuple(residual.shape) != output:
+        raise ValueError(f"residual must have the output's shape {list(output)}, got {list(residual.shape)}")
+    check_like(residual, "residual", input, "input")
+    return residual
 
 
 # --- checks
@@ -280,20 +300,6 @@ def _pair(value: object, name: str, least: int) -> tuple[int, int]:
     if max(pair) > _MOST:
         raise ValueError(f"{name} must be at most 2**62, got {value!r}")
     return (pair[0], pair[1])
-
-
-def _output_shape(call: Call) -> tuple[int, int, int, int]:
-    assert call.input is not None
-    batch, channels, height, width = call.input.shape
-    if call.weight is None:
-        return batch, channels, height, width
-
-    def size(axis: int, length: int) -> int:
-        assert call.weight is not None
-        reach = call.dilation[axis] * (call.weight.shape[2 + axis] - 1) + 1
-        return (length + 2 * call.padding[axis] - reach) // call.stride[axis] + 1
-
-    return batch, call.weight.shape[0], size(0, height), size(1, width)
 
 
 def _autocast(x: Tensor) -> Tensor:

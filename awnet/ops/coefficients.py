@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from awnet.ops.args import Needs
+
 
 class Gradients(NamedTuple):
     """Gradients of the [B, C] quantities; None where the layer has no such input."""
@@ -24,15 +26,6 @@ class Gradients(NamedTuple):
     p_clean: Tensor | None  # [B]
     bn_weight: Tensor | None  # [K, C]
     bn_bias: Tensor | None  # [K, C]
-
-
-class Needs(NamedTuple):
-    """Which gradients of the [B, C] quantities are asked for."""
-
-    filter_scale: bool
-    p_clean: bool
-    bn_weight: bool
-    bn_bias: bool
 
 
 class Propagation(NamedTuple):

@@ -12,19 +12,17 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from awnet import reference
-from awnet.ops.autograd import Call, Layer, Saved, describe, kept, memory_format, register
+from awnet.ops.args import LayerArgs, MixNorm, Saved, flatten
+from awnet.ops.autograd import Layer, define, describe, kept, memory_format, register
 from awnet.ops.backends import amx, native
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.transforms import transform
-
-Momentum = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -33,20 +31,20 @@ class Backend:
 
     name: str
     summary: str
-    refusal: Callable[[Call], str | None]
-    run: Callable[[Call, Momentum], Tensor]
+    refusal: Callable[[LayerArgs], str | None]
+    run: Callable[[LayerArgs], Tensor]
     plain: bool = False  # made of torch's own operations alone, which every transform of torch knows
 
 
-def _runner(operator: Layer) -> Callable[[Call, Momentum], Tensor]:
-    def run(call: Call, momentum: Momentum) -> Tensor:
-        y, *rest = operator(*call, *kept(call))
-        if call.training and call.running_mean is not None:
-            saved = Saved(*rest)
-            if call.process_group and y.shape[2] * y.shape[3] == 1:
+def _runner(operator: Layer) -> Callable[[LayerArgs], Tensor]:
+    def run(args: LayerArgs) -> Tensor:
+        saved = Saved(*operator(*flatten(args, *kept(args))))
+        norm = args.norm
+        if norm is not None and norm.training:
+            if norm.process_group and saved.y.shape[2] * saved.y.shape[3] == 1:
                 _check_more_than_one_value(saved.n)
-            _update_running_statistics(call, momentum, saved)
-        return y
+            _update_running_statistics(norm, saved)
+        return saved.y
 
     return run
 
@@ -62,89 +60,89 @@ def _check_more_than_one_value(n: Tensor) -> None:
 
 
 @torch.no_grad()
-def _update_running_statistics(call: Call, momentum: Momentum, saved: Saved) -> None:
-    assert call.running_mean is not None
-    assert call.running_var is not None
+def _update_running_statistics(norm: MixNorm, saved: Saved) -> None:
     n = saved.n[:, None]
+    momentum = norm.momentum
     rate = momentum[:, None].to(n) if isinstance(momentum, Tensor) else momentum
     unbiased = saved.batch_var * (n / (n - 1).clamp(min=1))
-    for running, batch in ((call.running_mean, saved.batch_mean), (call.running_var, unbiased)):
+    for running, batch in ((norm.mean, saved.batch_mean), (norm.var, unbiased)):
         moved = (1 - rate) * running + rate * batch
         running.copy_(torch.where(n > 0, moved, running))
 
 
-def _literal(call: Call, momentum: Momentum) -> Tensor:
+def _literal(args: LayerArgs) -> Tensor:
     """The call on ``awnet.reference``, in the input's memory format."""
-    assert call.input is not None
-    return _equations(call, momentum).contiguous(memory_format=memory_format(call.input))
+    return _equations(args).contiguous(memory_format=memory_format(args.input))
 
 
-def _equations(call: Call, momentum: Momentum) -> Tensor:
-    convolution: dict[str, Any] = {
-        "stride": tuple(call.stride),
-        "padding": tuple(call.padding),
-        "dilation": tuple(call.dilation),
-        "groups": call.groups,
-    }
-    norm: dict[str, Any] = {
-        "p_clean": call.p_clean,
-        "is_clean": call.is_clean,
-        "training": call.training,
-        "momentum": momentum,
-        "eps": call.eps,
-    }
-    images: list[Any] = [call.input, call.weight, call.filter_scale]
-    tables: list[Any] = [call.bn_weight, call.bn_bias, call.running_mean, call.running_var]
-    if call.bn_weight is None:
-        y = reference.filter_scaled_conv2d(*images, **convolution)
-        if call.bn_bias is not None:
-            y = y + call.bn_bias.to(y.dtype)[:, :, None, None]
-        y = y if call.residual is None else y + call.residual
-        return torch.relu(y) if call.relu else y
-    if call.weight is None:
-        return reference.mix_batch_norm(images[0], *tables, **norm)
-    last = {"residual": call.residual, "activation": "relu" if call.relu else None}
-    return reference.aw_conv2d(*images, *tables, **(norm | convolution | last))
+def _equations(args: LayerArgs) -> Tensor:
+    conv, norm = args.conv, args.norm
+    u = args.input
+    if args.weight is not None:
+        u = reference.filter_scaled_conv2d(
+            args.input,
+            args.weight,
+            args.filter_scale,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+        )
+    if norm is not None:
+        y = reference.mix_batch_norm(
+            u,
+            norm.weight,
+            norm.bias,
+            norm.mean,
+            norm.var,
+            p_clean=args.p_clean,
+            is_clean=args.is_clean,
+            training=norm.training,
+            momentum=norm.momentum,
+            eps=norm.eps,
+        )
+    else:
+        y = u if args.shift is None else u + args.shift.to(u.dtype)[:, :, None, None]
+    y = y if args.residual is None else y + args.residual
+    return torch.relu(y) if args.activation == "relu" else y
 
 
-def _never(call: Call, momentum: Momentum) -> Tensor:
+def _never(args: LayerArgs) -> Tensor:
     raise AssertionError("select() refuses a backend that is not there")
 
 
+define("native")
 _native_obstacle = native.load()
 _native = _never if _native_obstacle else _runner(describe("native"))
 
 
-def _cpp_refuses(call: Call) -> str | None:
-    assert call.input is not None
-    if call.input.device.type != "cpu":
-        return f"it runs on CPUs, and the input is on {call.input.device}"
-    if call.input.dtype == torch.float64:
+def _cpp_refuses(args: LayerArgs) -> str | None:
+    if args.input.device.type != "cpu":
+        return f"it runs on CPUs, and the input is on {args.input.device}"
+    if args.input.dtype == torch.float64:
         return "it has no float64 (use eager or reference)"
     return _native_obstacle
 
 
-def _cuda_refuses(call: Call) -> str | None:
-    assert call.input is not None
-    reason = triton_backend.device_obstacle(call.input.device)
+def _cuda_refuses(args: LayerArgs) -> str | None:
+    reason = triton_backend.device_obstacle(args.input.device)
     if reason is not None:
         return reason
-    if call.input.dtype == torch.float64:
+    if args.input.dtype == torch.float64:
         return "it has no float64 (use eager or reference)"
     return _native_obstacle or native.cuda_obstacle()
 
 
-def _triton_refuses(call: Call) -> str | None:
-    assert call.input is not None
-    return triton_backend.obstacle(call.input)
+def _triton_refuses(args: LayerArgs) -> str | None:
+    return triton_backend.obstacle(args.input)
 
 
-def _runs_anything(call: Call) -> str | None:
+def _runs_anything(args: LayerArgs) -> str | None:
     return None
 
 
-def _reference_refuses(call: Call) -> str | None:
-    return "it knows nothing of process groups" if call.process_group else None
+def _reference_refuses(args: LayerArgs) -> str | None:
+    return "it knows nothing of process groups" if args.norm is not None and args.norm.process_group else None
 
 
 # in order of preference
@@ -210,27 +208,27 @@ def default_backend(device: str) -> str:
     return chosen_backend() or select(_probe(device), None).name
 
 
-def _refusal(backend: Backend, call: Call, transformed: str | None) -> str | None:
-    return transformed if transformed and not backend.plain else backend.refusal(call)
+def _refusal(backend: Backend, args: LayerArgs, transformed: str | None) -> str | None:
+    return transformed if transformed and not backend.plain else backend.refusal(args)
 
 
-def select(call: Call, backend: str | None) -> Backend:
-    """The backend that runs ``call``. ValueError where none can, or the named one is unknown or cannot."""
-    transformed = transform(call)
+def select(args: LayerArgs, backend: str | None) -> Backend:
+    """The backend that runs ``args``. ValueError where none can, or the named one is unknown or cannot."""
+    transformed = transform(args.differentiable())
     source = "backend"
     if backend is None:
         backend = chosen_backend()
         source = "AWNET_BACKEND" if len(_chosen) == 1 else "use_backend"
     if backend is None:
         for candidate in BACKENDS:
-            if _refusal(candidate, call, transformed) is None:
+            if _refusal(candidate, args, transformed) is None:
                 return candidate
-        reasons = (f"{one.name}: {_refusal(one, call, transformed)}" for one in BACKENDS)
+        reasons = (f"{one.name}: {_refusal(one, args, transformed)}" for one in BACKENDS)
         raise ValueError(f"no backend can run this call; {'; '.join(reasons)}")
     chosen = _named(backend, source)
-    reason = _refusal(chosen, call, transformed)
+    reason = _refusal(chosen, args, transformed)
     if reason is not None:
-        able = [one.name for one in BACKENDS if _refusal(one, call, transformed) is None]
+        able = [one.name for one in BACKENDS if _refusal(one, args, transformed) is None]
         others = f"{able[0]!r} can" if able else "no other can"
         raise ValueError(f"{source} {chosen.name!r} cannot run this call, {others}: {reason}")
     return chosen
@@ -256,29 +254,28 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain_call(call: Call, backend: str | None) -> Explanation:
+def explain_call(args: LayerArgs, backend: str | None) -> Explanation:
     """See :func:`awnet.ops.explain`."""
-    taken, transformed = select(call, backend), transform(call)
+    taken, transformed = select(args, backend), transform(args.differentiable())
     others: dict[str, str] = {}
     for candidate in BACKENDS:
         if candidate is not taken:
-            reason = _refusal(candidate, call, transformed)
+            reason = _refusal(candidate, args, transformed)
             others[candidate.name] = reason or (
                 "another one was named"
                 if BACKENDS.index(candidate) < BACKENDS.index(taken)
                 else f"it could run it, but {taken.name} is preferred"
             )
-    return Explanation(taken.name, others, _on_tiles(call) if taken.name == "cpp" else None)
+    return Explanation(taken.name, others, _on_tiles(args) if taken.name == "cpp" else None)
 
 
-def _on_tiles(call: Call) -> str | None:
-    assert call.input is not None
-    if call.input.dtype != torch.bfloat16:
+def _on_tiles(args: LayerArgs) -> str | None:
+    if args.input.dtype != torch.bfloat16:
         return None
     obstacle = amx.obstacle()
     if obstacle is not None:
         return f"not on AMX tiles, {obstacle}"
-    if call.groups != 1:
+    if args.conv.groups != 1:
         return "not on AMX tiles, which run no grouped convolutions"
     return "on AMX tiles" + (" (emulated)" if amx.mode() == "emulate" else "")
 
@@ -296,8 +293,7 @@ def available_backends() -> dict[str, str | None]:
     return reasons
 
 
-def _probe(device: str) -> Call:
+def _probe(device: str) -> LayerArgs:
     x = torch.empty(1, 1, 1, 1, device=device)
     table = torch.empty(1, 1, device=device)
-    tables = (table, table, None, table, table)
-    return Call(x, x, table, None, *tables, None, False, 1e-5, True, (1, 1), (0, 0), (1, 1), 1)
+    return LayerArgs(x, x, norm=MixNorm(table, table, table, table), filter_scale=table, activation="relu")

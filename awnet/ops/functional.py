@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.autograd import Call
-from awnet.ops.checks import Size2, affine_call, conv_call, layer_call, norm_call
+from awnet.ops.args import Conv, LayerArgs
+from awnet.ops.checks import Size2, affine_args, conv_args, layer_args, norm_args
 from awnet.ops.dispatch import Explanation, explain_call, select
 from awnet.ops.transforms import transform
-from awnet.scalars import plain
 
 
 def filter_scaled_conv2d(
@@ -43,8 +42,10 @@ def filter_scaled_conv2d(
         TypeError, ValueError: an argument's type, dtype, device or shape is off, or the named backend cannot
             run the call; the message says what came and what is expected.
     """
-    call = conv_call(input, weight, filter_scale, stride, padding, dilation, groups)
-    return select(call, backend).run(call, 0.0)
+    args = conv_args(
+        input, weight, filter_scale, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
+    return select(args, backend).run(args)
 
 
 def mix_batch_norm(
@@ -88,7 +89,7 @@ def mix_batch_norm(
             value per channel in training. Over a process group the count is that of all ranks, and is looked
             at after the forward, on every rank; inside torch.compile or a CUDA graph it is not looked at.
     """
-    call = norm_call(
+    args = norm_args(
         input,
         weight,
         bias,
@@ -101,7 +102,7 @@ def mix_batch_norm(
         eps=eps,
         process_group=process_group,
     )
-    return select(call, backend).run(call, plain(momentum))
+    return select(args, backend).run(args)
 
 
 def aw_conv2d(
@@ -146,7 +147,7 @@ def aw_conv2d(
     Raises:
         TypeError, ValueError: as in the two functions that it fuses.
     """
-    call = layer_call(
+    args = layer_args(
         input,
         weight,
         filter_scale,
@@ -167,7 +168,7 @@ def aw_conv2d(
         activation=activation,
         process_group=process_group,
     )
-    return select(call, backend).run(call, plain(momentum))
+    return select(args, backend).run(args)
 
 
 def affine_conv2d(
@@ -200,7 +201,7 @@ def affine_conv2d(
     Raises:
         TypeError, ValueError: as in :func:`aw_conv2d`.
     """
-    call = affine_call(
+    args = affine_args(
         input,
         weight,
         scale,
@@ -212,7 +213,7 @@ def affine_conv2d(
         residual=residual,
         activation=activation,
     )
-    return select(call, backend).run(call, 0.0)
+    return select(args, backend).run(args)
 
 
 class AffineConvolution:
@@ -230,22 +231,27 @@ class AffineConvolution:
         groups: int,
         activation: str | None,
     ) -> None:
-        relu = activation == "relu"
-        # a call without its tensors
-        self.geometry = Call(*(None,) * 10, False, 1e-5, relu, stride, padding, dilation, groups)
+        self.conv = Conv((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+        self.activation = activation
 
     def __call__(
         self, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
     ) -> Tensor:
-        call = self.call(input, weight, scale, shift, residual)
-        return select(call, None).run(call, 0.0)
+        args = self.args(input, weight, scale, shift, residual)
+        return select(args, None).run(args)
 
-    def call(
+    def args(
         self, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
-    ) -> Call:
-        """What is run."""
-        return self.geometry._replace(
-            input=input, weight=weight, filter_scale=scale, bn_bias=shift, residual=residual
+    ) -> LayerArgs:
+        """The record of a call."""
+        return LayerArgs(
+            input,
+            weight,
+            self.conv,
+            scale,
+            shift=shift,
+            residual=residual,
+            activation=self.activation,
         )
 
 
@@ -282,16 +288,16 @@ def explain(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Expla
     Returns:
         An :class:`Explanation`: ``backend``, ``others`` (name → reason), and a readable ``str``.
     """
-    if function not in _CALLS:
-        names = ", ".join(f.__name__ for f in _CALLS)
+    if function not in _ARGS:
+        names = ", ".join(f.__name__ for f in _ARGS)
         raise ValueError(f"function must be one of {names}, got {getattr(function, '__name__', function)!r}")
     backend = kwargs.pop("backend", None)
-    return explain_call(_CALLS[function](*args, **kwargs), backend)
+    return explain_call(_ARGS[function](*args, **kwargs), backend)
 
 
-_CALLS: dict[Callable[..., Tensor], Callable[..., Call]] = {
-    aw_conv2d: layer_call,
-    mix_batch_norm: norm_call,
-    filter_scaled_conv2d: conv_call,
-    affine_conv2d: affine_call,
+_ARGS: dict[Callable[..., Tensor], Callable[..., LayerArgs]] = {
+    aw_conv2d: layer_args,
+    mix_batch_norm: norm_args,
+    filter_scaled_conv2d: conv_args,
+    affine_conv2d: affine_args,
 }

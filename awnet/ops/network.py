@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import dispatch
-from awnet.ops.autograd import Call
+from awnet.ops.args import LayerArgs
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.functional import AffineConvolution, global_average
@@ -58,18 +58,18 @@ def affine_network(
     Raises:
         As :class:`AffineConvolution`: the caller answers for shapes, dtypes and devices.
     """
-    first = layers[0].convolution.call(x, weights[0], *coefficients[0])
+    first = layers[0].convolution.args(x, weights[0], *coefficients[0])
     by_layer = dispatch.select(first, None).name != "cpp" or torch.compiler.is_compiling()
     scales, shifts = zip(*coefficients, strict=True)
     if by_layer or transform((*weights, *scales, *shifts)):
         return _layer_by_layer(x, weights, coefficients, layers)
     numbers: list[int] = []
     for layer in layers:
-        call = layer.convolution.geometry
-        numbers += [layer.input, layer.residual, layer.averaged, call.relu]
-        numbers += [*call.stride, *call.padding, *call.dilation, call.groups]
+        conv = layer.convolution.conv
+        numbers += [layer.input, layer.residual, layer.averaged, layer.convolution.activation == "relu"]
+        numbers += [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
     means: list[Tensor]
-    if amx.runs(x, weights, [layer.convolution.geometry.groups for layer in layers]):
+    if amx.runs(x, weights, [layer.convolution.conv.groups for layer in layers]):
         filters = (packed or amx.PackedWeights()).of(weights)
         emulate = amx.mode() == "emulate"
         means = torch.ops.awnet.network_amx(x, scales, shifts, weights, filters, numbers, emulate)
@@ -127,7 +127,8 @@ def network_coefficients(
     _check_network(tables, widths, omega, p_clean, eps)
     p_clean = p_clean.to(tables.dtype)
     omega = None if omega is None else omega.to(tables.dtype)
-    chosen = dispatch.select(_stand_in(tables, omega, p_clean), backend).name
+    # a backend decides by device and dtype
+    chosen = dispatch.select(LayerArgs(tables[:1], filter_scale=omega, p_clean=p_clean), backend).name
     if chosen == "cpp" and not torch.compiler.is_compiling():
         flat = torch.ops.awnet.network_coefficients_native(omega, p_clean, tables, widths, eps)
     elif chosen == "reference":
@@ -162,12 +163,6 @@ def _check_network(
             f"omega must be [{len(p_clean)}, D] with D the sum of the first widths of {widths}, got "
             f"{list(omega.shape)}"
         )
-
-
-def _stand_in(tables: Tensor, omega: Tensor | None, p_clean: Tensor) -> Call:
-    """A call by which a backend judges device and dtype."""
-    image = tables[:1]
-    return Call(image, None, omega, p_clean, *(None,) * 6, False, 1e-5, False, (1, 1), (0, 0), (1, 1), 1)
 
 
 def _literal_coefficients(

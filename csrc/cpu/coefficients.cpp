@@ -55,11 +55,11 @@ struct Norm {
   Table weight, bias, mean;
   std::vector<float> inv_std;
 
-  Norm(const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var, double eps)
-      : weight(weight, "weight"),
-        bias(bias, "bias"),
-        mean(mean, "mean"),
-        inv_std(inverse_stds(Table(var, "var"), eps)) {}
+  explicit Norm(const MixNorm& of)
+      : weight(of.weight, "weight"),
+        bias(of.bias, "bias"),
+        mean(of.mean, "mean"),
+        inv_std(inverse_stds(Table(of.var, "var"), of.eps)) {}
 
   Branch branch(int64_t k, int64_t c) const {
     const int64_t s = mean.rows == 2 ? k * mean.channels : 0;
@@ -76,15 +76,14 @@ void for_channels(int64_t batch, int64_t channels, Body body) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> testing_coefficients(const MaybeTensor& omega, const Tensor& weight,
-                                                const Tensor& bias, const Tensor& mean, const Tensor& var,
-                                                const MaybeTensor& p_clean, double eps, int64_t batch) {
-  const Norm norm(weight, bias, mean, var, eps);
+std::tuple<Tensor, Tensor> eval_coefficients(const Mix& mix, const MixNorm& of, int64_t batch) {
+  const Tensor& weight = of.weight;
+  const Norm norm(of);
   const int64_t channels = weight.size(1);
-  const float* w = floats(omega, {batch, channels}, "omega");
-  const float* p = floats(p_clean, {batch}, "p_clean");
+  const float* w = floats(mix.filter_scale, {batch, channels}, "filter_scale");
+  const float* p = floats(mix.p_clean, {batch}, "p_clean");
   const bool two = norm.branches() == 2;
-  TORCH_CHECK(!two || p_clean.has_value(), "two branches need p_clean");
+  TORCH_CHECK(!two || mix.p_clean.has_value(), "two branches need p_clean");
   Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
   float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
@@ -100,27 +99,27 @@ std::tuple<Tensor, Tensor> testing_coefficients(const MaybeTensor& omega, const 
   return {scale, shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, const Tensor& gc,
-                                                             const Tensor& centre, const MaybeTensor& omega,
-                                                             const Tensor& weight, const Tensor& bias,
-                                                             const Tensor& mean, const Tensor& var,
-                                                             const MaybeTensor& p_clean, double eps,
-                                                             Needs needs) {
-  const Norm norm(weight, bias, mean, var, eps);
-  const int64_t batch = g1.size(0), channels = weight.size(1), rows = weight.size(0);
-  const float *g1_p = floats(g1, {batch, channels}, "g1"), *gc_p = floats(gc, {batch, channels}, "gc");
-  const float* centre_p = floats(centre, {batch, channels}, "centre");
-  const float *w = floats(omega, {batch, channels}, "omega"), *p = floats(p_clean, {batch}, "p_clean");
+std::tuple<Tensor, Tensor, Tensor, Tensor> eval_gradients(const Reduced& reduced, const Mix& mix,
+                                                          const MixNorm& of, const Needs& needs) {
+  const Tensor& weight = of.weight;
+  const Norm norm(of);
+  const int64_t batch = reduced.g1.size(0), channels = weight.size(1), rows = weight.size(0);
+  const float* g1_p = floats(reduced.g1, {batch, channels}, "g1");
+  const float* gc_p = floats(reduced.gc, {batch, channels}, "gc");
+  const float* centre_p = floats(reduced.centre, {batch, channels}, "centre");
+  const float *w = floats(mix.filter_scale, {batch, channels}, "filter_scale"),
+              *p = floats(mix.p_clean, {batch}, "p_clean");
   const bool two = norm.branches() == 2;
-  TORCH_CHECK(!two || p_clean.has_value(), "two branches need p_clean");
+  TORCH_CHECK(!two || mix.p_clean.has_value(), "two branches need p_clean");
   const auto made = [&](bool needed, at::IntArrayRef shape) {
     return at::empty(needed ? shape : at::IntArrayRef({0}), weight.options());
   };
-  const bool need_tables = needs[2] || needs[3];
-  Tensor d_omega = made(needs[0], {batch, channels}), p_share = made(needs[1], {batch, channels});
+  const bool need_tables = needs.bn_weight || needs.bn_bias;
+  Tensor d_filter_scale = made(needs.filter_scale, {batch, channels}),
+         p_share = made(needs.p_clean, {batch, channels});
   Tensor d_weight = made(need_tables, weight.sizes()), d_bias = made(need_tables, weight.sizes());
-  float* d_omega_p = needs[0] ? d_omega.data_ptr<float>() : nullptr;
-  float* share = needs[1] ? p_share.data_ptr<float>() : nullptr;
+  float* d_filter_scale_p = needs.filter_scale ? d_filter_scale.data_ptr<float>() : nullptr;
+  float* share = needs.p_clean ? p_share.data_ptr<float>() : nullptr;
   float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>();
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
     std::vector<double> sums(need_tables ? 4 * (last - first) : 0, 0.0);
@@ -129,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, c
         const TestingGradients d =
             testing_gradients(g1_p[i], gc_p[i], centre_p[i], w ? w[i] : 1.0f, two ? p[b] : 0.0f,
                               norm.branch(0, c), norm.branch(two ? 1 : 0, c));
-        if (d_omega_p != nullptr) d_omega_p[i] = d.omega;
+        if (d_filter_scale_p != nullptr) d_filter_scale_p[i] = d.omega;
         if (share != nullptr) share[i] = d.p;
         if (!need_tables) continue;
         double* sum = sums.data() + 4 * (c - first);
@@ -152,17 +151,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, c
       }
     }
   });
-  return {d_omega, needs[1] ? p_share.sum(1) : p_share, d_weight, d_bias};
+  return {d_filter_scale, needs.p_clean ? p_share.sum(1) : p_share, d_weight, d_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& mean, const Tensor& m2, int64_t hw,
-                                                    const MaybeTensor& omega, const MaybeTensor& is_clean,
-                                                    int64_t rows) {
+std::tuple<Tensor, Tensor, Tensor> batch_statistics(const SampleStats& stats, const Mix& mix, int64_t rows) {
+  const Tensor &mean = stats.mean, &m2 = stats.m2;
+  const int64_t hw = stats.hw;
   const int64_t batch = mean.size(0), channels = mean.size(1);
   const float *m = floats(mean, {batch, channels}, "mean"), *squares = floats(m2, {batch, channels}, "m2");
-  const float* w = floats(omega, {batch, channels}, "omega");
-  const bool* clean = bools(is_clean, batch);
-  TORCH_CHECK(rows == 1 || (rows == 2 && is_clean.has_value()), "two rows of statistics need is_clean");
+  const float* w = floats(mix.filter_scale, {batch, channels}, "filter_scale");
+  const bool* clean = bools(mix.is_clean, batch);
+  TORCH_CHECK(rows == 1 || (rows == 2 && mix.is_clean.has_value()), "two rows of statistics need is_clean");
   Tensor mu = at::empty({rows, channels}, mean.options()), var = at::empty_like(mu),
          n = at::empty({rows}, mean.options());
   float *mu_p = mu.data_ptr<float>(), *var_p = var.data_ptr<float>();
@@ -194,15 +193,13 @@ std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& mean, const Te
   return {mu, var, n};
 }
 
-std::tuple<Tensor, Tensor> training_coefficients(const MaybeTensor& omega, const Tensor& weight,
-                                                 const Tensor& bias, const Tensor& batch_mean,
-                                                 const Tensor& batch_var, const MaybeTensor& is_clean,
-                                                 double eps, int64_t batch) {
-  const Norm norm(weight, bias, batch_mean, batch_var, eps);
+std::tuple<Tensor, Tensor> train_coefficients(const Mix& mix, const MixNorm& of, int64_t batch) {
+  const Tensor& weight = of.weight;
+  const Norm norm(of);
   const int64_t channels = weight.size(1);
-  const float* w = floats(omega, {batch, channels}, "omega");
-  const bool* clean = bools(is_clean, batch);
-  TORCH_CHECK(norm.branches() == 1 || is_clean.has_value(), "two branches need is_clean");
+  const float* w = floats(mix.filter_scale, {batch, channels}, "filter_scale");
+  const bool* clean = bools(mix.is_clean, batch);
+  TORCH_CHECK(norm.branches() == 1 || mix.is_clean.has_value(), "two branches need is_clean");
   Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
   float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
@@ -227,20 +224,18 @@ struct Backward {
   const float *g1, *gc, *mean, *omega;
   const bool* clean;
 
-  Backward(const Tensor& g1, const Tensor& gc, const Tensor& mean, const MaybeTensor& omega,
-           const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
-           const MaybeTensor& is_clean, double eps)
-      : norm(weight, weight, batch_mean, batch_var, eps),  // the bias is not used
-        batch(g1.size(0)),
-        channels(weight.size(1)),
-        rows(weight.size(0)),
-        groups(batch_mean.size(0)),
-        g1(floats(g1, {batch, channels}, "g1")),
-        gc(floats(gc, {batch, channels}, "gc")),
-        mean(floats(mean, {batch, channels}, "mean")),
-        omega(floats(omega, {batch, channels}, "omega")),
-        clean(bools(is_clean, batch)) {
-    TORCH_CHECK(norm.branches() == 1 || is_clean.has_value(), "two branches need is_clean");
+  Backward(const Reduced& sums, const Mix& mix, const MixNorm& of)
+      : norm(of),
+        batch(sums.g1.size(0)),
+        channels(of.weight.size(1)),
+        rows(of.weight.size(0)),
+        groups(of.mean.size(0)),
+        g1(floats(sums.g1, {batch, channels}, "g1")),
+        gc(floats(sums.gc, {batch, channels}, "gc")),
+        mean(floats(sums.centre, {batch, channels}, "mean")),
+        omega(floats(mix.filter_scale, {batch, channels}, "filter_scale")),
+        clean(bools(mix.is_clean, batch)) {
+    TORCH_CHECK(norm.branches() == 1 || mix.is_clean.has_value(), "two branches need is_clean");
   }
 
   int64_t kind(int64_t b) const { return clean != nullptr && clean[b]; }
@@ -276,11 +271,9 @@ struct Backward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> training_sums(const Tensor& g1, const Tensor& gc, const Tensor& mean,
-                                                 const MaybeTensor& omega, const Tensor& weight,
-                                                 const Tensor& batch_mean, const Tensor& batch_var,
-                                                 const MaybeTensor& is_clean, double eps) {
-  const Backward of(g1, gc, mean, omega, weight, batch_mean, batch_var, is_clean, eps);
+std::tuple<Tensor, Tensor, Tensor> train_sums(const Reduced& reduced, const Mix& mix, const MixNorm& norm) {
+  const Tensor& weight = norm.weight;
+  const Backward of(reduced, mix, norm);
   Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
   Tensor through = at::empty({2, of.groups, of.channels}, weight.options());
   float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>(),
@@ -298,25 +291,26 @@ std::tuple<Tensor, Tensor, Tensor> training_sums(const Tensor& g1, const Tensor&
   return {d_weight, d_bias, through};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
-    const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,
-    const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
-    const Tensor& n, const MaybeTensor& is_clean, double eps, bool need_omega, const MaybeTensor& through) {
-  const Backward of(g1, gc, mean, omega, weight, batch_mean, batch_var, is_clean, eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_gradients(
+    const Reduced& reduced, const SampleStats& stats, const Mix& mix, const MixNorm& norm, const Tensor& n,
+    bool need_filter_scale, const MaybeTensor& through) {
+  const Tensor& weight = norm.weight;
+  const Backward of(reduced, mix, norm);
   const int64_t batch = of.batch, channels = of.channels, groups = of.groups;
-  const float *squares = floats(m2, {batch, channels}, "m2"), *n_p = floats(n, {groups}, "n");
+  const float *squares = floats(stats.m2, {batch, channels}, "m2"), *n_p = floats(n, {groups}, "n");
   const float* through_p = floats(through, {2, groups, channels}, "through");
   const auto options = weight.options();
   const auto made = [&](bool needed, at::IntArrayRef shape) {
     return at::empty(needed ? shape : at::IntArrayRef({0}), options);
   };
-  Tensor d_omega = made(need_omega, {batch, channels}), by_grad = at::empty({batch, channels}, options),
-         by_input = at::empty_like(by_grad), constant = at::empty_like(by_grad);
+  Tensor d_filter_scale = made(need_filter_scale, {batch, channels}),
+         by_grad = at::empty({batch, channels}, options), by_input = at::empty_like(by_grad),
+         constant = at::empty_like(by_grad);
   Tensor d_weight = made(!through, weight.sizes()), d_bias = made(!through, weight.sizes());
-  float *d_omega_p = d_omega.data_ptr<float>(), *by_grad_p = by_grad.data_ptr<float>(),
+  float *d_filter_scale_p = d_filter_scale.data_ptr<float>(), *by_grad_p = by_grad.data_ptr<float>(),
         *by_input_p = by_input.data_ptr<float>(), *constant_p = constant.data_ptr<float>();
   float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>();
-  const float hw_f = static_cast<float>(hw);
+  const float hw_f = static_cast<float>(stats.hw);
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
     std::vector<double> sums;
     if (through_p == nullptr) {
@@ -340,14 +334,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
         const TrainingGradients d = training_gradients(
             of.g1[i], of.gc[i], of.mean[i], squares[i], hw_f, of.scale(i), own,
             static_cast<float>(sum[group]) / count, static_cast<float>(sum[2 + group]) * own.inv_std / count);
-        if (need_omega) d_omega_p[i] = d.omega;
+        if (need_filter_scale) d_filter_scale_p[i] = d.omega;
         by_grad_p[i] = d.by_grad;
         by_input_p[i] = d.by_input;
         constant_p[i] = d.constant;
       }
     }
   });
-  return {d_omega, d_weight, d_bias, by_grad, by_input, constant};
+  return {d_filter_scale, d_weight, d_bias, by_grad, by_input, constant};
 }
 
 }  // namespace awnet::cpu

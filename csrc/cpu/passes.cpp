@@ -261,11 +261,10 @@ std::tuple<at::Tensor, at::Tensor> reduce(const at::Tensor& grad_in, const at::T
 std::tuple<at::Tensor, at::Tensor> propagate(const at::Tensor& grad_in, const std::optional<at::Tensor>& u_in,
                                              const std::optional<at::Tensor>& centre_in,
                                              const std::optional<at::Tensor>& gate_in,
-                                             const at::Tensor& by_grad_in,
-                                             const std::optional<at::Tensor>& by_input_in,
-                                             const std::optional<at::Tensor>& constant_in, bool residual) {
+                                             const Propagation& propagation, bool residual) {
+  const auto &by_input_in = propagation.by_input, &constant_in = propagation.constant;
   const Shape s(grad_in);
-  const at::Tensor grad = grad_in.contiguous(s.format), by_grad = s.table(by_grad_in, "by_grad");
+  const at::Tensor grad = grad_in.contiguous(s.format), by_grad = s.table(propagation.by_grad, "by_grad");
   const at::Tensor gate = s.gate(gate_in, grad.scalar_type());
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
   at::Tensor u, centre, by_input, constant;

@@ -158,8 +158,8 @@ const float* entries(const Tensor& x) { return x.defined() ? x.const_data_ptr<fl
 
 // --- batch norms
 
-Norm norm_of(const On& on, const Tensor& weight, const MaybeTensor& bias, const Tensor& mean,
-             const Tensor& var, double eps) {
+Norm norm_of(const On& on, const MixNorm& of) {
+  const Tensor &weight = of.weight, &mean = of.mean;
   for (const Tensor* x : {&weight, &mean}) {
     TORCH_CHECK(x->dim() == 2 && (x->size(0) == 1 || x->size(0) == 2),
                 "a batch norm's tables must have 1 or 2 rows, got shape ", x->sizes());
@@ -167,12 +167,12 @@ Norm norm_of(const On& on, const Tensor& weight, const MaybeTensor& bias, const 
   const int64_t rows = weight.size(0), groups = mean.size(0), channels = weight.size(1);
   Norm norm;
   norm.weight = on.floats(weight, {rows, channels}, "weight");
-  norm.bias = on.floats(bias, {rows, channels}, "bias");
+  norm.bias = of.bias.defined() ? on.floats(of.bias, {rows, channels}, "bias") : nullptr;
   norm.mean = on.floats(mean, {groups, channels}, "mean");
-  norm.var = on.floats(var, {groups, channels}, "var");
+  norm.var = on.floats(of.var, {groups, channels}, "var");
   norm.rows = static_cast<int32_t>(rows);
   norm.groups = static_cast<int32_t>(groups);
-  norm.eps = static_cast<float>(eps);
+  norm.eps = static_cast<float>(of.eps);
   return norm;
 }
 
@@ -220,15 +220,15 @@ std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, con
 
 std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u_in,
                                      const MaybeTensor& centre_in, const MaybeTensor& gate_in,
-                                     const Tensor& by_grad_in, const MaybeTensor& by_input_in,
-                                     const MaybeTensor& constant_in, bool residual) {
+                                     const Propagation& propagation, bool residual) {
+  const MaybeTensor &by_input_in = propagation.by_input, &constant_in = propagation.constant;
   const On on(grad_in);
   Batch batch(grad_in, on);
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
   TORCH_CHECK(!by_input_in || (u_in && centre_in), "by_input needs u and centre");
   const MaybeTensor none;
   const Tensor grad = batch.image(grad_in, "grad"), u = batch.image(by_input_in ? u_in : none, "u");
-  const Tensor gate = batch.gate(gate_in), by_grad = batch.table(by_grad_in, "by_grad");
+  const Tensor gate = batch.gate(gate_in), by_grad = batch.table(propagation.by_grad, "by_grad");
   const Tensor centre = batch.table(by_input_in ? centre_in : none, "centre");
   const Tensor by_input = batch.table(by_input_in, "by_input"),
                constant = batch.table(constant_in, "constant");
@@ -241,119 +241,117 @@ std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u
   return {d_u, d_residual};
 }
 
-std::tuple<Tensor, Tensor> testing_coefficients(const MaybeTensor& omega, const Tensor& weight,
-                                                const Tensor& bias, const Tensor& mean, const Tensor& var,
-                                                const MaybeTensor& p_clean, double eps, int64_t batch) {
+std::tuple<Tensor, Tensor> eval_coefficients(const Mix& mix, const MixNorm& of, int64_t batch) {
+  const Tensor& weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, weight, bias, mean, var, eps);
+  const Norm norm = norm_of(on, of);
   const int64_t channels = weight.size(1);
-  const float *w = on.floats(omega, {batch, channels}, "omega"), *p = on.floats(p_clean, {batch}, "p_clean");
+  const float *w = on.floats(mix.filter_scale, {batch, channels}, "filter_scale"),
+              *p = on.floats(mix.p_clean, {batch}, "p_clean");
   TORCH_CHECK(!has_two(norm) || p != nullptr, "two branches need p_clean");
   Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
   succeed(
       awnet_cuda_testing_coefficients(&norm, batch, channels, w, p, data(scale), data(shift), on.stream()),
-      "testing_coefficients");
+      "eval_coefficients");
   return {scale, shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> testing_gradients(const Tensor& g1, const Tensor& gc,
-                                                             const Tensor& centre, const MaybeTensor& omega,
-                                                             const Tensor& weight, const Tensor& bias,
-                                                             const Tensor& mean, const Tensor& var,
-                                                             const MaybeTensor& p_clean, double eps,
-                                                             Needs needs) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> eval_gradients(const Reduced& sums, const Mix& mix,
+                                                          const MixNorm& of, const Needs& needs) {
+  const Tensor &g1 = sums.g1, &gc = sums.gc, &centre = sums.centre, &weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, weight, bias, mean, var, eps);
+  const Norm norm = norm_of(on, of);
   const int64_t batch = g1.size(0), channels = weight.size(1);
-  const float *w = on.floats(omega, {batch, channels}, "omega"), *p = on.floats(p_clean, {batch}, "p_clean");
+  const float *w = on.floats(mix.filter_scale, {batch, channels}, "filter_scale"),
+              *p = on.floats(mix.p_clean, {batch}, "p_clean");
   TORCH_CHECK(!has_two(norm) || p != nullptr, "two branches need p_clean");
-  const bool need_tables = needs[2] || needs[3];
-  Tensor d_omega = made(needs[0], {batch, channels}, weight), d_p = made(needs[1], {batch}, weight);
+  const bool need_tables = needs.bn_weight || needs.bn_bias;
+  Tensor d_filter_scale = made(needs.filter_scale, {batch, channels}, weight),
+         d_p = made(needs.p_clean, {batch}, weight);
   Tensor d_weight = made(need_tables, weight.sizes(), weight),
          d_bias = made(need_tables, weight.sizes(), weight);
-  succeed(awnet_cuda_testing_gradients(&norm, batch, channels, on.floats(g1, {batch, channels}, "g1"),
-                                       on.floats(gc, {batch, channels}, "gc"),
-                                       on.floats(centre, {batch, channels}, "centre"), w, p, wanted(d_omega),
-                                       wanted(d_p), wanted(d_weight), wanted(d_bias), on.stream()),
-          "testing_gradients");
-  return {d_omega, d_p, d_weight, d_bias};
+  succeed(awnet_cuda_testing_gradients(
+              &norm, batch, channels, on.floats(g1, {batch, channels}, "g1"),
+              on.floats(gc, {batch, channels}, "gc"), on.floats(centre, {batch, channels}, "centre"), w, p,
+              wanted(d_filter_scale), wanted(d_p), wanted(d_weight), wanted(d_bias), on.stream()),
+          "eval_gradients");
+  return {d_filter_scale, d_p, d_weight, d_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_statistics(const Tensor& mean, const Tensor& m2, int64_t hw,
-                                                    const MaybeTensor& omega, const MaybeTensor& is_clean,
-                                                    int64_t rows) {
+std::tuple<Tensor, Tensor, Tensor> batch_statistics(const SampleStats& stats, const Mix& mix, int64_t rows) {
+  const Tensor &mean = stats.mean, &m2 = stats.m2;
+  const int64_t hw = stats.hw;
   const On on(mean);
   const int64_t batch = mean.size(0), channels = mean.size(1);
-  const bool* clean = on.bools(is_clean, batch);
+  const bool* clean = on.bools(mix.is_clean, batch);
   TORCH_CHECK(rows == 1 || (rows == 2 && clean != nullptr), "two rows of statistics need is_clean");
   Tensor batch_mean = at::empty({rows, channels}, mean.options()), batch_var = at::empty_like(batch_mean),
          n = at::empty({rows}, mean.options());
-  succeed(awnet_cuda_batch_statistics(
-              batch, channels, hw, static_cast<int32_t>(rows), on.floats(mean, {batch, channels}, "mean"),
-              on.floats(m2, {batch, channels}, "m2"), on.floats(omega, {batch, channels}, "omega"), clean,
-              data(batch_mean), data(batch_var), data(n), on.stream()),
+  succeed(awnet_cuda_batch_statistics(batch, channels, hw, static_cast<int32_t>(rows),
+                                      on.floats(mean, {batch, channels}, "mean"),
+                                      on.floats(m2, {batch, channels}, "m2"),
+                                      on.floats(mix.filter_scale, {batch, channels}, "filter_scale"), clean,
+                                      data(batch_mean), data(batch_var), data(n), on.stream()),
           "batch_statistics");
   return {batch_mean, batch_var, n};
 }
 
-std::tuple<Tensor, Tensor> training_coefficients(const MaybeTensor& omega, const Tensor& weight,
-                                                 const Tensor& bias, const Tensor& batch_mean,
-                                                 const Tensor& batch_var, const MaybeTensor& is_clean,
-                                                 double eps, int64_t batch) {
+std::tuple<Tensor, Tensor> train_coefficients(const Mix& mix, const MixNorm& of, int64_t batch) {
+  const Tensor& weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, weight, bias, batch_mean, batch_var, eps);
+  const Norm norm = norm_of(on, of);
   const int64_t channels = weight.size(1);
-  const bool* clean = on.bools(is_clean, batch);
+  const bool* clean = on.bools(mix.is_clean, batch);
   TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
   Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
-  succeed(
-      awnet_cuda_training_coefficients(&norm, batch, channels, on.floats(omega, {batch, channels}, "omega"),
-                                       clean, data(scale), data(shift), on.stream()),
-      "training_coefficients");
+  succeed(awnet_cuda_training_coefficients(&norm, batch, channels,
+                                           on.floats(mix.filter_scale, {batch, channels}, "filter_scale"),
+                                           clean, data(scale), data(shift), on.stream()),
+          "train_coefficients");
   return {scale, shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor> training_sums(const Tensor& g1, const Tensor& gc, const Tensor& mean,
-                                                 const MaybeTensor& omega, const Tensor& weight,
-                                                 const Tensor& batch_mean, const Tensor& batch_var,
-                                                 const MaybeTensor& is_clean, double eps) {
+std::tuple<Tensor, Tensor, Tensor> train_sums(const Reduced& sums, const Mix& mix, const MixNorm& of) {
+  const Tensor &g1 = sums.g1, &gc = sums.gc, &mean = sums.centre, &weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, weight, std::nullopt, batch_mean, batch_var, eps);
+  const Norm norm = norm_of(on, of);
   const int64_t batch = g1.size(0), channels = weight.size(1);
-  const bool* clean = on.bools(is_clean, batch);
+  const bool* clean = on.bools(mix.is_clean, batch);
   TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
   const std::array<int64_t, 2> shape{batch, channels};
   Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight),
          through = at::empty({2, norm.groups, channels}, weight.options());
-  succeed(
-      awnet_cuda_training_sums(&norm, batch, channels, on.floats(g1, shape, "g1"), on.floats(gc, shape, "gc"),
-                               on.floats(mean, shape, "mean"), on.floats(omega, shape, "omega"), clean,
-                               data(d_weight), data(d_bias), data(through), on.stream()),
-      "training_sums");
+  succeed(awnet_cuda_training_sums(&norm, batch, channels, on.floats(g1, shape, "g1"),
+                                   on.floats(gc, shape, "gc"), on.floats(mean, shape, "mean"),
+                                   on.floats(mix.filter_scale, shape, "filter_scale"), clean, data(d_weight),
+                                   data(d_bias), data(through), on.stream()),
+          "train_sums");
   return {d_weight, d_bias, through};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> training_gradients(
-    const Tensor& g1, const Tensor& gc, const Tensor& mean, const Tensor& m2, int64_t hw,
-    const MaybeTensor& omega, const Tensor& weight, const Tensor& batch_mean, const Tensor& batch_var,
-    const Tensor& n, const MaybeTensor& is_clean, double eps, bool need_omega, const MaybeTensor& through) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_gradients(
+    const Reduced& sums, const SampleStats& stats, const Mix& mix, const MixNorm& of, const Tensor& n,
+    bool need_filter_scale, const MaybeTensor& through) {
+  const Tensor &g1 = sums.g1, &gc = sums.gc, &mean = sums.centre, &m2 = stats.m2, &weight = of.weight;
+  const int64_t hw = stats.hw;
   const On on(weight);
-  const Norm norm = norm_of(on, weight, std::nullopt, batch_mean, batch_var, eps);
+  const Norm norm = norm_of(on, of);
   const int64_t batch = g1.size(0), channels = weight.size(1);
-  const bool* clean = on.bools(is_clean, batch);
+  const bool* clean = on.bools(mix.is_clean, batch);
   TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
   const std::array<int64_t, 2> shape{batch, channels};
-  Tensor d_omega = made(need_omega, shape, weight), by_grad = at::empty(shape, weight.options()),
-         by_input = at::empty_like(by_grad), constant = at::empty_like(by_grad);
+  Tensor d_filter_scale = made(need_filter_scale, shape, weight),
+         by_grad = at::empty(shape, weight.options()), by_input = at::empty_like(by_grad),
+         constant = at::empty_like(by_grad);
   Tensor d_weight = made(!through, weight.sizes(), weight), d_bias = made(!through, weight.sizes(), weight);
   succeed(awnet_cuda_training_gradients(
               &norm, batch, channels, hw, on.floats(g1, shape, "g1"), on.floats(gc, shape, "gc"),
-              on.floats(mean, shape, "mean"), on.floats(m2, shape, "m2"), on.floats(omega, shape, "omega"),
-              on.floats(n, {norm.groups}, "n"), clean,
-              on.floats(through, {2, norm.groups, channels}, "through"), wanted(d_omega), wanted(d_weight),
-              wanted(d_bias), data(by_grad), data(by_input), data(constant), on.stream()),
-          "training_gradients");
-  return {d_omega, d_weight, d_bias, by_grad, by_input, constant};
+              on.floats(mean, shape, "mean"), on.floats(m2, shape, "m2"),
+              on.floats(mix.filter_scale, shape, "filter_scale"), on.floats(n, {norm.groups}, "n"), clean,
+              on.floats(through, {2, norm.groups, channels}, "through"), wanted(d_filter_scale),
+              wanted(d_weight), wanted(d_bias), data(by_grad), data(by_input), data(constant), on.stream()),
+          "train_gradients");
+  return {d_filter_scale, d_weight, d_bias, by_grad, by_input, constant};
 }
 
 }  // namespace awnet::cuda

@@ -13,6 +13,7 @@ from support.interpreter import DEVICE, Guarded
 from torch import Tensor
 
 from awnet.ops import coefficients
+from awnet.ops.args import Needs
 
 ROWS = [(2, 2), (2, 1), (1, 1), (1, 2)]
 SIZES = [(1, 1), (5, 3), (13, 9)]
@@ -104,13 +105,13 @@ def test_eval(k: int, s: int, has_scale: bool, config: dict) -> None:
         )
         sums = [x.put(v) for v in (x.g1, x.gc, x.centre)]
         for needs in (
-            coefficients.Needs(has_scale, max(k, s) == 2, True, True),
-            coefficients.Needs(has_scale, False, False, False),
+            Needs(filter_scale=has_scale, p_clean=max(k, s) == 2, bn_weight=True, bn_bias=True),
+            Needs(filter_scale=has_scale),
         ):
             requested = evaluated.EvalGradients(
-                *(v if need else None for v, need in zip(buffers, needs, strict=True))
+                *(v if need else None for v, need in zip(buffers, needs[2:6], strict=True))
             )
-            grads = evaluated.eval_gradients(*sums, norm, mix, needs, config, out=requested)
+            grads = evaluated.eval_gradients(*sums, norm, mix, needs[2:6], config, out=requested)
             expected = coefficients.testing_gradients(
                 *(v.double() for v in (x.g1, x.gc, x.centre)), *exact, needs
             )
@@ -250,7 +251,7 @@ def test_a_network_is_one_layer_with_all_channels_side_by_side(
     needs = (dynamic > 0, True, False, False)
     grads = evaluated.eval_gradients(d_shift, d_scale, None, norm, mix, needs, config, out=buffers)
     zero = torch.zeros_like(x.gc).double()
-    all_needs = coefficients.Needs(True, True, False, False)
+    all_needs = Needs(filter_scale=True, p_clean=True)
     reference = coefficients.testing_gradients(x.g1.double(), x.gc.double(), zero, *exact, all_needs)
     assert reference.filter_scale is not None
     if dynamic:

@@ -11,8 +11,10 @@ from support.interpreter import DEVICE, INTERPRETED
 from support.random_layers import Layer, build, error, has_single_value, layers, run
 
 from awnet import ops
+from awnet.ops.args import flatten
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.backends.triton import TritonPasses
+from awnet.ops.checks import layer_args
 
 few = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -134,13 +136,13 @@ def test_opcheck() -> None:
         layer = on_device(example(training, 7, batch=2, size=[3, 3]).to(torch.float32))
         t = layer.tensors
         names = ("input", "weight", "filter_scale", "p_clean", "bn_weight", "bn_bias", "residual")
-        leaves = [t[n].clone().requires_grad_() if n in t else None for n in names]
-        arguments = (
-            *leaves, t["running_mean"], t["running_var"], t.get("is_clean"), training, 1e-5, True,
-            (1, 1), (1, 1), (1, 1), 2, "", True,
+        args = layer_args(
+            **{"filter_scale": None} | {n: x.clone().requires_grad_(n in names) for n, x in t.items()},
+            training=training, padding=1, groups=2,
         )  # fmt: skip
         for keep_mask in (False, True):
-            torch.library.opcheck(torch.ops.awnet.layer_triton.default, (*arguments, keep_mask))
+            arguments = flatten(args, True, keep_mask)
+            torch.library.opcheck(torch.ops.awnet.layer_triton.default, arguments)
 
 
 def test_float64_is_refused_and_explained() -> None:

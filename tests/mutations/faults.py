@@ -186,7 +186,7 @@ FAULTS = (
     ),
     fault(
         "a block's residual without its gradient", "csrc/network.cpp",
-        "if (s.residual >= 0) add(d[s.residual], std::get<6>(found));", "",
+        "if (s.residual >= 0) add(d[s.residual], grads_of.residual);", "",
         NETWORK,
     ),
     fault(
@@ -206,17 +206,17 @@ FAULTS = (
     ),
     fault(
         "a pixel of u as centre in training, where it is the mean", "csrc/layer.cpp",
-        "by_batch ? mean :", "false ? mean :",
+        "by_batch ? b.mean :", "false ? b.mean :",
         NATIVE_LAYER,
     ),
     fault(
         "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
-        "at::addcmul(gc, *centre, g1)", "gc",
+        "at::addcmul(sums.gc, *centre, sums.g1)", "sums.gc",
         OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_alone[cpp]",
     ),
     fault(
         "gradients asked for by the argument's number, not by the edge's", "csrc/layer.cpp",
-        "edge += present[i];", "edge += 1;",
+        "needs[positions[i]] =", "needs[i] =",
         OPS + "test_only_what_needs_a_gradient_gets_one[cpp]",
     ),
     # --- CUDA, through the emulator
@@ -393,7 +393,7 @@ FAULTS = (
     ),
     fault(
         "a pixel of u as centre in training, where it is the mean", "awnet/ops/autograd.py",
-        "centre = mean if by_batch else", "centre = mean if False else",
+        "centre = args.mean if by_batch else", "centre = args.mean if False else",
         EAGER_LAYER,
     ),
     fault(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from awnet import ops
 from awnet.ops import autograd
+from awnet.ops.args import Needs
 from awnet.ops.backends.eager import EagerPasses
-from awnet.ops.coefficients import Needs, Propagation
+from awnet.ops.coefficients import Propagation
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
 
@@ -170,9 +171,7 @@ def on_kernels(**arguments: object) -> Tensor:
     """``ops.aw_conv2d`` with the emulated kernels in place of the eager passes."""
     from awnet.ops import checks, dispatch
 
-    momentum = arguments.pop("momentum", 0.1)
-    call = checks.layer_call(**arguments)
-    return dispatch._runner(OPERATOR)(call, momentum)
+    return dispatch._runner(OPERATOR)(checks.layer_args(**arguments))
 
 
 @few
@@ -239,7 +238,10 @@ def test_the_algebra_equals_plain_torch(
         clean, p = (t["is_clean"], t["p"]) if max(kind) == 2 else (None, None)
         found = [*passes.testing_coefficients(omega, *running, p, 1e-5, batch)]
         sums = (t["g1"], t["gc"], t["mean"])
-        for needs in (Needs(scaled, max(kind) == 2, True, True), Needs(scaled, False, False, False)):
+        for needs in (
+            Needs(filter_scale=scaled, p_clean=max(kind) == 2, bn_weight=True, bn_bias=True),
+            Needs(filter_scale=scaled),
+        ):
             found += passes.testing_gradients(*sums, omega, *running, p, 1e-5, needs)
         own = passes.batch_statistics(t["mean"], t["m2"], 9, omega, clean if groups == 2 else None, groups)
         found += own

@@ -20,8 +20,8 @@ from awnet.ops.backends import native
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = (
-    "statistics", "apply", "reduce", "propagate", "testing_coefficients", "testing_gradients",
-    "batch_statistics", "training_coefficients", "training_sums", "training_gradients", "layer_native",
+    "statistics", "apply", "reduce", "propagate", "eval_coefficients", "eval_gradients",
+    "batch_statistics", "train_coefficients", "train_sums", "train_gradients", "layer_native",
     "layer_native_backward",
 )  # fmt: skip
 ON_CPU = ("convolves", "convolve_apply", "convolve_back")

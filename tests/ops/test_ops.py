@@ -14,6 +14,7 @@ from support.random_layers import DIFFERENTIABLE, Layer, build, error, has_singl
 
 from awnet import ops, reference
 from awnet.ops import checks
+from awnet.ops.args import flatten
 from awnet.ops.autograd import kept
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.dispatch import BACKENDS
@@ -442,7 +443,7 @@ def test_gradients_that_nobody_asks_for_are_not_computed(backend: str, monkeypat
     if backend == "eager":
         plain = EagerPasses.testing_gradients
         monkeypatch.setattr(
-            EagerPasses, "testing_gradients", staticmethod(lambda *a: asked.append(a[-1]) or plain(*a))
+            EagerPasses, "testing_gradients", staticmethod(lambda *a: asked.append(a[-1][2:6]) or plain(*a))
         )
     layer = example(False, 0).to(torch.float32)
     leaves = {n: x.clone().requires_grad_(n in ("filter_scale", "p_clean")) for n, x in layer.tensors.items()}
@@ -452,9 +453,9 @@ def test_gradients_that_nobody_asks_for_are_not_computed(backend: str, monkeypat
     if backend == "cpp":
         sums = [torch.randn(6, 6) for _ in range(3)]
         tables = [layer.tensors[n] for n in ("bn_weight", "bn_bias", "running_mean", "running_var")]
-        arguments = (*sums, layer.tensors["filter_scale"], *tables, layer.tensors["p_clean"], 1e-5)
+        arguments = (*sums, layer.tensors["filter_scale"], layer.tensors["p_clean"], *tables, 1e-5)
         for needs in ([True, True, False, False], [False, True, False, False], [False, False, True, True]):
-            found = torch.ops.awnet.testing_gradients(*arguments, needs)
+            found = torch.ops.awnet.eval_gradients(*arguments, needs)
             assert [x.numel() > 0 for x in found] == needs
 
 
@@ -494,11 +495,8 @@ def test_a_second_derivative_names_the_reference() -> None:
 
 
 def operator_arguments(layer: Layer) -> tuple:
-    call = checks.layer_call(
-        **{"filter_scale": None} | layer.tensors,
-        **layer.options,
-    )
-    return (*call, *kept(call))
+    args = checks.layer_args(**{"filter_scale": None} | layer.tensors, **layer.options)
+    return flatten(args, *kept(args))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -597,7 +595,7 @@ def test_explain_says_which_backend_and_why_not_the_others() -> None:
 
 
 def ran_by(backend, layer: Layer) -> bool:
-    return backend.refusal(checks.layer_call(**layer.tensors, **layer.options)) is None
+    return backend.refusal(checks.layer_args(**layer.tensors, **layer.options)) is None
 
 
 def test_use_backend_and_the_environment_choose() -> None:
@@ -675,9 +673,9 @@ BAD = {
     "p missing": ({"p_clean": None}, ValueError, "p_clean is missing"),
     "p of another batch": ({"p_clean": torch.ones(3)}, ValueError, r"p_clean must have shape \[B\] = \[2\], got \[3\]"),
     "p of booleans": ({"p_clean": torch.ones(2).bool()}, TypeError, "p_clean must be a floating-point tensor"),
-    "kind in testing": ({"is_clean": torch.ones(2).bool()}, ValueError, "is_clean is for training only"),
+    "kind in testing": ({"is_clean": torch.ones(2).bool()}, ValueError, "is_clean is for train mode only"),
     "kind missing in training": ({"training": True, "p_clean": None}, ValueError, "is_clean is missing"),
-    "p in training": ({"training": True, "is_clean": torch.ones(2).bool()}, ValueError, "p_clean is for testing only"),
+    "p in training": ({"training": True, "is_clean": torch.ones(2).bool()}, ValueError, "p_clean is for eval mode only"),
     "kind of floats": ({"training": True, "p_clean": None, "is_clean": torch.ones(2)}, TypeError, "is_clean must be bool"),
     "training not a bool": ({"training": 1}, TypeError, "training must be a bool, got int"),
     "eps zero": ({"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),

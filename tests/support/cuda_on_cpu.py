@@ -189,9 +189,11 @@ class CudaOnCpu(LibraryConvolutions):
     def testing_gradients(self, g1, gc, centre, omega, weight, bias, mean, var, p, eps, needs):
         g1, gc, centre, omega, p = self._dense(g1, gc, centre, omega, p)
         batch, channels = g1.shape
-        d_omega = self._new_table(g1) if needs[0] else None
-        d_p = self._new((batch,), torch.float32) if needs[1] else None
-        d_weight, d_bias = (self._new_table(weight) if any(needs[2:]) else None for _ in range(2))
+        d_omega = self._new_table(g1) if needs.filter_scale else None
+        d_p = self._new((batch,), torch.float32) if needs.p_clean else None
+        d_weight, d_bias = (
+            self._new_table(weight) if needs.bn_weight or needs.bn_bias else None for _ in range(2)
+        )
         operands = (pointer(x) for x in (g1, gc, centre, omega, p, d_omega, d_p, d_weight, d_bias))
         sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
         self._call("testing_gradients", self._norm(weight, bias, mean, var, eps), *sizes, *operands)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from awnet.ops import coefficients
-from awnet.ops.coefficients import BatchStatistics, Gradients, Needs, Propagation, Sums
+from awnet.ops.args import Needs
+from awnet.ops.coefficients import BatchStatistics, Gradients, Propagation, Sums
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

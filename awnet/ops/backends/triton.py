@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awnet.ops.args import Needs
 from awnet.ops.backends.triton_convolutions import TritonConvolutions
-from awnet.ops.coefficients import BatchStatistics, Gradients, Needs, Propagation, Sums
+from awnet.ops.coefficients import BatchStatistics, Gradients, Propagation, Sums
 from awnet.ops.launch_config import Parameters, launch_parameters
 
 _LEAST_CAPABILITY = (8, 0)
@@ -168,7 +169,10 @@ class TritonPasses(TritonConvolutions):
         norm = _norm(bn_weight, bn_bias, running_mean, running_var, eps)
         config = _for_table("eval_gradients", g1.device, *g1.shape)
         mix = _mix(omega, p_clean)
-        grads = kernels("eval_coefficients").eval_gradients(g1, gc, _dense(centre), norm, mix, needs, config)
+        required = (needs.filter_scale, needs.p_clean, needs.bn_weight, needs.bn_bias)
+        grads = kernels("eval_coefficients").eval_gradients(
+            g1, gc, _dense(centre), norm, mix, required, config
+        )
         return Gradients(*grads)
 
     def batch_statistics(

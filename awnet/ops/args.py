@@ -1,0 +1,227 @@
+"""The arguments of one layer call, as records and in the flat form of the registered operators.
+
+:class:`LayerArgs` describes one call of y = act(conv(input, weight) · scale + shift + residual); every
+backend takes it. The operators of ``torch.library`` take flat arguments: ``FORWARD_SCHEMA`` and
+``BACKWARD_SCHEMA`` name them, and ``flatten``, ``unflatten``, ``flatten_backward`` and ``unflatten_backward``
+convert, here and nowhere else in Python (``csrc/layer.cpp`` reads the same schemas).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Conv:
+    """The geometry of a convolution, in pixels (height, width)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class MixNorm:
+    """A batch norm with 1 or 2 branches: row 0 is adversarial, row 1 clean."""
+
+    weight: Tensor  # γ [K, C_out], K = affine_rows
+    bias: Tensor  # β [K, C_out]
+    mean: Tensor  # running mean [S, C_out], S = stat_rows
+    var: Tensor  # running variance [S, C_out]
+    eps: float = 1e-5
+    momentum: float | Tensor = 0.1  # of the running statistics; not an argument of the operators
+    training: bool = False
+    process_group: str = ""  # the group whose ranks share batch statistics; empty for this process only
+
+
+@dataclass(frozen=True, slots=True)
+class LayerArgs:
+    """One layer call; :mod:`awnet.ops.checks` has checked it.
+
+    Without a ``weight`` there is no convolution (``mix_batch_norm``). Without a ``norm`` the scale is
+    ``filter_scale`` and the shift is ``shift``, each 1 and 0 where None (``filter_scaled_conv2d``,
+    ``affine_conv2d``).
+    """
+
+    input: Tensor  # [B, C_in, H, W]
+    weight: Tensor | None = None  # [C_out, C_in/groups, k_h, k_w]
+    conv: Conv = Conv()
+    filter_scale: Tensor | None = None  # ω [B, C_out]
+    norm: MixNorm | None = None
+    p_clean: Tensor | None = None  # p [B], eval mode with two branches
+    is_clean: Tensor | None = None  # [B] bool, train mode with two branches
+    shift: Tensor | None = None  # [B, C_out], only without a norm
+    residual: Tensor | None = None  # [B, C_out, H', W']
+    activation: str | None = None  # "relu" or None
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether the layer normalizes by the statistics of its own batch."""
+        return self.norm is not None and self.norm.training
+
+    def differentiable(self) -> tuple[Tensor | None, ...]:
+        """The arguments that can get a gradient, in the order of :class:`Needs`."""
+        norm = self.norm
+        bn_weight, bn_bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        images = (self.input, self.weight, self.filter_scale)
+        return *images, self.p_clean, bn_weight, bn_bias, self.shift, self.residual
+
+
+class Needs(NamedTuple):
+    """For which arguments a gradient is required."""
+
+    input: bool = False
+    weight: bool = False
+    filter_scale: bool = False
+    p_clean: bool = False
+    bn_weight: bool = False
+    bn_bias: bool = False
+    shift: bool = False
+    residual: bool = False
+
+    @property
+    def coefficients(self) -> bool:
+        """Whether a gradient on [B, C] is required, for which the backward needs u."""
+        return any(self[2:7])
+
+    @property
+    def images(self) -> bool:
+        """Whether ∂u or the gradient of the residual is required."""
+        return self.input or self.weight or self.residual
+
+
+class Saved(NamedTuple):
+    """The outputs of the forward operator."""
+
+    y: Tensor  # [B, C_out, H', W']
+    u: Tensor  # of y's shape, conv(input, weight); empty without a weight or without keep_u
+    mask: Tensor  # of y's shape, bool: where the activation passed; empty without keep_mask
+    mean: Tensor  # [B, C_out] of u; this and the rest are empty outside train mode
+    m2: Tensor  # [B, C_out]
+    batch_mean: Tensor  # [S, C_out] of ω ⊙ u
+    batch_var: Tensor  # [S, C_out], biased
+    n: Tensor  # [S], values per channel
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardArgs:
+    """The arguments of the backward operator."""
+
+    grad: Tensor  # ∂L/∂y
+    input: Tensor | None  # its values, only where the weight's gradient is required
+    input_shape: Sequence[int]
+    weight: Tensor | None
+    conv: Conv
+    filter_scale: Tensor | None
+    norm: MixNorm | None  # in train mode with the statistics of the batch
+    p_clean: Tensor | None
+    is_clean: Tensor | None
+    shift: Tensor | None  # only its dtype is read
+    u: Tensor | None  # conv(input, weight), or the input where there is no weight
+    relu_mask: Tensor | None  # y, or a bool mask; None without an activation
+    mean: Tensor  # [B, C_out] of u; this and the rest are empty outside train mode
+    m2: Tensor  # [B, C_out]
+    n: Tensor  # [S]
+    channels_last: bool
+    needs: Needs
+
+
+_LAYER = """Tensor? weight, Tensor? filter_scale, Tensor? p_clean, Tensor? bn_weight, Tensor? bn_bias,
+    Tensor? shift, {residual} Tensor? mean, Tensor? var, Tensor? is_clean, bool training, float eps,
+    str process_group, int[2] stride, int[2] padding, int[2] dilation, int groups"""
+_FORWARD = f"""(Tensor input, {_LAYER.format(residual="Tensor? residual,")}, bool relu, bool keep_u,
+    bool keep_mask) -> (Tensor y, Tensor u, Tensor mask, Tensor mean, Tensor m2, Tensor batch_mean,
+    Tensor batch_var, Tensor n)"""
+_BACKWARD = f"""(Tensor grad, Tensor? input, SymInt[] input_shape, {_LAYER.format(residual="")}, Tensor? u,
+    Tensor? relu_mask, Tensor u_mean, Tensor u_m2, Tensor n, bool channels_last, bool[8] needs)
+    -> (Tensor input, Tensor weight, Tensor filter_scale, Tensor p_clean, Tensor bn_weight, Tensor bn_bias,
+    Tensor shift, Tensor residual)"""
+FORWARD_SCHEMA, BACKWARD_SCHEMA = " ".join(_FORWARD.split()), " ".join(_BACKWARD.split())
+
+
+def _flat_norm(norm: MixNorm | None) -> tuple[Any, ...]:
+    """weight, bias, mean, var, training, eps, process_group."""
+    if norm is None:
+        return None, None, None, None, False, 1e-5, ""
+    return (
+        norm.weight, norm.bias, norm.mean, norm.var, norm.training, norm.eps, norm.process_group,
+    )  # fmt: skip
+
+
+def flatten(args: LayerArgs, keep_u: bool, keep_mask: bool) -> tuple[Any, ...]:
+    """``args`` and what to keep for the backward, in the order of ``FORWARD_SCHEMA``."""
+    bn_weight, bn_bias, mean, var, *options = _flat_norm(args.norm)
+    conv = args.conv
+    return (
+        args.input, args.weight, args.filter_scale, args.p_clean, bn_weight, bn_bias, args.shift,
+        args.residual, mean, var, args.is_clean, *options,
+        conv.stride, conv.padding, conv.dilation, conv.groups, args.activation == "relu", keep_u, keep_mask,
+    )  # fmt: skip
+
+
+def unflatten(flat: Sequence[Any]) -> tuple[LayerArgs, bool, bool]:
+    """The inverse of :func:`flatten`; the momentum, which is no argument of the operators, is the default."""
+    (input, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, residual, mean, var, is_clean, training,
+     eps, process_group, stride, padding, dilation, groups, relu, keep_u, keep_mask) = flat  # fmt: skip
+    norm = None
+    if bn_weight is not None:
+        norm = MixNorm(bn_weight, bn_bias, mean, var, eps, training=training, process_group=process_group)
+    args = LayerArgs(
+        input,
+        weight,
+        Conv(stride, padding, dilation, groups),
+        filter_scale,
+        norm,
+        p_clean=p_clean,
+        is_clean=is_clean,
+        shift=shift,
+        residual=residual,
+        activation="relu" if relu else None,
+    )
+    return args, keep_u, keep_mask
+
+
+def flatten_backward(args: BackwardArgs) -> tuple[Any, ...]:
+    """``args`` in the order of ``BACKWARD_SCHEMA``."""
+    bn_weight, bn_bias, mean, var, *options = _flat_norm(args.norm)
+    conv = args.conv
+    return (
+        args.grad, args.input, args.input_shape, args.weight, args.filter_scale, args.p_clean, bn_weight,
+        bn_bias, args.shift, mean, var, args.is_clean, *options,
+        conv.stride, conv.padding, conv.dilation, conv.groups,
+        args.u, args.relu_mask, args.mean, args.m2, args.n, args.channels_last, list(args.needs),
+    )  # fmt: skip
+
+
+def unflatten_backward(flat: Sequence[Any]) -> BackwardArgs:
+    """The inverse of :func:`flatten_backward`, up to the momentum."""
+    (grad, input, input_shape, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, mean, var, is_clean,
+     training, eps, process_group, stride, padding, dilation, groups, u, relu_mask, u_mean, m2, n,
+     channels_last, needs) = flat  # fmt: skip
+    norm = None
+    if bn_weight is not None:
+        norm = MixNorm(bn_weight, bn_bias, mean, var, eps, training=training, process_group=process_group)
+    return BackwardArgs(
+        grad=grad,
+        input=input,
+        input_shape=input_shape,
+        weight=weight,
+        conv=Conv(stride, padding, dilation, groups),
+        filter_scale=filter_scale,
+        norm=norm,
+        p_clean=p_clean,
+        is_clean=is_clean,
+        shift=shift,
+        u=u,
+        relu_mask=relu_mask,
+        mean=u_mean,
+        m2=m2,
+        n=n,
+        channels_last=channels_last,
+        needs=Needs(*needs),
+    )
