@@ -34,6 +34,11 @@ def check_environment() -> None:
             )
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or unchanged in float64: 16 bits are too few for losses and differences."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 _lock = threading.Lock()
 _depth = 0
 _before: Callable[[], None] = lambda: None  # noqa: E731

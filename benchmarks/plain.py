@@ -88,9 +88,9 @@ def plain_model(model: nn.Module, *, literal: bool = False) -> nn.Module:
 
 
 class SeparatePasses(nn.Module):
-    """A plain AW-Net for ``recipe.loss``: the images that were routed in one call are passed in one call.
+    """A plain AW-Net for ``awnet.training.forward``: images that were routed in one call pass in one call.
 
-    The first are clean, the others adversarial, as the losses of ``awnet.training`` order them.
+    The first are clean, the others adversarial, as ``awnet.training.forward`` orders them.
     """
 
     def __init__(self, model: AWNet) -> None:
@@ -175,15 +175,16 @@ def plain_step(
         weight_decay=recipe.weight_decay,
     )
 
-    def attacked(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
-        x_adv: Tensor = attack(x, y, index=index)
-        optimizer.zero_grad()  # what the attack left with the parameters
-        return x_adv
+    (phase,) = recipe.phases()
 
     def step(batch: Any) -> Any:
         optimizer.zero_grad()
         with autocast():
-            result = recipe.loss(passes, batch, attacked, options, teachers, weights)
+            x_adv = None
+            if recipe.needs_attack:
+                x_adv = attack(batch.x, batch.y, index=batch.index)
+                optimizer.zero_grad()  # gradients that the attack left with the parameters
+            result = phase.result(passes, batch, x_adv, options, teachers, weights)
         result.total.backward()
         optimizer.step()
         return result.terms

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from awnet.attacks import frozen
 from awnet.data import Dataset, from_arrays, load_dataset
+from awnet.data.dataset import Batch
 from awnet.models import create_model
 from awnet.nn import AWNet
 from awnet.terminal import safe_console
@@ -450,16 +451,9 @@ def flops_per_image(setting: _Setting) -> float:
     options = replace(recipe.loss_options(), router_passes="separate")
     weights = MTARDWeights("meta") if isinstance(recipe, MTARD) else None
     with FlopCounterMode(display=False) as learning:
-        batch: Any = _Shapes(x, y, y)
-        recipe.loss(passes, batch, lambda x, y, index: x, options, teachers, weights).total.backward()
+        (phase,) = recipe.phases()
+        phase.result(passes, Batch(x, y, y), x, options, teachers, weights).total.backward()
     return (attacking + learning.get_total_flops()) / count
-
-
-@dataclass(frozen=True)
-class _Shapes:
-    x: Tensor
-    y: Tensor
-    index: Tensor
 
 
 # --- records

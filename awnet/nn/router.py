@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from awnet.nn.backbone import Backbone
 from awnet.nn.layers import check_image
 from awnet.ops import global_average
+from awnet.precision import at_least_float32
 from awnet.scalars import check_flag, check_number
 
 TestBN = Literal["mix", "adv", "clean"]
@@ -36,18 +37,14 @@ def _fixed_p_clean(test_bn: TestBN) -> float:
     return _FIXED_P_CLEAN[test_bn]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # tanh(·) + 1 cancels in 16 bits
-
-
 def p_clean_of(type_logits: Tensor, p_temperature: float) -> Tensor:
     """The probability [B] that each sample is clean, float32 or wider, Eq. 18."""
-    return (_wide(type_logits) / p_temperature).softmax(1)[:, 1]
+    return (at_least_float32(type_logits) / p_temperature).softmax(1)[:, 1]
 
 
 def filter_scales_of(signals: Tensor, beta: float) -> Tensor:
     """ω = (tanh(signals) + 1)^β, float32 or wider, Eq. 19."""
-    base = _wide(signals).tanh() + 1
+    base = at_least_float32(signals).tanh() + 1  # the sum cancels in 16 bits
     if beta < 1:
         base = base.clamp(min=1e-6)
     return base.pow(beta)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from awnet.attacks import PGD, frozen
 from awnet.data import Dataset, ThreatModel
+from awnet.data.dataset import Batch
 from awnet.models.advmoe import ADVMOE
 from awnet.models.rdi import RDIResNet, choose_thresholds
 from awnet.models.separate import SeparateNet
+from awnet.training.forward import Forward, Phase, Teachers
 from awnet.training.losses import (
-    Attack,
-    Batch,
     Loss,
     LossOptions,
     LossResult,
     MTARDWeights,
-    Teachers,
+    Outputs,
     kl_divergence,
+    loss_result,
 )
 from awnet.training.recipes import PGDAT, RECIPES, Recipe, Trades, TrainingAttack
 
@@ -37,29 +38,24 @@ def _expected(model: nn.Module, kind: type[Network], recipe: str) -> Network:
     return model
 
 
-def _result(total: Tensor, **terms: Tensor) -> LossResult:
-    return LossResult(total, {name: term.detach() for name, term in ({"total": total} | terms).items()})
-
-
 # RDI-ResNet
 
 
-def rdi(
-    model: nn.Module,
-    batch: Batch,
-    attack: Attack,
-    options: LossOptions,
-    teachers: Teachers | None = None,
-    weights: MTARDWeights | None = None,
-) -> LossResult:
-    """L = Σ over the exits of ½ CE(x_nat) + ½ CE(x_adv), with x_adv of the max-average attack."""
+def all_exits(
+    model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
+) -> Tensor:
+    """Logits [exits, 2B, K] of all exits for [clean; adversarial] images."""
     network = _expected(model, RDIResNet, "rdi")
-    x_adv = attack(batch.x, batch.y, index=batch.index)
-    exits = torch.stack(network.exits(torch.cat([batch.x, x_adv]))).float()  # [exits, 2B, K]
-    losses = _cross_entropies(exits, torch.cat([batch.y, batch.y])).sum(0)  # [2B]
-    nat, adv = (half.mean() for half in losses.split(len(batch.y)))
+    assert x_adv is not None
+    return torch.stack(network.exits(torch.cat([batch.x, x_adv]))).float()
+
+
+def rdi(outputs: Tensor, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None) -> LossResult:
+    """L = Σ over the exits of ½ CE(x_nat) + ½ CE(x_adv), with x_adv of the max-average attack."""
+    per_image = _cross_entropies(outputs, torch.cat([y, y])).sum(0)  # [2B]
+    nat, adv = (half.mean() for half in per_image.split(len(y)))
     w_adv = 0.5 if options.adv_weight is None else options.adv_weight
-    return _result((1 - w_adv) * nat + w_adv * adv, nat=nat, adv=adv)
+    return loss_result((1 - w_adv) * nat + w_adv * adv, {"nat": nat, "adv": adv})
 
 
 def _cross_entropies(exits: Tensor, y: Tensor) -> Tensor:
@@ -83,6 +79,7 @@ class RDI(PGDAT):
     name: ClassVar[str] = "rdi"
     network: ClassVar[str | None] = "rdi_resnet38"
     loss: ClassVar[Loss] = staticmethod(rdi)
+    forward: ClassVar[Forward] = staticmethod(all_exits)
 
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
@@ -169,15 +166,15 @@ def _only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None
             parameter.requires_grad_(True)
 
 
-def _trades_on(
-    model: ADVMOE, parameters: Iterable[nn.Parameter], batch: Batch, attack: Attack, factor: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """CE(nat) + factor · KL(p_nat ‖ p_adv) for some of the parameters, and the two terms."""
-    x_adv = attack(batch.x, batch.y, index=batch.index)
+def _pass_training(
+    model: nn.Module, parameters: Iterable[nn.Parameter], batch: Batch, x_adv: Tensor | None
+) -> Outputs:
+    """A pass over [clean; adversarial] images with gradients for some of the parameters only."""
+    assert x_adv is not None
     with _only(model, parameters):
         clean, adversarial = model(torch.cat([batch.x, x_adv])).float().split(len(batch.y))
-    nat, adv = F.cross_entropy(clean, batch.y), kl_divergence(clean, adversarial)
-    return nat + factor * adv, nat, adv
+    is_clean = torch.arange(2 * len(batch.y), device=batch.y.device) < len(batch.y)
+    return Outputs(clean, adversarial, is_clean)
 
 
 @dataclass(frozen=True)
@@ -209,86 +206,102 @@ class AlternatingTrades(Trades):
         if self.capture:
             raise ValueError("capture must be False: the router's step attacks what the experts' step made")
 
-    def phases(self) -> tuple[Loss, ...]:
-        return (_experts, self._router)
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(_expert_pass, _expert_loss), Phase(_router_pass, self._router_loss))
 
-    def _router(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        attack: Attack,
-        options: LossOptions,
-        teachers: Teachers | None = None,
-        weights: MTARDWeights | None = None,
+    def _router_loss(
+        self, outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
     ) -> LossResult:
-        network = _expected(model, ADVMOE, self.name)
-        own = network.router.parameters()
-        total, nat, adv = _trades_on(network, own, batch, attack, self.router_weight)
-        return _result(total, router_nat=nat, router_adv=adv)
+        nat, adv = F.cross_entropy(outputs.clean, y), kl_divergence(outputs.clean, outputs.adversarial)
+        return loss_result(nat + self.router_weight * adv, {"router_nat": nat, "router_adv": adv})
 
     def usual_step_size(self, threat_model: ThreatModel) -> float:
         return threat_model.eps * 5 / 8
 
 
-def _experts(
-    model: nn.Module,
-    batch: Batch,
-    attack: Attack,
-    options: LossOptions,
-    teachers: Teachers | None = None,
-    weights: MTARDWeights | None = None,
-) -> LossResult:
+def _expert_pass(
+    model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
+) -> Outputs:
     network = _expected(model, ADVMOE, "advmoe")
     routers = {id(parameter) for parameter in network.router.parameters()}
-    own = [parameter for parameter in network.parameters() if id(parameter) not in routers]
+    experts = [parameter for parameter in network.parameters() if id(parameter) not in routers]
+    return _pass_training(network, experts, batch, x_adv)
+
+
+def _expert_loss(
+    outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
+) -> LossResult:
+    nat, adv = F.cross_entropy(outputs.clean, y), kl_divergence(outputs.clean, outputs.adversarial)
     factor = 6.0 if options.adv_weight is None else options.adv_weight
-    total, nat, adv = _trades_on(network, own, batch, attack, factor)
-    return _result(total, nat=nat, adv=adv)
+    return loss_result(nat + factor * adv, {"nat": nat, "adv": adv})
+
+
+def _router_pass(
+    model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
+) -> Outputs:
+    network = _expected(model, ADVMOE, "advmoe")
+    return _pass_training(network, network.router.parameters(), batch, x_adv)
 
 
 # Separate-Net
 
 
-def separate(
-    model: nn.Module,
-    batch: Batch,
-    attack: Attack,
-    options: LossOptions,
-    teachers: Teachers | None = None,
-    weights: MTARDWeights | None = None,
-) -> LossResult:
-    """Three losses, of which each trains a part by itself:
+class SeparateOutputs(NamedTuple):
+    """What Separate-Net's parts return, logits in float32.
 
-        standard member   CE(x)
-        robust member     CE(x) + 6 KL(p(x) ‖ p(x_robust)), TRADES
-        detector          ½ CE(type(x), clean) + ½ CE(type([x_robust; x_standard]), adversarial)
-
-    with x_robust made against the robust member and x_standard against the standard one.
+    standard: [B, K], the standard member's for clean images.
+    clean, adversarial: [B, K], the robust member's.
+    type_logits: [3B, 2], the detector's for [clean; robust member's; standard member's adversarial images].
     """
+
+    standard: Tensor
+    clean: Tensor
+    adversarial: Tensor
+    type_logits: Tensor
+
+
+def separate_pass(
+    model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
+) -> SeparateOutputs:
+    """Each part on its images; ``x_adv`` [2B, C, H, W] is made against the robust and the standard member."""
     network = _expected(model, SeparateNet, "separate")
-    x, y = batch.x, batch.y
-    x_robust, x_standard = attack(x, y, index=batch.index).split(len(x))
-    standard = F.cross_entropy(network.standard(x).float(), y)
+    assert x_adv is not None
+    x = batch.x
+    x_robust, x_standard = x_adv.split(len(x))
+    standard = network.standard(x).float()
     clean, adversarial = network.robust(torch.cat([x, x_robust])).float().split(len(x))
-    nat, adv = F.cross_entropy(clean, y), kl_divergence(clean, adversarial)
-    factor = 6.0 if options.adv_weight is None else options.adv_weight
     type_logits = network.route(torch.cat([x, x_robust, x_standard])).type_logits
     assert type_logits is not None
-    kind = (torch.arange(3 * len(x), device=x.device) < len(x)).long()
+    return SeparateOutputs(standard, clean, adversarial, type_logits.float())
+
+
+def separate(
+    outputs: SeparateOutputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
+) -> LossResult:
+    """The sum of three losses, each of which trains a different part:
+
+    standard member   CE(x)
+    robust member     CE(x) + 6 KL(p(x) ‖ p(x_robust)), TRADES
+    detector          ½ CE(type(x), clean) + ½ CE(type([x_robust; x_standard]), adversarial)
+    """
+    n = len(y)
+    standard = F.cross_entropy(outputs.standard, y)
+    nat, adv = F.cross_entropy(outputs.clean, y), kl_divergence(outputs.clean, outputs.adversarial)
+    factor = 6.0 if options.adv_weight is None else options.adv_weight
+    kind = (torch.arange(3 * n, device=y.device) < n).long()
     each = F.cross_entropy(
-        type_logits.float(), kind, reduction="none", label_smoothing=options.type_label_smoothing
+        outputs.type_logits, kind, reduction="none", label_smoothing=options.type_label_smoothing
     )
-    type_loss = 0.5 * each[: len(x)].mean() + 0.5 * each[len(x) :].mean()
-    right = type_logits.detach().argmax(1) == kind
-    total = standard + nat + factor * adv + options.type_weight * type_loss
-    return _result(
-        total,
-        standard=standard,
-        nat=nat,
-        adv=adv,
-        type=type_loss,
-        type_accuracy=0.5 * right[: len(x)].float().mean() + 0.5 * right[len(x) :].float().mean(),
-    )
+    type_loss = 0.5 * each[:n].mean() + 0.5 * each[n:].mean()
+    right = (outputs.type_logits.detach().argmax(1) == kind).float()
+    terms = {
+        "standard": standard,
+        "nat": nat,
+        "adv": adv,
+        "type": type_loss,
+        "type_accuracy": 0.5 * right[:n].mean() + 0.5 * right[n:].mean(),
+    }
+    return loss_result(standard + nat + factor * adv + options.type_weight * type_loss, terms)
 
 
 @dataclass(frozen=True)
@@ -306,6 +319,7 @@ class Separate(Trades):
     name: ClassVar[str] = "separate"
     network: ClassVar[str | None] = "separate_net"
     loss: ClassVar[Loss] = staticmethod(separate)
+    forward: ClassVar[Forward] = staticmethod(separate_pass)
 
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from awnet.data import Dataset
 from awnet.data.dataset import Batch
 from awnet.nn.copies import copied
-from awnet.training.losses import MTARDWeights, Teachers
+from awnet.training.forward import Teachers
+from awnet.training.losses import MTARDWeights
 from awnet.training.recipes import Recipe
 
 
@@ -40,18 +41,15 @@ def check_smallest_micro_batch(recipe: Recipe, model: nn.Module, data: Dataset, 
     x = torch.zeros(1, data.in_channels, *data.image_size, device=device)
     zero = torch.zeros(1, dtype=torch.long, device=device)
 
-    def unattacked(x: Tensor, y: Tensor, **_: object) -> Tensor:
-        return x
-
     class Teacher(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.new_zeros(len(x), data.num_classes)
 
     teachers, weights = Teachers(Teacher(), Teacher()), MTARDWeights(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        for loss in recipe.phases():
+        for phase in recipe.phases():
             try:
-                loss(trained, Batch(x, zero, zero), unattacked, recipe.loss_options(), teachers, weights)
+                phase.result(trained, Batch(x, zero, zero), x, recipe.loss_options(), teachers, weights)
             except ValueError as error:
                 if "more than 1 value per channel" in str(error):
                     raise ValueError(_refusal(recipe, images, ranks)) from error

@@ -20,10 +20,12 @@ from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 from awnet.attacks import GraphedPGD
 from awnet.attacks.base import device_of
 from awnet.data import Dataset, ThreatModel
-from awnet.nn import Steering, observe, routers
+from awnet.nn import Steering, has_router, observe, routers
+from awnet.precision import at_least_float32
 from awnet.scalars import is_integer, is_number, plain
 from awnet.training import losses
-from awnet.training.losses import Loss, LossOptions, is_dynamic
+from awnet.training.forward import Forward, Phase, clean_pass, distillation_pass, helper_pass, joint_pass
+from awnet.training.losses import Loss, LossOptions
 
 TeacherKind = Literal["clean", "robust"]
 
@@ -69,6 +71,7 @@ class Recipe:
 
     name: ClassVar[str]
     loss: ClassVar[Loss]
+    forward: ClassVar[Forward] = staticmethod(joint_pass)
     needs_attack: ClassVar[bool] = True
     teachers: ClassVar[tuple[TeacherKind, ...]] = ()  # what must be there before training begins
     network: ClassVar[str | None] = None  # the model that a recipe is made for; None for any
@@ -123,19 +126,10 @@ class Recipe:
                 _check(self, name, is_number, lambda v: v > 0, "None or a number above 0")
         if self.adv_weight is not None:
             _check(self, "adv_weight", is_number, lambda v: v >= 0, "None or a number of at least 0")
-        for name, choices in (
-            ("schedule", ("step", "onecycle")),
-            ("router_passes", ("joint", "separate")),
-            ("precision", ("auto", "float32", "bfloat16")),
-            ("layout", ("auto", "nchw", "channels_last")),
-        ):
-            _check(
-                self,
-                name,
-                lambda v: True,
-                lambda v, c=choices: isinstance(v, str) and v in c,
-                f"one of {choices}",
-            )
+        _check_choice(self, "schedule", "step", "onecycle")
+        _check_choice(self, "router_passes", "joint", "separate")
+        _check_choice(self, "precision", "auto", "float32", "bfloat16")
+        _check_choice(self, "layout", "auto", "nchw", "channels_last")
         several = isinstance(self.milestones, Iterable) and not isinstance(self.milestones, str)
         milestones = plain(list(self.milestones)) if several else []
         if (
@@ -179,7 +173,7 @@ class Recipe:
         num_classes: int,
         seed: int,
     ) -> GraphedPGD:
-        fools_router = bool(self.inner_type_weight) and is_dynamic(model)
+        fools_router = bool(self.inner_type_weight) and has_router(model)
         device = device_of(model)
         return GraphedPGD(
             model,
@@ -226,9 +220,9 @@ class Recipe:
             )
         return MultiStepLR(optimizer, [m * steps_per_epoch for m in self.milestones], gamma=self.lr_decay)
 
-    def phases(self) -> tuple[Loss, ...]:
-        """The losses of one step, one after another, each followed by an update of what it trains."""
-        return (self.loss,)
+    def phases(self) -> tuple[Phase, ...]:
+        """The updates of one step, in order."""
+        return (Phase(self.forward, self.loss),)
 
     def calibrate(self, model: nn.Module, data: Dataset) -> None:
         """Sets what the model reads off held-out images rather than learns, before every validation."""
@@ -264,6 +258,7 @@ class Standard(Recipe):
 
     name: ClassVar[str] = "standard"
     loss: ClassVar[Loss] = staticmethod(losses.standard)
+    forward: ClassVar[Forward] = staticmethod(clean_pass)
     needs_attack: ClassVar[bool] = False
 
     label_smoothing: float = 0.0
@@ -327,6 +322,7 @@ class MTARD(Recipe):
 
     name: ClassVar[str] = "mtard"
     loss: ClassVar[Loss] = staticmethod(losses.mtard)
+    forward: ClassVar[Forward] = staticmethod(distillation_pass)
     teachers: ClassVar[tuple[TeacherKind, ...]] = ("clean", "robust")
 
     temperature: float = 1.0
@@ -339,17 +335,8 @@ class MTARD(Recipe):
         _check_share(self)
         _check(self, "temperature", is_number, lambda v: v > 0, "a number above 0")
         _check(self, "weight_lr", is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
-        for name, choices in (
-            ("kl_reduction", ("batchmean", "elementmean")),
-            ("robust_teacher", ("trades", "pgd_at")),
-        ):
-            _check(
-                self,
-                name,
-                lambda v: True,
-                lambda v, c=choices: isinstance(v, str) and v in c,
-                f"one of {choices}",
-            )
+        _check_choice(self, "kl_reduction", "batchmean", "elementmean")
+        _check_choice(self, "robust_teacher", "trades", "pgd_at")
 
     def _robust_teacher(self) -> type[Recipe]:
         return RECIPES[self.robust_teacher]
@@ -374,6 +361,7 @@ class HAT(Trades):
 
     name: ClassVar[str] = "hat"
     loss: ClassVar[Loss] = staticmethod(losses.hat)
+    forward: ClassVar[Forward] = staticmethod(helper_pass)
     teachers: ClassVar[tuple[TeacherKind, ...]] = ("clean",)
 
     epochs: int = 50
@@ -393,18 +381,12 @@ class HAT(Trades):
         return threat_model.train_step_size
 
 
-# Short runs: one cycle of the learning rate in place of many epochs at a constant one
+# Short runs: one cycle of the learning rate instead of many epochs at a constant one
 
 
 @dataclass(frozen=True)
-class MTARDFast(MTARD):
-    """MTARD in 30 epochs by OneCycle; teachers that it is not given are trained likewise.
-
-    ``awnet train --recipe mtard_fast --data cifar10 --model awnet_resnet18``.
-    Expected time and accuracy: not measured.
-    """
-
-    name: ClassVar[str] = "mtard_fast"
+class _Fast(Recipe):
+    """The settings of the short recipes. A subclass names this class before its method."""
 
     epochs: int = 30
     lr: float = 0.2
@@ -415,7 +397,18 @@ class MTARDFast(MTARD):
 
 
 @dataclass(frozen=True)
-class TradesFast(Trades):
+class MTARDFast(_Fast, MTARD):
+    """MTARD in 30 epochs by OneCycle; teachers that are not given are trained in the same way.
+
+    ``awnet train --recipe mtard_fast --data cifar10 --model awnet_resnet18``.
+    Expected time and accuracy: not measured.
+    """
+
+    name: ClassVar[str] = "mtard_fast"
+
+
+@dataclass(frozen=True)
+class TradesFast(_Fast, Trades):
     """TRADES in 30 epochs by OneCycle.
 
     ``awnet train --recipe trades_fast --data cifar10 --model resnet18``.
@@ -424,16 +417,9 @@ class TradesFast(Trades):
 
     name: ClassVar[str] = "trades_fast"
 
-    epochs: int = 30
-    lr: float = 0.2
-    router_lr: float = 0.02
-    weight_decay: float = 5e-4
-    schedule: Literal["step", "onecycle"] = "onecycle"
-    validate_every: int = 5
-
 
 @dataclass(frozen=True)
-class PGDATFast(PGDAT):
+class PGDATFast(_Fast, PGDAT):
     """PGD-AT in 30 epochs by OneCycle.
 
     ``awnet train --recipe pgd_at_fast --data cifar10 --model resnet18``.
@@ -442,16 +428,9 @@ class PGDATFast(PGDAT):
 
     name: ClassVar[str] = "pgd_at_fast"
 
-    epochs: int = 30
-    lr: float = 0.2
-    router_lr: float = 0.02
-    weight_decay: float = 5e-4
-    schedule: Literal["step", "onecycle"] = "onecycle"
-    validate_every: int = 5
-
 
 @dataclass(frozen=True)
-class StandardFast(Standard):
+class StandardFast(_Fast, Standard):
     """A clean teacher in 18 epochs of large batches by OneCycle, meant for a minute or two on an H200.
 
     ``awnet train --recipe standard_fast --data cifar10 --model resnet18``.
@@ -464,8 +443,6 @@ class StandardFast(Standard):
     batch_size: int = 512
     lr: float = 0.4
     router_lr: float = 0.04
-    weight_decay: float = 5e-4
-    schedule: Literal["step", "onecycle"] = "onecycle"
     validate_every: int = 6
 
 
@@ -529,20 +506,16 @@ def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
     return logits, steering.routings[0]
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 def _cross_entropy(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     logits, routing = _forward(model, x_adv)
-    return F.cross_entropy(_wide(logits), y, reduction="none"), routing
+    return F.cross_entropy(at_least_float32(logits), y, reduction="none"), routing
 
 
 def _kl_from_clean(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
     with torch.no_grad():
-        log_p = F.log_softmax(_wide(model(x)), dim=1)
+        log_p = F.log_softmax(at_least_float32(model(x)), dim=1)
     logits, routing = _forward(model, x_adv)
-    return (log_p.exp() * (log_p - F.log_softmax(_wide(logits), dim=1))).sum(1), routing
+    return (log_p.exp() * (log_p - F.log_softmax(at_least_float32(logits), dim=1))).sum(1), routing
 
 
 def _with_type_loss(objective: Objective, weight: float) -> Callable[..., Tensor]:
@@ -551,7 +524,9 @@ def _with_type_loss(objective: Objective, weight: float) -> Callable[..., Tensor
         if routing.type_logits is None:  # a router without a type head
             return value
         adversarial = torch.zeros(len(y), dtype=torch.int64, device=y.device)
-        return value + weight * F.cross_entropy(_wide(routing.type_logits), adversarial, reduction="none")
+        return value + weight * F.cross_entropy(
+            at_least_float32(routing.type_logits), adversarial, reduction="none"
+        )
 
     return loss
 
@@ -562,6 +537,10 @@ def _check(
     value = getattr(recipe, name)
     if not right_type(value) or not holds(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_choice(recipe: Recipe, name: str, *choices: str) -> None:
+    _check(recipe, name, lambda v: isinstance(v, str), lambda v: v in choices, f"one of {choices}")
 
 
 def _check_share(recipe: Recipe) -> None:

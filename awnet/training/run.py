@@ -22,8 +22,8 @@ from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 from awnet.precision import full_precision
 from awnet.run_folder import RunFolder
 from awnet.training import checkpoint
+from awnet.training.forward import Teachers
 from awnet.training.logging import Reporter, RunLog
-from awnet.training.losses import Teachers
 from awnet.training.recipes import Recipe
 from awnet.training.signals import Stop, StopSignals
 from awnet.training.step import TrainingStep

@@ -1,31 +1,38 @@
-"""One training step: forward, loss, backward, guard, optimiser. The loop calls it and never waits for it.
+"""One training step: attack, forward, loss, backward, optimizer; the host never waits for it.
 
-What a step whose loss or gradient is not finite leaves unchanged, decided on the device without the host:
-weights, momentum, every buffer of the model (running statistics too), MTARD's weights and the weight average.
-What goes on: the learning rate's schedule, the position in the data, torch's generators.
+A step whose loss or gradient is not finite leaves weights, momentum, all buffers of the model (running
+statistics too), MTARD's weights and the weight average unchanged. This is decided on the device, without the
+host. The schedule of the learning rate, the position in the data and torch's generators advance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from awnet.cuda_graphs import Graphed, Record, capture
+from awnet.data.dataset import Batch
 from awnet.nn.copies import copied
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
-from awnet.training.losses import Attack, Averaging, Batch, Loss, LossResult, MTARDWeights, Teachers
+from awnet.training.forward import Phase, Teachers
+from awnet.training.losses import Averaging, MTARDWeights
 from awnet.training.recipes import MTARD, Recipe
 from awnet.training.teachers import TeacherModel
 
+#: images [B, C, H, W], labels [B], ``index=`` → adversarial images
+Attack = Callable[..., Tensor]
+#: a part of a batch and its adversarial images
+MicroBatch = tuple[Batch, Tensor | None]
+
 
 class Numerics(NamedTuple):
-    """What ``auto`` comes to on a device; goes into config.json.
+    """The values of ``auto`` on a device; stored in config.json.
 
-    precision: of convolutions and products. Weights, statistics and coefficients are float32 (or the
-        model's own dtype) in any case.
+    precision: of convolutions and products. Weights, statistics and coefficients are always float32 (or the
+        model's own dtype).
     layout: memory format of images and convolution weights.
     """
 
@@ -34,7 +41,7 @@ class Numerics(NamedTuple):
 
 
 def numerics(recipe: Recipe, device: torch.device) -> Numerics:
-    """bfloat16 and channels_last on CUDA, float32 and NCHW elsewhere, where the recipe says ``auto``."""
+    """Resolves ``auto``: bfloat16 and channels_last on CUDA, float32 and NCHW elsewhere."""
     cuda = device.type == "cuda"
     precision = recipe.precision
     if precision == "auto":
@@ -46,19 +53,19 @@ def numerics(recipe: Recipe, device: torch.device) -> Numerics:
 
 
 class TrainingStep:
-    """Trains ``model`` by ``recipe``, one batch a call.
+    """Trains ``model`` by ``recipe``, one batch per call.
 
-    It owns what a step changes: ``optimizer``, ``scheduler``, MTARD's ``weights`` and the weight average.
+    It holds what a step changes: ``optimizer``, ``scheduler``, MTARD's ``weights`` and the weight average.
 
     Args:
         recipe: how to train.
-        model: on ``device``; trained in place, its convolutions laid out as ``recipe.layout`` says.
-        device: where the model and the batches are.
+        model: on ``device``; trained in place, with convolution weights in the layout ``recipe.layout``.
+        device: device of the model and the batches.
         steps_per_epoch: for the schedule.
-        teachers: for a recipe that distils; private copies, as they are changed in precision and layout.
+        teachers: for a recipe that distills. Pass copies, since their precision and layout are changed.
         average: of a distributed run: ``average(tensors, count)`` replaces tensors, in place, by their means
-            over the ranks, each weighted by its ``count``. Called with the gradients and the loss (0-d), with
-            equal counts, before anything is decided upon them, and with MTARD's losses.
+            over the ranks, each weighted by its ``count``. It is called with the gradients and the loss
+            (0-d), with equal counts, before they are checked, and with MTARD's losses.
         record: captures the step with ``recipe.capture``; None captures CUDA graphs on a CUDA device.
     """
 
@@ -87,24 +94,24 @@ class TrainingStep:
         self.options = recipe.loss_options()
         self.optimizer = recipe.optimizer(model)
         self.scheduler = recipe.scheduler(self.optimizer, steps_per_epoch)
-        self.graphed = Graphed(self._learn_from, record or capture) if recipe.capture else None
+        self.graphed = Graphed(self._captured, record or capture) if recipe.capture else None
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
-        self._weight = torch.ones((), dtype=torch.float64, device=device)  # which a graph reads
+        self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._names: list[str] = []
         adapts = isinstance(recipe, MTARD) and recipe.adv_weight is None
         self.weights = MTARDWeights(device, average=average) if adapts else None
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
         for group in self.optimizer.param_groups:
             if group["momentum"]:
-                for parameter in group["params"]:  # what a first step that is skipped would leave undefined
+                for parameter in group["params"]:  # a skipped first step would leave it undefined
                     self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def start_epoch(self, epoch: int) -> None:
-        """Before the steps of ``epoch`` (the first is 0), also where a run goes on within it."""
+        """Call this before the first step of ``epoch`` (from 0), also if a run resumes within it."""
         self.model.train()
         if self.weights is not None:
             assert isinstance(self.recipe, MTARD)
-            # all micro-batches of a step together move the weights as far as one batch would
+            # all micro-batches of a step change the weights as much as one batch would
             self.weights.learning_rate = self.recipe.weight_lr_at(epoch) / self.recipe.accumulate
 
     def _teacher(self, teacher: nn.Module) -> TeacherModel:
@@ -113,106 +120,114 @@ class TrainingStep:
 
     def _autocast(self) -> torch.autocast:
         low = self.numerics.precision == "bfloat16"
-        # without its cache of cast weights: an attack in between would leave casts that know of no gradient
+        # without the cache of cast weights: the attack would leave casts without gradient in it
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
 
     def __call__(self, batch: Batch, attack: Attack, weight: float = 1.0) -> dict[str, Tensor]:
         """Trains on one batch, in ``recipe.accumulate`` micro-batches.
 
-        ``weight``: of this rank's loss in the mean over the ranks, its number of images over the ranks' mean
-        number. It multiplies the loss, not the gradient, since a gradient through shared batch statistics has
-        parts of all ranks' losses.
+        Args:
+            batch: on the device.
+            attack: makes the adversarial images; it attacks the model in eval mode and restores its mode.
+            weight: of this rank's loss in the mean over ranks, its number of images over the mean number of
+                the ranks. It multiplies the loss and not the gradient, since the gradient through shared
+                batch statistics contains parts of all ranks' losses.
 
-        Returns the loss's terms, means over the batch, with ``grad_norm`` (before clipping) and ``skipped``,
-        1 for a step that was left out because loss or gradient was not finite; all 0-d, on the device.
+        Returns:
+            The terms of the loss, means over the batch, with ``grad_norm`` (before clipping) and ``skipped``,
+            1 if the step was skipped because loss or gradient were not finite; all 0-d, on the device.
         """
-        batch = _Piece(batch.x.contiguous(memory_format=self.memory_format), batch.y, batch.index)
+        batch = batch._replace(x=batch.x.contiguous(memory_format=self.memory_format))
         self._weight.fill_(weight)
         if self.graphed is None:
-            terms = self._learn(batch, attack)
+            phases = [
+                self._update_by(phase, self._micro_batches(batch, attack), len(batch.y))
+                for phase in self.recipe.phases()
+            ]
+            terms = _of_all_phases(phases)
         else:
             terms = self._replayed(batch, attack)
         self.scheduler.step()
         return terms
 
-    def _learn(self, batch: _Piece, attack: Attack) -> dict[str, Tensor]:
-        """All of a step that happens on the device: an update for each of the recipe's losses in turn."""
-        phases = [self._learn_by(loss, batch, attack) for loss in self.recipe.phases()]
-        terms = phases[0]
-        for later in phases[1:]:  # its own terms; of those that both have, the first loss's
-            skipped = torch.maximum(terms["skipped"], later["skipped"])
-            terms = {**later, **terms, "skipped": skipped}
-        return terms
+    def _adversarial(self, batch: Batch, attack: Attack) -> Tensor | None:
+        """The adversarial images of ``batch``; None for a recipe without attack."""
+        if not self.recipe.needs_attack:
+            return None
+        with self._autocast():
+            return attack(batch.x, batch.y, index=batch.index)
 
-    def _learn_by(self, loss: Loss, batch: _Piece, attack: Attack) -> dict[str, Tensor]:
+    def _micro_batches(self, batch: Batch, attack: Attack) -> Iterator[MicroBatch]:
+        """The micro-batches of ``batch``; each is attacked when it is needed, after the ones before it."""
+        count = min(self.recipe.accumulate, len(batch.y))
+        for part in [batch] if count == 1 else map(Batch, *(t.tensor_split(count) for t in batch)):
+            yield part, self._adversarial(part, attack)
+
+    def _update_by(self, phase: Phase, micro_batches: Iterable[MicroBatch], images: int) -> dict[str, Tensor]:
+        """Forward, loss and backward of each micro-batch, then the update; returns the terms."""
         self.optimizer.zero_grad(set_to_none=True)
-        kept = _Kept(self._guarded())
-        pieces = min(self.recipe.accumulate, len(batch.y))
+        saved = _Saved(self._guarded())
         shares, results = [], []
-        for piece in _pieces(batch, pieces):
-            share = len(piece.y) / len(batch.y)
+        for batch, x_adv in micro_batches:
+            share = len(batch.y) / images
             with self._autocast():
-                result: LossResult = loss(
-                    self.model, piece, attack, self.options, self.teachers, self.weights
-                )
-            total = result.total if pieces == 1 else result.total * share
+                result = phase.result(self.model, batch, x_adv, self.options, self.teachers, self.weights)
+            total = result.total if share == 1 else result.total * share
             if self._over_ranks is not None:
                 total = total * self._weight.to(total.dtype)
             total.backward()
             shares.append(share)
             results.append(result.terms)
-        terms = results[0] if pieces == 1 else _mean(results, shares)
-        return {**terms, **self._update(terms["total"], kept)}
+        terms = results[0] if len(results) == 1 else _mean(results, shares)
+        return {**terms, **self._optimize(terms["total"], saved)}
 
     def _guarded(self) -> list[Tensor]:
-        """What the forward pass changes in place."""
+        """The tensors that the forward pass changes in place."""
         own = [] if self.weights is None else list(self.weights.state_dict().values())
         return [*self.model.buffers(), *own]
 
-    def _update(self, total: Tensor, kept: _Kept) -> dict[str, Tensor]:
-        """The optimiser's step, or none where something is not finite."""
+    def _optimize(self, total: Tensor, saved: _Saved) -> dict[str, Tensor]:
+        """The step of the optimizer, or none if loss or gradient are not finite."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
-                parameter.grad = _like(parameter, parameter.grad)  # the fused optimiser wants one layout
+                parameter.grad = _like(parameter, parameter.grad)  # the fused optimizer needs one layout
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = total.clone()
         if self._over_ranks is not None:
             self._over_ranks([*gradients, total], 1)
         norm = torch.nn.utils.get_total_norm(gradients)
         failed = ~(norm.isfinite() & total.isfinite())
-        # the fused optimiser does nothing where found_inf is 1, and divides by grad_scale
+        # the fused optimizer does nothing where found_inf is 1, and divides by grad_scale
         self.optimizer.found_inf = failed.float()  # type: ignore[attr-defined]
         if self.recipe.clip_norm is not None:
             self.optimizer.grad_scale = (norm.float() / self.recipe.clip_norm).clamp(min=1)  # type: ignore[attr-defined]
         self.optimizer.step()
-        kept.restore(failed)
+        saved.restore(failed)
         if self.average is not None:
             self.average.update(self.model, failed)
         return {"grad_norm": norm, "skipped": failed.float()}
 
-    # The same as a CUDA graph, all but the attack, which is a graph of its own
+    # The same as a CUDA graph, except for the attack, which is a separate graph
 
-    def _replayed(self, batch: _Piece, attack: Attack) -> dict[str, Tensor]:
+    def _replayed(self, batch: Batch, attack: Attack) -> dict[str, Tensor]:
         assert self.graphed is not None
-        x_adv = batch.x
-        if self.recipe.needs_attack:
-            with self._autocast():
-                x_adv = attack(batch.x, batch.y, index=batch.index)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group, rate, tensor in zip(self.optimizer.param_groups, rates, self._rates, strict=True):
+        x_adv = self._adversarial(batch, attack)
+        learning_rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group, rate, tensor in zip(self.optimizer.param_groups, learning_rates, self._rates, strict=True):
             tensor.fill_(rate)
-            group["lr"] = tensor  # which the graph reads
+            group["lr"] = tensor  # the graph reads this tensor
         try:
-            # the learning rate of MTARD's weights is a number in the graph
-            rate = None if self.weights is None else self.weights.learning_rate
-            terms = self.graphed(*batch, x_adv, key=rate)
+            # the learning rate of MTARD's weights is a constant in the graph
+            key = None if self.weights is None else self.weights.learning_rate
+            terms = self.graphed(*batch, *([] if x_adv is None else [x_adv]), key=key)
         finally:
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
                 group["lr"] = rate
         return dict(zip(self._names, terms.unbind(), strict=True))
 
-    def _learn_from(self, x: Tensor, y: Tensor, index: Tensor, x_adv: Tensor) -> Tensor:
-        terms = self._learn(_Piece(x, y, index), lambda x, y, index: x_adv)
+    def _captured(self, x: Tensor, y: Tensor, index: Tensor, x_adv: Tensor | None = None) -> Tensor:
+        (phase,) = self.recipe.phases()
+        terms = self._update_by(phase, [(Batch(x, y, index), x_adv)], len(y))
         self._names = list(terms)
         return torch.stack([term.float() for term in terms.values()])
 
@@ -244,9 +259,9 @@ class TrainingStep:
 class Average:
     """The exponential moving average of a model's weights and floating-point buffers, as a model.
 
-    θ̄ ← θ̄ + r (θ − θ̄) with r = max(1 − decay, 9 / (n + 9)) at the n-th step that counts, so that the first
-    weights, which are random, are soon forgotten. Whole numbers (``num_batches_tracked``) are copied. torch's
-    ``AveragedModel`` asks the device at every step whether it is the first; this never does.
+    θ̄ ← θ̄ + r (θ − θ̄) with r = max(1 − decay, 9 / (n + 9)) at the n-th step that is not skipped, so that the
+    random initial weights are soon forgotten. Integer buffers (``num_batches_tracked``) are copied. Unlike
+    torch's ``AveragedModel`` this never waits for the device.
 
     module: the averaged model, in eval mode, without gradients.
     """
@@ -258,7 +273,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, failed: Tensor) -> None:
-        """Takes in the model's values, unless ``failed`` (bool, 0-d)."""
+        """Adds the current values of ``model``, unless ``failed`` (bool, 0-d)."""
         ours, theirs, counts, new_counts = [], [], [], []
         for one, other in zip(_tensors(self.module), _tensors(model), strict=True):
             if one.is_floating_point():
@@ -284,7 +299,7 @@ class Average:
 
 
 def _like(parameter: Tensor, values: Tensor) -> Tensor:
-    """``values`` laid out in memory as ``parameter`` is."""
+    """``values`` in the memory layout of ``parameter``."""
     return torch.empty_like(parameter, requires_grad=False).copy_(values)
 
 
@@ -293,8 +308,8 @@ def _tensors(model: nn.Module) -> Iterable[Tensor]:
     yield from model.buffers()
 
 
-class _Kept:
-    """Copies of tensors that are about to change in place, and the way back, in a few launches in all."""
+class _Saved:
+    """Copies of tensors that will change in place, saved and restored in a few launches."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.groups: dict[torch.dtype, list[Tensor]] = {}
@@ -303,7 +318,7 @@ class _Kept:
         self.before = {dtype: _flat(group) for dtype, group in self.groups.items()}
 
     def restore(self, failed: Tensor) -> None:
-        """Puts the old values back where ``failed`` (bool, 0-d)."""
+        """Restores the saved values if ``failed`` (bool, 0-d)."""
         for dtype, group in self.groups.items():
             chosen = torch.where(failed, self.before[dtype], _flat(group))
             parts = chosen.split([tensor.numel() for tensor in group])
@@ -314,17 +329,13 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-class _Piece(NamedTuple):
-    x: Tensor
-    y: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index
-
-
-def _pieces(batch: _Piece, count: int) -> list[_Piece]:
-    if count == 1:
-        return [batch]
-    parts = (tensor.tensor_split(count) for tensor in batch)
-    return [_Piece(*piece) for piece in zip(*parts, strict=True)]
+def _of_all_phases(phases: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The terms of all phases of a step; of equal names the first phase's, ``skipped`` if any was."""
+    terms = phases[0]
+    for later in phases[1:]:
+        skipped = torch.maximum(terms["skipped"], later["skipped"])
+        terms = {**later, **terms, "skipped": skipped}
+    return terms
 
 
 def _mean(results: Sequence[dict[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:

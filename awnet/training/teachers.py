@@ -17,9 +17,10 @@ from awnet.models.files import weights_fingerprint
 from awnet.models.registry import name_of
 from awnet.nn import inference_copy, not_supported
 from awnet.nn.copies import copied
+from awnet.precision import at_least_float32
 from awnet.run_config import read_config
 from awnet.training import checkpoint
-from awnet.training.losses import Teachers
+from awnet.training.forward import Teachers
 from awnet.training.recipes import Recipe
 
 TeacherSource = nn.Module | str | Path
@@ -67,7 +68,7 @@ class TeacherModel(nn.Module):
             self.copy.clear_cache()  # a graph must compute cached tensors again, in its own memory
         with torch.no_grad(), self.autocast():
             logits: Tensor = self.model(x.contiguous(memory_format=self.memory_format))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return at_least_float32(logits)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] → logits [B, K], float32 or wider."""

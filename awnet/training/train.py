@@ -36,8 +36,8 @@ from awnet.provenance import environment
 from awnet.run_folder import RunFolder
 from awnet.scalars import check_integer, check_number
 from awnet.training import checkpoint
+from awnet.training.forward import Teachers
 from awnet.training.logging import Reporter
-from awnet.training.losses import Teachers
 from awnet.training.micro_batches import check_smallest_micro_batch
 from awnet.training.recipes import Recipe
 from awnet.training.run import Run, percentages

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from awnet.attacks import PGD, frozen
 from awnet.cli import main
 from awnet.data import Splits, load_dataset
+from awnet.data.dataset import Batch
 from awnet.evaluation import Report, evaluate
 from awnet.models import create_model, load_model, parameter_count
 from awnet.models.advmoe import ExpertConv2d
@@ -131,8 +131,8 @@ def test_the_loss_of_rdi() -> None:
     recipe = recipe_for("rdi", "digits", adv_weight=0.25)
     x_adv = (x + 0.1).clamp(max=1)
     model.train()
-    batch = SimpleNamespace(x=x, y=y, index=torch.arange(len(y)))
-    result = recipe.loss(model, batch, lambda x, y, index: x_adv, recipe.loss_options())
+    (phase,) = recipe.phases()
+    result = phase.result(model, Batch(x, y, torch.arange(len(y))), x_adv, recipe.loss_options())
     nat = adv = torch.zeros(())
     for exit in model.exits(torch.cat([x, x_adv])):
         nat = nat + F.cross_entropy(exit[: len(y)], y)
@@ -290,7 +290,8 @@ def test_separate_trains_each_part_by_itself() -> None:
     assert not torch.equal(x_robust, x_standard)
     twin = copy.deepcopy(model)
     both = torch.cat([x_robust, x_standard])
-    recipe.loss(model, batch, lambda x, y, index: both, recipe.loss_options()).total.backward()
+    (phase,) = recipe.phases()
+    phase.result(model, batch, both, recipe.loss_options()).total.backward()
 
     F.cross_entropy(twin.standard(x), y).backward()
     clean, adversarial = twin.robust(torch.cat([x, x_robust])).split(12)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from awnet.attacks import named_attack
 from awnet.attacks.pgd import PGD
 from awnet.data import Dataset, Splits, load_dataset
+from awnet.data.dataset import Batch
 from awnet.detectors.base import Embedding
 from awnet.evaluation import evaluate
 from awnet.models import AWResNet, create_model
 from awnet.nn import Steering, has_router, observe, route, routers, with_routing
-from awnet.training import recipe_for, train
-from awnet.training.losses import Batch, LossOptions, is_dynamic, pgd_at, standard, trades
+from awnet.training import PGDAT, Recipe, Standard, Trades, recipe_for, train
+from awnet.training.losses import LossOptions
 
 
 class Norm(nn.Module):
@@ -103,19 +104,20 @@ def test_a_routed_network_inside_is_seen_and_steered(case: str) -> None:
 
 
 @pytest.mark.parametrize("passes", ["joint", "separate"])
-@pytest.mark.parametrize("loss", [standard, pgd_at, trades])
+@pytest.mark.parametrize("kind", [Standard, PGDAT, Trades])
 @pytest.mark.parametrize("case", WRAPPED)
 def test_a_wrapped_network_trains_as_the_network_on_the_wrappers_images(
-    case: str, loss: Callable[..., object], passes: str, digits: Splits
+    case: str, kind: type[Recipe], passes: str, digits: Splits
 ) -> None:
     data = batch(digits.train)
     options = LossOptions(router_passes=passes)  # type: ignore[arg-type]
     normalized = data._replace(x=Norm()(data.x))
     results = []
     for model, given in ((WRAPPED[case](), data), (network(), normalized)):
-        assert is_dynamic(model)
+        assert has_router(model)
         shift = 0.1 if given is data else 0.1 / 0.3
-        result = loss(model.train(), given, lambda x, y, index, s=shift: x + s, options)
+        (phase,) = kind().phases()
+        result = phase.result(model.train(), given, given.x + shift, options)
         result.total.backward()
         norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
         results.append((result.terms, norm))
@@ -196,7 +198,7 @@ def test_attributes_of_the_users_with_names_of_ours_change_nothing(
     model = kind(**own)
     assert not has_router(model)
     assert routers(model) == []
-    assert not is_dynamic(model)
+    assert not has_router(model)
     x, y, index = batch(digits.test)
     torch.manual_seed(0)
     expected = PGD(Plain(), eps=0.1, step_size=0.05, steps=2)(x, y, index=index)

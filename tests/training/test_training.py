@@ -23,10 +23,12 @@ from awnet.models import create_model, load_model
 from awnet.models.files import weights_fingerprint
 from awnet.nn import AdversarialRouter, AWNet, Backbone
 from awnet.training import (
+    HAT,
     MTARD,
     PGDAT,
     RECIPES,
     LossOptions,
+    LossResult,
     MTARDWeights,
     Recipe,
     Standard,
@@ -39,7 +41,6 @@ from awnet.training import (
     recipe_for,
     train,
 )
-from awnet.training import losses as L
 from awnet.training.losses import kl_divergence
 from awnet.training.step import TrainingStep
 
@@ -109,6 +110,21 @@ def shifted(x: torch.Tensor, y: torch.Tensor, *, index: torch.Tensor) -> torch.T
     return (x + 0.4 * torch.sin(torch.arange(x[0].numel())).view(1, *x.shape[1:])).clamp(0, 1)
 
 
+def loss_of(
+    kind: type[Recipe],
+    net: nn.Module,
+    data: Batch,
+    attack: Any,
+    options: LossOptions,
+    teachers: Teachers | None = None,
+    weights: MTARDWeights | None = None,
+) -> LossResult:
+    """The loss of a recipe's only phase, on what ``attack`` makes of the batch."""
+    (phase,) = kind().phases()
+    x_adv = attack(data.x, data.y, index=data.index)
+    return phase.result(net, data, x_adv, options, teachers, weights)
+
+
 def tempered(logits: torch.Tensor, tau: float) -> torch.Tensor:
     return F.softmax(logits / tau, dim=1)
 
@@ -159,15 +175,15 @@ def test_pgd_at_and_trades_are_their_equations(make: Any) -> None:
     clean, adversarial, type_logits = outputs_of(net, data)
     ce = F.cross_entropy
     expected = 0.5 * ce(clean, data.y) + 0.5 * ce(adversarial, data.y) + type_loss(type_logits, 10)
-    found = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions())
+    found = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions())
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)  # float32, another order of sums
-    weighted = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions(adv_weight=0.8))
+    weighted = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions(adv_weight=0.8))
     expected = 0.2 * ce(clean, data.y) + 0.8 * ce(adversarial, data.y) + type_loss(type_logits, 10)
     assert weighted.total.item() == pytest.approx(expected.item(), rel=1e-5)
 
     kl = textbook_kl(clean.softmax(1), adversarial.softmax(1))
     expected = ce(clean, data.y) + 6 * kl + type_loss(type_logits, 10)
-    found = L.trades(copy.deepcopy(net), data, shifted, LossOptions())
+    found = loss_of(Trades, copy.deepcopy(net), data, shifted, LossOptions())
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert found.terms["adv"].item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
     assert all(term.dim() == 0 and not term.requires_grad for term in found.terms.values())
@@ -175,7 +191,7 @@ def test_pgd_at_and_trades_are_their_equations(make: Any) -> None:
 
 def test_trades_differentiates_the_clean_side_of_its_kl_too() -> None:
     net, data = static_net().train(), batch()
-    L.trades(net, data, shifted, LossOptions()).total.backward()
+    loss_of(Trades, net, data, shifted, LossOptions()).total.backward()
     ours = net[4].bias.grad.clone()
 
     def by_hand(detach: bool) -> torch.Tensor:
@@ -202,12 +218,12 @@ def test_mtard_is_equations_20_to_22(make: Any, tau: float, reduction: Any, fact
     adv = factor * tau**2 * textbook_kl(tempered(teachers.robust(x_adv), tau), tempered(adversarial, tau))
     options = LossOptions(temperature=tau, kl_reduction=reduction)
     weights = MTARDWeights()
-    found = L.mtard(copy.deepcopy(net), data, shifted, options, teachers, weights)
+    found = loss_of(MTARD, copy.deepcopy(net), data, shifted, options, teachers, weights)
     expected = type_loss(type_logits, 10) + 0.5 * adv + 0.5 * nat  # the first step's weights are ½
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-4)
     assert found.terms["nat"].item() == pytest.approx(nat.item(), rel=1e-4, abs=1e-6)
 
-    fixed = L.mtard(copy.deepcopy(net), data, shifted, replace(options, adv_weight=0.9), teachers)
+    fixed = loss_of(MTARD, copy.deepcopy(net), data, shifted, replace(options, adv_weight=0.9), teachers)
     expected = type_loss(type_logits, 10) + 0.9 * adv + 0.1 * nat
     assert fixed.total.item() == pytest.approx(expected.item(), rel=1e-4)
     fixed.total.backward()
@@ -235,21 +251,21 @@ def test_hat_is_its_equation(make: Any) -> None:
     ce = F.cross_entropy
     expected = ce(clean, data.y) + 2.5 * kl + 0.5 * ce(helper, y_help) + type_loss(type_logits, 10)
     attack = lambda x, y, index: x_adv  # noqa: E731
-    found = L.hat(copy.deepcopy(net), data, attack, LossOptions(), Teachers(teacher))
+    found = loss_of(HAT, copy.deepcopy(net), data, attack, LossOptions(), Teachers(teacher))
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-10)  # float64
     assert found.terms["helper"].item() == pytest.approx(ce(helper, y_help).item(), rel=1e-10)
     options = LossOptions(adv_weight=1.0, helper_weight=2.0)
-    found = L.hat(copy.deepcopy(net), data, attack, options, Teachers(teacher))
+    found = loss_of(HAT, copy.deepcopy(net), data, attack, options, Teachers(teacher))
     expected = ce(clean, data.y) + kl + 2 * ce(helper, y_help) + type_loss(type_logits, 10)
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-10)
     with pytest.raises(ValueError, match="clean teacher"):
-        L.hat(net, data, attack, LossOptions())
+        loss_of(HAT, net, data, attack, LossOptions())
 
 
 def test_plain_training_may_smooth_its_labels() -> None:
     net, data = static_net().train(), batch()
     expected = F.cross_entropy(copy.deepcopy(net)(data.x), data.y, label_smoothing=0.2)
-    found = L.standard(net, data, shifted, LossOptions(label_smoothing=0.2))
+    found = loss_of(Standard, net, data, shifted, LossOptions(label_smoothing=0.2))
     assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert Standard(label_smoothing=0.2).loss_options().label_smoothing == 0.2
 
@@ -257,11 +273,11 @@ def test_plain_training_may_smooth_its_labels() -> None:
 def test_mtard_says_what_it_lacks() -> None:
     net, data = static_net(), batch()
     with pytest.raises(ValueError, match="teachers"):
-        L.mtard(net, data, shifted, LossOptions(), None, MTARDWeights())
+        loss_of(MTARD, net, data, shifted, LossOptions(), None, MTARDWeights())
     with pytest.raises(ValueError, match="teachers"):
-        L.mtard(net, data, shifted, LossOptions(), Teachers(net), MTARDWeights())
+        loss_of(MTARD, net, data, shifted, LossOptions(), Teachers(net), MTARDWeights())
     with pytest.raises(ValueError, match="weights"):
-        L.mtard(net, data, shifted, LossOptions(), Teachers(net, net))
+        loss_of(MTARD, net, data, shifted, LossOptions(), Teachers(net, net))
 
 
 def test_mtard_weights_follow_their_recurrence() -> None:
@@ -300,13 +316,13 @@ def test_mtard_weights_survive_a_zero_first_loss() -> None:
 
 def test_the_type_loss_has_its_flags() -> None:
     net, data = dynamic_net().train(), batch()
-    plain = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions())
-    without = L.pgd_at(net, data, shifted, LossOptions(type_weight=0.0))
+    plain = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions())
+    without = loss_of(PGDAT, net, data, shifted, LossOptions(type_weight=0.0))
     assert without.total.item() == pytest.approx(0.5 * (without.terms["nat"] + without.terms["adv"]).item())
     assert plain.total.item() == pytest.approx((without.total + plain.terms["type"]).item(), rel=1e-6)
     without.total.backward()
     assert net.router.type_head.weight.grad is None  # nothing reaches the head
-    smooth = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions(type_label_smoothing=0.2))
+    smooth = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions(type_label_smoothing=0.2))
     type_logits = outputs_of(net, data)[2]
     kinds = torch.tensor([1] * 10 + [0] * 10)
     expected = F.cross_entropy(type_logits, kinds, label_smoothing=0.2)
@@ -315,7 +331,7 @@ def test_the_type_loss_has_its_flags() -> None:
 
 def test_a_router_without_a_type_head_has_no_type_loss() -> None:
     net, data = dynamic_net(type_head=False).train(), batch()
-    result = L.pgd_at(net, data, shifted, LossOptions())
+    result = loss_of(PGDAT, net, data, shifted, LossOptions())
     assert "type" not in result.terms
     assert result.total.item() == pytest.approx(0.5 * (result.terms["nat"] + result.terms["adv"]).item())
 
@@ -323,8 +339,8 @@ def test_a_router_without_a_type_head_has_no_type_loss() -> None:
 def test_the_consistency_term() -> None:
     net, data = static_net().train(), batch()
     clean, adversarial, _ = outputs_of(net, data)
-    plain = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions()).total
-    more = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions(consistency=2.0)).total
+    plain = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions()).total
+    more = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions(consistency=2.0)).total
     kl = textbook_kl(clean.softmax(1), adversarial.softmax(1))
     assert (more - plain).item() == pytest.approx(2 * kl.item(), rel=1e-3)
 
@@ -334,16 +350,16 @@ def test_router_passes_can_be_separate() -> None:
     x_adv = shifted(data.x, data.y, index=data.index)
     other = copy.deepcopy(net)
     separate = torch.cat([other.route(data.x).type_logits, other.route(x_adv).type_logits])
-    found = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions(router_passes="separate"))
+    found = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions(router_passes="separate"))
     assert found.terms["type"].item() == pytest.approx(type_loss(separate, 10).item(), rel=1e-5)
-    joint = L.pgd_at(copy.deepcopy(net), data, shifted, LossOptions())
+    joint = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions())
     assert joint.terms["type"].item() != pytest.approx(found.terms["type"].item(), rel=1e-4)
 
 
 def test_each_kind_goes_through_its_own_branch() -> None:
     net, data = dynamic_net().train(), batch()
     before = net.dynamic.stem.bn.running_mean.clone()
-    L.pgd_at(net, data, shifted, LossOptions())
+    loss_of(PGDAT, net, data, shifted, LossOptions())
     u = F.conv2d(data.x, net.dynamic.stem.weight, padding=1)
     u_adv = F.conv2d(shifted(data.x, data.y, index=data.index), net.dynamic.stem.weight, padding=1)
     for row, features in ((1, u), (0, u_adv)):
@@ -353,7 +369,7 @@ def test_each_kind_goes_through_its_own_branch() -> None:
 
 def test_plain_training_leaves_the_adversarial_branch_alone() -> None:
     net, data = dynamic_net().train(), batch()
-    result = L.standard(net, data, shifted, LossOptions(consistency=1.0))
+    result = loss_of(Standard, net, data, shifted, LossOptions(consistency=1.0))
     assert net.dynamic.stem.bn.running_mean[0].eq(0).all()
     assert net.dynamic.stem.bn.running_mean[1].ne(0).any()
     assert set(result.terms) == {"total", "nat", "type", "type_accuracy"}
