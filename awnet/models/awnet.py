@@ -37,7 +37,7 @@ _BASES = {
     "awnet_resnet50": _Basis(partial(_resnet, "resnet50")),
     "awnet_wrn34_10": _Basis(partial(wide_resnet.backbone, "wrn34_10")),
     "awnet_mobilenet_v2": _Basis(mobilenet.backbone),
-    "awnet_tiny": _Basis(partial(_resnet, "resnet_tiny"), (16, 32, 64), 1),
+    "awnet_tiny": _Basis(partial(_resnet, "resnet_tiny"), ARCHITECTURES["resnet_tiny"].widths, 1),
 }
 NAMES = tuple(_BASES)
 

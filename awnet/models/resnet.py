@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
+from awnet.nn import AdversarialRouter
 from awnet.nn.backbone import Backbone, BlockKind
 from awnet.nn.inference import register_inference_copy
 from awnet.nn.inference_network import InferenceBackbone, check_backbone
@@ -23,7 +24,7 @@ class Architecture(NamedTuple):
     widths: tuple[int, ...]
 
     def scaled(self, width: float) -> Architecture:
-        """With every stage ``width`` times as wide."""
+        """The same with every width multiplied by ``width``."""
         return self._replace(widths=tuple(scaled(own, width) for own in self.widths))
 
 
@@ -40,7 +41,7 @@ NAMES = (*ARCHITECTURES, "resnet_tiny_wide")
 class ResNet(Backbone, WithInferenceCopy, OnHub):
     """A static CIFAR ResNet: the AW-Net's dynamic sub-network with plain convolutions and one batch norm.
 
-    It runs through the same fused layer, so a comparison with an AW-Net measures the dynamics alone.
+    It uses the same fused layer, so a comparison with an AW-Net measures only what the router adds.
     ``width`` multiplies the channels of every stage.
     """
 
@@ -64,8 +65,11 @@ class ResNet(Backbone, WithInferenceCopy, OnHub):
 
 
 def _wide(num_classes: int, in_channels: int, width: float) -> Architecture:
-    """Widths 25-50-c with the c that brings the parameters nearest awnet_tiny's: 98 for ten classes."""
-    from awnet.models.awnet import AWResNet  # which imports this module
+    """Widths 25-50-c, with c such that the number of parameters is nearest to that of awnet_tiny.
+
+    c is 98 for ten classes.
+    """
+    tiny = ARCHITECTURES["resnet_tiny"].scaled(width)
 
     def wide(last: int) -> Architecture:
         return Architecture("basic", (1, 1, 1), (scaled(25, width), scaled(50, width), last))
@@ -77,7 +81,11 @@ def _wide(num_classes: int, in_channels: int, width: float) -> Architecture:
         return parameter_count(network)
 
     with torch.device("meta"):  # counting needs no memory and draws no random numbers
-        target = parameter_count(AWResNet("awnet_tiny", num_classes, in_channels, width=width))
+        dynamic = Backbone(*tiny, num_classes=num_classes, in_channels=in_channels)
+        router = AdversarialRouter(
+            dynamic.signal_widths, in_channels=in_channels, widths=tiny.widths, blocks=tiny.blocks
+        )
+        target = parameter_count(dynamic) + parameter_count(router)
         last = bisect(range(scaled(128, width)), target, lo=1, key=count)  # the first with more
         return wide(min(last, max(1, last - 1), key=lambda c: abs(count(c) - target)))
 
