@@ -1,21 +1,17 @@
-"""A network's forward pass as one torch.fx graph that is valid in train mode and in eval mode.
+"""A tracer: runs a forward pass on symbols with values and records it as a torch.fx graph.
 
 torch.fx runs a forward pass on symbols. The tracer here runs it on example images at the same time, so that
-every symbol also has a value. Three things follow:
+every symbol also has a value. Therefore:
 
-- Control flow on shapes, dtypes and devices is followed. The outcome becomes part of the graph, and a
-  :class:`Guard` in the graph raises where a later input would lead to another outcome. Control flow on the
+- Control flow on shapes, dtypes and devices is followed. Its outcome becomes part of the graph, and a
+  :class:`Guard` in the graph raises if a later input would lead to another outcome. Control flow on the
   *values* of tensors is refused, with the file and line.
-- A module is traced through only if it holds something to replace. All others are called as they are, with
-  their hooks and their dependence on the mode.
-- The network is traced in both modes. Where the two graphs differ (``F.dropout(x, p, self.training)``,
-  stochastic depth), a :class:`ModeSwitch` holds both versions.
+- A module is traced through only if it contains something to replace. All others are called as they are,
+  with their hooks and their dependence on the mode.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
 import functools
 import inspect
 import operator
@@ -35,10 +31,10 @@ from torch.overrides import TorchFunctionMode
 _HERE = os.path.dirname(__file__) + os.sep
 _SKIPPED_FILES = (
     *(os.path.dirname(torch.__file__) + os.sep, functools.__file__),
-    *(_HERE + "tracing.py", _HERE + "conversion.py"),
+    *(_HERE + f"{name}.py" for name in ("tracing", "merging", "rewriting", "equivalence", "conversion")),
 )
 _UNKNOWN = "an unknown line"
-_PREFIX = "traced_network."  # of names while tracing
+PREFIX = "traced_network."  # of names while tracing
 _SHAPE_QUERIES = {"size", "stride", "numel", "nelement", "element_size", "storage_offset", "get_device"}
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
 _ATTRIBUTES = {"shape", "dtype", "device", "layout", "requires_grad", "names", "itemsize", "nbytes"}
@@ -148,7 +144,7 @@ def has_hooks(module: nn.Module) -> bool:
 class _Symbol(fx.Proxy):
     """A proxy whose value for the example images is known to the tracer."""
 
-    tracer: _Tracer
+    tracer: Tracer
 
     @property
     def _value(self) -> Any:
@@ -212,7 +208,7 @@ class _Symbol(fx.Proxy):
 class _Functions(TorchFunctionMode):
     """Records functions of symbols (also of sizes alone), and random draws, which would be constants."""
 
-    def __init__(self, tracer: _Tracer) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
 
     def __torch_function__(
@@ -248,7 +244,7 @@ class _Root(nn.Module):
         return self.traced_network(x)
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
@@ -284,7 +280,7 @@ class _Tracer(fx.Tracer):
                 for name in str(node.target).split("."):
                     value = getattr(value, name)
             elif node.op == "call_module":
-                guard = next((g for g in self.guards.values() if _PREFIX + g.name == node.target), None)
+                guard = next((g for g in self.guards.values() if PREFIX + g.name == node.target), None)
                 module = guard or self.root.get_submodule(str(node.target))
                 state = random.getstate(), np.random.get_state()  # noqa: NPY002 (other code may use it)
                 value = module(*args, **kwargs)
@@ -325,7 +321,7 @@ class _Tracer(fx.Tracer):
             if key not in self.guards:
                 with self._as_they_are():
                     self.guards[key] = Guard(f"_guard_{len(self.guards)}", value, truth, where)
-            guard = self.create_proxy("call_module", _PREFIX + self.guards[key].name, (symbol,), {})
+            guard = self.create_proxy("call_module", PREFIX + self.guards[key].name, (symbol,), {})
             self.guarded[symbol.node, truth] = guard.node
         return value
 
@@ -368,7 +364,7 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.is_leaf(m, module_qualified_name.removeprefix(_PREFIX))
+        return self.is_leaf(m, module_qualified_name.removeprefix(PREFIX))
 
     def call_module(
         self,
@@ -383,10 +379,10 @@ class _Tracer(fx.Tracer):
         leaf = self.is_leaf_module(m, name)
         if not leaf and has_hooks(m):
             raise Untraceable(
-                f"{name.removeprefix(_PREFIX)!r} ({type(m).__name__}) has hooks, which tracing would lose; "
+                f"{name.removeprefix(PREFIX)!r} ({type(m).__name__}) has hooks, which tracing would lose; "
                 "remove them first"
             )
-        self.inside.append(name.removeprefix(_PREFIX))
+        self.inside.append(name.removeprefix(PREFIX))
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -415,7 +411,7 @@ class _Tracer(fx.Tracer):
         for node in graph.nodes:
             node.type = None  # annotations written as strings would keep the result from being pickled
             if node.op in ("call_module", "get_attr"):
-                node.target = str(node.target).removeprefix(_PREFIX)
+                node.target = str(node.target).removeprefix(PREFIX)
         constants = {
             name: value for name, value in root.__dict__.items() if name.startswith("_tensor_constant")
         }
@@ -450,7 +446,7 @@ def _sizes_as_tuples() -> Iterator[None]:
 
 
 @contextmanager
-def _without_autocast(tracer: _Tracer) -> Iterator[None]:
+def _without_autocast(tracer: Tracer) -> Iterator[None]:
     enter = torch.autocast.__enter__
 
     def refuse(context: torch.autocast) -> Any:
@@ -468,7 +464,7 @@ def _without_autocast(tracer: _Tracer) -> Iterator[None]:
 
 
 @contextmanager
-def _patched_setattr(replacement: Any, tracer: _Tracer) -> Iterator[None]:
+def _patched_setattr(replacement: Any, tracer: Tracer) -> Iterator[None]:
     original = nn.Module.__setattr__
 
     def patched(module: nn.Module, name: str, value: Any) -> None:
@@ -505,276 +501,3 @@ def _about_shape(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in _ATTRIBUTES or str(node.args[1]).startswith("is_")
     return node.op == "call_module"  # None, from a module that returns nothing
-
-
-# --- both modes
-
-
-def trace(
-    network: nn.Module, x: Tensor, is_leaf: Callable[[nn.Module], bool], keeps: Callable[[nn.Module], bool]
-) -> fx.Graph:
-    """The graph of ``network``, which is in eval mode, for both modes.
-
-    Modules that the graph needs and ``network`` lacks are added to it.
-
-    Args:
-        x: images [B, C, H, W] to trace with, B at least 2.
-        is_leaf: whether a module is called as it is.
-        keeps: whether a module must not be in one mode's graph alone.
-
-    Raises:
-        ValueError: it cannot be traced; the message names the file and line.
-    """
-    name = type(network).__name__
-    leaves: set[str] = set()
-    guards: dict[Any, Guard] = {}
-    while True:
-        graphs = []
-        for training in (True, False):
-            part = copy.deepcopy(network).train() if training else network
-            tracer = _Tracer(lambda m, path: path in leaves or is_leaf(m), x, guards)
-            try:
-                graphs.append((part, tracer.traced(part)))
-            except Exception as error:  # whatever a forward may raise when it is given symbols
-                retry = next(
-                    (path for path in tracer.failed_in or () if _can_be_leaf(network, path, keeps)), None
-                )
-                if retry is None or retry in leaves:
-                    raise ValueError(
-                        f"{name} cannot be traced by torch.fx: {raised_at(error)}: "
-                        f"{_said(error)}. Change that part, or build the network from the layers in awnet.nn"
-                    ) from error
-                leaves.add(retry)
-                break
-        else:
-            (training_network, training_graph), (_, graph) = graphs
-            break
-    for guard in guards.values():
-        network.add_module(guard.name, guard)
-    _Merger(network, graph, training_network, training_graph, keeps).merge()
-    used = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
-    for guard in guards.values():
-        if guard.name not in used:
-            delattr(network, guard.name)
-    return graph
-
-
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
-
-
-def _can_be_leaf(network: nn.Module, path: str, keeps: Callable[[nn.Module], bool]) -> bool:
-    """Whether a module that cannot be traced through can be called as it is instead."""
-    return path + "." != _PREFIX and not any(keeps(m) for m in network.get_submodule(path).modules())
-
-
-class _Region:
-    """What one mode computes and the other does not, between two nodes that both have."""
-
-    def __init__(self, training: list[fx.Node], evaluation: list[fx.Node], before: fx.Node) -> None:
-        self.nodes = {True: training, False: evaluation}
-        self.before = before  # the node of the eval graph that follows
-        self.outputs: list[tuple[fx.Node | None, fx.Node | None]] = []
-        self.switch: fx.Node | None = None
-
-
-class _Merger:
-    """Turns the eval graph into one for both modes."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        graph: fx.Graph,
-        training_network: nn.Module,
-        training_graph: fx.Graph,
-        keeps: Callable[[nn.Module], bool],
-    ) -> None:
-        self.network = network
-        self.graph = graph
-        self.training_network = training_network
-        self.training_nodes = list(training_graph.nodes)
-        self.eval_nodes = list(graph.nodes)
-        self.keeps = keeps
-
-    def merge(self) -> None:
-        own = [self._key(node, self.training_network) for node in self.training_nodes]
-        other = [self._key(node, self.network) for node in self.eval_nodes]
-        if own[-1] != other[-1]:
-            raise ValueError(
-                f"{type(self.network).__name__}.forward, defined at "
-                f"{defined_at(type(self.network).forward)}, returns something else in train mode than in "
-                "eval mode (an auxiliary classifier's logits?); it must return logits [B, K] in both"
-            )
-        self.eval_of: dict[fx.Node, fx.Node] = {}
-        self.regions: list[_Region] = []
-        self.region_of: dict[fx.Node, _Region] = {}
-        for tag, i, i_end, j, j_end in difflib.SequenceMatcher(
-            None, own, other, autojunk=False
-        ).get_opcodes():
-            if tag == "equal":
-                self.eval_of.update(zip(self.training_nodes[i:i_end], self.eval_nodes[j:j_end], strict=True))
-            else:
-                self._add_region(
-                    self.training_nodes[i:i_end], self.eval_nodes[j:j_end], self.eval_nodes[j_end]
-                )
-        self._find_outputs()
-        self.switched: dict[tuple[fx.Node | None, fx.Node | None], fx.Node] = {}
-        for region in sorted(self.regions, key=lambda region: self.eval_nodes.index(region.before)):
-            self._insert(region)
-        self._redirect()
-        for node in reversed(self.eval_nodes):
-            if node in self.region_of and not node.users:
-                self.graph.erase_node(node)
-        self.graph.lint()
-
-    def _key(self, node: fx.Node, network: nn.Module) -> str:
-        """Equal for nodes that compute the same of their inputs."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: None)
-        constant = ""
-        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
-            constant = repr(getattr(network, str(node.target)).tolist())
-        return f"{node.op} {node._pretty_print_target(node.target)} {args} {kwargs} {constant}"
-
-    def _add_region(self, training: list[fx.Node], evaluation: list[fx.Node], before: fx.Node) -> _Region:
-        region = _Region(training, evaluation, before)
-        for node in [*training, *evaluation]:
-            self.region_of[node] = region
-            module = self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if module is not None and any(self.keeps(part) for part in module.modules()):
-                mode = "train" if node in training else "eval"
-                raise ValueError(
-                    f"cannot convert {str(node.target)!r} ({type(module).__name__}) at {where_of(node)}: it "
-                    f"is called so in {mode} mode only, and a batch norm must be in the graphs of both modes"
-                )
-        self.regions.append(region)
-        return region
-
-    def _pairs(self) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
-        """Every use, by a node of both graphs, of values that differ: training value, eval value, user."""
-        for training, evaluation in self.eval_of.items():
-            for own, other in zip(_operands(training), _operands(evaluation), strict=True):
-                if self.eval_of.get(own) is not other:
-                    yield own, other, evaluation
-
-    def _find_outputs(self) -> None:
-        positions = {node: i for i, node in enumerate(self.eval_nodes)}
-
-        def position(region: _Region) -> int:
-            return positions[region.before]
-
-        for own, other, user in list(self._pairs()):
-            sources = [self.region_of[node] for node in (own, other) if node in self.region_of]
-            region = max(sources, key=position) if sources else self._add_region([], [], user)
-            if (own, other) not in region.outputs:
-                region.outputs.append((own, other))
-        for region in list(self.regions):  # what later regions take from earlier ones
-            for training in (True, False):
-                for node in region.nodes[training]:
-                    for source in node.all_input_nodes:
-                        origin = self.region_of.get(source)
-                        pair = (source, None) if training else (None, source)
-                        if origin not in (None, region) and pair not in origin.outputs:
-                            origin.outputs.append(pair)
-
-    def _outside(self, node: fx.Node, training: bool) -> fx.Node:
-        """The merged graph's node for a value that a region takes."""
-        if training and node in self.eval_of:
-            return self.eval_of[node]
-        if node not in self.region_of:
-            return node
-        return self.switched[(node, None) if training else (None, node)]
-
-    def _insert(self, region: _Region) -> None:
-        inputs: list[fx.Node] = []
-        with self.graph.inserting_before(region.before):
-            parts = [self._part(region, training, inputs) for training in (True, False)]
-            for graph, placeholders in parts:
-                for _ in inputs[len(placeholders) :]:
-                    _add_placeholder(graph, placeholders)
-            training_part, eval_part = (
-                fx.GraphModule(nn.Module(), graph, class_name="Part") for graph, _ in parts
-            )
-            name = next(n for i in range(10**6) if not hasattr(self.network, n := f"_mode_{i}"))
-            self.network.add_module(name, ModeSwitch(training_part, eval_part).eval())
-            region.switch = self.graph.call_module(name, tuple(inputs))
-            region.switch.meta["where"] = next(
-                (where_of(node) for nodes in region.nodes.values() for node in nodes), where_of(region.before)
-            )
-            for i, pair in enumerate(region.outputs):
-                self.switched[pair] = self.graph.call_function(operator.getitem, (region.switch, i))
-                self.switched[pair].meta.update((pair[1] or pair[0]).meta)  # type: ignore[union-attr]
-
-    def _part(self, region: _Region, training: bool, inputs: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
-        """One mode's graph of a region; ``inputs`` is extended by what it takes."""
-        graph = fx.Graph()
-        placeholders: list[fx.Node] = []
-        inner: dict[fx.Node, fx.Node] = {}
-
-        def value(node: fx.Node) -> fx.Node:
-            if node in inner:
-                return inner[node]
-            outside = self._outside(node, training)
-            if outside not in inputs:
-                inputs.append(outside)
-            place = inputs.index(outside)
-            while len(placeholders) <= place:
-                _add_placeholder(graph, placeholders)
-            return placeholders[place]
-
-        def read(target: str) -> fx.Node:
-            """A tensor or module, read in the outer graph, so that its state keeps its name."""
-            inputs.append(self.graph.get_attr(target))
-            while len(placeholders) < len(inputs):
-                _add_placeholder(graph, placeholders)
-            return placeholders[-1]
-
-        for node in region.nodes[training]:
-            target = str(node.target)
-            if node.op == "get_attr":
-                if training and target.startswith("_tensor_constant"):
-                    constant = getattr(self.training_network, target)
-                    target = next(n for i in range(10**6) if not hasattr(self.network, n := f"_constant_{i}"))
-                    setattr(self.network, target, constant)
-                inner[node] = read(target)
-            elif node.op == "call_module":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                inner[node] = graph.call_method("__call__", (read(target), *args), kwargs)
-            else:
-                inner[node] = graph.node_copy(node, value)
-        result = tuple(
-            None if pair[not training] is None else value(pair[not training])  # type: ignore[arg-type]
-            for pair in region.outputs
-        )
-        graph.output(result)
-        return graph, placeholders
-
-    def _redirect(self) -> None:
-        """Lets every user take the value of its mode."""
-        for own, evaluation in self.eval_of.items():
-            sources = iter(list(_operands(own)))
-
-            def chosen(node: fx.Node, sources: Iterator[fx.Node] = sources) -> fx.Node:
-                return self.switched.get((next(sources), node), node)
-
-            evaluation.args = fx.node.map_arg(evaluation.args, chosen)
-            evaluation.kwargs = fx.node.map_arg(evaluation.kwargs, chosen)
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """Every input of a node, in order, a repeated one repeatedly."""
-    operands: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), operands.append)
-    return operands
-
-
-def _add_placeholder(graph: fx.Graph, placeholders: list[fx.Node]) -> None:
-    last = placeholders[-1] if placeholders else None
-    first = next(iter(graph.nodes), None)
-    if last is not None:
-        with graph.inserting_after(last):
-            placeholders.append(graph.placeholder(f"value_{len(placeholders)}"))
-    elif first is not None:
-        with graph.inserting_before(first):
-            placeholders.append(graph.placeholder("value_0"))
-    else:
-        placeholders.append(graph.placeholder("value_0"))
