@@ -52,7 +52,8 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align:
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 thead th { border-bottom: 2px solid var(--ink); }
 .suspicious { color: var(--adv); font-weight: bold; } .pass { color: var(--good); }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
+@media screen and (max-width: 640px) { figure img { max-width: 640px; } }
 details { margin: 1rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 @media print { body { font-size: 10.5pt; max-width: none; padding: 0; } .wide { overflow: visible; }
   figure, table, .cards, .flags { break-inside: avoid; } h2 { break-after: avoid; } }
