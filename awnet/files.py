@@ -53,6 +53,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         ValueError: there is no such user, or the user has no home folder.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} is not a path: it contains a null byte")
     try:
         return path.expanduser()
     except RuntimeError:

@@ -71,9 +71,10 @@ class AnalyzeFilters(_Runs):
 
     def run(self, console: Console) -> None:
         from awnet.reproduce.analyses import alike, compare_filters, effective_filters
+        from awnet.scalars import check_integer
 
-        if self.layers < 1:
-            raise ValueError(f"layers must be 1 or more, got {self.layers}")
+        check_integer("layers", self.layers, 1)
+        check_integer("images", self.images, 1)
         loaded = self.load(console)
         groups = alike({label: model for label, (model, _) in loaded.items()})
         written = compare_filters(groups, self.out, layers=self.layers)
@@ -92,7 +93,9 @@ class AnalyzeWeightGap(_Runs):
 
     def run(self, console: Console) -> None:
         from awnet.reproduce.analyses import measure_weight_gap
+        from awnet.scalars import check_integer
 
+        check_integer("images", self.images, 1)
         loaded = self.load(console)
         for number, (label, (model, dataset)) in enumerate(loaded.items(), start=1):
             batch = next(dataset.subset(self.images).batches(self.images))

@@ -48,8 +48,8 @@ class Reproduce:
     def run(self, console: Console) -> None:
         from awnet.reproduce import reproduce, run_digits, run_digits_seeds
 
-        if self.data is not None and self.what == "digits":
-            raise ValueError("data is an option of table3; digits always uses its own data set")
+        if self.data is not None and (self.what != "table3" or self.data != "digits"):
+            raise ValueError(f"data is an option of table3, and must be digits; got {self.what!r} with it")
         if self.what == "digits":
             flags: Any = {"resume": self.resume, "overwrite": self.overwrite, "device": self.device}
             if self.seeds:

@@ -124,9 +124,10 @@ class RunOptions(ImportOption):
         """The model on the device ``target`` (default: ``--device``), and the images on the host."""
         from awnet.devices import resolve_device
         from awnet.evaluation.tables import in_one_line
+        from awnet.scalars import check_integer
 
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be 1 or more images, got {self.limit}")
+        if self.limit is not None:
+            check_integer("limit", self.limit, 1)
         config = self.config()
         recorded = config.get("dataset", {})
         name, data_dir, eps = self.data, self.data_dir, self.eps

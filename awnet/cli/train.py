@@ -91,6 +91,7 @@ class Train(ImportOption):
     @early_signals.noted()
     def run(self, console: Console) -> None:
         from awnet.distributed import is_first
+        from awnet.scalars import check_integer
         from awnet.training import recipe_for, train
 
         self.import_user_module()
@@ -106,9 +107,8 @@ class Train(ImportOption):
         recipe = recipe_for(self.recipe, self.data, **settings)
         splits = load_splits(self.data, self.data_dir, self.seed, self.eps)
         if self.limit is not None:
-            if self.limit < 1:
-                raise ValueError(f"limit must be 1 or more images, got {self.limit}")
-            splits = splits._replace(train=splits.train.subset(self.limit))
+            limit = check_integer("limit", self.limit, 1)
+            splits = splits._replace(train=splits.train.subset(limit))
         name = self.model or recipe.network or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
         label = name.rpartition(":")[2]
         out = self.out or Path("runs") / f"{self.data}-{label}-{self.recipe}-{self.seed}"

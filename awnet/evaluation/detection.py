@@ -44,7 +44,7 @@ def auc_interval(
     shares = [
         np.bincount(np.searchsorted(distinct, side), minlength=distinct.size) / side.size for side in sides
     ]
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed % 2**64)
     found: list[Array] = []
     chunk = max(1, 2_000_000 // distinct.size)
     for first in range(0, resamples, chunk):

@@ -47,7 +47,7 @@ def bootstrap_interval(
         raise ValueError(f"values must be a non-empty [n], got shape {list(array.shape)}")
     # resampling n of n values is one multinomial draw of how often each distinct value comes
     distinct, counts = np.unique(array, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(array.size, counts / array.size, size=resamples)
+    draws = np.random.default_rng(seed % 2**64).multinomial(array.size, counts / array.size, size=resamples)
     means = draws @ distinct / array.size
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

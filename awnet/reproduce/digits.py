@@ -99,6 +99,8 @@ def run_digits(
 
 def followed(folder: Path, warn: Callable[[str], None]) -> RunFolder:
     """An experiment's folder, which exists from now on."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"out must be a folder, but {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
     return RunFolder(folder, warn, "the experiment")
 

@@ -503,8 +503,8 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
         (["bench", "run", "--shape", "64,64,8,3,1,5"], "groups, 5, must divide"),
         (["bench", "run", "--shape", "64,64,8,2"], "the kernel must be odd"),
         (["bench", "run", "--shape", "8,8,8", "--cases", "stem"], "shape and cases are both given"),
-        (["reproduce", "table1", "--data", "digits"], "what must be digits or one of table1"),
-        (["reproduce", "digits", "--data", "digits"], "digits always uses its own data set"),
+        (["reproduce", "table1", "--data", "digits"], "data is an option of table3"),
+        (["reproduce", "digits", "--data", "digits"], "data is an option of table3"),
     ],
 )
 def test_an_error_is_one_clean_line(words, message, capsys):
