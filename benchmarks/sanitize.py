@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from awnet.ops.args import Needs
 from awnet.ops.backends import native
 from awnet.ops.backends.eager import EagerPasses
-from awnet.ops.coefficients import BatchStatistics, Propagation, Sums
+from awnet.ops.coefficients import Mix, Norm, Propagation, Reduced, SampleStats
 
 # by a part of a warp, a warp, a block, several blocks; values that fill a 16-byte access and that do not
 SHAPES = ((3, 8, 4, 4), (2, 5, 7, 7), (2, 16, 32, 32), (2, 3, 33, 31), (1, 8, 96, 100))
@@ -29,62 +29,44 @@ _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 class _Operators:
-    """The native operators under the names and signatures of ``awnet.ops.backends.eager.Passes``."""
+    """The native operators with the methods of ``awnet.ops.backends.base.Passes``."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.ops.awnet, name)
+        operator = getattr(torch.ops.awnet, name)
+        return lambda *records: operator(*_flat(records))
 
     def apply(self, *arguments: Any) -> Any:
         return torch.ops.awnet.apply(*arguments[:-1])  # the operator is never in place
 
-    def propagate(self, grad: Any, u: Any, centre: Any, mask: Any, how: Propagation, residual: bool) -> Any:
-        return torch.ops.awnet.propagate(grad, u, centre, mask, *how, residual)
+    def eval_coefficients(self, norm: Norm, mix: Mix, batch: int) -> Any:
+        return torch.ops.awnet.eval_coefficients(*mix[:2], *norm, batch)
 
-    def testing_coefficients(self, omega: Any, *rest: Any) -> Any:
-        *tables, p_clean, eps, batch = rest
-        return torch.ops.awnet.eval_coefficients(omega, p_clean, *tables, eps, batch)
+    def eval_gradients(self, sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Any:
+        return torch.ops.awnet.eval_gradients(*sums, *mix[:2], *norm, list(needs[2:6]))
 
-    def testing_gradients(self, g1: Any, gc: Any, centre: Any, omega: Any, *rest: Any) -> Any:
-        *tables, p_clean, eps, needs = rest
-        return torch.ops.awnet.eval_gradients(g1, gc, centre, omega, p_clean, *tables, eps, list(needs[2:6]))
+    def batch_statistics(self, stats: SampleStats, mix: Mix, stat_rows: int) -> Any:
+        return torch.ops.awnet.batch_statistics(*stats, *mix[::2], stat_rows)
 
-    def training_coefficients(
-        self, omega: Any, weight: Any, bias: Any, own: BatchStatistics, kind: Any, *rest: Any
-    ) -> Any:
-        return torch.ops.awnet.train_coefficients(omega, kind, weight, bias, own.mean, own.var, *rest)
+    def train_coefficients(self, norm: Norm, mix: Mix, batch: int) -> Any:
+        return torch.ops.awnet.train_coefficients(*mix[::2], *norm, batch)
 
-    def training_sums(
-        self, g1: Any, gc: Any, mean: Any, omega: Any, weight: Any, own: BatchStatistics, *rest: Any
-    ) -> Any:
-        kind, eps = rest
-        return torch.ops.awnet.train_sums(g1, gc, mean, omega, kind, weight, weight, own.mean, own.var, eps)
+    def train_sums(self, sums: Reduced, norm: Norm, mix: Mix) -> Any:
+        return torch.ops.awnet.train_sums(*sums, *mix[::2], *norm)
 
-    def training_gradients(
-        self, g1: Any, gc: Any, mean: Any, m2: Any, hw: int, omega: Any, weight: Any, *rest: Any
-    ) -> Any:
-        own, kind, eps, need, sums = rest
-        through = None if sums is None else sums.through
-        grads = torch.ops.awnet.train_gradients(
-            g1,
-            gc,
-            mean,
-            mean,
-            m2,
-            hw,
-            omega,
-            kind,
-            weight,
-            weight,
-            own.mean,
-            own.var,
-            eps,
-            own.n,
-            need,
-            through,
-        )
-        if sums is not None:  # γ's and β's are known by then
-            return grads[0], sums.bn_weight, sums.bn_bias, *grads[3:]
-        return grads
+    def train_gradients(self, sums: Reduced, stats: SampleStats, norm: Norm, n: Tensor, *rest: Any) -> Any:
+        mix, need, totals = rest
+        through = None if totals is None else totals.through
+        grads = torch.ops.awnet.train_gradients(*sums, *stats, *mix[::2], *norm, n, need, through)
+        # with totals the gradients of γ and β are known already
+        return grads if totals is None else (grads[0], totals.bn_weight, totals.bn_bias, *grads[3:])
+
+
+def _flat(records: Iterable[Any]) -> Iterator[Any]:
+    for record in records:
+        if isinstance(record, tuple):
+            yield from record
+        else:
+            yield record
 
 
 def _passes(backend: str) -> Any:
@@ -133,16 +115,16 @@ class _Checker:
         """What plain torch leaves out, a kernel may fill with anything."""
         if isinstance(want, Tensor):
             return [got], [want]
-        # a native training_gradients is flat where plain torch groups
+        # a native train_gradients is flat where plain torch groups
         flat_want = [y for x in want for y in (x if isinstance(x, tuple) else (x,))]
         flat_got = [y for x in got for y in (x if isinstance(x, tuple) else (x,))]
-        if len(flat_got) < len(flat_want):  # no gradient of p_clean in training
+        if len(flat_got) < len(flat_want):  # no gradient of p_clean in train mode
             flat_want = [flat_want[0], *flat_want[2:]]
         kept = [(g, w) for g, w in zip(flat_got, flat_want, strict=True) if w is not None]
         return [g for g, _ in kept], [w for _, w in kept]
 
     def _move(self, x: Any) -> Any:
-        if isinstance(x, BatchStatistics | Propagation | Sums):
+        if isinstance(x, tuple):  # a record
             return type(x)(*(self._move(part) for part in x))
         if not isinstance(x, Tensor):
             return x
@@ -150,7 +132,7 @@ class _Checker:
         return moved.float() if moved.dtype == torch.float64 else moved
 
     def _widen(self, x: Any) -> Any:
-        if isinstance(x, BatchStatistics | Propagation | Sums):
+        if isinstance(x, tuple):
             return type(x)(*(self._widen(part) for part in x))
         return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
@@ -195,20 +177,24 @@ def check_algebra(check: _Checker) -> None:
         running = normal(groups, CHANNELS), normal(groups, CHANNELS).square() + 0.5
         for scaled in (omega, None):
             probability, kind = (p, is_clean) if rows == 2 else (None, None)
-            check("testing_coefficients", scaled, weight, bias, *running, probability, 1e-5, BATCH)
-            tables = (scaled, weight, bias, *running, probability, 1e-5)
+            norm = Norm(weight, bias, *running, 1e-5)
+            mix = Mix(scaled, probability)
+            check("eval_coefficients", norm, mix, BATCH)
+            sums = Reduced(g1, gc, mean)
             for needs in (
                 Needs(filter_scale=scaled is not None, p_clean=rows == 2, bn_weight=True, bn_bias=True),
                 Needs(p_clean=rows == 2),
             ):
-                check("testing_gradients", g1, gc, mean, *tables, needs)
-            own = check("batch_statistics", mean, m2, 9, scaled, kind if groups == 2 else None, groups)
-            check("training_coefficients", scaled, weight, bias, own, kind, 1e-5, BATCH)
-            rest = (scaled, weight, own, kind, 1e-5)
-            sums = check("training_sums", g1, gc, mean, *rest, limit=1e-3)
-            for given in (None, sums):
+                check("eval_gradients", sums, norm, mix, needs)
+            stats, mix = SampleStats(mean, m2, 9), Mix(scaled, None, kind)
+            statistics_mix = mix if groups == 2 else mix._replace(is_clean=None)
+            batch = check("batch_statistics", stats, statistics_mix, groups)
+            norm = norm._replace(mean=batch.mean, var=batch.var)
+            check("train_coefficients", norm, mix, BATCH)
+            totals = check("train_sums", sums, norm, mix, limit=1e-3)
+            for given in (None, totals):
                 need = scaled is not None
-                check("training_gradients", g1, gc, mean, m2, 9, *rest, need, given, limit=1e-3)
+                check("train_gradients", sums, stats, norm, batch.n, mix, need, given, limit=1e-3)
 
 
 def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> int:
@@ -250,8 +236,10 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
     moved = sign_step.sign_step(image, normal(3, 3, 17, 17), image, 0.01, 0.03, how)
     assert float((moved - image).abs().max()) <= 0.0101
     tables, scale, p = normal(4, 2, 32).abs(), normal(5, 8), normal(5).sigmoid()
-    coefficients = network_coefficients(tables, (8, 24), scale, p, 1e-5)
-    grads = network_gradients(normal(5, 32), normal(5, 32), tables, scale, p, 1e-5, (True, True))
+    norm, mix = Norm.stacked(tables, 1e-5), Mix(scale, p)
+    coefficients = network_coefficients(norm, mix, (8, 24), 5)
+    sums = Reduced(normal(5, 32), normal(5, 32), None)
+    grads = network_gradients(sums, norm, mix, Needs(filter_scale=True, p_clean=True))
     assert all(part.isfinite().all() for part in _tensors((coefficients, grads)))
     return calls + 3
 

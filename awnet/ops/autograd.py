@@ -1,15 +1,20 @@
 """The layer as a registered forward/backward pair of operators, one pair for each backend.
 
-``register(name, passes)`` assembles convolution, passes and coefficients into the operators
-``torch.ops.awnet.layer_<name>`` and ``layer_<name>_backward``, with fake kernels and autograd.
-``csrc/layer.cpp`` is the same in C++, ``layer_native``, for the backends whose passes are native.
+:func:`register` assembles convolution, passes and coefficients into ``torch.ops.awnet.layer_<name>`` and
+``layer_<name>_backward``, with fake kernels and autograd. ``csrc/layer.cpp`` is the same in C++,
+``layer_native``, for the backends whose passes are native.
+
+The gradient is bound to the operator twice, from the same functions: by ``torch.library.register_autograd``
+for graphs (torch.compile, torch.export) and direct calls of the operator, and by a
+``torch.autograd.Function`` around it for calls in eager mode, where register_autograd took 115 to 133 µs
+per call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +23,58 @@ from awnet.ops.args import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
     BackwardArgs,
-    Conv,
     LayerArgs,
     MixNorm,
     Needs,
     Saved,
+    flatten,
     flatten_backward,
     unflatten,
     unflatten_backward,
 )
-from awnet.ops.backends.eager import Passes, wide_dtype
-from awnet.ops.coefficients import BatchStatistics, Gradients, Propagation
+from awnet.ops.backends.base import Backend, Passes, memory_format, wide_dtype
+from awnet.ops.coefficients import Gradients, Mix, Norm, Propagation, Reduced, SampleStats
 from awnet.ops.distributed import joined_statistics, summed
 from awnet.ops.transforms import refuse_tangents
 
 Layer = Callable[..., tuple[Tensor, ...]]
+
+
+class OperatorBackend(Backend):
+    """A backend whose layer is an operator of this module."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+
+    def run(self, args: LayerArgs) -> Tensor:
+        saved = Saved(*self._layer(*flatten(args, *kept(args))))
+        norm = args.norm
+        if norm is not None and norm.training:
+            if norm.process_group and saved.y.shape[2] * saved.y.shape[3] == 1:
+                _check_more_than_one_value(saved.n)
+            _update_running_statistics(norm, saved)
+        return saved.y
+
+
+def _check_more_than_one_value(n: Tensor) -> None:
+    # over ranks the counts are known afterwards only; all ranks see the same ones and raise alike
+    if torch.compiler.is_compiling() or n.is_meta or (n.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if bool((n == 1).any()):
+        raise ValueError(
+            "expected more than 1 value per channel when training, got one in a branch over all ranks"
+        )
+
+
+@torch.no_grad()
+def _update_running_statistics(norm: MixNorm, saved: Saved) -> None:
+    n = saved.n[:, None]
+    momentum = norm.momentum
+    rate = momentum[:, None].to(n) if isinstance(momentum, Tensor) else momentum
+    unbiased = saved.batch_var * (n / (n - 1).clamp(min=1))
+    for running, batch in ((norm.mean, saved.batch_mean), (norm.var, unbiased)):
+        moved = (1 - rate) * running + rate * batch
+        running.copy_(torch.where(n > 0, moved, running))
 
 
 def kept(args: LayerArgs) -> tuple[bool, bool]:
@@ -47,13 +89,6 @@ def kept(args: LayerArgs) -> tuple[bool, bool]:
     if not any(needs):
         return False, False
     return args.by_batch or needs.coefficients, args.activation == "relu" and not needs.weight
-
-
-def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last only where ``x`` is laid out so and not NCHW-contiguous too (one channel or pixel)."""
-    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _convolved(args: LayerArgs) -> Tensor:
@@ -71,19 +106,14 @@ def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
-class _Tables(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    mean: Tensor
-    var: Tensor
+def _norm(norm: MixNorm | None, dtype: torch.dtype) -> Norm | None:
+    if norm is None:
+        return None
+    return Norm(norm.weight.to(dtype), norm.bias.to(dtype), norm.mean.to(dtype), norm.var.to(dtype), norm.eps)
 
 
-def _tables(norm: MixNorm, dtype: torch.dtype) -> _Tables:
-    return _Tables(norm.weight.to(dtype), norm.bias.to(dtype), norm.mean.to(dtype), norm.var.to(dtype))
-
-
-def _where(conv: Conv) -> tuple[Sequence[int], Sequence[int], Sequence[int], int]:
-    return conv.stride, conv.padding, conv.dilation, conv.groups
+def _mix(args: LayerArgs | BackwardArgs, dtype: torch.dtype) -> Mix:
+    return Mix(_to(args.filter_scale, dtype), _to(args.p_clean, dtype), args.is_clean)
 
 
 def _forward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
@@ -103,24 +133,21 @@ def _forward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
 def _train(
     passes: Passes, args: LayerArgs, wide: torch.dtype, keep_u: bool, keep_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    norm, mix = _norm(args.norm, wide), _mix(args, wide)
     assert args.norm is not None
-    norm, eps = _tables(args.norm, wide), args.norm.eps
-    filter_scale = _to(args.filter_scale, wide)
-    fused = None
-    if args.weight is not None:
-        fused = passes.fused_statistics(args.input, args.weight, *_where(args.conv))
+    assert norm is not None
+    fused = None if args.weight is None else passes.fused_statistics(args)
     if fused is None:
         u = _convolved(args)
         mean, m2 = passes.statistics(u)
     else:
         u, mean, m2 = fused
-    hw = u.shape[2] * u.shape[3]
-    batch = passes.batch_statistics(mean, m2, hw, filter_scale, args.is_clean, len(norm.mean))
+    stats = SampleStats(mean, m2, u.shape[2] * u.shape[3])
+    batch = passes.batch_statistics(stats, mix, len(norm.mean))
     if args.norm.process_group:
         batch = joined_statistics(batch, args.norm.process_group)
-    scale, shift = passes.training_coefficients(
-        filter_scale, norm.weight, norm.bias, batch, args.is_clean, eps, len(u)
-    )
+    norm = norm._replace(mean=batch.mean, var=batch.var)
+    scale, shift = passes.train_coefficients(norm, mix, len(u))
     in_place = args.weight is not None and not keep_u
     y, mask = passes.apply(u, scale, shift, args.residual, args.activation == "relu", keep_mask, in_place)
     return y, u, mask, (mean, m2, *batch)
@@ -129,23 +156,18 @@ def _train(
 def _eval(
     passes: Passes, args: LayerArgs, wide: torch.dtype, keep_u: bool, keep_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    filter_scale = _to(args.filter_scale, wide)
-    if args.norm is not None:
-        norm, p_clean = _tables(args.norm, wide), _to(args.p_clean, wide)
-        scale, shift = passes.testing_coefficients(
-            filter_scale, *norm, p_clean, args.norm.eps, len(args.input)
-        )
+    norm, mix = _norm(args.norm, wide), _mix(args, wide)
+    if norm is not None:
+        scale, shift = passes.eval_coefficients(norm, mix, len(args.input))
     else:
-        scale = _ones(args, wide) if filter_scale is None else filter_scale
+        scale = _ones(args, wide) if mix.filter_scale is None else mix.filter_scale
         shift = torch.zeros_like(scale) if args.shift is None else args.shift.to(wide)
-    epilogue = (scale, shift, args.residual, args.activation == "relu")
-    fused = None
-    if args.weight is not None:
-        fused = passes.fused_apply(args.input, args.weight, *epilogue, *_where(args.conv), keep_u, keep_mask)
+    fused = None if args.weight is None else passes.fused_apply(args, scale, shift, keep_u, keep_mask)
     if fused is not None:
         return fused
     u = _convolved(args)
-    y, mask = passes.apply(u, *epilogue, keep_mask, args.weight is not None and not keep_u)
+    in_place = args.weight is not None and not keep_u
+    y, mask = passes.apply(u, scale, shift, args.residual, args.activation == "relu", keep_mask, in_place)
     return y, u, mask
 
 
@@ -178,9 +200,9 @@ def _convolution_gradients(
         source = torch.empty(
             args.input_shape, dtype=d_u.dtype, device=d_u.device, memory_format=memory_format(d_u)
         )
-    stride, padding, dilation, groups = _where(args.conv)
+    conv = args.conv
     grads = torch.ops.aten.convolution_backward(
-        d_u, source, args.weight, None, stride, padding, dilation, False, [0, 0], groups,
+        d_u, source, args.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
         [need_input, need_weight, False],
     )  # fmt: skip
     return grads[0], grads[1]
@@ -210,53 +232,56 @@ def _gradients(passes: Passes, args: BackwardArgs) -> tuple[Tensor | None, ...]:
     needs, u, relu_mask = args.needs, args.u, args.relu_mask
     wide = wide_dtype(args.grad.dtype)
     grad = args.grad.contiguous(memory_format=_layout(args.channels_last))
-    filter_scale, p_clean = _to(args.filter_scale, wide), _to(args.p_clean, wide)
-    norm = None if args.norm is None else _tables(args.norm, wide)
-    eps = 0.0 if args.norm is None else args.norm.eps
+    norm, mix = _norm(args.norm, wide), _mix(args, wide)
     by_batch = args.norm is not None and args.norm.training
     centre = d_shift = None
-    grads = Gradients(None, None, None, None)
+    grads = Gradients()
     propagation: Propagation | None = None
     if needs.coefficients or (by_batch and needs.images):
         assert u is not None
         # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
         centre = args.mean if by_batch else u[:, :, 0, 0].to(wide)
         g1, gc = passes.reduce(grad, u, centre, relu_mask)
+        sums = Reduced(g1, gc, centre)
         if norm is None:
-            grads = Gradients(torch.addcmul(gc, centre, g1), None, None, None)
+            grads = Gradients(torch.addcmul(gc, centre, g1))
             d_shift = g1
         elif by_batch:
-            assert args.norm is not None
-            batch = BatchStatistics(norm.mean, norm.var, args.n)
-            sums = None
-            if args.norm.process_group:
-                sums = passes.training_sums(
-                    g1, gc, centre, filter_scale, norm.weight, batch, args.is_clean, eps
-                )
-                sums = sums._replace(through=summed(sums.through, args.norm.process_group))
-            rest = (norm.weight, batch, args.is_clean, eps, needs.filter_scale, sums)
-            hw = grad.shape[2] * grad.shape[3]
-            grads, propagation = passes.training_gradients(g1, gc, centre, args.m2, hw, filter_scale, *rest)
+            grads, propagation = _train_gradients(passes, args, sums, norm, mix)
         else:
-            grads = passes.testing_gradients(g1, gc, centre, filter_scale, *norm, p_clean, eps, needs)
+            grads = passes.eval_gradients(sums, norm, mix, needs)
     d_input = d_weight = d_residual = None
     if needs.images:
         if propagation is None:
             if norm is not None:
-                scale = passes.testing_coefficients(filter_scale, *norm, p_clean, eps, len(grad))[0]
+                scale = passes.eval_coefficients(norm, mix, len(grad))[0]
+            elif mix.filter_scale is not None:
+                scale = mix.filter_scale
             else:
-                scale = grad.new_ones(grad.shape[:2], dtype=wide) if filter_scale is None else filter_scale
-            propagation = Propagation(scale, None, None)
+                scale = grad.new_ones(grad.shape[:2], dtype=wide)
+            propagation = Propagation(scale)
         d_input, d_residual = passes.propagate(grad, u, centre, relu_mask, propagation, needs.residual)
     if args.weight is not None and (needs.input or needs.weight):
         assert d_input is not None
-        d_u, fused = d_input, None
-        if needs.input:
-            fused = passes.fused_dgrad(d_u, args.weight, args.input_shape, *_where(args.conv))
+        d_u = d_input
+        fused = passes.fused_dgrad(args, d_u) if needs.input else None
         if needs.weight or fused is None:
-            d_input, d_weight = _convolution_gradients(args, d_u, needs.input and fused is None, needs.weight)
+            need_input = needs.input and fused is None
+            d_input, d_weight = _convolution_gradients(args, d_u, need_input, needs.weight)
         d_input = d_input if fused is None else fused
     return d_input, d_weight, *grads, d_shift, d_residual
+
+
+def _train_gradients(
+    passes: Passes, args: BackwardArgs, sums: Reduced, norm: Norm, mix: Mix
+) -> tuple[Gradients, Propagation]:
+    assert args.norm is not None
+    totals = None
+    if args.norm.process_group:
+        totals = passes.train_sums(sums, norm, mix)
+        totals = totals._replace(through=summed(totals.through, args.norm.process_group))
+    stats = SampleStats(args.mean, args.m2, args.grad.shape[2] * args.grad.shape[3])
+    return passes.train_gradients(sums, stats, norm, args.n, mix, args.needs.filter_scale, totals)
 
 
 def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
@@ -347,28 +372,16 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
 
 
 def define(name: str) -> None:
-    """Defines the pair's schemas."""
+    """Defines the schemas of a pair."""
     torch.library.define(f"awnet::layer_{name}", FORWARD_SCHEMA)
     torch.library.define(f"awnet::layer_{name}_backward", BACKWARD_SCHEMA)
 
 
-def register(name: str, passes: Passes) -> Layer:
-    """Registers the pair for a backend whose passes are Python functions; returns the forward operator."""
-    forward, backward = f"awnet::layer_{name}", f"awnet::layer_{name}_backward"
-    define(name)
-    torch.library.impl(forward, "CompositeExplicitAutograd", partial(_forward, passes))
-    torch.library.impl(backward, "CompositeExplicitAutograd", partial(_backward, passes))
-    operator = describe(name)
-    torch.library.register_autograd(
-        forward,
-        partial(_autograd, getattr(torch.ops.awnet, f"layer_{name}_backward")),
-        setup_context=_setup_context,
-    )
-    return operator
-
-
 def describe(name: str) -> Layer:
-    """Gives a defined pair what tracing needs, and its backward a refusal; returns the forward operator."""
+    """Gives a defined pair fake kernels, and its backward an error for second derivatives.
+
+    Returns the forward operator.
+    """
     forward, backward = f"awnet::layer_{name}", f"awnet::layer_{name}_backward"
     torch.library.register_fake(forward, _forward_fake)
     torch.library.register_fake(backward, _backward_fake)
@@ -377,3 +390,55 @@ def describe(name: str) -> Layer:
     )
     operator: Layer = getattr(torch.ops.awnet, f"layer_{name}").default
     return operator
+
+
+def register(name: str, passes: Passes) -> Layer:
+    """Registers a pair whose passes are Python functions.
+
+    Returns a function with the flat arguments of the forward operator.
+    """
+    define(name)
+    forward, backward = f"awnet::layer_{name}", f"awnet::layer_{name}_backward"
+    torch.library.impl(forward, "CompositeExplicitAutograd", partial(_forward, passes))
+    torch.library.impl(backward, "CompositeExplicitAutograd", partial(_backward, passes))
+    operator = describe(name)
+    backward_operator = getattr(torch.ops.awnet, f"layer_{name}_backward").default
+    torch.library.register_autograd(
+        forward, partial(_autograd, backward_operator), setup_context=_setup_context
+    )
+    return _bind(operator, backward_operator)
+
+
+def _bind(operator: Layer, backward_operator: Layer) -> Layer:
+    """``operator`` with its gradient as a torch.autograd.Function, for calls in eager mode."""
+
+    class Bound(torch.autograd.Function):
+        @staticmethod
+        def forward(*flat: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*flat)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            _setup_context(ctx, inputs, output)
+            ctx.mark_non_differentiable(*output[1:])
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return _autograd(gradients, ctx, *grads)
+
+    def gradients(*flat: Any) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the operator's autograd reports second derivatives
+            return backward_operator(*flat)
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward_operator(*flat)
+
+    def layer(*flat: Any) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return operator(*flat)
+        if torch.is_grad_enabled():
+            outputs: tuple[Tensor, ...] = Bound.apply(*flat)
+            return outputs
+        return Bound.forward(*flat)
+
+    return layer

@@ -1,16 +1,16 @@
-"""The [B, C] mathematics of the layer: what is left when the images are summed up.
+"""The layer's mathematics on [B, C]: what is left when the images are summed over their pixels.
 
 Every mode of the layer is ``y = act(u * scale + shift + residual)`` with ``u = conv(input, weight)``. This
-file makes ``scale`` and ``shift`` (forward) and turns the sums of the reduce pass into gradients (backward).
-``docs/equations.md`` derives each line. All arguments are float32 or wider.
+file computes ``scale`` and ``shift`` in the forward, and gradients from the sums of the reduce pass backward.
+``docs/equations.md`` derives each line. All tensors are float32 or wider.
 
-Symbols: ``mean`` m and ``m2`` M2 [B, C] of u; ``omega`` ω [B, C] or None (ω ≡ 1); ``g1`` Σ g and ``gc``
-Σ g (u − centre) [B, C]; ``hw`` the number of pixels. Affine parameters have K rows and statistics S rows,
-each 1 or 2: row 0 adversarial, row 1 clean.
+A filter scale may have fewer columns than the norm: it belongs to the first ones, and is 1 in the rest. So a
+network in eval mode is one layer with the channels of all layers side by side, followed by :func:`split`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,45 +19,92 @@ from torch import Tensor
 from awnet.ops.args import Needs
 
 
-class Gradients(NamedTuple):
-    """Gradients of the [B, C] quantities; None where the layer has no such input."""
+class Norm(NamedTuple):
+    """A batch norm's tables: row 0 adversarial, row 1 clean. In train mode the statistics are the batch's."""
 
-    filter_scale: Tensor | None  # [B, C]
-    p_clean: Tensor | None  # [B]
-    bn_weight: Tensor | None  # [K, C]
-    bn_bias: Tensor | None  # [K, C]
+    weight: Tensor  # γ [K, C], K = affine_rows
+    bias: Tensor  # β [K, C]
+    mean: Tensor  # μ [S, C], S = stat_rows
+    var: Tensor  # σ² [S, C], biased
+    eps: float
+
+    @classmethod
+    def stacked(cls, tables: Tensor, eps: float) -> Norm:
+        """From weight, bias, mean and var in one tensor ``[4, rows, C]``."""
+        weight, bias, mean, var = tables.unbind(0)
+        return cls(weight, bias, mean, var, eps)
 
 
-class Propagation(NamedTuple):
-    """∂u = by_grad · g + by_input · (u − mean) + constant, each [B, C]; None means zero."""
+class Mix(NamedTuple):
+    """The per-sample inputs of the coefficients."""
 
-    by_grad: Tensor
-    by_input: Tensor | None
-    constant: Tensor | None
+    filter_scale: Tensor | None = None  # ω [B, C]; None means 1
+    p_clean: Tensor | None = None  # p [B], eval mode with two branches
+    is_clean: Tensor | None = None  # [B] bool, train mode with two branches
 
 
-class BatchStatistics(NamedTuple):
-    """Statistics of ω ⊙ u over each branch's own samples."""
+class SampleStats(NamedTuple):
+    """Statistics of u over each sample's pixels."""
+
+    mean: Tensor  # m [B, C]
+    m2: Tensor  # M2 [B, C], the centred sum of squares
+    hw: int  # the number of pixels
+
+
+class BatchStats(NamedTuple):
+    """Statistics of ω ⊙ u over each branch's samples."""
 
     mean: Tensor  # [S, C]
     var: Tensor  # [S, C], biased
-    n: Tensor  # [S], N_k: values per channel, 0 where a branch has no sample
+    n: Tensor  # [S], values per channel, 0 where a branch has no sample
 
 
-class Sums(NamedTuple):
-    """What a backward in training sums over the batch."""
+class Reduced(NamedTuple):
+    """The sums of the reduce pass."""
+
+    g1: Tensor  # Σ g [B, C]
+    gc: Tensor  # Σ g (u − centre) [B, C]
+    centre: Tensor | None  # [B, C]; None means 0
+
+
+class Gradients(NamedTuple):
+    """Gradients of the [B, C] inputs; None where not required or where there is no such input."""
+
+    filter_scale: Tensor | None = None  # [B, C]
+    p_clean: Tensor | None = None  # [B]
+    bn_weight: Tensor | None = None  # [K, C]
+    bn_bias: Tensor | None = None  # [K, C]
+
+
+class Propagation(NamedTuple):
+    """∂u = by_grad · g + by_input · (u − centre) + constant, each [B, C]; None means zero."""
+
+    by_grad: Tensor
+    by_input: Tensor | None = None
+    constant: Tensor | None = None
+
+
+class TrainSums(NamedTuple):
+    """What a backward in train mode sums over the batch."""
 
     bn_weight: Tensor  # [K, C], the gradients of γ and β
     bn_bias: Tensor
     through: Tensor  # [2, S, C], Σ γ g and Σ γ g x̂ over all values that share the statistics
 
 
-def _times(x: Tensor, omega: Tensor | None) -> Tensor:
-    return x if omega is None else x * omega
+def _scaled(x: Tensor, filter_scale: Tensor | None) -> Tensor:
+    """x · ω, where ω may cover the first columns only."""
+    if filter_scale is None:
+        return x
+    width = filter_scale.shape[1]
+    if width == x.shape[-1]:
+        return x * filter_scale
+    batch = filter_scale.shape[0]
+    return torch.cat([x[..., :width] * filter_scale, x[..., width:].expand(batch, -1)], 1)
 
 
 def _rows(table: Tensor, is_clean: Tensor | None, batch: int) -> Tensor:
-    """Each sample's own row: [rows, C] → [B, C]."""
+    """Each sample's row of a table: [rows, C] → [B, C]."""
     if len(table) == 1:
         return table.expand(batch, -1)
     assert is_clean is not None
@@ -65,7 +112,7 @@ def _rows(table: Tensor, is_clean: Tensor | None, batch: int) -> Tensor:
 
 
 def _sum_by_row(x: Tensor, is_clean: Tensor | None, rows: int) -> Tensor:
-    """Sums each row's own samples: [B, C] → [rows, C]. A sample never touches the other row, NaN or not."""
+    """Sums each row's samples: [B, C] → [rows, C]. A sample never touches the other row, NaN or not."""
     if rows == 1:
         return x.sum(0, keepdim=True)
     assert is_clean is not None
@@ -74,7 +121,7 @@ def _sum_by_row(x: Tensor, is_clean: Tensor | None, rows: int) -> Tensor:
     return torch.stack([torch.where(clean, zero, x).sum(0), torch.where(clean, x, zero).sum(0)])
 
 
-# --- testing and attack: running statistics, branches weighted by p
+# --- eval mode and attacks: running statistics, branches weighted by p
 
 
 class _Branches(NamedTuple):
@@ -85,13 +132,14 @@ class _Branches(NamedTuple):
     bias: list[Tensor]
 
 
-def _branches(bn_weight: Tensor, bn_bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> _Branches:
-    number = max(len(bn_weight), len(mean))
-    inv_std = torch.rsqrt(var + eps)
-    means = [mean[min(k, len(mean) - 1)] for k in range(number)]
-    stds = [inv_std[min(k, len(mean) - 1)] for k in range(number)]
-    gains = [bn_weight[min(k, len(bn_weight) - 1)] * stds[k] for k in range(number)]
-    biases = [bn_bias[min(k, len(bn_weight) - 1)] for k in range(number)]
+def _branches(norm: Norm) -> _Branches:
+    affine_rows, stat_rows = len(norm.weight), len(norm.mean)
+    number = max(affine_rows, stat_rows)
+    inv_std = torch.rsqrt(norm.var + norm.eps)
+    means = [norm.mean[min(k, stat_rows - 1)] for k in range(number)]
+    stds = [inv_std[min(k, stat_rows - 1)] for k in range(number)]
+    gains = [norm.weight[min(k, affine_rows - 1)] * stds[k] for k in range(number)]
+    biases = [norm.bias[min(k, affine_rows - 1)] for k in range(number)]
     offsets = [biases[k] - means[k] * gains[k] for k in range(number)]
     return _Branches(gains, offsets, means, stds, biases)
 
@@ -103,159 +151,153 @@ def _probabilities(p_clean: Tensor | None, number: int) -> list[Tensor | None]:
     return [1 - p_clean[:, None], p_clean[:, None]]
 
 
-def _mix(values: list[Tensor], weights: list[Tensor | None]) -> Tensor:
-    total = _times(values[0], weights[0])
-    return total if len(values) == 1 else total + _times(values[1], weights[1])
+def _weighted(x: Tensor, weight: Tensor | None) -> Tensor:
+    return x if weight is None else x * weight
 
 
-def testing_coefficients(
-    omega: Tensor | None,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    p_clean: Tensor | None,
-    eps: float,
-    batch: int,
-) -> tuple[Tensor, Tensor]:
+def _blend(values: list[Tensor], weights: list[Tensor | None]) -> Tensor:
+    total = _weighted(values[0], weights[0])
+    return total if len(values) == 1 else total + _weighted(values[1], weights[1])
+
+
+def eval_coefficients(norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
     """scale = ω Σ_k w_k γ_k/σ_k, shift = Σ_k w_k (β_k − μ_k γ_k/σ_k) with w = (1 − p, p), Eq. 14; [B, C]."""
-    branch = _branches(bn_weight, bn_bias, running_mean, running_var, eps)
-    weights = _probabilities(p_clean, len(branch.gain))
-    scale = _times(_mix(branch.gain, weights), omega)
-    shift = _mix(branch.offset, weights)
+    branch = _branches(norm)
+    weights = _probabilities(mix.p_clean, len(branch.gain))
+    scale = _scaled(_blend(branch.gain, weights), mix.filter_scale)
+    shift = _blend(branch.offset, weights)
     return scale.expand(batch, -1), shift.expand(batch, -1)
 
 
-def testing_gradients(
-    g1: Tensor,
-    gc: Tensor,
-    centre: Tensor,
-    omega: Tensor | None,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    p_clean: Tensor | None,
-    eps: float,
-    needs: Needs,
-) -> Gradients:
-    """The gradients of ``needs`` in test mode from G1 = Σ g and Gc = Σ g (u − centre)."""
-    branch = _branches(bn_weight, bn_bias, running_mean, running_var, eps)
+def split(scale: Tensor, shift: Tensor, widths: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """The contiguous (scale, shift) of each layer, from those of all layers side by side, [B, Σ widths]."""
+    pairs = zip(scale.split(list(widths), 1), shift.split(list(widths), 1), strict=True)
+    return [(a.contiguous(), b.contiguous()) for a, b in pairs]
+
+
+def eval_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Gradients:
+    """The gradients of ``needs`` in eval mode from G1 = Σ g and Gc = Σ g (u − centre)."""
+    g1, gc, centre = sums
+    branch = _branches(norm)
     number = len(branch.gain)
-    weights = _probabilities(p_clean, number)
-    d_omega = d_p = d_weight = d_bias = None
+    weights = _probabilities(mix.p_clean, number)
+    filter_scale = mix.filter_scale
+    d_filter_scale = d_p = d_weight = d_bias = None
     if needs.filter_scale:
-        d_omega = (gc + centre * g1) * _mix(branch.gain, weights)
+        d_filter_scale = (gc if centre is None else gc + centre * g1) * _blend(branch.gain, weights)
+        if filter_scale is not None:
+            d_filter_scale = d_filter_scale[:, : filter_scale.shape[1]]
     # Σ g (ωu − μ_k) without the difference of two large sums: ω Gc + (ω centre − μ_k) G1
-    scaled_gc, scaled_centre = _times(gc, omega), _times(centre, omega)
+    scaled_gc = _scaled(gc, filter_scale)
+    scaled_centre: Tensor | float = 0.0 if centre is None else _scaled(centre, filter_scale)
     about_mean = [scaled_gc + (scaled_centre - branch.mean[k]) * g1 for k in range(number)]
     if needs.p_clean:
         by_branch = [branch.gain[k] * about_mean[k] + branch.bias[k] * g1 for k in range(2)]
         d_p = (by_branch[1] - by_branch[0]).sum(1)
     if needs.bn_weight:
-        rows = [_times(about_mean[k] * branch.inv_std[k], weights[k]).sum(0) for k in range(number)]
+        rows = [_weighted(about_mean[k] * branch.inv_std[k], weights[k]).sum(0) for k in range(number)]
         d_weight = torch.stack(rows)
     if needs.bn_bias:
-        d_bias = torch.stack([_times(g1, weights[k]).sum(0) for k in range(number)])
-    if len(bn_weight) < number:  # both branches have one affine row
+        d_bias = torch.stack([_weighted(g1, weights[k]).sum(0) for k in range(number)])
+    if len(norm.weight) < number:  # both branches share one affine row
         d_weight, d_bias = (None if x is None else x.sum(0, keepdim=True) for x in (d_weight, d_bias))
-    return Gradients(d_omega, d_p, d_weight, d_bias)
+    return Gradients(d_filter_scale, d_p, d_weight, d_bias)
 
 
-# --- training: batch statistics of each branch's own samples
+# --- train mode: batch statistics of each branch's samples
 
 
-def batch_statistics(
-    mean: Tensor, m2: Tensor, hw: int, omega: Tensor | None, is_clean: Tensor | None, rows: int
-) -> BatchStatistics:
+def batch_statistics(stats: SampleStats, mix: Mix, stat_rows: int) -> BatchStats:
     """μ_k and v_k of ω ⊙ u from the per-sample m and M2 of u, by Chan's update (never E[x²] − μ²)."""
-    scaled_mean = _times(mean, omega)
-    samples = _sum_by_row(torch.ones_like(scaled_mean[:, :1]), is_clean, rows)  # [S, 1]
+    filter_scale, is_clean, hw = mix.filter_scale, mix.is_clean, stats.hw
+    scaled_mean = _scaled(stats.mean, filter_scale)
+    samples = _sum_by_row(torch.ones_like(scaled_mean[:, :1]), is_clean, stat_rows)  # [S, 1]
     divisor = samples.clamp(min=1)
-    mu = _sum_by_row(scaled_mean, is_clean, rows) / divisor
-    own = scaled_mean - _rows(mu, is_clean if rows == 2 else None, len(mean))
-    spread = _times(_times(m2, omega), omega) + hw * own.square()
-    var = _sum_by_row(spread, is_clean, rows) / (divisor * hw)
-    return BatchStatistics(mu, var, samples[:, 0] * hw)
+    mu = _sum_by_row(scaled_mean, is_clean, stat_rows) / divisor
+    distance = scaled_mean - _rows(mu, is_clean if stat_rows == 2 else None, len(scaled_mean))
+    spread = _scaled(_scaled(stats.m2, filter_scale), filter_scale) + hw * distance.square()
+    var = _sum_by_row(spread, is_clean, stat_rows) / (divisor * hw)
+    return BatchStats(mu, var, samples[:, 0] * hw)
 
 
-def training_coefficients(
-    omega: Tensor | None,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    statistics: BatchStatistics,
-    is_clean: Tensor | None,
-    eps: float,
-    batch: int,
-) -> tuple[Tensor, Tensor]:
-    """scale = ω γ_k/σ_k and shift = β_k − μ_k γ_k/σ_k for each sample's own branch k, Eq. 13; both [B, C]."""
-    inv_std = _rows(torch.rsqrt(statistics.var + eps), is_clean, batch)
-    gain = _rows(bn_weight, is_clean, batch) * inv_std
-    shift = _rows(bn_bias, is_clean, batch) - _rows(statistics.mean, is_clean, batch) * gain
-    return _times(gain, omega), shift
+class _Samples(NamedTuple):
+    """The tables' rows that belong to each sample, [B, C]."""
+
+    weight: Tensor
+    mean: Tensor
+    inv_std: Tensor
 
 
-def training_sums(
-    g1: Tensor,
-    gc: Tensor,
-    mean: Tensor,
-    omega: Tensor | None,
-    bn_weight: Tensor,
-    statistics: BatchStatistics,
-    is_clean: Tensor | None,
-    eps: float,
-) -> Sums:
-    """The sums over the batch behind :func:`training_gradients`, which ranks add up in between."""
-    batch, rows = len(mean), len(statistics.mean)
-    inv_std = _rows(torch.rsqrt(statistics.var + eps), is_clean, batch)
-    gamma = _rows(bn_weight, is_clean, batch)
-    d = _times(mean, omega) - _rows(statistics.mean, is_clean, batch)
-    along = (_times(gc, omega) + d * g1) * inv_std  # Σ_hw g · normalised
-    return Sums(
-        _sum_by_row(along, is_clean, len(bn_weight)),
-        _sum_by_row(g1, is_clean, len(bn_weight)),
-        torch.stack([_sum_by_row(gamma * x, is_clean, rows) for x in (g1, along)]),
+def _samples(norm: Norm, is_clean: Tensor | None, batch: int) -> _Samples:
+    inv_std = torch.rsqrt(norm.var + norm.eps)
+    return _Samples(*(_rows(table, is_clean, batch) for table in (norm.weight, norm.mean, inv_std)))
+
+
+def train_coefficients(norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
+    """scale = ω γ_k/σ_k and shift = β_k − μ_k γ_k/σ_k for each sample's branch k, Eq. 13; both [B, C]."""
+    own = _samples(norm, mix.is_clean, batch)
+    gain = own.weight * own.inv_std
+    shift = _rows(norm.bias, mix.is_clean, batch) - own.mean * gain
+    return _scaled(gain, mix.filter_scale), shift
+
+
+def train_sums(sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
+    """The sums over the batch that :func:`train_gradients` needs, which ranks add up in between.
+
+    The centre of ``sums`` is each sample's mean m; the norm's bias is not read.
+    """
+    g1, gc, mean = sums
+    assert mean is not None
+    is_clean, affine_rows, stat_rows = mix.is_clean, len(norm.weight), len(norm.mean)
+    own = _samples(norm, is_clean, len(mean))
+    d = _scaled(mean, mix.filter_scale) - own.mean
+    along = (_scaled(gc, mix.filter_scale) + d * g1) * own.inv_std  # Σ_hw g · normalized
+    return TrainSums(
+        _sum_by_row(along, is_clean, affine_rows),
+        _sum_by_row(g1, is_clean, affine_rows),
+        torch.stack([_sum_by_row(own.weight * x, is_clean, stat_rows) for x in (g1, along)]),
     )
 
 
-def training_gradients(
-    g1: Tensor,
-    gc: Tensor,
-    mean: Tensor,
-    m2: Tensor,
-    hw: int,
-    omega: Tensor | None,
-    bn_weight: Tensor,
-    statistics: BatchStatistics,
-    is_clean: Tensor | None,
-    eps: float,
-    need_scale: bool,
-    sums: Sums | None = None,
+def train_gradients(
+    sums: Reduced,
+    stats: SampleStats,
+    norm: Norm,
+    n: Tensor,
+    mix: Mix,
+    need_filter_scale: bool,
+    totals: TrainSums | None = None,
 ) -> tuple[Gradients, Propagation]:
-    """Gradients in training mode from G1 = Σ g and Gc = Σ g (u − m), and the coefficients of ∂u.
+    """Gradients in train mode from G1 = Σ g and Gc = Σ g (u − m), and the coefficients of ∂u.
 
-    ``sums``: this batch's, with ``through`` of all batches that share the statistics; None: there is but one.
+    Args:
+        sums, norm, mix: as in :func:`train_sums`.
+        stats: the per-sample statistics of u.
+        n: values per channel of each branch, ``[S]``.
+        need_filter_scale: whether ω's gradient is required.
+        totals: this batch's sums, with ``through`` of all batches that share the statistics; None where this
+            batch is the only one.
     """
-    if sums is None:
-        sums = training_sums(g1, gc, mean, omega, bn_weight, statistics, is_clean, eps)
-    batch = len(mean)
-    inv_std = _rows(torch.rsqrt(statistics.var + eps), is_clean, batch)
-    gamma = _rows(bn_weight, is_clean, batch)
-    n = _rows(statistics.n[:, None].clamp(min=1), is_clean, batch)  # [B, 1]
-    d = _times(mean, omega) - _rows(statistics.mean, is_clean, batch)
+    if totals is None:
+        totals = train_sums(sums, norm, mix)
+    is_clean, filter_scale, batch = mix.is_clean, mix.filter_scale, len(stats.mean)
+    own = _samples(norm, is_clean, batch)
+    count = _rows(n[:, None].clamp(min=1), is_clean, batch)  # [B, 1]
+    d = _scaled(stats.mean, filter_scale) - own.mean
     # what reaches each sample through its statistics
-    through_mean = _rows(sums.through[0], is_clean, batch) / n
-    through_var = _rows(sums.through[1], is_clean, batch) * inv_std / n
+    through_mean = _rows(totals.through[0], is_clean, batch) / count
+    through_var = _rows(totals.through[1], is_clean, batch) * own.inv_std / count
 
-    scaled_inv_std = _times(inv_std, omega)
+    scaled_inv_std = _scaled(own.inv_std, filter_scale)
     propagation = Propagation(
-        by_grad=gamma * scaled_inv_std,
-        by_input=-_times(scaled_inv_std * through_var, omega),
+        by_grad=own.weight * scaled_inv_std,
+        by_input=-_scaled(scaled_inv_std * through_var, filter_scale),
         constant=-scaled_inv_std * (through_mean + through_var * d),
     )
-    d_omega = None
-    if need_scale:
-        assert omega is not None
-        at_mean = gamma * g1 - hw * (through_mean + through_var * d)
-        d_omega = inv_std * (gamma * gc - through_var * omega * m2 + mean * at_mean)
-    return Gradients(d_omega, None, sums.bn_weight, sums.bn_bias), propagation
+    d_filter_scale = None
+    if need_filter_scale:
+        assert filter_scale is not None
+        at_mean = own.weight * sums.g1 - stats.hw * (through_mean + through_var * d)
+        spread = own.weight * sums.gc - through_var * filter_scale * stats.m2
+        d_filter_scale = own.inv_std * (spread + stats.mean * at_mean)
+    return Gradients(d_filter_scale, None, totals.bn_weight, totals.bn_bias), propagation

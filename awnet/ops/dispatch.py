@@ -1,174 +1,30 @@
-"""Which implementation runs a call, and why the others do not.
+"""The choice of the backend that runs a call, and the reasons why the others do not.
 
-A backend is a name, a predicate that gives the reason why it cannot run a call (None if it can), and a
-function that runs it and, in training, updates the running statistics. With no backend named, the first of
-``BACKENDS`` that can run a call takes it. A backend named by the caller (argument, ``use_backend``,
-``AWNET_BACKEND``) runs it or raises with the reason: nothing falls back in silence.
+With no backend named, the first of ``BACKENDS`` that supports a call runs it. A backend that the caller names
+(argument, ``use_backend``, ``AWNET_BACKEND``) runs the call or raises with the reason: there is no silent
+fallback.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from awnet import reference
-from awnet.ops.args import LayerArgs, MixNorm, Saved, flatten
-from awnet.ops.autograd import Layer, define, describe, kept, memory_format, register
-from awnet.ops.backends import amx, native
-from awnet.ops.backends import triton as triton_backend
-from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.args import LayerArgs, MixNorm
+from awnet.ops.backends import amx
+from awnet.ops.backends.base import Backend
+from awnet.ops.backends.eager import Eager
+from awnet.ops.backends.native import Cpp, Cuda
+from awnet.ops.backends.reference import Reference
+from awnet.ops.backends.triton import Triton
 from awnet.ops.transforms import transform
 
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of the layer."""
-
-    name: str
-    summary: str
-    refusal: Callable[[LayerArgs], str | None]
-    run: Callable[[LayerArgs], Tensor]
-    plain: bool = False  # made of torch's own operations alone, which every transform of torch knows
-
-
-def _runner(operator: Layer) -> Callable[[LayerArgs], Tensor]:
-    def run(args: LayerArgs) -> Tensor:
-        saved = Saved(*operator(*flatten(args, *kept(args))))
-        norm = args.norm
-        if norm is not None and norm.training:
-            if norm.process_group and saved.y.shape[2] * saved.y.shape[3] == 1:
-                _check_more_than_one_value(saved.n)
-            _update_running_statistics(norm, saved)
-        return saved.y
-
-    return run
-
-
-def _check_more_than_one_value(n: Tensor) -> None:
-    # over ranks the counts are known afterwards only; all ranks see the same and raise alike
-    if torch.compiler.is_compiling() or n.is_meta or (n.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    if bool((n == 1).any()):
-        raise ValueError(
-            "expected more than 1 value per channel when training, got one in a branch over all ranks"
-        )
-
-
-@torch.no_grad()
-def _update_running_statistics(norm: MixNorm, saved: Saved) -> None:
-    n = saved.n[:, None]
-    momentum = norm.momentum
-    rate = momentum[:, None].to(n) if isinstance(momentum, Tensor) else momentum
-    unbiased = saved.batch_var * (n / (n - 1).clamp(min=1))
-    for running, batch in ((norm.mean, saved.batch_mean), (norm.var, unbiased)):
-        moved = (1 - rate) * running + rate * batch
-        running.copy_(torch.where(n > 0, moved, running))
-
-
-def _literal(args: LayerArgs) -> Tensor:
-    """The call on ``awnet.reference``, in the input's memory format."""
-    return _equations(args).contiguous(memory_format=memory_format(args.input))
-
-
-def _equations(args: LayerArgs) -> Tensor:
-    conv, norm = args.conv, args.norm
-    u = args.input
-    if args.weight is not None:
-        u = reference.filter_scaled_conv2d(
-            args.input,
-            args.weight,
-            args.filter_scale,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-        )
-    if norm is not None:
-        y = reference.mix_batch_norm(
-            u,
-            norm.weight,
-            norm.bias,
-            norm.mean,
-            norm.var,
-            p_clean=args.p_clean,
-            is_clean=args.is_clean,
-            training=norm.training,
-            momentum=norm.momentum,
-            eps=norm.eps,
-        )
-    else:
-        y = u if args.shift is None else u + args.shift.to(u.dtype)[:, :, None, None]
-    y = y if args.residual is None else y + args.residual
-    return torch.relu(y) if args.activation == "relu" else y
-
-
-def _never(args: LayerArgs) -> Tensor:
-    raise AssertionError("select() refuses a backend that is not there")
-
-
-define("native")
-_native_obstacle = native.load()
-_native = _never if _native_obstacle else _runner(describe("native"))
-
-
-def _cpp_refuses(args: LayerArgs) -> str | None:
-    if args.input.device.type != "cpu":
-        return f"it runs on CPUs, and the input is on {args.input.device}"
-    if args.input.dtype == torch.float64:
-        return "it has no float64 (use eager or reference)"
-    return _native_obstacle
-
-
-def _cuda_refuses(args: LayerArgs) -> str | None:
-    reason = triton_backend.device_obstacle(args.input.device)
-    if reason is not None:
-        return reason
-    if args.input.dtype == torch.float64:
-        return "it has no float64 (use eager or reference)"
-    return _native_obstacle or native.cuda_obstacle()
-
-
-def _triton_refuses(args: LayerArgs) -> str | None:
-    return triton_backend.obstacle(args.input)
-
-
-def _runs_anything(args: LayerArgs) -> str | None:
-    return None
-
-
-def _reference_refuses(args: LayerArgs) -> str | None:
-    return "it knows nothing of process groups" if args.norm is not None and args.norm.process_group else None
-
-
 # in order of preference
-BACKENDS: tuple[Backend, ...] = (
-    Backend(
-        "triton",
-        "Triton kernels (CUDA devices)",
-        _triton_refuses,
-        _runner(register("triton", triton_backend.TritonPasses())),
-    ),
-    Backend("cuda", "CUDA C++ kernels (CUDA devices)", _cuda_refuses, _native),
-    Backend("cpp", "C++ kernels (CPU)", _cpp_refuses, _native),
-    Backend(
-        "eager",
-        "one convolution and one affine map in plain torch, gradients by the centred formulas",
-        _runs_anything,
-        _runner(register("eager", EagerPasses())),
-    ),
-    Backend(
-        "reference",
-        "the paper's equations literally, gradients by autograd",
-        _reference_refuses,
-        _literal,
-        plain=True,
-    ),
-)
+BACKENDS: tuple[Backend, ...] = (Triton(), Cuda(), Cpp(), Eager(), Reference())
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 _chosen: list[str | None] = [os.environ.get("AWNET_BACKEND") or None]
@@ -184,10 +40,10 @@ def _named(name: object, source: str) -> Backend:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Runs every layer call of the ``with`` block on backend ``name``; None gives the choice back to awnet.
+    """Runs every layer call of the ``with`` block on backend ``name``; None lets awnet choose.
 
-    It holds for the process, all threads included, and outranks ``AWNET_BACKEND``; an explicit ``backend=``
-    outranks both. Raises ValueError for an unknown name.
+    It applies to the whole process, all threads included, and overrides ``AWNET_BACKEND``; an explicit
+    ``backend=`` overrides both. Raises ValueError for an unknown name.
     """
     if name is not None:
         _named(name, "use_backend")
@@ -208,8 +64,8 @@ def default_backend(device: str) -> str:
     return chosen_backend() or select(_probe(device), None).name
 
 
-def _refusal(backend: Backend, args: LayerArgs, transformed: str | None) -> str | None:
-    return transformed if transformed and not backend.plain else backend.refusal(args)
+def _reason(backend: Backend, args: LayerArgs, transformed: str | None) -> str | None:
+    return transformed if transformed and not backend.every_transform else backend.not_supported(args)
 
 
 def select(args: LayerArgs, backend: str | None) -> Backend:
@@ -221,14 +77,14 @@ def select(args: LayerArgs, backend: str | None) -> Backend:
         source = "AWNET_BACKEND" if len(_chosen) == 1 else "use_backend"
     if backend is None:
         for candidate in BACKENDS:
-            if _refusal(candidate, args, transformed) is None:
+            if _reason(candidate, args, transformed) is None:
                 return candidate
-        reasons = (f"{one.name}: {_refusal(one, args, transformed)}" for one in BACKENDS)
+        reasons = (f"{one.name}: {_reason(one, args, transformed)}" for one in BACKENDS)
         raise ValueError(f"no backend can run this call; {'; '.join(reasons)}")
     chosen = _named(backend, source)
-    reason = _refusal(chosen, args, transformed)
+    reason = _reason(chosen, args, transformed)
     if reason is not None:
-        able = [one.name for one in BACKENDS if _refusal(one, args, transformed) is None]
+        able = [one.name for one in BACKENDS if _reason(one, args, transformed) is None]
         others = f"{able[0]!r} can" if able else "no other can"
         raise ValueError(f"{source} {chosen.name!r} cannot run this call, {others}: {reason}")
     return chosen
@@ -260,7 +116,7 @@ def explain_call(args: LayerArgs, backend: str | None) -> Explanation:
     others: dict[str, str] = {}
     for candidate in BACKENDS:
         if candidate is not taken:
-            reason = _refusal(candidate, args, transformed)
+            reason = _reason(candidate, args, transformed)
             others[candidate.name] = reason or (
                 "another one was named"
                 if BACKENDS.index(candidate) < BACKENDS.index(taken)
@@ -288,7 +144,7 @@ def available_backends() -> dict[str, str | None]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     reasons: dict[str, str | None] = {}
     for backend in BACKENDS:
-        answers = [backend.refusal(_probe(device)) for device in devices]
+        answers = [backend.not_supported(_probe(device)) for device in devices]
         reasons[backend.name] = None if None in answers else answers[-1]
     return reasons
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awnet.ops.coefficients import BatchStatistics
+from awnet.ops.coefficients import BatchStats
 
 
 def _group_size(name: str) -> int:
@@ -46,13 +46,13 @@ def _summed(x: Tensor, process_group: str) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", process_group))
 
 
-def joined_statistics(own: BatchStatistics, process_group: str) -> BatchStatistics:
+def joined_statistics(own: BatchStats, process_group: str) -> BatchStats:
     """The statistics of all ranks' values from those of each; exact whatever the ranks' counts, 0 too.
 
     The ranks' (n, mean, variance) are gathered and merged in the order of the ranks: all get the same bits.
     Raises ValueError where ``process_group`` names no group.
     """
-    return BatchStatistics(*_joined_statistics(own.mean, own.var, own.n, process_group))
+    return BatchStats(*_joined_statistics(own.mean, own.var, own.n, process_group))
 
 
 def summed(x: Tensor, process_group: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""A whole network in test mode: every layer's scale and shift at once.
+"""A whole network in eval mode: every layer's scale and shift at once.
 
 With the weights frozen, nothing in a layer depends on the images but ω and p. All coefficients are then known
 before the network runs (``docs/equations.md``), each layer is ``act(conv(x) · scale + shift + residual)``,
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from awnet.ops import dispatch
-from awnet.ops.args import LayerArgs
+from awnet.ops.args import LayerArgs, Needs
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
+from awnet.ops.coefficients import Mix, Norm, Reduced, eval_coefficients, eval_gradients, split
 from awnet.ops.functional import AffineConvolution, global_average
 from awnet.ops.transforms import transform
 
@@ -37,7 +38,7 @@ def affine_network(
     layers: Sequence[NetworkLayer],
     packed: amx.PackedWeights | None = None,
 ) -> list[Tensor]:
-    """A network of frozen layers in test mode, each by :class:`AffineConvolution`.
+    """A network of frozen layers in eval mode, each by :class:`AffineConvolution`.
 
     On the ``cpp`` backend all of it is one operator, as a small network would else spend as long between its
     layers as in them. In bfloat16 on a CPU with AMX that operator keeps all activations in the layout of
@@ -84,24 +85,24 @@ def _layer_by_layer(
     coefficients: Sequence[tuple[Tensor, Tensor]],
     layers: Sequence[NetworkLayer],
 ) -> list[Tensor]:
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     for layer, weight, tables in zip(layers, weights, coefficients, strict=True):
-        residual = None if layer.residual < 0 else found[layer.residual]
-        source = x if layer.input < 0 else found[layer.input]
-        found.append(layer.convolution(source, weight, *tables, residual))
-    return [global_average(y) for y, layer in zip(found, layers, strict=True) if layer.averaged]
+        residual = None if layer.residual < 0 else outputs[layer.residual]
+        source = x if layer.input < 0 else outputs[layer.input]
+        outputs.append(layer.convolution(source, weight, *tables, residual))
+    return [global_average(y) for y, layer in zip(outputs, layers, strict=True) if layer.averaged]
 
 
 def network_coefficients(
     tables: Tensor,
     widths: Sequence[int],
-    omega: Tensor | None,
+    filter_scale: Tensor | None,
     p_clean: Tensor,
     *,
     eps: float,
     backend: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """scale and shift ``[B, C_l]`` of every layer of a network in test mode (Eq. 11 and 14).
+    """scale and shift ``[B, C_l]`` of every layer of a network in eval mode (Eq. 11 and 14).
 
     scale = ω [(1 − p) γ_0/σ_0 + p γ_1/σ_1], shift = (1 − p)(β_0 − μ_0 γ_0/σ_0) + p (β_1 − μ_1 γ_1/σ_1). On
     the Triton backend one launch makes them all, on ``cpp`` one operator.
@@ -110,36 +111,40 @@ def network_coefficients(
         tables: ``[4, 2, T]`` with T = Σ C_l, float32 or wider: γ, β, μ, σ² of the adversarial and the clean
             branch, the layers side by side.
         widths: C_l of each layer.
-        omega: ω ``[B, D]`` of the dynamic layers side by side; these are the first of ``widths``, and their
-            widths sum to D. None where no layer is dynamic.
+        filter_scale: ω ``[B, D]`` of the dynamic layers side by side; these are the first of ``widths``, and
+            their widths sum to D. None where no layer is dynamic.
         p_clean: p ``[B]``.
         eps: added to the variances.
         backend: a backend's name, or None for the best that can run the call.
 
     Returns:
-        One contiguous (scale, shift) for each layer, of ``tables``' dtype; differentiable once in ``omega``
-        and ``p_clean``, not in ``tables``; any number of times, and in forward mode, on ``reference``.
+        One contiguous (scale, shift) for each layer, of ``tables``' dtype; differentiable once in
+        ``filter_scale`` and ``p_clean``, not in ``tables``; any number of times, and in forward mode, on
+        ``reference``.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices do not fit, or ``tables`` requires a gradient.
     """
     widths = tuple(widths)
-    _check_network(tables, widths, omega, p_clean, eps)
+    _check_network(tables, widths, filter_scale, p_clean, eps)
     p_clean = p_clean.to(tables.dtype)
-    omega = None if omega is None else omega.to(tables.dtype)
+    filter_scale = None if filter_scale is None else filter_scale.to(tables.dtype)
     # a backend decides by device and dtype
-    chosen = dispatch.select(LayerArgs(tables[:1], filter_scale=omega, p_clean=p_clean), backend).name
+    probe = LayerArgs(tables[:1], filter_scale=filter_scale, p_clean=p_clean)
+    chosen = dispatch.select(probe, backend).name
+    if chosen == "reference":
+        norm = Norm.stacked(tables, float(eps))
+        return split(*eval_coefficients(norm, Mix(filter_scale, p_clean), len(p_clean)), widths)
     if chosen == "cpp" and not torch.compiler.is_compiling():
-        flat = torch.ops.awnet.network_coefficients_native(omega, p_clean, tables, widths, eps)
-    elif chosen == "reference":
-        flat = _literal_coefficients(omega, p_clean, tables, widths, float(eps))
+        flat = torch.ops.awnet.network_coefficients_native(filter_scale, p_clean, tables, widths, eps)
     else:
-        flat = _NetworkCoefficients.apply(omega, p_clean, tables, widths, float(eps), chosen == "triton")
+        on_triton = chosen == "triton"
+        flat = _NetworkCoefficients.apply(filter_scale, p_clean, tables, widths, float(eps), on_triton)
     return list(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _check_network(
-    tables: Tensor, widths: tuple[int, ...], omega: Tensor | None, p_clean: Tensor, eps: float
+    tables: Tensor, widths: tuple[int, ...], filter_scale: Tensor | None, p_clean: Tensor, eps: float
 ) -> None:
     columns = sum(widths)
     if not widths or tuple(tables.shape) != (4, 2, columns):
@@ -152,63 +157,38 @@ def _check_network(
         raise ValueError(f"p_clean must be floating point [B], got {p_clean.dtype} {list(p_clean.shape)}")
     if not isinstance(eps, float | int) or not eps > 0:
         raise ValueError(f"eps must be a positive number, got {eps!r}")
-    for name, x in (("omega", omega), ("p_clean", p_clean)):
+    for name, x in (("filter_scale", filter_scale), ("p_clean", p_clean)):
         if x is not None and x.device != tables.device:
             raise ValueError(f"{name} is on {x.device}, tables on {tables.device}: put both on one device")
-    if omega is None:
+    if filter_scale is None:
         return
     sums = {sum(widths[: i + 1]) for i in range(len(widths))}
-    if omega.dim() != 2 or len(omega) != len(p_clean) or omega.shape[1] not in sums:
+    if filter_scale.dim() != 2 or len(filter_scale) != len(p_clean) or filter_scale.shape[1] not in sums:
         raise ValueError(
-            f"omega must be [{len(p_clean)}, D] with D the sum of the first widths of {widths}, got "
-            f"{list(omega.shape)}"
+            f"filter_scale must be [{len(p_clean)}, D] with D the sum of the first widths of {widths}, got "
+            f"{list(filter_scale.shape)}"
         )
-
-
-def _literal_coefficients(
-    omega: Tensor | None, p_clean: Tensor, tables: Tensor, widths: tuple[int, ...], eps: float
-) -> tuple[Tensor, ...]:
-    """The equations of :func:`network_coefficients` in torch's own operations."""
-    gain, offset = _folded(tables, eps)
-    p = p_clean[:, None]
-    scale = (1 - p) * gain[0] + p * gain[1]  # [B, T]
-    shift = (1 - p) * offset[0] + p * offset[1]
-    if omega is not None:
-        dynamic = omega.shape[1]
-        scale = torch.cat([scale[:, :dynamic] * omega, scale[:, dynamic:]], 1)
-    pairs = zip(scale.split(widths, 1), shift.split(widths, 1), strict=True)
-    return tuple(x.contiguous() for pair in pairs for x in pair)
 
 
 class _NetworkCoefficients(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        omega: Tensor | None,
+        filter_scale: Tensor | None,
         p_clean: Tensor,
         tables: Tensor,
         widths: tuple[int, ...],
         eps: float,
-        runs_triton: bool,
+        on_triton: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.eps, ctx.runs_triton = eps, runs_triton
-        ctx.save_for_backward(omega, p_clean, tables)
-        if runs_triton:
-            return triton_backend.network_coefficients(tables, widths, omega, p_clean, eps)
-        gain, offset = _folded(tables, eps)
-        p = p_clean[:, None]
-        q = 1 - p
-        mixed = q * gain[0] + p * gain[1]  # [B, T]
-        shifts = (q * offset[0] + p * offset[1]).split(widths, 1)
-        dynamic = 0 if omega is None else omega.shape[1]
-        scales = [part.contiguous() for part in mixed.split(widths, 1)]
-        begin = 0
-        for scale, width in zip(scales, widths, strict=True):
-            if begin < dynamic:
-                assert omega is not None
-                scale.mul_(omega[:, begin : begin + width])
-            begin += width
-        return tuple(x for pair in zip(scales, shifts, strict=True) for x in (pair[0], pair[1].contiguous()))
+        ctx.eps, ctx.on_triton = eps, on_triton
+        ctx.save_for_backward(filter_scale, p_clean, tables)
+        norm, mix, batch = Norm.stacked(tables, eps), Mix(filter_scale, p_clean), len(p_clean)
+        if on_triton:
+            pairs = triton_backend.network_coefficients(norm, mix, widths, batch)
+        else:
+            pairs = split(*eval_coefficients(norm, mix, batch), widths)
+        return tuple(table for pair in pairs for table in pair)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -217,30 +197,11 @@ class _NetworkCoefficients(torch.autograd.Function):
                 "a frozen network's coefficients have a first derivative only; for a second one run it "
                 "inside `with awnet.use_backend('reference')`"
             )
-        omega, p_clean, tables = ctx.saved_tensors
+        filter_scale, p_clean, tables = ctx.saved_tensors
         d_scale, d_shift = torch.cat(grads[::2], 1), torch.cat(grads[1::2], 1)  # [B, T]
-        d_omega = d_p = None
-        if ctx.runs_triton:
-            d_omega, d_p = triton_backend.network_gradients(
-                d_scale, d_shift, tables, omega, p_clean, ctx.eps, ctx.needs_input_grad[:2]
-            )
-            return d_omega, d_p, None, None, None, None
-        gain, offset = _folded(tables, ctx.eps)
-        dynamic = 0 if omega is None else omega.shape[1]
-        if ctx.needs_input_grad[0]:
-            p = p_clean[:, None]
-            mixed = (1 - p) * gain[0, :dynamic] + p * gain[1, :dynamic]
-            d_omega = d_scale[:, :dynamic] * mixed
-        if ctx.needs_input_grad[1]:
-            if omega is not None:
-                d_scale[:, :dynamic].mul_(omega)
-            by_p = d_scale * (gain[1] - gain[0])  # no product of matrices: autocast would take it to 16 bits
-            d_p = by_p.addcmul_(d_shift, offset[1] - offset[0]).sum(1)
-        return d_omega, d_p, None, None, None, None
-
-
-def _folded(tables: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """γ/σ and β − μγ/σ of both branches, [2, T]."""
-    weight, bias, mean, var = tables
-    gain = weight * torch.rsqrt(var + eps)
-    return gain, torch.addcmul(bias, mean, gain, value=-1)
+        sums = Reduced(d_shift, d_scale, None)
+        norm, mix = Norm.stacked(tables, ctx.eps), Mix(filter_scale, p_clean)
+        needs = Needs(filter_scale=ctx.needs_input_grad[0], p_clean=ctx.needs_input_grad[1])
+        gradients = triton_backend.network_gradients if ctx.on_triton else eval_gradients
+        result = gradients(sums, norm, mix, needs)
+        return result.filter_scale, result.p_clean, None, None, None, None

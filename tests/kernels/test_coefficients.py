@@ -66,6 +66,12 @@ class Problem:
     def exact(self) -> tuple[Tensor, ...]:
         return tuple(x.double() for x in (*self.table, self.var))
 
+    def exact_norm(self) -> coefficients.Norm:
+        return coefficients.Norm(*self.exact(), EPS)
+
+    def exact_mix(self) -> coefficients.Mix:
+        return coefficients.Mix(wide(self.filter_scale), wide(self.p), self.clean)
+
 
 def wide(x: Tensor | None) -> Tensor | None:
     return x.double() if x is not None and x.dtype != torch.bool else x
@@ -90,11 +96,11 @@ tiles = pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"]
 def test_eval(k: int, s: int, has_scale: bool, config: dict) -> None:
     for batch, channels in SIZES:
         x = Problem(batch, channels, k, s, has_scale)
-        exact = (wide(x.filter_scale), *x.exact(), wide(x.p), EPS)
+        exact = x.exact_norm(), x.exact_mix()
         out = x.new(batch, channels), x.new(batch, channels)
         norm, mix = x.norm(), x.mix()
         got = evaluated.eval_coefficients(norm, mix, batch, config, out=out)
-        for a, b in zip(got, coefficients.testing_coefficients(*exact, batch), strict=True):
+        for a, b in zip(got, coefficients.eval_coefficients(*exact, batch), strict=True):
             assert_agrees(a, b)
 
         buffers = evaluated.EvalGradients(
@@ -112,9 +118,8 @@ def test_eval(k: int, s: int, has_scale: bool, config: dict) -> None:
                 *(v if need else None for v, need in zip(buffers, needs[2:6], strict=True))
             )
             grads = evaluated.eval_gradients(*sums, norm, mix, needs[2:6], config, out=requested)
-            expected = coefficients.testing_gradients(
-                *(v.double() for v in (x.g1, x.gc, x.centre)), *exact, needs
-            )
+            exact_sums = coefficients.Reduced(*(v.double() for v in (x.g1, x.gc, x.centre)))
+            expected = coefficients.eval_gradients(exact_sums, *exact, needs)
             for a, b in zip(grads, expected, strict=True):
                 assert_agrees(a, b, scale=1.0)
         x.guarded.check()
@@ -127,31 +132,28 @@ def test_train(k: int, s: int, has_scale: bool, config: dict) -> None:
         x = Problem(batch, channels, k, s, has_scale, kinds)
         norm, mix = x.norm(), x.mix()
         stats = trained.SampleStats(x.put(x.mean), x.put(x.m2), HW)
-        exact_images = (x.mean.double(), x.m2.double(), HW, wide(x.filter_scale))
+        exact_stats, exact_mix = coefficients.SampleStats(x.mean.double(), x.m2.double(), HW), x.exact_mix()
 
         out = trained.BatchStats(x.new(s, channels), x.new(s, channels), x.new(s))
         got = trained.batch_statistics(stats, mix, s, config, out=out)
-        for a, b in zip(got, coefficients.batch_statistics(*exact_images, x.clean, s), strict=True):
+        for a, b in zip(got, coefficients.batch_statistics(exact_stats, exact_mix, s), strict=True):
             assert_agrees(a, b)
 
         batch_norm = norm._replace(mean=got.mean, var=got.var)
         pair = x.new(batch, channels), x.new(batch, channels)
-        weight, bias = x.table[0].double(), x.table[1].double()
         # evaluated at the statistics that the kernel was given: a variance near 0 magnifies their rounding
-        given = coefficients.BatchStatistics(*(v.double().cpu() for v in got))
-        expected_pair = coefficients.training_coefficients(
-            wide(x.filter_scale), weight, bias, given, x.clean, EPS, batch
-        )
+        given = coefficients.BatchStats(*(v.double().cpu() for v in got))
+        exact_norm = x.exact_norm()._replace(mean=given.mean, var=given.var)
+        expected_pair = coefficients.train_coefficients(exact_norm, exact_mix, batch)
         got_pair = trained.train_coefficients(batch_norm, mix, batch, config, out=pair)
         for a, b in zip(got_pair, expected_pair, strict=True):
             assert_agrees(a, b)
 
         sums = x.put(x.g1), x.put(x.gc)
-        exact_sums = (x.g1.double(), x.gc.double())
-        exact_rest = (wide(x.filter_scale), weight, given, x.clean, EPS)
+        exact_sums = coefficients.Reduced(x.g1.double(), x.gc.double(), exact_stats.mean)
         own = trained.TrainSums(x.new(k, channels), x.new(k, channels), x.new(2, s, channels))
         own = trained.train_sums(*sums, stats.mean, batch_norm, mix, config, out=own)
-        exact_own = coefficients.training_sums(*exact_sums, exact_images[0], *exact_rest)
+        exact_own = coefficients.train_sums(exact_sums, exact_norm, exact_mix)
         for a, b in zip(own, exact_own, strict=True):
             assert_agrees(a, b)
         # alone, and where another rank has added its sums, as large as ours
@@ -166,17 +168,17 @@ def test_train(k: int, s: int, has_scale: bool, config: dict) -> None:
             grads = trained.train_gradients(
                 *sums, stats, batch_norm, got.n, mix, has_scale, shared, config, out=buffers
             )
-            expected, by = coefficients.training_gradients(
-                *exact_sums, *exact_images[:3], *exact_rest, has_scale, exact_shared
+            expected, by = coefficients.train_gradients(
+                exact_sums, exact_stats, exact_norm, given.n, exact_mix, has_scale, exact_shared
             )
-            check_train(x, grads, expected, by, given, weight)
+            check_train(x, grads, expected, by, exact_norm)
         x.guarded.check()
 
 
-def check_train(x: Problem, grads, expected, by, given, weight: Tensor) -> None:
+def check_train(x: Problem, grads, expected, by, norm: coefficients.Norm) -> None:
     # the gradient of the filter scale in a branch of few samples is what is left of large terms
-    inv_std = torch.rsqrt(given.var.min() + EPS)
-    size = float(inv_std * (weight.abs().max() * x.gc.abs().max() + HW * x.mean.abs().max()))
+    inv_std = torch.rsqrt(norm.var.min() + EPS)
+    size = float(inv_std * (norm.weight.abs().max() * x.gc.abs().max() + HW * x.mean.abs().max()))
     assert_agrees(grads.filter_scale, expected.filter_scale, scale=size)
     assert_agrees(grads.weight, expected.bn_weight)
     assert_agrees(grads.bias, expected.bn_bias)
@@ -238,8 +240,8 @@ def test_a_network_is_one_layer_with_all_channels_side_by_side(
     norm = x.norm()
     got = evaluated.network_coefficients(norm, mix, widths, layout, config, out=out)
     x.filter_scale[:, dynamic:] = 1
-    exact = (x.filter_scale.double(), *x.exact(), x.p.double(), EPS)
-    expected = coefficients.testing_coefficients(*exact, batch)
+    exact = x.exact_norm(), coefficients.Mix(x.filter_scale.double(), x.p.double())
+    expected = coefficients.eval_coefficients(*exact, batch)
     for table, part in zip(expected, zip(*got, strict=True), strict=True):
         for ours, layer in zip(part, table.split(widths, 1), strict=True):
             assert ours.is_contiguous()
@@ -250,9 +252,9 @@ def test_a_network_is_one_layer_with_all_channels_side_by_side(
     d_scale, d_shift = x.put(x.gc), x.put(x.g1)
     needs = (dynamic > 0, True, False, False)
     grads = evaluated.eval_gradients(d_shift, d_scale, None, norm, mix, needs, config, out=buffers)
-    zero = torch.zeros_like(x.gc).double()
+    exact_sums = coefficients.Reduced(x.g1.double(), x.gc.double(), None)
     all_needs = Needs(filter_scale=True, p_clean=True)
-    reference = coefficients.testing_gradients(x.g1.double(), x.gc.double(), zero, *exact, all_needs)
+    reference = coefficients.eval_gradients(exact_sums, *exact, all_needs)
     assert reference.filter_scale is not None
     if dynamic:
         assert_agrees(grads.filter_scale, reference.filter_scale[:, :dynamic])

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from awnet import reference
 from awnet.ops import launch_config
-from awnet.ops.backends.triton_convolutions import TritonConvolutions
+from awnet.ops.args import BackwardArgs, Conv, LayerArgs, Needs
+from awnet.ops.backends.triton import TritonPasses
 
 TILE = conv.Tile(16, 16, 16, warps=4, stages=2)
 SWAPPED = TILE._replace(swap_ab=1)
@@ -422,12 +423,17 @@ def test_the_backend_asks_the_devices_table(
     shape = Shape(2, 4, 6, (3, 4), (3, 3), padding=(1, 1), groups=groups)
     layer = Layer(shape, torch.float32, guarded)
     kept = (True, False)
-    forward: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, *kept)
-    backend = TritonConvolutions()
+    args = LayerArgs(layer.x, layer.weight, Conv(*shape.where), activation="relu")
+    no_stats = torch.empty(0)
+    backward = BackwardArgs(
+        layer.d_u, None, layer.x.shape, layer.weight, Conv(*shape.where), None, None, None, None, None, None,
+        None, no_stats, no_stats, no_stats, True, Needs(input=True),
+    )  # fmt: skip
+    backend = TritonPasses()
     calls = {
-        "apply": lambda: backend.fused_apply(*forward),
-        "statistics": lambda: backend.fused_statistics(layer.x, layer.weight, *shape.where),
-        "dgrad": lambda: backend.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where),
+        "apply": lambda: backend.fused_apply(args, layer.scale, layer.shift, *kept),
+        "statistics": lambda: backend.fused_statistics(args),
+        "dgrad": lambda: backend.fused_dgrad(backward, layer.d_u),
     }
     monkeypatch.setattr(launch_config, "FOLDER", tmp_path)
     launch_config.forget_tables()

@@ -12,9 +12,11 @@ from support.random_layers import Layer, build, error, has_single_value, layers,
 
 from awnet import ops
 from awnet.ops.args import flatten
+from awnet.ops.backends import triton as triton_backend
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.backends.triton import TritonPasses
 from awnet.ops.checks import layer_args
+from awnet.ops.coefficients import Mix, Norm, Reduced, SampleStats
 
 few = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -162,18 +164,21 @@ def test_the_fused_convolutions_within_the_layer(
 ) -> None:
     # what a device's table would choose, taken by force: values and gradients stay the reference's
     kernels = importlib.import_module("awnet.kernels.fused_conv")
+    monkeypatch.setattr(triton_backend, "convolutions", lambda device: {"any": {}})
     taken = []
 
     def forced(name: str):
-        def call(self, *arguments: object) -> object:
-            found = getattr(kernels, name)(*arguments, force=True)
-            taken.append(name if found is not None else f"no {name}")
-            return found
+        kernel = getattr(kernels, name)
+
+        def call(*arguments: object, table: object) -> object:
+            outputs = kernel(*arguments, force=True)
+            taken.append(name if outputs is not None else f"no {name}")
+            return outputs
 
         return call
 
     for name in ("fused_apply", "fused_statistics", "fused_dgrad"):
-        monkeypatch.setattr(TritonPasses, name, forced(name))
+        monkeypatch.setattr(kernels, name, forced(name))
     layer = example(training, 3, groups=groups, batch=3, size=[4, 3]).rounded(torch.float32)
     for name in ("input", "residual"):
         layer.tensors[name] = layer.tensors[name].contiguous(memory_format=torch.channels_last)
@@ -196,11 +201,13 @@ def test_gradients_from_the_sums_of_several_ranks() -> None:
     ):  # fmt: skip
         x = [t.to(device, dtype) for t in (g1, gc, mean, m2, omega, weight)]
         kind = is_clean.to(device)
-        own = passes.batch_statistics(x[2], x[3], 9, x[4], kind, 2)
-        sums = passes.training_sums(*x[:3], *x[4:], own, kind, 1e-5)
+        stats, mix = SampleStats(x[2], x[3], 9), Mix(x[4], None, kind)
+        own = passes.batch_statistics(stats, mix, 2)
+        norm = Norm(x[5], x[5], own.mean, own.var, 1e-5)
+        reduced = Reduced(x[0], x[1], x[2])
+        sums = passes.train_sums(reduced, norm, mix)
         both = sums._replace(through=2 * sums.through)
-        own = own._replace(n=2 * own.n)
-        gradients, how = passes.training_gradients(*x[:4], 9, *x[4:], own, kind, 1e-5, True, both)
+        gradients, how = passes.train_gradients(reduced, stats, norm, 2 * own.n, mix, True, both)
         results.append([y for y in (*sums, *gradients, *how) if y is not None])
     for got, expected in zip(results[1], results[0], strict=True):
         assert error(got.cpu(), expected) <= 1e-4

@@ -363,7 +363,7 @@ FAULTS = (
     ),
     fault(
         "hw left out of a branch's variance", "awnet/ops/coefficients.py",
-        "+ hw * own.square()", "+ own.square()",
+        "+ hw * distance.square()", "+ distance.square()",
         EAGER_LAYER,
     ),
     fault(
@@ -373,7 +373,7 @@ FAULTS = (
     ),
     fault(
         "the centre left out of ∂ω in test mode", "awnet/ops/coefficients.py",
-        "(gc + centre * g1) * _mix", "gc * _mix",
+        "(gc if centre is None else gc + centre * g1) * _blend", "gc * _blend",
         EAGER_LAYER,
     ),
     fault(
@@ -388,7 +388,7 @@ FAULTS = (
     ),
     fault(
         "∂u without the term of the input", "awnet/ops/backends/eager.py",
-        "d_u.mul_(_image(how.by_input))", "d_u.mul_(0)",
+        "d_u.mul_(_image(by_input))", "d_u.mul_(0)",
         EAGER_LAYER,
     ),
     fault(
@@ -397,7 +397,7 @@ FAULTS = (
         EAGER_LAYER,
     ),
     fault(
-        "the biased variance in the running statistics", "awnet/ops/dispatch.py",
+        "the biased variance in the running statistics", "awnet/ops/autograd.py",
         "saved.batch_var * (n / (n - 1).clamp(min=1))", "saved.batch_var",
         EAGER_LAYER,
     ),

@@ -339,8 +339,8 @@ def test_network_coefficients_are_each_layers_own(dynamic: int) -> None:
     begin = 0
     for (scale, shift), width in zip(found, widths, strict=True):
         own = None if omega is None or begin >= dynamic else omega[:, begin : begin + width]
-        norm = tables[:, :, begin : begin + width]
-        expected = coefficients.testing_coefficients(own, *norm, p, 1e-5, 5)
+        norm = coefficients.Norm.stacked(tables[:, :, begin : begin + width], 1e-5)
+        expected = coefficients.eval_coefficients(norm, coefficients.Mix(own, p), 5)
         assert scale.is_contiguous()
         assert shift.is_contiguous()
         assert error(scale, expected[0]) < 1e-14
@@ -387,12 +387,12 @@ def test_network_coefficients_in_one_operator(dynamic: int, asked: str) -> None:
 
 def test_network_coefficients_refuse() -> None:
     tables, widths, omega, p = network_case(7)
-    call = {"tables": tables, "widths": widths, "omega": omega, "p_clean": p, "eps": 1e-5}
+    call = {"tables": tables, "widths": widths, "filter_scale": omega, "p_clean": p, "eps": 1e-5}
     for change, kind, message in (
         ({"widths": (3, 4)}, ValueError, r"tables must be \[4, 2, 7\]"),
         ({"tables": tables.half()}, TypeError, "tables must be float32 or float64"),
         ({"tables": tables.clone().requires_grad_()}, ValueError, "must not require a gradient"),
-        ({"omega": omega[:, :5]}, ValueError, r"omega must be \[5, D\]"),
+        ({"filter_scale": omega[:, :5]}, ValueError, r"filter_scale must be \[5, D\]"),
         ({"p_clean": p[:, None]}, ValueError, r"p_clean must be floating point \[B\]"),
         ({"eps": 0}, ValueError, "eps must be a positive number"),
     ):

@@ -451,9 +451,9 @@ def test_the_operator_refuses_what_it_cannot_run() -> None:
 
 
 def _numbers(layer: NetworkLayer) -> list[int]:
-    call = layer.convolution.geometry
-    head = [layer.input, layer.residual, int(layer.averaged), int(call.relu)]
-    return [*head, *call.stride, *call.padding, *call.dilation, call.groups]
+    conv, relu = layer.convolution.conv, layer.convolution.activation == "relu"
+    head = [layer.input, layer.residual, int(layer.averaged), int(relu)]
+    return [*head, *conv.stride, *conv.padding, *conv.dilation, conv.groups]
 
 
 def test_a_forked_process_gives_the_same_bits(tiles: str) -> None:

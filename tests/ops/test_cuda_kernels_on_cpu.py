@@ -14,7 +14,8 @@ from awnet import ops
 from awnet.ops import autograd
 from awnet.ops.args import Needs
 from awnet.ops.backends.eager import EagerPasses
-from awnet.ops.coefficients import Propagation
+from awnet.ops.checks import layer_args
+from awnet.ops.coefficients import Mix, Norm, Propagation, Reduced, SampleStats
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
 
@@ -164,14 +165,12 @@ def test_nan_passes_as_torchs_relu_lets_it() -> None:
 
 # --- the whole layer around them
 
-OPERATOR = autograd.register("cuda_on_cpu", PASSES)
+BACKEND = autograd.OperatorBackend(autograd.register("cuda_on_cpu", PASSES))
 
 
 def on_kernels(**arguments: object) -> Tensor:
     """``ops.aw_conv2d`` with the emulated kernels in place of the eager passes."""
-    from awnet.ops import checks, dispatch
-
-    return dispatch._runner(OPERATOR)(checks.layer_args(**arguments))
+    return BACKEND.run(layer_args(**arguments))
 
 
 @few
@@ -233,27 +232,31 @@ def test_the_algebra_equals_plain_torch(
 
     def results(passes: object, cast: object) -> list[Tensor | None]:
         t = {n: cast(x) if x.is_floating_point() else x for n, x in values.items()}
-        omega = t["omega"] if scaled else None
-        running = t["weight"], t["bias"], t["running_mean"], t["running_var"]
+        filter_scale = t["omega"] if scaled else None
         clean, p = (t["is_clean"], t["p"]) if max(kind) == 2 else (None, None)
-        found = [*passes.testing_coefficients(omega, *running, p, 1e-5, batch)]
-        sums = (t["g1"], t["gc"], t["mean"])
+        norm, mix = (
+            Norm(t["weight"], t["bias"], t["running_mean"], t["running_var"], 1e-5),
+            Mix(filter_scale, p),
+        )
+        outputs = [*passes.eval_coefficients(norm, mix, batch)]
+        sums = Reduced(t["g1"], t["gc"], t["mean"])
         for needs in (
             Needs(filter_scale=scaled, p_clean=max(kind) == 2, bn_weight=True, bn_bias=True),
             Needs(filter_scale=scaled),
         ):
-            found += passes.testing_gradients(*sums, omega, *running, p, 1e-5, needs)
-        own = passes.batch_statistics(t["mean"], t["m2"], 9, omega, clean if groups == 2 else None, groups)
-        found += own
-        found += passes.training_coefficients(omega, t["weight"], t["bias"], own, clean, 1e-5, batch)
-        rest = (omega, t["weight"], own, clean, 1e-5)
-        shared = passes.training_sums(*sums, *rest)
-        found += shared
-        # another rank's sums, as large as ours, have been added to one of them
-        for others in (None, shared._replace(through=2 * shared.through)):
-            for part in passes.training_gradients(*sums, t["m2"], 9, *rest, scaled, others):
-                found += part
-        return found
+            outputs += passes.eval_gradients(sums, norm, mix, needs)
+        stats, mix = SampleStats(t["mean"], t["m2"], 9), Mix(filter_scale, None, clean)
+        own = passes.batch_statistics(stats, mix if groups == 2 else Mix(filter_scale), groups)
+        outputs += own
+        norm = norm._replace(mean=own.mean, var=own.var)
+        outputs += passes.train_coefficients(norm, mix, batch)
+        totals = passes.train_sums(sums, norm, mix)
+        outputs += totals
+        # the sums of another rank, as large as ours, have been added to one of them
+        for shared in (None, totals._replace(through=2 * totals.through)):
+            for part in passes.train_gradients(sums, stats, norm, own.n, mix, scaled, shared):
+                outputs += part
+        return outputs
 
     got = results(PASSES, lambda x: x)
     for i, (ours, truth) in enumerate(zip(got, results(EAGER, Tensor.double), strict=True)):

@@ -441,9 +441,9 @@ def test_gradients_that_nobody_asks_for_are_not_computed(backend: str, monkeypat
     # in the attack that is ∂γ, ∂β; a router's layer has neither ω nor p
     asked = []
     if backend == "eager":
-        plain = EagerPasses.testing_gradients
+        plain = EagerPasses.eval_gradients
         monkeypatch.setattr(
-            EagerPasses, "testing_gradients", staticmethod(lambda *a: asked.append(a[-1][2:6]) or plain(*a))
+            EagerPasses, "eval_gradients", staticmethod(lambda *a: asked.append(a[-1][2:6]) or plain(*a))
         )
     layer = example(False, 0).to(torch.float32)
     leaves = {n: x.clone().requires_grad_(n in ("filter_scale", "p_clean")) for n, x in layer.tensors.items()}
@@ -584,7 +584,7 @@ def test_half_precision_parameters() -> None:
 def test_explain_says_which_backend_and_why_not_the_others() -> None:
     layer = example(False, 0)
     explanation = ops.explain(ops.aw_conv2d, **layer.tensors, **layer.options)
-    assert explanation.backend == next(b.name for b in BACKENDS if b.refusal is not None and ran_by(b, layer))
+    assert explanation.backend == next(b.name for b in BACKENDS if ran_by(b, layer))
     assert set(explanation.others) == {b.name for b in BACKENDS} - {explanation.backend}
     assert all(explanation.others.values())
     assert explanation.backend in str(explanation)
@@ -595,7 +595,7 @@ def test_explain_says_which_backend_and_why_not_the_others() -> None:
 
 
 def ran_by(backend, layer: Layer) -> bool:
-    return backend.refusal(checks.layer_args(**layer.tensors, **layer.options)) is None
+    return backend.not_supported(checks.layer_args(**layer.tensors, **layer.options)) is None
 
 
 def test_use_backend_and_the_environment_choose() -> None:

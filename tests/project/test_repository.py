@@ -226,11 +226,11 @@ def test_files_that_a_document_names_exist(document: Path) -> None:
 
 def test_the_derivation_names_functions_that_exist() -> None:
     from awnet.ops import coefficients
-    from awnet.ops.backends.eager import Passes
+    from awnet.ops.backends.base import Passes
 
     text = (ROOT / "docs" / "equations.md").read_text()
     named = set(re.findall(r"`coefficients\.(\w+)`", text))
-    assert named >= {"testing_coefficients", "training_gradients", "batch_statistics", "Propagation"}
+    assert named >= {"eval_coefficients", "train_gradients", "batch_statistics", "Propagation"}
     assert [name for name in named if not hasattr(coefficients, name)] == []
     assert {"apply", "statistics", "reduce", "propagate"} <= set(dir(Passes))
     parameters = inspect.signature(awnet.functional.aw_conv2d).parameters

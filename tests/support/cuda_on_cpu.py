@@ -17,8 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awnet.ops.backends.eager import LibraryConvolutions
-from awnet.ops.coefficients import BatchStatistics, Gradients, Propagation, Sums
+from awnet.ops.backends.base import Passes
+from awnet.ops.coefficients import (
+    BatchStats,
+    Gradients,
+    Norm,
+    Propagation,
+    TrainSums,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = ROOT / "tests" / "support" / "cuda_emulator"
@@ -33,7 +39,7 @@ class Images(ctypes.Structure):
     )
 
 
-class Norm(ctypes.Structure):
+class CudaNorm(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "mean", "var")),
         ("rows", ctypes.c_int32),
@@ -70,8 +76,8 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
-class CudaOnCpu(LibraryConvolutions):
-    """The passes (``awnet.ops.backends.eager.Passes``) on the emulated kernels.
+class CudaOnCpu(Passes):
+    """The passes (``awnet.ops.backends.base.Passes``) on the emulated kernels.
 
     Outputs are poisoned with NaN and lie between guard bands, which are looked at after each call.
     ``backwards`` turns the order of the threads; ``misaligned`` moves outputs off their 16 bytes.
@@ -170,79 +176,72 @@ class CudaOnCpu(LibraryConvolutions):
     # --- the [B, C] algebra
 
     @staticmethod
-    def _norm(weight: Tensor, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> ctypes.c_void_p:
-        tables = (pointer(x) for x in (weight, bias, mean, var))
-        return ctypes.byref(Norm(*tables, len(weight), len(mean), eps))
+    def _norm(norm: Norm) -> ctypes.c_void_p:
+        tables = (pointer(x) for x in norm[:4])
+        return ctypes.byref(CudaNorm(*tables, len(norm.weight), len(norm.mean), norm.eps))
 
     @staticmethod
     def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
         return [None if x is None else x.contiguous() for x in tensors]
 
-    def testing_coefficients(self, omega, weight, bias, mean, var, p, eps, batch):
-        omega, p = self._dense(omega, p)
-        scale, shift = self._new_table(weight, batch), self._new_table(weight, batch)
-        sizes = ctypes.c_int64(batch), ctypes.c_int64(weight.shape[1])
-        operands = (pointer(x) for x in (omega, p, scale, shift))
-        self._call("testing_coefficients", self._norm(weight, bias, mean, var, eps), *sizes, *operands)
+    def eval_coefficients(self, norm, mix, batch):
+        filter_scale, p = self._dense(*mix[:2])
+        scale, shift = self._new_table(norm.weight, batch), self._new_table(norm.weight, batch)
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(norm.weight.shape[1])
+        operands = (pointer(x) for x in (filter_scale, p, scale, shift))
+        self._call("testing_coefficients", self._norm(norm), *sizes, *operands)
         return scale, shift
 
-    def testing_gradients(self, g1, gc, centre, omega, weight, bias, mean, var, p, eps, needs):
-        g1, gc, centre, omega, p = self._dense(g1, gc, centre, omega, p)
-        batch, channels = g1.shape
-        d_omega = self._new_table(g1) if needs.filter_scale else None
+    def eval_gradients(self, sums, norm, mix, needs):
+        inputs = self._dense(*sums, *mix[:2])
+        batch, channels = sums.g1.shape
+        d_filter_scale = self._new_table(sums.g1) if needs.filter_scale else None
         d_p = self._new((batch,), torch.float32) if needs.p_clean else None
-        d_weight, d_bias = (
-            self._new_table(weight) if needs.bn_weight or needs.bn_bias else None for _ in range(2)
-        )
-        operands = (pointer(x) for x in (g1, gc, centre, omega, p, d_omega, d_p, d_weight, d_bias))
+        both = needs.bn_weight or needs.bn_bias
+        d_weight, d_bias = (self._new_table(norm.weight) if both else None for _ in range(2))
+        operands = (pointer(x) for x in (*inputs, d_filter_scale, d_p, d_weight, d_bias))
         sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
-        self._call("testing_gradients", self._norm(weight, bias, mean, var, eps), *sizes, *operands)
-        return Gradients(d_omega, d_p, d_weight, d_bias)
+        self._call("testing_gradients", self._norm(norm), *sizes, *operands)
+        return Gradients(d_filter_scale, d_p, d_weight, d_bias)
 
-    def batch_statistics(self, mean, m2, hw, omega, is_clean, rows):
-        mean, m2, omega, is_clean = self._dense(mean, m2, omega, is_clean)
-        batch, channels = mean.shape
-        mu, var = self._new_table(mean, rows), self._new_table(mean, rows)
-        n = self._new((rows,), torch.float32)
-        sizes = (ctypes.c_int64(x) for x in (batch, channels, hw))
-        operands = (pointer(x) for x in (mean, m2, omega, is_clean, mu, var, n))
-        self._call("batch_statistics", *sizes, rows, *operands)
-        return BatchStatistics(mu, var, n)
+    def batch_statistics(self, stats, mix, stat_rows):
+        inputs = self._dense(stats.mean, stats.m2, mix.filter_scale, mix.is_clean)
+        batch, channels = stats.mean.shape
+        mu, var = self._new_table(stats.mean, stat_rows), self._new_table(stats.mean, stat_rows)
+        n = self._new((stat_rows,), torch.float32)
+        sizes = (ctypes.c_int64(x) for x in (batch, channels, stats.hw))
+        operands = (pointer(x) for x in (*inputs, mu, var, n))
+        self._call("batch_statistics", *sizes, stat_rows, *operands)
+        return BatchStats(mu, var, n)
 
-    def training_coefficients(self, omega, weight, bias, statistics, is_clean, eps, batch):
-        omega, is_clean = self._dense(omega, is_clean)
-        scale, shift = self._new_table(weight, batch), self._new_table(weight, batch)
-        sizes = ctypes.c_int64(batch), ctypes.c_int64(weight.shape[1])
-        norm = self._norm(weight, bias, statistics.mean, statistics.var, eps)
-        operands = (pointer(x) for x in (omega, is_clean, scale, shift))
-        self._call("training_coefficients", norm, *sizes, *operands)
+    def train_coefficients(self, norm, mix, batch):
+        inputs = self._dense(mix.filter_scale, mix.is_clean)
+        scale, shift = self._new_table(norm.weight, batch), self._new_table(norm.weight, batch)
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(norm.weight.shape[1])
+        operands = (pointer(x) for x in (*inputs, scale, shift))
+        self._call("training_coefficients", self._norm(norm), *sizes, *operands)
         return scale, shift
 
-    def training_sums(self, g1, gc, mean, omega, weight, statistics, is_clean, eps):
-        g1, gc, mean, omega, is_clean = self._dense(g1, gc, mean, omega, is_clean)
-        batch, channels = g1.shape
-        d_weight, d_bias = self._new_table(weight), self._new_table(weight)
-        through = self._new((2, *statistics.mean.shape), torch.float32)
-        norm = self._norm(weight, None, statistics.mean, statistics.var, eps)
+    def train_sums(self, sums, norm, mix):
+        inputs = self._dense(*sums, mix.filter_scale, mix.is_clean)
+        batch, channels = sums.g1.shape
+        d_weight, d_bias = self._new_table(norm.weight), self._new_table(norm.weight)
+        through = self._new((2, *norm.mean.shape), torch.float32)
         sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
-        operands = (pointer(x) for x in (g1, gc, mean, omega, is_clean, d_weight, d_bias, through))
-        self._call("training_sums", norm, *sizes, *operands)
-        return Sums(d_weight, d_bias, through)
+        operands = (pointer(x) for x in (*inputs, d_weight, d_bias, through))
+        self._call("training_sums", self._norm(norm), *sizes, *operands)
+        return TrainSums(d_weight, d_bias, through)
 
-    def training_gradients(
-        self, g1, gc, mean, m2, hw, omega, weight, statistics, is_clean, eps, need_scale, sums
-    ):
-        g1, gc, mean, m2, omega, is_clean = self._dense(g1, gc, mean, m2, omega, is_clean)
-        batch, channels = g1.shape
-        d_omega = self._new_table(g1) if need_scale else None
-        by_grad, by_input, constant = (self._new_table(g1) for _ in range(3))
-        d_weight, d_bias = (self._new_table(weight) if sums is None else None for _ in range(2))
-        outputs = (d_omega, d_weight, d_bias, by_grad, by_input, constant)
-        sizes = (ctypes.c_int64(x) for x in (batch, channels, hw))
-        norm = self._norm(weight, None, statistics.mean, statistics.var, eps)
-        through = None if sums is None else sums.through.contiguous()
-        inputs = (g1, gc, mean, m2, omega, statistics.n, is_clean, through)
-        operands = (pointer(x) for x in (*inputs, *outputs))
-        self._call("training_gradients", norm, *sizes, *operands)
-        tables = (d_weight, d_bias) if sums is None else sums[:2]
-        return Gradients(d_omega, None, *tables), Propagation(by_grad, by_input, constant)
+    def train_gradients(self, sums, stats, norm, n, mix, need_filter_scale, totals):
+        inputs = self._dense(*sums, stats.m2, mix.filter_scale)
+        batch, channels = sums.g1.shape
+        d_filter_scale = self._new_table(sums.g1) if need_filter_scale else None
+        by_grad, by_input, constant = (self._new_table(sums.g1) for _ in range(3))
+        d_weight, d_bias = (self._new_table(norm.weight) if totals is None else None for _ in range(2))
+        outputs = (d_filter_scale, d_weight, d_bias, by_grad, by_input, constant)
+        sizes = (ctypes.c_int64(x) for x in (batch, channels, stats.hw))
+        through = None if totals is None else totals.through.contiguous()
+        operands = (pointer(x) for x in (*inputs, n, *self._dense(mix.is_clean), through, *outputs))
+        self._call("training_gradients", self._norm(norm), *sizes, *operands)
+        tables = (d_weight, d_bias) if totals is None else totals[:2]
+        return Gradients(d_filter_scale, None, *tables), Propagation(by_grad, by_input, constant)

@@ -1,6 +1,6 @@
-"""The compiled module ``awnet._C``: whether it is there and fits this torch.
+"""The ``cpp`` and ``cuda`` backends: the layer as one C++ operator of the compiled module ``awnet._C``.
 
-The environment variable ``AWNET_NATIVE`` names the file of another build of it (`make sanitize`).
+The environment variable ``AWNET_NATIVE`` names the file of another build of the module (`make sanitize`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import Any
 
 import torch
 
+from awnet.ops.args import LayerArgs
+from awnet.ops.autograd import Layer, OperatorBackend, define, describe
+from awnet.ops.backends.base import NO_FLOAT64, device_obstacle
+
 _MARK = b"awnet-built-for-torch="
 REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
 
 
 def _built_for(path: Path) -> str | None:
-    """The torch version that the module was compiled against, read from the file without loading it."""
+    """The torch version that the module was compiled for, read from the file without loading it."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         start = view.find(_MARK)
         if start < 0:
@@ -72,3 +76,46 @@ def build_info() -> dict[str, Any]:
     module = importlib.import_module("awnet._C")
     info: dict[str, Any] = module.build_info()
     return info
+
+
+@functools.cache
+def _layer() -> tuple[Layer, str | None]:
+    """The operator ``awnet::layer_native``, and why it cannot run."""
+    define("native")
+    reason = load()
+    return (_unavailable if reason else describe("native")), reason
+
+
+def _unavailable(*flat: Any) -> Any:
+    raise AssertionError("awnet.ops.dispatch never selects a backend that is not supported")
+
+
+class _Native(OperatorBackend):
+    def __init__(self) -> None:
+        operator, self._obstacle = _layer()
+        super().__init__(operator)
+
+
+class Cpp(_Native):
+    name = "cpp"
+    summary = "C++ kernels (CPU)"
+
+    def not_supported(self, args: LayerArgs) -> str | None:
+        if args.input.device.type != "cpu":
+            return f"it runs on CPUs, and the input is on {args.input.device}"
+        if args.input.dtype == torch.float64:
+            return NO_FLOAT64
+        return self._obstacle
+
+
+class Cuda(_Native):
+    name = "cuda"
+    summary = "CUDA C++ kernels (CUDA devices)"
+
+    def not_supported(self, args: LayerArgs) -> str | None:
+        reason = device_obstacle(args.input.device)
+        if reason is not None:
+            return reason
+        if args.input.dtype == torch.float64:
+            return NO_FLOAT64
+        return self._obstacle or cuda_obstacle()

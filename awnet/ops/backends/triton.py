@@ -1,4 +1,4 @@
-"""The passes and the [B, C] algebra on the Triton kernels of ``awnet.kernels``, imported on first use."""
+"""The ``triton`` backend: passes and coefficients on ``awnet.kernels``, which is imported on first use."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.args import Needs
-from awnet.ops.backends.triton_convolutions import TritonConvolutions
-from awnet.ops.coefficients import BatchStatistics, Gradients, Propagation, Sums
-from awnet.ops.launch_config import Parameters, launch_parameters
-
-_LEAST_CAPABILITY = (8, 0)
+from awnet.ops.args import BackwardArgs, LayerArgs, Needs
+from awnet.ops.autograd import OperatorBackend, register
+from awnet.ops.backends.base import NO_FLOAT64, Passes, device_obstacle
+from awnet.ops.coefficients import (
+    BatchStats,
+    Gradients,
+    Mix,
+    Norm,
+    Propagation,
+    Reduced,
+    SampleStats,
+    TrainSums,
+)
+from awnet.ops.launch_config import Parameters, convolutions, launch_parameters
 
 
 @functools.cache
@@ -36,19 +44,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@functools.cache
-def device_obstacle(device: torch.device) -> str | None:
-    """Why no CUDA kernel of ours can run on ``device``; None where one can."""
-    if not torch.cuda.is_available():
-        return f"it needs a CUDA device, this machine has none and the input is on {device}"
-    if device.type != "cuda":
-        return f"it runs on CUDA devices, and the input is on {device}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < _LEAST_CAPABILITY:
-        return f"it needs a GPU of compute capability 8.0 or more, and {device} has {major}.{minor}"
-    return None
-
-
 def obstacle(x: Tensor) -> str | None:
     """Why the kernels cannot run on ``x``; None where they can."""
     if not _installed():
@@ -58,7 +53,7 @@ def obstacle(x: Tensor) -> str | None:
         if reason is not None:
             return reason
     if x.dtype == torch.float64:
-        return "it has no float64 (use eager or reference)"
+        return NO_FLOAT64
     return None
 
 
@@ -83,21 +78,16 @@ def _for_table(op: str, device: torch.device, batch: int, channels: int) -> Para
     return launch_parameters(op, device, batch, channels)
 
 
-def _norm(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Any:
-    return kernels("tables").Norm(*map(_dense, (weight, bias, mean, var)), eps)
+def _norm(norm: Norm) -> Any:
+    return kernels("tables").Norm(*[x.contiguous() for x in norm[:4]], norm.eps)
 
 
-def _network_norm(tables: Tensor, eps: float) -> Any:
-    weight, bias, mean, var = tables.unbind(0)
-    return _norm(weight, bias, mean, var, eps)
+def _mix(mix: Mix) -> Any:
+    return kernels("tables").Mix(*map(_dense, mix))
 
 
-def _mix(omega: Tensor | None, p_clean: Tensor | None, is_clean: Tensor | None = None) -> Any:
-    return kernels("tables").Mix(*map(_dense, (omega, p_clean, is_clean)))
-
-
-class TritonPasses(TritonConvolutions):
-    """See :class:`awnet.ops.backends.eager.Passes`. float32, bfloat16 and float16 images, either layout."""
+class TritonPasses(Passes):
+    """float32, bfloat16 and float16 images, either layout."""
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         return kernels("passes").statistics(u, _for_images("statistics", u))
@@ -120,154 +110,123 @@ class TritonPasses(TritonConvolutions):
         )
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
 
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    def reduce(
+        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         config = _for_images("reduce", u)
-        return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), gate, config)
+        return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), relu_mask, config)
 
     def propagate(
         self,
         grad: Tensor,
         u: Tensor | None,
         centre: Tensor | None,
-        gate: Tensor | None,
-        how: Propagation,
+        relu_mask: Tensor | None,
+        propagation: Propagation,
         residual: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        coefficients = [_dense(x) for x in how]
+        by = [_dense(x) for x in propagation]
         config = _for_images("propagate", grad)
-        return kernels("passes").propagate(grad, u, _dense(centre), gate, *coefficients, residual, config)
+        return kernels("passes").propagate(grad, u, _dense(centre), relu_mask, *by, residual, config)
 
-    def testing_coefficients(
-        self,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        bn_bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        p_clean: Tensor | None,
-        eps: float,
-        batch: int,
-    ) -> tuple[Tensor, Tensor]:
-        norm = _norm(bn_weight, bn_bias, running_mean, running_var, eps)
-        config = _for_table("eval_coefficients", bn_weight.device, batch, bn_weight.shape[1])
-        return kernels("eval_coefficients").eval_coefficients(norm, _mix(omega, p_clean), batch, config)
+    # convolutions, where the device's table has an entry for the case
 
-    def testing_gradients(
-        self,
-        g1: Tensor,
-        gc: Tensor,
-        centre: Tensor,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        bn_bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        p_clean: Tensor | None,
-        eps: float,
-        needs: Needs,
-    ) -> Gradients:
-        norm = _norm(bn_weight, bn_bias, running_mean, running_var, eps)
-        config = _for_table("eval_gradients", g1.device, *g1.shape)
-        mix = _mix(omega, p_clean)
-        required = (needs.filter_scale, needs.p_clean, needs.bn_weight, needs.bn_bias)
-        grads = kernels("eval_coefficients").eval_gradients(
-            g1, gc, _dense(centre), norm, mix, required, config
+    def fused_apply(
+        self, args: LayerArgs, scale: Tensor, shift: Tensor, keep_u: bool, keep_mask: bool
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        table = convolutions(args.input.device)
+        if not table:
+            return None
+        conv = args.conv
+        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        epilogue = (scale, shift, args.residual, args.activation == "relu")
+        fused = kernels("fused_conv").fused_apply
+        return fused(args.input, args.weight, *epilogue, *where, keep_u, keep_mask, table=table)
+
+    def fused_statistics(self, args: LayerArgs) -> tuple[Tensor, Tensor, Tensor] | None:
+        table = convolutions(args.input.device)
+        if not table:
+            return None
+        conv = args.conv
+        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        return kernels("fused_conv").fused_statistics(args.input, args.weight, *where, table=table)
+
+    def fused_dgrad(self, args: BackwardArgs, d_u: Tensor) -> Tensor | None:
+        table = convolutions(d_u.device)
+        if not table:
+            return None
+        conv = args.conv
+        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        return kernels("fused_conv").fused_dgrad(d_u, args.weight, args.input_shape, *where, table=table)
+
+    # coefficients
+
+    def eval_coefficients(self, norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
+        config = _for_table("eval_coefficients", norm.weight.device, batch, norm.weight.shape[1])
+        return kernels("eval_coefficients").eval_coefficients(_norm(norm), _mix(mix), batch, config)
+
+    def eval_gradients(self, sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Gradients:
+        config = _for_table("eval_gradients", sums.g1.device, *sums.g1.shape)
+        return _eval_gradients(sums, norm, mix, needs, config)
+
+    def batch_statistics(self, stats: SampleStats, mix: Mix, stat_rows: int) -> BatchStats:
+        config = _for_table("batch_statistics", stats.mean.device, *stats.mean.shape)
+        return BatchStats(
+            *kernels("train_coefficients").batch_statistics(stats, _mix(mix), stat_rows, config)
         )
-        return Gradients(*grads)
 
-    def batch_statistics(
-        self, mean: Tensor, m2: Tensor, hw: int, omega: Tensor | None, is_clean: Tensor | None, rows: int
-    ) -> BatchStatistics:
-        train = kernels("train_coefficients")
-        config = _for_table("batch_statistics", mean.device, *mean.shape)
-        stats = train.SampleStats(mean, m2, hw)
-        return BatchStatistics(*train.batch_statistics(stats, _mix(omega, None, is_clean), rows, config))
+    def train_coefficients(self, norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
+        config = _for_table("train_coefficients", norm.weight.device, batch, norm.weight.shape[1])
+        return kernels("train_coefficients").train_coefficients(_norm(norm), _mix(mix), batch, config)
 
-    def training_coefficients(
+    def train_sums(self, sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
+        config = _for_table("train_gradients", sums.g1.device, *sums.g1.shape)
+        return TrainSums(*kernels("train_coefficients").train_sums(*sums, _norm(norm), _mix(mix), config))
+
+    def train_gradients(
         self,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        bn_bias: Tensor,
-        statistics: BatchStatistics,
-        is_clean: Tensor | None,
-        eps: float,
-        batch: int,
-    ) -> tuple[Tensor, Tensor]:
-        norm = _norm(bn_weight, bn_bias, statistics.mean, statistics.var, eps)
-        config = _for_table("train_coefficients", bn_weight.device, batch, bn_weight.shape[1])
-        mix = _mix(omega, None, is_clean)
-        return kernels("train_coefficients").train_coefficients(norm, mix, batch, config)
-
-    def training_sums(
-        self,
-        g1: Tensor,
-        gc: Tensor,
-        mean: Tensor,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        statistics: BatchStatistics,
-        is_clean: Tensor | None,
-        eps: float,
-    ) -> Sums:
-        norm = _norm(bn_weight, bn_weight, statistics.mean, statistics.var, eps)
-        config = _for_table("train_gradients", g1.device, *g1.shape)
-        mix = _mix(omega, None, is_clean)
-        return Sums(*kernels("train_coefficients").train_sums(g1, gc, mean, norm, mix, config))
-
-    def training_gradients(
-        self,
-        g1: Tensor,
-        gc: Tensor,
-        mean: Tensor,
-        m2: Tensor,
-        hw: int,
-        omega: Tensor | None,
-        bn_weight: Tensor,
-        statistics: BatchStatistics,
-        is_clean: Tensor | None,
-        eps: float,
-        need_scale: bool,
-        sums: Sums | None,
+        sums: Reduced,
+        stats: SampleStats,
+        norm: Norm,
+        n: Tensor,
+        mix: Mix,
+        need_filter_scale: bool,
+        totals: TrainSums | None,
     ) -> tuple[Gradients, Propagation]:
+        config = _for_table("train_gradients", sums.g1.device, *sums.g1.shape)
         train = kernels("train_coefficients")
-        config = _for_table("train_gradients", g1.device, *g1.shape)
-        stats = train.SampleStats(mean, m2, hw)
-        norm = _norm(bn_weight, bn_weight, statistics.mean, statistics.var, eps)
-        mix, n = _mix(omega, None, is_clean), _dense(statistics.n)
-        own_sums = None if sums is None else train.TrainSums(*sums)
-        grads = train.train_gradients(g1, gc, stats, norm, n, mix, need_scale, own_sums, config)
+        own_sums = None if totals is None else train.TrainSums(*totals)
+        grads = train.train_gradients(
+            sums.g1, sums.gc, stats, _norm(norm), _dense(n), _mix(mix), need_filter_scale, own_sums, config
+        )
         by = Propagation(grads.by_grad, grads.by_input, grads.constant)
         return Gradients(grads.filter_scale, None, grads.weight, grads.bias), by
 
 
-def network_coefficients(
-    tables: Tensor, widths: Sequence[int], omega: Tensor | None, p_clean: Tensor, eps: float
-) -> tuple[Tensor, ...]:
-    """scale and shift of each layer of a network in eval mode, in turn; tables ``[4, 2, T]``."""
-    config = _for_table("network_coefficients", tables.device, len(p_clean), sum(widths))
-    layout = _network_layout(tuple(widths), tables.device)
-    pairs = kernels("eval_coefficients").network_coefficients(
-        _network_norm(tables, eps), _mix(omega, p_clean), widths, layout, config
-    )
-    return tuple(table for pair in pairs for table in pair)
-
-
-def network_gradients(
-    d_scale: Tensor,
-    d_shift: Tensor,
-    tables: Tensor,
-    omega: Tensor | None,
-    p_clean: Tensor,
-    eps: float,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of ω and p from those of all scales and shifts side by side, ``[B, T]``."""
-    config = _for_table("network_gradients", tables.device, *d_scale.shape)
-    norm, mix = _network_norm(tables, eps), _mix(omega, p_clean)
+def _eval_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs, config: Parameters) -> Gradients:
+    required = (needs.filter_scale, needs.p_clean, needs.bn_weight, needs.bn_bias)
+    g1, gc, centre = sums
     grads = kernels("eval_coefficients").eval_gradients(
-        d_shift, d_scale, None, norm, mix, (*needs, False, False), config
+        g1, gc, _dense(centre), _norm(norm), _mix(mix), required, config
     )
-    return grads.filter_scale, grads.p_clean
+    return Gradients(*grads)
+
+
+def network_coefficients(
+    norm: Norm, mix: Mix, widths: Sequence[int], batch: int
+) -> list[tuple[Tensor, Tensor]]:
+    """``split(*eval_coefficients(norm, mix, batch), widths)`` in one launch."""
+    device = norm.weight.device
+    config = _for_table("network_coefficients", device, batch, sum(widths))
+    layout = _network_layout(tuple(widths), device)
+    pairs = kernels("eval_coefficients").network_coefficients(_norm(norm), _mix(mix), widths, layout, config)
+    return list(pairs)
+
+
+def network_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Gradients:
+    """``eval_gradients`` with the launch parameters of a network."""
+    config = _for_table("network_gradients", sums.g1.device, *sums.g1.shape)
+    return _eval_gradients(sums, norm, mix, needs, config)
 
 
 @functools.lru_cache(maxsize=64)
@@ -275,3 +234,14 @@ def _network_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         layout: Tensor = kernels("eval_coefficients").network_layout(widths, device)
     return layout
+
+
+class Triton(OperatorBackend):
+    name = "triton"
+    summary = "Triton kernels (CUDA devices)"
+
+    def __init__(self) -> None:
+        super().__init__(register("triton", TritonPasses()))
+
+    def not_supported(self, args: LayerArgs) -> str | None:
+        return obstacle(args.input)
