@@ -1,8 +1,8 @@
 """The layer as the paper writes it: the specification that every other path is tested against.
 
 Wei, Zhao and Li, "Revisiting the Trade-off between Accuracy and Robustness via Weight Distribution of
-Filters", Section 4. Equation numbers are the paper's. Nothing here is clever; run it in float64 to judge
-another backend. Shapes and arguments are those of :mod:`awnet.ops`, which checks them first.
+Filters", Section 4. Equation numbers are the paper's. It is written for clarity, not speed; run it in
+float64 to test another backend. Shapes and arguments are those of :mod:`awnet.ops`, which checks them first.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ def filter_scaled_conv2d(
     dilation: Size2 = 1,
     groups: int = 1,
 ) -> Tensor:
-    """π = Ŵ * ψ: every sample is convolved with filters of its own, Eq. 11 and 12."""
+    """π = Ŵ * ψ: every sample is convolved with separate filters, Eq. 11 and 12."""
     batch, c_in, height, width = input.shape
     if filter_scale is None or batch == 0:
         return F.conv2d(input, weight, None, stride, padding, dilation, groups)
-    own_weight = filter_scale[:, :, None, None, None] * weight  # Eq. 11, [B, C_out, C_in/groups, k, k]
+    weight_per_sample = filter_scale[:, :, None, None, None] * weight  # Eq. 11, [B, C_out, C_in/groups, k, k]
     # contiguous, since torch's float64 and float16 convolutions on CPUs give a wrong weight gradient where a
     # channels_last image that was folded before keeps an odd stride for its batch of one
     folded = F.conv2d(  # Eq. 12: the batch folded into the groups
         input.reshape(1, batch * c_in, height, width).contiguous(),
-        own_weight.flatten(0, 1).to(input.dtype),
+        weight_per_sample.flatten(0, 1).to(input.dtype),
         None,
         stride,
         padding,
@@ -56,17 +56,17 @@ def mix_batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """BN_mix: Eq. 13 in training, Eq. 14 in testing. Row 0 of each parameter is BN_adv, row 1 BN_nat."""
-    affine_rows, statistics_rows = len(weight), len(running_mean)
+    """BN_mix: Eq. 13 in train mode, Eq. 14 in eval mode. Row 0 of each parameter is BN_adv, row 1 BN_nat."""
+    affine_rows, stat_rows = len(weight), len(running_mean)
     wide = torch.promote_types(input.dtype, torch.float32)
     x, weight, bias = input.to(wide), weight.to(wide), bias.to(wide)
     if not training:
         output = torch.zeros((), dtype=wide, device=input.device)
-        for k in range(max(affine_rows, statistics_rows)):
-            a, s = min(k, affine_rows - 1), min(k, statistics_rows - 1)
+        for k in range(max(affine_rows, stat_rows)):
+            a, s = min(k, affine_rows - 1), min(k, stat_rows - 1)
             normal = _normalized(x, running_mean[s].to(wide), running_var[s].to(wide), eps)
             branch = weight[a][:, None, None] * normal + bias[a][:, None, None]
-            if max(affine_rows, statistics_rows) == 1:
+            if max(affine_rows, stat_rows) == 1:
                 return branch.to(input.dtype)
             assert p_clean is not None
             probability = (p_clean if k == 1 else 1 - p_clean).to(wide)
@@ -77,12 +77,12 @@ def mix_batch_norm(
     kind = torch.zeros(len(x), dtype=torch.long, device=x.device)
     if is_clean is not None:
         kind = is_clean.long()
-    for s in range(statistics_rows):  # Eq. 13: each branch by the statistics of its own samples
-        own = kind == s if statistics_rows == 2 else torch.ones_like(kind, dtype=torch.bool)
-        if own.any():
-            mean, var = _statistics(x[own])
-            normalized = normalized.index_put((own,), _normalized(x[own], mean, var, eps))
-            count = int(own.sum()) * x.shape[2] * x.shape[3]
+    for s in range(stat_rows):  # Eq. 13: each branch by the statistics of its samples
+        selected = kind == s if stat_rows == 2 else torch.ones_like(kind, dtype=torch.bool)
+        if selected.any():
+            mean, var = _statistics(x[selected])
+            normalized = normalized.index_put((selected,), _normalized(x[selected], mean, var, eps))
+            count = int(selected.sum()) * x.shape[2] * x.shape[3]
             rate = float(momentum[s]) if isinstance(momentum, Tensor) else momentum
             _update(running_mean[s], mean, rate)
             _update(running_var[s], var * (count / (count - 1)), rate)

@@ -61,7 +61,7 @@ class LayerArgs:
 
     @property
     def by_batch(self) -> bool:
-        """Whether the layer normalizes by the statistics of its own batch."""
+        """Whether the layer normalizes by the statistics of the batch."""
         return self.norm is not None and self.norm.training
 
     def differentiable(self) -> tuple[Tensor | None, ...]:
@@ -70,6 +70,12 @@ class LayerArgs:
         bn_weight, bn_bias = (None, None) if norm is None else (norm.weight, norm.bias)
         images = (self.input, self.weight, self.filter_scale)
         return *images, self.p_clean, bn_weight, bn_bias, self.shift, self.residual
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All floating-point arguments on which the output depends."""
+        norm = self.norm
+        statistics = () if norm is None else (norm.mean, norm.var)
+        return *self.differentiable(), *statistics
 
 
 class Needs(NamedTuple):

@@ -248,11 +248,11 @@ def check_table(
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {meaning}, got {type(x).__name__}")
     fits = x.dim() == len(shape) and all(
-        size is None or size == had for size, had in zip(shape, x.shape, strict=True)
+        size is None or size == given for size, given in zip(shape, x.shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("1 or 2" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape {meaning} = [{wanted}], got {list(x.shape)}")
+        sizes = ", ".join("1 or 2" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape {meaning} = [{sizes}], got {list(x.shape)}")
     if boolean and x.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, got {x.dtype}")
     if not boolean and x.dtype not in _DTYPES:
@@ -275,7 +275,7 @@ def _check_momentum(momentum: object, running_mean: Tensor) -> None:
 
 
 def _check_more_than_one_value(is_clean: Tensor | None, batch: int, input: Tensor) -> None:
-    # one pixel: the only case where a branch can hold a single value, so the only one worth a look
+    # only with one pixel can a branch hold a single value per channel
     if input.is_meta or (input.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     counts = [batch] if is_clean is None else [int((~is_clean).sum()), int(is_clean.sum())]

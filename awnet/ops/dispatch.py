@@ -60,7 +60,7 @@ def chosen_backend() -> str | None:
 
 
 def default_backend(device: str) -> str:
-    """The backend that a float32 layer on ``device`` takes: the named one, or the first that can run it."""
+    """The backend that runs a float32 layer on ``device``: the named one, or the first that supports it."""
     return chosen_backend() or select(_probe(device), None).name
 
 
@@ -69,8 +69,11 @@ def _reason(backend: Backend, args: LayerArgs, transformed: str | None) -> str |
 
 
 def select(args: LayerArgs, backend: str | None) -> Backend:
-    """The backend that runs ``args``. ValueError where none can, or the named one is unknown or cannot."""
-    transformed = transform(args.differentiable())
+    """The backend that runs ``args``.
+
+    Raises ValueError where no backend supports the call, or the named one is unknown or does not support it.
+    """
+    transformed = transform(args.tensors())
     source = "backend"
     if backend is None:
         backend = chosen_backend()
@@ -92,9 +95,9 @@ def select(args: LayerArgs, backend: str | None) -> Backend:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run on: ``backend``, and for each other one, in order of preference, why not.
+    """The backend that would run a call, and for each other one, in order of preference, why it would not.
 
-    ``amx``, for a bfloat16 call on the ``cpp`` backend only: whether a frozen network of such layers runs on
+    ``amx`` is set for bfloat16 calls on the ``cpp`` backend: whether a frozen network of such layers runs on
     AMX tiles, or why not.
     """
 
@@ -112,7 +115,7 @@ class Explanation:
 
 def explain_call(args: LayerArgs, backend: str | None) -> Explanation:
     """See :func:`awnet.ops.explain`."""
-    taken, transformed = select(args, backend), transform(args.differentiable())
+    taken, transformed = select(args, backend), transform(args.tensors())
     others: dict[str, str] = {}
     for candidate in BACKENDS:
         if candidate is not taken:
@@ -137,9 +140,9 @@ def _on_tiles(args: LayerArgs) -> str | None:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend's name, with None where it can run on this machine and else the reason why not.
+    """For each backend's name None where it can run on this machine, or the reason why not.
 
-    Asked for a small float32 call on the CPU and, where there is one, on the CUDA device.
+    Each is checked with a small float32 call on the CPU and, where there is one, on the CUDA device.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     reasons: dict[str, str | None] = {}

@@ -1,7 +1,7 @@
 """Batch statistics and their gradients over the ranks of a process group: one collective each.
 
-Both are registered operators, so that ``csrc/layer.cpp`` reaches them too. A process group goes by its name,
-``group.group_name``; every rank has to take part in every call, with an empty batch if it has no other.
+Both are registered operators, so that ``csrc/layer.cpp`` can call them. A process group is given by its name,
+``group.group_name``; every rank must take part in every call, with an empty batch if it has no samples.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def _joined_statistics(
     mean: Tensor, var: Tensor, n: Tensor, process_group: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = _group_size(process_group)
-    own = torch.cat([mean, var, n[:, None]], 1)[None]  # [1, S, 2C + 1]
+    local = torch.cat([mean, var, n[:, None]], 1)[None]  # [1, S, 2C + 1]
     collectives = torch.ops._c10d_functional
-    gathered = collectives.all_gather_into_tensor(own.contiguous(), size, process_group)
+    gathered = collectives.all_gather_into_tensor(local.contiguous(), size, process_group)
     means, variances, counts = collectives.wait_tensor(gathered).split([mean.shape[1], var.shape[1], 1], 2)
     total = counts.sum(0)  # [S, 1]
     divisor = total.clamp(min=1)
@@ -46,13 +46,13 @@ def _summed(x: Tensor, process_group: str) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", process_group))
 
 
-def joined_statistics(own: BatchStats, process_group: str) -> BatchStats:
-    """The statistics of all ranks' values from those of each; exact whatever the ranks' counts, 0 too.
+def joined_statistics(local: BatchStats, process_group: str) -> BatchStats:
+    """The statistics of all ranks' values from those of each rank; exact for any counts, 0 included.
 
-    The ranks' (n, mean, variance) are gathered and merged in the order of the ranks: all get the same bits.
+    The (n, mean, variance) of the ranks are gathered and merged in rank order: all ranks get the same bits.
     Raises ValueError where ``process_group`` names no group.
     """
-    return BatchStats(*_joined_statistics(own.mean, own.var, own.n, process_group))
+    return BatchStats(*_joined_statistics(local.mean, local.var, local.n, process_group))
 
 
 def summed(x: Tensor, process_group: str) -> Tensor:

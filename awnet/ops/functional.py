@@ -1,4 +1,8 @@
-"""The public functions: arguments to a checked call, and the call to a backend. Also ``awnet.functional``."""
+"""The public functions of the layer, also importable as ``awnet.functional``.
+
+Each one checks its arguments (:mod:`awnet.ops.checks`), which become a :class:`awnet.ops.args.LayerArgs`, and
+runs them on the backend that :mod:`awnet.ops.dispatch` selects.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +37,14 @@ def filter_scaled_conv2d(
         filter_scale: ω, ``[B, C_out]``, one factor for each sample and filter; None means ω ≡ 1.
         stride, padding, dilation: an int or a pair, in pixels.
         groups: as in ``torch.nn.functional.conv2d``; depthwise too.
-        backend: a backend's name, or None for the best that can run this call.
+        backend: a backend's name, or None for the best that supports this call.
 
     Returns:
         ``[B, C_out, H', W']`` in ``input``'s dtype and memory format.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, device or shape is off, or the named backend cannot
-            run the call; the message says what came and what is expected.
+        TypeError, ValueError: an argument has a wrong type, dtype, device or shape, or the named backend does
+            not support the call; the message names the argument, what is expected and what was passed.
     """
     args = conv_args(
         input, weight, filter_scale, stride=stride, padding=padding, dilation=dilation, groups=groups
@@ -63,31 +67,32 @@ def mix_batch_norm(
     process_group: str | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Two-branch batch norm: each sample's own branch in training (Eq. 13), blended by p in testing (Eq. 14).
+    """Two-branch batch norm: a branch per sample in train mode (Eq. 13), a blend by p in eval mode (Eq. 14).
 
     Args:
         input: float ``[B, C, H, W]``.
         weight, bias: γ and β, ``[2, C]``: row 0 adversarial, row 1 clean. ``[1, C]`` is one plain batch norm
-            (with statistics of one row too), which needs neither ``p_clean`` nor ``is_clean``.
+            (if the statistics have one row too), which needs neither ``p_clean`` nor ``is_clean``.
         running_mean, running_var: ``[2, C]``, or ``[1, C]`` for statistics that both branches share. Updated
-            in place in training, the variance unbiased, each branch from its own samples; a branch with no
-            sample in the batch is left alone.
-        p_clean: p, ``[B]``, the probability that a sample is clean; testing only.
-        is_clean: ``[B]`` bool, the sample's kind; training only.
-        momentum: weight of the batch in the running statistics, a float or a tensor with one value a row.
+            in place in train mode, with the unbiased variance, each branch from its samples; a branch without
+            samples in the batch is not changed.
+        p_clean: p, ``[B]``, the probability that a sample is clean; eval mode only.
+        is_clean: ``[B]`` bool, whether a sample is clean; train mode only.
+        training: train mode (statistics of the batch) or eval mode (running statistics).
+        momentum: weight of the batch in the running statistics, a float or a tensor with one value per row.
         eps: added to the variance.
-        process_group: name of a torch.distributed group (``group.group_name``), whose ranks then share the
-            batch statistics in training, exactly, whatever each rank's batch holds; all ranks have to make
-            the call. The gradients of weight and bias stay the rank's own sums. None: this process alone.
-        backend: a backend's name, or None for the best that can run this call.
+        process_group: name of a torch.distributed group (``group.group_name``) whose ranks share the batch
+            statistics in train mode, exactly, also with unequal batches; every rank must make the call. The
+            gradients of weight and bias stay the sums of each rank. None: this process only.
+        backend: a backend's name, or None for the best that supports this call.
 
     Returns:
         ``[B, C, H, W]`` in ``input``'s dtype and memory format.
 
     Raises:
-        TypeError, ValueError: as in :func:`filter_scaled_conv2d`; ValueError too where a branch has a single
-            value per channel in training. Over a process group the count is that of all ranks, and is looked
-            at after the forward, on every rank; inside torch.compile or a CUDA graph it is not looked at.
+        TypeError, ValueError: as in :func:`filter_scaled_conv2d`; ValueError also where a branch has a
+            single value per channel in train mode. Over a process group the count is that of all ranks and is
+            checked after the forward, on every rank; inside torch.compile or a CUDA graph it is not checked.
     """
     args = norm_args(
         input,
@@ -137,7 +142,7 @@ def aw_conv2d(
             process_group: as in :func:`mix_batch_norm`.
         residual: ``[B, C_out, H', W']`` of ``input``'s dtype, added before the activation, or None.
         activation: ``"relu"`` or None.
-        backend: a backend's name, or None for the best that can run this call.
+        backend: a backend's name, or None for the best that supports this call.
 
     Returns:
         ``[B, C_out, H', W']`` in ``input``'s dtype and memory format. Differentiable once in input, weight,
@@ -145,7 +150,7 @@ def aw_conv2d(
         ``backend="reference"``.
 
     Raises:
-        TypeError, ValueError: as in the two functions that it fuses.
+        TypeError, ValueError: as in :func:`filter_scaled_conv2d` and :func:`mix_batch_norm`.
     """
     args = layer_args(
         input,
@@ -189,14 +194,14 @@ def affine_conv2d(
 
     Args:
         input, weight, stride, padding, dilation, groups: as in :func:`filter_scaled_conv2d`.
-        scale, shift: ``[B, C_out]``, of any floating dtype; float32 or wider keeps their digits.
+        scale, shift: ``[B, C_out]``, of any floating dtype; float32 or wider avoids a loss of precision.
         residual, activation: as in :func:`aw_conv2d`.
-        backend: a backend's name, or None for the best that can run this call.
+        backend: a backend's name, or None for the best that supports this call.
 
     Returns:
         ``[B, C_out, H', W']`` in ``input``'s dtype and memory format. Differentiable once in input, weight,
-        scale, shift and residual (for second derivatives use ``backend="reference"``); the convolution's
-        output is kept only for scale and shift, the input only for the weight.
+        scale, shift and residual (for second derivatives use ``backend="reference"``). The convolution's
+        output is saved only for the gradients of scale and shift, the input only for that of the weight.
 
     Raises:
         TypeError, ValueError: as in :func:`aw_conv2d`.
@@ -217,9 +222,9 @@ def affine_conv2d(
 
 
 class AffineConvolution:
-    """:func:`affine_conv2d` of one geometry without its checks, for layers that a network runs by thousands.
+    """:func:`affine_conv2d` of one geometry without its checks, for layers that run very often.
 
-    The caller answers for shapes, dtypes and devices, and that no autocast is on.
+    The caller must pass correct shapes, dtypes and devices, and must not enable autocast.
     """
 
     def __init__(
@@ -269,7 +274,7 @@ class _GlobalAverage(torch.autograd.Function):
 def global_average(x: Tensor) -> Tensor:
     """The mean over pixels of images [B, C, H, W], [B, C].
 
-    As ``x.mean((2, 3))``, whose gradient writes an image of equal values; this one's takes no memory.
+    Equal to ``x.mean((2, 3))``, but its gradient is an expanded tensor that takes no memory.
     """
     if transform([x]):
         return x.mean((2, 3))
@@ -278,12 +283,12 @@ def global_average(x: Tensor) -> Tensor:
 
 
 def explain(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Explanation:
-    """Which backend ``function(*args, **kwargs)`` would take, and why each other one would not; runs nothing.
+    """Returns which backend would run ``function(*args, **kwargs)``, and why not the others; runs nothing.
 
     Args:
         function: :func:`aw_conv2d`, :func:`mix_batch_norm`, :func:`filter_scaled_conv2d` or
             :func:`affine_conv2d`.
-        args, kwargs: its arguments. They are checked as the function itself would.
+        args, kwargs: its arguments, which are checked as in a call of the function.
 
     Returns:
         An :class:`Explanation`: ``backend``, ``others`` (name → reason), and a readable ``str``.

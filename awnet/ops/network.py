@@ -1,8 +1,8 @@
 """A whole network in eval mode: every layer's scale and shift at once.
 
-With the weights frozen, nothing in a layer depends on the images but ω and p. All coefficients are then known
-before the network runs (``docs/equations.md``), each layer is ``act(conv(x) · scale + shift + residual)``,
-``affine_conv2d``, and an attack needs the gradients of images, ω and p alone.
+With frozen weights only ω and p depend on the images. All coefficients are then known before the network runs
+(``docs/equations.md``), each layer is ``act(conv(x) · scale + shift + residual)``, ``affine_conv2d``, and an
+attack needs the gradients of images, ω and p alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NetworkLayer(NamedTuple):
     """A layer of :func:`affine_network`: ``act(conv(input) · scale + shift + residual)``."""
 
     convolution: AffineConvolution
-    input: int  # the layer whose output it takes, -1 for the images
+    input: int  # the layer whose output is its input, -1 for the images
     residual: int  # the layer whose output is added, -1 for none
     averaged: bool  # whether the mean of its output over pixels is returned
 
@@ -40,24 +40,24 @@ def affine_network(
 ) -> list[Tensor]:
     """A network of frozen layers in eval mode, each by :class:`AffineConvolution`.
 
-    On the ``cpp`` backend all of it is one operator, as a small network would else spend as long between its
-    layers as in them. In bfloat16 on a CPU with AMX that operator keeps all activations in the layout of
-    AMX tiles (:mod:`awnet.ops.backends.amx`).
+    On the ``cpp`` backend the network is one operator, because a small network would otherwise spend as much
+    time between its layers as in them. In bfloat16 on a CPU with AMX that operator keeps all activations in
+    the layout of AMX tiles (:mod:`awnet.ops.backends.amx`).
 
     Args:
         x: images ``[B, C, H, W]``.
         weights: of each layer, of ``x``'s dtype; they get no gradient.
         coefficients: scale and shift ``[B, C_out]`` of each layer.
-        layers: each takes what earlier ones give.
-        packed: keeps the filters that AMX reads from call to call; without it each call packs them.
+        layers: the inputs of each are outputs of earlier ones.
+        packed: caches the filters that AMX reads; without it each call packs them.
 
     Returns:
-        Of each layer with ``averaged``, in order, the mean of its output over pixels, ``[B, C_out]``;
+        For each layer with ``averaged``, in order, the mean of its output over pixels, ``[B, C_out]``;
         differentiable once in ``x`` and coefficients; any number of times, and in forward mode, on the
         ``reference`` backend.
 
     Raises:
-        As :class:`AffineConvolution`: the caller answers for shapes, dtypes and devices.
+        As :class:`AffineConvolution`: the caller must pass correct shapes, dtypes and devices.
     """
     first = layers[0].convolution.args(x, weights[0], *coefficients[0])
     by_layer = dispatch.select(first, None).name != "cpp" or torch.compiler.is_compiling()

@@ -16,14 +16,15 @@ def sign_step(
 ) -> Tensor:
     """x_adv + step_size · sign(grad), clipped to [x − eps, x + eps] and to [0, 1].
 
-    One kernel where Triton runs and nothing has to be differentiated. Where ``grad`` is NaN the pixel may
-    stay or become NaN: who calls this must look for broken gradients elsewhere.
+    One kernel where Triton runs and no derivative is required. Where ``grad`` is NaN the pixel may stay or
+    become NaN: the caller must check gradients for NaN separately.
 
     Args:
         x_adv, x: images in [0, 1] of one shape and dtype.
-        grad: of their shape, any floating dtype; 0 leaves a pixel alone.
+        grad: of their shape, any floating dtype; a pixel with gradient 0 does not change.
         step_size, eps: in image units.
-        cast: a tensor of their shape and another dtype that gets the result too, for a model in bfloat16.
+        cast: a tensor of their shape and another dtype that receives a copy of the result, for a model in
+            bfloat16.
 
     Returns:
         A new tensor like ``x_adv``.
@@ -32,19 +33,21 @@ def sign_step(
         if other is not None and other.shape != x_adv.shape:
             raise ValueError(f"{name} must have x_adv's shape {list(x_adv.shape)}, got {list(other.shape)}")
     if _runs_triton(x_adv, grad, x):
-        how = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
+        config = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
         start = x_adv if torch.ops.aten.is_non_overlapping_and_dense(x_adv) else x_adv.clone()
         kernel = triton_backend.kernels("sign_step").sign_step
         copied = None if cast is None or cast.stride() != start.stride() else cast
-        moved: Tensor = kernel(start, _alike(grad, start), _alike(x, start), step_size, eps, how, cast=copied)
+        stepped: Tensor = kernel(
+            start, _alike(grad, start), _alike(x, start), step_size, eps, config, cast=copied
+        )
         if cast is not None and copied is None:
-            cast.copy_(moved)
-        return moved
+            cast.copy_(stepped)
+        return stepped
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
-    moved = torch.add(x_adv, grad.sign().to(x_adv.dtype), alpha=step_size).clamp_(low, high)
+    stepped = torch.add(x_adv, grad.sign().to(x_adv.dtype), alpha=step_size).clamp_(low, high)
     if cast is not None:
-        cast.copy_(moved)
-    return moved
+        cast.copy_(stepped)
+    return stepped
 
 
 def _runs_triton(*images: Tensor) -> bool:
@@ -56,5 +59,5 @@ def _runs_triton(*images: Tensor) -> bool:
 
 
 def _alike(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` with the strides of ``like``; a copy only where it has others."""
+    """``x`` with the strides of ``like``; a copy only where its strides differ."""
     return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)

@@ -1,8 +1,8 @@
 """Whether a call is differentiated or vectorized by more than reverse-mode autograd.
 
-The operators have a first derivative in reverse mode. torch takes the tangents of an operator without a
-forward-mode rule for zero, without a warning, and knows no ``torch.func`` rules for them: such calls are left
-to ``reference``, whose operations are all torch's own.
+The operators have a first derivative in reverse mode. torch treats the tangents of an operator without a
+forward-mode rule as zero, without a warning, and has no ``torch.func`` rules for them: such calls need
+``reference``, which is made of torch operations only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 
 def transform(tensors: Iterable[Any]) -> str | None:
-    """Which transform beyond reverse mode is active for ``tensors``, as a reason to refuse; else None."""
+    """The active transform beyond reverse mode, as the reason why a backend cannot run; else None."""
     if torch._C._are_functorch_transforms_active():
         return "it has no rules for torch.func (grad, vjp, jvp, jacrev, jacfwd, hessian, vmap)"
     return "it has no forward-mode derivative" if has_tangent(tensors) else None
@@ -30,10 +30,10 @@ def has_tangent(tensors: Iterable[Any]) -> bool:
 
 
 def refuse_tangents(arguments: Iterable[Any]) -> None:
-    """RuntimeError where an operator, called by a compiled graph say, would lose a tangent."""
+    """Raises RuntimeError where an operator, for example in a compiled graph, would lose a tangent."""
     try:
         lost = has_tangent(arguments)
-    except RuntimeError:  # in a compiled graph torch cannot tell: within a dual level this may be one
+    except RuntimeError:  # a compiled graph cannot be asked; within a dual level it may have a tangent
         lost = True
     if lost:
         raise RuntimeError(

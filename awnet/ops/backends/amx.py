@@ -1,7 +1,7 @@
 """Frozen bfloat16 networks on CPUs with AMX: whether they can run there, and their packed filters.
 
 The environment variable ``AWNET_AMX`` chooses: ``auto`` (the default) uses AMX where the processor has it,
-``0`` never does, and ``emulate`` runs the same code on plain loops, which is slow and meant for tests.
+``0`` never does, and ``emulate`` runs the same code on plain loops, which is slow and for tests only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _MODES = ("auto", "0", "emulate")
 
-# A tile holds 16 images: with fewer than this the library was as quick (docs/performance-notes.md).
+# A tile holds 16 images: with fewer images than this the library was as fast (docs/performance-notes.md).
 _FEWEST_IMAGES = 8
 
 
@@ -73,10 +73,10 @@ def runs(x: Tensor, weights: Sequence[Tensor], groups: Sequence[int]) -> bool:
 
 
 class PackedWeights:
-    """The filters of a frozen network in the order in which tiles read them, packed when they have changed.
+    """The filters of a frozen network in the order in which tiles read them, cached between calls.
 
-    One belongs to one list of weights. ``clear`` makes the next call pack them again; it does so as well
-    where a weight was written to or replaced since.
+    One object belongs to one list of weights. The filters are packed again after ``clear``, and after a
+    weight was written to or replaced.
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class PackedWeights:
         self._packed = []
 
     def of(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        # an inference tensor counts no versions: its owner calls `clear`
+        # an inference tensor has no version counter: its owner calls `clear`
         key = tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights)
         if not self._packed or key != self._key:
             with torch.inference_mode(False), torch.no_grad():
