@@ -1,0 +1,100 @@
+"""docs/architecture.md: its tree is complete, and the files that a call passes are the ones it lists."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import awnet
+from awnet.ops.dispatch import BACKENDS
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+SOURCES = {
+    "awnet": (".py",),
+    "kernels": (".py",),
+    "csrc": (".py", ".cpp", ".h", ".inl", ".cu"),
+    "benchmarks": (".py",),
+}
+
+
+def listed() -> set[str]:
+    """The files of the tree, by its indentation."""
+    lines = TEXT.split("## Files\n\n```\n")[1].split("```")[0].splitlines()
+    files, folders = set(), []
+    for line in lines:
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            files.add("".join(folders) + name)
+    return files
+
+
+def test_the_tree_lists_every_source_file() -> None:
+    present = {
+        path.relative_to(ROOT).as_posix()
+        for folder, endings in SOURCES.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in endings
+    }
+    assert sorted(present - listed()) == [], "add these to the tree in docs/architecture.md"
+    assert sorted(listed() - present) == [], "remove these from the tree in docs/architecture.md"
+
+
+def path_of(backend: str) -> list[str]:
+    body = re.search(rf"On `{backend}`.*?:\n\n((?:(?:\d\.|  ) .*\n)+)", TEXT)
+    assert body is not None
+    return re.findall(r"^\d\. `([\w./]+)`", body[1], re.MULTILINE)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_a_call_passes_at_most_eight_files_from_the_public_function_to_the_kernel(backend: str) -> None:
+    path = path_of(backend)
+    assert path[0] == "awnet/ops/functional.py"
+    assert 5 <= len(path) == len(set(path)) <= 8
+    assert [name for name in path if not (ROOT / name).is_file()] == []
+
+
+def python_files_of_a_call(backend: str) -> set[str]:
+    """The files whose functions a call of aw_conv2d in train mode runs, apart from the records and helpers."""
+    files: set[str] = set()
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        files.add(frame.f_code.co_filename)  # type: ignore[attr-defined]
+
+    x, table = torch.rand(2, 1, 4, 4), torch.ones(1, 1)
+    sys.setprofile(profile)
+    try:
+        awnet.functional.aw_conv2d(
+            x, torch.rand(1, 1, 3, 3), None, table, table, table, table, training=True, backend=backend
+        )
+    finally:
+        sys.setprofile(None)
+    return {Path(f).relative_to(ROOT).as_posix() for f in files if f.startswith(str(ROOT / "awnet" / "ops"))}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "eager"])
+def test_the_python_files_of_a_call_are_the_listed_ones(backend: str) -> None:
+    chosen = next(b for b in BACKENDS if b.name == backend)
+    if chosen.not_supported(awnet.ops.args.LayerArgs(torch.empty(1, 1, 1, 1))) is not None:
+        pytest.skip("the backend is not built")
+    run = python_files_of_a_call(backend)
+    helpers = {"awnet/ops/args.py", "awnet/ops/transforms.py", "awnet/ops/backends/base.py"}
+    documented = {name for name in path_of("cpp") if name.startswith("awnet/ops/")}
+    if backend == "eager":
+        documented.remove("awnet/ops/backends/native.py")
+        documented |= {"awnet/ops/backends/eager.py", "awnet/ops/coefficients.py"}
+    assert run - helpers == documented
+
+
+def test_the_registries_it_names_exist() -> None:
+    for module, name in re.findall(r"`(_?[A-Z]\w+)` in `awnet/([\w/]+)\.py`", TEXT):
+        assert hasattr(importlib.import_module("awnet." + name.replace("/", ".")), module), module
