@@ -35,7 +35,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    # the finaliser of SplitMix64; int64 products wrap, as the algorithm wants
+    # the finalizer of SplitMix64; int64 products wrap, as the algorithm wants
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)

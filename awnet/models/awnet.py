@@ -57,10 +57,10 @@ class AWResNet(AWNet, WithInferenceCopy, OnHub):
         filter_scaling: False for ω ≡ 1 and no signal heads.
         dynamic_shortcut: whether the filters of 1×1 shortcut convolutions are scaled as well; MobileNet-v2
             has none.
-        type_head: False for no type head (Table III); test mode then uses the branch that ``test_bn`` names.
+        type_head: False for no type head (Table III); eval mode then uses the branch that ``test_bn`` names.
         test_bn: ``"adv"`` (the default without a type head), ``"clean"``, or ``"mix"`` for half of each.
         p_temperature: divides the type logits before p is taken.
-        p_scale: multiplies p in test mode, in [0, 1].
+        p_scale: multiplies p in eval mode, in [0, 1].
         router_widths: widths of the router's stages; default those of ResNet-18 (of the network for
             ``awnet_tiny``), times ``width``.
         width: multiplies the channels of the dynamic sub-network.

@@ -25,11 +25,11 @@ _EXITS_AFTER = (1, 4)  # blocks of each group, counted from 0
 class RDIResNet(nn.Module, OnHub):
     """Three groups of six basic blocks, two side exits in each group, and the final exit: seven in all.
 
-    In test mode a sample's logits are those of the first exit whose entropy, as a share of its largest value
+    In eval mode a sample's logits are those of the first exit whose entropy, as a share of its largest value
     log K, is below that exit's threshold; the final exit takes all that come so far. The buffer
     ``thresholds`` [6] starts at 0, where no sample leaves early; the recipe ``rdi`` sets it by
     :func:`choose_thresholds`. All exits are computed for every sample, so that a batch keeps its shape;
-    :meth:`flops` says what leaving early would save. In training mode ``forward`` gives the final exit's
+    :meth:`flops` says what leaving early would save. In train mode ``forward`` gives the final exit's
     logits, :meth:`exits` those of all.
 
     ``width`` multiplies the channels of every layer.
@@ -87,7 +87,7 @@ class RDIResNet(nn.Module, OnHub):
         return logits[self._exit_of(logits), torch.arange(x.shape[0], device=x.device)]
 
     def exit_of(self, x: Tensor) -> Tensor:
-        """The exit that each image takes in test mode, int64 [B], 0 to 6."""
+        """The exit that each image takes in eval mode, int64 [B], 0 to 6."""
         return self._exit_of(torch.stack(self.exits(x)))
 
     def _exit_of(self, logits: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **options: Any) -> nn.Module:
-    """A new model with random weights, in training mode.
+    """A new model with random weights, in train mode.
 
     Args:
         name: one of ``list_models()``.

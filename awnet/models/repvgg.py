@@ -39,7 +39,7 @@ class RepVGGBlock(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> FusedBlock:
-        """The one convolution that computes the same in test mode.
+        """The one convolution that computes the same in eval mode.
 
         A batch norm with running statistics is an affine map of each channel, γ/σ·u + (β − μγ/σ), which its
         convolution absorbs; a 1×1 kernel is a 3×3 one that is zero but in the middle, the identity is such a
@@ -68,7 +68,7 @@ def _folded(weight: Tensor, norm: MixBatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 class FusedBlock(nn.Module):
-    """relu(conv3×3(x)), what a :class:`RepVGGBlock` is in test mode."""
+    """relu(conv3×3(x)), what a :class:`RepVGGBlock` is in eval mode."""
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()

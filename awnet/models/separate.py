@@ -29,9 +29,9 @@ Gate = Literal["hard", "soft", "standard", "robust"]
 class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
     """What AW-Net does filter by filter, done network by network, with AW-Net's router as the detector.
 
-    In test mode an image whose ``p_clean`` is above ``threshold`` gets the logits of the standard member, a
+    In eval mode an image whose ``p_clean`` is above ``threshold`` gets the logits of the standard member, a
     MobileNet-v2, any other those of the robust member, a ResNet-18 (ResNet-34 for ``separate_net_l``). In
-    training mode ``is_clean`` sends each sample to the member of its kind, so every recipe for AW-Nets trains
+    train mode ``is_clean`` sends each sample to the member of its kind, so every recipe for AW-Nets trains
     it; the recipe ``separate`` trains each part by itself, as the paper does.
 
     A hard choice has no gradient for the detector. :meth:`with_gate` makes the same network with another
@@ -80,7 +80,7 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
         )
 
     def with_gate(self, gate: Gate) -> Self:
-        """This network, weights and mode shared with it, with another gate in test mode."""
+        """This network, weights and mode shared with it, with another gate in eval mode."""
         if gate not in get_args(Gate):
             raise ValueError(f"gate must be one of {list(get_args(Gate))}, got {gate!r}")
         view = copy.copy(self)
@@ -97,14 +97,14 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
         if self.training:
             if is_clean is None:
                 raise ValueError(
-                    "is_clean is missing: in training mode pass bool [B], True for clean samples; "
-                    "call model.eval() for test mode, where the detector decides"
+                    "is_clean is missing: in train mode pass bool [B], True for clean samples; "
+                    "call model.eval() for eval mode, where the detector decides"
                 )
             check_is_clean(is_clean, x)
             return self._by_kind(x, is_clean)
         if is_clean is not None:
             raise ValueError(
-                "is_clean is for training mode, but the model is in test mode: call model.train() first, "
+                "is_clean is for train mode, but the model is in eval mode: call model.train() first, "
                 "or leave is_clean out and let the detector decide"
             )
         if self.gate == "standard":

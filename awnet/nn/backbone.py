@@ -1,4 +1,4 @@
-"""Dynamic sub-networks of blocks: CIFAR ResNet, WideResNet and MobileNet-v2; each is its static twin as well.
+"""Networks of blocks, dynamic or static: CIFAR ResNet, WideResNet and MobileNet-v2.
 
 The ResNet is also the feature extractor of the router.
 """
@@ -16,7 +16,7 @@ from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, che
 from awnet.ops import global_average
 from awnet.scalars import check_integers
 
-fx.wrap("check_image")  # one node where the network is traced: its branches look at shapes
+fx.wrap("check_image")  # one node in a traced network, since it branches on shapes
 fx.wrap("global_average")
 
 BlockKind = Literal["basic", "bottleneck"]
@@ -24,7 +24,7 @@ _BLOCKS: dict[str, type[AWBasicBlock | AWBottleneck]] = {"basic": AWBasicBlock, 
 
 
 class BlockNetwork(nn.Module):
-    """Stem, stages of blocks, whatever follows the last block, global average pool, linear classifier.
+    """Stem, stages of blocks, layers after the last block, global average pool, linear classifier.
 
     A subclass sets ``stem``, ``stages`` and ``classifier``.
     """
@@ -59,12 +59,12 @@ class BlockNetwork(nn.Module):
         check_image(x, self.in_channels)
         x = self._first(x, p_clean, is_clean)
         outputs = [x]
-        taken = 0
+        used = 0
         for stage in self._stages():
             for block in stage:
-                own = filter_scales[taken : taken + len(block.signal_widths)]
-                taken += len(block.signal_widths)
-                x = block(x, own, p_clean=p_clean, is_clean=is_clean)
+                scales = filter_scales[used : used + len(block.signal_widths)]
+                used += len(block.signal_widths)
+                x = block(x, scales, p_clean=p_clean, is_clean=is_clean)
             outputs.append(x)
         return outputs
 
@@ -78,7 +78,7 @@ class BlockNetwork(nn.Module):
         """Images [B, in_channels, H, W] → logits [B, num_classes].
 
         ``filter_scales`` holds ω [B, C_out] for each of ``signal_widths``, or nothing (ω ≡ 1); ``p_clean``
-        [B] is for test mode, ``is_clean`` bool [B] for training mode.
+        [B] is for eval mode, ``is_clean`` bool [B] for train mode.
         """
         if self.classifier is None:
             raise TypeError("a backbone with num_classes=None has no classifier: use features(x)")
@@ -103,17 +103,17 @@ class BlockNetwork(nn.Module):
 class Backbone(BlockNetwork):
     """3×3 stem of stride 1, no max-pool, stages of residual blocks, global average pool, linear classifier.
 
-    Every stage but the first halves the image, so any size from 1×1 up works. Weights start as torch's layers
-    start them (Kaiming uniform), as in the CIFAR ResNets of the adversarial-training literature.
+    Every stage but the first halves the image, so any size from 1×1 works. Weights are initialized by torch's
+    defaults (Kaiming uniform), as in the CIFAR ResNets of the literature on adversarial training.
 
     Args:
         block: ``"basic"`` or ``"bottleneck"``.
         blocks: number of blocks of each stage.
         widths: width of each stage; the stem has the first.
-        num_classes: None leaves the classifier out (a feature extractor).
+        num_classes: None omits the classifier (a feature extractor).
         in_channels: channels of the images.
         dynamic: whether the blocks' 3×3 convolutions take filter scales.
-        dynamic_shortcut: whether 1×1 shortcut convolutions do so as well.
+        dynamic_shortcut: whether 1×1 shortcut convolutions take them too.
         bn: the branches of every batch norm, see :class:`~awnet.nn.MixBatchNorm2d`.
     """
 

@@ -16,7 +16,7 @@ def is_dynamic(layer: nn.Module) -> bool:
 
 
 class Block(nn.Module):
-    """What all kinds of block share: which of their convolutions are dynamic, and in which order."""
+    """Base class of blocks: which of their convolutions are dynamic, and in which order."""
 
     def convolutions(self) -> Sequence[nn.Conv2d]:
         """All convolutions; the dynamic ones among them take ``filter_scales`` in this order."""
@@ -28,7 +28,7 @@ class Block(nn.Module):
         return [layer.out_channels for layer in self.convolutions() if is_dynamic(layer)]
 
     def _spread(self, filter_scales: Sequence[Tensor]) -> list[Tensor | None]:
-        """One entry for each convolution: its ω, or None where it is static or no ω came (ω ≡ 1)."""
+        """One entry for each convolution: its ω, or None if it is static or without ω (ω ≡ 1)."""
         layers = self.convolutions()
         if not filter_scales:
             return [None] * len(layers)
@@ -150,7 +150,7 @@ class AWPreActivationBlock(Block):
 
     AW-Net's layer is conv → MixBN → ReLU, so here it spans two halves: the first convolution with the batch
     norm and ReLU that follow it is one fused call. The second convolution has no batch norm of its own: its
-    scaled filters' output is added to the shortcut, and the next block's MixBN normalises the sum.
+    scaled filters' output is added to the shortcut, and the next block's MixBN normalizes the sum.
 
     A 1×1 convolution where the shape changes takes the activated input, as the first convolution does.
     """

@@ -83,7 +83,7 @@ def convert(
             of 32, 64, 128, 224 and 299 that the network takes.
 
     Returns:
-        An :class:`~awnet.nn.AWNet`; in training mode it takes ``is_clean``. To store it, register a function
+        An :class:`~awnet.nn.AWNet`; in train mode it takes ``is_clean``. To store it, register a function
         that builds and converts the network (``awnet.models.register_model``) and create it by that name; or
         keep its ``state_dict()``, and convert the same architecture again before loading that.
 

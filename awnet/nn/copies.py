@@ -1,4 +1,4 @@
-"""Copies of a user's model, whatever tensors its modules hold."""
+"""Copies of a user's model with any kind of tensors in its modules."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def copied(model: Model) -> Model:
-    """A deep copy of ``model``; where a module holds a non-leaf tensor, the copy holds its values.
+    """A deep copy of ``model`` in which non-leaf tensors are detached copies.
 
-    Such tensors are computed from others with gradient: a kept activation, or the weight that
-    ``torch.nn.utils.weight_norm`` sets before each forward pass. ``copy.deepcopy`` alone refuses them.
+    ``copy.deepcopy`` refuses such tensors, which are computed from others with gradient: a stored activation,
+    or the weight that ``torch.nn.utils.weight_norm`` sets before each forward pass.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -36,9 +36,9 @@ def _tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def own_memory(model: nn.Module) -> None:
-    """Replaces each parameter and buffer of ``model`` whose elements share memory by a plain copy, in place.
+    """Replaces parameters and buffers of ``model`` whose elements share memory by plain copies, in place.
 
-    ``tensor.expand`` makes such tensors; nothing can be written to them, so no checkpoint could be loaded.
+    ``tensor.expand`` returns such tensors. They cannot be written to, so no checkpoint could be loaded.
     """
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -50,7 +50,7 @@ def own_memory(model: nn.Module) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two elements of a strided tensor may lie at one address."""
+    """Whether two elements of a strided tensor may have the same address."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return False
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1

@@ -1,8 +1,8 @@
-"""The layers of an AW-Net: scaled filters, two-branch batch norm, and the two fused in one call.
+"""The layers of an AW-Net: scaled filters, batch norm with two branches, and both fused in one call.
 
-Branch 0 is adversarial, branch 1 is clean, wherever an axis counts branches. In training mode each sample
-goes through the branch that ``is_clean`` names (Eq. 13); in test mode the branches are blended by ``p_clean``
-(Eq. 14). ``self.training`` decides, as for torch's own batch norm.
+On every axis of branches, 0 is adversarial and 1 is clean. In train mode each sample goes through the branch
+that ``is_clean`` names (Eq. 13); in eval mode the branches are blended by ``p_clean`` (Eq. 14). The mode is
+``self.training``, as for torch's batch norm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Size2 = int | tuple[int, int]
 
 
 def check_image(x: Tensor, in_channels: int) -> None:
-    """Raises unless ``x`` is floating point and of shape [B, in_channels, H, W]."""
+    """Raises TypeError or ValueError unless ``x`` is floating point and [B, in_channels, H, W]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor [B, {in_channels}, H, W], got {type(x).__name__}")
     if x.dim() != 4 or x.shape[1] != in_channels:
@@ -48,7 +48,7 @@ def check_sizes(num_classes: int, in_channels: int) -> None:
 
 
 def check_is_clean(is_clean: Tensor, x: Tensor) -> None:
-    """Raises unless ``is_clean`` is bool [B] for the batch ``x``."""
+    """Raises TypeError or ValueError unless ``is_clean`` is bool [B] for the batch ``x``."""
     if not isinstance(is_clean, Tensor) or is_clean.dtype != torch.bool:
         kind = is_clean.dtype if isinstance(is_clean, Tensor) else type(is_clean).__name__
         raise TypeError(f"is_clean must be a bool tensor [B], True for clean samples, got {kind}")
@@ -61,17 +61,20 @@ def check_is_clean(is_clean: Tensor, x: Tensor) -> None:
 class MixBatchNorm2d(nn.Module):
     """Batch norm with a branch for adversarial and a branch for clean samples, Eq. 13 and 14.
 
-    ``branches``:
+    A branch without samples in the batch keeps its running statistics. ``num_batches_tracked`` int64
+    ``[1 or 2]`` counts the batches of each branch.
 
-    - ``"mix"``: separate statistics and separate affine parameters, all ``[2, C]``; the paper's.
-    - ``"dual"``: statistics ``[1, C]`` shared by all samples, affine parameters ``[2, C]``.
-    - ``"one"``: ``[1, C]`` throughout, one plain batch norm that needs neither ``p_clean`` nor ``is_clean``.
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: of the running statistics; None averages all batches that a branch has seen.
+        branches: ``"mix"`` has separate statistics and affine parameters, all ``[2, C]``, as in the paper;
+            ``"dual"`` has statistics ``[1, C]`` shared by all samples and affine parameters ``[2, C]``;
+            ``"one"`` is one plain batch norm, ``[1, C]``, that needs neither ``p_clean`` nor ``is_clean``.
 
-    A branch without a sample in the batch keeps its running statistics. ``momentum=None`` averages all
-    batches that a branch has seen; ``num_batches_tracked`` int64 ``[1 or 2]`` counts them for each branch.
-
-    ``process_group``, None at first and no part of the state: the name of a torch.distributed group whose
-    ranks share the statistics in training, see :func:`synchronize`.
+    Attributes:
+        process_group: name of the torch.distributed group whose ranks share batch statistics, or None; not
+            part of the state. See :func:`synchronize`.
     """
 
     running_mean: Tensor
@@ -109,10 +112,10 @@ class MixBatchNorm2d(nn.Module):
     def from_batch_norm(
         cls, norm: nn.BatchNorm2d | MixBatchNorm2d, branches: Branches = "mix", bias: Tensor | None = None
     ) -> MixBatchNorm2d:
-        """Both branches copied from a plain batch norm: in test mode the same function for any ``p_clean``.
+        """Copies a plain batch norm to both branches: in eval mode the same function for any ``p_clean``.
 
-        ``bias`` [C] of the convolution before it is folded into the running mean: a batch norm that sees
-        ``u`` instead of ``u + bias`` has a mean lower by ``bias`` and the same output.
+        ``bias`` [C] of the convolution before it is subtracted from the running mean, so that the layer can
+        be applied to the output of that convolution without bias.
         """
         if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
             raise ValueError("the batch norm keeps no running statistics (track_running_stats=False)")
@@ -132,35 +135,35 @@ class MixBatchNorm2d(nn.Module):
     def arguments(
         self, input: Tensor, p_clean: Tensor | None, is_clean: Tensor | None
     ) -> tuple[dict[str, Any], Tensor | None]:
-        """Keyword arguments for the op, and in training the new ``num_batches_tracked``.
+        """The keyword arguments of the op, and in train mode the new ``num_batches_tracked``.
 
-        The caller stores the counts when the op has succeeded. Nothing here waits for the device.
+        The caller stores the counts after the op has succeeded. This never waits for the device.
         """
         common: dict[str, Any] = {"training": self.training, "eps": self.eps}
         if not self.training:
             if is_clean is not None:
                 raise ValueError(
-                    "is_clean is for training mode, but the layer is in test mode: call .train() first"
+                    "is_clean is for train mode, but the layer is in eval mode: call .train() first"
                 )
             if self.branches == "one":
                 return common, None
             if p_clean is None:
                 raise ValueError(
-                    f"p_clean is missing: with branches={self.branches!r}, test mode blends the branches by "
+                    f"p_clean is missing: with branches={self.branches!r}, eval mode blends the branches by "
                     "the probability [B] that each sample is clean"
                 )
             return {**common, "p_clean": p_clean}, None
         if p_clean is not None:
             raise ValueError(
-                "p_clean is for test mode, but the layer is in training mode, where is_clean chooses the "
+                "p_clean is for eval mode, but the layer is in train mode, where is_clean chooses the "
                 "branch: call .eval() first or leave p_clean out"
             )
         if self.branches == "one":
             is_clean = None
         elif is_clean is None:
             raise ValueError(
-                "is_clean is missing: in training mode each sample goes through its own branch, "
-                "so pass bool [B], or call .eval() for test mode"
+                "is_clean is missing: in train mode each sample goes through its own branch, "
+                "so pass bool [B], or call .eval() for eval mode"
             )
         else:
             check_is_clean(is_clean, input)
@@ -168,14 +171,14 @@ class MixBatchNorm2d(nn.Module):
             assert is_clean is not None
             present = torch.stack([~is_clean, is_clean]).any(1)  # [2]
             if self.process_group is not None and self.momentum is None:
-                # all ranks must weigh a batch alike; else the count is this rank's own, for information
+                # all ranks need the same weight of a batch; with a momentum each rank counts separately
                 present = summed(present.long(), self.process_group) > 0
             tracked = self.num_batches_tracked + present
         else:
             seen = input.shape[0] > 0 or self.process_group is not None
             tracked = self.num_batches_tracked + (1 if seen else 0)
         momentum: float | Tensor
-        if self.momentum is None:  # cumulative mean: the n-th batch of a branch weighs 1/n
+        if self.momentum is None:  # cumulative mean: the n-th batch of a branch has weight 1/n
             momentum = tracked.clamp(min=1).to(self.running_mean.dtype).reciprocal()
         else:
             momentum = self.momentum
@@ -187,8 +190,13 @@ class MixBatchNorm2d(nn.Module):
     ) -> Tensor:
         """``input`` [B, C, H, W] → [B, C, H, W].
 
-        ``p_clean`` float [B] is for test mode, ``is_clean`` bool [B] for training mode.
-        Raises ValueError when the mode's argument is missing or the other mode's is given.
+        Args:
+            input: images.
+            p_clean: float [B], for eval mode.
+            is_clean: bool [B], for train mode.
+
+        Raises:
+            ValueError: the argument of the mode is missing, or that of the other mode is given.
         """
         arguments, tracked = self.arguments(input, p_clean, is_clean)
         output = ops.mix_batch_norm(
@@ -203,15 +211,16 @@ class MixBatchNorm2d(nn.Module):
 
 
 def synchronize(model: nn.Module, group: str | None) -> None:
-    """Lets every :class:`MixBatchNorm2d` of ``model`` share batch statistics over a process group's ranks.
+    """Makes every :class:`MixBatchNorm2d` of ``model`` share batch statistics over the ranks of a group.
 
-    Statistics and gradients are then those of one process with all ranks' samples, exactly, with unequal
-    batches and where a rank lacks a branch. Each layer takes one collective forward and one backward (with
-    ``momentum=None`` a small third one), in which all ranks take part; the gradients of γ and β stay each
-    rank's own sums. It is not part of the state.
+    Statistics and gradients are then exactly those of one process with all ranks' samples, also with unequal
+    batches and if a rank has no samples of a branch. Each layer makes one collective call in its forward and
+    one in its backward (with ``momentum=None`` a small third one), and all ranks have to take part. The
+    gradients of γ and β remain sums over each rank's samples. The setting is not part of the state.
 
     Args:
-        group: its name, ``torch.distributed.group.WORLD.group_name`` say; None: each rank on its own.
+        model: contains the layers.
+        group: name of the group, such as ``torch.distributed.group.WORLD.group_name``; None for no sharing.
     """
     if group is not None and not isinstance(group, str):
         raise TypeError(f"group must be a process group's name or None, got {type(group).__name__}")
@@ -223,7 +232,7 @@ def synchronize(model: nn.Module, group: str | None) -> None:
 class FilterScaledConv2d(nn.Conv2d):
     """A convolution whose filters are scaled for each sample, Eq. 11 and 12.
 
-    All options and the state of :class:`torch.nn.Conv2d`. A bias is added after scaling and is not scaled.
+    It has the options and the state of :class:`torch.nn.Conv2d`. A bias is added after the scaling.
     """
 
     def forward(self, input: Tensor, filter_scale: Tensor | None = None) -> Tensor:
@@ -235,7 +244,7 @@ class FilterScaledConv2d(nn.Conv2d):
         return output
 
     def _convolution(self, input: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The input, padded here where the op cannot (a padding mode or a word), and the op's options."""
+        """The options of the op, and the input, padded here for a padding mode or word that the op lacks."""
         padding: Any = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -253,9 +262,16 @@ class FilterScaledConv2d(nn.Conv2d):
 class AWConv2d(FilterScaledConv2d):
     """Convolution with scaled filters → MixBN → (+ residual) → activation in one fused call, Eq. 11–15.
 
-    ``dynamic=False`` makes a static convolution (a stem, a shortcut) that takes no ``filter_scale``;
-    ``bn`` is the ``branches`` of its :class:`MixBatchNorm2d`, so ``dynamic=False, bn="one"`` is a plain
-    convolution with batch norm. There is no bias: the batch norm's shift does its work.
+    There is no bias, since the batch norm has a shift. ``dynamic=False, bn="one"`` is a plain convolution
+    with batch norm and activation.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as for
+            :class:`torch.nn.Conv2d`.
+        dynamic: False for a static convolution (a stem, a shortcut), which takes no ``filter_scale``.
+        activation: ``"relu"`` or None.
+        bn: ``branches`` of the :class:`MixBatchNorm2d`.
+        eps, momentum: of the batch norm.
     """
 
     def __init__(
@@ -307,8 +323,12 @@ class AWConv2d(FilterScaledConv2d):
     ) -> Tensor:
         """``input`` [B, C_in, H, W] → [B, C_out, H', W'].
 
-        ``filter_scale`` ω [B, C_out] or None (ω ≡ 1); ``p_clean`` float [B] in test mode; ``is_clean``
-        bool [B] in training mode; ``residual`` of the output's shape is added before the activation.
+        Args:
+            input: images.
+            filter_scale: ω [B, C_out], or None for ω ≡ 1.
+            p_clean: float [B], for eval mode.
+            is_clean: bool [B], for train mode.
+            residual: of the output's shape, added before the activation.
         """
         if filter_scale is not None and not self.dynamic:
             raise ValueError("filter_scale was given to a static convolution: create it with dynamic=True")

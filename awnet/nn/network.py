@@ -1,4 +1,4 @@
-"""AW-Net: a dynamic sub-network and the router that steers it."""
+"""AW-Net: a dynamic sub-network and its router."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class AWNet(RoutedNetwork):
 
     Args:
         dynamic: the dynamic sub-network, called as ``dynamic(x, filter_scales, p_clean, is_clean)``; a
-            :class:`~awnet.nn.Backbone` or what :func:`~awnet.nn.convert` makes.
-        router: its ``signal_widths`` fit the dynamic convolutions.
+            :class:`~awnet.nn.Backbone` or the sub-network of :func:`~awnet.nn.convert`.
+        router: with ``signal_widths`` equal to C_out of the dynamic convolutions.
     """
 
     dynamic: nn.Module
@@ -42,25 +42,31 @@ class AWNet(RoutedNetwork):
     def forward(self, x: Tensor, *, is_clean: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """Images [B, C, H, W] in [0, 1] → logits [B, K].
 
-        In training mode ``is_clean`` bool [B] sends each sample through its own branch (Eq. 13); a network
-        with ``bn="one"`` does not need it. In test mode the branches are blended by ``routing.p_clean``
-        (Eq. 14) and ``is_clean`` must be absent. ``routing`` replaces the router's own.
+        In train mode ``is_clean`` sends each sample through its branch (Eq. 13); in eval mode the branches
+        are blended by ``routing.p_clean`` (Eq. 14).
 
-        Raises ValueError or TypeError for a missing, misplaced or malformed ``is_clean`` and for a routing or
-        images that do not fit.
+        Args:
+            x: images.
+            is_clean: bool [B], for train mode; not needed with ``bn="one"``.
+            routing: replaces the output of the router.
+
+        Raises:
+            ValueError: ``is_clean`` is missing or given in eval mode, or the routing or the images have wrong
+                shapes.
+            TypeError: wrong types.
         """
         is_clean, routing = self._steered(x, is_clean, routing)
         if self.training:
             if is_clean is None and self.has_branches:
                 raise ValueError(
-                    "is_clean is missing: in training mode pass bool [B], True for clean samples; "
-                    "call model.eval() for test mode, where the router decides"
+                    "is_clean is missing: in train mode pass bool [B], True for clean samples; "
+                    "call model.eval() for eval mode, where the router decides"
                 )
             if is_clean is not None:
                 check_is_clean(is_clean, x)
         elif is_clean is not None:
             raise ValueError(
-                "is_clean is for training mode, but the model is in test mode: call model.train() first, "
+                "is_clean is for train mode, but the model is in eval mode: call model.train() first, "
                 "or leave is_clean out and let the router decide"
             )
         if routing is None:

@@ -1,4 +1,4 @@
-"""The adversarial router: tells clean from adversarial and makes the signals that scale the filters."""
+"""The adversarial router: classifies images as clean or adversarial and computes the filter scales."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _FIXED_P_CLEAN = {"mix": 0.5, "adv": 0.0, "clean": 1.0}
 
 @dataclass
 class Routing:
-    """What the router says of a batch, all differentiable functions of the images."""
+    """The router's output for a batch; all of it is differentiable with respect to the images."""
 
     type_logits: Tensor | None
-    """[B, 2], order adversarial, clean; None where the router has no type head."""
+    """[B, 2] in the order [adversarial, clean]; None if the router has no type head."""
     p_clean: Tensor
-    """[B], the weight of the clean branch in test mode."""
+    """[B], the weight of the clean branch in eval mode."""
     filter_scales: list[Tensor]
     """ω [B, C_out], one for each dynamic convolution, in order; empty without filter scaling."""
 
@@ -51,23 +51,23 @@ def filter_scales_of(signals: Tensor, beta: float) -> Tensor:
 
 
 class AdversarialRouter(nn.Module):
-    """A plain ResNet without its classifier, a type head and signal heads, Eq. 17–19.
+    """A plain ResNet without its classifier, with a type head and signal heads, Eq. 17–19.
 
-    The feature ψ_M [B, d] joins the global average pools of the stem and of every stage. The type head gives
-    ``p_clean = softmax(type_logits / p_temperature)[:, 1]``. Each dynamic convolution has a signal head
-    ``Linear(d, C_out)``; all of them together are the one matrix ``signal_heads``, whose output is split. It
-    starts at zero, so that ω = (tanh(·) + 1)^β starts at 1.
+    The feature ψ_M [B, d] concatenates the global average pools of the stem and of every stage. The type head
+    gives ``p_clean = softmax(type_logits / p_temperature)[:, 1]``. Each dynamic convolution has a signal head
+    ``Linear(d, C_out)``. All of them are one linear layer, ``signal_heads``, whose output is split. Its
+    weights are initialized to zero, so that ω = (tanh(·) + 1)^β is 1 at first.
 
     Args:
         signal_widths: C_out of each dynamic convolution; empty for none (no filter scaling).
         in_channels: channels of the images.
         widths, blocks: channels and number of basic blocks of each stage; the default is ResNet-18.
-        beta: β ≥ 0 of Eq. 19; ω lies in (0, 2^β). At 0 the network is static. Below 1 the slope at ω = 0 is
-            infinite, so tanh(·) + 1 is kept above 1e-6.
+        beta: β ≥ 0 of Eq. 19; ω is in (0, 2^β). At 0 the network is static. Below 1 the slope at ω = 0 is
+            infinite, so tanh(·) + 1 is clamped to at least 1e-6.
         p_temperature: divides the type logits before the softmax (not in ``type_logits``).
-        p_scale: in [0, 1], multiplies ``p_clean`` in test mode: below 1 the adversarial branch always counts.
-        type_head: False leaves the type head out (Table III); then ``p_clean`` is fixed by ``test_bn``.
-        test_bn: without a type head, the branch of test mode: ``"adv"`` (the default, as in the paper),
+        p_scale: in [0, 1], multiplies ``p_clean`` in eval mode; below 1 the adversarial branch always counts.
+        type_head: False omits the type head (Table III); then ``test_bn`` fixes ``p_clean``.
+        test_bn: without a type head, the branch of eval mode: ``"adv"`` (the default, as in the paper),
             ``"clean"``, or ``"mix"`` for half of each.
     """
 
@@ -162,9 +162,9 @@ def apply_heads(
 
 
 class FixedRouter(nn.Module):
-    """No router: ω ≡ 1 and one ``p_clean`` for all samples. It has no parameters.
+    """A router without parameters: ω ≡ 1 and the same ``p_clean`` for all samples.
 
-    Under it an AW-Net is a static network with two batch norms, the twin that shows what the router adds.
+    With it an AW-Net is a static network with two batch norms, the baseline that shows what the router adds.
     """
 
     signal_widths: tuple[int, ...] = ()

@@ -1,8 +1,8 @@
-"""Which networks route their images, and how a routed network is observed and steered inside another module.
+"""Routed networks: how to find one in a module, and how to observe or replace its routing.
 
-A routed network is an :class:`~awnet.nn.AWNet` or a Separate-Net (:class:`RoutedNetwork`), or a network of
-the user's with the same interface: ``route(x) -> Routing`` and ``forward(x, *, routing=None)``. An attribute
-that happens to be called ``route`` or ``router`` does not make one.
+A routed network is an :class:`~awnet.nn.AWNet`, a Separate-Net (:class:`RoutedNetwork`), or a user's network
+with the same interface: ``route(x) -> Routing`` and ``forward(x, *, routing=None)``. An attribute that only
+has the name ``route`` or ``router`` does not count.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from awnet.nn.wrappers import unwrapped, wrapper_chain
 
 @dataclass
 class Steering:
-    """What the calls of a routed network get, and what they report.
+    """Replaces and records the routing of a network's calls.
 
-    route: makes the routing of a call from the network and the images that reach it; None leaves it to the
-        network.
-    is_clean: bool [B] for calls in training mode that bring none.
+    route: computes the routing of a call from the network and the images that reach it; None for the
+        network's router.
+    is_clean: bool [B] for calls in train mode without ``is_clean``.
     routings: the routing of each call, in order.
     """
 
@@ -37,24 +37,24 @@ class Steering:
 
 
 class WithRouter(nn.Module):
-    """Base class of the package's networks whose ``router`` decides about each image."""
+    """Base class of the package's networks that have a ``router``."""
 
     router: nn.Module
 
 
 class RoutedNetwork(WithRouter):
-    """Base class of the package's networks that have ``route(x)`` and ``forward(x, routing=...)`` as well."""
+    """Base class of the package's networks with ``route(x)`` and ``forward(x, routing=...)``."""
 
     _steering: dict[int, Steering] | None = None  # by thread; see steered
 
     def route(self, x: Tensor) -> Routing:
-        """The router's answer for images [B, C, H, W]."""
+        """The router's output for images [B, C, H, W]."""
         raise NotImplementedError
 
     def _steered(
         self, x: Tensor, is_clean: Tensor | None, routing: Routing | None
     ) -> tuple[Tensor | None, Routing | None]:
-        """``is_clean`` and ``routing`` of a call on ``x``, completed by a :func:`steered` block around it."""
+        """``is_clean`` and ``routing`` of a call on ``x``, completed by a :func:`steered` block."""
         if self._steering is None:
             return is_clean, routing
         steering = self._steering.get(threading.get_ident())
@@ -70,7 +70,7 @@ class RoutedNetwork(WithRouter):
 
 @contextmanager
 def steered(network: RoutedNetwork, steering: Steering) -> Iterator[Steering]:
-    """This thread's calls of ``network`` follow ``steering``, also from inside a module that holds it."""
+    """``steering`` applies to this thread's calls of ``network``, also inside a module that contains it."""
     thread = threading.get_ident()
     with _LOCK:
         table = dict(network._steering or {})
@@ -95,9 +95,9 @@ _LOCK = threading.Lock()
 
 
 def has_router(model: nn.Module) -> bool:
-    """Whether ``model`` routes its images: it is a routed network, or holds exactly one.
+    """Whether ``model`` is a routed network or contains exactly one.
 
-    :func:`route` and :func:`observe` then give its routing, whatever is done to the images before.
+    :func:`route` and :func:`observe` then return its routing, also if images are transformed before it.
     """
     return _in_two_parts(model) or len(routed_networks(model)) == 1
 
@@ -105,8 +105,8 @@ def has_router(model: nn.Module) -> bool:
 def _in_two_parts(model: nn.Module) -> bool:
     """Whether ``model.route(x)`` and ``model(x, routing=...)`` are the two parts of ``model(x)``.
 
-    Not for a module that holds a routed network, nor for a routed network that changes the images first: by a
-    forward pre-hook, or in a subclass's ``forward`` without ``routing``.
+    They are not for a module that contains a routed network, nor for a routed network that changes the images
+    first: by a forward pre-hook, or in a subclass's ``forward`` without ``routing``.
     """
     chain = wrapper_chain(model)
     if any(module._forward_pre_hooks for module in chain) or "forward" in vars(chain[-1]):
@@ -123,7 +123,7 @@ def _takes_routing(forward: Callable[..., Any]) -> bool:
 
 
 def routed_networks(model: nn.Module) -> list[RoutedNetwork]:
-    """``model`` itself if it is a :class:`RoutedNetwork`, else the outermost ones that it holds."""
+    """``model`` itself if it is a :class:`RoutedNetwork`, else the outermost ones that it contains."""
     if isinstance(model, RoutedNetwork):
         return [model]
     found: dict[int, RoutedNetwork] = {}
@@ -133,7 +133,7 @@ def routed_networks(model: nn.Module) -> list[RoutedNetwork]:
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
-    """The routers in ``model``: of the package's networks, and of a routed network of the user's."""
+    """The routers of the package's networks in ``model``, or of a user's routed network."""
     networks: list[nn.Module] = [module for module in model.modules() if isinstance(module, WithRouter)]
     if not networks and _in_two_parts(model):
         networks = [unwrapped(model)]
@@ -142,9 +142,9 @@ def routers(model: nn.Module) -> list[nn.Module]:
 
 
 def observe(model: nn.Module, x: Tensor, steering: Steering | None = None) -> Tensor:
-    """``model(x)``, in which ``steering`` records, or steers, the calls of the one routed network.
+    """``model(x)``; ``steering`` records or replaces the routing of the one routed network in it.
 
-    ``steering.routings`` holds that network's routing afterwards; it stays empty for a model without one.
+    Afterwards ``steering.routings`` holds that network's routing; for a model without one it is empty.
     """
     steering = Steering() if steering is None else steering
     if _in_two_parts(model):
@@ -162,7 +162,7 @@ def observe(model: nn.Module, x: Tensor, steering: Steering | None = None) -> Te
 
 
 def route(model: nn.Module, x: Tensor) -> Routing:
-    """The routing that ``model(x)`` uses, of a model that :func:`has_router`."""
+    """The routing that ``model(x)`` uses; ``model`` must have a router, see :func:`has_router`."""
     if _in_two_parts(model):
         network: Any = model
         routing: Routing = network.route(x)
@@ -178,5 +178,5 @@ def route(model: nn.Module, x: Tensor) -> Routing:
 
 
 def with_routing(model: nn.Module, x: Tensor, routing: Routing) -> Tensor:
-    """``model(x)`` with ``routing`` in place of its router's."""
+    """``model(x)`` with ``routing`` instead of that of its router."""
     return observe(model, x, Steering(route=lambda network, images: routing))

@@ -1,4 +1,4 @@
-"""Wrappers that compute what the module inside computes: ``torch.compile`` and data-parallel modules."""
+"""Wrappers that do not change what a module computes: ``torch.compile`` and data parallelism."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ T = TypeVar("T")
 
 
 def _inner_name(module: nn.Module) -> str | None:
-    """Name of the child that ``module`` wraps; None if it is no such wrapper."""
+    """The name of the child that ``module`` wraps; None if it is not such a wrapper."""
     if type(module) in (nn.DataParallel, nn.parallel.DistributedDataParallel):
         return "module"
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # loaded wherever something was compiled
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # loaded if anything was compiled
     if dynamo is not None and type(module) is dynamo.OptimizedModule:
         return "_orig_mod"
     return None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """``model`` without ``torch.compile``'s, DataParallel's and DistributedDataParallel's wrappers around it.
+    """``model`` without wrappers of ``torch.compile`` and data parallelism around it.
 
     Wrappers around its submodules stay.
     """
@@ -30,7 +30,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def wrapper_chain(model: nn.Module) -> list[nn.Module]:
-    """``model``, and from wrapper to wrapper what is inside, the module without a wrapper last."""
+    """``model`` and what each wrapper contains, from the outside; the module without a wrapper is last."""
     chain = [model]
     while (name := _inner_name(chain[-1])) is not None:
         inner = chain[-1]._modules[name]
@@ -40,7 +40,7 @@ def wrapper_chain(model: nn.Module) -> list[nn.Module]:
 
 
 def without_wrapper_names(model: nn.Module, state: Mapping[str, T]) -> dict[str, T]:
-    """``state`` with the state-dict keys that ``model`` would have without any wrapper, inside it too."""
+    """``state`` with the keys that ``model`` would have without wrappers, around it and inside it."""
     prefixes = _wrapper_prefixes(model)
     return {_plain_key(key, prefixes): value for key, value in state.items()}
 

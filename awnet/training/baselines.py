@@ -1,4 +1,4 @@
-"""How the compared networks that do not train as others do are trained: RDI-ResNet, ADVMOE, Separate-Net."""
+"""Recipes of baseline networks that need a special training: RDI-ResNet, ADVMOE, Separate-Net."""
 
 from __future__ import annotations
 
@@ -67,10 +67,9 @@ def _cross_entropies(exits: Tensor, y: Tensor) -> Tensor:
 class RDI(PGDAT):
     """Multi-exit adversarial training of ``rdi_resnet38`` with its max-average defence.
 
-    The attack makes one PGD image against each exit, and takes for every image the one that raises the sum of
-    all exits' losses most: it costs as much as four and a half attacks on the network. Before every
-    validation the thresholds under which a sample leaves early are chosen on held-out training images, clean
-    and attacked.
+    The attack computes a PGD image against each exit and takes, for every image, the one with the largest sum
+    of all exits' losses. It costs as much as four and a half attacks on the network. Before each validation
+    the thresholds for leaving early are chosen on held-out training images, clean and attacked.
 
     ``awnet train --recipe rdi --data cifar10 --model rdi_resnet38``.
     Expected time and accuracy: not measured.
@@ -111,9 +110,9 @@ class RDI(PGDAT):
 
 
 class MaxAverageAttack:
-    """One PGD image against each exit of ``network``; of them, for every image the most harmful on average.
+    """PGD against each exit of ``network``; for every image, the result with the largest average loss.
 
-    ``settings`` are those of :class:`~awnet.attacks.PGD`; ``seed`` may be set anew. Values are not checked.
+    ``settings`` are those of :class:`~awnet.attacks.PGD`; ``seed`` may be changed. Values are not checked.
     """
 
     def __init__(self, network: RDIResNet, num_classes: int, **settings: Any) -> None:
@@ -133,12 +132,11 @@ class MaxAverageAttack:
     def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
         """Adversarial images for ``x`` [B, C, H, W], labels int64 [B] and indices int64 [B]."""
         with torch.enable_grad(), frozen(self.network):
-            found = [attack.perturb(x, y, index, self.num_classes - 1) for attack in self.attacks]
-        candidates = torch.stack(found)
+            candidates = [attack.perturb(x, y, index, self.num_classes - 1) for attack in self.attacks]
         with torch.no_grad(), frozen(self.network):
-            exits = [torch.stack(self.network.exits(one)) for one in found]
-        harm = torch.stack([_cross_entropies(logits, y).sum(0) for logits in exits])  # [exits, B]
-        return candidates[harm.argmax(0), torch.arange(len(y), device=y.device)]
+            exits = [torch.stack(self.network.exits(one)) for one in candidates]
+        loss = torch.stack([_cross_entropies(logits, y).sum(0) for logits in exits])  # [exits, B]
+        return torch.stack(candidates)[loss.argmax(0), torch.arange(len(y), device=y.device)]
 
 
 def _loss_at(exit: int) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
@@ -154,7 +152,7 @@ def _loss_at(exit: int) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 @contextmanager
 def _only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A graph built within this block reaches no parameter of ``model`` but these."""
+    """Only these parameters of ``model`` require gradients, for a block of code."""
     chosen = {id(parameter) for parameter in parameters}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     for parameter in others:
@@ -181,9 +179,8 @@ def _pass_training(
 class AlternatingTrades(Trades):
     """TRADES for the experts of ``advmoe_resnet18`` and then for its router, on every batch.
 
-    Each of the two has an attack of its own on the network as it then is, of 2 steps of 5/8 of eps, and
-    leaves the other's weights alone. The router learns by the gradient that passes straight through its
-    choice.
+    Each of the two updates has a separate attack of 2 steps of 5/8 eps on the current network and leaves the
+    other part's weights unchanged. The router trains by a straight-through gradient of its choice.
 
     adv_weight: β, the factor of the experts' KL term, 6 if None.
     router_weight: α, the factor of the router's.
@@ -306,9 +303,9 @@ def separate(
 
 @dataclass(frozen=True)
 class Separate(Trades):
-    """Plain training of Separate-Net's standard member, TRADES for the robust one, and the detector, at once.
+    """Plain training of Separate-Net's standard member, TRADES for the robust one, and the detector.
 
-    The parts share no weights, so that each trains as it would alone; the detector at ``router_lr``.
+    The parts share no weights, so each trains as it would alone; the detector at ``router_lr``.
 
     adv_weight: factor of the robust member's KL term, 6 if None.
 
@@ -324,7 +321,7 @@ class Separate(Trades):
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
     ) -> TrainingAttack:
-        """Gives [2B, C, H, W]: images against the robust member (its KL), then against the standard one."""
+        """Returns [2B, C, H, W]: images against the robust member (its KL), then against the standard one."""
         network = _expected(model, SeparateNet, self.name)
         return BothAttacks(
             super().attack(network.robust, threat_model, num_classes, seed),
@@ -333,7 +330,7 @@ class Separate(Trades):
 
 
 class BothAttacks:
-    """Two attacks' images for the same batch, one after the other [2B, C, H, W], under one seed."""
+    """The images of two attacks on the same batch, concatenated [2B, C, H, W], with one seed."""
 
     def __init__(self, first: TrainingAttack, second: TrainingAttack) -> None:
         self.first, self.second = first, second

@@ -1,16 +1,15 @@
-"""The run folder: what it is made of, and how a run is picked up again.
+"""The run folder: its files, and how a run is resumed.
 
-    config.json          all that is needed to understand and repeat the run
-    log.jsonl            a line per logging interval and per epoch
+    config.json          everything that is needed to understand and repeat the run
+    log.jsonl            one line per logging interval and per epoch
     tensorboard/         the same for TensorBoard
-    last.safetensors     the weights at the newest checkpoint;  best.safetensors  at the best validation
-    state/step-XXXXXXXX.pt         weights, the best ones too, optimiser, schedule, MTARD weights, random
-                                   states, position, best score, after so many steps; the newest few are kept
+    last.safetensors     the weights of the newest checkpoint;  best.safetensors  of the best validation
+    state/step-XXXXXXXX.pt         weights, best weights, optimizer, schedule, MTARD weights, random states,
+                                   position and best score after so many steps; the newest few are kept
     state/step-XXXXXXXX.pt.sha256  its checksum, as ``sha256sum`` writes it
-    .lock                empty; the process that trains here holds a lock on it, which ends with the process
+    .lock                empty; the process that trains holds a lock on it, which is released when it ends
 
-The newest state that is whole alone decides where a run goes on: it is one file of one moment, and whatever
-else is in the folder is cut back to it.
+A run resumes from the newest undamaged state, and everything else in the folder is cut back to that state.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _ENTRIES = (
     *("config.json", "log.jsonl", "tensorboard", "last.safetensors", "best.safetensors", "state"),
     *("teachers", "compared", "evaluations", "report.json"),
 )
-# The parts of config.json that a resumed run must share with the one that it goes on with.
+# The parts of config.json in which a resumed run must equal the earlier one.
 _COMPARED = ("recipe", "model", "dataset", "seed", "selected_on", "teachers", "init_from")
 
 
@@ -53,8 +52,8 @@ def states(folder: str | Path) -> list[Path]:
 def save_state(folder: str | Path, state: dict[str, Any], *, keep: int = KEEP) -> None:
     """Writes ``state`` (tensors, numbers, strings, lists and dicts of them) under its ``step``, atomically.
 
-    Of the earlier states the newest stay, ``keep`` in all; later ones, which a damaged file may have left
-    behind, go.
+    The newest ``keep`` states are kept, this one included. Later states, which remain if a run resumed from
+    the state before a damaged one, are deleted.
     """
     path = expanded(folder) / "state" / f"step-{state['step']:08d}.pt"
     path.parent.mkdir(exist_ok=True)  # no folder above it: the run folder may just have been renamed
@@ -62,7 +61,7 @@ def save_state(folder: str | Path, state: dict[str, Any], *, keep: int = KEEP) -
         try:
             with open(temporary, "wb") as file:
                 torch.save({"mark": _MARK, "format": FORMAT, **state}, file)
-        except RuntimeError as error:  # torch's, in place of the file's own reason
+        except RuntimeError as error:  # torch hides the OSError of the file
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         write_text(_checksum_path(path), f"{_checksum(temporary)}  {path.name}\n", parents=False)
     found = states(folder)
@@ -73,10 +72,15 @@ def save_state(folder: str | Path, state: dict[str, Any], *, keep: int = KEEP) -
 
 
 def load_state(folder: str | Path, warn: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Reads the newest state that is whole, on the CPU, without running any code from the file.
+    """Reads the newest undamaged state to the CPU, without running code from the file.
 
-    A damaged one is passed over for the one before it, and ``warn`` is told. Raises FileNotFoundError where
-    there is none, ValueError where none is whole and for a state of another version.
+    Args:
+        folder: the run folder.
+        warn: receives a line of text if a damaged state is skipped for the one before it.
+
+    Raises:
+        FileNotFoundError: there is no state.
+        ValueError: all states are damaged, or the state has another version's format.
     """
     found = states(folder)
     if not found:
@@ -108,7 +112,7 @@ _PARTS: dict[str, tuple[type, ...]] = {
 
 
 def check_state(folder: str | Path, state: dict[str, Any]) -> None:
-    """Raises ValueError, naming the part, unless ``state`` is made of what the training loop writes."""
+    """Raises ValueError, naming the part, unless ``state`` has the content that training writes."""
     for name, kinds in _PARTS.items():
         value = state.get(name)
         negative = kinds == (int,) and isinstance(value, int) and value < 0
@@ -117,7 +121,7 @@ def check_state(folder: str | Path, state: dict[str, Any]) -> None:
         if not isinstance(value, kinds) or wrong:
             shown = value if isinstance(value, int | float) else type(value).__name__
             raise ValueError(
-                f"the newest state in {folder} holds another content than training writes: {name} must be "
+                f"the newest state in {folder} is not what training writes: {name} must be "
                 f"{' or '.join(kind.__name__ for kind in kinds)}, got {shown}. Remove this state file to "
                 "resume from the one before it, or start again with overwrite"
             )
@@ -158,21 +162,21 @@ def _checksum_path(path: Path) -> Path:
 
 
 def on_host(value: Any) -> Any:
-    """A copy on the CPU of all tensors in nested dicts, lists and tuples, which later steps do not change."""
+    """A copy of nested dicts, lists and tuples with all tensors copied to the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {name: on_host(one) for name, one in value.items()}
     if type(value) in (list, tuple):
         return type(value)(on_host(one) for one in value)
-    return copy.deepcopy(value)  # of a module's get_extra_state
+    return copy.deepcopy(value)  # values of get_extra_state
 
 
 class Writer:
-    """Runs one job at a time in a thread of its own: training goes on while a checkpoint is written.
+    """Runs one job at a time in a separate thread, so that training continues while a checkpoint is written.
 
-    An OSError of a job (a full disk, say) is told to ``warn`` and stays in ``failed`` until a later job
-    succeeds; any other exception is raised by the next ``wait``.
+    If a job raises OSError (a full disk), ``warn`` receives a line of text, and ``failed`` holds the error
+    until a later job succeeds. Any other exception is raised by the next ``wait``.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
@@ -186,18 +190,18 @@ class Writer:
         return self._job is not None and not self._job.done()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Starts ``job``, once the one before is done."""
+        """Starts ``job`` after the previous one is done."""
         self.wait()
         self._job = self._thread.submit(self._run, job)
 
     def wait(self) -> None:
-        """Returns when no job is running."""
+        """Waits until no job is running."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
 
     def close(self) -> None:
-        """Waits, and ends the thread; raises nothing of the job's."""
+        """Waits and ends the thread; exceptions of the job are not raised."""
         self._thread.shutdown()
 
     def _run(self, job: Callable[[], None]) -> None:
@@ -206,25 +210,27 @@ class Writer:
         except OSError as error:
             self.failed = error
             self._warn(
-                f"warning: a checkpoint could not be written ({error}); the one before it is whole, the run "
-                "goes on and tries again at the next: free some space"
+                f"warning: a checkpoint could not be written ({error}); the one before it is complete. "
+                "The run continues and tries again at the next checkpoint: free some space"
             )
         else:
             self.failed = None
 
 
 def check(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Sees to it that a run may be written to ``folder``: new or empty, or a run to go on with or to replace.
+    """Checks that a run may be written to ``folder``; changes nothing.
 
-    Runs in ``teachers`` and ``compared``, in a folder that holds nothing besides, count as the beginning of a
-    run. Nothing is changed.
+    The folder may be new or empty, or hold a run that is resumed or overwritten. A folder that holds nothing
+    but runs in ``teachers`` and ``compared`` counts as a run that has begun.
 
-    Raises FileExistsError for a run without ``resume`` or ``overwrite``, and for a folder that holds anything
-    else; ValueError for both together.
+    Raises:
+        FileExistsError: the folder holds a run and neither ``resume`` nor ``overwrite`` is set, or something
+            else.
+        ValueError: both ``resume`` and ``overwrite`` are set.
     """
     folder = expanded(folder)
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other: go on with the run, or start it again")
+        raise ValueError("resume and overwrite exclude each other: resume the run, or start it again")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out must be a folder, but {folder} is a file")
     if not folder.is_dir() or not _inside(folder):
@@ -235,15 +241,17 @@ def check(folder: str | Path, *, resume: bool = False, overwrite: bool = False) 
         )
     if not resume and not overwrite:
         raise FileExistsError(
-            f"{folder} already holds a run: go on with it (resume=True, --resume), replace it "
+            f"{folder} already holds a run: resume it (resume=True, --resume), replace it "
             "(overwrite=True, --overwrite), or choose another folder"
         )
 
 
 def claim(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Checks as ``check`` does; with ``overwrite`` deletes the run's own files and nothing else.
+    """:func:`check`, and with ``overwrite`` deletes the files of the run and nothing else.
 
-    Raises what ``check`` raises, and BlockingIOError where another process trains in a folder to overwrite.
+    Raises:
+        FileExistsError, ValueError: as :func:`check`.
+        BlockingIOError: another process trains in the folder.
     """
     check(folder, resume=resume, overwrite=overwrite)
     if overwrite and expanded(folder).is_dir():
@@ -268,18 +276,19 @@ def _begun(folder: Path) -> bool:
     inner = _inside(folder)
     if not all(entry.name in ("teachers", "compared") and entry.is_dir() for entry in inner):
         return False
-    # in this order: another process may just be writing its config.json
+    # in this order, since another process may be writing its config.json now
     return all(not _inside(run) or is_run(run) for entry in inner for run in entry.iterdir())
 
 
 @contextmanager
 def locked(folder: str | Path, warn: Callable[[str], None] | None = None) -> Iterator[None]:
-    """``folder`` for this process alone, for a block of code; it is made where it is missing.
+    """Locks ``folder`` for this process for a block of code; creates it if it is missing.
 
-    Leftovers of killed processes are removed from it. Where the file system has no locks, ``warn`` is told.
+    Temporary files of killed processes are removed from it. If the file system has no locks, ``warn``
+    receives a line of text.
 
     Raises:
-        BlockingIOError: another process holds the lock; the message says which.
+        BlockingIOError: another process holds the lock; the message names it.
     """
     folder = expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -296,16 +305,20 @@ def locked(folder: str | Path, warn: Callable[[str], None] | None = None) -> Ite
 
 
 def _trainer(folder: Path) -> str:
-    """Of the newest session, as far as there is one yet."""
+    """The process of the newest session, if there is one."""
     sessions = read_config(folder).get("sessions") if is_run(folder) else None
     return f" ({sessions[-1].get('process')}, since {sessions[-1].get('started')})" if sessions else ""
 
 
 def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
-    """Claims a locked run folder, writes its config.json, and returns whether there is a run to go on with.
+    """Prepares a locked run folder and writes its config.json; returns whether there is a run to resume.
 
-    A new or empty folder starts a run, with ``resume`` too. Raises what ``check`` raises, and ValueError for
-    a resumed run whose recipe, model, data set, seed or teachers differ, naming each difference.
+    A new or empty folder starts a run, also with ``resume``.
+
+    Raises:
+        FileExistsError: as :func:`check`.
+        ValueError: recipe, model, data set, seed or teachers differ from the run to resume; the message names
+            each difference.
     """
     folder = expanded(folder)
     check(folder, resume=resume, overwrite=overwrite)
@@ -322,13 +335,13 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
             f"{folder} cannot be resumed with another configuration: {'; '.join(found)}. Resume with the "
             "first values, or start again with overwrite or in another folder"
         )
-    if old["dataset"].get("source") != config["dataset"].get("source"):  # the same images, elsewhere
+    if old["dataset"].get("source") != config["dataset"].get("source"):  # the same images in another place
         write_config(folder, old | {"dataset": config["dataset"]})
     return bool(states(folder))
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without what may change: where the images come from. Their fingerprints count."""
+    """The configuration without what may change, which is where the images are stored."""
     dataset = config.get("dataset")
     if not isinstance(dataset, dict):
         return config
@@ -340,7 +353,7 @@ def write_config(folder: str | Path, config: dict[str, Any]) -> None:
 
 
 def differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    """A line for every value in which two JSON-ready structures differ."""
+    """One line for each value in which two JSON-ready structures differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             yield from differences(old.get(name), new.get(name), f"{path}.{name}")
@@ -353,7 +366,7 @@ def _plain(value: Any) -> Any:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """torch's generators, on the CPU and on ``device``; ours need none (see ``awnet.rng``)."""
+    """The states of torch's generators on the CPU and on ``device``; ``awnet.rng`` has no state."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -1,4 +1,4 @@
-"""What training costs, whatever the machine: multiply-adds, counted while one small batch is trained on."""
+"""The cost of training in multiply-adds, which does not depend on the machine."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _IMAGES = 8
 
 
 def multiply_adds(recipe: Recipe, model: nn.Module, dataset: Dataset) -> int:
-    """Multiply-adds of convolutions and products that an epoch of ``recipe`` spends on one image.
+    """Multiply-adds of convolutions and matrix products per image in an epoch of ``recipe``.
 
-    The training attack, the forward passes and the backward passes count, as the reference backend executes
-    them; batch norms, activations, the optimiser and validation do not. Where filters are scaled for each
-    sample that backend pays, in the attack too, for a gradient of these filters, which faster ones avoid: up
-    to half as much again for a step of the attack. ``model`` is not changed.
+    They are counted while the reference backend trains on one small batch: the training attack, forward and
+    backward passes, but not batch norms, activations, the optimizer and validation. If filters are scaled for
+    each sample, that backend computes gradients of these filters also in the attack, which faster backends
+    avoid; they add up to half of the cost of an attack step. ``model`` is not changed.
 
-    Raises ValueError for a recipe with teachers, whose training this leaves out.
+    Raises:
+        ValueError: the recipe has teachers, whose training is not counted.
     """
     if recipe.teachers:
-        raise ValueError(f"recipe {recipe.name!r} needs teachers: what training them costs is not counted")
+        raise ValueError(f"recipe {recipe.name!r} needs teachers: the cost of training them is not counted")
     cpu = torch.device("cpu")
     recipe, model = replace(recipe, capture=False, precision="float32"), copy.deepcopy(model).to(cpu)
     batch = next(dataset.to(cpu).batches(_IMAGES))
@@ -44,10 +45,10 @@ def multiply_adds(recipe: Recipe, model: nn.Module, dataset: Dataset) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the multiply-adds of what runs inside it, backward passes too.
+    """Counts the multiply-adds of operations inside it, including backward passes.
 
-    torch's own ``FlopCounterMode`` counts the backward of a grouped convolution, which an AW-Net's filters of
-    each sample's own are, as if it had one group.
+    torch's ``FlopCounterMode`` counts the backward of a grouped convolution as if it had one group. The
+    reference backend computes a convolution with filters for each sample as a grouped convolution.
     """
 
     total: float = 0
@@ -56,16 +57,16 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         operation = func.overloadpacket
         if func.namespace == "awnet" and "layer" in func.__name__:
             raise RuntimeError(f"{func} hides its convolutions: they cannot be counted")
         if operation is torch.ops.aten.convolution:
-            self.total += found.numel() * args[1][0].numel()
+            self.total += output.numel() * args[1][0].numel()
         elif operation is torch.ops.aten.convolution_backward:
             gradient, _, weight = args[:3]
-            wanted = args[-1]  # of input, weight, bias
-            self.total += gradient.numel() * weight[0].numel() * sum(wanted[:2])
+            output_mask = args[-1]  # input, weight, bias
+            self.total += gradient.numel() * weight[0].numel() * sum(output_mask[:2])
         elif operation in flop_registry:
-            self.total += flop_registry[operation](*args, **kwargs, out_val=found) / 2
-        return found
+            self.total += flop_registry[operation](*args, **kwargs, out_val=output) / 2
+        return output

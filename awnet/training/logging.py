@@ -1,4 +1,4 @@
-"""What a run tells: a line of JSON per event in ``log.jsonl``, TensorBoard, and a person at a terminal."""
+"""The output of a run: ``log.jsonl``, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-SAY_EVERY_SECONDS = 60.0  # at most, within an epoch, where there is no bar
+SAY_EVERY_SECONDS = 60.0  # least time between lines within an epoch, if there is no progress bar
 
 
 class RunLog:
-    """Appends records to ``folder/log.jsonl`` and, if wanted, to ``folder/tensorboard``.
+    """Appends records to ``folder/log.jsonl`` and, with ``tensorboard``, to ``folder/tensorboard``.
 
-    ``resume_at``: length in bytes that the log had at the checkpoint the run goes on from; what was written
-    after it is cut off, because the run will write it again. ``step`` does the same for TensorBoard.
-    Where nothing can be written (a full disk) ``warn`` is told, once, and the records wait for room;
-    TensorBoard's are given up.
+    If the log cannot be written (a full disk), ``warn`` receives a line of text once, and the records are
+    kept until there is room. TensorBoard's records are dropped.
+
+    Args:
+        folder: the run folder.
+        resume_at: length of the log in bytes at the checkpoint that the run resumes from, or None. Later
+            records are cut off, since the run writes them again.
+        step: the step of that checkpoint; later records of TensorBoard are cut off.
+        tensorboard: whether to write TensorBoard events.
+        warn: receives lines of text.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class RunLog:
     ) -> None:
         path = folder / "log.jsonl"
         mode = "r+b" if resume_at is not None and path.exists() else "wb"
-        # without a buffer, so that it is known what has been written
+        # without a buffer, so that the number of written bytes is known
         self._file = cast("RawIOBase", open(path, mode, buffering=0))  # noqa: SIM115 - close() closes it
         if resume_at is not None:
             size = self._file.seek(0, os.SEEK_END)
@@ -65,10 +71,12 @@ class RunLog:
             path = str(folder / "tensorboard")
             self._writer = SummaryWriter(path, purge_step=purge_step, flush_secs=30)
         except Exception as error:
-            self._warn(f"warning: TensorBoard's file could not be opened ({error}); the run has none")
+            self._warn(
+                f"warning: TensorBoard's file could not be opened ({error}); the run continues without it"
+            )
 
     def follow(self, folder: Path) -> None:
-        """Continues in a run folder that was renamed. TensorBoard opens its file by name at each write."""
+        """Continues in a renamed run folder; TensorBoard opens its file by name at each write."""
         if self._writer is not None:
             with suppress(Exception):
                 self._writer.close()
@@ -76,7 +84,7 @@ class RunLog:
             self._open_tensorboard(folder, None)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One record; numbers also go to TensorBoard under ``kind/name`` at ``record["step"]``."""
+        """Writes a record; numbers are also written to TensorBoard as ``kind/name`` at ``record["step"]``."""
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         self._waiting += line
         try:
@@ -90,7 +98,7 @@ class RunLog:
                 for name, value in record.items():
                     if isinstance(value, int | float) and name not in ("step", "epoch"):
                         self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-            except Exception as error:  # whatever the thread that writes has met
+            except Exception as error:  # errors of TensorBoard's writer thread
                 self._writer = None
                 self._warn(f"warning: TensorBoard's file could not be written ({error}); it ends here")
 
@@ -102,11 +110,11 @@ class RunLog:
 
     @property
     def length(self) -> int:
-        """Of the log in bytes, with what waits to be written."""
+        """Length of the log in bytes, including records that are not written yet."""
         return self._written + len(self._waiting)
 
     def sync(self, length: int) -> None:
-        """Sees the first ``length`` bytes safely to the disk, from any thread; OSError where that fails."""
+        """Flushes the first ``length`` bytes to the disk, from any thread; OSError if that fails."""
         if self._written < length:
             raise OSError(errno.ENOSPC, "the log waits for room on the disk")
         flush(self._file.fileno())
@@ -127,19 +135,19 @@ class RunLog:
 def read_log(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The records of a run's log.jsonl, of one kind ("step" or "epoch") if given.
 
-    A last line cut short, as a crash may leave it, is passed over; any other damage raises ValueError.
+    An incomplete last line, which a crash may leave, is ignored. Any other damage raises ValueError.
     """
     path = expanded(folder) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} does not exist: {folder} is no run folder, or nothing was logged yet"
+            f"{path} does not exist: {folder} is not a run folder, or nothing was logged yet"
         )
     records = _parsed(path, path.read_bytes())
     return [record for record in records if kind is None or record["kind"] == kind]
 
 
 def _parsed(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """The records of ``content``, whose last line may be cut short."""
+    """The records of ``content``, whose last line may be incomplete."""
     records = []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
@@ -153,17 +161,17 @@ def _parsed(path: Path, content: bytes) -> list[dict[str, Any]]:
 
 
 def check_log(folder: Path, state: dict[str, Any], warn: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Sees to it that a run's log.jsonl belongs to the state that the run is resumed from.
+    """Checks that a run's log.jsonl belongs to the state that the run resumes from.
 
-    A missing log is begun anew, and ``warn`` is told; a finished run needs one. What was written after the
-    state does not count.
+    Records after the state are ignored. If the log of an unfinished run is missing, ``warn`` receives a line
+    of text, and a new log is started.
 
     Returns:
-        The epochs' records.
+        The records of the epochs.
 
     Raises:
         FileNotFoundError: the run is finished and its log is missing.
-        ValueError: the log is shorter than it was at the state, is damaged, or is another run's.
+        ValueError: the log is shorter than at the state, is damaged, or belongs to another run.
     """
     path = folder / "log.jsonl"
     if not path.is_file() and not state["finished"]:
@@ -198,8 +206,10 @@ def check_log(folder: Path, state: dict[str, Any], warn: Callable[[str], None]) 
 
 
 class Reporter:
-    """The run for a person: a live bar on a terminal; a line per epoch, and in long ones a line now and then,
-    anywhere else. ``quiet`` says nothing."""
+    """Prints the progress of a run: a progress bar on a terminal, else one line per epoch and per minute.
+
+    ``quiet`` prints nothing.
+    """
 
     def __init__(self, title: str, *, quiet: bool = False) -> None:
         self.title = title
@@ -212,7 +222,7 @@ class Reporter:
         self._task: TaskID | None = None
 
     def begin(self, steps: int, done: int) -> Reporter:
-        """Of ``steps`` steps ``done`` are done; use the result in a ``with`` statement."""
+        """Starts at ``done`` of ``steps`` steps; use the result in a ``with`` statement."""
         self._steps, self._done, self._first = steps, done, done
         return self
 
@@ -249,7 +259,7 @@ class Reporter:
         self._images, self._epoch_since = 0, time.monotonic()
 
     def step(self, done: int, epoch: str, images: int) -> None:
-        """After every step of ``images`` images; ``done`` steps of the run are behind it."""
+        """Call this after each step: ``images`` images were trained, ``done`` steps of the run are done."""
         self._done = done
         self._images += images
         if self._bar is not None and self._task is not None:
@@ -257,17 +267,17 @@ class Reporter:
             self._bar.update(self._task, completed=done, status=status)
 
     def pace(self) -> float:
-        """Images per second of this epoch's training, as far as this session ran it."""
+        """Images per second in this session's part of the epoch."""
         return self._images / max(time.monotonic() - self._epoch_since, 1e-9)
 
     def losses(self, terms: dict[str, float]) -> str:
-        """Takes the newest means of the loss's terms; returns the chief ones as text."""
-        chief = (name for name in ("total", "nat", "adv", "type") if name in terms)
-        self._losses = "  ".join(f"{name} {terms[name]:.3f}" for name in chief)
+        """Stores the newest means of the terms of the loss and returns the main ones as text."""
+        main = (name for name in ("total", "nat", "adv", "type") if name in terms)
+        self._losses = "  ".join(f"{name} {terms[name]:.3f}" for name in main)
         return self._losses
 
     def pulse(self) -> None:
-        """A line within a long epoch, where there is no bar."""
+        """Prints a line within a long epoch, if there is no progress bar."""
         if self._bar is None and time.monotonic() - self._said > SAY_EVERY_SECONDS:
             self.say(
                 f"{self.title}  step {self._done}/{self._steps}  {self._losses}  "
@@ -275,7 +285,7 @@ class Reporter:
             )
 
     def left(self) -> str:
-        """Time left, judged by the pace of this session, as ``m:ss`` or ``h:mm:ss``."""
+        """Time left at the pace of this session, as ``m:ss`` or ``h:mm:ss``."""
         if self._done == self._first:
             return "–:––"
         pace = (time.monotonic() - self._since) / (self._done - self._first)

@@ -1,4 +1,4 @@
-"""Whether a recipe can train a network on the smallest micro-batch that an epoch brings."""
+"""Whether a recipe can train a network on the smallest micro-batch of an epoch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from awnet.training.recipes import Recipe
 
 
 def smallest_micro_batch(images: int, batch_size: int, accumulate: int, ranks: int) -> int:
-    """The number of images in a rank's smallest micro-batch in an epoch of ``images``; at least 1."""
+    """The number of images in the smallest micro-batch of a rank in an epoch of ``images``; at least 1."""
     sizes = [images % batch_size or batch_size, min(batch_size, images)]
     shares = [max(1, size // ranks) for size in sizes]
     return min(share // min(accumulate, share) for share in shares)
 
 
 def check_smallest_micro_batch(recipe: Recipe, model: nn.Module, data: Dataset, ranks: int) -> None:
-    """Refuses a micro-batch of one image where a batch norm of ``model`` would see one value per channel.
+    """Checks that no batch norm of ``model`` sees one value per channel in a micro-batch of one image.
 
-    That is so where feature maps have shrunk to one pixel, and in a batch norm of vectors. Training would
-    fail at that step, often the last one of every epoch. The losses are run on a copy of ``model`` with one
-    image, without an attack; where several ranks share batch statistics, all of them have to call this.
+    This happens if feature maps have shrunk to one pixel, and in a batch norm of vectors. Training would fail
+    at that step, often the last one of every epoch. The losses are run on a copy of ``model`` with one image,
+    without an attack. If several ranks share batch statistics, all of them have to call this.
 
     Raises:
-        ValueError: with the nearest larger batch size that works.
+        ValueError: a batch norm does; the message gives the next larger batch size that works.
     """
     images = len(data)
     if smallest_micro_batch(images, recipe.batch_size, recipe.accumulate, ranks) > 1:
@@ -36,7 +36,7 @@ def check_smallest_micro_batch(recipe: Recipe, model: nn.Module, data: Dataset, 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
         trained = copied(model).train()
-    except Exception:  # it cannot be copied, which says nothing about its batch norms
+    except Exception:  # a model that cannot be copied cannot be checked
         return
     x = torch.zeros(1, data.in_channels, *data.image_size, device=device)
     zero = torch.zeros(1, dtype=torch.long, device=device)
@@ -53,7 +53,7 @@ def check_smallest_micro_batch(recipe: Recipe, model: nn.Module, data: Dataset, 
             except ValueError as error:
                 if "more than 1 value per channel" in str(error):
                     raise ValueError(_refusal(recipe, images, ranks)) from error
-            except Exception:  # the training itself will meet it, with its own images
+            except Exception:  # training reports any other error
                 return
 
 
@@ -61,11 +61,11 @@ def _refusal(recipe: Recipe, images: int, ranks: int) -> str:
     size, accumulate = recipe.batch_size, recipe.accumulate
     larger = range(size + 1, images + 1)
     works = next((n for n in larger if smallest_micro_batch(images, n, accumulate, ranks) > 1), None)
-    cure = "train on more images" if works is None else f"set batch_size to {works}"
+    remedy = "train on more images" if works is None else f"set batch_size to {works}"
     settings = [f"batch_size {size} with {images} training images"]
     settings += [f"accumulate={accumulate}"] if accumulate > 1 else []
     settings += [f"{ranks} ranks"] if ranks > 1 else []
     return (
         f"{', '.join(settings)}: an epoch has a micro-batch of one image, where a batch norm of this network "
-        f"sees one value per channel and so no variance; {cure}"
+        f"sees one value per channel and has no variance; {remedy}"
     )

@@ -1,8 +1,8 @@
-"""How to train, as data: one frozen dataclass per method, with the paper's settings as defaults.
+"""Recipes: how to train, one frozen dataclass per method, with the paper's settings as defaults.
 
 recipe = recipe_for("mtard", "cifar10")                  # the settings for a data set
-recipe = recipe_for("trades", "digits", epochs=30)       # with some of them changed
-MTARD(epochs=50, lr=0.05)                                # or by hand
+recipe = recipe_for("trades", "digits", epochs=30)       # with one of them changed
+MTARD(epochs=50, lr=0.05)                                # all settings given directly
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TeacherKind = Literal["clean", "robust"]
 
 
 class TrainingAttack(Protocol):
-    """The attack of training: images [B, C, H, W] and labels [B] to adversarial images."""
+    """A training attack: images [B, C, H, W] and labels [B] to adversarial images."""
 
     seed: int
 
@@ -40,41 +40,40 @@ class TrainingAttack(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings every method shares.
+    """The settings that all methods share.
 
     epochs, batch_size: the last batch of an epoch may be smaller.
     lr, router_lr: learning rate of the dynamic (or static) network, and of the router with its heads.
     momentum, weight_decay: of SGD; the decay applies to every parameter.
-    schedule: ``step`` multiplies by ``lr_decay`` when the epochs in ``milestones`` are done; ``onecycle``
-        rises to ``lr`` and falls to nearly 0 over the run (Smith and Topin), the momentum kept as it is.
-    attack_steps, attack_step_size, attack_noise: the PGD of training, which starts at
+    schedule: ``step`` multiplies the rate by ``lr_decay`` after the epochs in ``milestones``; ``onecycle``
+        raises it to ``lr`` and lowers it to nearly 0 over the run (Smith and Topin), with constant momentum.
+    attack_steps, attack_step_size, attack_noise: of the training attack, PGD that starts at
         x + attack_noise · N(0, 1); step size in image units, from the threat model if None (eps/4; for TRADES
         0.007 at eps = 8/255).
-    inner_type_weight: weight of the router's type loss in the objective that this attack maximises.
+    inner_type_weight: weight of the router's type loss in the objective that this attack maximizes.
     type_weight, type_label_smoothing, adv_weight, consistency, router_passes: see ``losses.LossOptions``.
     precision: of convolutions and products; ``auto`` is bfloat16 (autocast) on CUDA and float32 elsewhere.
-        Weights, statistics, the router's coefficients and the losses are float32 in any case.
+        Weights, statistics, the router's coefficients and the losses are always float32.
     layout: memory format of images and convolution weights; ``auto`` is channels_last on CUDA and NCHW
         elsewhere.
-    accumulate: number of micro-batches that a batch is cut into to save memory. Their gradients add up to
-        the batch's mean; batch norms see each micro-batch by itself, and update their running statistics
-        once for each.
-    clip_norm: the gradient is scaled down to this Euclidean norm where it is longer; None leaves it.
-    ema_decay: of an exponential moving average of weights and running statistics, which is then validated
-        and saved instead of the newest weights; 0 for none.
-    capture: a step after the attack as one CUDA graph, recorded at the second batch of a shape; not together
-        with ``accumulate``. A batch's kernels then cost the host one launch. CUDA only.
+    accumulate: number of micro-batches per batch, to save memory. Their gradients add up to the mean over the
+        batch. Batch norms see each micro-batch separately and update their running statistics for each.
+    clip_norm: gradients with a larger Euclidean norm are scaled to this norm; None does not clip.
+    ema_decay: of an exponential moving average of weights and running statistics, which is validated and
+        saved instead of the newest weights; 0 for none.
+    capture: run a step after the attack as one CUDA graph, captured at the second batch of a shape, so that
+        the host launches all its kernels at once. CUDA only, not together with ``accumulate``.
     validate_every: epochs between validations (the last epoch is always validated).
-    validate_limit: number of held-out images for them, all if None.
-    log_every: steps between log lines, and between the points where the host waits for the device.
+    validate_limit: number of held-out images for validation, all if None.
+    log_every: steps between log lines. The host waits for the device only there.
     """
 
     name: ClassVar[str]
     loss: ClassVar[Loss]
     forward: ClassVar[Forward] = staticmethod(joint_pass)
     needs_attack: ClassVar[bool] = True
-    teachers: ClassVar[tuple[TeacherKind, ...]] = ()  # what must be there before training begins
-    network: ClassVar[str | None] = None  # the model that a recipe is made for; None for any
+    teachers: ClassVar[tuple[TeacherKind, ...]] = ()  # kinds of teachers, in order
+    network: ClassVar[str | None] = None  # the model that the recipe is for; None for any
 
     epochs: int = 100
     batch_size: int = 256
@@ -143,7 +142,7 @@ class Recipe:
             )
         object.__setattr__(self, "milestones", tuple(milestones))
 
-    # What the loop asks of a recipe
+    # The interface that training uses
 
     def loss_options(self) -> LossOptions:
         ours = {field.name for field in fields(self)}
@@ -154,11 +153,11 @@ class Recipe:
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
     ) -> TrainingAttack:
-        """The attack of training on ``model``: PGD on the cross-entropy, its noise keyed by ``seed``.
+        """The training attack on ``model``: PGD on the cross-entropy, with noise keyed by ``seed``.
 
-        Make it once a run, and set its ``seed`` for each epoch: on a CUDA device it keeps its graphs. Unlike
-        an attack called by a user it checks no values, so the host never waits for the device; where the
-        gradient is not finite the image becomes NaN, and with it the loss.
+        Create it once per run and set its ``seed`` for each epoch, since it keeps CUDA graphs. Unlike the
+        attacks for users it does not check values, so the host never waits for the device. If a gradient is
+        not finite, the image and then the loss become NaN.
         """
         step_size = threat_model.train_step_size
         return self._pgd(model, threat_model.eps, step_size, "ce", _cross_entropy, num_classes, seed)
@@ -179,7 +178,7 @@ class Recipe:
             model,
             num_classes=num_classes,
             dtype=None if device is None else self.attack_dtype(device),
-            capture=True,  # none of our objectives waits for the device
+            capture=True,  # no objective of a recipe waits for the device
             eps=eps,
             step_size=step_size if self.attack_step_size is None else self.attack_step_size,
             steps=self.attack_steps,
@@ -195,7 +194,7 @@ class Recipe:
         return torch.bfloat16 if low else None
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """Fused SGD, two groups: all but the router at ``lr``, the router with its heads at ``router_lr``."""
+        """Fused SGD in two groups: the router with its heads at ``router_lr``, all else at ``lr``."""
         slow = {id(p) for router in routers(model) for p in router.parameters()}
         groups = [
             {"params": [p for p in model.parameters() if id(p) not in slow], "lr": self.lr},
@@ -210,7 +209,7 @@ class Recipe:
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
-        """The schedule, stepped once per optimiser step."""
+        """The schedule, stepped once per optimizer step."""
         if self.schedule == "onecycle":
             return OneCycleLR(
                 optimizer,
@@ -225,10 +224,10 @@ class Recipe:
         return (Phase(self.forward, self.loss),)
 
     def calibrate(self, model: nn.Module, data: Dataset) -> None:
-        """Sets what the model reads off held-out images rather than learns, before every validation."""
+        """Sets what the model derives from held-out images instead of learning it, before each validation."""
 
     def teacher_recipe(self, kind: TeacherKind) -> Recipe:
-        """How this recipe trains a teacher that it was not given: plainly or robustly, for as long."""
+        """The recipe of a teacher that was not given: plain or robust training of the same length."""
         teacher = Standard if kind == "clean" else self._robust_teacher()
         shared = (
             "epochs batch_size lr momentum weight_decay schedule milestones lr_decay attack_steps "
@@ -250,7 +249,7 @@ class Recipe:
 class Standard(Recipe):
     """Plain training on clean images.
 
-    label_smoothing: share of the label spread over all classes, in [0, 1).
+    label_smoothing: share of the label that is spread over all classes, in [0, 1).
 
     ``awnet train --recipe standard --data digits --model resnet_tiny``: 99.5 % of the validation images
     (seed 0). Time and accuracy on CIFAR and Tiny-ImageNet: not measured.
@@ -286,7 +285,7 @@ class PGDAT(Recipe):
 
 @dataclass(frozen=True)
 class Trades(Recipe):
-    """CE(clean) + 6 KL(p_nat ‖ p_adv) + L_type; its attack maximises the KL.
+    """CE(clean) + 6 KL(p_nat ‖ p_adv) + L_type; its attack maximizes the KL.
 
     Time and accuracy: not measured.
     """
@@ -301,7 +300,7 @@ class Trades(Recipe):
         return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
 
     def usual_step_size(self, threat_model: ThreatModel) -> float:
-        """Of the attack, in image units, where ``attack_step_size`` is None."""
+        """Step size of the attack in image units if ``attack_step_size`` is None."""
         return threat_model.trades_train_step_size
 
 
@@ -313,9 +312,9 @@ class MTARD(Recipe):
     kl_reduction: see ``losses.LossOptions``.
     weight_lr: η of the two adapted weights; multiplied by ``lr_decay`` at the milestones, constant under
         ``onecycle``.
-    robust_teacher: how a robust teacher is trained when none is given.
+    robust_teacher: how a robust teacher is trained if none is given.
 
-    ``awnet train --data digits --model awnet_tiny``, which trains the teachers too: clean 97.8 %, PGD-20
+    ``awnet train --data digits --model awnet_tiny``, which also trains the teachers: clean 97.8 %, PGD-20
     70.8 %, A_w 84.2 % of the 400 test images (seed 0). Time and accuracy on CIFAR and Tiny-ImageNet: not
     measured.
     """
@@ -350,7 +349,7 @@ class MTARD(Recipe):
 
 @dataclass(frozen=True)
 class HAT(Trades):
-    """TRADES, and helper images beyond the ball that a clean teacher labels (Rade and Moosavi-Dezfooli).
+    """TRADES with helper images outside the ball, labeled by a clean teacher (Rade and Moosavi-Dezfooli).
 
     adv_weight: β, 2.5 if None.
     helper_weight: γ.
@@ -451,7 +450,7 @@ RECIPES: dict[str, type[Recipe]] = {
     kind.name: kind for kind in (*_PAPERS, MTARDFast, TradesFast, PGDATFast, StandardFast, HAT)
 }
 
-# What differs from a recipe's defaults (for the paper's methods its CIFAR settings), per data set.
+# Settings per data set that differ from a recipe's defaults (the CIFAR settings of the paper's methods).
 _SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 12, "batch_size": 64, "schedule": "onecycle", "validate_every": 3},
 }
@@ -459,7 +458,7 @@ _PAPERS_SETTINGS: dict[str, dict[str, Any]] = {
     "tiny_imagenet": {"epochs": 50, "batch_size": 128, "milestones": (25, 40)},
 }
 _MTARD_SETTINGS: dict[str, dict[str, Any]] = {
-    "digits": {"robust_teacher": "pgd_at"},  # a weak TRADES teacher would cap its students here
+    "digits": {"robust_teacher": "pgd_at"},  # a weak TRADES teacher limits its students here
     "cifar100": {"temperature": 5.0},
     "tiny_imagenet": {"temperature": 5.0},
 }
@@ -471,10 +470,10 @@ def list_recipes() -> list[str]:
 
 
 def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
-    """The recipe ``name`` with its settings for a data set; ``overrides`` change single ones.
+    """The recipe ``name`` with its settings for a data set, changed by ``overrides``.
 
-    An unknown data set gets the recipe's CIFAR-10 settings. Milestones that a shorter run would never reach
-    move with it: 75 and 90 of 100 epochs become 7 and 9 of 10.
+    An unknown data set gets the recipe's CIFAR-10 settings. Milestones scale with the number of epochs: 75
+    and 90 of 100 epochs become 7 and 9 of 10.
     """
     if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
@@ -484,7 +483,7 @@ def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
         if key not in known:
             raise ValueError(f"recipe {name!r} has no setting {key!r}; it has {', '.join(sorted(known))}")
     settings = dict(_SETTINGS.get(dataset_name, {}))
-    if kind in _PAPERS or kind.network is not None:  # compared networks are trained as the paper's is
+    if kind in _PAPERS or kind.network is not None:  # baseline networks are trained as the paper's
         settings |= _PAPERS_SETTINGS.get(dataset_name, {})
     if issubclass(kind, MTARD):
         settings |= _MTARD_SETTINGS.get(dataset_name, {})
@@ -495,7 +494,7 @@ def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
     return kind(**(settings | overrides))
 
 
-# The objectives that a training attack maximises, one value per sample
+# The objectives that a training attack maximizes, one value per sample
 
 Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Any]]
 

@@ -277,7 +277,7 @@ def test_separate_net_trains_each_member_on_its_kind() -> None:
     assert torch.equal(model(x, is_clean=torch.ones(10).bool()), twin.standard(x))
     with pytest.raises(ValueError, match="is_clean is missing"):
         model(x)
-    with pytest.raises(ValueError, match="is_clean is for training mode"):
+    with pytest.raises(ValueError, match="is_clean is for train mode"):
         model.eval()(x, is_clean=is_clean)
 
 

@@ -192,7 +192,7 @@ def test_mode_decides_which_argument_is_wanted():
     mask, p = torch.tensor([True, False, True, False]), torch.rand(4)
     with pytest.raises(ValueError, match=r"is_clean is missing.*\.eval\(\)"):
         norm(x)
-    with pytest.raises(ValueError, match="p_clean is for test mode"):
+    with pytest.raises(ValueError, match="p_clean is for eval mode"):
         norm(x, p_clean=p, is_clean=mask)
     with pytest.raises(TypeError, match=r"is_clean must be a bool tensor.*int64"):
         norm(x, is_clean=mask.long())
@@ -203,7 +203,7 @@ def test_mode_decides_which_argument_is_wanted():
     norm.eval()
     with pytest.raises(ValueError, match="p_clean is missing"):
         norm(x)
-    with pytest.raises(ValueError, match=r"is_clean is for training mode"):
+    with pytest.raises(ValueError, match=r"is_clean is for train mode"):
         norm(x, p_clean=p, is_clean=mask)
     with pytest.raises(ValueError, match="branches must be one of"):
         MixBatchNorm2d(3, branches="two")
@@ -397,7 +397,7 @@ def test_temperature_and_scale_of_p():
     assert torch.equal(router(x).type_logits, base.type_logits)
     router.p_temperature, router.p_scale = 1.0, 0.5
     torch.testing.assert_close(router(x).p_clean, base.p_clean / 2, **CLOSE)
-    routing = router.train()(x)  # the scale is for test mode
+    routing = router.train()(x)  # the scale is for eval mode
     torch.testing.assert_close(routing.p_clean, routing.type_logits.softmax(1)[:, 1], **CLOSE)
 
 
@@ -452,7 +452,7 @@ def test_network_modes():
         network(x, is_clean=mask[:2])
     network.eval()
     assert network(x).shape == (4, 5)
-    with pytest.raises(ValueError, match=r"is_clean is for training mode.*model\.train\(\)"):
+    with pytest.raises(ValueError, match=r"is_clean is for train mode.*model\.train\(\)"):
         network(x, is_clean=mask)
     with pytest.raises(ValueError, match=r"routing\.filter_scales must hold 4 tensors.*got 0"):
         network(x, routing=Routing(None, torch.rand(4), []))
