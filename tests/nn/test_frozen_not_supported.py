@@ -16,7 +16,7 @@ import awnet
 from awnet.attacks import PGD, GraphedPGD
 from awnet.data import Dataset, load_dataset
 from awnet.evaluation import accuracy, evaluate
-from awnet.evaluation.precision import COPY, evaluated
+from awnet.evaluation.precision import COPY, prepare
 from awnet.models import AWResNet, ResNet, create_model
 from awnet.nn import AWBasicBlock, MixBatchNorm2d, inference_copy, not_supported
 from awnet.nn.inference_network import InferenceAWNet, InferenceBackbone
@@ -190,7 +190,7 @@ def test_parameters_of_two_dtypes_have_no_copy() -> None:
 def test_an_unchanged_model_has_a_copy_also_inside_wrappers(name: str, digits: Dataset) -> None:
     model, x = trained(name), next(digits.batches(4)).x
     for wrapped in (model, nn.DataParallel(model)):
-        found = evaluated(wrapped, "float32", x)
+        found = prepare(wrapped, "float32", x)
         assert (found.runs_on, found.flag) == (COPY, None)
         torch.testing.assert_close(found.module(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
