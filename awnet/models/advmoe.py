@@ -22,12 +22,12 @@ _ROUTER_WIDTHS, _ROUTER_BLOCKS = (16, 32, 64), (3, 3, 3)
 
 
 class ExpertConv2d(nn.Module):
-    """A convolution of which every sample takes one of ``experts`` sets of filters, as its gate says.
+    """A convolution with ``experts`` sets of filters, one of which a gate selects for each sample.
 
-    The sets lie in one convolution of experts · C_out filters, which the gate scales for each sample as a
-    router's ω does in AW-Net, and then add up: π = Σ_e g_e · conv_e(x). With a one-hot gate that is expert e
-    alone, and the gradient for the gate is what each expert would have given. It costs ``experts`` times the
-    convolution of one, but no sample waits for another and shapes never depend on the choice.
+    All sets are one convolution of experts · C_out filters, which the gate scales for each sample as ω does
+    in AW-Net; the results are added: π = Σ_e g_e · conv_e(x). With a one-hot gate this is the output of
+    expert e, and the gradient of the gate depends on the outputs of all experts. It costs ``experts`` times
+    as much as one convolution, but shapes never depend on the choice.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, experts: int) -> None:
@@ -43,7 +43,7 @@ class ExpertConv2d(nn.Module):
 
 
 class ExpertBlock(nn.Module):
-    """The basic block with two expert convolutions; the shortcut is shared by all."""
+    """The basic block with two expert convolutions; all experts share the shortcut."""
 
     def __init__(self, in_channels: int, width: int, stride: int, experts: int) -> None:
         super().__init__()
@@ -67,17 +67,17 @@ register_layers(ExpertConv2d, ExpertBlock)
 
 @register_inference_copy(PlainInferenceCopy)
 class ADVMOE(WithRouter, WithInferenceCopy, OnHub):
-    """ResNet-18 whose block convolutions hold ``experts`` sets of filters, and a small ResNet that picks one.
+    """ResNet-18 with ``experts`` sets of filters in its block convolutions, and a small ResNet as router.
 
-    The router scores the experts once for an image, and the best one serves in every layer. Its choice is
-    one-hot; the gradient passes straight through to the scores.
+    The router scores the experts once per image, and the best one is used in every layer. The choice is
+    one-hot, with a straight-through gradient to the scores.
 
     Args:
         name: ``advmoe_resnet18``.
         num_classes, in_channels: K and C.
         experts: n, at least 1.
-        width: multiplies the channels of every layer, the router's too (the published code's ``ratio``
-            narrows the experts alone).
+        width: multiplies the channels of every layer, also of the router (``ratio`` in the published code
+            narrows only the experts).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A model in one file: safetensors, with what rebuilds it as JSON in the file's metadata."""
+"""Model files: safetensors with a description that rebuilds the model, as JSON in the metadata."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 _KEY = "awnet"  # in the safetensors metadata
 _EXTRA_KEY = "awnet.extra_state"
 _FORMAT = 1
-# what building a model and loading weights into it may raise where a file does not fit
+# what building a model and loading weights may raise if a file does not fit
 _MISFITS = (
     *(ValueError, TypeError, KeyError, RuntimeError, AttributeError),
     *(EOFError, pickle.UnpicklingError),
@@ -41,21 +41,21 @@ _MISFITS = (
 
 @standard_defaults()
 def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Writes weights, buffers and what rebuilds the model to one ``.safetensors`` file, whole or not at all.
+    """Writes weights, buffers and a description of the model to one ``.safetensors`` file, atomically.
 
-    :func:`load_model` gives the same model back: in the dtype of its weights, with the present settings of
-    its router and layers, of the same class (a subclass of the user's must be defined in that process). What
-    could not be given back is refused.
+    :func:`load_model` restores the same model: the dtype of its weights, the current settings of its router
+    and layers, and its class (a user's subclass must be defined in that process). A model that could not be
+    restored is refused.
 
     Args:
-        model: made by :func:`create_model`; wrappers of ``torch.compile`` and data parallelism around it, or
-            in it, are looked through.
+        model: made by :func:`create_model`. Wrappers of ``torch.compile`` and data parallelism around it, or
+            in it, are ignored.
         path: ends in ``.safetensors``; an existing file is replaced.
-        weights: a state dict of ``model`` to write instead of its present one.
+        weights: a state dict of ``model`` to write instead of its current one.
 
     Raises:
-        ValueError: ``path`` ends otherwise, ``model`` has no ``config``, so nothing could rebuild it, or it
-            was changed in ways that no file holds (hooks, replaced layers, parametrized weights), which the
+        ValueError: ``path`` has another suffix, ``model`` has no ``config`` that could rebuild it, or it was
+            changed in ways that a file cannot store (hooks, replaced layers, parametrized weights), which the
             message names.
         OSError: the file cannot be written.
     """
@@ -75,13 +75,14 @@ def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor]
 
 @standard_defaults()
 def description_of(model: nn.Module) -> dict[str, Any]:
-    """What a file says of ``model`` beside its weights.
+    """The description of ``model`` in its file.
 
-    For a model of :func:`create_model` that rebuilds it. For any other one it names the class and structure,
-    against which :func:`load_model` checks the model that it is given.
+    It rebuilds a model of :func:`create_model`. For any other model it holds the class and structure, with
+    which :func:`load_model` compares the model that it is given.
 
     Raises:
-        ValueError: ``model`` has a ``config``, but differs from what that builds in ways that no file holds.
+        ValueError: ``model`` has a ``config`` but differs from what that builds in ways that a file cannot
+            store.
     """
     model = unwrapped(model)
     config = config_of(model)
@@ -118,7 +119,7 @@ def _class_name(kind: type) -> str:
 
 
 def _of_subclass(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """How the user's subclass of a model is made again: as its base class is, or without arguments."""
+    """How a user's subclass is built: with the arguments of its base class, or without arguments."""
     kind = type(model)
     _CLASSES[_class_name(kind)] = kind
     errors = []
@@ -126,7 +127,7 @@ def _of_subclass(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
         about = {"class": _class_name(kind), "call": call}
         try:
             built = _built({"config": config} | about)
-        except Exception as error:  # whatever a constructor may raise
+        except Exception as error:  # any error of a constructor
             errors.append(str(error))
             continue
         if config_of(built) == config or call == "config":
@@ -138,7 +139,7 @@ def _of_subclass(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _built(about: Mapping[str, Any], *, sketch: bool = False) -> nn.Module:
-    """A new model as ``about`` describes it; ``sketch``: on the meta device where that is possible."""
+    """A new model as ``about`` describes it; with ``sketch`` on the meta device if possible."""
     config = about["config"]
     arguments = {"num_classes": config["num_classes"], "in_channels": config["in_channels"]}
     arguments |= config["options"]
@@ -157,7 +158,7 @@ def _built(about: Mapping[str, Any], *, sketch: bool = False) -> nn.Module:
 
 
 def _known_class(name: str) -> type[nn.Module]:
-    """The class of that name, of those that this process has defined or imported; nothing is imported."""
+    """The class of that name among those that this process has defined; nothing is imported."""
     found: Any = _CLASSES.get(name)
     if found is None:
         module, _, path = name.partition(":")
@@ -177,16 +178,13 @@ def _known_class(name: str) -> type[nn.Module]:
 def write_model(
     model: nn.Module, path: str | Path, weights: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
-    """Writes ``weights``, a state dict of ``model``, with its :func:`description_of`.
-
-    Raises OSError where the file cannot be written.
-    """
-    # one key alone: safetensors writes several in a random order, and the same model would give other bytes
+    """Writes ``weights``, a state dict of ``model``, with its :func:`description_of`; may raise OSError."""
+    # one key only: safetensors writes several in random order, and the bytes would differ between saves
     write_tensors(without_wrapper_names(model, weights), path, {_KEY: json.dumps(description)})
 
 
 def raw_bytes(tensor: Tensor) -> bytes:
-    """A tensor's values as they lie in memory, row by row, wherever they are."""
+    """The bytes of a tensor's values in row-major order."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -205,9 +203,9 @@ def weights_fingerprint(model: nn.Module) -> str:
 def write_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file, whole or not at all.
+    """Writes a safetensors file atomically.
 
-    Values that are no tensors, of a module's ``get_extra_state``, are written into the metadata.
+    Values of ``get_extra_state`` that are not tensors are written to the metadata.
 
     Raises:
         ValueError: such a value cannot be stored.
@@ -220,12 +218,12 @@ def write_tensors(
     with written_atomically(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # its reason is the system's
+        except SafetensorError as error:  # the cause is an error of the operating system
             raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share memory: safetensors refuses tied weights otherwise."""
+    """Contiguous tensors without shared memory, since safetensors refuses tied weights."""
     found, seen = {}, set()
     for name, value in tensors.items():
         value = value.detach().contiguous()
@@ -236,17 +234,17 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packed_extra_state(name: str, value: Any) -> str:
-    """The value that a module's ``get_extra_state`` returned, as text.
+    """The value of a module's ``get_extra_state`` as text.
 
     Raises:
-        ValueError: it holds what cannot be loaded without running code from the file.
+        ValueError: it cannot be loaded without running code from the file.
     """
     try:
         buffer = io.BytesIO()
         torch.save(value, buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    except Exception as error:  # of the value's own pickling
+    except Exception as error:  # any error of pickling the value
         raise ValueError(
             f"{name}, from get_extra_state, is a {type(value).__name__} that no checkpoint can hold: return "
             "numbers, text, tensors, and lists and dicts of them"
@@ -255,7 +253,7 @@ def packed_extra_state(name: str, value: Any) -> str:
 
 
 def _unpacked_extra_state(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Raises an exception of torch's or json's where the text is damaged."""
+    """Raises what torch or json raise if the text is damaged."""
     packed: dict[str, str] = json.loads(metadata.get(_EXTRA_KEY, "{}"))
     return {
         name: torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
@@ -271,16 +269,16 @@ def load_model(
 
     Args:
         path: a run folder or a ``.safetensors`` file.
-        device: where the model is put.
-        model: the model that the weights are for, changed in place, in their dtype; needed where the file
-            cannot tell how to build it: a run of a module that ``create_model`` did not make, or weights from
-            elsewhere. It must be built as the model was that was saved. Wrappers of ``torch.compile`` and
-            data parallelism are looked through, in the file and in the model.
+        device: device of the model.
+        model: the model that receives the weights, in place and in their dtype. It is needed if the file does
+            not describe how to build the model: a run of a module that ``create_model`` did not make, or
+            foreign weights. It must have the structure of the saved model. Wrappers of ``torch.compile`` and
+            data parallelism are ignored, in the file and in the model.
 
     Raises:
-        FileNotFoundError: nothing there, or a folder without ``best.safetensors``.
-        ValueError: a file that is damaged, does not fit this version of the package or ``model``, or does not
-            tell how to build its model.
+        FileNotFoundError: there is no such file, or no ``best.safetensors`` in the folder.
+        ValueError: the file is damaged, does not fit this version of the package or ``model``, or does not
+            describe how to build its model.
     """
     path = expanded(path)
     file = path / "best.safetensors" if path.is_dir() else path
@@ -326,9 +324,9 @@ def load_model(
 
 @torch.no_grad()
 def _load(model: nn.Module, tensors: Mapping[str, Any]) -> None:
-    """``tensors`` into ``model``, which takes their dtypes; RuntimeError where names or shapes differ."""
+    """Loads ``tensors`` into ``model``, in their dtypes; RuntimeError if names or shapes differ."""
     expected = without_wrapper_names(model, model.state_dict()).keys()
-    if not expected & tensors.keys():  # a wrapped model's state dict, written by the user's own code
+    if not expected & tensors.keys():  # a wrapped model's state dict, saved by a user's code
         tensors = {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in tensors.items()}
     tensors = with_wrapper_names(model, tensors)
     for table in (dict(model.named_parameters()), dict(model.named_buffers())):
@@ -339,7 +337,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Any]) -> None:
 
 
 def _check_structure(model: nn.Module, stored: Any) -> None:
-    """Raises ValueError where ``model`` is made of other modules, or has other hooks, than what was saved."""
+    """Raises ValueError if ``model`` has other modules or hooks than the saved model."""
     present = describe(model)
     if not isinstance(stored, dict) or present == stored:
         return

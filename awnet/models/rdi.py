@@ -1,5 +1,4 @@
-"""RDI-ResNet-38 (Hu et al., "Triple Wins", ICLR 2020): a ResNet with side exits, and a sample takes the first
-that is sure enough."""
+"""RDI-ResNet-38 (Hu et al., "Triple Wins", ICLR 2020): a ResNet with early exits."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ _EXITS_AFTER = (1, 4)  # blocks of each group, counted from 0
 class RDIResNet(nn.Module, OnHub):
     """Three groups of six basic blocks, two side exits in each group, and the final exit: seven in all.
 
-    In eval mode a sample's logits are those of the first exit whose entropy, as a share of its largest value
-    log K, is below that exit's threshold; the final exit takes all that come so far. The buffer
-    ``thresholds`` [6] starts at 0, where no sample leaves early; the recipe ``rdi`` sets it by
-    :func:`choose_thresholds`. All exits are computed for every sample, so that a batch keeps its shape;
-    :meth:`flops` says what leaving early would save. In train mode ``forward`` gives the final exit's
-    logits, :meth:`exits` those of all.
+    In eval mode the logits of a sample are those of the first exit whose entropy, divided by its maximum
+    log K, is below the threshold of that exit, or else those of the final exit. The buffer ``thresholds`` [6]
+    is 0 at first, so that no sample leaves early; the recipe ``rdi`` sets it by :func:`choose_thresholds`.
+    All exits are computed for every sample, so that the shape of a batch does not change; :meth:`flops`
+    returns the cost if samples left early. In train mode ``forward`` returns the logits of the final exit and
+    :meth:`exits` those of all exits.
 
     ``width`` multiplies the channels of every layer.
     """
@@ -68,16 +67,16 @@ class RDIResNet(nn.Module, OnHub):
         ``last``: stop after this exit (the first is 0).
         """
         check_image(x, self.in_channels)
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
         x = self.stem(x)
         for group in self.groups:
             for j, block in enumerate(cast("nn.ModuleList", group)):
                 x = block(x)
                 if j in _EXITS_AFTER:
-                    found.append(self.side_exits[len(found)](x))
-                    if last is not None and len(found) > last:
-                        return found
-        return [*found, self.final_exit(x)]
+                    outputs.append(self.side_exits[len(outputs)](x))
+                    if last is not None and len(outputs) > last:
+                        return outputs
+        return [*outputs, self.final_exit(x)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes], see the class."""
@@ -96,8 +95,8 @@ class RDIResNet(nn.Module, OnHub):
         return torch.cat([leaves, final]).int().argmax(0)  # the first
 
     def flops(self, image_size: tuple[int, int] = (32, 32)) -> list[int]:
-        """What an image costs that leaves at each exit, in floating-point operations: the body so far, and
-        all exits up to this one, which had to be asked."""
+        """Floating-point operations of an image that leaves at each exit: the layers before it, and all
+        exits up to it."""
         network = copy.deepcopy(self).to("meta").eval()
         x = torch.zeros(1, self.in_channels, *image_size, device="meta")
         return [
@@ -109,22 +108,22 @@ class RDIResNet(nn.Module, OnHub):
 def has_exits(model: nn.Module) -> bool:
     """Whether ``model`` has side exits: an RDI-ResNet, or a network with its interface.
 
-    That is ``exits(x)``, ``exit_of(x)`` and ``flops(image_size)``; one of these names alone means nothing.
+    The interface is ``exits(x)``, ``exit_of(x)`` and ``flops(image_size)``, all three.
     """
     return all(callable(getattr(model, name, None)) for name in ("exits", "exit_of", "flops"))
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) [..., K] as a share of its largest value, log K: [...], in [0, 1]."""
+    """Entropy of softmax(logits) [..., K] divided by its maximum log K: [...], in [0, 1]."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1) / math.log(max(logits.shape[-1], 2))
 
 
 def choose_thresholds(logits: Tensor, y: Tensor) -> Tensor:
-    """Thresholds [exits - 1] under which samples leave as early as costs no accuracy on these samples.
+    """Thresholds [exits - 1] with which samples leave as early as possible without loss of accuracy.
 
-    One exit after the other: of the samples that have come so far, the surest ones leave, as many as are
-    right at this exit at least as often as they would be at the final one.
+    The exits are handled in order. Of the samples that reach an exit, those with the lowest entropy leave:
+    the largest number of them that this exit classifies at least as accurately as the final exit.
 
     Args:
         logits: of held-out images at every exit, [exits, N, K].
@@ -138,7 +137,7 @@ def choose_thresholds(logits: Tensor, y: Tensor) -> Tensor:
         values, order = unsure[e, here].sort(stable=True)
         gain = (right[e, here] - right[-1, here])[order].cumsum(0)
         after = torch.cat([values[1:], values.new_full((1,), torch.inf)])
-        # a threshold can only lie between two samples of different entropy
+        # a threshold can only separate two samples of different entropy
         possible = ((gain >= 0) & (values < after)).nonzero().flatten()
         if len(possible):
             number = int(possible[-1]) + 1
@@ -168,7 +167,7 @@ def _classifier(channels: int, num_classes: int) -> list[nn.Module]:
 
 
 def _side_exit(group: int, widths: list[int], num_classes: int) -> nn.Sequential:
-    """Two convolutions in the first group, a block in the second, a linear layer alone in the third."""
+    """Two convolutions in the first group, a block in the second, only a linear layer in the third."""
     narrow, middle, wide = widths
     if group == 0:
         layers: list[nn.Module] = [
@@ -186,4 +185,4 @@ def _side_exit(group: int, widths: list[int], num_classes: int) -> nn.Sequential
 
 
 def _halved() -> nn.MaxPool2d:
-    return nn.MaxPool2d(2, ceil_mode=True)  # an odd size is rounded up, so that any image works
+    return nn.MaxPool2d(2, ceil_mode=True)  # odd sizes are rounded up, so that any image works

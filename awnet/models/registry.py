@@ -91,7 +91,7 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
             check_memory(model, _described(config))
     model = build(num_classes=config["num_classes"], in_channels=config["in_channels"], **config["options"])
     if config_of(model) is None:
-        vars(model)[_CONFIG] = config  # a model of the user's may have a config of its own
+        vars(model)[_CONFIG] = config  # a user's model may have another config
         if not hasattr(model, "config"):
             model.config = config  # type: ignore[assignment]
     return model
@@ -108,7 +108,7 @@ _CONFIG = "_awnet_config"
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
-    """What :func:`create_model` needs to make ``model`` again; None for a model made otherwise.
+    """The arguments of :func:`create_model` that rebuild ``model``; None for any other model.
 
     Settings of a router that were changed since (``beta``, ``p_temperature``, ``p_scale``) and a
     Separate-Net's ``threshold`` have their present values. A ``config`` of the user's own, of another form,
@@ -133,7 +133,7 @@ def config_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def name_of(model: nn.Module) -> str:
-    """The name that :func:`create_model` made ``model`` by, or its class's."""
+    """The registered name of ``model``, or the name of its class."""
     config = config_of(model)
     return type(unwrapped(model)).__name__ if config is None else str(config["name"])
 

@@ -27,16 +27,16 @@ Gate = Literal["hard", "soft", "standard", "robust"]
 
 @register_inference_copy(PlainInferenceCopy)
 class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
-    """What AW-Net does filter by filter, done network by network, with AW-Net's router as the detector.
+    """Two networks, one for clean and one for adversarial images, and AW-Net's router as the detector.
 
-    In eval mode an image whose ``p_clean`` is above ``threshold`` gets the logits of the standard member, a
-    MobileNet-v2, any other those of the robust member, a ResNet-18 (ResNet-34 for ``separate_net_l``). In
-    train mode ``is_clean`` sends each sample to the member of its kind, so every recipe for AW-Nets trains
-    it; the recipe ``separate`` trains each part by itself, as the paper does.
+    In eval mode an image with ``p_clean`` above ``threshold`` gets the logits of the standard member, a
+    MobileNet-v2, any other image those of the robust member, a ResNet-18 (ResNet-34 for ``separate_net_l``).
+    In train mode ``is_clean`` sends each sample to the member of its kind, so every recipe for AW-Nets can
+    train it; the recipe ``separate`` trains each part separately, as in the paper.
 
-    A hard choice has no gradient for the detector. :meth:`with_gate` makes the same network with another
-    gate, for an attacker: ``"soft"`` mixes both members' logits by ``p_clean``, ``"standard"`` and
-    ``"robust"`` force a member.
+    The hard choice has no gradient for the detector. For attacks :meth:`with_gate` returns the same network
+    with another gate: ``"soft"`` mixes both members' logits by ``p_clean``, ``"standard"`` and ``"robust"``
+    force a member.
 
     Args:
         name: ``separate_net`` or ``separate_net_l``.
@@ -80,7 +80,7 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
         )
 
     def with_gate(self, gate: Gate) -> Self:
-        """This network, weights and mode shared with it, with another gate in eval mode."""
+        """This network with another gate in eval mode; weights and mode are shared."""
         if gate not in get_args(Gate):
             raise ValueError(f"gate must be one of {list(get_args(Gate))}, got {gate!r}")
         view = copy.copy(self)
@@ -88,11 +88,11 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
         return view
 
     def route(self, x: Tensor) -> Routing:
-        """The detector's answer for images [B, C, H, W]; there are no filter scales."""
+        """The output of the detector for images [B, C, H, W]; there are no filter scales."""
         return self.router(x)
 
     def forward(self, x: Tensor, *, is_clean: Tensor | None = None, routing: Routing | None = None) -> Tensor:
-        """Images [B, C, H, W] in [0, 1] → logits [B, K]; arguments and errors are those of an AW-Net."""
+        """Images [B, C, H, W] in [0, 1] → logits [B, K]; arguments and errors as of an AW-Net."""
         is_clean, routing = self._steered(x, is_clean, routing)
         if self.training:
             if is_clean is None:
@@ -118,7 +118,7 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
         return torch.where(p_clean > self.threshold, standard, robust)
 
     def _by_kind(self, x: Tensor, is_clean: Tensor) -> Tensor:
-        """Each member on the samples of its kind alone, so that its batch norms see no others."""
+        """Each member on the samples of its kind only, so that its batch norms see no others."""
         clean, adversarial = is_clean.nonzero().flatten(), (~is_clean).nonzero().flatten()
         members = ((self.standard, clean), (self.robust, adversarial))
         logits = [member(x[index]) for member, index in members if len(index)]

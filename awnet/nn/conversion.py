@@ -1,4 +1,4 @@
-"""An existing CNN becomes the dynamic sub-network of an AW-Net and keeps its weights."""
+"""Conversion of an existing CNN to the dynamic sub-network of an AW-Net, with its weights."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def convert(
     convolutions stay static, all others become dynamic. Both branches of every batch norm start as copies
     of it, and the router's signal heads at zero (ω ≡ 1), so nothing changes until training.
 
-    Everything else is kept as it is and stays static: linear layers, pools, ``BatchNorm1d``, group norms,
-    dropout and stochastic depth, functional convolutions, convolutions with a forward, hooks or
-    parametrizations of their own. Subclasses of ``BatchNorm2d`` and ``SyncBatchNorm`` that compute batch
-    norm → their children in order (timm's ``BatchNormAct2d``) are split into these parts. A module that is
-    called several times is one module with one ω. ``DataParallel``, ``DistributedDataParallel`` and compiled
-    wrappers are looked through. ``forward`` may depend on the mode and on the images' shape; a converted
-    network raises where another shape would take another path.
+    Everything else stays unchanged and static: linear layers, pools, ``BatchNorm1d``, group norms, dropout
+    and stochastic depth, functional convolutions, and convolutions with a replaced forward, hooks or
+    parametrizations. Subclasses of ``BatchNorm2d`` and ``SyncBatchNorm`` that compute batch norm and then
+    their children in order (timm's ``BatchNormAct2d``) are split into these parts. A module that is called
+    several times is one module with one ω. Wrappers of ``DataParallel``, ``DistributedDataParallel`` and
+    ``torch.compile`` are removed. ``forward`` may depend on the mode and on the shape of the images; a
+    converted network raises if another shape would take another path.
 
-    ``module`` itself is not touched; modes, device and ``requires_grad`` carry over. The result is compared
-    with the original on random images before it is returned, also with random batch norms, so that a
-    zero-initialized one hides nothing. Both numbers of parameters are logged by the logger ``awnet`` (level
-    INFO; WARNING if the router is the larger part) and shown by ``print(network)``.
+    ``module`` is not changed; modes, device and ``requires_grad`` are copied. The result is compared with the
+    original on random images before it is returned, also with random batch norms, since a zero-initialized
+    one hides its branch. The logger ``awnet`` logs both numbers of parameters (level INFO; WARNING if
+    the router is the larger part) and shown by ``print(network)``.
 
     Args:
         module: takes one image tensor [B, C, H, W] and returns logits [B, K]. Other arguments of its forward
@@ -189,7 +189,7 @@ def _check_router(
 
 
 def _restore_modes(network: AWNet, modes: dict[str, bool]) -> None:
-    """The original's mode, and for each part that was kept its own."""
+    """Restores the mode of the network and of each part that was kept."""
     network.train(modes[""])
     for path, part in network.dynamic.named_modules():
         if path in modes and not isinstance(part, (*_OURS, fx.GraphModule)):
@@ -210,7 +210,7 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _refuse_whole(module: nn.Module) -> None:
-    """Refuses what no part of can be blamed for."""
+    """Raises ValueError for reasons that concern the whole module."""
     name = type(module).__name__
     if isinstance(module, AWNet):
         raise ValueError("module is an AW-Net already")
@@ -221,7 +221,7 @@ def _refuse_whole(module: nn.Module) -> None:
         if reason:
             raise ValueError(f"cannot convert {path!r} ({type(part).__name__}): {reason}")
     if has_router(module):
-        raise ValueError(f"{name} has a router of its own already; convert one of its members")
+        raise ValueError(f"{name} already has a router; convert one of its members")
     for path, parameter in module.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             raise ValueError(
@@ -246,7 +246,7 @@ def _refuse_whole(module: nn.Module) -> None:
 def _images(
     original: nn.Module, in_channels: int | None, image_size: int | tuple[int, int] | None
 ) -> tuple[Tensor, dict[str, int]]:
-    """Images that the network takes, and for each batch norm that then runs the rank of its input."""
+    """Images that the network takes, and the rank of the input of each batch norm that runs on them."""
     first = next((p.in_channels for p in original.modules() if isinstance(p, nn.Conv2d)), 3)
     channels = list(dict.fromkeys((first, 3, 1))) if in_channels is None else [in_channels]
     sides = (32, 64, 128, 224, 299) if image_size is None else (image_size,)
@@ -267,12 +267,12 @@ def _images(
                 with torch.no_grad():
                     logits = original(x)
                 break
-            except Exception as failure:  # whatever a forward may raise on a shape that does not fit
+            except Exception as failure:  # any error on a shape that does not fit
                 failures.append((x, failure))
         else:
             x, error = failures[0]
             raise ValueError(
-                f"the network fails on images {list(x.shape)}, on which it is to be compared with the "
+                f"the network fails on images {list(x.shape)}, on which it is compared with the "
                 f"converted one ({raised_at(error)}: {type(error).__name__}: {error}); pass in_channels and "
                 "image_size that fit"
             ) from error
@@ -294,7 +294,7 @@ def _refuse_without_norms(root: nn.Module) -> None:
 
 
 def _is_leaf(module: nn.Module, *, filter_scaling: bool) -> bool:
-    """Whether nothing inside a module is to be replaced."""
+    """Whether nothing inside a module is replaced."""
     if isinstance(module, nn.Conv2d | _NormBase | MixBatchNorm2d):
         return True
     return not any(
@@ -310,7 +310,7 @@ def _is_replaced_norm(module: nn.Module) -> bool:
 
 
 def _refuse_unfit(root: nn.Module, graph: fx.Graph, unfit: dict[str, str]) -> None:
-    """Refuses by name every part that would come out wrong."""
+    """Raises ValueError for a part that would be converted incorrectly, naming it."""
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     from_images: set[fx.Node] = set()
     for node in graph.nodes:

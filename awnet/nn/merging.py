@@ -51,7 +51,7 @@ def trace(
             tracer = Tracer(lambda m, path: path in leaves or is_leaf(m), x, guards)
             try:
                 graphs.append((part, tracer.traced(part)))
-            except Exception as error:  # whatever a forward may raise when it is given symbols
+            except Exception as error:  # any error of a forward that is called with symbols
                 retry = next(
                     (path for path in tracer.failed_in or () if _can_be_leaf(network, path, keeps)), None
                 )
@@ -80,12 +80,12 @@ def _said(error: Exception) -> str:
 
 
 def _can_be_leaf(network: nn.Module, path: str, keeps: Callable[[nn.Module], bool]) -> bool:
-    """Whether a module that cannot be traced through can be called as it is instead."""
+    """Whether a module that cannot be traced through can be called instead."""
     return path + "." != PREFIX and not any(keeps(m) for m in network.get_submodule(path).modules())
 
 
 class _Region:
-    """What one mode computes and the other does not, between two nodes that both have."""
+    """Nodes of one mode that the other mode lacks, between two nodes that both modes have."""
 
     def __init__(self, training: list[fx.Node], evaluation: list[fx.Node], before: fx.Node) -> None:
         self.nodes = {True: training, False: evaluation}
@@ -95,7 +95,7 @@ class _Region:
 
 
 class _Merger:
-    """Turns the eval graph into one for both modes."""
+    """Turns the graph of eval mode into one for both modes."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Merger:
         self.graph.lint()
 
     def _key(self, node: fx.Node, network: nn.Module) -> str:
-        """Equal for nodes that compute the same of their inputs."""
+        """A key that is equal for nodes that compute the same from their inputs."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: None)
         constant = ""
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):

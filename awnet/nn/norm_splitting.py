@@ -18,7 +18,7 @@ _OPTIONS = (bool, int, float, str, tuple, type(None))
 
 
 def unfit_norms(root: nn.Module, ranks: dict[str, int], modes: dict[str, bool]) -> dict[str, str]:
-    """Batch norms that cannot be replaced, each with the reason."""
+    """The batch norms that cannot be replaced, by path, with the reasons."""
     unfit = {}
     for path, part in root.named_modules():
         if not isinstance(part, nn.BatchNorm2d) and not _is_sync(part, ranks.get(path)):
@@ -45,7 +45,7 @@ def _is_sync(module: nn.Module, rank: int | None) -> bool:
 
 
 def split_norms(root: nn.Module, ranks: dict[str, int], unfit: dict[str, str]) -> None:
-    """Replaces subclasses of BatchNorm2d and SyncBatchNorm by a BatchNorm2d and what follows it."""
+    """Replaces subclasses of BatchNorm2d and SyncBatchNorm by a BatchNorm2d and the modules after it."""
     checked: dict[Any, bool] = {}
     for path, part in list(root.named_modules()):
         if path in unfit or is_norm(part):
@@ -62,9 +62,9 @@ def split_norms(root: nn.Module, ranks: dict[str, int], unfit: dict[str, str]) -
 
 
 def _split(module: nn.Module, checked: dict[Any, bool]) -> nn.Module | None:
-    """``module`` as batch norm → child modules in order, if that is what it computes.
+    """``module`` as batch norm and then its child modules in order, or None if it computes something else.
 
-    ``checked`` remembers the answer for modules that differ in their tensors only.
+    ``checked`` caches the answer for modules that differ only in their tensors.
     """
     assert isinstance(module, _NormBase)
     norm = nn.BatchNorm2d(
@@ -90,7 +90,7 @@ def _split(module: nn.Module, checked: dict[Any, bool]) -> nn.Module | None:
 
 @torch.no_grad()
 def _compute_the_same(module: nn.Module, parts: nn.Module, training: bool) -> bool:
-    """Whether both give the same on random images, with random weights and statistics."""
+    """Whether both return the same for random images, with random weights and statistics."""
     memo: dict[int, Any] = {}
     module, parts = copy.deepcopy(module, memo).train(training), copy.deepcopy(parts, memo).train(training)
     assert isinstance(module, _NormBase)
@@ -105,10 +105,10 @@ def _compute_the_same(module: nn.Module, parts: nn.Module, training: bool) -> bo
     for part in (module, parts):
         module.running_mean.copy_(state[0])
         module.running_var.copy_(state[1])
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # for dropout
         try:
             result = part(x.clone())
-        except Exception:  # whatever a forward may raise
+        except Exception:  # any error of a forward
             return False
         results.append((result, module.running_mean.clone(), module.running_var.clone()))
     return all(

@@ -49,7 +49,7 @@ def is_norm(module: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
 
 
 def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts ``new`` wherever ``old`` is registered."""
+    """Registers ``new`` everywhere instead of ``old``."""
     for parent in list(root.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:
@@ -57,15 +57,15 @@ def replace_module(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 class ConvertedNorm(NamedTuple):
-    """What a batch norm has become."""
+    """The replacement of a batch norm."""
 
     mixed: MixBatchNorm2d
     bias: Tensor | None = None
-    """Of the convolution before it, which is in the running mean now."""
+    """Bias of the convolution before it, which was subtracted from the running mean."""
 
 
 class FusedGroup(NamedTuple):
-    """Nodes that one fused call replaces."""
+    """The nodes that one fused call replaces."""
 
     conv: fx.Node
     norm: fx.Node
@@ -74,7 +74,7 @@ class FusedGroup(NamedTuple):
 
     @property
     def nodes(self) -> list[fx.Node]:
-        """In the order of execution; the last one's value is the group's."""
+        """In the order of execution; the value of the last one is the value of the group."""
         return [node for node in (self.conv, self.norm, self.add, self.relu) if node is not None]
 
 
@@ -90,7 +90,7 @@ class Rewriter:
         self.stems = self._find_stems()
         self.widths: list[int] = []
         self.norms: dict[str, ConvertedNorm] = {}
-        """By the batch norm's name."""
+        """By the name of the batch norm."""
 
     def rewrite(self) -> list[int]:
         """Edits in place; returns C_out of every dynamic convolution in the order of ``filter_scales``."""
@@ -174,7 +174,7 @@ class Rewriter:
                 self.graph.erase_node(node)
 
     def _groups(self) -> list[FusedGroup]:
-        """Every convolution → batch norm → (addition) → (ReLU) whose inner values nobody else uses."""
+        """Every convolution → batch norm → (addition) → (ReLU) whose inner values have no other users."""
         conv_of: dict[fx.Node, fx.Node] = {}  # batch norm → convolution
         for node in self.graph.nodes:
             norm_module = self._module(node)
@@ -188,7 +188,7 @@ class Rewriter:
             operands = self._operands(node)
             norms = [o for o in operands if o in conv_of and o not in groups and len(o.users) == 1]
             if norms and operands[0] is not operands[1]:
-                # of two paths the dynamic one takes the addition: a 1×1 shortcut is its residual
+                # of two paths the dynamic one includes the addition: a 1×1 shortcut is its residual
                 norm = next((n for n in norms if self._is_dynamic(conv_of[n])), norms[0])
                 groups[norm] = FusedGroup(conv_of[norm], norm, node, self._relu_after(node))
         for norm, conv in conv_of.items():
@@ -206,7 +206,7 @@ class Rewriter:
         return user if user.target in _RELU else None
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
-        """Both operands of the plain addition of two tensors of one shape, nothing for any other node."""
+        """Both operands if the node is a plain addition of two tensors of equal shape, else nothing."""
         if node.op not in ("call_function", "call_method") or node.target not in _ADD:
             return []
         named = {"input", "other"} & set(node.kwargs)
@@ -240,7 +240,7 @@ class Rewriter:
         self._replace(group.conv, layer)
         omega = self._filter_scale(layer) if layer.dynamic else None
         kwargs = dict(branch)
-        if group.add is not None:  # asked now: the other operand may have been replaced meanwhile
+        if group.add is not None:  # now, since the other operand may have been replaced
             kwargs["residual"] = next(o for o in self._operands(group.add) if o is not group.norm)
         call = self.graph.call_module(str(group.conv.target), (input_of(group.conv), omega), kwargs)
         call.meta.update(group.nodes[-1].meta)
@@ -248,12 +248,12 @@ class Rewriter:
 
 
 def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is exactly a ``kind``, without hooks or a forward of its own."""
+    """Whether ``module`` is exactly a ``kind``, without hooks or a replaced forward."""
     return type(module) is kind and not has_hooks(module) and "forward" not in module.__dict__
 
 
 def input_of(node: fx.Node) -> fx.Node:
-    """What a convolution, batch norm or identity is applied to."""
+    """The input of a convolution, batch norm or identity."""
     value = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(value, fx.Node)
     return value

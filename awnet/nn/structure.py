@@ -1,4 +1,4 @@
-"""What a module is made of, beside its weights: compared with another module, described, and set again."""
+"""The structure of a module, without its weights: comparison, description and restoring settings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _Settings = dict[str, dict[str, Any]]
 
 
 class Comparison(NamedTuple):
-    """How a module differs from one that is built anew.
+    """How a module differs from a newly built one.
 
     settings: plain attributes (numbers, strings, lists) with other values: module path → name → value.
-    problems: all other differences, each as a phrase that names its place.
+    problems: all other differences, each as a phrase that names the module.
     """
 
     settings: _Settings
@@ -30,12 +30,12 @@ class Comparison(NamedTuple):
 
 
 def compare(model: nn.Module, built: nn.Module) -> Comparison:
-    """How ``model`` differs from ``built`` in all that decides what it computes, but for its weights.
+    """Compares everything that determines what ``model`` and ``built`` compute, except their weights.
 
     These are the classes of all modules, hooks, replaced methods, names and shapes of weights and buffers,
-    and attributes. ``built`` may be on the meta device; values of tensors that no state dict holds are then
-    not compared. Wrappers of ``torch.compile`` and data parallelism are looked through. Attributes that
-    ``built`` does not have are ignored: the code of its classes does not read them.
+    and attributes. If ``built`` is on the meta device, values of tensors that are not in a state dict are not
+    compared. Wrappers of ``torch.compile`` and data parallelism are ignored, and so are attributes that
+    ``built`` does not have, since the code of its classes does not read them.
     """
     ours, theirs = dict(_modules(model)), dict(_modules(built))
     settings: _Settings = {}
@@ -60,7 +60,7 @@ def compare(model: nn.Module, built: nn.Module) -> Comparison:
 def _same_class(one: nn.Module, other: nn.Module) -> bool:
     if type(one) is type(other):
         return True
-    # traced and parametrized modules have a class of their own, each
+    # every traced or parametrized module has a separate class
     if isinstance(one, fx.GraphModule) and isinstance(other, fx.GraphModule):
         return one.code == other.code
     parametrized = parametrize.is_parametrized(one) and parametrize.is_parametrized(other)
@@ -76,7 +76,7 @@ def _kinds(name: str, one: nn.Module | None, other: nn.Module | None) -> str:
 
 
 def _modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of all in ``model``, as if there were no wrappers."""
+    """Path and module of all modules in ``model``, as if there were no wrappers."""
     model = unwrapped(model)
     yield path, model
     for name, child in model.named_children():
@@ -103,7 +103,7 @@ def _differences(name: str, one: nn.Module, other: nn.Module) -> tuple[dict[str,
     ]
     settings: dict[str, Any] = {}
     if isinstance(one, fx.GraphModule):
-        return settings, problems  # its attributes are the graph, whose code was compared
+        return settings, problems  # its attributes are those of the graph, whose code was compared
     for key in sorted((vars(one).keys() | vars(other).keys()) - _INTERNAL):
         mine, theirs = vars(one).get(key, _MISSING), vars(other).get(key, _MISSING)
         if theirs is _MISSING:
@@ -138,7 +138,7 @@ def _shape(shapes: Mapping[str, tuple[int, ...]], key: str) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold ``value``; a tuple comes back as a list."""
+    """Whether ``value`` can be stored as JSON; a tuple is loaded as a list."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -147,7 +147,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _same(one: Any, other: Any, depth: int = 3) -> bool:
-    """Whether two attributes mean the same, as far as that can be told."""
+    """Whether two attributes are equal, as far as this can be decided."""
     if one is other or depth == 0:
         return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
@@ -164,7 +164,7 @@ def _same(one: Any, other: Any, depth: int = 3) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, nn.Module):
-        return True  # compared as a module, or none of the forward pass's
+        return True  # compared as a module, or not used by the forward
     if isinstance(one, type) or hasattr(one, "__qualname__"):
         return one.__qualname__ == other.__qualname__ and one.__module__ == other.__module__
     if hasattr(one, "__dict__"):
@@ -179,9 +179,10 @@ def _truth(value: Any) -> bool:
 
 
 def apply_settings(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Sets the attributes that :func:`compare` found, as they come back from JSON.
+    """Sets the attributes that :func:`compare` found, after they were stored as JSON.
 
-    Raises ValueError for a module or attribute that ``model`` lacks, or a value of another kind.
+    Raises:
+        ValueError: ``model`` lacks a module or attribute, or a value has another kind.
     """
     for path, values in settings.items():
         try:
@@ -207,7 +208,7 @@ def _alike(value: Any, present: Any) -> bool:
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """Path of each module → its class, with the hooks and replaced methods that it has."""
+    """Path of each module → its class, with its hooks and replaced methods."""
     found = {}
     for path, module in _modules(model):
         line = f"{type(module).__module__}.{type(module).__qualname__}"

@@ -56,15 +56,15 @@ _RANDOM = {
 
 
 class Untraceable(Exception):
-    """A forward pass does something that a graph cannot hold. The message says what."""
+    """A forward pass does something that a graph cannot represent; the message names it."""
 
 
 class OtherPath(ValueError):
-    """An input would take another path through forward than the one that was traced."""
+    """An input would take another path through the forward than the traced one."""
 
 
 class Guard(nn.Module):
-    """Raises :class:`OtherPath` unless a value is the one that it was when the network was traced."""
+    """Raises :class:`OtherPath` unless a value equals its value when the network was traced."""
 
     def __init__(self, name: str, expected: Any, truth: bool, where: str) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class _Symbol(fx.Proxy):
 
 
 class _Functions(TorchFunctionMode):
-    """Records functions of symbols (also of sizes alone), and random draws, which would be constants."""
+    """Records functions of symbols (also of sizes only), and random draws, which would become constants."""
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
@@ -219,7 +219,7 @@ class _Functions(TorchFunctionMode):
         if self.tracer.running or not (name in _RANDOM or _symbols(args) or _symbols(kwargs)):
             return func(*args, **kwargs)
         frame = sys._getframe(1)
-        self.tracer.take_back((id(frame), frame.f_lasti))
+        self.tracer.remove_tentative((id(frame), frame.f_lasti))
         if torch.overrides.is_tensor_method_or_property(func):
             return self.tracer.create_proxy("call_method", name, args, kwargs)
         return self.tracer.create_proxy("call_function", func, args, kwargs)
@@ -234,7 +234,7 @@ def _symbols(values: Any) -> bool:
 
 
 class _Root(nn.Module):
-    """Calls the network with the images alone, so that its other arguments have their defaults."""
+    """Calls the network with the images only, so that its other arguments have their defaults."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class Tracer(fx.Tracer):
                 module = guard or self.root.get_submodule(str(node.target))
                 state = random.getstate(), np.random.get_state()  # noqa: NPY002 (other code may use it)
                 value = module(*args, **kwargs)
-                random.setstate(state[0])  # what a module draws when it runs is its own affair
+                random.setstate(state[0])  # a module may draw random numbers when it runs
                 np.random.set_state(state[1])  # noqa: NPY002
             elif node.op == "call_method":
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -309,7 +309,7 @@ class Tracer(fx.Tracer):
             self.running = running
 
     def fixed(self, symbol: _Symbol, truth: bool) -> Any:
-        """The symbol's value (or whether it is true), which the graph takes for granted from here on."""
+        """The value of the symbol (or its truth), which the graph assumes from here on and guards."""
         value = symbol._value
         if isinstance(value, Tensor) or symbol.node in self.from_data:
             raise Untraceable("it depends on the values in a tensor, which differ from image to image")
@@ -327,15 +327,15 @@ class Tracer(fx.Tracer):
 
     @contextmanager
     def tentatively(self, call: tuple[int, int]) -> Iterator[None]:
-        """Guards that are added now can be taken back by the same call (frame and instruction).
+        """Guards that are added in this block can be removed by the same call (frame and instruction).
 
-        Torch's C functions ask a symbol for its integer first, and only then let the symbol handle the call.
+        Torch's C functions first convert a symbol to an integer and only then let the symbol handle the call.
         """
         before = set(self.guarded)
         yield
         self.tentative.setdefault(call, []).extend(self.guarded.keys() - before)
 
-    def take_back(self, call: tuple[int, int]) -> None:
+    def remove_tentative(self, call: tuple[int, int]) -> None:
         for key in self.tentative.pop(call, []):
             self.graph.erase_node(self.guarded.pop(key))
 
@@ -417,7 +417,7 @@ class Tracer(fx.Tracer):
         }
         for name, value in constants.items():
             set_attribute(network, name, value)
-        clean = fx.Graph()  # without this tracer, which unpickling would ask for
+        clean = fx.Graph()  # without a reference to this tracer, which could not be unpickled
         clean.output(clean.graph_copy(graph, {}))
         return clean
 
@@ -495,7 +495,7 @@ def _holds_tensors(value: Any) -> bool:
 
 
 def _about_shape(node: fx.Node) -> bool:
-    """Whether a node that takes tensors gives what is known before their elements are."""
+    """Whether the value of a node that takes tensors does not depend on their elements."""
     if node.op == "call_method":
         return node.target in _SHAPE_QUERIES or str(node.target).startswith("is_")
     if node.target is getattr:

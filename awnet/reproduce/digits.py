@@ -1,4 +1,4 @@
-"""The main job: AW-Net and its static twins on scikit-learn's digits, trained alike, attacked, compared."""
+"""The digits experiment: AW-Net and two static twins, trained by the same recipe, attacked and compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ATTACKS = ("fgsm", "pgd_sat", "pgd_trades", "cw")
 
 @dataclass(frozen=True)
 class DigitsResult:
-    """folder: AW-Net's run folder, which holds all the rest; reports: of the test images, by model."""
+    """folder: AW-Net's run folder, which contains the other runs; reports: on the test images, by model."""
 
     folder: Path
     reports: dict[str, Report]
@@ -58,15 +58,20 @@ def run_digits(
 ) -> DigitsResult:
     """Trains ``awnet_tiny`` and two static twins by MTARD with the same two teachers and compares them.
 
-    The teachers (plain and adversarial training of ``resnet_tiny``) lie in ``out/teachers``, AW-Net in
-    ``out`` itself, the twins in ``out/compared``. Every model is judged on the same held-out test images;
-    differences are paired by image. Where an interval holds 0 the text says that there is no significant
-    difference.
+    The teachers (plain and adversarial training of ``resnet_tiny``) are stored in ``out/teachers``, AW-Net in
+    ``out`` and the twins in ``out/compared``. All models are evaluated on the same held-out test images, and
+    differences are paired by image. If an interval contains 0, the text reports no significant difference.
 
-    resume, overwrite: go on with, or replace, what is in ``out``; without either an existing run is an error.
-    recipe, splits: other settings or images than the data set's, for a smaller run, say.
-    processes: 1, or 2 to train side by side, each with half of torch's threads; by default 2 on a CPU where
-        torch has two threads or more. The same number gives the same table.
+    Args:
+        out: the run folder.
+        seed: keys all random numbers.
+        resume, overwrite: resume or replace the run in ``out``; an existing run is an error otherwise.
+        device: as for :func:`awnet.train`.
+        recipe, splits: other settings or images than those of digits, for example for a smaller run.
+        attacks: names of the attacks.
+        processes: 1, or 2 to train in parallel, each with half of torch's threads; by default 2 on a CPU if
+            torch has two threads or more. The same number gives the same table.
+        quiet: print nothing.
     """
     begun = time.monotonic()
     console = safe_console(quiet=quiet)
@@ -98,7 +103,7 @@ def run_digits(
 
 
 def followed(folder: Path, warn: Callable[[str], None]) -> RunFolder:
-    """An experiment's folder, which exists from now on."""
+    """Creates the folder of an experiment, and follows it if it is renamed."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"out must be a folder, but {folder} is a file")
     folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +121,7 @@ def _trained_and_evaluated(
     processes: int,
     console: Console,
 ) -> dict[str, Report]:
-    """The reports of AW-Net, which waits for the comparison to be saved, and of its twins."""
+    """The reports of AW-Net, which is not saved before the comparison, and of its twins."""
     say(console, f"{splits.train.name}: {splits.train.source}")
     say(
         console,
@@ -139,23 +144,23 @@ def _trained_and_evaluated(
             quiet=console.quiet or (aside and processes == 2),
         )
 
-    def side_by_side(here: list[_Training], aside: list[_Training]) -> list[_Trained]:
+    def run_jobs(here: list[_Training], aside: list[_Training]) -> list[_Trained]:
         """The results of the jobs ``here`` and then of those ``aside``."""
         queues = [here, aside] if processes == 2 else [here + aside]
         jobs = [[partial(_train_all, place.path, queue)] for queue in queues]
         results = run_in_parallel(jobs, max(1, torch.get_num_threads() // processes))
         return [one for queue in results for trained in queue for one in trained]
 
-    beside = ", in a second process" if processes == 2 else ""
+    elsewhere = ", in a second process" if processes == 2 else ""
     clean, robust = recipe.teacher_recipe("clean"), recipe.teacher_recipe("robust")
-    say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{beside}")
-    found = side_by_side(
+    say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{elsewhere}")
+    found = run_jobs(
         [job(robust, TEACHER, "teachers/robust", aside=False)],
         [job(clean, TEACHER, "teachers/clean", aside=True)],
     )
     say(console, f"clean teacher: validation accuracy {100 * found[1].validation['clean_accuracy']:.1f} %")
-    say(console, f"students by {recipe.name}: {AWNET}; {' and '.join(TWINS)}{beside}")
-    found = side_by_side(
+    say(console, f"students by {recipe.name}: {AWNET}; {' and '.join(TWINS)}{elsewhere}")
+    found = run_jobs(
         [job(recipe, AWNET, "", aside=False)],
         [job(recipe, name, f"compared/{name}", aside=True) for name in TWINS],
     )
@@ -174,13 +179,13 @@ _Training = Callable[[RunFolder], _Trained]
 
 
 def _train_all(out: Path, trainings: Sequence[_Training]) -> list[_Trained]:
-    """One after the other, in ``out``, which is followed when it is renamed."""
+    """Runs ``trainings`` in order in ``out``, which is followed if it is renamed."""
     with RunFolder(out, _ignore, "the experiment") as place:
         return [training(place) for training in trainings]
 
 
 def _ignore(text: str) -> None:
-    """The process that started the experiment warns already."""
+    """The process that started the experiment already warns."""
 
 
 def _train(
@@ -196,7 +201,7 @@ def _train(
     attacks: Sequence[str],
     quiet: bool,
 ) -> _Trained:
-    """Trains one model, or resumes its training, and evaluates it where there are attacks.
+    """Trains one model, or resumes its training, and evaluates it if there are attacks.
 
     ``folder`` and ``teachers`` are relative to ``place``.
     """
@@ -207,7 +212,7 @@ def _train(
         place.path / folder,
         seed=seed,
         device=device,
-        resume=True,  # run_digits has asked already
+        resume=True,  # run_digits has checked the folder
         teachers=[place.path / teacher for teacher in teachers] or None,
         quiet=quiet,
     )
@@ -215,7 +220,7 @@ def _train(
     if attacks:
         run = place.path / folder
         report = evaluate(result.model, splits.test, attacks, seed=seed, selected_on="validation", run=run)
-        if model != AWNET:  # whose report waits for the comparison
+        if model != AWNET:  # its report is saved with the comparison
             place.during(partial(_save_in, report, place, folder))
     return _Trained(result.validation, report)
 
@@ -237,15 +242,15 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
         say(console, f"{AWNET} against {name} ({TWINS[name]}): {verdict(comparison)}")
     say(
         console,
-        "One seed, one test set, and no correction for the number of comparisons: see the intervals, and "
-        "train with other seeds before believing a small difference.",
+        "One seed, one test set, and no correction for the number of comparisons: look at the intervals, "
+        "and train with other seeds before you trust a small difference.",
     )
     if report.router_auc:
         values = ", ".join(f"{attack_label(name)} {value:.3f}" for name, value in report.router_auc.items())
-        say(console, f"The router tells clean images from others with AUC: {values}.")
+        say(console, f"AUC of the router for clean against attacked images: {values}.")
     for flag in report.flags:
         say(console, f"note: {flag}")
-    say(console, f"{seconds:.0f} s in all")
+    say(console, f"{seconds:.0f} s in total")
     folder = out / "evaluations" / "default"
     say(console, f"figures:    {', '.join(str(path) for path in sorted(folder.glob('*.png')))}")
     say(console, f"checkpoint: {out / 'best.safetensors'}")
@@ -253,14 +258,17 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
 
 
 def verdict(comparison: Comparison) -> str:
-    """Clean accuracy and A_w under each attack: better or worse where the 95 % interval excludes 0."""
+    """Clean accuracy and A_w under each attack: better or worse if the 95 % interval excludes 0."""
     found = {"clean": (comparison.clean_difference, comparison.clean_interval_95)}
     attacks = {name: (attack.difference, attack.interval_95) for name, attack in comparison.attacks.items()}
     return in_words(found | attacks)
 
 
 def in_words(differences: Mapping[str, tuple[float, Interval]]) -> str:
-    """What is better and what worse: "clean" (of A_nat) or attack (of A_w) → difference and interval."""
+    """The differences as text, by better and worse.
+
+    ``differences``: "clean" (of A_nat) or attack (of A_w) → difference and interval.
+    """
     groups: dict[str, list[str]] = {"better": [], "worse": [], "no significant difference": []}
     for name, (difference, (low, high)) in differences.items():
         what = "clean accuracy" if name == "clean" else f"A_w under {LABELS.get(name, name)}"
@@ -272,5 +280,5 @@ def in_words(differences: Mapping[str, tuple[float, Interval]]) -> str:
 
 
 def say(console: Console, text: str) -> None:
-    """Prints a line as it stands."""
+    """Prints a line without markup."""
     console.print(visible(text), markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What each table and figure of the paper compares, as data, and what a budget allows."""
+"""The paper's tables and figures as data, and the budgets of a run."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ WHITE_BOX = ("fgsm", "pgd_sat", "pgd_trades", "cw", "aa")
 
 @dataclass(frozen=True)
 class System:
-    """One row: the paper's name of it, our model and how it is trained."""
+    """One row: the paper's name, the model and its recipe."""
 
     label: str
     model: str
     recipe: str = "mtard"
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the model, see ``create_model``."""
+    """Options of the model, see ``create_model``."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of the recipe, beside the budget's."""
+    """Settings of the recipe, in addition to the budget's."""
     eps_scale: float = 1.0
-    """Multiplies the ε that it is trained with."""
+    """Multiplies ε in training."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Experiment:
 
     kind: ``accuracy`` (white-box attacks), ``transfer`` (made on a surrogate), ``detection`` (AUC),
     ``filters`` (distributions of filter means), ``weight_gap`` (Section 3.2).
-    table: the paper's rows to set beside ours, see ``awnet.evaluation.paper``; None where it prints none.
+    table: the paper's rows for comparison, see ``awnet.evaluation.paper``; None if the paper prints none.
     """
 
     title: str
@@ -43,10 +43,9 @@ class Experiment:
     table: str | None = None
     notes: tuple[str, ...] = ()
     equal_cost: bool = False
-    """The budget's epochs are the first system's; each other one trains for as many as come nearest to its
-    multiply-adds."""
+    """The budget's epochs apply to the first system; the others train for about as many multiply-adds."""
     changes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    """Fields of a budget, by its name, that are others here."""
+    """Fields of a budget that are different here, by the name of the budget."""
 
 
 AWNET = System("AW-Net", "awnet_resnet18")
@@ -226,7 +225,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             for beta in (1, 2, 3, 4, 5)
         ),
         ("aa",),
-        notes=("The figure prints no numbers, so there is nothing to set beside ours.",),
+        notes=("The figure prints no numbers to compare with.",),
     ),
     "fig5": Experiment(
         "Training methods",
@@ -289,26 +288,26 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of an experiment is run. None means all, or the recipe's own."""
+    """How much of an experiment is run. None means everything, or the value of the recipe."""
 
     about: str
     width: float = 1.0
     """Multiplies the channels of every network."""
     epochs: int | None = None
     fast: bool = False
-    """The fast variant of each recipe, where there is one."""
+    """Use the fast variant of each recipe if there is one."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of every recipe."""
+    """Settings of every recipe."""
     train_limit: int | None = None
     validation_limit: int | None = None
     test_limit: int | None = None
     shrink: int = 1
-    """Images are averaged over squares of so many pixels a side; augmentation shifts them by as much less."""
+    """Images are averaged over squares of this side, and the shift of augmentation is divided by it."""
     attack_budget: BudgetName = "standard"
     queries: int | None = None
-    """Of Square; None takes the attack budget's."""
+    """Queries of Square; None for the attack budget's."""
     synthetic: bool = False
-    """Generated images where a data set's folder is not there."""
+    """Use generated images if the folder of a data set is missing."""
 
 
 BUDGETS: dict[str, Budget] = {

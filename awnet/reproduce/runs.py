@@ -1,4 +1,4 @@
-"""Trains or finds the networks that the paper's tables need, and evaluates them, each once a folder."""
+"""Trains and evaluates the networks of the paper's tables, each once per folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SURROGATE = System("WideResNet-70-16", "wrn70_16", "trades")
 
 @dataclass(frozen=True)
 class Training:
-    """What a table says of how one of its networks was trained."""
+    """How a network of a table was trained."""
 
     label: str
     dataset: str
@@ -47,16 +47,16 @@ class Training:
     recipe: str
     epochs: int
     multiply_adds: int | None
-    """Of the whole training; None where they were not counted."""
+    """Of the whole training; None if they were not counted."""
     seconds: float
-    """By the clock, on whatever else the machine did meanwhile."""
+    """Wall-clock time, which includes other work of the machine."""
 
 
 class Runs:
     """The runs under one folder, shared by all experiments of one budget and seed.
 
-    ``out/runs/<budget>/<data set>-<model>-<recipe>…`` are run folders; one that is finished is only loaded,
-    one that was interrupted goes on.
+    ``out/runs/<budget>/<data set>-<model>-<recipe>…`` are run folders. A finished run is only loaded, an
+    interrupted one is resumed.
     """
 
     def __init__(
@@ -73,21 +73,22 @@ class Runs:
         self.place, self.budget_name, self.budget = place, budget_name, budget
         self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
         self.left_out: dict[str, str] = {}
-        """Systems that cannot be made here, and why."""
+        """Systems that cannot be built here, with the reasons."""
         self.trainings: list[Training] = []
-        """In the order in which they were asked for, teachers before their students."""
+        """In the order of training, teachers before their students."""
         self.attack_settings: list[str] = []
         self.differences: list[str] = []
-        """Paired by image, each with its verdict."""
+        """Differences paired by image, as text."""
         self.doubts: list[str] = []
         """Flags of the reports."""
         self._costs: dict[str, int] = {}  # label → multiply-adds of training, where they were counted
         self._splits: dict[str, Splits] = {}
 
     def splits(self, name: str) -> Splits:
-        """The data set, cut to the budget.
+        """The data set, limited by the budget.
 
-        Raises FileNotFoundError, naming the folder, where it is not there and the budget takes no stand-in.
+        Raises:
+            FileNotFoundError: the folder is missing and the budget does not allow generated images.
         """
         if name not in self._splits:
             budget = self.budget
@@ -99,7 +100,7 @@ class Runs:
                         f"{error} (only --budget smoke runs without the images, on generated ones)"
                     ) from error
                 found = synthetic_splits(name, self.seed)
-                self.say(f"{name} is not here: generated images stand in for it; the figures mean nothing")
+                self.say(f"{name} is missing: generated images are used instead, so the figures mean nothing")
             limits = (budget.train_limit, budget.validation_limit, budget.test_limit)
             parts = (_cut(part, n) for part, n in zip(found, limits, strict=True))
             self._splits[name] = Splits(*(_shrunk(part, budget.shrink) for part in parts))
@@ -128,7 +129,7 @@ class Runs:
         return recipe_for(self._recipe_name(system.recipe), dataset, **settings)
 
     def at_equal_cost(self, systems: Sequence[System], dataset: str) -> tuple[System, ...]:
-        """The systems with epochs of their own, so that training each costs about what the first one does."""
+        """The systems with numbers of epochs such that training each costs about as much as the first."""
         train = self.splits(dataset).train
         found: list[System] = []
         total = 0
@@ -140,13 +141,13 @@ class Runs:
             found.append(replace(system, settings={**system.settings, "epochs": epochs}))
             self._costs[system.label] = epochs * cost * len(train)
             self.say(
-                f"{system.label}: {cost / 1e6:.3g}·10⁶ multiply-adds an image, so {epochs} epochs of "
-                f"{len(train)} images, {self._costs[system.label] / 1e12:.3g}·10¹² in all"
+                f"{system.label}: {cost / 1e6:.3g}·10⁶ multiply-adds per image, so {epochs} epochs of "
+                f"{len(train)} images, {self._costs[system.label] / 1e12:.3g}·10¹² in total"
             )
         return tuple(found)
 
     def trained(self, system: System, dataset: str) -> nn.Module:
-        """The system's network, by its best checkpoint; its teachers are trained first, and shared."""
+        """The network of a system at its best checkpoint; its teachers are trained first and shared."""
         splits = self.splits(dataset)
         if system.eps_scale != 1:
             threat = ThreatModel(splits.train.threat_model.eps * system.eps_scale)
@@ -188,7 +189,7 @@ class Runs:
     def evaluated(
         self, system: System, dataset: str, attacks: Sequence[str] | Mapping[str, Attack], name: str
     ) -> Report:
-        """The system's report on the test images; one that is there with the same attacks is read."""
+        """The report of a system on the test images; an existing one with the same attacks is loaded."""
         model = self.trained(system, dataset)
         folder = self.run_folder(system, dataset)
         with suppress(FileNotFoundError):
@@ -253,7 +254,7 @@ def _described(model: str, options: Mapping[str, Any]) -> str:
 
 
 def _gates(model: nn.Module) -> dict[str, nn.Module] | None:
-    """Where the union also attacks a network whose choice between its members has no gradient."""
+    """Further models for the union if the choice between members has no gradient."""
     if not isinstance(model, SeparateNet):
         return None
     views: dict[str, nn.Module] = {

@@ -1,4 +1,4 @@
-"""Generated images in the shape of a published data set, for runs that only show that a command works."""
+"""Generated images with the shapes of a published data set, for tests of commands."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def synthetic_splits(
 ) -> Splits:
     """A data set called "stand-in for <name>" with its classes, image size and threat model (8/255).
 
-    Each class is a pattern of few waves; an image is its class's pattern, moved and in noise. What a network
-    reaches on it says nothing of the real images.
+    Each class is a pattern of a few waves; an image is the pattern of its class, moved and with noise.
+    Accuracies on it say nothing about the published images.
 
-    Raises ValueError for a data set that there is no stand-in for.
+    Raises:
+        ValueError: no images are generated for this data set.
     """
     if name not in _SHAPES:
         raise ValueError(f"there is a stand-in for {', '.join(_SHAPES)}, not for {name!r}")

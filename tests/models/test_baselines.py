@@ -396,7 +396,7 @@ def test_the_report_tells_which_exits_were_taken(tmp_path: Path) -> None:
     ("name", "message"),
     [
         ("advmoe_resnet18", r"cannot convert 'blocks\.0\.conv1\.convolution' \(FilterScaledConv2d\)"),
-        ("separate_net", "SeparateNet has a router of its own already"),
+        ("separate_net", "SeparateNet already has a router"),
         ("swin_t", "Swin has no nn.BatchNorm2d"),
     ],
 )

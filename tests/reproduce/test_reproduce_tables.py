@@ -88,7 +88,7 @@ def test_a_figure_from_the_command_line_goes_on_where_it_was(
     ]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "generated images stand in" in said
+    assert "generated images are used instead" in said
     folder = tmp_path / "out" / "fig1-smoke"
     assert (folder / "filter_means.png").stat().st_size > 10_000
     rows = rows_of(folder / "filter_means.csv")
