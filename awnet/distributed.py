@@ -1,9 +1,9 @@
-"""A command on several processes, its ranks, on one machine or more, as ``torchrun`` starts them.
+"""Ranks: a command on several processes, on one machine or more, started by ``torchrun``.
 
-Each rank holds the whole model. In training it takes its share of every global batch: gradients, batch
-statistics and MTARD's losses are averaged over all samples of the global batch, so that the number of ranks
-changes the rounding and nothing else. In an evaluation it takes whole batches, and the number of ranks does
-not even change the rounding. Reports, logs and the terminal belong to rank 0.
+Each rank holds the whole model. In training it computes its share of every global batch: gradients, batch
+statistics and MTARD's losses are averaged over all samples of the global batch, so the number of ranks only
+changes rounding. In an evaluation it computes whole batches, so the number of ranks does not change rounding
+either. Rank 0 writes reports and logs and prints.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of a command, and which of them this process is; alone by default.
+    """The ranks of a command; by default this process is the only one.
 
-    device: this rank's.
-    group: of gradients and statistics: NCCL on CUDA, gloo on a CPU.
-    control: gloo, between the hosts alone: what it does never waits for a GPU.
+    device: the device of this rank.
+    rank: number of this process.
+    size: number of processes.
+    group: process group for gradients and statistics: NCCL on CUDA, gloo on a CPU.
+    control: gloo process group between the hosts; its collectives never wait for a GPU.
     """
 
     device: torch.device
@@ -40,15 +42,15 @@ class Ranks:
 
     @property
     def group_name(self) -> str | None:
-        """What ``awnet.nn.synchronize`` takes; None for a process that is alone."""
+        """The argument of ``awnet.nn.synchronize``; None for a single process."""
         return None if self.group is None else str(self.group.group_name)
 
     @torch.no_grad()
     def mean(self, tensors: Sequence[Tensor], count: int) -> None:
         """Averages ``tensors`` over the ranks in place, each rank's weighted by its ``count`` of samples.
 
-        One collective for each dtype; the host waits for nothing, and nothing depends on ``count``'s value
-        but the numbers, so that it can be part of a CUDA graph.
+        There is one collective per dtype. The host does not wait, and only the numbers depend on ``count``,
+        so this can be part of a CUDA graph.
         """
         if self.size == 1:
             return
@@ -63,14 +65,14 @@ class Ranks:
             torch._foreach_copy_(group, [p.view(t.shape) for p, t in zip(parts, group, strict=True)])
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of ``values``, on the CPU, over the ranks."""
+        """The sum of ``values``, a CPU tensor, over the ranks."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values, group=self.control)
         return values
 
     def first(self, make: Callable[[], T]) -> T:
-        """``make()``, called by rank 0; its result, or its exception, on every rank."""
+        """Rank 0 calls ``make()``; every rank returns its result or raises its exception."""
         if self.size == 1:
             return make()
         box: list[Any] = [None, None]
@@ -86,7 +88,7 @@ class Ranks:
         return result
 
     def gathered(self, value: T) -> list[T]:
-        """Every rank's ``value``, on every rank, in order."""
+        """The ``value`` of every rank, in order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -94,9 +96,10 @@ class Ranks:
         return values
 
     def share(self, model: nn.Module) -> None:
-        """Gives all ranks the weights and buffers of rank 0's ``model``.
+        """Copies the weights and buffers of rank 0's ``model`` to all ranks.
 
-        Raises ValueError for a batch norm whose statistics would be each rank's own.
+        Raises:
+            ValueError: the statistics of a batch norm would differ from rank to rank.
         """
         if self.size == 1:
             return
@@ -113,10 +116,10 @@ class Ranks:
 
 
 class Agreement:
-    """Turns what single ranks wish into what all do: the greatest wish, one call later.
+    """The maximum of integers over the ranks, one call later.
 
-    Each call starts a reduction between the hosts and takes the result of the one before, so no rank waits
-    for another longer than a step. Alone, a wish is granted at once.
+    Each call starts a reduction between the hosts and returns the result of the previous one, so no rank
+    waits longer than a step for another. A single process gets its values at once.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -133,7 +136,7 @@ class Agreement:
         return agreed
 
     def close(self) -> list[int] | None:
-        """Takes what is still under way; every rank has to call it as often as the others."""
+        """Returns the result of the pending reduction; all ranks have to call this equally often."""
         if self._under_way is None:
             return None
         work, values = self._under_way
@@ -143,29 +146,33 @@ class Agreement:
 
 
 def is_first() -> bool:
-    """Whether this process is rank 0 of torchrun's, or alone."""
+    """Whether this process is rank 0 of torchrun, or the only one."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def restarts() -> int:
-    """How often torchrun has started the ranks again after a failure (``--max-restarts``)."""
+    """How often torchrun has restarted the ranks after a failure (``--max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _init_process_group(backend: str) -> None:
     store, rank, size = next(dist.rendezvous("env://"))
-    # torchrun with --master_addr keeps its store: in it are addresses of processes that are dead by now
+    # with --master_addr the store of torchrun survives a restart and holds addresses of dead processes
     store = dist.PrefixStore(f"attempt {restarts()}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 @contextmanager
 def joined(device: torch.device, timeout: timedelta | None = None) -> Iterator[Ranks]:
-    """The ranks of a command: torchrun's, those of a process group that is there already, or this one alone.
+    """The ranks of a command: torchrun's, those of an existing process group, or this process only.
 
-    ``device`` "cuda" becomes this rank's own GPU, by torchrun's LOCAL_RANK. ``timeout``: how long hosts wait
-    for each other, by default torch's half an hour; a process that ends is noticed at once. Raises ValueError
-    for a numbered GPU that all of torchrun's ranks would share.
+    Args:
+        device: "cuda" becomes the GPU of this rank, by torchrun's LOCAL_RANK.
+        timeout: how long hosts wait for each other, by default torch's half an hour; the end of a process is
+            noticed at once.
+
+    Raises:
+        ValueError: under torchrun, a numbered GPU, which all ranks would share, or more ranks than GPUs.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     own = launched and not dist.is_initialized()
@@ -187,5 +194,5 @@ def joined(device: torch.device, timeout: timedelta | None = None) -> Iterator[R
         return
     control = dist.new_group(backend="gloo", timeout=timeout)
     yield Ranks(device, dist.get_rank(), dist.get_world_size(), dist.group.WORLD, control)
-    if own:  # after an error the process ends: what is under way with a lost rank would hold it up
+    if own:  # not after an error: a pending collective with a lost rank would block the exit
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """SIGHUP and SIGUSR1 that arrive while a command prepares its training, which takes seconds.
 
-They are noted, and training acts on them as soon as it has begun: it saves and stops.
+They are recorded, and training handles them when it begins: it saves and stops.
 """
 
 from __future__ import annotations
@@ -11,34 +11,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-#: the signals by which a terminal that closes and a batch system ask a process to stop, where there are any
+#: the signals by which a closing terminal and a batch system ask a process to stop, if the system has them
 PATIENT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
-_came: list[int] = []
+_received: list[int] = []
 
 
 def note(number: int, frame: Any) -> None:
     """The signal handler."""
-    _came.append(number)
+    _received.append(number)
 
 
 def take() -> int | None:
-    """The first signal that was noted since the last call, None if there was none."""
-    first = _came[0] if _came else None
-    _came.clear()
+    """The first signal that was recorded since the last call; None if there was none."""
+    first = _received[0] if _received else None
+    _received.clear()
     return first
 
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Notes these signals in a block of code. Ignored ones stay ignored, and handlers of the program stay."""
-    _came.clear()
-    usual = {}
+    """Records these signals for a block of code; ignored ones stay ignored, and other handlers stay."""
+    _received.clear()
+    previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in PATIENT:
             if signal.getsignal(number) == signal.SIG_DFL:
-                usual[number] = signal.signal(number, note)
+                previous[number] = signal.signal(number, note)
     try:
         yield
     finally:
-        for number, handler in usual.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

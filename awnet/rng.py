@@ -1,8 +1,8 @@
-"""Random numbers keyed by the sample, not by the order of drawing.
+"""Random numbers keyed by the sample instead of the order of drawing.
 
-Sample ``i`` of a data set gets the same noise whichever batch, rank, worker or device it lands on, and a run
-that is resumed draws what it would have drawn. The generator is counter-based: a 64-bit mix of
-(key, sample index, position), so any value can be made alone.
+Sample ``i`` of a data set gets the same noise in every batch and on every rank, worker and device, and a
+resumed run draws the same numbers as an uninterrupted one. The generator is counter-based: a 64-bit mix of
+(key, sample index, position), so any value can be computed separately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def key(*parts: int | str) -> int:
-    """A 64-bit key from any parts (seed, epoch, purpose, …); the same on every machine and Python."""
+    """A 64-bit key from any parts (seed, epoch, purpose, …), equal on all machines and Python versions."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -31,18 +31,18 @@ def torch_seed(*parts: int | str) -> int:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: int64's own shift copies the sign
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: the shift of int64 copies the sign
 
 
 def _mix(x: Tensor) -> Tensor:
-    # the finalizer of SplitMix64; int64 products wrap, as the algorithm wants
+    # the finalizer of SplitMix64; int64 products wrap around, as the algorithm requires
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)
 
 
 def bits(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """64 random bits a value: int64 ``[B, *shape]`` for sample indices ``index`` int64 ``[B]``."""
+    """64 random bits per value: int64 ``[B, *shape]`` for sample indices ``index`` int64 ``[B]``."""
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"index must be int64 [B], got {index.dtype} {list(index.shape)}")
     count = math.prod(shape)
@@ -52,12 +52,12 @@ def bits(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def uniform(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """float32 ``[B, *shape]`` in [0, 1), on ``index``'s device; bitwise the same on every device."""
+    """float32 ``[B, *shape]`` in [0, 1), on the device of ``index``; bitwise equal on all devices."""
     return _shift(bits(key, index, shape), 40).to(torch.float32) * 2.0**-24
 
 
 def normal(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """float32 ``[B, *shape]`` of N(0, 1), by Box and Muller's transform."""
+    """float32 ``[B, *shape]`` of N(0, 1), by the Box–Muller transform."""
     raw = bits(key, index, shape)
     radius = torch.sqrt(-2.0 * torch.log1p(-_shift(raw, 40).to(torch.float32) * 2.0**-24))
     angle = (raw & 0xFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-24)

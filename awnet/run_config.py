@@ -1,4 +1,4 @@
-"""config.json of a run folder: reading it, with every value that a tool relies on checked."""
+"""config.json of a run folder: reads it and checks every value that other parts rely on."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ _SPLITS = ("train", "validation", "test")
 
 
 def is_run(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a run's config.json. ValueError where that file is damaged."""
+    """Whether ``folder`` contains a run's config.json; ValueError if that file is damaged."""
     path = expanded(folder) / "config.json"
     return path.is_file() and _is_config(read_json(path))
 
 
 def read_config(folder: str | Path, *, whole: bool = False) -> dict[str, Any]:
-    """The run's config.json; with ``whole``, every entry that the tools rely on is in it.
+    """The run's config.json.
 
-    FileNotFoundError where there is none, ValueError, naming file and entry, where it is damaged or where a
-    value has another type than a run writes.
+    Args:
+        folder: the run folder.
+        whole: whether every entry that other parts rely on must exist.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is damaged, or a value has another type than a run writes; the message names file and
+            entry.
     """
     path = expanded(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
     config = read_json(path)
     if not _is_config(config):
         raise ValueError(f"{path} does not describe a training run: its kind is not {MARK!r}")
@@ -56,7 +62,7 @@ _MISSING: Any = object()
 
 
 def _entry(config: dict[str, Any], name: str | None) -> Any:
-    """The value at a dotted ``name``; ``_MISSING`` where there is none, or above it something else."""
+    """The value at a dotted ``name``; ``_MISSING`` if there is none."""
     value: Any = config
     for key in name.split(".") if name else ():
         if not isinstance(value, dict) or key not in value:
@@ -86,7 +92,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _are_teachers(value: Any) -> bool:
-    """By kind the path, that from the run folder and the weights' SHA-256; earlier versions: paths alone."""
+    """Paths and SHA-256 of the weights by kind; earlier versions stored a list of paths."""
     if isinstance(value, dict):
         return all(
             isinstance(source, dict)

@@ -1,4 +1,4 @@
-"""What ``awnet analyze`` draws for any set of checkpoints, with the data behind each figure."""
+"""The figures of ``awnet analyze`` for any set of checkpoints, with their data."""
 
 from __future__ import annotations
 
@@ -38,11 +38,13 @@ def compare_filters(
     """Fig. 1 and 3: distributions of the filters' mean weights, ``filter_means.{png,csv}`` in ``out``.
 
     Args:
-        networks: network → (how it was trained → model): a panel for each network and layer, a curve for each
-            model in it.
-        layers: how many convolutions of each network, from the first.
+        networks: network → (training → model): a panel for each network and layer, a curve for each model.
+        out: folder of the files.
+        layers: number of convolutions of each network, from the first.
+        title: of the figure.
 
-    Raises ValueError where the models of a network differ in their convolutions.
+    Raises:
+        ValueError: the models of a network have different convolutions.
     """
     panels: dict[str, dict[str, NDArray[np.float64]]] = {}
     rows: list[tuple[Any, ...]] = [("network", "layer", "model", "filter", "mean")]
@@ -60,8 +62,10 @@ def compare_filters(
 
 
 def alike(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
-    """The models in groups that :func:`compare_filters` takes: those whose convolutions have the same names
-    and widths, under the architectures' names."""
+    """Groups of models for :func:`compare_filters`, under the names of the architectures.
+
+    The models of a group have convolutions with the same names and widths.
+    """
     groups: dict[tuple[tuple[str, int], ...], dict[str, nn.Module]] = {}
     for label, model in models.items():
         key = tuple((layer, len(values)) for layer, values in filter_means(model).items())
@@ -69,7 +73,7 @@ def alike(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     found: dict[str, dict[str, nn.Module]] = {}
     for group in groups.values():
         name = " and ".join(dict.fromkeys(_name(model) for model in group.values()))
-        number = sum(known.split(", kind")[0] == name for known in found)  # other widths, say
+        number = sum(known.split(", kind")[0] == name for known in found)  # with other widths
         found[f"{name}, kind {number + 1}" if number else name] = group
     return found
 
@@ -83,17 +87,18 @@ def effective_filters(
     layers: int = 2,
     title: str = "Means of the filters as the router scales them",
 ) -> list[Path]:
-    """Fig. 3's counterpart for AW-Nets: means of the effective filters ω·𝒦 beside those of the weights.
+    """Fig. 3 for AW-Nets: means of the effective filters ω·𝒦 and of the weights.
 
     ω is averaged over clean images, and over their adversarial ones; ``effective_filters.{png,csv}`` in
     ``out``.
 
     Args:
-        models: label → model and the images for it, one batch. Those without filter scales are left out.
-        attack: makes the adversarial images, by name and with its threat model from the images' data set.
-        layers: how many dynamic convolutions of each are drawn, from the first; the table holds all.
+        models: label → model and one batch of images. Models without filter scales are skipped.
+        attack: name of the attack that makes the adversarial images, with the threat model of the data set.
+        layers: number of dynamic convolutions that are drawn, from the first; the table contains all.
 
-    Returns the files, none where no model has filter scales.
+    Returns:
+        The files; none if no model has filter scales.
     """
     panels: dict[str, dict[str, NDArray[np.float64]]] = {}
     rows: list[tuple[Any, ...]] = [("model", "layer", "images", "filter", "mean")]

@@ -1,4 +1,4 @@
-"""Two run folders side by side: settings, training, evaluations."""
+"""Comparison of two run folders: settings, training, evaluations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from awnet.run_config import read_config
 from awnet.training.checkpoint import differences
 from awnet.training.logging import read_log
 
-_APART = ("kind", "sessions", "format")  # of config.json: what is no setting
+_APART = ("kind", "sessions", "format")  # parts of config.json that are not settings
 
 
 @dataclass(frozen=True)
 class RunComparison:
-    """settings: of ``config.json`` that differ, by name, in both runs; reports: the evaluations, by run;
-    paired: a minus b on the same images, None where the evaluations cannot be paired; curves: the figure."""
+    """What :func:`compare_runs` returns.
+
+    settings: those of ``config.json`` that differ, by name, in both runs; reports: the evaluations, by run;
+    paired: a minus b on the same images, None if the evaluations cannot be paired; curves: the figure.
+    """
 
     labels: tuple[str, str]
     settings: dict[str, tuple[Any, Any]]
@@ -35,7 +38,7 @@ class RunComparison:
     notes: list[str]
 
     def tables(self) -> list[Table]:
-        """For the terminal: settings, validation, and accuracies where there are evaluations."""
+        """Tables for the terminal: settings, validation, and accuracies if there are evaluations."""
         tables = [_settings(self), _validation(self)]
         if self.reports:
             tables.append(w_robust_table(self.reports))
@@ -52,11 +55,12 @@ def compare_runs(
     """Compares the runs in the folders ``a`` and ``b``.
 
     Args:
-        name: of the evaluation that is read from each, ``evaluations/<name>``.
-        out: PNG file for the training curves of both; None draws none.
+        a, b: run folders.
+        name: name of the evaluations, ``evaluations/<name>``.
+        out: PNG file for the training curves of both runs; None for no figure.
 
     Raises:
-        FileNotFoundError, ValueError: a folder that is no run.
+        FileNotFoundError, ValueError: a folder is not a run.
     """
     folders = [Path(a), Path(b)]
     labels = _labels(folders)
@@ -85,7 +89,7 @@ def compare_runs(
 
 
 def _labels(folders: Sequence[Path]) -> tuple[str, str]:
-    """The folders' names, or their paths where the names are the same."""
+    """The names of the folders, or their paths if the names are equal."""
     names = [folder.resolve().name for folder in folders]
     first, second = names if names[0] != names[1] else map(str, folders)
     return (first, second) if first != second else (f"{first} (a)", f"{second} (b)")

@@ -72,14 +72,14 @@ class Runs:
     ) -> None:
         self.place, self.budget_name, self.budget = place, budget_name, budget
         self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
-        self.left_out: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
         """Systems that cannot be built here, with the reasons."""
         self.trainings: list[Training] = []
         """In the order of training, teachers before their students."""
         self.attack_settings: list[str] = []
         self.differences: list[str] = []
         """Differences paired by image, as text."""
-        self.doubts: list[str] = []
+        self.flags: list[str] = []
         """Flags of the reports."""
         self._costs: dict[str, int] = {}  # label → multiply-adds of training, where they were counted
         self._splits: dict[str, Splits] = {}

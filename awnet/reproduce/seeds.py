@@ -1,4 +1,4 @@
-"""The main job with several seeds: which differences stay when networks are trained again."""
+"""The digits experiment with several seeds: which differences remain when networks are trained again."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ CLEAN = "clean"
 
 @dataclass(frozen=True)
 class Spread:
-    """One figure of several trainings, as fractions.
+    """One figure over several trainings, as fractions.
 
-    values: in the order of the seeds. sd: between trainings, of n − 1. interval_95: Student's, of the mean.
+    values: in the order of the seeds. sd: standard deviation between trainings, with n − 1. interval_95:
+    Student's, of the mean.
     """
 
     values: list[float]
@@ -38,10 +39,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class SeedsResult:
-    """What ``seeds.json`` holds, and the runs.
+    """The content of ``seeds.json``, and the runs.
 
-    Accuracies by model, differences (``awnet_tiny`` minus the twin) by twin; in each ``"clean"`` is A_nat,
-    the others A_w under the attack of that name.
+    Accuracies by model, differences (``awnet_tiny`` minus the twin) by twin; in both ``"clean"`` is
+    A_nat, and any other key A_w under the attack of that name.
     """
 
     folder: Path
@@ -60,15 +61,19 @@ def run_digits_seeds(
     quiet: bool = False,
     **options: Any,
 ) -> SeedsResult:
-    """:func:`run_digits` once for each of ``seeds``, in ``out/seed-N``, and what they say together.
+    """:func:`run_digits` once for each of ``seeds``, in ``out/seed-N``, with means and intervals.
 
-    A seed draws weights, order, augmentation, attacks and validation images anew, and the teachers with them;
-    the test images stay. So the intervals are over trainings, for these test images. ``out`` gets
+    A seed determines weights, order, augmentation, attacks, validation images and teachers; the test images
+    are the same. So the intervals are over trainings, for these test images. ``out`` also contains
     ``seeds.json`` and ``seeds.png``.
 
-    resume, overwrite: of each seed's folder, as in :func:`run_digits`; more seeds with ``resume`` train only
-        those that are new.
-    options: further arguments of :func:`run_digits`.
+    Args:
+        out: folder of the runs.
+        seeds: two or more different numbers.
+        resume, overwrite: of each seed's folder, as in :func:`run_digits`. With ``resume`` only new seeds are
+            trained.
+        quiet: print nothing.
+        options: further arguments of :func:`run_digits`.
 
     Raises:
         ValueError: fewer than two seeds, or one of them twice.

@@ -1,4 +1,4 @@
-"""``awnet reproduce table1``: trains or finds what a table needs and sets it beside the paper's figures."""
+"""``awnet reproduce table1``: trains what a table needs and compares the results with the paper's."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from awnet.text import csv_text, visible
 
 @dataclass(frozen=True)
 class Line:
-    """One figure, ours beside the paper's; fractions, None where there is none."""
+    """One figure, ours and the paper's, as fractions; None if there is none."""
 
     dataset: str
     system: str
     attack: str
-    """Empty for what no attack changes."""
+    """Empty for a quantity without attack."""
     quantity: str
     """``clean``, ``adversarial``, ``w_robust`` or ``auc``."""
     paper: float | None
     ours: float | None
     low: float | None
-    """95 % interval of ours."""
+    """95 % interval of ``ours``."""
     high: float | None
 
     @property
@@ -57,7 +57,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Outcome:
-    """folder holds table.md, table.csv, table.json and figures; lines is empty for a figure."""
+    """folder: with table.md, table.csv, table.json and figures; lines: empty for a figure."""
 
     folder: Path
     lines: tuple[Line, ...]
@@ -75,12 +75,13 @@ def reproduce(
 ) -> Outcome:
     """Runs one experiment of :data:`EXPERIMENTS` and writes ``out/<name>-<budget>/``.
 
-    Networks are trained under ``out/runs``, where other experiments find them; an interrupted call goes on
-    where it was. The table sets the paper's figure, ours and the difference side by side and says what ours
-    was measured on.
+    Networks are trained under ``out/runs`` and shared with other experiments; an interrupted call is resumed.
+    The table lists the paper's figure, ours and the difference, and states what ours was measured on.
 
-    Raises ValueError for an unknown name or budget, FileNotFoundError where a data set's folder is missing
-    (under ``smoke`` generated images stand in for it, and the table says so).
+    Raises:
+        ValueError: an unknown name or budget.
+        FileNotFoundError: the folder of a data set is missing. With ``smoke`` generated images are used
+            instead, and the table states this.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"what must be digits or one of {', '.join(EXPERIMENTS)}, got {name!r}")
@@ -122,9 +123,9 @@ def _accuracy(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
         for system in experiment.systems:
             try:
                 reports[system.label] = runs.evaluated(system, dataset, experiment.attacks, name)
-            except ImportError as error:  # a network that an optional package brings
-                runs.say(f"{system.label} is left out: {error}")
-                runs.left_out[system.label] = str(error)
+            except ImportError as error:  # of an optional package
+                runs.say(f"{system.label} is skipped: {error}")
+                runs.skipped[system.label] = str(error)
         lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in experiment.attacks})
         _remark(reports, runs, dataset)
         _draw_bars(experiment, reports, runs.results(name) / f"{dataset}.png", runs.splits(dataset).test.name)
@@ -183,7 +184,7 @@ def _detection(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
 
 
 def _filters(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
-    """Fig. 1 and 3: the first two convolutions of each network, plainly and robustly trained."""
+    """Fig. 1 and 3: the first two convolutions of each network after plain and after robust training."""
     (dataset,) = experiment.datasets
     networks: dict[str, dict[str, nn.Module]] = {}
     for system in experiment.systems:
@@ -194,7 +195,7 @@ def _filters(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
 
 
 def _weight_gap(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
-    """One step from the same weights against Eq. 8; and whole trainings that differ in ε and α alone."""
+    """One step from the same weights against Eq. 8; and whole trainings that differ only in ε and α."""
     from scipy.stats import wasserstein_distance
 
     (dataset,), (system,) = experiment.datasets, experiment.systems
@@ -283,7 +284,7 @@ def _lines_of(
 
 
 def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
-    """Attack settings, paired differences and doubts, told beside the table."""
+    """Records attack settings, paired differences and flags for the text of the table."""
     attacks = {name: result for report in reports.values() for name, result in report.results().items()}
     for name, result in attacks.items():
         said = _settings(name, result, runs)
@@ -295,7 +296,7 @@ def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
             runs.differences.append(
                 f"{AWNET.label} against {label}, {dataset}: {verdict(compare(first, report, runs.seed))}."
             )
-        runs.doubts += [f"{label}, {dataset}: {flag}." for flag in report.flags]
+        runs.flags += [f"{label}, {dataset}: {flag}." for flag in report.flags]
 
 
 def _settings(name: str, result: AttackResult, runs: Runs) -> str:
@@ -313,7 +314,7 @@ def _settings(name: str, result: AttackResult, runs: Runs) -> str:
 
 
 def _attack_label(name: str) -> str:
-    """For a reader; empty for no attack."""
+    """The name of an attack in text; empty for no attack."""
     if name.startswith("transfer_"):
         return f"{_attack_label(name.removeprefix('transfer_'))}, transferred"
     return attack_label(name)
@@ -324,7 +325,7 @@ def _fraction(per_cent: float | None) -> float | None:
 
 
 def _statement(experiment: Experiment, runs: Runs) -> list[str]:
-    """What ours was measured on, for a reader of the table."""
+    """What our figures were measured on, as text of the table."""
     budget = runs.budget
     said = []
     for dataset in experiment.datasets:
@@ -338,10 +339,10 @@ def _statement(experiment: Experiment, runs: Runs) -> list[str]:
     said += [
         f"Budget {runs.budget_name}: {budget.about}.",
         f"Training: {channels}seed {runs.seed}, one run of each network; the checkpoint is the best on the "
-        "validation images (the paper chose on the test images).",
+        "validation images (the paper selected on the test images).",
         *_budget_settings(runs),
         *experiment.notes,
-        *(f"{system} was not measured: {reason}." for system, reason in runs.left_out.items()),
+        *(f"{system} was not measured: {reason}." for system, reason in runs.skipped.items()),
     ]
     if experiment.table is not None:
         said += [
@@ -356,7 +357,7 @@ def _budget_settings(runs: Runs) -> list[str]:
     settings = runs.budget.settings
     if not settings:
         return []
-    eps = "attack_step_size"  # in image units, which a reader of attacks thinks of in 255ths
+    eps = "attack_step_size"  # in image units, shown in 255ths
     said = [f"{k.replace('_', ' ')} {f'{255 * v:.3g}/255' if k == eps else v}" for k, v in settings.items()]
     return [f"Settings of all recipes: {', '.join(said)}."]
 
@@ -378,13 +379,13 @@ def _cells(line: Line, printed: bool) -> list[str]:
 
 
 def _headings(printed: bool) -> list[str]:
-    """``printed``: whether the paper has figures to set beside ours."""
+    """``printed``: whether the paper has figures to compare with."""
     before = ["system", "attack", "quantity"]
     return [*before, "paper", "ours [95 %]", "difference"] if printed else [*before, "ours [95 %]"]
 
 
 def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
-    """A table in Markdown, all but the first columns set to the right."""
+    """A table in Markdown; columns after the first ``text_columns`` are aligned to the right."""
     rule = ["---"] * text_columns + ["--:"] * (len(headings) - text_columns)
     return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
 
@@ -414,9 +415,9 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
         text += _section(f"{runs.splits(dataset).test.name}, per cent", _rows(_headings(printed), own, 3))
     text += _section("Paired by image, 95 % intervals", [f"- {said}" for said in runs.differences])
     text += _section("Attacks", [f"- {said}" for said in runs.attack_settings])
-    text += _section("Doubts that the numbers themselves raise", [f"- {said}" for said in runs.doubts])
+    text += _section("Flags of the reports", [f"- {said}" for said in runs.flags])
     text += _section(
-        "Trainings, minutes by the clock of a machine that may have had other work", _trainings(runs)
+        "Trainings, with wall-clock minutes of a machine that may have done other work", _trainings(runs)
     )
     folder = runs.results(name)
     write_text(folder / "table.md", "\n".join(map(visible, text)))
@@ -433,7 +434,7 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
             "statement": _statement(experiment, runs),
             "attacks": runs.attack_settings,
             "differences": runs.differences,
-            "doubts": runs.doubts,
+            "doubts": runs.flags,
             "trainings": [asdict(training) for training in runs.trainings],
             "environment": environment(resolve_device(runs.device or "cpu")),
             "runs": {

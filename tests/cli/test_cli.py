@@ -489,7 +489,7 @@ def test_reproduce_hands_its_flags_to_the_experiment(monkeypatch):
         (["train", "--router-lr=1"], "of the recipe: give --recipe-options router_lr=VALUE"),
         (["evaluate", "nowhere"], "nowhere does not exist: give a run folder"),
         (["evaluate", "nowhere", "--data", "digits"], "nowhere does not exist: give a run folder"),
-        (["evaluate", "."], "is no run folder: it has no config.json"),
+        (["evaluate", "."], "is not a run folder: it has no config.json"),
         (["attack", "nowhere", "--out", "x.npz", "--data", "digits"], "nowhere does not exist"),
         (["analyze", "filters", "nowhere"], "nowhere does not exist"),
         (["analyse", "filters", "nowhere"], "nowhere does not exist"),
