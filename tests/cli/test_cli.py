@@ -279,7 +279,7 @@ def test_compare_sets_two_runs_side_by_side(run, tmp_path, capsys):
     assert main(["evaluate", str(other), "--attacks", "fgsm", "--limit", "30", "--name", "both"]) == 0
     assert main(words) == 0
     assert "not paired by image:" in capsys.readouterr().out
-    assert "is no run folder" in fails(capsys, "compare", run, "nowhere")
+    assert "is not a run folder" in fails(capsys, "compare", run, "nowhere")
 
 
 def test_an_evaluation_without_a_terminal_says_now_and_then_that_it_is_alive(run, monkeypatch, capsys):
