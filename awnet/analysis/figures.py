@@ -130,7 +130,7 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
             right.annotate(
                 f"best: epoch {epochs[best]:.0f}",
                 (epochs[best], 100 * values[best]),
-                xytext=(0, -16),
+                xytext=(0, -16 if values[best] > 0.15 else 12),  # above a point next to the axis
                 textcoords="offset points",
                 ha="center"
                 if 0 < best < len(values) - 1 or len(values) == 1
@@ -143,6 +143,9 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
             axes.xaxis.get_major_locator().set_params(integer=True)
             if shown:
                 axes.legend(loc="best", ncols=2 if len(shown) > 3 else 1)
+        if len(records) == 1:  # whose axis would have ticks at fractions of an epoch
+            for axes in (left, right, *further):
+                axes.set_xticks([records[0]["epoch"]])
 
 
 def compared_curves(

@@ -33,11 +33,9 @@ def load_splits(name: str, data_dir: Path | None, seed: int, eps: float | None) 
 class RunOptions(ImportOption):
     run_folder: Positional[Path]
     """A run folder, or a .safetensors file."""
-    builder: Annotated[
-        str | None, arg(name="model", metavar="FILE.py:FUNCTION|MODULE:FUNCTION", help_behavior_hint="")
-    ] = None
-    """Function that builds the model of the run, without arguments, if awnet cannot: a converted network, or
-    one of another library. The weights are loaded into it."""
+    builder: Annotated[str | None, arg(name="model", metavar="CODE:FUNCTION", help_behavior_hint="")] = None
+    """Function without arguments, as FILE.py:FUNCTION or MODULE:FUNCTION, that builds the model of the run if
+    awnet cannot: a converted network, or one of another library. The weights are loaded into it."""
     checkpoint: Literal["best", "last"] = "best"
     """Which weights of a run folder: the best on held-out images, or the last ones."""
     data: Maybe[str] = None

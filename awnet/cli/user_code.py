@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ImportOption:
-    user_module: Annotated[
-        str | None, arg(name="import", metavar="FILE.py|MODULE", help_behavior_hint="")
-    ] = None
+    user_module: Annotated[str | None, arg(name="import", metavar="CODE", help_behavior_hint="")] = None
     """Python file or module to import first: its code may register models (awnet.models.register_model)."""
 
     def import_user_module(self) -> None:
