@@ -1,8 +1,10 @@
 """Benchmarks; installed as ``awnet.benchmarks``.
 
-``awnet bench run`` calls :func:`run`. ``cases`` is what is measured, ``providers`` who computes it,
-``timing`` how long it takes, ``ceilings`` what the device can do, ``runner`` verifies, times and records,
-``results`` reads and writes the CSV files, ``goals`` judges them, ``report`` makes tables and figures.
+``awnet bench run`` calls :func:`run`. ``options`` holds its options, ``cases`` the layers and networks,
+``providers`` the implementations, ``verification`` the check of their results, ``timing`` the clock,
+``interference`` what disturbed it, ``ceilings`` the limits of the device, ``machine`` its description,
+``runner`` the run itself, ``results`` the CSV files, ``goals`` the goals, ``report`` tables and figures.
+``train`` and ``plain`` are ``awnet bench train``, ``tune`` is ``awnet bench tune``.
 """
 
 from .runner import BenchOptions, run

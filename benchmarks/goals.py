@@ -1,4 +1,4 @@
-"""What the package has promised of its speed, judged by the rows that were measured: `awnet bench verify`."""
+"""The performance goals, evaluated on the measured rows: `awnet bench verify`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from awnet.terminal import safe_console
 
 from .cases import CASES, MODES, STAGES
-from .results import FOLDER, Row, read_results, read_training, threads
+from .results import FOLDER, Row, read_amx, read_results, read_training, threads
 
 GPU, GPU_BATCHES = "NVIDIA H200", (256, 512)
 _GPU_RUN = "awnet bench run --device cuda --dtype bfloat16 --layout channels_last"
@@ -20,13 +20,13 @@ _CPU_COMMAND = "awnet bench run --device cpu --threads 2"
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure, and the rows that it comes from."""
+    """A figure, and the rows that it was computed from."""
 
     value: float
     rows: list[Row] = field(default_factory=list)
 
 
-# None: something that the figure needs has not been measured
+# None if a row that the figure needs has not been measured
 Measure = Callable[["Rows"], Measured | None]
 
 
@@ -53,7 +53,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A goal and what was measured of it."""
+    """A goal and its measured figure."""
 
     goal: Goal
     measured: Measured | None
@@ -75,10 +75,10 @@ class Verdict:
 
 
 class Rows:
-    """The newest rows, looked up by what was measured."""
+    """The newest rows by case, mode, provider and batch."""
 
-    def __init__(self, rows: Iterable[Row], training: Sequence[Row] = ()) -> None:
-        self.training = training
+    def __init__(self, rows: Iterable[Row], training: Sequence[Row] = (), amx: Sequence[Row] = ()) -> None:
+        self.training, self.amx = training, amx
         self._gpu, self._cpu = {}, {}
         for row in rows:
             if row["verified"] != "true":
@@ -176,24 +176,87 @@ def _trained(rows: Rows, batch: str | None = None) -> Row | None:
     return found[-1] if found else None
 
 
-def _cpu_step(model: str, rival: str) -> Measure:
+def _cpu_step(
+    model: str, rival: str, batch: str = "16", precision: str = "float32", layout: str = "nchw"
+) -> Measure:
     """The plain step's time over ours, in the newest run on a CPU with 2 threads that measured both."""
-    wanted = {"recipe": "mtard", "model": model, "batch": "16", "size": "32", "attack_steps": "10"}
-    wanted |= {"precision": "float32", "threads": "2", "verified": "true"}
+    wanted = _TRAINED | {"model": model, "batch": batch, "precision": precision, "layout": layout}
 
     def measure(rows: Rows) -> Measured | None:
         run: dict[str, Row] = {}
         newest: Measured | None = None
-        for row in rows.training:
-            if row.get("driver") or any(row.get(name) != value for name, value in wanted.items()):
-                continue
+        for row in _cpu_training(rows, wanted):
             if row["provider"] == "awnet":
-                run = {}  # a run's rows follow one another, ours first
+                run = {}  # the rows of a run follow one another, ours first
             run[row["provider"]] = row
             if row["provider"] == rival and "awnet" in run:
                 pace = [float(run[name]["images_per_second"]) for name in ("awnet", rival)]
                 newest = Measured(pace[0] / pace[1], [run["awnet"], row])
         return newest
+
+    return measure
+
+
+_TRAINED = {"recipe": "mtard", "size": "32", "attack_steps": "10", "threads": "2", "verified": "true"}
+
+
+def _cpu_training(rows: Rows, wanted: dict[str, str]) -> list[Row]:
+    return [
+        row
+        for row in rows.training
+        if not row["driver"] and all(row[name] == value for name, value in wanted.items())
+    ]
+
+
+def _against_float32(model: str, batch: str) -> Measure:
+    """The time of our float32 step over that of our bfloat16 step, newest of each on one CPU."""
+
+    def measure(rows: Rows) -> Measured | None:
+        wanted = _TRAINED | {"model": model, "batch": batch, "provider": "awnet"}
+        fast = _cpu_training(rows, wanted | {"precision": "bfloat16", "layout": "channels_last"})
+        slow = _cpu_training(rows, wanted | {"precision": "float32", "layout": "nchw"})
+        for ours in reversed(fast):
+            for before in reversed(slow):
+                if before["device"] == ours["device"]:
+                    pace = [float(row["images_per_second"]) for row in (ours, before)]
+                    return Measured(pace[0] / pace[1], [ours, before])
+        return None
+
+    return measure
+
+
+def _amx_rows(rows: Rows, case: str, batch: str) -> dict[str, Row]:
+    """The newest rows of a comparison with 2 threads, by provider."""
+    wanted = {"case": case, "batch": batch, "threads": "2"}
+    return {
+        row["provider"]: row for row in rows.amx if all(row[name] == value for name, value in wanted.items())
+    }
+
+
+def _amx_ratio(cases: Sequence[str], batch: str) -> Measure:
+    """The best rate on tiles over the library's best rate, the lowest of all ``cases``."""
+
+    def measure(rows: Rows) -> Measured | None:
+        ratios, used = [], []
+        for case in cases:
+            found = _amx_rows(rows, case, batch)
+            if not {"tiles", "library"} <= found.keys():
+                return None
+            ratios.append(float(found["tiles"]["rate_best"]) / float(found["library"]["rate_best"]))
+            used += [found["tiles"], found["library"]]
+        return Measured(min(ratios), used)
+
+    return measure
+
+
+def _amx_share(case: str, batch: str) -> Measure:
+    """The share of the AMX peak that was measured in the same run."""
+
+    def measure(rows: Rows) -> Measured | None:
+        row = _amx_rows(rows, case, batch).get("tiles")
+        if row is None or not row["share_of_peak"]:
+            return None
+        return Measured(float(row["share_of_peak"]), [row])
 
     return measure
 
@@ -234,8 +297,72 @@ _COMPILED = {"attack": "compile_frozen", "training": "compile"}
 _STATIC = {"attack": "static_compile", "training": "static_compile"}
 
 
+_AMX = "CPU with AMX, 2 threads, bfloat16"
+_AMX_STEP = "PGD step of awnet_resnet18, 32x32"
+_AMX_COMMAND = "python -m awnet.benchmarks.amx --threads 2"
+_AMX_TRAIN = "--device cpu --threads 2 --precision bfloat16 --layout channels_last --providers awnet compile"
+
+
 def _each(rival: str) -> dict[str, str]:
     return {"attack": rival, "training": rival}
+
+
+def _amx_goals() -> list[Goal]:
+    """The goals for CPUs with AMX, each with a stretch goal."""
+    gradients = ["weight gradient 256-256@8k3s1", "weight gradient 512-512@4k3s1"]
+    train = f"awnet bench train {_AMX_TRAIN}"
+    compiled = "training step of {} against torch.compile of plain torch in bfloat16"
+    resnet = f"{train} --batch 32"
+    figures: list[tuple[str, str, float, float, str, Measure, str]] = [
+        (
+            "PGD step of awnet_resnet18 against the library's convolutions",
+            f"{_AMX}, batch 64",
+            *(1.8, 2.5, "×"),
+            _amx_ratio([_AMX_STEP], "64"),
+            f"{_AMX_COMMAND} --only step",
+        ),
+        (
+            "PGD step of awnet_resnet18, share of the AMX peak",
+            f"{_AMX}, batch 64",
+            *(0.4, 0.6, ""),
+            _amx_share(_AMX_STEP, "64"),
+            f"{_AMX_COMMAND} --only step",
+        ),
+        (
+            "weight gradient of stages 3 and 4 against the library's: the lower",
+            f"{_AMX}, batch 32",
+            *(3.0, 5.0, "×"),
+            _amx_ratio(gradients, "32"),
+            f"{_AMX_COMMAND} --only layers",
+        ),
+        *(
+            (
+                compiled.format(model),
+                f"{_AMX}, MTARD with PGD-10, N = {batch}",
+                *(bound, stretch, "×"),
+                _cpu_step(model, "compile", batch, "bfloat16", "channels_last"),
+                f"{train} --model {model.replace(' width=', ' --width ')} --batch {batch}",
+            )
+            for model, batch, bound, stretch in (
+                ("awnet_resnet18", "32", 3.0, 4.0),
+                ("awnet_resnet18 width=0.5", "32", 2.5, 4.0),
+                ("awnet_tiny", "64", 2.0, 3.0),
+            )
+        ),
+        (
+            "training step of awnet_resnet18 against its float32 step",
+            f"{_AMX}, MTARD with PGD-10, N = 32",
+            *(5.0, 8.0, "×"),
+            _against_float32("awnet_resnet18", "32"),
+            f"{resnet}, and awnet bench train --device cpu --threads 2 --precision float32 --layout nchw "
+            "--providers awnet --batch 32",
+        ),
+    ]
+    return [
+        Goal(name, where, limit, True, unit, measure, command, stretch=limit == ambitious)
+        for name, where, bound, ambitious, unit, measure, command in figures
+        for limit in (bound, ambitious)
+    ]
 
 
 GOALS: tuple[Goal, ...] = (
@@ -362,6 +489,7 @@ GOALS: tuple[Goal, ...] = (
         for model in ("awnet_tiny", "awnet_resnet18")
         for rival, bound in (("literal", 3), ("unfused", 1.3))
     ),
+    *_amx_goals(),
 )
 
 
@@ -403,24 +531,24 @@ def speedups(folder: Path) -> list[tuple[Speedup, Measured | None]]:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Where the measurements are."""
+    """Which measurements to read."""
 
     results: Path = FOLDER
     """Folder of the CSV files."""
     strict: bool = False
-    """End with status 1 where a goal (not a stretch goal) was measured and not met."""
+    """Exit with status 1 if a goal (not a stretch goal) was measured and not met."""
 
 
-def judge(folder: Path, goals: Sequence[Goal] = GOALS) -> list[Verdict]:
-    """Every goal with what ``folder`` has measured of it."""
-    rows = Rows(read_results(folder), read_training(folder))
+def evaluate_goals(folder: Path, goals: Sequence[Goal] = GOALS) -> list[Verdict]:
+    """Every goal with the figure measured in ``folder``, if any."""
+    rows = Rows(read_results(folder), read_training(folder), read_amx(folder))
     return [Verdict(goal, goal.measure(rows)) for goal in goals]
 
 
 def verify(options: VerifyOptions) -> int:
     """Prints every goal as met, not met or not measured; returns the exit status."""
     console = safe_console()
-    verdicts = judge(options.results)
+    verdicts = evaluate_goals(options.results)
     styles = {"met": "green", "not met": "red", "not measured": "yellow"}
     where = ""
     for verdict in verdicts:
@@ -438,7 +566,7 @@ def verify(options: VerifyOptions) -> int:
     console.print(", ".join(f"{count} {text}" for text, count in counts.items()))
     commands = dict.fromkeys(v.goal.command for v in verdicts if v.measured is None)
     if commands:
-        console.print("what is not measured would be by:")
+        console.print("commands that measure the missing figures:")
         for command in commands:
             console.print(f"  {command}", soft_wrap=True)
     failed = any(v.text == "not met" and not v.goal.stretch for v in verdicts)

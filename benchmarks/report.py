@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from awnet.files import write_text, written_atomically
 from awnet.terminal import safe_console
 
-from .goals import judge, speedups
+from .goals import evaluate_goals, speedups
 from .results import FOLDER, Row, read_results
 
 _MARKED = re.compile(r"(<!-- bench:([\w-]+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
@@ -56,7 +56,7 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) ->
 
 def _goals(folder: Path) -> str:
     rows = []
-    for verdict in judge(folder):
+    for verdict in evaluate_goals(folder):
         goal = verdict.goal
         name = f"{goal.name} (stretch)" if goal.stretch else goal.name
         source = "; ".join(filter(None, (verdict.distinct("device"), verdict.distinct("commit"))))

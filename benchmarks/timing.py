@@ -1,75 +1,122 @@
-"""Times steps: all of them in turns on a CPU, by CUDA events with a flushed cache on a GPU."""
+"""Times steps: in turns on a CPU, by CUDA events with a flushed cache on a GPU.
+
+A measurement that was disturbed (:mod:`awnet.benchmarks.interference`) is repeated, and the least disturbed
+one counts.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-_LEAST_TURNS = 3
+from . import interference
+from .interference import UNDISTURBED, Interference, Monitor, least_disturbed
+
+_MIN_TURNS = 3
+Steps = Mapping[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of one step: milliseconds (median, 20 % and 80 % quantile), and peak memory beside its inputs."""
+    """Milliseconds of one step, peak memory in addition to its inputs, and the disturbance."""
 
     median: float
     p20: float
     p80: float
+    best: float
     peak_mib: float | None = None
+    interference: Interference = UNDISTURBED
 
 
-def measure(
-    steps: Mapping[str, Callable[[], object]], device: torch.device, seconds: float
-) -> dict[str, Times]:
-    """The times of every step, about ``seconds`` for each after a warm-up."""
-    if device.type == "cuda":
-        return {name: _on_cuda(once, seconds) for name, once in steps.items()}
-    return _on_cpu(steps, seconds)
+def measure(steps: Steps, device: torch.device, seconds: float, retries: int = 0) -> dict[str, Times]:
+    """The times of every step, about ``seconds`` for each after a warm-up.
+
+    While any step was disturbed, all of them are measured again, at most ``retries`` times, so that the times
+    of one call stay comparable. The least disturbed attempt is returned.
+    """
+    if not steps:
+        return {}
+    run = _on_cuda if device.type == "cuda" else _on_cpu
+    return _retried(lambda: run(steps, seconds), retries)
 
 
-def _on_cpu(steps: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
-    """All take turns, so that whatever else runs on the machine slows them alike."""
+def in_turns(steps: Steps, rounds: int, retries: int) -> dict[str, Times]:
+    """The times of ``rounds`` runs of each step on the CPU, in turns, after one run of each; see measure."""
+    return _retried(lambda: _on_cpu(steps, 0.0, rounds), retries)
+
+
+def _retried(run: Callable[[], dict[str, Times]], retries: int) -> dict[str, Times]:
+    attempts = [run()]
+    while len(attempts) <= retries and any(times.interference.disturbed for times in attempts[-1].values()):
+        attempts.append(run())
+    rows = [{name: times.interference for name, times in attempt.items()} for attempt in attempts]
+    return attempts[least_disturbed(rows)]
+
+
+def summary(milliseconds: list[float]) -> Times:
+    """Median, 20 % and 80 % quantiles, and minimum."""
+    if len(milliseconds) == 1:
+        milliseconds = milliseconds * 2
+    fifths = statistics.quantiles(milliseconds, n=5, method="inclusive")
+    return Times(statistics.median(milliseconds), fifths[0], fifths[3], min(milliseconds))
+
+
+def _on_cpu(steps: Steps, seconds: float, min_turns: int = _MIN_TURNS) -> dict[str, Times]:
+    """All steps take turns, so that other load on the machine slows them alike."""
+    switches: dict[str, int | None] = {}
 
     def turn() -> dict[str, float]:
-        took: dict[str, float] = {}
-        for name, once in steps.items():
+        milliseconds: dict[str, float] = {}
+        for name, step in steps.items():
+            before = interference.involuntary_switches()
             start = time.perf_counter()
-            once()
-            took[name] = 1000 * (time.perf_counter() - start)
-        return took
+            step()
+            milliseconds[name] = 1000 * (time.perf_counter() - start)
+            after = interference.involuntary_switches()
+            counted = before is not None and after is not None
+            switches[name] = (switches.get(name) or 0) + after - before if counted else None  # type: ignore[operator]
+        return milliseconds
 
     budget = seconds * len(steps)
     warm = time.perf_counter() + 0.2 * budget
     turn()
     while time.perf_counter() < warm:
         turn()
+    switches.clear()
     turns: list[dict[str, float]] = []
-    end = time.perf_counter() + budget
-    while len(turns) < _LEAST_TURNS or time.perf_counter() < end:
+    monitor, end = Monitor(), time.perf_counter() + budget
+    while len(turns) < min_turns or time.perf_counter() < end:
         turns.append(turn())
+    steal = monitor.read().steal  # of all steps: a tick of the counter is longer than most of them
     times: dict[str, Times] = {}
     for name in steps:
-        samples = [took[name] for took in turns]
-        fifths = statistics.quantiles(samples, n=5, method="inclusive")
-        times[name] = Times(statistics.median(samples), fifths[0], fifths[3])
+        samples = [milliseconds[name] for milliseconds in turns]
+        disturbance = Interference(sum(samples) / 1000, switches[name], steal, torch.get_num_threads())
+        times[name] = replace(summary(samples), interference=disturbance)
     return times
 
 
-def _on_cuda(once: Callable[[], object], seconds: float) -> Times:
+def _on_cuda(steps: Steps, seconds: float) -> dict[str, Times]:
+    return {name: _step_on_cuda(step, seconds) for name, step in steps.items()}
+
+
+def _step_on_cuda(step: Callable[[], object], seconds: float) -> Times:
     from triton.testing import do_bench
 
     for _ in range(3):
-        once()
+        step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    once()
+    step()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - held) / 2**20
     rep = max(1, round(1000 * seconds))
-    median, p20, p80 = do_bench(once, warmup=max(1, rep // 4), rep=rep, quantiles=[0.5, 0.2, 0.8])
-    return Times(median, p20, p80, peak)
+    monitor = Monitor()
+    warmup, quantiles = max(1, rep // 4), [0.5, 0.2, 0.8, 0.0]
+    median, p20, p80, best = do_bench(step, warmup=warmup, rep=rep, quantiles=quantiles)
+    return Times(median, p20, p80, best, peak, monitor.read())

@@ -1,7 +1,7 @@
-"""A recipe's training step, ours against the same step in plain torch: ``awnet bench train``.
+"""``awnet bench train``: a recipe's training step, ours against the same step in plain torch.
 
-Every provider starts from the same weights. Before it is timed, a plain one and ours must make the same
-adversarial images and the same update.
+All providers start from the same weights. A plain provider is timed only after it has made the same
+adversarial images and the same update as ours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,28 +29,13 @@ from awnet.terminal import safe_console
 from awnet.training import MTARD, MTARDWeights, Recipe, Teachers, Trades, TrainingStep, losses, recipe_for
 from awnet.training.step import Numerics, numerics
 
-from . import results
-from .ceilings import measure_ceilings
+from . import machine, results
+from .ceilings import Ceilings, CeilingTracker, measure_ceilings
+from .interference import UNDISTURBED, Interference, Monitor, least_disturbed
+from .options import MAX_BATCH, check_machine, check_whole, command_line
 from .plain import SeparatePasses, plain_attack, plain_model, plain_step
-from .runner import (
-    BenchOptions,
-    _commit,
-    _device,
-    _device_name,
-    _driver,
-    _machine,
-    _slug,
-    _version,
-    command_line,
-)
 
-COLUMNS = [
-    *("date", "commit", "device", "driver", "torch", "triton"),
-    *("recipe", "model", "teachers", "data", "provider", "batch", "size", "attack_steps", "precision"),
-    *("layout", "threads", "steps", "images_per_second", "epoch_seconds_50000", "gflop_per_image"),
-    *("matmul_tflop_s", "mfu", "peak_mib", "share_attack", "share_training", "share_teachers"),
-    *("share_data", "verified", "command"),
-]
+COLUMNS = results.TRAIN_COLUMNS
 PROVIDERS = ("awnet", "unfused", "literal", "compile")
 _LOSSES = (losses.mtard, losses.trades, losses.pgd_at, losses.standard, losses.hat)
 PARTS = ("attack", "training", "teachers", "data")
@@ -62,59 +46,66 @@ class TrainBenchOptions:
     """What to measure, and on what."""
 
     recipe: str = "mtard"
-    """A recipe by name, with its settings for `data`."""
+    """Recipe by name, with its settings for `data`."""
     model: str = "awnet_resnet18"
-    """A model by name."""
+    """Model by name."""
+    width: float = 1.0
+    """Factor on the channels of the model, and of the teachers where they are AW-Nets."""
     data: str = "synthetic"
     """synthetic (random images), or a data set by name."""
     data_dir: Path | None = None
-    """The data set's folder, or its parent; by default `data`."""
+    """Folder of the data set, or its parent; by default `data`."""
     size: int = 32
     """Side of synthetic images, in pixels."""
     batch: int | None = None
-    """Images a step; by default 16 on a CPU and the recipe's on a GPU."""
+    """Images per step; by default 16 on a CPU and the recipe's on a GPU."""
     attack_steps: int | None = None
     """Steps of the attack; by default the recipe's."""
     teachers: tuple[str, str] | None = None
-    """The clean and the robust teacher by name, where the recipe has them; by default both a resnet18, or
-    resnet_tiny beside a tiny model."""
+    """The clean and the robust teacher by name, for recipes that have teachers; by default both a resnet18,
+    or a resnet_tiny for a tiny model."""
     providers: tuple[Literal["awnet", "unfused", "literal", "compile"], ...] = ()
-    """awnet: ours. Plain steps, with clean and adversarial images in passes of their own and parameters that
-    require gradients in the attack: unfused (convolution, scale, two batch norms, ReLU), compile
-    (torch.compile of that), literal (filters of each sample's own). By default all; compile, which is slow
-    there, not on a CPU."""
+    """awnet: ours. The others are plain steps, with clean and adversarial images in separate passes and
+    parameters that require gradients in the attack: unfused (convolution, scale, two batch norms, ReLU),
+    compile (torch.compile of it), literal (separate filters for each sample). By default all, on a CPU
+    without compile, which compiles slowly there."""
     steps: int | None = None
     """Measured steps of each provider, after a warm-up; by default 5 on a CPU and 30 on a GPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of convolutions and products; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Precision of convolutions and products; auto is bfloat16 on a GPU and float32 on a CPU."""
     layout: Literal["auto", "nchw", "channels_last"] = "auto"
     """Memory format; auto is channels_last on a GPU and nchw on a CPU."""
     capture: bool = False
-    """Ours with the whole step as a CUDA graph."""
+    """Capture our whole step in a CUDA graph."""
     device: str | None = None
-    """cpu, cuda, cuda:1, …; by default the GPU where there is one."""
+    """cpu, cuda, cuda:1, …; by default a GPU if there is one."""
     threads: int | None = None
     """CPU threads; by default torch's choice."""
+    retries: int = 2
+    """How often to repeat a measurement that other processes or the hypervisor disturbed. A row that is still
+    disturbed is marked."""
     seed: int = 0
-    """Of weights and images."""
+    """Seed of weights and images."""
     out: Path = results.FOLDER
-    """Folder of the CSV files, one a device; rows are added to what is there."""
+    """Folder of the CSV files, one per device; rows are appended."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one provider."""
+    """The measurement of one provider."""
 
     provider: str
-    fault: str  # why there is no time; empty for a verified one
+    fault: str  # why there is no time; empty for a verified row
     seconds: float = 0.0  # of a step, the median
-    shares: Mapping[str, float] | None = None  # of the parts, in the step's time
+    best: float = 0.0
+    shares: Mapping[str, float] | None = None  # of the parts, in the time of the steps
     peak_mib: float | None = None
+    interference: Interference = UNDISTURBED
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What all providers share."""
+    """The state that all providers share."""
 
     recipe: Recipe
     model: nn.Module
@@ -130,44 +121,56 @@ class _Setting:
 
 
 def bench_train(options: TrainBenchOptions) -> Path:
-    """Verifies, times, prints a table, and adds the rows to ``<out>/<device>-train.csv``; returns its path.
+    """Verifies, times, prints a table, and appends the rows to ``<out>/<device>-train.csv``, its result.
 
     Raises ValueError for an unknown name or a value out of range.
     """
     console = safe_console()
     device = _checked_device(options)
-    path = options.out / f"{_slug(_device_name(device))}-train.csv"
-    results.read_rows(path, COLUMNS)  # refuses a file of other columns before the work, not after
-    with _machine(BenchOptions(threads=options.threads), device):
+    path = machine.csv_path(options.out, device, "-train")
+    results.read_rows(path, COLUMNS)  # rejects a file with other columns before the work, not after it
+    with machine.full_precision(device, options.threads):
         setting = _setting(options, device)
         names: tuple[str, ...] = options.providers
         if not names:
             names = tuple(name for name in PROVIDERS if name != "compile" or device.type == "cuda")
         flops = flops_per_image(setting)
         dtype = torch.bfloat16 if setting.numerics.precision == "bfloat16" else torch.float32
-        ceiling = measure_ceilings(device, dtype, 0.2, tiny=False).tflop_s
-        rows = _measure(setting, names, options.steps or (30 if device.type == "cuda" else 5), options.seed)
-        lines = [_line(row, setting, options, flops, ceiling) for row in rows]
+        tracker = CeilingTracker(lambda: measure_ceilings(device, dtype, 0.2, tiny=False))
+        rows = _measure(setting, names, options, tracker)
+        tracker.update(force=True)
+        lines = [_line(row, setting, options, flops, tracker.best) for row in rows]
     results.add_rows(path, lines, COLUMNS)
     console.print(_table(rows, lines, setting))
     for row in rows:
         if row.fault:
             console.print(f"no time for {row.provider}: {row.fault}", style="red", markup=False)
+        elif row.interference.disturbed:
+            console.print(f"{row.provider} was disturbed: {row.interference}", style="yellow", markup=False)
     console.print(f"{len(rows)} rows added to {path}")
     return path
 
 
-# --- what is run
+# --- models, data and steps
+
+
+_LIMITS = {"size": 2**14, "batch": MAX_BATCH, "attack_steps": 10**5, "steps": 10**6}
 
 
 def _checked_device(options: TrainBenchOptions) -> torch.device:
-    for name in ("batch", "steps", "attack_steps", "size"):
+    for name, maximum in _LIMITS.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if options.batch is not None and options.batch < 2:
-        raise ValueError("batch must be at least 2: batch norm has nothing to normalise by in one image")
-    return _device(BenchOptions(device=options.device, threads=options.threads))
+        if value is not None:
+            check_whole(name, value, 1, maximum)
+    if options.batch == 1:
+        raise ValueError("batch must be at least 2: batch norm needs more than one image")
+    if not 0 < options.width <= 16:  # NaN too
+        raise ValueError(f"width must be positive and at most 16, got {options.width}")
+    return check_machine(options.device, options.threads, options.retries, options.seed, options.out)
+
+
+def _steps(options: TrainBenchOptions, device: torch.device) -> int:
+    return options.steps or (30 if device.type == "cuda" else 5)
 
 
 def _setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
@@ -182,7 +185,7 @@ def _setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
     if type(recipe).loss not in _LOSSES:
         raise ValueError(
             f"recipe must be mtard, trades, pgd_at, standard, one of their short forms or hat, got "
-            f"{options.recipe!r}: the plain step does not know it"
+            f"{options.recipe!r}, which has no plain step"
         )
     batch = options.batch or (16 if device.type == "cpu" else recipe.batch_size)
     recipe = replace(recipe, batch_size=batch)
@@ -199,7 +202,10 @@ def _setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
             raise ValueError(f"batch must be at most the {len(data)} images of {options.data}, got {batch}")
 
     def network(name: str) -> nn.Module:
-        return create_model(name, num_classes=data.num_classes, in_channels=data.in_channels).to(device)
+        width = {} if options.width == 1 else {"width": options.width}
+        return create_model(name, num_classes=data.num_classes, in_channels=data.in_channels, **width).to(
+            device
+        )
 
     with torch.random.fork_rng([]):
         torch.manual_seed(options.seed)
@@ -280,12 +286,12 @@ def _timed(attack: Any, timed: Timed) -> Any:
 
 
 def _fault(setting: _Setting, kind: str, seed: int) -> str:
-    """Why ``kind`` may not be timed against ours; empty where both make the same images and update.
+    """Why ``kind`` must not be timed against ours; empty if both make the same images and the same update.
 
-    In float32, on a few images, with the router's passes separate in both. A pixel whose gradient is nearly
-    0 may go either way, and what follows with it: after TRADES' ten steps, which begin at their divergence's
-    minimum, 8 % of the pixels differ by rounding alone; another loss, start or radius moves more than half.
-    An update is a sum in another order.
+    Compared in float32 on a few images, with separate passes of the router in both. A pixel whose gradient is
+    nearly 0 may move either way, and so may the pixels that depend on it: after TRADES' ten steps, which
+    begin at the minimum of their divergence, 8 % of the pixels differ by rounding alone; another loss, start
+    or radius moves more than half. The updates sum in another order.
     """
     plain_recipe = replace(
         setting.recipe, precision="float32", layout="nchw", router_passes="separate", capture=False
@@ -312,7 +318,7 @@ def _fault(setting: _Setting, kind: str, seed: int) -> str:
     ours = TrainingStep(plain_recipe, copy.deepcopy(setting.model), setting.device, 1000, teachers)
     ours.start_epoch(0)
     for group in ours.optimizer.param_groups[:1]:
-        rate = group["lr"]  # what the schedule begins with
+        rate = group["lr"]  # the schedule's first value
     attack = fixed(plain_recipe.attack(ours.model, threat, data.num_classes, seed))
     want = update(ours.model, lambda: ours(batch, attack))
 
@@ -334,7 +340,7 @@ def _fault(setting: _Setting, kind: str, seed: int) -> str:
 
 
 class _Clock:
-    """Milliseconds of named parts; by events on a GPU, which are read at the end."""
+    """Milliseconds of named parts; on a GPU by events that are read at the end."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -363,46 +369,89 @@ class _Clock:
         return {name: [a.elapsed_time(b) for a, b in spans] for name, spans in self._spans.items()}
 
 
-def _measure(setting: _Setting, names: tuple[str, ...], steps: int, seed: int) -> list[Row]:
-    """Providers take turns, so that whatever else runs on the machine slows them alike."""
-    cuda = setting.device.type == "cuda"
+def _measure(
+    setting: _Setting, names: tuple[str, ...], options: TrainBenchOptions, tracker: CeilingTracker
+) -> list[Row]:
+    """The rows of all providers; the least disturbed of at most 1 + ``retries`` measurements."""
+    device, seed = setting.device, options.seed
+    cuda = device.type == "cuda"
     rows: dict[str, Row] = {}
-    run: dict[str, tuple[_Clock, Callable[[], None]]] = {}
-    held: dict[str, float] = {}
+    steps: dict[str, _Step] = {}
     for name in names:
         fault = "" if name == "awnet" else _fault(setting, "unfused" if name == "compile" else name, seed)
         rows[name] = Row(name, fault)
         if fault:
             continue
-        start = torch.cuda.memory_allocated(setting.device) if cuda else 0
-        clock = _Clock(setting.device)
+        start = torch.cuda.memory_allocated(device) if cuda else 0
+        clock = _Clock(device)
         step = _ours(setting, clock, seed) if name == "awnet" else _plain(setting, clock, seed, name)
-        run[name] = clock, _once(setting, clock, step)
-        for _ in range(5 if cuda else 1):  # compiles, picks algorithms, captures
-            run[name][1]()
-        clock.read()  # waits
-        held[name] = torch.cuda.memory_allocated(setting.device) - start if cuda else 0
-        clock.clear()
-    peaks = dict.fromkeys(run, 0.0)
-    for _ in range(steps):
-        for name, (_, once) in run.items():
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(setting.device)
-                start = torch.cuda.memory_allocated(setting.device)
+        once = _once(setting, clock, step)
+        for _ in range(5 if cuda else 1):  # compiles, chooses algorithms, captures
             once()
+        clock.read()  # waits
+        steps[name] = _Step(clock, once, torch.cuda.memory_allocated(device) - start if cuda else 0)
+    attempts: list[dict[str, Row]] = []
+    while steps and len(attempts) <= options.retries:
+        attempts.append(_in_turns(steps, _steps(options, device), device, tracker))
+        if not any(row.interference.disturbed for row in attempts[-1].values()):
+            break
+    if attempts:
+        chosen = [{name: row.interference for name, row in attempt.items()} for attempt in attempts]
+        rows |= attempts[least_disturbed(chosen)]
+    return list(rows.values())
+
+
+@dataclass(frozen=True)
+class _Step:
+    clock: _Clock
+    once: Callable[[], None]
+    held_bytes: int  # by the model, its teachers and its graphs
+
+
+def _in_turns(
+    steps: Mapping[str, _Step], count: int, device: torch.device, tracker: CeilingTracker
+) -> dict[str, Row]:
+    """Times ``count`` steps of each provider in turns, so that other load on the machine slows them alike."""
+    cuda = device.type == "cuda"
+    peaks = dict.fromkeys(steps, 0.0)
+    switches: dict[str, int | None] = dict.fromkeys(steps, 0)
+    steals: list[float | None] = []
+    for step in steps.values():
+        step.clock.clear()
+    for _ in range(count):
+        tracker.update()
+        turn = Monitor()
+        for name, step in steps.items():
             if cuda:
-                torch.cuda.synchronize(setting.device)
-                beyond = torch.cuda.max_memory_allocated(setting.device) - start
-                peaks[name] = max(peaks[name], (held[name] + beyond) / 2**20)
-    for name, (clock, _) in run.items():
-        spans = clock.read()
-        whole = sum(spans["step"])
-        shares = {part: sum(spans.get(part, [])) / whole for part in PARTS}
+                torch.cuda.reset_peak_memory_stats(device)
+                start = torch.cuda.memory_allocated(device)
+            monitor = Monitor()
+            step.once()
+            if cuda:
+                torch.cuda.synchronize(device)
+                beyond = torch.cuda.max_memory_allocated(device) - start
+                peaks[name] = max(peaks[name], (step.held_bytes + beyond) / 2**20)
+            total, new = switches[name], monitor.read().switches
+            switches[name] = None if total is None or new is None else total + new
+        steals.append(turn.read().steal)
+    known = [steal for steal in steals if steal is not None]
+    steal = statistics.fmean(known) if known else None
+    rows: dict[str, Row] = {}
+    for name, step in steps.items():
+        spans = step.clock.read()
+        milliseconds = spans["step"]
+        shares = {part: sum(spans.get(part, [])) / sum(milliseconds) for part in PARTS}
         shares["training"] = 1 - sum(shares.values())
         rows[name] = Row(
-            name, "", statistics.median(spans["step"]) / 1000, shares, peaks[name] if cuda else None
+            name,
+            "",
+            statistics.median(milliseconds) / 1000,
+            min(milliseconds) / 1000,
+            shares,
+            peaks[name] if cuda else None,
+            Interference(sum(milliseconds) / 1000, switches[name], steal, torch.get_num_threads()),
         )
-    return list(rows.values())
+    return rows
 
 
 def _once(setting: _Setting, clock: _Clock, step: Callable[[Any], Any]) -> Callable[[], None]:
@@ -426,10 +475,10 @@ def _once(setting: _Setting, clock: _Clock, step: Callable[[Any], Any]) -> Calla
 
 
 def flops_per_image(setting: _Setting) -> float:
-    """The operations that a recipe's step needs for one image, two for each multiplication and addition.
+    """The floating-point operations of a recipe's step for one image; a multiply-add is two.
 
-    Convolutions and matrix products of the attack (input gradients alone), the training pass (all gradients)
-    and the teachers, counted by torch on shapes without values.
+    Counts convolutions and matrix products of the attack (input gradients only), the training pass (all
+    gradients) and the teachers, by torch's counter on the meta device.
     """
     recipe, count = setting.recipe, 4
     model = plain_model(setting.model).to("meta").train()
@@ -441,12 +490,10 @@ def flops_per_image(setting: _Setting) -> float:
         teachers = Teachers(*(plain_model(one).to("meta") for one in setting.teachers if one is not None))
     attacking = 0
     if recipe.needs_attack:
-        with FlopCounterMode(display=False) as forward, torch.no_grad(), frozen(model):
-            model(x)
-        with FlopCounterMode(display=False) as both, frozen(model):
-            model(x.clone().requires_grad_(True)).sum().backward()
-        attacking = recipe.attack_steps * both.get_total_flops()
+        attacking = recipe.attack_steps * attack_step_flops(model, shape)
         if isinstance(recipe, Trades):
+            with FlopCounterMode(display=False) as forward, torch.no_grad(), frozen(model):
+                model(x)
             attacking += forward.get_total_flops()
     options = replace(recipe.loss_options(), router_passes="separate")
     weights = MTARDWeights("meta") if isinstance(recipe, MTARD) else None
@@ -456,22 +503,24 @@ def flops_per_image(setting: _Setting) -> float:
     return (attacking + learning.get_total_flops()) / count
 
 
+def attack_step_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """The operations of a forward pass and an input gradient of a plain model on the meta device."""
+    with FlopCounterMode(display=False) as counter, frozen(model):
+        model(torch.empty(shape, device="meta", requires_grad=True)).sum().backward()
+    return counter.get_total_flops()
+
+
 # --- records
 
 
 def _line(
-    row: Row, setting: _Setting, options: TrainBenchOptions, flops: float, ceiling: float
-) -> dict[str, str]:
+    row: Row, setting: _Setting, options: TrainBenchOptions, flops: float, ceilings: Ceilings
+) -> results.Row:
     recipe, device = setting.recipe, setting.device
-    line = dict.fromkeys(COLUMNS, "") | {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "device": _device_name(device),
-        "driver": _driver(device),
-        "torch": str(torch.__version__),
-        "triton": _version("triton"),
+    line = dict.fromkeys(COLUMNS, "") | machine.provenance(device)
+    line |= {
         "recipe": recipe.name,
-        "model": options.model,
+        "model": options.model if options.width == 1 else f"{options.model} width={options.width:g}",
         "teachers": " ".join(_teachers(options)[: len(recipe.teachers)]),
         "data": options.data,
         "provider": row.provider,
@@ -482,7 +531,8 @@ def _line(
         "layout": setting.numerics.layout,
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         "gflop_per_image": f"{flops / 1e9:.4g}",
-        "matmul_tflop_s": f"{ceiling:.4g}",
+        "matmul_tflop_s": f"{ceilings.tflop_s:.4g}",
+        "amx_tflop_s": "" if ceilings.amx_tflop_s is None else f"{ceilings.amx_tflop_s:.4g}",
         "verified": "false" if row.fault else "true",
         "command": command_line(options, "train", TrainBenchOptions),
     }
@@ -490,12 +540,14 @@ def _line(
         assert row.shares is not None
         pace = recipe.batch_size / row.seconds
         line |= {
-            "steps": str(options.steps or (30 if device.type == "cuda" else 5)),
+            "steps": str(_steps(options, device)),
             "images_per_second": f"{pace:.5g}",
+            "images_per_second_best": f"{recipe.batch_size / row.best:.5g}",
             "epoch_seconds_50000": f"{50000 / pace:.4g}",
-            "mfu": f"{flops * pace / (ceiling * 1e12):.4f}",
+            "mfu": f"{flops * pace / (ceilings.peak_tflop_s * 1e12):.4f}",
             **{f"share_{part}": f"{share:.4f}" for part, share in row.shares.items()},
         }
+        line |= row.interference.columns
         if row.peak_mib is not None:
             line["peak_mib"] = f"{row.peak_mib:.1f}"
     return line
@@ -510,7 +562,9 @@ def _table(rows: list[Row], lines: list[dict[str, str]], setting: _Setting) -> T
         pad_edge=False,
     )
     table.add_column("provider", no_wrap=True)
-    for heading in ("images/s", "× ours", "s/50,000", "MFU", "MiB", *PARTS):
+    shown = PARTS[:3]  # all fit on a line of 80 characters
+    memory = any(row.peak_mib is not None for row in rows)
+    for heading in ("images/s", "best", "× ours", "s/50k", "MFU", *(["MiB"] if memory else []), *shown):
         table.add_column(heading, justify="right", no_wrap=True)
     ours = next((row.seconds for row in rows if row.provider == "awnet" and not row.fault), None)
     for row, line in zip(rows, lines, strict=True):
@@ -521,10 +575,11 @@ def _table(rows: list[Row], lines: list[dict[str, str]], setting: _Setting) -> T
         table.add_row(
             row.provider,
             line["images_per_second"],
+            line["images_per_second_best"],
             ratio,
             line["epoch_seconds_50000"],
             f"{float(line['mfu']):.1%}",
-            line["peak_mib"] or "–",
-            *(f"{float(line[f'share_{part}']):.0%}" for part in PARTS),
+            *([line["peak_mib"] or "–"] if memory else []),
+            *(f"{float(line[f'share_{part}']):.0%}" for part in shown),
         )
     return table

@@ -1,8 +1,9 @@
 """Searches launch parameters of the Triton passes on this device: ``awnet bench tune``.
 
-From the default on, one parameter at a time is doubled or halved for as long as that is at least 2 % faster;
-a candidate is timed only after its results have been compared with the default's. What wins goes into the
-device's table in awnet/ops/configs/, where every later call finds it (awnet/ops/launch_config.py).
+Starting at the defaults, one parameter at a time is doubled or halved while that is at least 2 % faster. A
+candidate is timed only after its results have been compared with those of the default. The fastest
+parameters are written to the device's table in awnet/ops/configs/, which every later call reads
+(awnet/ops/launch_config.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from awnet.ops.backends import triton as triton_backend
 from awnet.terminal import safe_console
 
 from .cases import CASES, SMOKE_CASES, STAGES, Convolution, LayerCase
+from .options import MAX_BATCH, check_folder, check_whole
 
 Parameters = Mapping[str, int]
 # milliseconds of one call
@@ -47,29 +49,29 @@ _MARGIN = 1.02
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What to tune, and for how long."""
+    """What to tune, and for config long."""
 
     device: str | None = None
     """cuda, cuda:1, …; by default the GPU."""
     smoke: bool = False
-    """Tiny layers instead of the four stages of a ResNet-18."""
+    """Tune tiny layers in place of the four stages of a ResNet-18."""
     batches: tuple[int, ...] = (256,)
-    """Samples of each layer."""
+    """Batch sizes of each layer."""
     dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float32")
-    """Of images."""
+    """Data types of images."""
     layouts: tuple[Literal["channels_last", "nchw"], ...] = ("channels_last", "nchw")
     """Memory formats of images."""
     minutes: float = 8.0
-    """No new case is begun after this time; a second run goes on from there."""
+    """No new entry is started after this time; another run resumes there."""
     again: bool = False
-    """Also tune what the table has already."""
+    """Also tune the entries that the table already has."""
     out: Path = launch_config.FOLDER
-    """Folder of the tables; awnet reads its own only."""
+    """Folder of the tables; awnet only reads its own."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One entry of the table: ``run`` calls the op with given launch parameters."""
+    """One entry of the table; ``run`` calls the op with the given launch parameters."""
 
     key: str
     start: Parameters
@@ -77,7 +79,7 @@ class Job:
 
 
 def jobs(options: TuneOptions, device: torch.device) -> Iterator[Job]:
-    """Everything that ``options`` asks for, on random tensors; made one at a time."""
+    """All entries to tune, on random tensors; created one at a time."""
     registry = SMOKE_CASES if options.smoke else CASES
     for case in (c.convolution for c in registry if isinstance(c, LayerCase) and c.name in STAGES):
         for batch in options.batches:
@@ -101,14 +103,14 @@ def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, 
     u, grad, y = image(), image(), image()
     a, b, c = (torch.randn(size[:2], device=device) for _ in range(3))
 
-    def run(how: Parameters) -> Any:
+    def run(config: Parameters) -> Any:
         if op == "apply":
-            return passes.apply(u, a, b, grad, True, how)
+            return passes.apply(u, a, b, grad, True, config)
         if op == "statistics":
-            return passes.statistics(u, how)
+            return passes.statistics(u, config)
         if op == "reduce":
-            return passes.reduce(grad, u, a, y, how)
-        return passes.propagate(grad, u, a, y, b, c, a, True, how)
+            return passes.reduce(grad, u, a, y, config)
+        return passes.propagate(grad, u, a, y, b, c, a, True, config)
 
     pixels = case.size**2
     shape = (batch, case.c_out, pixels)
@@ -142,44 +144,44 @@ def _table_job(op: str, case: Convolution, batch: int, device: torch.device) -> 
     return Job(f"{op}/{launch_config.bucket(batch, channels, 1)}", start, run)
 
 
-def _neighbours(how: Parameters) -> Iterator[dict[str, int]]:
-    for name, value in how.items():
+def _neighbours(config: Parameters) -> Iterator[dict[str, int]]:
+    for name, value in config.items():
         least, most = _RANGE[name]
         for moved in (2 * value, value // 2):
             if least <= moved <= most:
-                yield {**how, name: moved}
+                yield {**config, name: moved}
 
 
 def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [x for x in result if x is not None]
 
 
-def _check(key: str, how: Parameters, got: Any, wanted: list[Tensor]) -> None:
-    for mine, other in zip(_tensors(got), wanted, strict=True):
+def _verify(key: str, config: Parameters, got: Any, expected: list[Tensor]) -> None:
+    for mine, other in zip(_tensors(got), expected, strict=True):
         # sums in another order; images are rounded once more
         tolerance = 1e-4 if other.dtype == torch.float32 else 1e-2
         difference = float((mine.double() - other.double()).norm())
         if not difference <= tolerance * float(other.double().norm()):
-            raise RuntimeError(f"{key} with {dict(how)} does not give what the default launch gives")
+            raise RuntimeError(f"{key} with {dict(config)} does not equal the result of the default launch")
 
 
 def search(job: Job, do_bench: DoBench) -> tuple[dict[str, int], float, float]:
     """The best parameters that a descent from ``job.start`` finds, their time, and the start's, in ms."""
     from triton.runtime.errors import OutOfResources
 
-    wanted = _tensors(job.run(job.start))
+    expected = _tensors(job.run(job.start))
     times: dict[tuple[int, ...], float] = {}
 
-    def measure(how: Parameters) -> float:
-        place = tuple(how.values())
-        if place not in times:
-            times[place] = math.inf
+    def measure(config: Parameters) -> float:
+        key = tuple(config.values())
+        if key not in times:
+            times[key] = math.inf
             try:
-                _check(job.key, how, job.run(how), wanted)
-                times[place] = do_bench(partial(job.run, how))
+                _verify(job.key, config, job.run(config), expected)
+                times[key] = do_bench(partial(job.run, config))
             except OutOfResources:
-                pass  # it does not fit this device: never the fastest
-        return times[place]
+                pass  # it does not fit the device
+        return times[key]
 
     best = dict(job.start)
     first = least = measure(best)
@@ -198,6 +200,21 @@ def _milliseconds(run: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=10, rep=40, return_mode="median"))
+
+
+def _check(options: TuneOptions) -> None:
+    for name, known in (
+        ("dtypes", ("bfloat16", "float16", "float32")),
+        ("layouts", ("channels_last", "nchw")),
+    ):
+        unknown = [value for value in getattr(options, name) if value not in known]
+        if unknown:
+            raise ValueError(f"{name} must be some of {', '.join(known)}, got {', '.join(map(str, unknown))}")
+    for batch in options.batches:
+        check_whole("batches", batch, 1, MAX_BATCH)
+    if not 0 <= options.minutes <= 1440:  # NaN too
+        raise ValueError(f"minutes must be between 0 and 1440, got {options.minutes}")
+    check_folder("out", options.out)
 
 
 def _device(options: TuneOptions, timed_here: bool) -> torch.device:
@@ -221,14 +238,15 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
         ValueError: there is no CUDA device (and no ``do_bench`` of the caller's), or Triton cannot run.
         RuntimeError: a candidate's result is wrong.
     """
+    _check(options)
     device = _device(options, do_bench is None)
     path = options.out / f"{launch_config.device_slug(device)}.json"
-    content: dict[str, Any] = {"device": path.stem, "launches": {}}
+    launches: dict[str, dict[str, int]] = {}
+    content: dict[str, Any] = {"device": path.stem}
     if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content["launches"] = launch_config.read_table(path)
+        launches = launch_config.read_table(path)
+        content = json.loads(path.read_text(encoding="utf-8")) | {"launches": launches}
     content["launches_tuned_with"] = {name: version(name) for name in ("torch", "triton")}
-    launches: dict[str, dict[str, int]] = content["launches"]
     console = safe_console()
     end = time.monotonic() + 60 * options.minutes
     left = 0
@@ -247,6 +265,8 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
         write_json(path, content)
     launch_config.forget_tables()
     if left:
-        console.print(f"{left} entries are left for another run: {options.minutes:g} minutes are over")
+        console.print(
+            f"{left} entries remain: the {options.minutes:g} minutes are over; run it again to resume"
+        )
     console.print(f"wrote {path}")
     return path

@@ -83,9 +83,23 @@ def options_of(name: str) -> Any:
     )
 
 
+# in the errors of torch's allocators, which have no class of their own on CPUs
+_MEMORY_ERRORS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in _MEMORY_ERRORS)
+
+
 def _run_method(function: Any) -> Any:
     def run(self: Any, console: Console) -> int | None:
-        status = function(self)
+        try:
+            status = function(self)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise MemoryError(f"not enough memory, use a smaller batch or size: {reason}") from error
         return status if isinstance(status, int) else None
 
     return run

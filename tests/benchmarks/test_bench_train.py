@@ -12,8 +12,8 @@ import pytest
 import torch
 from awnet.benchmarks import plain as plain_module
 from awnet.benchmarks import train as T
+from awnet.benchmarks.options import command_line
 from awnet.benchmarks.plain import plain_model
-from awnet.benchmarks.runner import command_line
 from awnet.benchmarks.train import COLUMNS, TrainBenchOptions, bench_train, flops_per_image
 from torch import Tensor, nn
 

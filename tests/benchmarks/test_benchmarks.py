@@ -12,8 +12,9 @@ import torch
 from awnet.benchmarks import BenchOptions, results, run, runner
 from awnet.benchmarks.cases import CASES, SMOKE_CASES, Case, LayerCase, Mode, make_upstream
 from awnet.benchmarks.ceilings import measure_ceilings
+from awnet.benchmarks.options import command_line
 from awnet.benchmarks.providers import COMPILED, Provider, providers, unfused
-from awnet.benchmarks.runner import command_line
+from awnet.benchmarks.verification import Trial
 from torch import Tensor
 
 from awnet import reference
@@ -38,7 +39,7 @@ def results_of(case: Case, provider: Provider, mode: Mode) -> dict[str, Tensor]:
     """One step in float64 on fixed tensors."""
     problem = case.problem(8, provider.static, CPU, torch.float32, False, 3)
     upstream = make_upstream(case, problem, mode, unfused, 0).double()
-    return runner._Trial(case, problem.to(torch.float64), provider, mode, upstream, 1)()
+    return Trial(case, problem.to(torch.float64), provider, mode, upstream, 1)()
 
 
 def test_a_run_writes_a_verified_row_for_every_provider_and_mode(tmp_path: Path) -> None:
@@ -254,9 +255,7 @@ def test_the_attack_differentiates_the_routers_signals_but_no_parameter() -> Non
 def test_an_attack_marks_parameters_as_frozen_but_for_the_provider_that_shows_what_that_brings() -> None:
     problem = SMOKE["stage4"].problem(8, False, CPU, torch.float32, False, 0)
     for frozen in (True, False):
-        trial = runner._Trial(
-            SMOKE["stage4"], problem, Provider(unfused, frozen=frozen), "attack", problem.image, 1
-        )
+        trial = Trial(SMOKE["stage4"], problem, Provider(unfused, frozen=frozen), "attack", problem.image, 1)
         assert trial.problem.parameters["weight"].requires_grad != frozen
     assert not COMPILED["compile"].frozen
     assert COMPILED["compile_frozen"].frozen
@@ -316,7 +315,7 @@ def test_the_command_names_what_is_not_the_default_and_no_path() -> None:
 
 def test_compiled_providers_run_only_where_they_are_asked_for() -> None:
     def names(**changes: object) -> set[str]:
-        return {n for job in runner._jobs(options(Path(), **changes), CPU, {}) for n in job.providers}
+        return {n for job in runner.make_jobs(options(Path(), **changes), CPU, {}) for n in job.providers}
 
     assert not names() & COMPILED.keys()
     assert names(compile=True) >= COMPILED.keys()
@@ -326,13 +325,13 @@ def test_compiled_providers_run_only_where_they_are_asked_for() -> None:
 
 def test_a_smoke_run_compiles_one_row_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(**changes: object) -> list[tuple[str, str]]:
-        jobs = runner._jobs(options(Path(), **changes), CPU, {})
+        jobs = runner.make_jobs(options(Path(), **changes), CPU, {})
         return [(job.case.name, job.mode) for job in jobs if "compile" in job.providers]
 
-    monkeypatch.setattr(runner, "_has_compiler", lambda device: True)
+    monkeypatch.setattr(runner, "has_compiler", lambda device: True)
     assert compiled(cases=()) == [("stage1", "forward")]
     assert compiled(cases=("stage1",)) == compiled(cases=(), smoke=False) == []
-    monkeypatch.setattr(runner, "_has_compiler", lambda device: False)
+    monkeypatch.setattr(runner, "has_compiler", lambda device: False)
     assert compiled(cases=()) == []
 
 
@@ -348,7 +347,7 @@ def test_the_registry_runs_and_is_verified_on_a_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_compiled_providers_are_verified_too(tmp_path: Path) -> None:
-    if not runner._has_compiler(CPU):
+    if not runner.has_compiler(CPU):
         pytest.skip("torch.compile needs a C++ compiler")
     rows = rows_of(
         run(options(tmp_path, providers=tuple(COMPILED), cases=("stage4", "block"), modes=("attack",)))
@@ -359,7 +358,7 @@ def test_the_compiled_providers_are_verified_too(tmp_path: Path) -> None:
 
 def test_batches_by_default() -> None:
     def batches(device: str, **changes: object) -> dict[str, set[int]]:
-        jobs = runner._jobs(replace(BenchOptions(), **changes), torch.device(device), {})  # type: ignore[arg-type]
+        jobs = runner.make_jobs(replace(BenchOptions(), **changes), torch.device(device), {})  # type: ignore[arg-type]
         return {case.name: {job.batch for job in jobs if job.case is case} for case in CASES}
 
     assert batches("cpu")["stage1"] == {32}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from awnet.benchmarks import runner
+from awnet.benchmarks import verification
 from awnet.benchmarks.cases import CASES, MODES, SMOKE_CASES, Mode, make_upstream
 from awnet.benchmarks.providers import providers
 
@@ -23,12 +23,17 @@ def test_layer(case: str, mode: Mode, provider: str, benchmark: Any) -> None:
     (chosen,) = (c for c in (SMOKE_CASES if benchmark.disabled else CASES) if c.name == case)
     batch = 8 if benchmark.disabled or case == "network" else 32
     problem = chosen.problem(batch, known[provider].static, CPU, torch.float32, False, 0)
-    exact = runner._exact(chosen)
+    exact = verification.exact_provider(chosen)
     upstream = make_upstream(chosen, problem, mode, exact.layer, 1)
     benchmark.group = f"{case}, {mode}"
-    trial = runner._Trial(chosen, problem, known[provider], mode, upstream, 4)
+    trial = verification.Trial(chosen, problem, known[provider], mode, upstream, 4)
     got = benchmark.pedantic(trial, rounds=5, warmup_rounds=1)
     assert all(bool(torch.isfinite(value).all()) for value in got.values())
     if mode != "training":  # there the warm-up has moved the running statistics
-        want = runner._Trial(chosen, problem.to(torch.float64), exact, mode, upstream.double(), 1)()
-        assert runner._fault(lambda: got, want, runner._limits(chosen, problem, mode, upstream, want)) == ""
+        want = verification.Trial(chosen, problem.to(torch.float64), exact, mode, upstream.double(), 1)()
+        assert (
+            verification.fault(
+                lambda: got, want, verification.error_limits(chosen, problem, mode, upstream, want)
+            )
+            == ""
+        )
