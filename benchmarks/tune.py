@@ -26,6 +26,7 @@ from awnet.devices import resolve_device
 from awnet.files import write_json
 from awnet.ops import launch_config
 from awnet.ops.backends import triton as triton_backend
+from awnet.ops.coefficients import Mix, Norm, Reduced, SampleStats
 from awnet.terminal import safe_console
 
 from .cases import CASES, SMOKE_CASES, STAGES, Convolution, LayerCase
@@ -119,26 +120,26 @@ def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, 
 
 
 def _table_job(op: str, case: Convolution, batch: int, device: torch.device) -> Job:
-    names = ("tables", "eval_coefficients", "train_coefficients")
-    tables, evaluated, trained = (importlib.import_module(f"awnet.kernels.{name}") for name in names)
+    names = ("eval_coefficients", "train_coefficients")
+    evaluated, trained = (importlib.import_module(f"awnet.kernels.{name}") for name in names)
     channels, hw = case.c_out, case.size**2
     g1, gc, mean, m2, scale = (torch.rand(batch, channels, device=device) for _ in range(5))
-    norm = tables.Norm(*(torch.rand(2, channels, device=device) + 0.5 for _ in range(4)), 1e-5)
+    norm = Norm.stacked(torch.rand(4, 2, channels, device=device) + 0.5, 1e-5)
     is_clean = torch.arange(batch, device=device) < batch // 2
-    mix = tables.Mix(scale, torch.rand(batch, device=device), is_clean)
+    mix = Mix(scale, torch.rand(batch, device=device), is_clean)
     n = torch.full((2,), batch * hw / 2, device=device)
-    stats = trained.SampleStats(mean, m2, hw)
+    stats, sums = SampleStats(mean, m2, hw), Reduced(g1, gc, mean)
 
     def run(config: Parameters) -> Any:
         if op == "eval_coefficients":
             return evaluated.eval_coefficients(norm, mix, batch, config)
         if op == "eval_gradients":
-            return evaluated.eval_gradients(g1, gc, mean, norm, mix, (True, True, False, False), config)
+            return evaluated.eval_gradients(sums, norm, mix, (True, True, False, False), config)
         if op == "batch_statistics":
             return trained.batch_statistics(stats, mix, 2, config)
         if op == "train_coefficients":
             return trained.train_coefficients(norm, mix, batch, config)
-        return trained.train_gradients(g1, gc, stats, norm, n, mix, True, None, config)
+        return trained.train_gradients(sums, stats, norm, n, mix, True, None, config)
 
     start = launch_config.launch_parameters(op, torch.device("cpu"), batch, channels)
     return Job(f"{op}/{launch_config.bucket(batch, channels, 1)}", start, run)

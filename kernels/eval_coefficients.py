@@ -10,7 +10,8 @@ results are stored layer by layer, so that each layer gets contiguous ``[B, C_l]
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -20,12 +21,13 @@ from torch import Tensor
 from .launch import Case, Table, launch, power_of_two
 from .tables import (
     Config,
-    Mix,
-    Norm,
     block_sizes,
+    constants_of,
     inverse_std,
     launch_tiles,
     load_row,
+    meta_norm,
+    tables_of,
     tile_of_program,
     tile_offsets,
 )
@@ -228,12 +230,12 @@ def _pair(like: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
     return like.new_empty(shape), like.new_empty(shape)
 
 
-def _dynamic_channels(norm: Norm, mix: Mix) -> int:
+def _dynamic_channels(norm: Any, mix: Any) -> int:
     return norm.weight.shape[1] if mix.filter_scale is None else mix.filter_scale.shape[1]
 
 
 def eval_coefficients(
-    norm: Norm, mix: Mix, batch: int, config: Config, *, out: tuple[Tensor, Tensor] | None = None
+    norm: Any, mix: Any, batch: int, config: Config, *, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """scale and shift ``[B, C]`` of a layer in eval mode.
 
@@ -251,13 +253,13 @@ def eval_coefficients(
 
 
 def _launch_coefficients(
-    out: tuple[Tensor, Tensor], norm: Norm, mix: Mix, layout: Tensor | None, batch: int, config: Config
+    out: tuple[Tensor, Tensor], norm: Any, mix: Any, layout: Tensor | None, batch: int, config: Config
 ) -> None:
     channels = norm.weight.shape[1]
     launch_tiles(
         eval_coefficients_kernel, batch, channels, config,
-        *out, mix.filter_scale, *norm[:4], mix.p_clean, layout,
-        batch, channels, _dynamic_channels(norm, mix), norm.eps, **norm.rows,
+        *out, mix.filter_scale, *tables_of(norm), mix.p_clean, layout,
+        batch, channels, _dynamic_channels(norm, mix), norm.eps, **constants_of(norm),
     )  # fmt: skip
 
 
@@ -269,8 +271,8 @@ def network_layout(widths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def network_coefficients(
-    norm: Norm,
-    mix: Mix,
+    norm: Any,
+    mix: Any,
     widths: Sequence[int],
     layout: Tensor,
     config: Config,
@@ -287,7 +289,6 @@ def network_coefficients(
         config: launch parameters ``tile``, ``inner``, ``warps``.
         out: two flat float32 buffers of B · T elements.
     """
-    assert mix.p_clean is not None
     batch = len(mix.p_clean)
     if out is None:
         out = _pair(norm.weight, batch * sum(widths))
@@ -296,21 +297,14 @@ def network_coefficients(
     return [(scale.view(batch, width), shift.view(batch, width)) for scale, shift, width in blocks]
 
 
-class EvalGradients(NamedTuple):
-    """None where the gradient is not requested."""
-
-    filter_scale: Tensor | None  # [B, D]
-    p_clean: Tensor | None  # [B]
-    weight: Tensor | None  # [K, C]
-    bias: Tensor | None  # [K, C]
+# the gradients of filter_scale [B, D], p_clean [B], weight and bias [K, C]; None where not requested
+EvalGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def eval_gradients(
-    g1: Tensor,
-    gc: Tensor,
-    centre: Tensor | None,
-    norm: Norm,
-    mix: Mix,
+    sums: Any,
+    norm: Any,
+    mix: Any,
     needs: Sequence[bool],
     config: Config,
     *,
@@ -319,45 +313,46 @@ def eval_gradients(
     """Gradients of a layer in eval mode, or of a network's filter scale and p_clean.
 
     Args:
-        g1: Σ g over the pixels, ``[B, C]``; for a network ∂L/∂shift of all layers side by side.
-        gc: Σ g (u − centre) over the pixels; for a network ∂L/∂scale.
-        centre: ``[B, C]``; None means 0.
+        sums: g1 = Σ g and gc = Σ g (u − centre) over the pixels, and centre (None means 0), ``[B, C]``; for a
+            network ∂L/∂shift and ∂L/∂scale of all layers side by side, and None.
         norm, mix: as in the forward pass.
         needs: whether the gradients of filter_scale, p_clean, weight and bias are requested; the last two
             are computed together.
         config: launch parameters ``tile``, ``inner``, ``warps``.
         out: tensors to write to.
     """
+    g1, gc, centre = sums
     batch, channels = g1.shape
     dynamic_channels = _dynamic_channels(norm, mix)
     if out is None:
         need_filter_scale, need_p_clean, *need_tables = needs
-        out = EvalGradients(
+        out = (
             g1.new_empty(batch, dynamic_channels) if need_filter_scale else None,
             g1.new_empty(batch) if need_p_clean else None,
             *(_pair(g1, *norm.weight.shape) if any(need_tables) else (None, None)),
         )
+    d_filter_scale, d_p_clean, d_weight, d_bias = out
     if batch == 0:
-        for table in out[2:]:
+        for table in (d_weight, d_bias):
             if table is not None:
                 table.zero_()
         return out
     block_b, block_c = block_sizes(batch, channels, config)
     programs = -(-batch // block_b)
-    parts = (out.weight, out.bias)
-    if programs > 1 and out.weight is not None:
+    parts = (d_weight, d_bias)
+    if programs > 1 and d_weight is not None:
         parts = _pair(g1, programs, *norm.weight.shape)
     launch(
         eval_gradients_kernel, programs,
-        out.filter_scale, out.p_clean, *parts, g1, gc, centre, mix.filter_scale, *norm[:4], mix.p_clean,
+        d_filter_scale, d_p_clean, *parts, g1, gc, centre, mix.filter_scale, *tables_of(norm), mix.p_clean,
         batch, channels, dynamic_channels, norm.eps, BLOCK_B=block_b, BLOCK_C=block_c,
-        STEPS=power_of_two(-(-channels // block_c)), warps=config["warps"], **norm.rows,
+        STEPS=power_of_two(-(-channels // block_c)), warps=config["warps"], **constants_of(norm),
     )  # fmt: skip
-    if programs > 1 and out.weight is not None:
+    if programs > 1 and d_weight is not None:
         width, block_parts = norm.weight.numel(), power_of_two(programs)
         block_n = min(power_of_two(width), max(1, config["tile"] // block_parts))
         launch(
-            sum_parts_kernel, -(-width // block_n), out.weight, out.bias, *parts, width, programs,
+            sum_parts_kernel, -(-width // block_n), d_weight, d_bias, *parts, width, programs,
             BLOCK_N=block_n, BLOCK_PARTS=block_parts,
         )  # fmt: skip
     return out
@@ -383,13 +378,14 @@ def cases(table: Table) -> Iterator[Case]:
 def _layer_case(op: str, title: str, config: Config, shape: tuple[int, int, int, bool]) -> Case:
     batch, channels, rows, has_scale = shape
     c = torch.empty(batch, channels, device="meta")
-    norm = Norm.meta(rows, channels)
-    mix = Mix(c if has_scale else None, torch.empty(batch, device="meta") if rows == 2 else None)
+    norm = meta_norm(rows, channels)
+    p_clean = torch.empty(batch, device="meta") if rows == 2 else None
+    mix = SimpleNamespace(filter_scale=c if has_scale else None, p_clean=p_clean)
 
     def run() -> object:
         if op == "eval_coefficients":
             return eval_coefficients(norm, mix, batch, config)
-        return eval_gradients(c, c, c, norm, mix, (has_scale, rows == 2, True, True), config)
+        return eval_gradients((c, c, c), norm, mix, (has_scale, rows == 2, True, True), config)
 
     return Case(title, run, quick=rows == 2 and batch == 256)
 
@@ -397,14 +393,14 @@ def _layer_case(op: str, title: str, config: Config, shape: tuple[int, int, int,
 def _network_case(op: str, key: str, config: Config) -> Case:
     widths, batch = (64, 128, 256, 512), 256
     channels = sum(widths)
-    norm = Norm.meta(2, channels)
+    norm = meta_norm(2, channels)
     c = torch.empty(batch, channels, device="meta")
-    mix = Mix(c[:, :512], torch.empty(batch, device="meta"))
+    mix = SimpleNamespace(filter_scale=c[:, :512], p_clean=torch.empty(batch, device="meta"))
     layout = torch.empty(2, channels, dtype=torch.int32, device="meta")
 
     def run() -> object:
         if op == "network_coefficients":
             return network_coefficients(norm, mix, widths, layout, config)
-        return eval_gradients(c, c, None, norm, mix, (True, True, False, False), config)
+        return eval_gradients((c, c, None), norm, mix, (True, True, False, False), config)
 
     return Case(key, run, quick=True)

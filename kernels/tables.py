@@ -1,4 +1,7 @@
-"""Shared parts of the kernels on ``[B, C]`` tables: the records they take, tiles, and device functions.
+"""Shared parts of the kernels on ``[B, C]`` tables: tiles and device functions.
+
+The host functions take the records of :mod:`awnet.ops.coefficients` (Norm, Mix, SampleStats and so on); this
+package does not import them, as it imports nothing from ``awnet.ops``.
 
 All tables are contiguous float32. Affine parameters have K rows and statistics S rows, each 1 or 2: row 0
 adversarial, row 1 clean. A tile holds ``BLOCK_B`` samples and ``BLOCK_C`` channels. Sums over samples run in
@@ -10,7 +13,8 @@ a fixed order, and a sample never enters the sum of the other row, not even as N
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -20,35 +24,6 @@ from torch import Tensor
 from .launch import launch, power_of_two
 
 Config = Mapping[str, int]
-
-
-class Norm(NamedTuple):
-    """Batch-norm tables of a layer, or of all layers of a network side by side."""
-
-    weight: Tensor  # [K, C]
-    bias: Tensor  # [K, C]
-    mean: Tensor  # [S, C]
-    var: Tensor  # [S, C], biased
-    eps: float
-
-    @classmethod
-    def meta(cls, rows: int, channels: int) -> Norm:
-        """Tables on the meta device, for ahead-of-time compilation."""
-        table = torch.empty(rows, channels, device="meta")
-        return cls(table, table, table, table, 1e-5)
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """The kernels' constants K and S."""
-        return {"K": len(self.weight), "S": len(self.mean)}
-
-
-class Mix(NamedTuple):
-    """The per-sample inputs of a layer."""
-
-    filter_scale: Tensor | None = None  # [B, C]
-    p_clean: Tensor | None = None  # [B]
-    is_clean: Tensor | None = None  # [B], bool
 
 
 # --- device functions
@@ -157,6 +132,22 @@ def launch_channels(
         BLOCK_B=block_b, BLOCK_C=block_c, STEPS=power_of_two(-(-batch // block_b)), warps=config["warps"],
         **constants,
     )  # fmt: skip
+
+
+def constants_of(norm: Any) -> dict[str, int]:
+    """The kernels' constants K and S: the rows of the affine parameters and of the statistics."""
+    return {"K": len(norm.weight), "S": len(norm.mean)}
+
+
+def tables_of(norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight, bias, mean, var, in the order of the kernels' arguments."""
+    return norm.weight, norm.bias, norm.mean, norm.var
+
+
+def meta_norm(rows: int, channels: int) -> Any:
+    """Tables on the meta device, for ahead-of-time compilation."""
+    table = torch.empty(rows, channels, device="meta")
+    return SimpleNamespace(weight=table, bias=table, mean=table, var=table, eps=1e-5)
 
 
 def as_bytes(x: Tensor | None) -> Tensor | None:

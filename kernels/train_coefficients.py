@@ -9,7 +9,8 @@ equations, docs/equations.md derives them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -19,18 +20,19 @@ from torch import Tensor
 from .launch import Case, Table
 from .tables import (
     Config,
-    Mix,
-    Norm,
     as_bytes,
+    constants_of,
     inverse_std,
     launch_channels,
     launch_tiles,
     load_is_clean,
     load_row,
     load_sample_rows,
+    meta_norm,
     scaled,
     store_rows,
     sum_by_row,
+    tables_of,
     tile_of_program,
     tile_offsets,
 )
@@ -302,55 +304,31 @@ def train_gradients_kernel(
 # --- launches
 
 
-class SampleStats(NamedTuple):
-    """Statistics of ``u`` over the pixels of each sample."""
-
-    mean: Tensor  # [B, C]
-    m2: Tensor  # [B, C], centred sum of squares
-    hw: int  # number of pixels
-
-
-class BatchStats(NamedTuple):
-    """Statistics of filter_scale · u over the samples of each row."""
-
-    mean: Tensor  # [S, C]
-    var: Tensor  # [S, C], biased
-    n: Tensor  # [S], values per channel
-
-
-class TrainSums(NamedTuple):
-    weight: Tensor  # [K, C], the gradient of γ
-    bias: Tensor  # [K, C], the gradient of β
-    through: Tensor  # [2, S, C], Σ γ g and Σ γ g x̂
-
-
-class TrainGradients(NamedTuple):
-    """``∂u = by_grad · g + by_input · (u − mean) + constant``, each [B, C]."""
-
-    filter_scale: Tensor | None  # [B, C]
-    weight: Tensor  # [K, C]
-    bias: Tensor  # [K, C]
-    by_grad: Tensor
-    by_input: Tensor
-    constant: Tensor
+# of each row: mean and biased variance [S, C], and the number of values per channel [S]
+BatchStats = tuple[Tensor, Tensor, Tensor]
+# the gradients of weight and bias [K, C], and [2, S, C]: Σ γ g and Σ γ g x̂
+TrainSums = tuple[Tensor, Tensor, Tensor]
+# the gradients of filter_scale [B, C], weight and bias [K, C], and three tables [B, C] of
+# ∂u = by_grad · g + by_input · (u − mean) + constant
+TrainGradients = tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def batch_statistics(
-    stats: SampleStats, mix: Mix, rows: int, config: Config, *, out: BatchStats | None = None
+    stats: Any, mix: Any, rows: int, config: Config, *, out: BatchStats | None = None
 ) -> BatchStats:
     """Statistics of ``filter_scale · u`` over the samples of each of ``rows`` rows.
 
     Args:
-        stats: statistics of u.
+        stats: mean and M2 of u ``[B, C]``, and the number of pixels.
         mix: ``filter_scale``, and ``is_clean`` for two rows.
         rows: S.
         config: launch parameters ``tile``, ``inner``, ``warps``.
         out: tensors to write to.
     """
-    mean, m2, hw = stats
+    mean, m2, hw = stats.mean, stats.m2, stats.hw
     batch, channels = mean.shape
     if out is None:
-        out = BatchStats(mean.new_empty(rows, channels), mean.new_empty(rows, channels), mean.new_empty(rows))
+        out = mean.new_empty(rows, channels), mean.new_empty(rows, channels), mean.new_empty(rows)
     if batch == 0:
         for x in out:
             x.zero_()
@@ -363,7 +341,7 @@ def batch_statistics(
 
 
 def train_coefficients(
-    norm: Norm, mix: Mix, batch: int, config: Config, *, out: tuple[Tensor, Tensor] | None = None
+    norm: Any, mix: Any, batch: int, config: Config, *, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """scale and shift ``[B, C]`` in train mode; ``norm`` holds the batch statistics.
 
@@ -375,26 +353,26 @@ def train_coefficients(
         out = norm.weight.new_empty(size), norm.weight.new_empty(size)
     launch_tiles(
         train_coefficients_kernel, batch, channels, config,
-        *out, mix.filter_scale, *norm[:4], as_bytes(mix.is_clean), batch, channels, norm.eps, **norm.rows,
+        *out, mix.filter_scale, *tables_of(norm), as_bytes(mix.is_clean), batch, channels, norm.eps,
+        **constants_of(norm),
     )  # fmt: skip
     return out
 
 
 def train_sums(
-    g1: Tensor,
-    gc: Tensor,
-    mean: Tensor,
-    norm: Norm,
-    mix: Mix,
+    sums: Any,
+    norm: Any,
+    mix: Any,
     config: Config,
     *,
     out: TrainSums | None = None,
 ) -> TrainSums:
     """The sums over the batch that :func:`train_gradients` needs. Arguments as there."""
+    g1, gc, mean = sums
     batch, channels = g1.shape
     if out is None:
         tables = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
-        out = TrainSums(*tables, g1.new_empty(2, *norm.mean.shape))
+        out = *tables, g1.new_empty(2, *norm.mean.shape)
     if batch == 0:
         for x in out:
             x.zero_()
@@ -402,20 +380,19 @@ def train_sums(
     launch_channels(
         train_sums_kernel, batch, channels, config,
         *out, g1, gc, mean, mix.filter_scale, norm.weight, norm.mean, norm.var, as_bytes(mix.is_clean),
-        batch, channels, norm.eps, **norm.rows,
+        batch, channels, norm.eps, **constants_of(norm),
     )  # fmt: skip
     return out
 
 
 def train_gradients(
-    g1: Tensor,
-    gc: Tensor,
-    stats: SampleStats,
-    norm: Norm,
+    sums: Any,
+    stats: Any,
+    norm: Any,
     n: Tensor,
-    mix: Mix,
+    mix: Any,
     need_filter_scale: bool,
-    sums: TrainSums | None,
+    totals: TrainSums | None,
     config: Config,
     *,
     out: TrainGradients | None = None,
@@ -423,34 +400,34 @@ def train_gradients(
     """Gradients in train mode, and the coefficients of ∂u.
 
     Args:
-        g1: Σ g over the pixels, ``[B, C]``.
-        gc: Σ g (u − mean) over the pixels, ``[B, C]``.
-        stats: statistics of u.
+        sums: g1 = Σ g and gc = Σ g (u − mean) over the pixels, and mean, ``[B, C]``.
+        stats: mean and M2 of u ``[B, C]``, and the number of pixels.
         norm: affine parameters and batch statistics.
         n: values per channel of each row, ``[S]``.
         mix: ``filter_scale``, and ``is_clean`` for two rows.
         need_filter_scale: whether the gradient of the filter scale is requested.
-        sums: of :func:`train_sums`, with the other ranks' added to ``through``; None computes them here.
+        totals: of :func:`train_sums`, with the other ranks' added to the last; None computes them here.
         config: launch parameters ``tile``, ``inner``, ``warps``.
         out: tensors to write to.
     """
+    g1, gc, _ = sums
     batch, channels = g1.shape
     if out is None:
-        if sums is None:
+        if totals is None:
             tables = torch.empty_like(norm.weight), torch.empty_like(norm.weight)
         else:
-            tables = sums.weight, sums.bias
-        d_filter_scale = g1.new_empty(g1.shape) if need_filter_scale else None
-        out = TrainGradients(d_filter_scale, *tables, *(g1.new_empty(g1.shape) for _ in range(3)))
+            tables = totals[:2]
+        d_filter_scale = torch.empty_like(g1) if need_filter_scale else None
+        out = d_filter_scale, *tables, torch.empty_like(g1), torch.empty_like(g1), torch.empty_like(g1)
     if batch == 0:
-        out.weight.zero_()
-        out.bias.zero_()
+        for table in out[1:3]:
+            table.zero_()
         return out
     launch_channels(
         train_gradients_kernel, batch, channels, config,
-        *out, None if sums is None else sums.through, g1, gc, stats.mean, stats.m2, mix.filter_scale,
+        *out, None if totals is None else totals[2], g1, gc, stats.mean, stats.m2, mix.filter_scale,
         norm.weight, norm.mean, norm.var, n, as_bytes(mix.is_clean), batch, channels, stats.hw, norm.eps,
-        **norm.rows,
+        **constants_of(norm),
     )  # fmt: skip
     return out
 
@@ -473,19 +450,19 @@ def cases(table: Table) -> Iterator[Case]:
 def _case(op: str, title: str, config: Config, shape: tuple[int, int, int, bool]) -> Case:
     batch, channels, rows, has_scale = shape
     c = torch.empty(batch, channels, device="meta")
-    norm = Norm.meta(rows, channels)
+    norm = meta_norm(rows, channels)
     is_clean = torch.empty(batch, dtype=torch.bool, device="meta") if rows == 2 else None
-    mix, n = Mix(c if has_scale else None, None, is_clean), torch.empty(rows, device="meta")
-    stats = SampleStats(c, c, 1024)
+    mix = SimpleNamespace(filter_scale=c if has_scale else None, is_clean=is_clean)
+    stats, n = SimpleNamespace(mean=c, m2=c, hw=1024), torch.empty(rows, device="meta")
 
     def run() -> object:
         if op == "batch_statistics":
             return batch_statistics(stats, mix, rows, config)
         if op == "train_coefficients":
             return train_coefficients(norm, mix, batch, config)
-        sums = train_sums(c, c, c, norm, mix, config)
-        for other in (None, sums):
-            train_gradients(c, c, stats, norm, n, mix, has_scale, other, config)
-        return sums
+        totals = train_sums((c, c, c), norm, mix, config)
+        for given in (None, totals):
+            train_gradients((c, c, c), stats, norm, n, mix, has_scale, given, config)
+        return totals
 
     return Case(title, run, quick=rows == 2 and batch == 256)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from awnet.kernels import eval_coefficients as evaluated
 from awnet.kernels import train_coefficients as trained
-from awnet.kernels.tables import Mix, Norm
 from support.interpreter import DEVICE, Guarded
 from torch import Tensor
 
 from awnet.ops import coefficients
 from awnet.ops.args import Needs
+from awnet.ops.coefficients import Mix, Norm
 
 ROWS = [(2, 2), (2, 1), (1, 1), (1, 2)]
 SIZES = [(1, 1), (5, 3), (13, 9)]
@@ -103,21 +103,19 @@ def test_eval(k: int, s: int, has_scale: bool, config: dict) -> None:
         for a, b in zip(got, coefficients.eval_coefficients(*exact, batch), strict=True):
             assert_agrees(a, b)
 
-        buffers = evaluated.EvalGradients(
+        buffers = (
             x.new(batch, channels) if has_scale else None,
             x.new(batch) if max(k, s) == 2 else None,
             x.new(k, channels),
             x.new(k, channels),
         )
-        sums = [x.put(v) for v in (x.g1, x.gc, x.centre)]
+        sums = coefficients.Reduced(*(x.put(v) for v in (x.g1, x.gc, x.centre)))
         for needs in (
             Needs(filter_scale=has_scale, p_clean=max(k, s) == 2, bn_weight=True, bn_bias=True),
             Needs(filter_scale=has_scale),
         ):
-            requested = evaluated.EvalGradients(
-                *(v if need else None for v, need in zip(buffers, needs[2:6], strict=True))
-            )
-            grads = evaluated.eval_gradients(*sums, norm, mix, needs[2:6], config, out=requested)
+            requested = tuple(v if need else None for v, need in zip(buffers, needs[2:6], strict=True))
+            grads = evaluated.eval_gradients(sums, norm, mix, needs[2:6], config, out=requested)
             exact_sums = coefficients.Reduced(*(v.double() for v in (x.g1, x.gc, x.centre)))
             expected = coefficients.eval_gradients(exact_sums, *exact, needs)
             for a, b in zip(grads, expected, strict=True):
@@ -131,11 +129,11 @@ def test_train(k: int, s: int, has_scale: bool, config: dict) -> None:
     for (batch, channels), kinds in zip(SIZES, ("clean", "adversarial", "mixed"), strict=True):
         x = Problem(batch, channels, k, s, has_scale, kinds)
         norm, mix = x.norm(), x.mix()
-        stats = trained.SampleStats(x.put(x.mean), x.put(x.m2), HW)
+        stats = coefficients.SampleStats(x.put(x.mean), x.put(x.m2), HW)
         exact_stats, exact_mix = coefficients.SampleStats(x.mean.double(), x.m2.double(), HW), x.exact_mix()
 
-        out = trained.BatchStats(x.new(s, channels), x.new(s, channels), x.new(s))
-        got = trained.batch_statistics(stats, mix, s, config, out=out)
+        out = x.new(s, channels), x.new(s, channels), x.new(s)
+        got = coefficients.BatchStats(*trained.batch_statistics(stats, mix, s, config, out=out))
         for a, b in zip(got, coefficients.batch_statistics(exact_stats, exact_mix, s), strict=True):
             assert_agrees(a, b)
 
@@ -149,24 +147,24 @@ def test_train(k: int, s: int, has_scale: bool, config: dict) -> None:
         for a, b in zip(got_pair, expected_pair, strict=True):
             assert_agrees(a, b)
 
-        sums = x.put(x.g1), x.put(x.gc)
+        sums = coefficients.Reduced(x.put(x.g1), x.put(x.gc), stats.mean)
         exact_sums = coefficients.Reduced(x.g1.double(), x.gc.double(), exact_stats.mean)
-        own = trained.TrainSums(x.new(k, channels), x.new(k, channels), x.new(2, s, channels))
-        own = trained.train_sums(*sums, stats.mean, batch_norm, mix, config, out=own)
+        out = x.new(k, channels), x.new(k, channels), x.new(2, s, channels)
+        own = coefficients.TrainSums(*trained.train_sums(sums, batch_norm, mix, config, out=out))
         exact_own = coefficients.train_sums(exact_sums, exact_norm, exact_mix)
         for a, b in zip(own, exact_own, strict=True):
             assert_agrees(a, b)
         # alone, and where another rank has added its sums, as large as ours
         for others in (False, True):
-            buffers = trained.TrainGradients(
+            buffers = (
                 x.new(batch, channels) if has_scale else None,
-                *((own.weight, own.bias) if others else (x.new(k, channels), x.new(k, channels))),
+                *(own[:2] if others else (x.new(k, channels), x.new(k, channels))),
                 *(x.new(batch, channels) for _ in range(3)),
             )
             shared = own._replace(through=2 * own.through) if others else None
             exact_shared = exact_own._replace(through=2 * exact_own.through) if others else None
             grads = trained.train_gradients(
-                *sums, stats, batch_norm, got.n, mix, has_scale, shared, config, out=buffers
+                sums, stats, batch_norm, got.n, mix, has_scale, shared, config, out=buffers
             )
             expected, by = coefficients.train_gradients(
                 exact_sums, exact_stats, exact_norm, given.n, exact_mix, has_scale, exact_shared
@@ -179,10 +177,11 @@ def check_train(x: Problem, grads, expected, by, norm: coefficients.Norm) -> Non
     # the gradient of the filter scale in a branch of few samples is what is left of large terms
     inv_std = torch.rsqrt(norm.var.min() + EPS)
     size = float(inv_std * (norm.weight.abs().max() * x.gc.abs().max() + HW * x.mean.abs().max()))
-    assert_agrees(grads.filter_scale, expected.filter_scale, scale=size)
-    assert_agrees(grads.weight, expected.bn_weight)
-    assert_agrees(grads.bias, expected.bn_bias)
-    for a, b in zip(grads[3:], by, strict=True):
+    d_filter_scale, d_weight, d_bias, *own_by = grads
+    assert_agrees(d_filter_scale, expected.filter_scale, scale=size)
+    assert_agrees(d_weight, expected.bn_weight)
+    assert_agrees(d_bias, expected.bn_bias)
+    for a, b in zip(own_by, by, strict=True):
         assert_agrees(a, b)
 
 
@@ -198,12 +197,15 @@ def test_a_row_is_untouched_by_nan_in_the_other(config: dict) -> None:
                 v[~x.clean] = float("nan")
         norm, mix = x.norm(), x.mix()
         mean, m2, g1, gc = (x.put(v) for v in (x.mean, x.m2, x.g1, x.gc))
-        stats = trained.SampleStats(mean, m2, HW)
+        stats = coefficients.SampleStats(mean, m2, HW)
         batch_mean, batch_var, n = trained.batch_statistics(stats, mix, 2, config)
         norm = norm._replace(mean=batch_mean, var=batch_var)
-        grads = trained.train_gradients(g1, gc, stats, norm, n, mix, True, None, config)
-        rows = [v[1] for v in (batch_mean, batch_var, grads.weight, grads.bias)]
-        results.append([*rows, *(v[:4] for v in (grads.filter_scale, *grads[3:]) if v is not None)])
+        sums = coefficients.Reduced(g1, gc, mean)
+        d_scale, d_weight, d_bias, *by = trained.train_gradients(
+            sums, stats, norm, n, mix, True, None, config
+        )
+        results.append([v[1] for v in (batch_mean, batch_var, d_weight, d_bias)])
+        results[-1] += [v[:4] for v in (d_scale, *by)]
     for before, after in zip(*results, strict=True):
         assert torch.equal(before, after)
 
@@ -213,13 +215,14 @@ def test_an_empty_batch() -> None:
     norm, mix = x.norm(), x.mix()
     empty = torch.empty(0, 3, device=DEVICE)
     assert evaluated.eval_coefficients(norm, mix, 0, SMALL)[0].shape == (0, 3)
-    grads = evaluated.eval_gradients(empty, empty, empty, norm, mix, (True,) * 4, SMALL)
-    assert float(grads.weight.abs().sum()) == float(grads.bias.abs().sum()) == 0
-    stats = trained.SampleStats(empty, empty, HW)
+    sums = coefficients.Reduced(empty, empty, empty)
+    *_, d_weight, d_bias = evaluated.eval_gradients(sums, norm, mix, (True,) * 4, SMALL)
+    assert float(d_weight.abs().sum()) == float(d_bias.abs().sum()) == 0
+    stats = coefficients.SampleStats(empty, empty, HW)
     batch = trained.batch_statistics(stats, mix, 2, SMALL)
     assert all(float(v.abs().sum()) == 0 for v in batch)
-    result = trained.train_gradients(empty, empty, stats, norm, batch.n, mix, True, None, SMALL)
-    assert float(result.weight.abs().sum()) == float(result.bias.abs().sum()) == 0
+    _, d_weight, d_bias, *_ = trained.train_gradients(sums, stats, norm, batch[2], mix, True, None, SMALL)
+    assert float(d_weight.abs().sum()) == float(d_bias.abs().sum()) == 0
 
 
 @tiles
@@ -248,15 +251,15 @@ def test_a_network_is_one_layer_with_all_channels_side_by_side(
             assert_agrees(ours, layer)
 
     d_filter_scale = x.new(batch, dynamic) if dynamic else None
-    buffers = evaluated.EvalGradients(d_filter_scale, x.new(batch), None, None)
-    d_scale, d_shift = x.put(x.gc), x.put(x.g1)
+    buffers = d_filter_scale, x.new(batch), None, None
+    sums = coefficients.Reduced(x.put(x.g1), x.put(x.gc), None)
     needs = (dynamic > 0, True, False, False)
-    grads = evaluated.eval_gradients(d_shift, d_scale, None, norm, mix, needs, config, out=buffers)
+    d_filter_scale, d_p_clean, *_ = evaluated.eval_gradients(sums, norm, mix, needs, config, out=buffers)
     exact_sums = coefficients.Reduced(x.g1.double(), x.gc.double(), None)
     all_needs = Needs(filter_scale=True, p_clean=True)
     reference = coefficients.eval_gradients(exact_sums, *exact, all_needs)
     assert reference.filter_scale is not None
     if dynamic:
-        assert_agrees(grads.filter_scale, reference.filter_scale[:, :dynamic])
-    assert_agrees(grads.p_clean, reference.p_clean, scale=channels**0.5)  # terms of about 1 that cancel
+        assert_agrees(d_filter_scale, reference.filter_scale[:, :dynamic])
+    assert_agrees(d_p_clean, reference.p_clean, scale=channels**0.5)  # terms of about 1 that cancel
     x.guarded.check()

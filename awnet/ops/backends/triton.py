@@ -78,12 +78,13 @@ def _for_table(op: str, device: torch.device, batch: int, channels: int) -> Para
     return launch_parameters(op, device, batch, channels)
 
 
-def _norm(norm: Norm) -> Any:
-    return kernels("tables").Norm(*[x.contiguous() for x in norm[:4]], norm.eps)
+def _norm(norm: Norm) -> Norm:
+    weight, bias, mean, var, eps = norm
+    return Norm(weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous(), eps)
 
 
-def _mix(mix: Mix) -> Any:
-    return kernels("tables").Mix(*map(_dense, mix))
+def _mix(mix: Mix) -> Mix:
+    return Mix(*map(_dense, mix))
 
 
 class TritonPasses(Passes):
@@ -181,7 +182,7 @@ class TritonPasses(Passes):
 
     def train_sums(self, sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
         config = _for_table("train_gradients", sums.g1.device, *sums.g1.shape)
-        return TrainSums(*kernels("train_coefficients").train_sums(*sums, _norm(norm), _mix(mix), config))
+        return TrainSums(*kernels("train_coefficients").train_sums(sums, _norm(norm), _mix(mix), config))
 
     def train_gradients(
         self,
@@ -194,22 +195,18 @@ class TritonPasses(Passes):
         totals: TrainSums | None,
     ) -> tuple[Gradients, Propagation]:
         config = _for_table("train_gradients", sums.g1.device, *sums.g1.shape)
-        train = kernels("train_coefficients")
-        own_sums = None if totals is None else train.TrainSums(*totals)
-        grads = train.train_gradients(
-            sums.g1, sums.gc, stats, _norm(norm), _dense(n), _mix(mix), need_filter_scale, own_sums, config
+        d_filter_scale, d_weight, d_bias, *by = kernels("train_coefficients").train_gradients(
+            sums, stats, _norm(norm), _dense(n), _mix(mix), need_filter_scale, totals, config
         )
-        by = Propagation(grads.by_grad, grads.by_input, grads.constant)
-        return Gradients(grads.filter_scale, None, grads.weight, grads.bias), by
+        return Gradients(d_filter_scale, None, d_weight, d_bias), Propagation(*by)
 
 
 def _eval_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs, config: Parameters) -> Gradients:
     required = (needs.filter_scale, needs.p_clean, needs.bn_weight, needs.bn_bias)
-    g1, gc, centre = sums
-    grads = kernels("eval_coefficients").eval_gradients(
-        g1, gc, _dense(centre), _norm(norm), _mix(mix), required, config
+    dense = sums._replace(centre=_dense(sums.centre))
+    return Gradients(
+        *kernels("eval_coefficients").eval_gradients(dense, _norm(norm), _mix(mix), required, config)
     )
-    return Gradients(*grads)
 
 
 def network_coefficients(
