@@ -47,7 +47,7 @@ class OperatorBackend(Backend):
         self._layer = layer
 
     def run(self, args: LayerArgs) -> Tensor:
-        saved = Saved(*self._layer(*flatten(args, *kept(args))))
+        saved = Saved(*self._layer(*flatten(args, *keep_flags(args))))
         norm = args.norm
         if norm is not None and norm.training:
             if norm.process_group and saved.y.shape[2] * saved.y.shape[3] == 1:
@@ -77,7 +77,7 @@ def _update_running_statistics(norm: MixNorm, saved: Saved) -> None:
         running.copy_(torch.where(n > 0, moved, running))
 
 
-def kept(args: LayerArgs) -> tuple[bool, bool]:
+def keep_flags(args: LayerArgs) -> tuple[bool, bool]:
     """``keep_u`` and ``keep_mask``: whether the backward of ``args`` will need u, and a mask instead of y.
 
     Where the weight is trained, so is the next layer's, which keeps y as its input: y takes no extra memory

@@ -15,7 +15,7 @@ from support.random_layers import DIFFERENTIABLE, Layer, build, error, has_singl
 from awnet import ops, reference
 from awnet.ops import checks
 from awnet.ops.args import flatten
-from awnet.ops.autograd import kept
+from awnet.ops.autograd import keep_flags
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.dispatch import BACKENDS
 
@@ -496,7 +496,7 @@ def test_a_second_derivative_names_the_reference() -> None:
 
 def operator_arguments(layer: Layer) -> tuple:
     args = checks.layer_args(**{"filter_scale": None} | layer.tensors, **layer.options)
-    return flatten(args, *kept(args))
+    return flatten(args, *keep_flags(args))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import sys
@@ -98,3 +99,27 @@ def test_the_python_files_of_a_call_are_the_listed_ones(backend: str) -> None:
 def test_the_registries_it_names_exist() -> None:
     for module, name in re.findall(r"`(_?[A-Z]\w+)` in `awnet/([\w/]+)\.py`", TEXT):
         assert hasattr(importlib.import_module("awnet." + name.replace("/", ".")), module), module
+
+
+PYTHON = sorted(
+    path for folder in SOURCES for path in (ROOT / folder).rglob("*.py") if "configs" not in path.parts
+)
+
+
+def test_no_function_takes_more_than_twelve_positional_arguments() -> None:
+    long = []
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or any(
+                "jit" in ast.dump(d) for d in node.decorator_list
+            ):
+                continue  # a Triton kernel takes pointers, sizes and strides
+            if len(node.args.posonlyargs + node.args.args) > 12:
+                long.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert long == []
+
+
+def test_no_row_of_positional_nones_is_passed() -> None:
+    documents = sorted((ROOT / "docs").glob("*.md"))
+    sources = [*PYTHON, *(p for p in (ROOT / "csrc").rglob("*") if p.suffix in SOURCES["csrc"]), *documents]
+    assert [str(p) for p in sources if re.search(r"None,\) ?\*", p.read_text(encoding="utf-8"))] == []

@@ -40,21 +40,21 @@ def load(name: str = "awnet._C") -> str | None:
     path = os.environ.get("AWNET_NATIVE") if name == "awnet._C" else None
     if path is not None and not Path(path).is_file():
         return f"AWNET_NATIVE names no file: {path}"
-    found = importlib.util.spec_from_file_location(name, path) if path else importlib.util.find_spec(name)
-    if found is None or found.origin is None:
+    spec = importlib.util.spec_from_file_location(name, path) if path else importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
         return f"the native module {name} is not built; {REBUILD}"
-    built_for = _built_for(Path(found.origin))
+    built_for = _built_for(Path(spec.origin))
     if built_for is None:
-        return f"{found.origin} was not built by awnet; {REBUILD}"
+        return f"{spec.origin} was not built by awnet; {REBUILD}"
     if built_for != torch.__version__:
         return f"{name} was built for torch {built_for} and this is torch {torch.__version__}; {REBUILD}"
     try:
         if path is None:
             importlib.import_module(name)
         elif name not in sys.modules:
-            assert found.loader is not None
-            sys.modules[name] = importlib.util.module_from_spec(found)
-            found.loader.exec_module(sys.modules[name])
+            assert spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
     except ImportError as error:
         return f"{name} does not load ({error}); {REBUILD}"
     return None

@@ -1,0 +1,83 @@
+"""The two bindings of the layer's gradient to its operator: for eager mode and for graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.random_layers import build
+from torch import Tensor
+
+from awnet.ops.args import LayerArgs, Saved, flatten
+from awnet.ops.autograd import keep_flags
+from awnet.ops.backends.base import Backend
+from awnet.ops.checks import layer_args
+from awnet.ops.dispatch import BACKENDS
+
+EAGER: Backend = next(backend for backend in BACKENDS if backend.name == "eager")
+
+
+def arguments(training: bool, names: tuple[str, ...]) -> tuple[LayerArgs, list[Tensor]]:
+    layer = build(
+        torch.Generator().manual_seed(0), training, batch=6, c_in=4, c_out=6, groups=2, kernel=(3, 3), stride=1,
+        padding=1, dilation=1, size=[6, 5], affine_rows=2, statistics_rows=2, offset=0.0, kinds="mixed",
+        scale="random", p="random", residual=True, activation="relu",
+    )  # fmt: skip
+    tensors = {n: x.clone().requires_grad_(n in names) for n, x in layer.tensors.items()}
+    args = layer_args(**{"filter_scale": None} | tensors, **layer.options)
+    return args, [tensors[n] for n in names]
+
+
+def through_the_operator(args: LayerArgs) -> Tensor:
+    return Saved(*torch.ops.awnet.layer_eager(*flatten(args, *keep_flags(args)))).y
+
+
+@pytest.mark.parametrize(
+    "names", [("input", "filter_scale", "bn_weight", "bn_bias"), ("input",), ("weight",)]
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_both_bindings_give_the_same_bits(training: bool, names: tuple[str, ...]) -> None:
+    results = []
+    for run in (EAGER.run, through_the_operator):
+        args, leaves = arguments(training, names)
+        y = run(args)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_eager_calls_use_the_function_and_not_the_operators_autograd() -> None:
+    args, _ = arguments(False, ("input",))
+    assert EAGER.run(args).grad_fn.name() == "BoundBackward"
+    assert through_the_operator(args).grad_fn.name() != "BoundBackward"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode_nothing_is_saved(mode: type) -> None:
+    args, _ = arguments(False, ("input", "weight"))
+    with mode():
+        y = EAGER.run(args)
+    assert y.grad_fn is None
+    assert torch.equal(y, EAGER.run(args))
+
+
+def test_unused_outputs_and_gradients_of_none_are_handled() -> None:
+    args, (x,) = arguments(False, ("input",))
+    y = EAGER.run(args)
+    (zero,) = torch.autograd.grad(y.detach().sum() + 0 * x.sum(), x)
+    assert torch.equal(zero, torch.zeros_like(x))
+
+
+def test_the_first_derivative_with_create_graph_is_the_same_and_a_second_one_raises() -> None:
+    args, (x,) = arguments(False, ("input",))
+    plain = torch.autograd.grad(EAGER.run(args).square().sum(), x)[0]
+    graphed = torch.autograd.grad(EAGER.run(args).square().sum(), x, create_graph=True)[0]
+    assert torch.equal(plain, graphed)
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        graphed.sum().backward()
+
+
+def test_the_running_statistics_have_no_history() -> None:
+    args, _ = arguments(True, ("input", "bn_weight"))
+    assert args.norm is not None
+    EAGER.run(args)
+    assert args.norm.mean.grad_fn is None
+    assert not args.norm.mean.requires_grad
