@@ -84,7 +84,7 @@ def build(copy: Path, what: str) -> None:
     """Compiles what the tests load, apart from them: a compiler's error is no test's merit."""
     commands = {
         "native": ("setup.py", "-q", "build_ext", "--inplace"),
-        "emulator": ("-c", "import cuda_on_cpu; cuda_on_cpu.library()"),
+        "emulator": ("-c", "from support import cuda_on_cpu; cuda_on_cpu.library()"),
     }
     if what:
         done = run(copy, *commands[what])
