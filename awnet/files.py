@@ -50,7 +50,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     """``path`` with a leading ``~`` or ``~user`` replaced by that home folder.
 
     Raises:
-        ValueError: there is no such user, or the user has no home folder.
+        ValueError: there is no such user, the user has no home folder, or ``path`` has a null byte.
     """
     path = Path(path)
     if "\0" in str(path):
@@ -62,6 +62,21 @@ def expanded(path: str | os.PathLike[str]) -> Path:
             f"{path} cannot be expanded: the home folder of {path.parts[0]!r} is not known. For a folder "
             "whose own name begins with ~, write the absolute path"
         ) from None
+
+
+def make_folder(path: Path) -> Path:
+    """``path``, made with the folders above it where they are missing.
+
+    Raises:
+        NotADirectoryError: it, or a path above it, is a file.
+        OSError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(p for p in (path, *path.parents) if p.exists() and not p.is_dir())
+        raise NotADirectoryError(f"{path} must be a folder, but {file} is a file") from None
+    return path
 
 
 # Locks

@@ -16,7 +16,7 @@ from awnet.attacks.registry import named_attack
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.attacks.transfer import Crafted
 from awnet.data.dataset import Dataset
-from awnet.files import expanded, write_json
+from awnet.files import expanded, make_folder, write_json
 from awnet.models import load_model
 from awnet.models.registry import config_of
 from awnet.precision import full_precision
@@ -76,7 +76,7 @@ def craft(
     path = folder / f"{key}.safetensors"
     if path.is_file() and path.with_suffix(".json").is_file():
         return Crafted.load(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with RunFolder(folder, _LOG.warning, "an attack", "attack again there to resume") as place:
         parts = Saved("", f"{key}.parts", place)
         crafted = _crafted(source, dataset, provenance, batch_size, progress, parts)

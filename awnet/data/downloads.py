@@ -13,7 +13,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from awnet.files import expanded, locked, sweep_beside, temporary_folder
+from awnet.files import expanded, locked, make_folder, sweep_beside, temporary_folder
 
 CHUNK = 1 << 20
 MOST_BYTES = 300_000_000  # of an archive: the largest published one has fewer
@@ -77,7 +77,7 @@ def download(
         sweep_beside(path)
     if folder.is_dir():
         return folder
-    data_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(data_dir)
 
     def fetch(address: str, output: Any, _: Any) -> None:
         try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from awnet.attacks import frozen
 from awnet.data.dataset import Dataset
 from awnet.evaluation.report import Report, check_name
-from awnet.files import expanded, write_json, write_text, written_atomically
+from awnet.files import expanded, make_folder, write_json, write_text, written_atomically
 from awnet.models.files import description_of
 from awnet.models.registry import config_of
 from awnet.precision import full_precision
@@ -112,7 +112,7 @@ def export_robustbench(
     info = out / "model_info" / folder / "Linf" / f"{entry.name}.json"
     zoo = out / f"{entry.name}_zoo.py"
     for path in (weights, info):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     with written_atomically(weights) as temporary:
         torch.save({name: value.cpu() for name, value in model.state_dict().items()}, temporary)
     aa = None if report is None else report.attacks.get("aa")

@@ -17,7 +17,7 @@ from awnet.analysis import filter_means as draw_filter_means
 from awnet.attacks import named_attack
 from awnet.data import Dataset
 from awnet.evaluation.filters import filter_means
-from awnet.files import write_text
+from awnet.files import make_folder, write_text
 from awnet.models.registry import name_of
 from awnet.nn import has_router, route
 from awnet.ops import use_backend
@@ -146,7 +146,7 @@ def _write(
     name: str,
     title: str,
 ) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_text(out / f"{name}.csv", csv_text(rows))
     draw_filter_means(panels, out / f"{name}.png", title=title)
     return [out / f"{name}.png", out / f"{name}.csv"]
@@ -163,7 +163,7 @@ def measure_weight_gap(model: nn.Module, x: Tensor, y: Tensor, eps: float, out: 
         gaps = weight_gaps(model, x, y, [eps * scale for scale in _EPS_SCALES], _ADV_WEIGHTS)
     names = [field.name for field in fields(WeightGap)]
     rows = [names, *([getattr(gap, name) for name in names] for gap in gaps)]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_text(out / "one_step.csv", csv_text(rows))
     weight_gap_curves(gaps, out / "one_step.png", title="One step of training")
     return [out / "one_step.png", out / "one_step.csv"]

@@ -18,7 +18,7 @@ from awnet.evaluation import Comparison, Report, compare, comparison_table, eval
 from awnet.evaluation.statistics import Interval
 from awnet.evaluation.store import locked
 from awnet.evaluation.tables import LABELS, attack_label
-from awnet.files import expanded
+from awnet.files import expanded, make_folder
 from awnet.reproduce.parallel import run_in_parallel
 from awnet.run_folder import RunFolder
 from awnet.terminal import safe_console
@@ -104,10 +104,7 @@ def run_digits(
 
 def followed(folder: Path, warn: Callable[[str], None]) -> RunFolder:
     """Creates the folder of an experiment, and follows it if it is renamed."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"out must be a folder, but {folder} is a file")
-    folder.mkdir(parents=True, exist_ok=True)
-    return RunFolder(folder, warn, "the experiment")
+    return RunFolder(make_folder(folder), warn, "the experiment")
 
 
 def _trained_and_evaluated(

@@ -149,8 +149,9 @@ def test_every_odd_value_ends_in_one_line(
     [
         ([*EVALUATE, "--limit", "9" * 20], "limit must be an integer that int64 holds"),
         ([*FILTERS, "--images", "0"], "images must be an integer of at least 1"),
-        (["reproduce", "fig3", "--out", "file.txt"], "out must be a folder, but file.txt is a file"),
+        (["reproduce", "fig3", "--out", "file.txt"], "file.txt must be a folder, but file.txt is a file"),
         (["reproduce", "table3", "--data", "cifar10"], "data is an option of table3, and must be digits"),
+        ([*GAP[:-1], "file.txt/x"], "file.txt/x must be a folder, but file.txt is a file"),
         ([*TRAIN, "--data-dir", "a\0b"], "'a\\x00b' is not a path: it contains a null byte"),
     ],
 )
