@@ -1,4 +1,4 @@
-"""torch's default dtype and device, which a program may have changed, as they are at its start."""
+"""torch's initial default dtype and device, whatever a program has set."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _before = torch.float32
 def standard_defaults() -> Iterator[None]:
     """Default dtype float32 and default device cpu for a block of code; also a decorator.
 
-    Tensors that are made without a dtype or a device then are what they are in a new process, so that figures
-    do not depend on ``torch.set_default_dtype`` and ``torch.set_default_device``. Afterwards both are as they
-    were. The dtype belongs to the process: it is restored when the last of several blocks ends, whichever
-    thread it runs in.
+    Tensors that are created without a dtype or a device are then the same as in a new process, so that
+    results do not depend on ``torch.set_default_dtype`` and ``torch.set_default_device``. Both are restored
+    afterwards. The default dtype belongs to the process: it is restored when the last of several blocks ends,
+    in any thread.
     """
     global _depth, _before
     with _lock:

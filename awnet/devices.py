@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Chooses a device by name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import nn
 
 
 def resolve_device(name: str | torch.device | None) -> torch.device:
-    """The device that ``name`` means, which exists here; a GPU where there is one if None.
+    """The device ``name``, checked to exist; None means the GPU if there is one, else the CPU.
 
-    TypeError or ValueError for anything but the CPU and the CUDA devices of this machine.
+    Raises TypeError or ValueError for anything but the CPU and the CUDA devices of this machine.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -26,13 +26,13 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError(
-            f"device {str(name)!r} was given, but torch {torch.__version__} finds no GPU here: use cpu, or a "
-            "torch built for your GPU"
+            f"device {str(name)!r} was given, but torch {torch.__version__} finds no GPU: use cpu, or "
+            "install a torch built for your GPU"
         )
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(
-            f"device {str(name)!r} was given, but there are {torch.cuda.device_count()} GPUs here, cuda:0 to "
-            f"cuda:{torch.cuda.device_count() - 1}"
+            f"device {str(name)!r} was given, but this machine has {torch.cuda.device_count()} GPUs, cuda:0 "
+            f"to cuda:{torch.cuda.device_count() - 1}"
         )
     return device
 

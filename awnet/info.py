@@ -1,4 +1,4 @@
-"""What is here: versions, devices, backends and why others are not, models, data sets, attacks, recipes."""
+"""Collects versions, devices, backends (with reasons if unavailable), models, data sets, attacks, recipes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "timm")
 
 
 def collect() -> dict[str, Any]:
-    """All of it, JSON-ready. ``backends``: None for one that runs here, else the reason why not."""
+    """The information, JSON-ready. ``backends``: None for an available backend, else the reason why not."""
     return {
         "versions": {
             "awnet": __version__,
@@ -41,8 +41,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def render(found: dict[str, Any]) -> RenderableType:
-    """What ``collect`` found, for a terminal."""
+def render(facts: dict[str, Any]) -> RenderableType:
+    """The result of :func:`collect` for a terminal."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -51,13 +51,13 @@ def render(found: dict[str, Any]) -> RenderableType:
         for i, (name, value) in enumerate(rows.items()):
             table.add_row(title if i == 0 else "", f"{escape(name)}{'  ' if value else ''}{escape(value)}")
 
-    section("versions", {name: value or "–" for name, value in found["versions"].items()})
-    section("devices", found["devices"])
+    section("versions", {name: value or "–" for name, value in facts["versions"].items()})
+    section("devices", facts["devices"])
     section(
-        "backends", {name: "runs here" if why is None else why for name, why in found["backends"].items()}
+        "backends", {name: "runs here" if why is None else why for name, why in facts["backends"].items()}
     )
-    for what in ("models", "datasets", "attacks", "recipes"):
-        section(what, {" ".join(found[what]): ""})
+    for key in ("models", "datasets", "attacks", "recipes"):
+        section(key, {" ".join(facts[key]): ""})
     return Group(table)
 
 
@@ -75,9 +75,9 @@ def _devices() -> dict[str, str]:
         "amx": f"frozen bfloat16 networks run on {'it' if obstacle is None else f'the library: {obstacle}'}",
     }
     for i in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(i)
+        properties = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = (
-            f"{found.name}, {found.total_memory / 2**30:.0f} GiB, "
-            f"compute capability {found.major}.{found.minor}"
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {properties.major}.{properties.minor}"
         )
     return devices

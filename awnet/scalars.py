@@ -1,6 +1,6 @@
-"""Checks of options that are numbers.
+"""Checks of numeric options.
 
-A numpy scalar and a 0-d array or tensor count as the number that they hold.
+A numpy scalar and a 0-d array or tensor count as the number that they contain.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-MOST = 2**63 - 1  # what int64 holds
+MOST = 2**63 - 1  # the largest int64
 # tuples, because Dynamo cannot trace a union of numpy's types
 _SCALARS, _ARRAYS = (np.number, np.bool_), (np.ndarray, torch.Tensor)
 
 
 def plain(value: Any) -> Any:
-    """``value`` as Python's int, float, bool or complex where it is a numpy scalar or a 0-d array or tensor.
+    """A numpy scalar or a 0-d array or tensor as Python's int, float, bool or complex.
 
-    Lists and tuples are converted item by item. Any other value is returned as it is.
+    Lists and tuples are converted item by item. Any other value is returned unchanged.
     """
     if type(value) in (int, float, bool, str, type(None)):
         return value
@@ -32,24 +32,24 @@ def plain(value: Any) -> Any:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether ``value`` is an int that int64 holds; a bool is none."""
+    """Whether ``value`` is an int, not a bool, within the range of int64."""
     return isinstance(value, int) and not isinstance(value, bool) and -MOST - 1 <= value <= MOST
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is an int or a float, and finite as a float; a bool is none."""
+    """Whether ``value`` is an int or a float, not a bool, and finite as a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int beyond every float
+    except OverflowError:  # an int larger than any float
         return False
 
 
 def check_integer(name: str, value: Any, least: int | None = None, most: int = MOST) -> int:
     """``value`` as an int in [``least``, ``most``].
 
-    TypeError for another type, ValueError for another size.
+    Raises TypeError for another type, ValueError for a value out of range.
     """
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -76,7 +76,7 @@ def check_number(
 ) -> float:
     """``value`` as a finite float in [``least``, ``most``] and greater than ``above``.
 
-    TypeError for another type, ValueError for another size.
+    Raises TypeError for another type, ValueError for a value out of range.
     """
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -104,5 +104,5 @@ def check_flag(name: str, value: Any) -> bool:
 def _shown(value: Any) -> str:
     if isinstance(value, int) and not -MOST - 1 <= value <= MOST:
         return f"an integer of {value.bit_length()} bits"
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Standard output and standard error that cannot end the work: what cannot be written is left out."""
+"""Standard output and standard error that never raise: text that cannot be written is dropped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ASCII = str.maketrans(
 
 
 class _Closed:
-    """In place of a standard stream that the process was started without."""
+    """Replaces a standard stream that the process was started without."""
 
     encoding = "utf-8"
 
@@ -37,21 +37,21 @@ class _Closed:
 
 
 _CLOSED = _Closed()
-_noted: weakref.WeakSet[Any] = weakref.WeakSet()  # the streams whose failure standard error was told of
+_noted: weakref.WeakSet[Any] = weakref.WeakSet()  # streams whose failure was reported on standard error
 
 
 class SafeStream:
-    """A text stream that passes everything on to another one and never raises.
+    """A text stream that forwards everything to another stream and never raises.
 
-    What the other stream's encoding lacks is written in ASCII: signs as ``+-`` for ±, letters as escapes such
-    as ``\\xe4``. Where nothing can be
-    written (a full disk, a pipe whose reader has ended, a terminal that was closed) the text is dropped, the
-    first error is kept in ``error``, and standard error is told once.
+    Characters that the other stream's encoding lacks are written in ASCII: signs as ``+-`` for ±, letters as
+    escapes such as ``\\xe4``. If nothing can be written (a full disk, a pipe whose reader has exited, a
+    closed terminal) the text is dropped, the first error is stored in ``error`` and reported once on standard
+    error.
 
     Args:
         name: the stream of ``sys`` to write to, looked up at each write.
         stream: the stream to write to instead.
-        note: whether to tell standard error that standard output failed.
+        note: whether to report on standard error that standard output failed.
     """
 
     def __init__(self, name: Name, stream: IO[str] | _Closed | None = None, *, note: bool = True) -> None:
@@ -62,13 +62,13 @@ class SafeStream:
     @property
     def _stream(self) -> Any:
         stream = self._given or getattr(sys, self._name) or _CLOSED
-        # a live display of rich puts a proxy into sys that would print through this stream again
+        # a live display of rich replaces the streams in sys by proxies that print through this stream again
         return getattr(stream, "rich_proxied_file", stream)
 
     def write(self, text: str) -> int:
         try:
             self._write(text)
-        except RuntimeError:  # a signal handler prints in the middle of another print
+        except RuntimeError:  # a signal handler prints during another print
             pass
         except (OSError, ValueError, AttributeError) as error:
             self._failed(error)
@@ -101,7 +101,7 @@ class SafeStream:
 
     @property
     def rich_proxied_file(self) -> SafeStream:
-        return self  # rich would look through to the other stream
+        return self  # otherwise rich would use the other stream
 
     def __getattr__(self, name: str) -> Any:  # encoding, fileno, buffer …
         return getattr(self._stream, name)
@@ -118,15 +118,15 @@ class SafeStream:
             _noted.add(stream)
             with suppress(OSError, ValueError, AttributeError, RuntimeError):
                 print(
-                    f"awnet: note: standard output could not be written ({error}); the work continues, what "
-                    "it would have printed is left out",
+                    f"awnet: note: standard output could not be written ({error}); the command continues "
+                    "without it",
                     file=sys.stderr,
                     flush=True,
                 )
 
 
 def _drop_unwritten(stream: Any) -> None:
-    """At the interpreter's exit: text that still cannot be written must not turn the exit status into 120."""
+    """At exit: text that still cannot be written must not change the exit status to 120."""
     try:
         stream.flush()
     except (OSError, ValueError, AttributeError):
@@ -149,7 +149,7 @@ def safe_output() -> Iterator[SafeStream]:
 
 
 def safe_console(*, quiet: bool = False, soft_wrap: bool = False) -> Console:
-    """A console of rich on standard output that never raises because it cannot be written."""
+    """A rich console on standard output that never raises if it cannot be written."""
     from rich.console import Console
 
     stream = cast("IO[str]", SafeStream("stdout"))

@@ -1,4 +1,4 @@
-"""Text from outside (names of folders, classes, models) for terminals, CSV files and figures."""
+"""Makes external text (names of folders, classes, models) safe for terminals, CSV files and figures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # controls, direction marks, halves of surrogate pairs …
-_FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"  # what a spreadsheet takes for the beginning of a formula
+_FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"  # first characters of a formula in spreadsheets
 
 
 def visible(text: str) -> str:
-    """``text`` on one line, with each character that is not printed as an escape such as ``\\x1b``.
+    """``text`` on one line, with every non-printable character as an escape such as ``\\x1b``.
 
-    Among these are terminals' control sequences, line breaks and marks that reverse the direction of writing.
+    These include control sequences of terminals, line breaks and marks that reverse the writing direction.
     """
     if text.isprintable():
         return text
@@ -26,9 +26,9 @@ def visible(text: str) -> str:
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """``rows`` as CSV that no spreadsheet runs: a text that looks like a formula begins with an apostrophe.
+    """``rows`` as CSV without formulas: a text that looks like a formula is prefixed with an apostrophe.
 
-    Numbers stay as they are, None is an empty cell, floats have eight significant digits.
+    Numbers are not changed, None is an empty cell, floats have eight significant digits.
     """
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([csv_cell(value) for value in row] for row in rows)
@@ -54,6 +54,6 @@ def _is_number(text: str) -> bool:
 
 
 def figure_text(text: str) -> str:
-    """``text`` for matplotlib: without mathematics, and not hidden from legends as labels with ``_`` are."""
+    """``text`` for matplotlib: ``$`` is escaped, and a leading ``_``, which hides labels, gets a space."""
     text = visible(text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

@@ -1,4 +1,4 @@
-"""Figures from arrays, and measurements of modules."""
+"""Figures drawn from arrays, and measurements of modules."""
 
 from awnet.analysis.figures import (
     compared_curves,

@@ -1,7 +1,7 @@
-"""Section 3.2 of the paper, measured: how far one step of adversarial training leads from plain training.
+"""Measures Section 3.2 of the paper: how one step of adversarial training differs from standard training.
 
-With L_adv = (1 − α) L(x) + α L(x + δ) (Eq. 1) and δ the perturbation of size ε that raises L most, Eq. 8
-gives the first-order difference of the two steps from the same weights w₀, learning rate η left out:
+With L_adv = (1 − α) L(x) + α L(x + δ) (Eq. 1) and δ the perturbation of size ε that increases L most, Eq. 8
+gives the first-order difference of the two steps from the same weights w₀, without the learning rate η:
 
     ∂_w L_adv − ∂_w L = α ε ∂_w ‖∂_x L(x, y)‖₁ + O(ε²)
 """
@@ -20,10 +20,10 @@ from awnet.precision import full_precision
 
 @dataclass(frozen=True)
 class WeightGap:
-    """One ε and α. Norms are Euclidean, over all parameters; ``cosine`` is between the two vectors.
+    """The gap for one ε and α. Norms are Euclidean, over all parameters.
 
     measured: ‖∂_w L_adv − ∂_w L‖ with δ = ε sign(∂_x L). predicted: α ε ‖∂_w ‖∂_x L‖₁‖, Eq. 8.
-    relative: measured / ‖∂_w L‖. cosine: 0 where either vector is zero.
+    relative: measured / ‖∂_w L‖. cosine: of the two vectors; 0 if either is zero.
     """
 
     eps: float
@@ -38,10 +38,10 @@ class WeightGap:
 def weight_gaps(
     model: nn.Module, x: Tensor, y: Tensor, eps: Sequence[float], adv_weights: Sequence[float]
 ) -> list[WeightGap]:
-    """The gap at the model's present weights for every ε and α, the ε in the outer order.
+    """The gap at the model's current weights for every ε (outer loop) and α (inner loop).
 
-    Images are not clipped to [0, 1]: Eq. 8 knows no such bound. The model is used in the mode it is in (eval
-    mode keeps the samples apart), and its parameters' ``grad`` is left alone.
+    Images are not clipped to [0, 1], as in Eq. 8. The model runs in its current mode (in eval mode samples
+    are independent), and its parameters' ``grad`` does not change.
 
     Args:
         model: images [B, C, H, W] to logits [B, K], twice differentiable (an AW-Net: with the reference
@@ -58,8 +58,8 @@ def weight_gaps(
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def of_weights(loss: Tensor) -> Tensor:
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
-        pairs = zip(found, weights, strict=True)
+        grads = torch.autograd.grad(loss, weights, allow_unused=True)
+        pairs = zip(grads, weights, strict=True)
         return torch.cat([(torch.zeros_like(w) if g is None else g).flatten() for g, w in pairs])
 
     images = x.detach().requires_grad_()

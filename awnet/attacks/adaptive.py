@@ -1,8 +1,7 @@
-"""Attacks made for a network with a router: they steer the router, freeze it or soften it.
+"""Adaptive attacks on networks with a router: they target the router, fix it or soften it.
 
-A gated network may be robust only because its gate hides the way: the gradient through the router points
-elsewhere, saturates, or is zero. Each attack here takes one such hiding place away. On a model without a
-router those that make sense there remain.
+A network with a router may look robust only because gradients through the router point elsewhere, saturate,
+or are zero. Each attack here removes one of these causes. Some of them also apply to models without a router.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from awnet.nn import Steering, has_router, observe, route, routers, with_routing
 from awnet.scalars import check_number
 
 LAMBDAS = (0.0, 0.01, -0.01, 0.1, -0.1, 1.0, -1.0, 10.0, -10.0, 100.0, -100.0)
-"""Weights of the type logits' margin beside the classes' margin."""
+"""Weights λ of the type logits' margin, added to the classes' margin."""
 
 
 def has_type_head(model: nn.Module) -> bool:
-    """Whether its router tells clean from adversarial."""
+    """Whether the model has a router with a type head (clean or adversarial)."""
     if not has_router(model):
         return False
     found = routers(model)
@@ -37,7 +36,7 @@ def has_type_head(model: nn.Module) -> bool:
 
 
 def type_margin(routing: Any) -> Tensor | None:
-    """Clean minus adversarial type logit ``[B]``: positive where the router calls an image clean."""
+    """Clean minus adversarial type logit ``[B]``: positive if the router classifies the image as clean."""
     logits = routing.type_logits
     return None if logits is None else (logits[:, 1] - logits[:, 0]).float()
 
@@ -49,9 +48,9 @@ def _routed(model: nn.Module, x: Tensor, routing: Any) -> Tensor:
 
 
 class Joint(Search):
-    """The classes' margin plus λ times the type logits' margin, both on logits, a search for each λ.
+    """Maximizes the classes' margin plus λ times the type logits' margin, both on logits; one search per λ.
 
-    λ > 0 makes the image look clean to the router, λ < 0 adversarial, λ = 0 leaves the router alone.
+    λ > 0 makes the image look clean to the router, λ < 0 adversarial; λ = 0 ignores the router.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Joint(Search):
 
 
 def _observe(attack: Search, x: Tensor, largest_label: int) -> tuple[Tensor, Tensor | None]:
-    """The attacked model's logits and type margin, of one pass."""
+    """The attacked model's logits and type margin, from one forward pass."""
     if not has_router(attack.model):
         return attack.logits(x, largest_label), None
     logits, routing = _with_its_routing(attack.model, x)
@@ -97,7 +96,7 @@ def _observe(attack: Search, x: Tensor, largest_label: int) -> tuple[Tensor, Ten
 
 
 def _with_its_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
-    """Logits, float32 or wider, and the routing that they were made with, of one pass."""
+    """Logits, float32 or wider, and the routing of the same forward pass."""
     steering = Steering()
     logits = observe(model, x, steering)
     routing = steering.routings[0] if len(steering.routings) == 1 else route(model, x)
@@ -105,9 +104,9 @@ def _with_its_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
 
 
 class JointAPGD(APGD):
-    """APGD on cross-entropy or the logits' ratio plus λ times the type logits' margin.
+    """APGD on cross-entropy or the difference of logits ratio, plus λ times the type logits' margin.
 
-    Each restart has its own λ: 0 first, then those of ``lambdas`` in turn.
+    Restart r uses ``lambdas[r % len(lambdas)]``.
     """
 
     def __init__(
@@ -139,7 +138,8 @@ class JointAPGD(APGD):
 class ForcedStatic(Search):
     """The router is taken out: p fixed at 0, ½ and 1, ω at the clean image's or at its mean.
 
-    The margin of that static network is maximised, and the image replayed on the model with its router.
+    The attack maximizes the margin of that static network, and the image replayed on the model with its
+    router.
 
     Args:
         mean_scales: ω averaged over images, ``[C_out]`` for each signal; None leaves that variant out.
@@ -190,7 +190,7 @@ class ForcedStatic(Search):
 
 
 def mean_scales(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """ω averaged over the images ``x``, ``[C_out]`` for each signal; empty without filter scaling."""
+    """ω averaged over the images ``x``, ``[C_out]`` per layer; empty without filter scaling."""
     if not has_router(model):
         return []
     with frozen(model), torch.no_grad():
@@ -199,11 +199,11 @@ def mean_scales(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 class TwoPhase(Search):
-    """First make the router call the image clean, then maximise the margin while it does.
+    """First makes the router classify the image as clean, then maximizes the margin under that constraint.
 
-    The first search, of ``steps``, maximises the type margin. The second, of ``steps`` from there, follows
-    the classes' margin where the type margin is above a bound and the type margin where it is not. The bound
-    is that of p_clean = 0.99, or for an image that did not get there, half of what it gained.
+    The first search, of ``steps``, maximizes the type margin. The second, of ``steps`` from there, maximizes
+    the classes' margin while the type margin is above a bound, and the type margin otherwise. The bound is
+    that of p_clean = 0.99, or for an image that did not reach it, half of its increase.
     """
 
     BOUND = 4.6  # log(0.99 / 0.01)
@@ -230,9 +230,9 @@ class TwoPhase(Search):
 
     def search(self, number: int, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         start = self.start(number, x, index)
-        clean = self.maximise(self.objective(number, x, y, largest_label), x, start, self.steps)
+        clean = self.maximize(self.objective(number, x, y, largest_label), x, start, self.steps)
         with torch.no_grad():
-            before, after = (_observe(self, at, largest_label)[1] for at in (start, clean))
+            before, after = (_observe(self, images, largest_label)[1] for images in (start, clean))
         assert before is not None
         assert after is not None
         bound = ((before + after) / 2).clamp(max=self.BOUND)
@@ -243,15 +243,15 @@ class TwoPhase(Search):
             value = torch.where(toward_clean >= bound[rows], -margin(logits, y[rows]), toward_clean)
             return value, logits.argmax(1) != y[rows]
 
-        return self.maximise(constrained, x, clean, self.steps)
+        return self.maximize(constrained, x, clean, self.steps)
 
 
 class Softened(Search):
-    """The margin, with gradients through a softer router: hard gates and saturated tanh let them pass.
+    """Maximizes the margin with gradients through a softened router, which does not saturate.
 
-    With temperature T, p_soft = softmax(type_logits / T) and ω_soft = (tanh(a / T) + 1)^β, where a is what
-    the signal heads give. ``"through"``: values are the model's, gradients those of the soft ones (straight
-    through). ``"value"``: values are soft too, and the image is replayed on the model.
+    With temperature T, p_soft = softmax(type_logits / T) and ω_soft = (tanh(a / T) + 1)^β, where a is the
+    output of the signal heads. ``"through"``: the model's values with gradients of the soft ones (straight
+    through). ``"value"``: soft values too, and the image is replayed on the model.
     """
 
     MODES = (("through", 10.0), ("through", 100.0), ("value", 10.0))
@@ -293,12 +293,12 @@ class SoftRouter(nn.Module):
         signals: list[Tensor] = []
         thread = threading.get_ident()
 
-        def keep(module: nn.Module, args: object, output: Tensor) -> None:
-            if threading.get_ident() == thread:  # another attack may run on this model in its own thread
+        def record(module: nn.Module, args: object, output: Tensor) -> None:
+            if threading.get_ident() == thread:  # another thread may attack the same model
                 signals.append(output)
 
         heads = getattr(self.router, "signal_heads", None)
-        handle = heads.register_forward_hook(keep) if isinstance(heads, nn.Module) else None
+        handle = heads.register_forward_hook(record) if isinstance(heads, nn.Module) else None
         try:
             routing = route(self.model, x)
         finally:
@@ -324,9 +324,9 @@ class SoftRouter(nn.Module):
 class AdaptivePaper(PGD):
     """The paper's adaptive attack: ``pgd_trades`` on cross-entropy plus the joint loss of Eq. 22.
 
-    The attack maximises CE(S(x'), y) + L_type(x') + w_adv·τ²·KL(T_adv^τ(x') ‖ S^τ(x')). L_nat does not depend
-    on x'. L_type is the type head's cross-entropy with x' called adversarial; models without a type head do
-    without it. The paper leaves w_adv open: ½, MTARD's start.
+    The attack maximizes CE(S(x'), y) + L_type(x') + w_adv·τ²·KL(T_adv^τ(x') ‖ S^τ(x')). L_nat does not depend
+    on x'. L_type is the type head's cross-entropy with x' labeled adversarial; it is left out for models
+    without a type head. The paper does not give w_adv; the default is ½, MTARD's initial value.
 
     Args:
         teacher: T_adv, the robust teacher; gradients flow through it too.
@@ -367,16 +367,16 @@ class AdaptivePaper(PGD):
         if routing is not None and routing.type_logits is not None:
             loss = loss + F.cross_entropy(routing.type_logits, torch.zeros_like(y), reduction="none")
         tau = self.temperature
-        goal = F.log_softmax(self.teacher(x_adv.to(x.dtype)) / tau, dim=1)
-        own = F.log_softmax(logits / tau, dim=1)
-        divergence = (goal.exp() * (goal - own)).sum(1)
+        target = F.log_softmax(self.teacher(x_adv.to(x.dtype)) / tau, dim=1)
+        student = F.log_softmax(logits / tau, dim=1)
+        divergence = (target.exp() * (target - student)).sum(1)
         return loss + self.adv_weight * tau**2 * divergence
 
 
 class DeepSloth(PGD):
-    """DeepSloth (Hong et al. 2021): every exit is drawn to the uniform distribution.
+    """DeepSloth (Hong et al. 2021): moves every exit toward the uniform distribution.
 
-    Minimises Σ CE(uniform, softmax(exit)) over the exits: those of ``model.exits(x)`` where there is such a
+    Minimizes Σ CE(uniform, softmax(exit)) over the exits: those of ``model.exits(x)`` if there is such a
     method, else the final logits, and with a router its type logits.
     """
 

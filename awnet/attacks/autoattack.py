@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein 2020): the official attacks of ``pyautoattack`` in this package's form."""
+"""AutoAttack (Croce and Hein 2020): the official attacks of ``pyautoattack`` as awnet attacks."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Name = Literal["apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"]
 OFFICIAL: tuple[Name, ...] = ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square")
 
 STEPS, TARGETS, QUERIES = 100, 9, 5000
-"""The standard version's sizes."""
+"""The settings of the standard version."""
 
 
 class OfficialAttack(Attack):
-    """One of AutoAttack's attacks, as its standard version sets it.
+    """One of AutoAttack's attacks, with the settings of the standard version.
 
-    The official code draws from torch's generator, seeded for each batch: unlike elsewhere in this package,
-    an image's noise depends on the batch it lies in. The generator is left as it was.
+    The official code uses torch's random generator, seeded for each batch: unlike in other attacks of this
+    package, an image's noise depends on its batch. The state of the generator is restored.
 
     Args:
         name: ``"apgd_ce"``, ``"apgd_dlr"`` (at least 3 classes), ``"apgd_t"`` (targeted DLR, at least 4
             classes), ``"fab_t"`` or ``"square"``.
-        steps: of APGD and FAB.
-        targets: of the targeted attacks; at most the other classes that there are.
-        queries: of Square.
+        steps: steps of APGD and FAB.
+        targets: target classes of the targeted attacks; at most K - 1.
+        queries: queries of Square.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class OfficialAttack(Attack):
         self.steps, self.targets = check_count("steps", steps), check_count("targets", targets)
         self.queries = check_count("queries", queries)
         self.notes: Counter[str] = Counter()
-        """What the official code logged of the last batch: ``zero_gradients``, a number of images."""
+        """Warnings of the official code for the last batch: ``zero_gradients``, a number of images."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class OfficialAttack(Attack):
             classes = self.logits(x[:1], largest_label).shape[1]
 
         def predict(images: Tensor) -> Tensor:
-            # Square asks about no image where each has margin 0
+            # Square passes an empty batch if every image has margin 0
             return self.logits(images, largest_label) if len(images) else images.new_zeros(0, classes)
 
         needed = {"apgd_dlr": 3, "apgd_t": 4}.get(self.name, 2)
@@ -104,16 +104,16 @@ class OfficialAttack(Attack):
 
 
 class AutoAttack(Cascade):
-    """AutoAttack's standard version: APGD-CE, APGD-T, FAB-T and Square over the images still robust.
+    """AutoAttack's standard version: APGD-CE, APGD-T, FAB-T and Square on the images that are still robust.
 
-    The same images as ``pyautoattack.AutoAttack`` gives for each batch. With 3 classes, which the targeted
-    DLR loss cannot do, APGD-DLR takes APGD-T's place, with 2 classes nothing does. ``outcome.notes`` counts
-    what the official code warns of: ``randomized``, ``probabilities`` and ``dynamic``, in batches, and
-    ``zero_gradients``, in images.
+    Returns the same images as ``pyautoattack.AutoAttack`` for each batch. With 3 classes APGD-DLR replaces
+    APGD-T, whose loss needs 4; with 2 classes APGD-T is left out. ``outcome.notes`` counts the warnings of
+    the official code: ``randomized``, ``probabilities`` and ``dynamic``, in batches, and ``zero_gradients``,
+    in images.
 
     Args:
         classes: K of the model.
-        steps, targets, queries: sizes other than the standard ones make it another, weaker attack.
+        steps, targets, queries: other values than the standard ones give a different, weaker attack.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class AutoAttack(Cascade):
         return super().settings | {"version": "standard" if self.standard else "reduced"}
 
     def examine(self, x: Tensor, y: Tensor, largest_label: int) -> Counter[str]:
-        """The official code's checks of the kind of defence, on this batch."""
+        """The official code's checks for randomized, dynamic and probability outputs, on this batch."""
         from pyautoattack import checks
 
         def predict(images: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class AutoAttack(Cascade):
         log = _Log()
         checks.check_randomized(predict, x, y, bs=len(x), logger=log)
         checks.check_range_output(predict, x, logger=log)
-        # the official check counts calls in a table of its module, and takes away a debugger's tracing
+        # the official check counts calls in a table of its module, and removes a debugger's trace function
         tracing = sys.gettrace()
         checks.funcs.update(dict.fromkeys(checks.funcs, 0))
         try:
@@ -184,6 +184,6 @@ class _Log(logging.Logger):
         text = record.getMessage()
         known = [(key, match) for key, pattern in _WARNINGS.items() if (match := pattern.search(text))]
         if not known:
-            raise RuntimeError(f"pyautoattack warns of something that this version does not know: {text}")
+            raise RuntimeError(f"pyautoattack gave a warning that this version does not know: {text}")
         for key, match in known:
             self.notes[key] += int(match.group(1)) if match.groups() else 1

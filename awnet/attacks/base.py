@@ -1,4 +1,4 @@
-"""What every attack shares: a frozen model, checked arguments, the ball around an image."""
+"""The base class of all attacks: checks arguments, freezes the model, defines the ball around an image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_values(model: nn.Module) -> None:
-    """Raises ValueError where a parameter or buffer has no values, being on the meta device."""
+    """Raises ValueError if a parameter or buffer is on the meta device, and so has no values."""
     check_model(model)
     check_has_values(model)
 
@@ -50,7 +50,7 @@ def check_size(name: str, value: float, high: float = math.inf) -> float:
 
 
 def check_count(name: str, value: int) -> int:
-    """An integer from 0 on."""
+    """An integer of at least 0."""
     return check_integer(name, value, 0)
 
 
@@ -61,7 +61,7 @@ def check_ball(x_adv: Tensor, x: Tensor, eps: float, what: str) -> None:
     """
     if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
         raise ValueError(f"{what}: expected {x.dtype} {list(x.shape)}, got {x_adv.dtype} {list(x_adv.shape)}")
-    # each end of the ball is rounded once; a NaN fails the comparisons
+    # each bound of the ball is rounded once; a NaN fails the comparisons
     slack = 2.0**-23
     inside = (x_adv >= (x - eps - slack).clamp(min=0)) & (x_adv <= (x + eps + slack).clamp(max=1))
     broken = int((~inside).flatten(1).any(1).sum())
@@ -74,14 +74,14 @@ def check_ball(x_adv: Tensor, x: Tensor, eps: float, what: str) -> None:
 class Attack(ABC):
     """An attack within an L-infinity ball on a classifier ``[B, C, H, W]`` in [0, 1] → logits ``[B, K]``.
 
-    A subclass writes :meth:`perturb`; calling the attack checks the arguments, freezes the model, runs it and
-    checks the outcome.
+    A subclass implements :meth:`perturb`; calling the attack checks the arguments, freezes the model, runs
+    ``perturb`` and checks the result.
 
     Args:
-        model: any ``nn.Module``, in any mode; it is left as it was found.
+        model: any ``nn.Module``, in train or eval mode; it is not changed.
         eps: radius of the ball in image units, 0 to 1.
-        seed: noise is keyed by the seed and each sample's index, so that the batch an image lies in does not
-            matter to it.
+        seed: noise is keyed by the seed and each sample's index, so that an image's noise does not depend on
+            its batch.
     """
 
     def __init__(self, model: nn.Module, *, eps: float, seed: int = 0) -> None:
@@ -92,15 +92,15 @@ class Attack(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What defines the attack, for reports: plain values, JSON-ready."""
+        """The parameters of the attack, for reports: plain values, JSON-ready."""
         return {"attack": type(self).__name__, "eps": self.eps, "seed": self.seed}
 
     @abstractmethod
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        """The attack itself, on checked arguments and a frozen model; does not synchronise with the host.
+        """The attack, on checked arguments and a frozen model; does not synchronize with the host.
 
-        ``largest_label`` is ``y.max()``, known to the host; pass every output of the model through
-        :meth:`logits`, which compares the two. Where a gradient is not finite the result must be NaN.
+        ``largest_label`` is ``y.max()`` as a Python number. Call the model through :meth:`logits`, which
+        compares it with K. If a gradient is not finite the result must be NaN.
         """
 
     @standard_defaults()
@@ -110,10 +110,10 @@ class Attack(ABC):
         Args:
             x: images in [0, 1], float32 or float64 ``[B, C, H, W]``, on the model's device.
             y: true labels, int64 ``[B]``.
-            index: each sample's number in its data set, int64 ``[B]``, which keys the noise; 0 … B-1 if None.
+            index: each sample's index in its data set, int64 ``[B]``, which keys the noise; 0 … B-1 if None.
 
         Returns:
-            ``x_adv`` like ``x``, a new tensor within [x - eps, x + eps] and [0, 1] (to the last bit of
+            ``x_adv`` like ``x``, a new tensor within [x - eps, x + eps] and [0, 1] (up to
             rounding), without gradient.
 
         Raises:
@@ -153,7 +153,7 @@ class Attack(ABC):
         return x_adv
 
     def logits(self, x: Tensor, largest_label: int) -> Tensor:
-        """The model's logits ``[B, K]`` for ``x``, float32 or wider, their shape checked."""
+        """The model's logits ``[B, K]`` for ``x``, float32 or wider, with their shape checked."""
         logits = self.model(x)
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
             got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -165,5 +165,5 @@ class Attack(ABC):
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
     def ball(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the greatest value each pixel may take."""
+        """The lower and the upper bound of each pixel."""
         return (x - self.eps).clamp_(min=0), (x + self.eps).clamp_(max=1)

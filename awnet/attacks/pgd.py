@@ -1,4 +1,4 @@
-"""Projected gradient descent within an L-infinity ball, and its relatives FGSM and CW."""
+"""Projected gradient descent within an L-infinity ball, and its variants FGSM and CW."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from awnet import ops, rng
 from awnet.attacks.base import Attack, check_count, check_size
 from awnet.nn import InferenceCopy
 
-#: maps (model, x_adv, x, y) to a loss ``[B]``, to be maximised
+#: maps (model, x_adv, x, y) to a loss ``[B]`` to maximize
 LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 LOSSES = ("ce", "margin", "kl")
@@ -23,20 +23,21 @@ STARTS = ("uniform", "normal", None)
 class PGD(Attack):
     """Projected gradient descent (Madry et al. 2018): ``steps`` times x ← clip(x + step_size·sign(∂loss/∂x)).
 
-    Each step is clipped to the ball of radius ``eps`` and to [0, 1]. A pixel whose gradient is 0 stays.
+    Each step is clipped to the ball of radius ``eps`` and to [0, 1]. A pixel with zero gradient does not
+    change.
 
     Args:
         model: any ``nn.Module`` that maps images in [0, 1] to logits ``[B, K]``.
         eps: radius of the ball, in image units.
         step_size: length of a step, in image units.
         steps: number of steps; 0 gives the starting point.
-        loss: what to maximise. ``"ce"``: cross-entropy. ``"margin"``: Carlini and Wagner's
-            -max(z_y - max_{j≠y} z_j, -kappa). ``"kl"``: KL(model(x) ‖ model(x_adv)), which TRADES trains
-            against. Or a function of (model, x_adv, x, y) that returns ``[B]``.
+        loss: the loss to maximize. ``"ce"``: cross-entropy. ``"margin"``: Carlini and Wagner's
+            -max(z_y - max_{j≠y} z_j, -kappa). ``"kl"``: KL(model(x) ‖ model(x_adv)), as in TRADES. Or a
+            function of (model, x_adv, x, y) that returns ``[B]``.
         random_start: ``"uniform"`` in the ball; ``"normal"``: x + noise_std·N(0, 1); None: at x itself.
         noise_std: standard deviation of the ``"normal"`` start, in image units.
         seed: keys the start, together with each sample's index.
-        kappa: the margin beyond which ``"margin"`` stops pushing, in units of the logits.
+        kappa: the margin at which ``"margin"`` saturates, in units of the logits.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class PGD(Attack):
         return self.ascend(self.start(x, index), x, y, largest_label)
 
     def start(self, x: Tensor, index: Tensor) -> Tensor:
-        """The point that the steps set out from: noise keyed by seed and ``index``, within the ball."""
+        """The starting point: noise keyed by seed and ``index``, within the ball."""
         low, high = self.ball(x)
         key = rng.key("attack start", self.seed)
         if self.random_start == "uniform":
@@ -99,9 +100,9 @@ class PGD(Attack):
         return x.clamp(low, high)
 
     def ascend(self, start: Tensor, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
-        """All steps from ``start``: device operations only, and none that writes to an argument."""
+        """Runs all steps from ``start``, with device operations only; no argument is modified."""
         objective = self._objective(x, y, largest_label) if self.steps else None
-        # a frozen copy's images may be of less precision than ours
+        # an inference copy may take images of lower precision
         dtype = self.model.image_dtype if isinstance(self.model, InferenceCopy) else x.dtype
         x_adv, image = start, start.to(dtype, copy=True)
         broken = torch.zeros_like(x)
@@ -110,14 +111,14 @@ class PGD(Attack):
             image = image.detach().requires_grad_(True)
             loss = objective(image)  # [B]
             if loss.shape != y.shape:
-                raise ValueError(f"loss must give one value an image, [{len(x)}], got {list(loss.shape)}")
+                raise ValueError(f"loss must return one value per image, [{len(x)}], got {list(loss.shape)}")
             if not loss.requires_grad:
                 raise ValueError("the loss has no gradient with respect to x: does the model detach it?")
             (gradient,) = torch.autograd.grad(loss.sum(), image)
             copy = None if dtype == x.dtype else torch.empty_like(image)
             x_adv = ops.sign_step(x_adv, gradient, x, self.step_size, self.eps, cast=copy)
             image = x_adv if copy is None else copy
-            # a step has no sense of NaN: without this a broken gradient would pass for a robust model
+            # sign(NaN) would be lost: without this a NaN gradient would look like a robust model
             broken.add_(gradient, alpha=0)
         return x_adv + broken
 
@@ -138,7 +139,7 @@ class PGD(Attack):
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """z_y - max_{j≠y} z_j ``[B]`` of logits ``[B, K]`` and labels ``[B]``: positive where y wins."""
+    """z_y - max_{j≠y} z_j ``[B]`` of logits ``[B, K]`` and labels ``[B]``: positive if y is predicted."""
     label = y[:, None]
     others = logits.scatter(1, label, -torch.inf).amax(1)
     return logits.gather(1, label).squeeze(1) - others
@@ -157,7 +158,7 @@ class FGSM(PGD):
 
 
 class CW(PGD):
-    """Carlini and Wagner's margin loss -max(z_y - max_{j≠y} z_j, -kappa), maximised by PGD in the ball."""
+    """Carlini and Wagner's margin loss -max(z_y - max_{j≠y} z_j, -kappa), maximized by PGD in the ball."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Attacks by name, with sizes from a data set's threat model."""
+"""Attacks by name, with eps and step sizes from a data set's threat model."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ TRANSFERRED = ("pgd_sat", "cw")
 
 @dataclass(frozen=True)
 class Budget:
-    """How much the attacks of the suite may spend."""
+    """The budget of the suite's attacks."""
 
     steps: int = STEPS
-    """Of each search of the adaptive attacks, APGD and FAB."""
+    """Steps of each search of the adaptive attacks, of APGD and of FAB."""
     restarts: int = 10
-    """Of APGD on the joint loss."""
+    """Restarts of APGD on the joint loss."""
     targets: int = TARGETS
-    """Of the targeted attacks."""
+    """Target classes of the targeted attacks."""
     queries: int = QUERIES
-    """Of Square."""
+    """Queries of Square."""
     lambdas: tuple[float, ...] = adaptive.LAMBDAS
 
 
@@ -56,21 +56,21 @@ BUDGETS: dict[str, Budget] = {
 
 @dataclass(frozen=True)
 class Suite:
-    """What the attacks beyond the paper's four need to know besides the model and its threat model."""
+    """Settings of the attacks beyond the paper's four, besides the model and its threat model."""
 
     classes: int = 10
     """K: the targeted DLR loss needs 4, and there are at most K - 1 targets."""
     budget: BudgetName = "standard"
-    """``"smoke"`` is for trying things out: its numbers are not to be quoted. ``"short"`` is for small
-    networks on a CPU: what it leaves robust, the standard budget may break."""
+    """``"smoke"`` only shows that the attacks run. ``"short"`` is for small networks on a CPU; the standard
+    budget may break images that it leaves robust."""
     queries: int | None = None
-    """Of Square; None takes the budget's."""
+    """Queries of Square; None takes the budget's."""
     teacher: nn.Module | None = None
     """The robust teacher, for ``adaptive_paper``."""
     surrogates: Mapping[str, nn.Module] = field(default_factory=dict)
-    """Models by name, whose images the union replays."""
+    """Models by name whose adversarial images the union replays."""
     reference: Tensor | None = None
-    """Images ``[N, C, H, W]`` over which forced-static transfer averages ω; None leaves that variant out."""
+    """Images ``[N, C, H, W]`` over which the ``forced`` attack averages ω; None leaves that variant out."""
 
     @property
     def sizes(self) -> Budget:
@@ -95,7 +95,7 @@ def _official_sizes(suite: Suite) -> dict[str, int]:
 
 
 def _adaptive(attack: Callable[..., Attack], *names: str) -> _Make:
-    """An attack of :mod:`awnet.attacks.adaptive`, with those of its sizes that ``names`` tells."""
+    """An attack of :mod:`awnet.attacks.adaptive`; ``names`` are the fields of the budget that it takes."""
     return lambda model, threat, seed, suite: attack(
         model, eps=threat.eps, seed=seed, **{name: getattr(suite.sizes, name) for name in names}
     )
@@ -109,8 +109,8 @@ def _forced(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> A
 def _adaptive_paper(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
     if suite.teacher is None:
         raise ValueError(
-            "adaptive_paper needs the robust teacher that the model learnt from: evaluate a run that has "
-            "teachers (RUN/teachers/robust), or pass teacher="
+            "adaptive_paper needs the robust teacher that the model was trained with: evaluate a run that "
+            "has teachers (RUN/teachers/robust), or pass teacher="
         )
     return AdaptivePaper(
         model, eps=threat.eps, step_size=threat.pgd_trades_step_size, teacher=suite.teacher, seed=seed
@@ -190,15 +190,16 @@ def named_attack(
         name: the paper's: ``"fgsm"``: one step of eps. ``"pgd_sat"``: 20 steps of eps/4. ``"pgd_trades"``: 20
             steps of 0.003, scaled with eps. ``"cw"``: 30 steps of eps/4 on the margin, kappa = 50. Those with
             more than one step start uniformly in the ball. ``"aa"``: AutoAttack; ``"apgd_ce"``, ``"apgd_t"``,
-            ``"fab_t"``, ``"square"``: its parts. ``"adaptive_paper"``, ``"deepsloth"``: the paper's. Ours:
-            ``"joint"``, ``"two_phase"``, ``"forced"``, ``"softened"``, ``"apgd_joint_ce"``, ``…_dlr``,
-            ``…_t`` (:mod:`awnet.attacks.adaptive`), and ``"union"``: all of them that apply to the model.
+            ``"fab_t"``, ``"square"``: its parts. ``"adaptive_paper"``, ``"deepsloth"``: as in the paper.
+            Further: ``"joint"``, ``"two_phase"``, ``"forced"``, ``"softened"``, ``"apgd_joint_ce"``,
+            ``…_dlr``, ``…_t`` (:mod:`awnet.attacks.adaptive`), and ``"union"``: all of them that apply to the
+            model.
         threat_model: eps and step sizes, a property of the data set.
-        seed: keys the random starts.
-        suite: what the attacks beyond the first four need; None for ten classes at the standard budget.
+        seed: seed of the random starts.
+        suite: settings of the attacks beyond the first four; None for ten classes at the standard budget.
 
     Raises:
-        ValueError: there is no such attack, or the model or ``suite`` lacks what it needs.
+        ValueError: there is no such attack, or ``model`` or ``suite`` does not have what it needs.
     """
     if not isinstance(name, str) or name not in _ATTACKS:
         raise ValueError(f"unknown attack {name!r}: choose from {', '.join(_ATTACKS)}")

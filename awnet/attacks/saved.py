@@ -1,4 +1,4 @@
-"""Adversarial images on disk: what an interrupted attack goes on from, and what a surrogate gave."""
+"""Adversarial images on disk, with checksums: to resume an interrupted attack, and to replay images."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from awnet.run_folder import RunFolder
 
 def digest(*parts: Any) -> str:
     """32 hexadecimal digits of ``parts``: tensors (dtype, shape and values), or what JSON can write."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
-            found.update(f"{part.dtype}{list(part.shape)}".encode())
-            found.update(raw_bytes(part))
+            sha.update(f"{part.dtype}{list(part.shape)}".encode())
+            sha.update(raw_bytes(part))
         else:
-            found.update(json.dumps(part, sort_keys=True).encode())
-        found.update(b"\0")
-    return found.hexdigest()[:32]
+            sha.update(json.dumps(part, sort_keys=True).encode())
+        sha.update(b"\0")
+    return sha.hexdigest()[:32]
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Of a model's structure (its modules and configuration), weights and buffers, wherever they lie."""
+    """A digest of a model's structure (modules and configuration), weights and buffers, on any device."""
     about = [type(model).__qualname__, repr(model), config_of(model)]
     return digest(about, weights_fingerprint(model))
 
@@ -45,12 +45,12 @@ def _content(tensors: Mapping[str, Tensor], note: Any) -> str:
 
 
 class Saved:
-    """Named groups of tensors, a ``.safetensors`` file each with a checksum, under ``folder/key``.
+    """Named groups of tensors, one ``.safetensors`` file with a checksum each, in ``folder/key``.
 
     Args:
-        folder: of the evaluation, say.
-        key: what the tensors follow from; another key sees none of them.
-        place: the folder that ``folder`` is relative to, which is followed when it is renamed.
+        folder: the folder to write to, for example an evaluation's.
+        key: a digest of everything that determines the tensors; groups with another key are not visible.
+        place: the run folder that ``folder`` is relative to; it is followed if it is renamed.
     """
 
     def __init__(self, folder: str | Path, key: str, place: RunFolder | None = None) -> None:
@@ -58,11 +58,11 @@ class Saved:
 
     @property
     def folder(self) -> Path:
-        """Where the groups are now."""
+        """The current folder of the groups."""
         return self._folder if self._place is None else self._place.path / self._folder
 
     def load(self, name: str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], Any] | None:
-        """The tensors and what was noted beside them; None where there are none.
+        """The tensors of a group and their note; None if the group does not exist.
 
         Raises:
             ValueError: the file is damaged, or its content is not what :meth:`save` wrote.
@@ -73,21 +73,21 @@ class Saved:
         try:
             with safe_open(path, framework="pt", device="cpu") as opened:
                 metadata = opened.metadata() or {}
-                # a copy lies on an aligned address, as tensors that were never saved do: in a file's memory
-                # kernels take other paths, which round otherwise
+                # copied to an aligned address, like tensors that were never saved: for memory of the file
+                # kernels use other code paths, which round differently
                 tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
             note = json.loads(metadata.get("note", "null"))
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete {self.folder} and start again") from error
         if metadata.get("digest") != _content(tensors, note):
             raise ValueError(
-                f"{path} is damaged or was changed, its checksum is not that of its content: delete "
+                f"{path} is damaged or was changed, its checksum does not match its content: delete "
                 f"{self.folder} and start again"
             )
         return {key: tensor.to(device) for key, tensor in tensors.items()}, note
 
     def save(self, name: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
-        """Writes them whole or not at all; ``note`` is what JSON can write."""
+        """Writes a group atomically; ``note`` is any JSON value."""
         plain = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         metadata = {"format": "pt", "note": json.dumps(note), "digest": _content(plain, note)}
 
@@ -105,5 +105,5 @@ class Saved:
         return self.folder / f"{name}.safetensors"
 
     def remove(self) -> None:
-        """Deletes the group's folder."""
+        """Deletes the folder with all groups."""
         shutil.rmtree(self.folder, ignore_errors=True)

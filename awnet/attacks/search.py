@@ -1,4 +1,4 @@
-"""Maximisers within the ball that leave an image alone once it is broken, and APGD."""
+"""Sign-gradient ascent and APGD within the ball; both stop changing an image once it is broken."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from awnet import rng
 from awnet.attacks.base import Attack, check_count, check_size
 from awnet.attacks.pgd import margin
 
-#: maps (x_adv ``[b, …]``, their places in the batch ``[b]``) to the loss ``[b]``, to be maximised, and
-#: whether the attacked model misclassifies x_adv, bool ``[b]`` (None where the loss is another model's)
+#: maps (x_adv ``[b, …]``, their rows in the batch ``[b]``) to the loss ``[b]`` to maximize, and whether the
+#: attacked model misclassifies x_adv, bool ``[b]`` (None if the loss is another model's)
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
-EVERY = 10  # steps between two looks at which images are left: each makes the host wait for the device
+EVERY = 10  # steps between checks of which images are not broken yet; each check synchronizes with the host
 RHO, MOMENTUM = 0.75, 0.75
 
 
@@ -28,7 +28,7 @@ class _Point(NamedTuple):
     broken: Tensor
 
 
-def _look(objective: Objective, x_adv: Tensor, rows: Tensor) -> _Point:
+def _evaluate(objective: Objective, x_adv: Tensor, rows: Tensor) -> _Point:
     with torch.enable_grad():
         point = x_adv.detach().requires_grad_()
         loss, broken = objective(point, rows)
@@ -43,20 +43,20 @@ def _look(objective: Objective, x_adv: Tensor, rows: Tensor) -> _Point:
 def ascend(
     objective: Objective, start: Tensor, low: Tensor, high: Tensor, *, steps: int, step_size: float
 ) -> Tensor:
-    """``steps`` times x ← clip(x + step_size·sign(∂loss/∂x)); an image stays where it is first broken.
+    """``steps`` times x ← clip(x + step_size·sign(∂loss/∂x)); an image does not change once it is broken.
 
-    Returns the last points ``[B, …]``; NaN where a gradient was not finite.
+    Returns the last points ``[B, …]``; NaN if a gradient was not finite.
     """
     result, rows = start.clone(), torch.arange(len(start), device=start.device)
     for step in range(steps):
         x_adv = result[rows]
-        at = _look(objective, x_adv, rows)
-        moved = torch.add(x_adv, at.gradient.sign(), alpha=step_size)
+        point = _evaluate(objective, x_adv, rows)
+        moved = torch.add(x_adv, point.gradient.sign(), alpha=step_size)
         moved = torch.maximum(torch.minimum(moved, high[rows]), low[rows])
-        moved = torch.where(_wide(at.broken), x_adv, moved)
-        result[rows] = torch.where(at.gradient.isfinite(), moved, torch.nan)
+        moved = torch.where(_wide(point.broken), x_adv, moved)
+        result[rows] = torch.where(point.gradient.isfinite(), moved, torch.nan)
         if step % EVERY == EVERY - 1:
-            rows = rows[~at.broken & _finite(at.gradient)]
+            rows = rows[~point.broken & _finite(point.gradient)]
             if len(rows) == 0:
                 break
     return result
@@ -65,36 +65,36 @@ def ascend(
 def ascend_auto(
     objective: Objective, start: Tensor, low: Tensor, high: Tensor, *, steps: int, eps: float
 ) -> Tensor:
-    """APGD (Croce and Hein 2020, Algorithm 1): steps with momentum whose size halves where they fail.
+    """APGD (Croce and Hein 2020, Algorithm 1): steps with momentum, whose size is halved without progress.
 
-    Each image has its own step size, at first 2·eps. At checkpoints, closer and closer together, it is halved
-    and the search goes back to the best point, where fewer than 75 % of the steps since the last checkpoint
-    raised the loss, or where neither step size nor best loss changed since then.
+    Each image has its own step size, initially 2·eps. At checkpoints, whose distance decreases, the step size
+    is halved and the search returns to the best point if fewer than 75 % of the steps since the last
+    checkpoint increased the loss, or if neither step size nor best loss changed since then.
 
-    Returns the points where images were first broken, of the others those of the highest loss ``[B, …]``;
-    NaN where a gradient was not finite.
+    Returns the first point that broke each image, or for images that are not broken the point with the
+    highest loss ``[B, …]``; NaN if a gradient was not finite.
     """
     result = start.clone()
     rows = torch.arange(len(start), device=start.device)
-    at = _look(objective, start, rows)
-    zeros = torch.zeros_like(at.loss)
+    point = _evaluate(objective, start, rows)
+    zeros = torch.zeros_like(point.loss)
     s = {
         "low": low,
         "high": high,
         "x": start.clone(),
         "previous": start.clone(),
-        "gradient": at.gradient,
-        "loss": at.loss,
+        "gradient": point.gradient,
+        "loss": point.loss,
         "best": start.clone(),
-        "best_gradient": at.gradient,
-        "best_loss": at.loss,
-        "loss_at_check": at.loss,
+        "best_gradient": point.gradient,
+        "best_loss": point.loss,
+        "loss_at_check": point.loss,
         "raised": zeros,
-        "reduced": torch.ones_like(at.broken),
-        "step": torch.full_like(at.loss, 2 * eps),
-        "done": at.broken | ~_finite(at.gradient),
+        "reduced": torch.ones_like(point.broken),
+        "step": torch.full_like(point.loss, 2 * eps),
+        "done": point.broken | ~_finite(point.gradient),
     }
-    result = torch.where(_wide(_finite(at.gradient)), result, torch.nan)
+    result = torch.where(_wide(_finite(point.gradient)), result, torch.nan)
     interval = max(int(0.22 * steps), 1)
     shortest, shorter = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
     since = 0
@@ -105,19 +105,19 @@ def ascend_auto(
         moved = s["x"] + (direction - s["x"]) * share + (s["x"] - s["previous"]) * (1 - share)
         moved = torch.maximum(torch.minimum(moved, s["high"]), s["low"])
         s["previous"], s["x"] = s["x"], moved
-        at = _look(objective, moved, rows)
-        finite = _finite(at.gradient)
-        now = ~s["done"] & (at.broken | ~finite)
+        point = _evaluate(objective, moved, rows)
+        finite = _finite(point.gradient)
+        now = ~s["done"] & (point.broken | ~finite)
         result[rows] = torch.where(
             _wide(now), torch.where(_wide(finite), moved, torch.nan), result[rows]
         )  # the point that broke an image
         s["done"] = s["done"] | now
-        s["raised"] = s["raised"] + (at.loss > s["loss"])
-        s["gradient"], s["loss"] = at.gradient, at.loss
-        better = at.loss > s["best_loss"]
+        s["raised"] = s["raised"] + (point.loss > s["loss"])
+        s["gradient"], s["loss"] = point.gradient, point.loss
+        better = point.loss > s["best_loss"]
         s["best"] = torch.where(_wide(better), moved, s["best"])
-        s["best_gradient"] = torch.where(_wide(better), at.gradient, s["best_gradient"])
-        s["best_loss"] = torch.where(better, at.loss, s["best_loss"])
+        s["best_gradient"] = torch.where(_wide(better), point.gradient, s["best_gradient"])
+        s["best_loss"] = torch.where(better, point.loss, s["best_loss"])
         since += 1
         if since < interval:
             continue
@@ -148,13 +148,13 @@ def _finite(gradient: Tensor) -> Tensor:
 class Search(Attack):
     """An attack of several searches, each on the images that the model still classifies correctly.
 
-    A subclass writes :meth:`objective`. Images that are misclassified already are left as they are; of an
-    image that withstands all searches the last one's point is returned.
+    A subclass implements :meth:`searches` and :meth:`objective`. Images that are already misclassified are
+    not changed; for an image that no search breaks, the last search's point is returned.
 
     Args:
-        steps: of each search.
-        optimiser: ``"sign"``: steps of fixed size. ``"auto"``: APGD's.
-        step_size: of ``"sign"``, in image units; eps/4 if None.
+        steps: steps of each search.
+        optimizer: ``"sign"``: steps of fixed size. ``"auto"``: APGD.
+        step_size: step of ``"sign"``, in image units; eps/4 if None.
         seed: keys the random starts, uniform in the ball, together with each sample's index.
     """
 
@@ -164,53 +164,54 @@ class Search(Attack):
         *,
         eps: float,
         steps: int = 100,
-        optimiser: Literal["sign", "auto"] = "sign",
+        optimizer: Literal["sign", "auto"] = "sign",
         step_size: float | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(model, eps=eps, seed=seed)
         self.steps = check_count("steps", steps)
-        if optimiser not in ("sign", "auto"):
-            raise ValueError(f"optimiser must be 'sign' or 'auto', got {optimiser!r}")
-        self.optimiser = optimiser
+        if optimizer not in ("sign", "auto"):
+            raise ValueError(f"optimizer must be 'sign' or 'auto', got {optimizer!r}")
+        self.optimizer = optimizer
         self.step_size = self.eps / 4 if step_size is None else check_size("step_size", step_size)
 
     @property
     def settings(self) -> dict[str, Any]:
-        size = {"step_size": self.step_size} if self.optimiser == "sign" else {}
-        return super().settings | {"steps": self.steps, "optimiser": self.optimiser} | size
+        # the keys are stored in reports, so their spelling stays
+        size = {"step_size": self.step_size} if self.optimizer == "sign" else {}
+        return super().settings | {"steps": self.steps, "optimiser": self.optimizer} | size
 
     @abstractmethod
     def searches(self, x: Tensor) -> int:
-        """How many searches there are for images like ``x``."""
+        """The number of searches for images like ``x``."""
 
     @abstractmethod
     def objective(self, number: int, x: Tensor, y: Tensor, largest_label: int) -> Objective:
-        """What the search of this number maximises for the images ``x``."""
+        """The function that search ``number`` maximizes for the images ``x``."""
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        """As for :class:`Attack`, but reads back after each search which images it broke."""
+        """As for :class:`Attack`, but synchronizes with the host after each search to see what it broke."""
         result = x.clone()
         rows = self._correct(x, y, largest_label).nonzero()[:, 0]
         for number in range(self.searches(x[:1])):
             if len(rows) == 0:
                 break
-            found = self.search(number, x[rows], y[rows], index[rows], largest_label)
-            result[rows] = found
-            if not bool(found.isfinite().all()):
+            x_adv = self.search(number, x[rows], y[rows], index[rows], largest_label)
+            result[rows] = x_adv
+            if not bool(x_adv.isfinite().all()):
                 break
-            rows = rows[self._correct(found, y[rows], largest_label)]
+            rows = rows[self._correct(x_adv, y[rows], largest_label)]
         return result
 
     def search(self, number: int, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        """One search: a random start, then the objective's maximum."""
-        return self.maximise(
+        """One search: maximizes the objective from a random start."""
+        return self.maximize(
             self.objective(number, x, y, largest_label), x, self.start(number, x, index), self.steps
         )
 
-    def maximise(self, objective: Objective, x: Tensor, start: Tensor, steps: int) -> Tensor:
+    def maximize(self, objective: Objective, x: Tensor, start: Tensor, steps: int) -> Tensor:
         low, high = self.ball(x)
-        if self.optimiser == "auto":
+        if self.optimizer == "auto":
             return ascend_auto(objective, start, low, high, steps=steps, eps=self.eps)
         return ascend(objective, start, low, high, steps=steps, step_size=self.step_size)
 
@@ -225,17 +226,17 @@ class Search(Attack):
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio ``[B]`` (Croce and Hein 2020), to be maximised; needs 3 classes."""
+    """The difference of logits ratio ``[B]`` (Croce and Hein 2020), to maximize; needs 3 classes."""
     ordered = logits.sort(1).values
     return -margin(logits, y) / (ordered[:, -1] - ordered[:, -3] + 1e-12)
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """Its targeted form ``[B]``: the target's logit against the label's; needs 4 classes."""
+    """The targeted form of :func:`dlr` ``[B]``, target against label, to maximize; needs 4 classes."""
     ordered = logits.sort(1).values
     scale = ordered[:, -1] - (ordered[:, -3] + ordered[:, -4]) / 2 + 1e-12
-    own, other = (logits.gather(1, k[:, None])[:, 0] for k in (y, target))
-    return (other - own) / scale
+    label_logit, target_logit = (logits.gather(1, k[:, None])[:, 0] for k in (y, target))
+    return (target_logit - label_logit) / scale
 
 
 APGDLoss = Literal["ce", "dlr", "dlr_targeted"]
@@ -244,12 +245,12 @@ APGDLoss = Literal["ce", "dlr", "dlr_targeted"]
 class APGD(Search):
     """APGD with restarts on cross-entropy, the logits' ratio, or its targeted form.
 
-    Unlike the official code it draws its starts by sample and takes a loss with more than logits in it (see
-    :class:`awnet.attacks.adaptive.JointAPGD`). Restart r of ``"dlr_targeted"`` aims at the class that comes
-    r-th (from 0, in turn, at most 9) after the label in the logits of ``x``.
+    Unlike the official code it draws random starts per sample, and the loss may depend on more than the
+    logits (see :class:`awnet.attacks.adaptive.JointAPGD`). Restart r of ``"dlr_targeted"`` targets the class
+    with the r-th largest logit for ``x`` besides the label (from 0, modulo at most 9).
 
     Args:
-        loss: with fewer classes than ``"dlr"`` (3) and ``"dlr_targeted"`` (4) need, they are the margin.
+        loss: ``"dlr"`` needs 3 classes and ``"dlr_targeted"`` 4; with fewer classes they are the margin.
     """
 
     def __init__(
@@ -262,7 +263,7 @@ class APGD(Search):
         restarts: int = 1,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, eps=eps, steps=steps, optimiser="auto", seed=seed)
+        super().__init__(model, eps=eps, steps=steps, optimizer="auto", seed=seed)
         if loss not in ("ce", "dlr", "dlr_targeted"):
             raise ValueError(f"loss must be 'ce', 'dlr' or 'dlr_targeted', got {loss!r}")
         self.loss = loss
@@ -276,7 +277,7 @@ class APGD(Search):
         return self.restarts
 
     def observe(self, x: Tensor, number: int, largest_label: int) -> tuple[Tensor, Tensor | float]:
-        """The logits ``[B, K]`` and what is added to their loss ``[B]``."""
+        """The logits ``[B, K]`` and a term to add to their loss ``[B]``."""
         return self.logits(x, largest_label), 0.0
 
     def objective(self, number: int, x: Tensor, y: Tensor, largest_label: int) -> Objective:

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors: splits, threat models, batches made on the device, downloads with checksums."""
+"""Data sets as uint8 tensors: splits, threat models, batches on the device, downloads with checksums."""
 
 from awnet.data.checks import check_images, check_labels
 from awnet.data.dataset import Augmentation, Batch, Dataset, Memory, Splits, ThreatModel, from_arrays

@@ -84,9 +84,9 @@ LAYOUTS = {
 
 
 def load_cifar(name: str, data_dir: str | Path, seed: int = 0) -> Splits:
-    """``name`` is "cifar10" or "cifar100"; 2 % of the training images, drawn by the seed, are held out.
+    """``name`` is "cifar10" or "cifar100"; 2 % of the training images, chosen by the seed, are held out.
 
-    ``data_dir`` is the published folder or its parent. Its files may hold fewer images than published.
+    ``data_dir`` is the published folder or its parent. Its files may contain fewer images than published.
     """
     layouts = {layout.names: layout for layout in LAYOUTS[name]}
     folder, marker = find_folder(name, data_dir, {layout.folder: layout.names for layout in layouts.values()})
@@ -143,8 +143,8 @@ def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
         or rows.ndim != 2
         or rows.shape[1] != PIXELS
     ):
-        found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
-        raise ValueError(f"{path}: 'data' must be uint8 [N, {PIXELS}], got {found}")
+        got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise ValueError(f"{path}: 'data' must be uint8 [N, {PIXELS}], got {got}")
     if isinstance(labels, np.ndarray):
         labels = labels.tolist()
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
@@ -161,7 +161,7 @@ def _read_binary(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     if len(content) % record:
         raise ValueError(
             f"{path} has {len(content):,} bytes, not a whole number of records of {record:,}: it is "
-            "truncated, or not a CIFAR file. Get it again from its publisher"
+            "truncated, or not a CIFAR file. Download it again from its publisher"
         )
     records = content.reshape(-1, record)
     return _checked(path, records[:, layout.label_bytes :], records[:, layout.label_at], layout)
@@ -179,4 +179,6 @@ def _checked(
 
 def _must_exist(path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a published folder has it. Get the data set again")
+        raise FileNotFoundError(
+            f"{path} is missing; the published folder has it. Download the data set again"
+        )

@@ -1,4 +1,4 @@
-"""A data set is one uint8 tensor with its labels, its threat model and its augmentation."""
+"""A data set: one uint8 tensor with labels, threat model and augmentation."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MOST_SHIFT = 1024  # pixels
 MOST_CLASSES = 1_000_000  # that are named by number
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NOT_UINT8 = (
-    "images must be uint8 [N, C, H, W], got {}; grey images [N, H, W] become that by images[:, None], and "
-    "floats in [0, 1] by (255 * images).round().astype('uint8')"
+    "images must be uint8 [N, C, H, W], got {}; convert gray images [N, H, W] with images[:, None], and "
+    "floats in [0, 1] with (255 * images).round().astype('uint8')"
 )
 
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """L-infinity: each pixel may move by at most ``eps``, in image units ([0, 1]), and stays in [0, 1].
+    """L-infinity: each pixel may change by at most ``eps``, in image units, within [0, 1].
 
     The step sizes are the paper's for eps = 8/255 and scale with eps.
     """
@@ -42,12 +42,12 @@ class ThreatModel:
 
     @property
     def train_step_size(self) -> float:
-        """Step of the inner maximisation in training: eps/4 (2/255 at 8/255)."""
+        """Step of the inner maximization in training: eps/4 (2/255 at 8/255)."""
         return self.eps / 4
 
     @property
     def trades_train_step_size(self) -> float:
-        """Step of TRADES' inner maximisation: 0.007 at 8/255."""
+        """Step of TRADES' inner maximization: 0.007 at 8/255."""
         return self.eps * 0.007 / (8 / 255)
 
     @property
@@ -68,11 +68,11 @@ class ThreatModel:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What a training image may undergo without changing its class.
+    """Random transformations of training images.
 
-    shift: the image moves by a whole number of pixels in [-shift, shift] along each axis, zeros coming in
-        (the usual random crop after zero padding by ``shift``).
-    flip: it is mirrored left to right with probability ½.
+    shift: shift by an integer number of pixels in [-shift, shift] along each axis, filled with zeros (the
+        usual random crop after zero padding by ``shift``).
+    flip: mirror left to right with probability ½.
     """
 
     shift: int = 0
@@ -84,7 +84,7 @@ class Augmentation:
 
 
 class Batch(NamedTuple):
-    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B]; index: int64 [B], the samples' global indices."""
+    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B]; index: int64 [B], the global indices."""
 
     x: Tensor
     y: Tensor
@@ -97,9 +97,9 @@ class Dataset:
 
     images: uint8 [N, C, H, W]; the image is ``images / max_value``.
     labels: int64 [N], in [0, len(classes)).
-    index: int64 [N], each sample's global index: its place in the published order, whatever split it is in.
-        Shuffling, augmentation and an attack's noise are keyed by it.
-    source: where the images came from, in words, for reports.
+    index: int64 [N], each sample's global index: its position in the published order, in any split.
+        Shuffling, augmentation and the noise of attacks are keyed by it.
+    source: a description of where the images came from, for reports.
     """
 
     name: str
@@ -118,12 +118,12 @@ class Dataset:
             raise ValueError(_NOT_UINT8.format(f"{self.images.dtype} {list(self.images.shape)}"))
         object.__setattr__(self, "max_value", check_integer("max_value", self.max_value, 1, 255))
         n = len(self.images)
-        for what, value in (("labels", self.labels), ("index", self.index)):
+        for name, value in (("labels", self.labels), ("index", self.index)):
             if value.dtype != torch.int64 or value.shape != (n,):
-                raise ValueError(f"{what} must be int64 [{n}], got {value.dtype} {list(value.shape)}")
+                raise ValueError(f"{name} must be int64 [{n}], got {value.dtype} {list(value.shape)}")
             if value.device != self.images.device:
                 raise ValueError(
-                    f"{what} is on {value.device}, images on {self.images.device}; use one device"
+                    f"{name} is on {value.device}, images on {self.images.device}; use one device"
                 )
         if n and int(self.images.max()) > self.max_value:
             raise ValueError(
@@ -165,7 +165,7 @@ class Dataset:
         )
 
     def take(self, rows: Tensor, split: str | None = None) -> Dataset:
-        """The samples at ``rows``, int64 ``[M]``: row numbers of this data set, not global indices."""
+        """The samples at ``rows``, int64 ``[M]``: rows of this data set, not global indices."""
         rows = rows.to(self.device)
         return replace(
             self,
@@ -176,7 +176,7 @@ class Dataset:
         )
 
     def subset(self, n: int, seed: int = 0) -> Dataset:
-        """At most ``n`` samples with the classes in proportion; the same ones for the same seed."""
+        """At most ``n`` samples, stratified by class; the same samples for the same seed."""
         n = check_integer("n", n, 1)
         if n >= len(self):
             return self
@@ -184,7 +184,7 @@ class Dataset:
         return self.take(rows)
 
     def fingerprint(self) -> str:
-        """32 hexadecimal digits of the content: pixels, labels, indices, class names and pixel range."""
+        """A digest of pixels, labels, indices, class names and pixel range, 32 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(repr((tuple(self.images.shape), self.max_value, self.classes)).encode())
         for values in (self.images, self.labels, self.index):
@@ -192,10 +192,10 @@ class Dataset:
         return digest.hexdigest()
 
     def placed(self, device: str | torch.device, memory: Memory = "auto") -> Dataset:
-        """The same data set where ``batches(device=…)`` shall read it from.
+        """The same data set in the memory that ``batches(device=…)`` reads from.
 
-        memory: ``device``; ``host``, from where each batch is copied while the one before it is in use; or
-        ``auto``: the device, unless the images would take more than half of its free memory.
+        memory: ``device``; ``host``, from where each batch is copied while the previous one is in use; or
+        ``auto``: the device, unless the images would need more than half of its free memory.
         """
         target = torch.device(device)
         if memory not in get_args(Memory):
@@ -218,18 +218,18 @@ class Dataset:
         part: tuple[int, int] = (0, 1),
         device: str | torch.device | None = None,
     ) -> Iterator[Batch]:
-        """The batches of one epoch, made on ``device``, by default the data set's.
+        """The batches of one epoch, on ``device``, by default the data set's.
 
-        Order (``shuffle``) and augmentation (``augment``) are functions of (seed, epoch, global index) alone:
-        a sample is cropped in the same way whatever batch it lands in, and ``start`` = number of batches to
-        skip goes on exactly where an interrupted epoch stopped. The last batch may be smaller, unless
-        ``drop_last``. ``part`` = (rank, ranks) takes every ranks-th sample of each batch from the rank-th on,
-        so that the ranks together have each batch once.
+        Order (``shuffle``) and augmentation (``augment``) depend only on (seed, epoch, global index): a
+        sample is augmented identically in any batch, and ``start``, the number of batches to skip, resumes an
+        interrupted epoch exactly. The last batch may be smaller, unless ``drop_last``. ``part`` = (rank,
+        ranks) takes every ranks-th sample of each batch, starting with the rank-th, so that the ranks
+        together have each batch once.
 
-        A data set on another device than ``device`` gives the same bits: a thread gathers the
-        next batch's pixels in pinned memory, or from the file that they are mapped from, meanwhile.
+        A data set on another device than ``device`` gives bit-identical batches: a thread gathers the next
+        batch's pixels in pinned memory, or from the mapped file, in the background.
         """
-        # a larger one means the same, and its products could leave int64
+        # a larger value means the same, and its products could overflow int64
         batch_size = min(check_integer("batch_size", batch_size, 1), len(self) + 1)
         start, seed, epoch = (
             check_integer("start", start, 0),
@@ -260,11 +260,11 @@ class Dataset:
         def chunks(order: Tensor) -> list[Tensor]:
             return [order[i : i + batch_size][part[0] :: part[1]] for i in firsts]
 
-        # all that is small, for the whole epoch at once
+        # small tensors, for the whole epoch at once
         labels, index = self.labels.to(device), self.index.to(device)
         moves = _moves(index, self.augmentation, seed, epoch) if augment else None
-        # a tensor on the device: CUDA divides by a Python number as a product with its reciprocal, which
-        # differs from the CPU's quotient in the last bit
+        # a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which differs from the
+        # CPU's quotient in the last bit
         scale = torch.tensor(float(self.max_value), dtype=torch.float32, device=device)
         pixels_of = self._pixels(chunks(order), device)
         for rows, pixels in zip(chunks(order.to(device)), pixels_of, strict=True):
@@ -285,11 +285,11 @@ class Dataset:
             return torch.index_select(self.images, 0, rows, out=staged)
 
         with ThreadPoolExecutor(1) as pool:
-            coming = [pool.submit(gather, rows) for rows in chunks[:1]]
+            pending = [pool.submit(gather, rows) for rows in chunks[:1]]
             for number in range(len(chunks)):
-                staged = coming.pop().result()
+                staged = pending.pop().result()
                 if number + 1 < len(chunks):
-                    coming.append(pool.submit(gather, chunks[number + 1]))
+                    pending.append(pool.submit(gather, chunks[number + 1]))
                 yield staged.to(device, non_blocking=True)
 
 
@@ -308,14 +308,14 @@ class Splits(NamedTuple):
 def augmented(
     images: Tensor, index: Tensor, augmentation: Augmentation, *, seed: int = 0, epoch: int = 0
 ) -> Tensor:
-    """``images`` [B, C, H, W] of any dtype, each shifted and flipped as (seed, epoch, ``index`` [B]) says."""
+    """``images`` [B, C, H, W] of any dtype, shifted and flipped by (seed, epoch, ``index`` [B])."""
     moves = _moves(index, augmentation, seed, epoch)
     return images if moves is None else _moved(images, moves, augmentation)
 
 
 def _moves(index: Tensor, augmentation: Augmentation, seed: int, epoch: int) -> Tensor | None:
     """int64 [N, 3] for sample indices [N]: the corner of the image within the padded one (row, column), and
-    whether it is mirrored; None where nothing ever moves."""
+    whether it is mirrored; None without augmentation."""
     size = augmentation.shift
     if size == 0 and not augmentation.flip:
         return None
@@ -325,7 +325,7 @@ def _moves(index: Tensor, augmentation: Augmentation, seed: int, epoch: int) -> 
 
 
 def _moved(images: Tensor, moves: Tensor, augmentation: Augmentation) -> Tensor:
-    """``images`` [B, C, H, W], each shifted and flipped as ``moves`` int64 [B, 3] says."""
+    """``images`` [B, C, H, W], shifted and flipped by ``moves`` int64 [B, 3]."""
     size, (height, width) = augmentation.shift, images.shape[2:]
     row = moves[:, :1] + torch.arange(height, device=images.device)  # [B, H], within the padded image
     column = torch.arange(width, device=images.device)
@@ -340,31 +340,31 @@ def _moved(images: Tensor, moves: Tensor, augmentation: Augmentation) -> Tensor:
 
 @standard_defaults()
 def stratified(labels: Tensor, index: Tensor, n: int, key: int) -> tuple[Tensor, Tensor]:
-    """Row numbers of ``n`` samples and of the others, both ascending, int64.
+    """Rows of ``n`` samples, stratified by class, and of the others, both ascending, int64.
 
-    Each class gives its share of ``n``, rounded by largest remainder; which of its samples is decided by
-    ``key`` and the samples' global indices.
+    Each class contributes its share of ``n``, rounded by largest remainder; ``key`` and the samples' global
+    indices determine which samples.
     """
     if not 0 <= n <= len(labels):
         raise ValueError(f"n must be in [0, {len(labels)}], got {n}")
-    label, where = labels.cpu(), index.cpu()
+    label, sample = labels.cpu(), index.cpu()
     counts = torch.bincount(label)
     floor = counts * n // max(len(label), 1)
     remainder = counts * n - floor * len(label)  # exact, in units of 1/N
     floor[remainder.argsort(descending=True, stable=True)[: n - int(floor.sum())]] += 1
-    by_chance = rng.bits(key, where, ()).argsort(stable=True)
-    grouped = by_chance[label[by_chance].argsort(stable=True)]  # by class, within a class by chance
-    place = torch.arange(len(label)) - (counts.cumsum(0) - counts)[label[grouped]]  # rank within its class
+    permutation = rng.bits(key, sample, ()).argsort(stable=True)
+    grouped = permutation[label[permutation].argsort(stable=True)]  # by class, in random order within a class
+    rank = torch.arange(len(label)) - (counts.cumsum(0) - counts)[label[grouped]]  # within its class
     chosen = torch.zeros(len(label), dtype=torch.bool)
-    chosen[grouped] = place < floor[label[grouped]]
+    chosen[grouped] = rank < floor[label[grouped]]
     return chosen.nonzero()[:, 0].to(labels.device), (~chosen).nonzero()[:, 0].to(labels.device)
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """(training part, validation part) of a training set: a stratified ``fraction`` is held out."""
     n = max(1, round(len(dataset) * fraction))
-    held, kept = stratified(dataset.labels, dataset.index, n, rng.key(seed, "validation"))
-    return dataset.take(kept), dataset.take(held, split="validation")
+    held_out, rest = stratified(dataset.labels, dataset.index, n, rng.key(seed, "validation"))
+    return dataset.take(rest), dataset.take(held_out, split="validation")
 
 
 @standard_defaults()
@@ -385,11 +385,10 @@ def from_arrays(
     """A data set from arrays or tensors.
 
     images: uint8 [N, C, H, W]; a numpy.memmap (mode "c") in C order stays on disk and is read batch by batch.
-    labels: whole numbers [N]. classes: the classes' names; by default "0", "1", … up to the largest label.
+    labels: integers [N]. classes: the classes' names; by default "0", "1", … up to the largest label.
     eps, shift and flip: the threat model and the augmentation.
-    layout: ``"nhwc"`` for images [N, H, W, C], as PIL and TensorFlow hold them, which are copied to
-        [N, C, H, W]. None takes [N, C, H, W] and refuses a shape that looks like [N, H, W, C]; ``"nchw"``
-        takes any.
+    layout: ``"nhwc"`` for images [N, H, W, C], as in PIL and TensorFlow, which are copied to [N, C, H, W].
+        None accepts [N, C, H, W] and rejects a shape that looks like [N, H, W, C]; ``"nchw"`` accepts any.
 
     ValueError or TypeError, naming the argument, for anything else.
     """
@@ -399,8 +398,8 @@ def from_arrays(
         largest = int(numbers.max()) if len(numbers) else -1
         if largest >= MOST_CLASSES:
             raise ValueError(
-                f"labels go up to {largest}, which would make as many classes: number the classes from 0 on, "
-                "by numpy.unique(labels, return_inverse=True)[1] for example"
+                f"labels go up to {largest}, which would make as many classes: number the classes from 0, "
+                "for example with numpy.unique(labels, return_inverse=True)[1]"
             )
         classes = [str(number) for number in range(largest + 1)]
     return Dataset(
@@ -418,13 +417,13 @@ def from_arrays(
 
 
 def _pixels(images: Any, layout: str | None) -> Tensor:
-    """``images`` as a tensor [N, C, H, W]; ``Dataset`` checks its dtype and rank."""
+    """``images`` as a tensor [N, C, H, W]; ``Dataset`` checks dtype and rank."""
     if layout not in (None, "nchw", "nhwc"):
         raise ValueError(f"layout must be 'nchw', 'nhwc' or None, got {layout!r}")
     if not isinstance(images, Tensor):
         try:
             array = np.ascontiguousarray(images)
-        except (ValueError, TypeError) as error:  # a list of images of several sizes
+        except (ValueError, TypeError) as error:  # a list of images of different sizes
             raise ValueError(f"images must be one uint8 array [N, C, H, W]: {error}") from None
         if array.dtype != np.uint8:
             raise ValueError(_NOT_UINT8.format(f"{array.dtype} {list(array.shape)}"))
@@ -453,7 +452,7 @@ def _class_numbers(labels: Any) -> Tensor:
             array = np.asarray(labels)
         except (ValueError, TypeError) as error:
             raise ValueError(f"labels must be whole numbers [N]: {error}") from None
-        if array.dtype == object and array.ndim == 1:  # of pandas
+        if array.dtype == object and array.ndim == 1:  # from pandas
             other = [v for v in array if not isinstance(v, int | np.integer) or isinstance(v, bool)]
             if other:
                 raise _not_numbers(other[0], "object", array.shape)
@@ -474,18 +473,16 @@ def _class_numbers(labels: Any) -> Tensor:
 
 
 def _not_numbers(first: Any, dtype: str, shape: tuple[int, ...]) -> ValueError:
-    first = str(first) if isinstance(first, str) else plain(first)  # not as numpy.str_('cat')
-    cure = "labels.astype('int64') makes them so"
+    first = str(first) if isinstance(first, str) else plain(first)  # instead of numpy.str_('cat')
+    advice = "convert them with labels.astype('int64')"
     if isinstance(first, str | bytes):
-        cure = "number the words: classes, labels = numpy.unique(words, return_inverse=True)"
+        advice = "number the words: classes, labels = numpy.unique(words, return_inverse=True)"
     elif len(shape) == 2:
-        cure = (
-            "labels[:, 0] is of that shape" if shape[1] == 1 else "one-hot labels become that by .argmax(1)"
-        )
+        advice = "use labels[:, 0]" if shape[1] == 1 else "convert one-hot labels with .argmax(1)"
     elif len(shape) != 1:
-        cure = "one label for each image"
+        advice = "give one label per image"
     elif not isinstance(first, bool | np.bool_ | float | np.floating):
-        cure = "one class number from 0 on for each image, none missing"
+        advice = "give one class number, from 0, per image, none missing"
     return ValueError(
-        f"labels must be whole numbers [N], got {dtype} {list(shape)}, such as {first!r}; {cure}"
+        f"labels must be whole numbers [N], got {dtype} {list(shape)}, such as {first!r}; {advice}"
     )

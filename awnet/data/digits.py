@@ -1,4 +1,4 @@
-"""Handwritten digits that ship inside scikit-learn: 1,797 images of 8×8 pixels with 17 grey levels."""
+"""The handwritten digits of scikit-learn: 1,797 images of 8×8 pixels with 17 gray levels."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ TEST, VALIDATION = 400, 200
 
 
 def load_digits(seed: int = 0) -> Splits:
-    """1,197 / 200 / 400 images, stratified. The test images are the same for every seed, so that a model
-    trained with one seed is never tested on its training images by another; the seed draws the validation
-    images from the rest."""
+    """1,197 / 200 / 400 images, stratified. The test images are the same for every seed, so that no
+    model is tested on training images; the seed chooses the validation images among the others."""
     from sklearn.datasets import load_digits as load
 
     digits = load()
-    everything = from_arrays(
+    dataset = from_arrays(
         digits.images[:, None].astype(np.uint8),
         digits.target,
         name="digits",
@@ -26,7 +25,7 @@ def load_digits(seed: int = 0) -> Splits:
         shift=1,
         source="scikit-learn's load_digits (UCI optical recognition of handwritten digits, test part)",
     )
-    test, rest = stratified(everything.labels, everything.index, TEST, rng.key("digits", "test"))
-    kept = everything.take(rest)
-    held, train = stratified(kept.labels, kept.index, VALIDATION, rng.key(seed, "validation"))
-    return Splits(kept.take(train), kept.take(held, "validation"), everything.take(test, "test"))
+    test, rest = stratified(dataset.labels, dataset.index, TEST, rng.key("digits", "test"))
+    others = dataset.take(rest)
+    held_out, train = stratified(others.labels, others.index, VALIDATION, rng.key(seed, "validation"))
+    return Splits(others.take(train), others.take(held_out, "validation"), dataset.take(test, "test"))

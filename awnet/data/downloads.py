@@ -1,4 +1,4 @@
-"""Fetches the published archives, with checksums; an interrupted download goes on where it stopped."""
+"""Downloads the published archives and verifies their checksums; interrupted downloads resume."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import Any
 from awnet.files import expanded, locked, make_folder, sweep_beside, temporary_folder
 
 CHUNK = 1 << 20
-MOST_BYTES = 300_000_000  # of an archive: the largest published one has fewer
+MOST_BYTES = 300_000_000  # larger than every published archive
 
-Progress = Callable[[int, int | None], None]  # (bytes so far, bytes in all where the server says)
+Progress = Callable[[int, int | None], None]  # (bytes so far, total bytes if the server reports it)
 
 
 @dataclass(frozen=True)
 class Archive:
-    """url: where it is published. checksum: in pooch's form. folder: the one folder that it holds."""
+    """url: where it is published. checksum: in pooch's format. folder: the folder that it contains."""
 
     url: str
     checksum: str
@@ -52,14 +52,16 @@ ARCHIVES = {
 def download(
     name: str, data_dir: str | Path = "data", *, url: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """Puts the published folder of data set ``name`` under ``data_dir`` and returns its path.
+    """Downloads the published folder of data set ``name`` into ``data_dir`` and returns its path.
 
-    A folder that is there already is left alone. The archive is kept beside it; a download that broke off
-    goes on where it stopped when the server allows that. ``url`` names a mirror: the checksum stays the
-    publisher's. ``progress`` is called as data arrives.
+    An existing folder is not changed. The archive is kept next to it; an interrupted download resumes if the
+    server supports it. ``url`` names a mirror, whose file must have the publisher's checksum. ``progress`` is
+    called as data arrives.
 
-    ValueError for an unknown name, a wrong checksum, an archive with unexpected content or a server that
-    sends more than the archive has; ConnectionError when the archive can't be fetched.
+    Raises:
+        ValueError: the name is unknown, the checksum is wrong, the archive has unexpected content, or the
+            server sends more than the archive's size.
+        ConnectionError: the archive cannot be downloaded.
     """
     import pooch
     from pooch.hashes import hash_matches
@@ -67,7 +69,7 @@ def download(
     if name == "digits":
         raise ValueError("digits needs no download: it ships inside scikit-learn")
     if name not in ARCHIVES:
-        raise ValueError(f"unknown data set {name!r}; to be downloaded are {', '.join(ARCHIVES)}")
+        raise ValueError(f"unknown data set {name!r}; available are {', '.join(ARCHIVES)}")
     if url is not None and not url.startswith(("http://", "https://", "ftp://")):
         raise ValueError(f"url must begin with http://, https:// or ftp://, got {url!r}")
     archive = ARCHIVES[name]
@@ -84,9 +86,9 @@ def download(
             _fetch(address, Path(output), packed.with_name(f"{packed.name}.part"), progress)
         except (OSError, HTTPException) as error:
             raise ConnectionError(
-                f"{address} could not be downloaded: {error}. What has arrived is kept; the same command "
-                f"goes on from there. Without a network, put the published folder {archive.folder} into "
-                f"{data_dir} by other means, or give its place by --data-dir (data_dir=…)"
+                f"{address} could not be downloaded: {error}. The partial download is kept; the same command "
+                f"resumes it. Without a network, copy the published folder {archive.folder} into "
+                f"{data_dir} by other means, or give its path with --data-dir (data_dir=…)"
             ) from error
 
     pooch.get_logger().setLevel("WARNING")
@@ -99,7 +101,7 @@ def download(
 
 
 def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> None:
-    """Completes ``part`` from ``url``, then moves it to ``output``; ValueError past MOST_BYTES."""
+    """Completes ``part`` from ``url``, then moves it to ``output``; ValueError beyond MOST_BYTES."""
     try:
         with locked(part, lambda: "another process downloads it; wait for that"):
             _complete(url, part, progress)
@@ -110,43 +112,43 @@ def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> Non
 
 
 def _complete(url: str, part: Path, progress: Progress | None) -> None:
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    received = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={received}-"} if received else {})
     try:
         reply = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing lies beyond what we have; then the checksum decides
+        if error.code != 416:  # 416: the file is complete; then the checksum decides
             raise
         return
     with reply:
         resumed = reply.status == 206
-        have = have if resumed else 0
+        received = received if resumed else 0
         length = reply.headers.get("Content-Length")
-        total = have + int(length) if length and length.isdecimal() else None
+        total = received + int(length) if length and length.isdecimal() else None
         if total is not None and total > MOST_BYTES:
             raise _too_large(url, part, f"offers {total:,} bytes")
         with part.open("ab" if resumed else "wb") as file:
             while chunk := reply.read(CHUNK):
-                have += len(chunk)
-                if have > MOST_BYTES:
+                received += len(chunk)
+                if received > MOST_BYTES:
                     raise _too_large(url, part, f"sent more than {MOST_BYTES:,} bytes")
                 file.write(chunk)
                 if progress is not None:
-                    progress(have, total)
-    if total is not None and have != total:
-        raise OSError(f"the connection broke off after {have:,} of {total:,} bytes")
+                    progress(received, total)
+    if total is not None and received != total:
+        raise OSError(f"the connection was lost after {received:,} of {total:,} bytes")
 
 
-def _too_large(url: str, part: Path, found: str) -> ValueError:
+def _too_large(url: str, part: Path, reason: str) -> ValueError:
     part.unlink(missing_ok=True)
     return ValueError(
-        f"{url} {found}, but no published archive has more than {MOST_BYTES:,}: this is another file. Give "
-        "another mirror by --url (url=…)"
+        f"{url} {reason}, but no published archive has more than {MOST_BYTES:,}: this is another file. Give "
+        "another mirror with --url (url=…)"
     )
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Extracts the one folder that ``archive`` holds; ``folder`` appears whole or not at all."""
+    """Extracts the folder in ``archive`` to ``folder``, atomically."""
     with temporary_folder(folder) as scratch:
         _unpack_into(scratch, archive, folder)
 
@@ -173,4 +175,4 @@ def _unpack_into(scratch: Path, archive: Path, folder: Path) -> None:
 def _check_member(archive: Path, name: str, folder: str) -> None:
     parts = name.replace("\\", "/").split("/")
     if parts[0] != folder or ".." in parts:
-        raise ValueError(f"{archive} holds {name!r}, outside its folder {folder}: refused")
+        raise ValueError(f"{archive} holds {name!r}, outside its folder {folder}, so it is not unpacked")

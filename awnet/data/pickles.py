@@ -1,8 +1,8 @@
-"""Reads the pickles of the published CIFAR folders without running anything that is in them.
+"""Reads the pickles of the published CIFAR folders without executing their content.
 
-A pickle may name any function of any module and have it called. Here the only names that resolve are those
-by which numpy writes an array, and they resolve to stand-ins that merely note their arguments; the array is
-then made by us from the noted bytes, after checks.
+A pickle may name any function of any module and have it called. Here only the names that numpy uses to write
+an array resolve, and they resolve to replacements that record their arguments; the array is then created from
+the recorded bytes, after checks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 
 class _Dtype:
-    """Stands for ``numpy.dtype`` in the pickle; ``_values`` refuses all but integers."""
+    """Replaces ``numpy.dtype``; ``_values`` accepts only integers."""
 
     def __init__(self, code: Any = None, *_: Any) -> None:
         self.code = code.decode("latin-1") if isinstance(code, bytes) else code
@@ -33,9 +33,9 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for ``numpy.ndarray`` in the pickle: notes what the array is made of, and makes it on request.
+    """Replaces ``numpy.ndarray``: records the parts of the array; :meth:`values` creates it.
 
-    Until then it takes no memory of its own, however often a pickle refers to the same bytes.
+    Until then it needs no memory, however often a pickle refers to the same bytes.
     """
 
     parts: tuple[Any, Any, Any, bool] | None = None  # bytes, dtype, shape, column order
@@ -55,14 +55,14 @@ class _Array:
 
 
 class _Function:
-    """Stands for a function in the pickle; a call makes a noted value and nothing else."""
+    """Replaces a function; a call only creates a recorded value."""
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("a state for a function")
 
 
 class _Reconstruct(_Function):
-    """Makes an empty array, which ``_Array.__setstate__`` fills."""
+    """Creates an empty array, which ``_Array.__setstate__`` fills."""
 
     def __new__(cls, subtype: Any, *_: Any) -> Any:
         if subtype is not _Array:
@@ -71,7 +71,7 @@ class _Reconstruct(_Function):
 
 
 class _FromBuffer(_Function):
-    """Makes an array in protocol 5."""
+    """Creates an array in protocol 5."""
 
     def __new__(cls, raw: Any, dtype: Any, shape: Any, order: Any) -> Any:
         array = _Array()
@@ -80,14 +80,14 @@ class _FromBuffer(_Function):
 
 
 class _Scalar(_Function):
-    """Makes a numpy scalar, such as a label that was taken from an array."""
+    """Creates a numpy scalar, such as a label taken from an array."""
 
     def __new__(cls, dtype: Any, raw: Any = b"") -> Any:
         return _values(raw, dtype, (1,), "C")[0].item()
 
 
 class _Encode(_Function):
-    """Makes bytes of text: how protocols 0 to 2 of Python 3 write bytes."""
+    """Creates bytes from text, as protocols 0 to 2 of Python 3 write them."""
 
     def __new__(cls, text: Any, encoding: Any = None) -> Any:
         if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
@@ -96,21 +96,21 @@ class _Encode(_Function):
 
 
 class _Latin1:
-    """Bytes that are still text: ``_values`` encodes them, once for each array that is asked for."""
+    """Bytes that are still text; ``_values`` encodes them for each requested array."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
 
 class _Bytes(_Function):
-    """Makes empty bytes, which protocols 0 to 2 write as a call."""
+    """Creates empty bytes, which protocols 0 to 2 write as a call."""
 
     def __new__(cls) -> Any:
         return b""
 
 
 class _OrderedDict(dict[Any, Any]):
-    """Stands for ``collections.OrderedDict``; items are set one by one, never copied from another dict."""
+    """Replaces ``collections.OrderedDict``; items are set one by one, never copied from another dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,20 +125,20 @@ def _values(raw: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np.nd
         raise pickle.UnpicklingError("an array with an unknown dtype or shape")
     if dtype.code not in {"u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"}:
         raise pickle.UnpicklingError(
-            f"an array of dtype {str(dtype.code)[:20]!r}, only whole numbers are read"
+            f"an array of dtype {str(dtype.code)[:20]!r}, only whole numbers are supported"
         )
     raw = raw.text if isinstance(raw, _Latin1) else raw
     if isinstance(raw, str):  # Python 2 wrote the bytes as a string
         raw = raw.encode("latin-1")
     if not isinstance(raw, (bytes, bytearray)):
-        raise pickle.UnpicklingError("an array of objects, only whole numbers are read")
+        raise pickle.UnpicklingError("an array of objects, only whole numbers are supported")
     flat = np.frombuffer(raw, np.dtype(dtype.order + dtype.code))
     if flat.size != math.prod(sizes):
         raise pickle.UnpicklingError(f"an array of shape {sizes} with {flat.size} values")
     return flat.reshape(sizes, order=order)
 
 
-_STAND_INS: dict[tuple[str, str], Any] = {
+_REPLACEMENTS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "_reconstruct"): _Reconstruct,
@@ -153,7 +153,7 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 }
 
 
-# the Python unpickler: the C one sets up as much memory as a hostile memo index asks for
+# the Python unpickler: the C version allocates as much memory as a malicious memo index requests
 class _Unpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     read: Any  # set by load()
@@ -161,38 +161,39 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _STAND_INS[module, name]
+            return _REPLACEMENTS[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+            raise pickle.UnpicklingError(f"it requests {module}.{name}") from None
 
     def load_bytearray8(self) -> None:
-        """Reads the bytes that are there; the inherited method first makes as many as the pickle declares."""
+        """Reads the existing bytes; the inherited method first allocates as many as the pickle declares."""
         size = int.from_bytes(self.read(8), "little")
         self.append(bytearray(self.read(min(size, sys.maxsize))))
 
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
-def read_pickle(path: Path, *wanted: str) -> dict[str, Any]:
-    """The values of ``wanted`` in a published CIFAR file, which is a dict with text keys.
+def read_pickle(path: Path, *keys: str) -> dict[str, Any]:
+    """The values of ``keys`` in a published CIFAR file, which is a dict with text keys.
 
-    They are lists, text, whole numbers and integer arrays; what else the dict holds is not read. A key that
-    is missing is left out. Memory is bounded by the file's size, whatever sizes the file declares.
+    The values are lists, text, integers and integer arrays; other entries are not read. Missing keys are left
+    out. Memory is bounded by the file's size, whatever sizes the file declares.
 
-    ValueError with the path when the file is damaged, asks for any other name, or holds anything else.
+    Raises:
+        ValueError: the file is damaged, requests another name, or contains anything else.
     """
     content = path.read_bytes()
     try:
         value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
         if isinstance(value, dict) and all(isinstance(name, (str, bytes)) for name in value):
             named = {_text(name): item for name, item in value.items()}
-            return {name: _plain(named[name], name) for name in wanted if name in named}
+            return {name: _plain(named[name], name) for name in keys if name in named}
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} was refused: {error}. CIFAR files need only plain containers and integer arrays; this "
-            "one is damaged or hostile. Get it again from its publisher"
+            f"{path} was refused: {error}. CIFAR files contain only plain containers and integer arrays; "
+            "this one is damaged or malicious. Download it again from its publisher"
         ) from error
-    except Exception as error:  # a damaged pickle can fail in any of the unpickler's own operations
+    except Exception as error:  # a damaged pickle can fail in any operation of the unpickler
         raise ValueError(f"{path} is damaged, or not a pickle: {type(error).__name__}: {error}") from error
     raise ValueError(f"{path} holds a {type(value).__name__}, expected a dict with text keys")
 
@@ -208,6 +209,6 @@ def _plain(value: Any, name: str) -> Any:
         except pickle.UnpicklingError as error:
             raise pickle.UnpicklingError(f"{name!r} is {error}") from error
     if isinstance(value, (list, tuple)):
-        texts = {item: _text(item) for item in value if isinstance(item, bytes)}  # each decoded once
+        texts = {item: _text(item) for item in value if isinstance(item, bytes)}  # each is decoded once
         return [texts[item] if isinstance(item, bytes) else item for item in value]
     return _text(value)

@@ -1,4 +1,4 @@
-"""The data sets by name."""
+"""Data sets by name."""
 
 from __future__ import annotations
 
@@ -30,14 +30,20 @@ def list_datasets() -> list[str]:
 def load_dataset(name: str, data_dir: str | Path | None = None, *, seed: int = 0) -> Splits:
     """The train, validation and test split of a data set, on the CPU.
 
-    data_dir: the published folder or its parent; by default ``data`` in the working directory. ``digits``
-    needs none. seed: which training images are held out for validation; the test images never depend on it.
+    Args:
+        name: one of :func:`list_datasets`.
+        data_dir: the published folder or its parent; by default ``data`` in the working directory.
+            ``digits`` needs none.
+        seed: determines which training images are held out for validation; the test images never depend on
+            it.
 
-    ValueError for an unknown name or damaged files, FileNotFoundError for missing ones.
+    Raises:
+        ValueError: the name is unknown, or a file is damaged.
+        FileNotFoundError: a file is missing.
     """
     if not isinstance(name, str) or name not in _LOADERS:
         raise ValueError(
-            f"unknown data set {name!r}; known are {', '.join(_LOADERS)}; for images of your own use "
+            f"unknown data set {name!r}; known are {', '.join(_LOADERS)}; for your own images use "
             "awnet.data.from_arrays in Python"
         )
     return _LOADERS[name](DEFAULT_DATA_DIR if data_dir is None else data_dir, seed)

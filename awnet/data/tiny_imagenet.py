@@ -24,10 +24,11 @@ _AGAIN = "Unpack the archive again, or download it again"
 def load_tiny_imagenet(data_dir: str | Path, seed: int = 0) -> Splits:
     """The classes are those of ``wnids.txt``, in the order of their WordNet ids; the published validation
     images of these classes are the test set (the labels of the published test images are secret); 2 % of the
-    training images, drawn by the seed, are held out.
+    training images, chosen by the seed, are held out.
 
-    A subset of the classes has a ``wnids.txt`` of these alone. FileNotFoundError or ValueError, with counts,
-    where class folders, images or annotations are missing: each class must have the same number of images.
+    For a subset of the classes ``wnids.txt`` lists only these. Raises FileNotFoundError or ValueError, with
+    counts, if class folders, images or annotations are missing: each class must have the same number of
+    images.
     """
     folder, marker = find_folder("tiny_imagenet", data_dir, {"tiny-imagenet-200": "wnids.txt"})
     listed = (folder / marker).read_text(encoding="utf-8", errors="replace").split()
@@ -69,12 +70,13 @@ def _train_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, str
     if missing := [wnid for wnid in classes if wnid not in there]:
         raise FileNotFoundError(
             f"{train_folder} has no images folder for {len(missing)} of the {len(classes)} classes in "
-            f"wnids.txt, {missing[0]} for one. {_AGAIN}; for a part of the classes, list these alone there"
+            f"wnids.txt, for example {missing[0]}. {_AGAIN}; for a subset of the classes, "
+            "list only these there"
         )
     if extra := sorted(there - set(classes)):
         raise ValueError(
             f"{folder / 'wnids.txt'} lacks {len(extra)} of the {len(there)} classes in {train_folder}, "
-            f"{extra[0]} for one. {_AGAIN}"
+            f"for example {extra[0]}. {_AGAIN}"
         )
     files = []
     for wnid in classes:
@@ -105,13 +107,13 @@ def _test_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, str]
     there = {path.name for path in _images(images)} if images.is_dir() else set()
     if missing := [path.name for path, _ in files if path.name not in there]:
         raise FileNotFoundError(
-            f"{images}: {len(missing)} of {len(files)} test images are missing, {missing[0]} for one. "
+            f"{images}: {len(missing)} of {len(files)} test images are missing, for example {missing[0]}. "
             f"{_AGAIN}"
         )
     if extra := sorted(there - annotated):
         raise ValueError(
-            f"{annotations} has no label for {len(extra)} of the {len(there)} images in {images}, {extra[0]} "
-            f"for one. {_AGAIN}"
+            f"{annotations} has no label for {len(extra)} of the {len(there)} images in {images}, for "
+            f"example {extra[0]}. {_AGAIN}"
         )
     _check_equal(files, classes, f"{annotations} names")
     return files
@@ -122,25 +124,25 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _check_equal(files: list[tuple[Path, str]], classes: tuple[str, ...], what: str) -> None:
-    """Refuses classes with fewer images than others: all published classes have equally many."""
+    """Raises ValueError if classes differ in their number of images: all published classes have the same."""
     counts = Counter(wnid for _, wnid in files)
     most = max(counts.values(), default=0)
     if short := [wnid for wnid in classes if counts[wnid] < most]:
         raise ValueError(
-            f"{what} {len(files)} images where {len(classes)} classes of {most} make {len(classes) * most}: "
+            f"{what} {len(files)} images, but {len(classes)} classes of {most} make {len(classes) * most}: "
             f"{len(short)} classes have fewer, {short[0]} has {counts[short[0]]}. {_AGAIN}; classes of "
-            "unequal sizes can be loaded by awnet.data.from_arrays"
+            "unequal sizes can be loaded with awnet.data.from_arrays"
         )
 
 
 def _decode(paths: list[Path]) -> torch.Tensor:
-    """uint8 [N, 3, 64, 64]; grey images get three equal channels."""
+    """uint8 [N, 3, 64, 64]; gray images get three equal channels."""
     images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
 
     def decode(i: int) -> None:
         images[i] = _read_image(paths[i])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoder lets go of Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoder releases the GIL
         for _ in pool.map(decode, range(len(paths))):
             pass
     return torch.from_numpy(images)
@@ -150,9 +152,9 @@ def _read_image(path: Path) -> np.ndarray:
     from PIL.JpegImagePlugin import JpegImageFile
 
     try:
-        # unlike Image.open it neither warns of nor fails on a huge image, whose size is checked next
+        # unlike Image.open this neither warns about nor rejects a huge image, whose size is checked next
         with JpegImageFile(path) as image:
-            if image.size != (SIZE, SIZE):  # before decoding, which a huge image would make expensive
+            if image.size != (SIZE, SIZE):  # checked before decoding, which is expensive for a huge image
                 raise ValueError(f"{path} is {image.size[0]}×{image.size[1]}, expected {SIZE}×{SIZE} pixels")
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Detectors of adversarial images, compared in Table V of the paper: ``fit``, then ``score``."""
+"""Detectors of adversarial images, as compared in Table V of the paper: ``fit``, then ``score``."""
 
 from awnet.detectors.base import Detector, RouterDetector
 from awnet.detectors.lng import LNG

@@ -1,4 +1,4 @@
-"""What every detector of adversarial images offers: ``fit``, then ``score``."""
+"""The interface of all detectors of adversarial images: ``fit``, then ``score``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from awnet.scalars import check_integer
 
 
 class Detector(ABC):
-    """Tells adversarial images from clean ones for one classifier.
+    """Separates adversarial from clean images for one classifier.
 
     Args:
-        model: maps images [B, C, H, W] in [0, 1] to logits [B, K]; used in eval mode, left as it was found.
-        batch_size: images a forward pass.
+        model: maps images [B, C, H, W] in [0, 1] to logits [B, K]; used in eval mode and not changed.
+        batch_size: images per forward pass.
     """
 
     def __init__(self, model: nn.Module, *, batch_size: int = 256) -> None:
@@ -35,20 +35,19 @@ class Detector(ABC):
     @full_precision()
     @standard_defaults()
     def fit(self, x_train: Tensor, y_train: Tensor, clean: Tensor, adversarial: Tensor) -> Self:
-        """Learns from the classifier's training set and from images of both kinds; returns itself.
+        """Fits the detector to the classifier's training set and to images of both kinds; returns itself.
 
         Args:
             x_train, y_train: images [N, C, H, W] and labels int64 [N] that the classifier was trained on.
-            clean, adversarial: images [M, C, H, W] and [M', C, H, W] that it was not trained on, each of the
-                kind that its name says.
+            clean, adversarial: images [M, C, H, W] and [M', C, H, W] that it was not trained on.
 
-        Raises TypeError or ValueError for images outside [0, 1], labels that do not fit, or nothing to learn
-        from.
+        Raises:
+            TypeError, ValueError: images are outside [0, 1], labels do not fit, or a set is empty.
         """
         for name, images in (("x_train", x_train), ("clean", clean), ("adversarial", adversarial)):
             check_images(images, name)
             if len(images) == 0:
-                raise ValueError(f"{name} is empty: the detector has nothing to learn from")
+                raise ValueError(f"{name} is empty: the detector needs images to fit")
         check_labels(y_train)
         if len(y_train) != len(x_train):
             raise ValueError(f"y_train must hold {len(x_train)} labels, got {len(y_train)}")
@@ -65,7 +64,7 @@ class Detector(ABC):
         Raises RuntimeError before ``fit``.
         """
         if not self._fitted:
-            raise RuntimeError(f"{type(self).__name__} has learnt nothing yet: call fit first")
+            raise RuntimeError(f"{type(self).__name__} is not fitted: call fit first")
         check_images(x)
         if len(x) == 0:
             return torch.empty(0, dtype=torch.float64)
@@ -80,9 +79,9 @@ class Detector(ABC):
 
 
 class RouterDetector(Detector):
-    """AW-Net's own type head: the logit of "adversarial" minus that of "clean". ``fit`` has nothing to learn.
+    """AW-Net's type head: the logit of "adversarial" minus that of "clean". ``fit`` only checks the model.
 
-    The difference of the logits orders images as p_clean does, without the softmax's rounding to 0 or 1.
+    The difference of the logits orders images as p_clean does, without rounding to 0 or 1 in the softmax.
     """
 
     def __init__(self, model: nn.Module, *, batch_size: int = 256) -> None:
@@ -95,22 +94,22 @@ class RouterDetector(Detector):
             raise ValueError("the model's router has no type head: this detector needs one")
 
     def _score(self, x: Tensor) -> Tensor:
-        found = []
+        scores = []
         for part in x.split(self.batch_size):
             logits = route(self.model, part).type_logits
             assert logits is not None
-            found.append(logits[:, 0] - logits[:, 1])
-        return torch.cat(found)
+            scores.append(logits[:, 0] - logits[:, 1])
+        return torch.cat(scores)
 
 
 class Embedding:
-    """What the other detectors look at: pooled outputs of a model's convolutions, and its last linear layer.
+    """Features for the other detectors: pooled outputs of convolutions, and inputs of the last linear layer.
 
     Args:
         model: any network with convolutions that ends in a linear layer.
-        x: an image [1, C, H, W], run once to see the order of the layers.
-        layers: names of convolutions (of ``model.named_modules()``); by default five, evenly spaced from the
-            first to the last that the images pass, the router's left out.
+        x: an image [1, C, H, W], run once to find the order of the layers.
+        layers: names of convolutions in ``model.named_modules()``; by default five, evenly spaced from the
+            first to the last in the forward pass, without the router's.
     """
 
     def __init__(self, model: nn.Module, x: Tensor, layers: Sequence[str] | None = None) -> None:
@@ -139,22 +138,24 @@ class Embedding:
         self.linear = linear[-1]
         if layers is None:
             count = min(5, len(order))
-            places = [round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)]
-            layers = list(dict.fromkeys(order[place] for place in places))
+            positions = [round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)]
+            layers = list(dict.fromkeys(order[i] for i in positions))
         unknown = [name for name in layers if name not in order]
         if unknown:
-            raise ValueError(f"layers names {', '.join(unknown)}; the model's convolutions are {order}")
+            raise ValueError(
+                f"layers has unknown names {', '.join(unknown)}; the model's convolutions are {order}"
+            )
         self.layers = list(layers)
 
     def __call__(self, x: Tensor, batch_size: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """Each layer's pooled outputs [N, C_l], the last linear layer's inputs [N, d], and logits [N, K]."""
         modules = dict(self.model.named_modules())
-        seen: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        pooled: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         features: list[Tensor] = []
         logits: list[Tensor] = []
 
         def pool(name: str) -> object:
-            return lambda module, args, output: seen[name].append(output.mean((2, 3)).double())
+            return lambda module, args, output: pooled[name].append(output.mean((2, 3)).double())
 
         handles = [modules[name].register_forward_hook(pool(name)) for name in self.layers]
         handles.append(
@@ -166,4 +167,4 @@ class Embedding:
         finally:
             for handle in handles:
                 handle.remove()
-        return [torch.cat(seen[name]) for name in self.layers], torch.cat(features), torch.cat(logits)
+        return [torch.cat(pooled[name]) for name in self.layers], torch.cat(features), torch.cat(logits)

@@ -1,8 +1,8 @@
-"""LNG (Abusnaina et al., ICCV 2021): a graph of an image's neighbours in latent space.
+"""LNG (Abusnaina et al., ICCV 2021): a graph of an image's neighbors in latent space.
 
-The image's embedding is joined with its nearest clean and its nearest adversarial reference embeddings into
-a graph whose edges are a learned function of distance; graph attention over it decides. There is no public
-code: the number of neighbours, of heads and of layers, and the readout are our reading of the paper.
+The image's embedding and its nearest clean and adversarial reference embeddings form a graph whose edges are
+a learned function of distance; graph attention classifies it. There is no public code: the numbers of
+neighbors, heads and layers, and the readout are our interpretation of the paper.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from awnet.scalars import check_integer, check_number
 
 
 class _Attention(nn.Module):
-    """Graph attention (Veličković et al., 2018) whose logits also hear the log of the edge's strength."""
+    """Graph attention (Veličković et al., 2018) with the log of the edge strength added to the logits."""
 
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class _Attention(nn.Module):
         """nodes [B, V, size], log_edges [B, V, V] → [B, V, size]."""
         b, v, size = nodes.shape
         h = self.project(nodes).view(b, v, self.heads, -1)
-        pull = (h * self.target).sum(3)[:, :, None, :] + (h * self.source).sum(3)[:, None, :, :]
-        attention = (F.leaky_relu(pull, 0.2) + log_edges[..., None]).softmax(2)  # [B, V, V, heads]
+        logits = (h * self.target).sum(3)[:, :, None, :] + (h * self.source).sum(3)[:, None, :, :]
+        attention = (F.leaky_relu(logits, 0.2) + log_edges[..., None]).softmax(2)  # [B, V, V, heads]
         return F.elu(torch.einsum("bvwh,bwhd->bvhd", attention, h).reshape(b, v, size)) + nodes
 
 
@@ -39,7 +39,7 @@ class _Graph(nn.Module):
     def __init__(self, features: int, size: int, heads: int) -> None:
         super().__init__()
         self.embed = nn.Linear(features + 3, size)
-        self.edge = nn.Parameter(torch.tensor([1.0, 0.0]))  # threshold, and the steepness before softplus
+        self.edge = nn.Parameter(torch.tensor([1.0, 0.0]))  # threshold, and steepness before softplus
         self.layers = nn.ModuleList(_Attention(size, heads) for _ in range(2))
         self.head = nn.Sequential(nn.Linear(2 * size, size), nn.ReLU(), nn.Linear(size, 1))
 
@@ -55,13 +55,13 @@ class _Graph(nn.Module):
 
 
 class LNG(Detector):
-    """The detector; see the module's text. The latent space is the input of the classifier's last layer.
+    """The detector, see the module's docstring. The latent space is the input of the classifier's last layer.
 
     Args:
-        neighbours: reference images of each kind in a graph.
-        size, heads: of the attention.
-        epochs, lr: of the graph's training, by Adam.
-        seed: of its weights and order.
+        neighbours: reference images of each kind per graph.
+        size, heads: width and number of heads of the attention.
+        epochs, lr: of the training with Adam.
+        seed: seed of the weights and of the order of the images.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class LNG(Detector):
         kind = torch.cat([torch.zeros(len(clean)), torch.ones(len(adversarial))]).to(queries)
         nodes = torch.cat(
             [
-                self._graph_of(own, skip_in=number)  # an image must not find itself among the references
-                for number, own in enumerate(self.references)
+                self._graph_of(latent, skip_in=number)  # an image must not be its own reference
+                for number, latent in enumerate(self.references)
             ]
         )
         with torch.random.fork_rng([]), torch.enable_grad():
@@ -127,11 +127,11 @@ class LNG(Detector):
     def _latent(self, x: Tensor) -> Tensor:
         return ((self._raw(x) - self.mean) / self.std).float()
 
-    def _graph_of(self, own: Tensor, skip_in: int | None = None) -> Tensor:
+    def _graph_of(self, queries: Tensor, skip_in: int | None = None) -> Tensor:
         """[N, 1 + 2 · neighbours, d]: each query, its nearest clean, its nearest adversarial references."""
-        parts = [own[:, None]]
+        parts = [queries[:, None]]
         for number, reference in enumerate(self.references):
-            distance = torch.cdist(own, reference)
+            distance = torch.cdist(queries, reference)
             if number == skip_in:
                 distance.fill_diagonal_(torch.inf)
             nearest = distance.topk(self.neighbours, dim=1, largest=False).indices

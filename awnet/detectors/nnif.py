@@ -1,12 +1,12 @@
-"""NNIF (Cohen, Sapiro and Giryes, CVPR 2020): influence functions against nearest neighbours.
+"""NNIF (Cohen, Sapiro and Giryes, CVPR 2020): influence functions and nearest neighbors.
 
-For a clean image the training images that most helped its prediction lie near it in every layer; for an
-adversarial one they do not. Each image gets, for each layer, the mean rank and the mean distance of its M
-most helpful and of its M most harmful training images among its nearest neighbours; a logistic regression on
-these numbers tells the two kinds apart.
+For a clean image, the training images that most helped its prediction are near it in every layer; for an
+adversarial image they are not. The features of an image are, for each layer, the mean rank and the mean
+distance of its M most helpful and of its M most harmful training images among its nearest neighbors; a
+logistic regression on these features separates the two kinds.
 
-The influence is that of the last linear layer alone, the others held fixed, which keeps it tractable; M, the
-layers and the damping are our choice where the paper tunes them for each attack.
+The influence is computed for the last linear layer only, with the other layers fixed, which keeps it
+tractable. M, the layers and the damping are our choice; the paper tunes them for each attack.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class LastLayer:
     """Influence functions (Koh and Liang, ICML 2017) of a softmax regression on fixed features.
 
     With θ the last layer's weights (bias included), H the Hessian of the mean training cross-entropy plus
-    ``damping`` / 2 ‖θ‖², leaving training image i out changes the loss of image t by about
+    ``damping`` / 2 ‖θ‖², removing training image i changes the loss of image t by about
 
         g_tᵀ H⁻¹ g_i / N,   g = ∂_θ cross-entropy
 
     so a positive g_tᵀ H⁻¹ g_i means that the training image helps.
 
     Args:
-        features: of the training images, float64 [N, d]. logits: [N, K]. y: int64 [N].
+        features: features of the training images, float64 [N, d]. logits: [N, K]. y: int64 [N].
         damping: λ > 0.
     """
 
@@ -80,12 +80,12 @@ def _with_bias(features: Tensor) -> Tensor:
 
 
 class NNIF(Detector):
-    """The detector; see the module's text.
+    """The detector, see the module's docstring.
 
     Args:
         neighbours: M, the number of helpful and of harmful training images.
         damping: λ of :class:`LastLayer`.
-        most_train: training images used, evenly spaced; memory is [batch_size, most_train].
+        most_train: maximum number of training images, evenly spaced; memory is [batch_size, most_train].
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class NNIF(Detector):
             "harmful": help_.topk(self.neighbours, dim=1, largest=False).indices,
         }
         numbers = []
-        for own, train in zip(layers, self.train_layers, strict=True):
-            distance = torch.cdist(own, train)  # [B, N]
+        for layer, train in zip(layers, self.train_layers, strict=True):
+            distance = torch.cdist(layer, train)  # [B, N]
             rank = distance.argsort(1).argsort(1).double()
             for which in chosen.values():
                 numbers += [rank.gather(1, which).mean(1), distance.gather(1, which).mean(1)]

@@ -74,10 +74,10 @@ def evaluate(
 
     Everything runs in float32 with frozen parameters: the caller's autocast and all of torch's settings that
     allow less, such as TF32, are disabled meanwhile. If the model's own code uses another dtype, the report
-    says so. A model that is exactly as awnet made it is replaced by a frozen copy, which is first compared
-    with the model on one batch; any other model runs itself. The report's ``settings["runs_on"]`` says which
-    of the two ran, and why. For a network with side exits (``rdi_resnet38``) the report has the exit that
-    each image takes.
+    says so. A model that is exactly as awnet made it is replaced by an inference copy, which is first
+    compared with the model on one batch; any other model runs itself. The report's ``settings["runs_on"]``
+    says which of the two ran, and why. For a network with side exits (``rdi_resnet38``) the report has the
+    exit that each image takes.
 
     Args:
         model: images [0, 1] → logits ``[B, K]``, in train or eval mode; it is not changed.

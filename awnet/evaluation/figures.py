@@ -1,4 +1,4 @@
-"""The figures that go with a report."""
+"""Draws the figures of a report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PANELS = 4
 
 
 def draw(report: Results, folder: Path, training_log: Path | None = None) -> None:
-    """Writes those figures into ``folder`` for which ``report`` and the log hold something."""
+    """Writes the figures that ``report`` and the log have data for into ``folder``."""
     if report.results():
         systems, clean = _bars(report)
         title = f"W-Robust accuracy on {report.dataset} {report.split}"
@@ -37,7 +37,7 @@ def draw(report: Results, folder: Path, training_log: Path | None = None) -> Non
             controls=tuple(NAMES[kind] for kind in CONTROLS),
             title=f"{report.model} on {report.dataset}: the router's probability that an image is clean",
         )
-    _draw_doubts(report, folder)
+    _draw_checks(report, folder)
     layers = _layers(report)
     if layers:
         analysis.filter_means(
@@ -49,16 +49,16 @@ def draw(report: Results, folder: Path, training_log: Path | None = None) -> Non
             analysis.training_curves(epochs, folder / "training.png", title=report.model)
 
 
-def _draw_doubts(report: Results, folder: Path) -> None:
-    """What a sceptical reader looks for: the worst case, the curves, the detector, the images."""
+def _draw_checks(report: Results, folder: Path) -> None:
+    """Figures to check the results with: worst case, sanity curves, ROC curves, example images."""
     if report.union is not None:
-        withstood, broken = int(report.per_sample["union_correct"].sum()), report.union.broken_first_by
+        robust, broken = int(report.per_sample["union_correct"].sum()), report.union.broken_first_by
         analysis.waterfall(
             report.n,
-            report.n - withstood - sum(broken.values()),
+            report.n - robust - sum(broken.values()),
             {attack_label(name): count for name, count in broken.items()},
             folder / "waterfall.png",
-            title=f"{report.model}: what breaks it first",
+            title=f"{report.model}: attacks that break images first",
         )
     if report.curves:
         steps, eps = report.curves["loss_against_steps"], report.curves["accuracy_against_eps"]
@@ -84,13 +84,13 @@ def _draw_doubts(report: Results, folder: Path) -> None:
             controls=tuple(NAMES[kind] for kind in CONTROLS),
         )
     if report.examples:
-        found = report.examples
+        examples = report.examples
         analysis.example_images(
-            found["clean"],
-            found["adversarial"],
+            examples["clean"],
+            examples["adversarial"],
             [
                 (_class(report, before), _class(report, after))
-                for before, after in zip(found["before"], found["after"], strict=True)
+                for before, after in zip(examples["before"], examples["after"], strict=True)
             ],
             folder / "examples.png",
             eps=report.eps,
@@ -103,7 +103,7 @@ def _class(report: Results, label: int) -> str:
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """The epochs' records of a ``log.jsonl``; a last line cut short is passed over."""
+    """The records of the epochs in a ``log.jsonl``; an incomplete last line is skipped."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
         records = [json.loads(line) for line in lines]
@@ -113,7 +113,7 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
 
 
 def _bars(report: Results) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
-    """A_w with intervals, and A_nat, of the report's model and those it is compared with."""
+    """A_w with intervals, and A_nat, of the report's model and the models it is compared with."""
     measured = {name: (a.w_robust_accuracy, a.w_interval_95) for name, a in report.results().items()}
     systems: dict[str, dict[str, Measured]] = {report.model: _named(measured)}
     clean = {report.model: report.clean_accuracy}
@@ -128,7 +128,7 @@ def _named(measured: dict[str, Measured]) -> dict[str, Measured]:
 
 
 def _layers(report: Results) -> dict[str, dict[str, Any]]:
-    """Up to ``PANELS`` layers, evenly spaced: weights and, where scaled, effective filters."""
+    """Up to ``PANELS`` layers, evenly spaced: weights and, if they are scaled, effective filters."""
     kinds = {"weights": "weights", "clean": "clean images, ω·weights"}
     attacks = [
         name for name in report.attacks if any(key.startswith(f"{name}/") for key in report.filter_means)
@@ -141,7 +141,7 @@ def _layers(report: Results) -> dict[str, dict[str, Any]]:
         kind, layer = key.split("/", 1)
         if kind in kinds:
             series.setdefault(layer, {})[kinds[kind]] = means
-    fullest = max((len(found) for found in series.values()), default=0)
-    names = [layer for layer, found in series.items() if len(found) == fullest]
-    picked = np.unique(np.linspace(0, len(names) - 1, min(PANELS, len(names))).round().astype(int))
-    return {names[i]: series[names[i]] for i in picked}
+    most = max((len(kinds_of_layer) for kinds_of_layer in series.values()), default=0)
+    names = [layer for layer, kinds_of_layer in series.items() if len(kinds_of_layer) == most]
+    chosen = np.unique(np.linspace(0, len(names) - 1, min(PANELS, len(names))).round().astype(int))
+    return {names[i]: series[names[i]] for i in chosen}

@@ -1,4 +1,4 @@
-"""The mean of each filter's weights, in the static network and as the router scales it (Fig. 1 and 3)."""
+"""The mean of each filter's weights, unscaled and as the router scales them (Fig. 1 and 3)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def filter_means(
 
     Keys are ``weights/<layer>`` and, for each kind of image in ``scales`` (``clean``, an attack's name),
     ``<kind>/<layer>``: the means of the effective filters ω·𝒦, with ω averaged over the images. The router's
-    own convolutions are left out.
+    convolutions are left out.
 
     Args:
-        x: an image ``[1, C, H, W]``, run once to see which layer takes which of the router's signals; needed
-            with ``scales`` alone.
-        scales: that average, ``[C_out]`` for each signal in the order of ``Routing.filter_scales``.
+        x: an image ``[1, C, H, W]``, run once to see which layer uses which filter scales of the router; only
+            needed with ``scales``.
+        scales: the average filter scales, ``[C_out]`` each, in the order of ``Routing.filter_scales``.
     """
     body = _body(model)
     means = {
@@ -36,38 +36,38 @@ def filter_means(
         for name, module in body.named_modules()
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
     }
-    found = {f"weights/{name}": mean for name, mean in means.items()}
+    results = {f"weights/{name}": mean for name, mean in means.items()}
     if not scales:
-        return found
+        return results
     if x is None:
-        raise ValueError("x is missing: scales need an image that shows which layer each of them is for")
-    takers = _takers(model, body, x)
+        raise ValueError("x is missing: scales need an image to find the layer of each filter scale")
+    numbers = _scale_of_each_layer(model, body, x)
     for kind, values in scales.items():
-        for name, signal in takers.items():
+        for name, number in numbers.items():
             if name in means:
-                found[f"{kind}/{name}"] = means[name] * values[signal].double().cpu().numpy()
-    return found
+                results[f"{kind}/{name}"] = means[name] * values[number].double().cpu().numpy()
+    return results
 
 
 def _body(model: nn.Module) -> nn.Module:
-    """The dynamic sub-network of the AW-Net that ``model`` is or holds; else the model itself."""
+    """The dynamic sub-network of the AW-Net that ``model`` is or contains; else the model itself."""
     networks = routed_networks(model)
     return networks[0].dynamic if len(networks) == 1 and isinstance(networks[0], AWNet) else model
 
 
-def _takers(model: nn.Module, body: nn.Module, x: Tensor) -> dict[str, int]:
-    """Layer → number of the router's signal that scales it, as a forward pass shows."""
-    found: dict[str, int] = {}
+def _scale_of_each_layer(model: nn.Module, body: nn.Module, x: Tensor) -> dict[str, int]:
+    """Layer → position of its filter scale in ``Routing.filter_scales``, from one forward pass."""
+    numbers: dict[str, int] = {}
     handles = []
     with frozen(model), torch.no_grad():
         routing = route(model, x)
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                taken = kwargs.get("filter_scale", args[1] if len(args) > 1 else None)
+                used = kwargs.get("filter_scale", args[1] if len(args) > 1 else None)
                 for number, scale in enumerate(routing.filter_scales):
-                    if scale is taken:
-                        found[name] = number
+                    if scale is used:
+                        numbers[name] = number
 
             return hook
 
@@ -79,7 +79,7 @@ def _takers(model: nn.Module, body: nn.Module, x: Tensor) -> dict[str, int]:
         finally:
             for handle in handles:
                 handle.remove()
-    return found
+    return numbers
 
 
 def _mean(weight: Tensor) -> Array:

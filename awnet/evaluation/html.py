@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: for a browser, a phone, or paper."""
+"""Renders a report as one self-contained HTML page, for a browser, a phone, or paper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from awnet.evaluation.results import Results
 from awnet.evaluation.tables import attack_label, eps_text
 from awnet.files import read_json
 
-# our names of the networks of Tables I, II and XI
+# awnet's names of the networks of Tables I, II and XI
 _SYSTEMS = {
     "resnet34": "ResNet-34",
     "resnet50": "ResNet-50",
@@ -25,7 +25,7 @@ _SYSTEMS = {
 }
 _TABLES = {"cifar10": "1", "cifar100": "2", "tiny_imagenet": "11"}
 FIGURES = {
-    "waterfall.png": "Accuracy as attack after attack takes the images that it is the first to break",
+    "waterfall.png": "Accuracy after each attack; an image counts for the attack that broke it first",
     "w_robust.png": "W-Robust accuracy under each attack, with 95 % intervals",
     "examples.png": "Images before and after the attack that broke them, and the magnified difference",
     "sanity.png": "Loss and accuracy against steps, accuracy against the size of the perturbation",
@@ -61,9 +61,10 @@ details { margin: 1rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere
 
 
 def page(report: Results, folder: Path, place: Path | None = None) -> str:
-    """The page for ``report``; figures are taken from the PNG files in ``folder`` and embedded.
+    """The page for ``report``; the PNG files in ``folder`` are embedded as figures.
 
-    ``place`` is the folder that the page is for, where it is another: ``RUN/evaluations/NAME`` names the run.
+    ``place`` is the folder where the page will be stored, if it is not ``folder``: ``RUN/evaluations/NAME``
+    names the run.
     """
     run, started = _run(folder if place is None else place)
     title = f"{report.model} on {report.dataset}" + (f" · {run}" if run else "")
@@ -95,7 +96,7 @@ def page(report: Results, folder: Path, place: Path | None = None) -> str:
 
 
 def summary(report: Results) -> str:
-    """A table of the accuracies for a notebook: HTML without a page around it."""
+    """A table of the accuracies for a notebook: an HTML fragment."""
     rows = [("clean", _with_interval(report.clean_accuracy, report.clean_interval_95), "")]
     rows += [
         (
@@ -115,7 +116,7 @@ def summary(report: Results) -> str:
 
 
 def _run(folder: Path) -> tuple[str, str]:
-    """Name and date of the run whose ``evaluations/<name>`` the folder is; empty where it is none."""
+    """Name and start of the run whose ``evaluations/<name>`` is ``folder``; empty if it belongs to no run."""
     run = folder.resolve().parent.parent
     if folder.resolve().parent.name != "evaluations" or not (run / "config.json").is_file():
         return "", ""
@@ -137,22 +138,22 @@ def _with_interval(value: float, interval: Sequence[float]) -> str:
 def _table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", text: Sequence[int] = ()
 ) -> str:
-    """Cells are HTML already; columns in ``text`` are set to the left."""
+    """An HTML table. Cells are HTML already; the columns ``text`` are aligned left."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         marked = (f'<{tag} class="text">' if i in text else f"<{tag}>" for i in range(len(cells)))
         return "<tr>" + "".join(f"{m}{c}</{tag}>" for m, c in zip(marked, cells, strict=True)) + "</tr>"
 
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
     body = "\n".join(line(row, "td") for row in rows)
     return (
-        f'<div class="wide"><table>{said}<thead>{line([escape(h) for h in headings], "th")}</thead>'
+        f'<div class="wide"><table>{title}<thead>{line([escape(h) for h in headings], "th")}</thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
 def _cards(report: Results) -> str:
-    """Clean, the headline and its A_w; nothing but clean where the precision allows no headline."""
+    """The clean accuracy, the headline and its A_w; only the first if the precision allows no headline."""
     cards = [("", "clean", report.clean_accuracy, report.clean_interval_95)]
     headline = None if report.approximate else report.headline()
     if headline is not None:
@@ -182,23 +183,23 @@ def _flags(flags: Sequence[str]) -> str:
     if not flags:
         return ""
     items = "".join(f"<li>{escape(flag)}</li>" for flag in flags)
-    return f'<div class="flags"><h2>Before you believe it</h2><ul>{items}</ul></div>'
+    return f'<div class="flags"><h2>Warnings</h2><ul>{items}</ul></div>'
 
 
 def _paper_row(report: Results, attack: str) -> PaperRow | None:
     table, system = _TABLES.get(report.dataset), _SYSTEMS.get(report.model)
     if table is None or system is None:
         return None
-    found = [row for row in paper_rows(table) if row.system == system and row.attack == attack]
-    return found[0] if found else None
+    rows = [row for row in paper_rows(table) if row.system == system and row.attack == attack]
+    return rows[0] if rows else None
 
 
 def _attacks(report: Results) -> str:
     results = dict(report.attacks) | ({} if report.union is None else {"union": report.union})
     if not results:
         return ""
-    printed = {name: _paper_row(report, name) for name in results}
-    beside = any(row is not None for row in printed.values())
+    paper = {name: _paper_row(report, name) for name in results}
+    in_paper = any(row is not None for row in paper.values())
     rows = []
     for name, result in results.items():
         cells = [
@@ -206,18 +207,18 @@ def _attacks(report: Results) -> str:
             _with_interval(result.robust_accuracy, result.interval_95),
             _with_interval(result.w_robust_accuracy, result.w_interval_95),
         ]
-        if beside:
-            row = printed[name]
+        if in_paper:
+            row = paper[name]
             cells += ["–", "–"] if row is None else [f"{row.adversarial:.2f}", f"{row.w_robust:.2f}"]
         rows.append(cells)
     headings = ["attack", "robust, A_adv", "W-Robust, A_w"]
     caption = ""
-    if beside:
-        clean = next(row.clean for row in printed.values() if row is not None)
+    if in_paper:
+        clean = next(row.clean for row in paper.values() if row is not None)
         headings += ["paper's A_adv", "paper's A_w"]
         caption = (
-            f"Beside ours, the paper's Table {_TABLES[report.dataset]} (clean {clean:.2f}): all test images "
-            "as published, checkpoint selected on them. Ours: images from "
+            f"For comparison, the paper's Table {_TABLES[report.dataset]} (clean {clean:.2f}): all test "
+            "images as published, checkpoint selected on them. This report: images from "
             f"{report.settings.get('source', '?')}, checkpoint selected on {report.selected_on or '?'}."
         )
     return "<h2>Attacks</h2>" + _table(headings, rows, caption)
@@ -234,28 +235,28 @@ def _sanity(lines: Sequence[dict[str, str]]) -> str:
         )
         for line in lines
     ]
-    return "<h2>Can it be believed?</h2>" + _table(("check", "result", "evidence"), rows, text=(1, 2))
+    return "<h2>Sanity checks</h2>" + _table(("check", "result", "evidence"), rows, text=(1, 2))
 
 
 def _detection(report: Results) -> str:
     if not report.detection:
         return ""
 
-    def area(found: dict[str, Any] | None) -> str:
-        if found is None:
+    def area(values: dict[str, Any] | None) -> str:
+        if values is None:
             return "–"
-        low, high = found["interval_95"]
-        return f"{found['auc']:.3f} [{low:.3f}, {high:.3f}]"
+        low, high = values["interval_95"]
+        return f"{values['auc']:.3f} [{low:.3f}, {high:.3f}]"
 
     rows = [
         (
             escape(attack_label(name)),
-            area(found),
-            area(found.get("successful"))
-            + (f", n = {found['successful']['n']}" if "successful" in found else ""),
-            area(found.get("rounded")),
+            area(values),
+            area(values.get("successful"))
+            + (f", n = {values['successful']['n']}" if "successful" in values else ""),
+            area(values.get("rounded")),
         )
-        for name, found in report.detection.items()
+        for name, values in report.detection.items()
     ]
     return "<h2>What the router detects</h2>" + _table(
         ("clean images against", "AUC", "of broken images only", "rounded to the data's levels"),
@@ -268,18 +269,18 @@ def _compared(report: Results) -> str:
     if not report.compared_with:
         return ""
     rows = []
-    for other, found in report.compared_with.items():
-        low, high = found.clean_interval_95
+    for other, comparison in report.compared_with.items():
+        low, high = comparison.clean_interval_95
         rows.append(
             (
                 escape(other),
                 "clean",
-                _signed(found.clean_difference),
+                _signed(comparison.clean_difference),
                 f"[{_signed(low)}, {_signed(high)}]",
-                _p(found.clean_mcnemar_p),
+                _p(comparison.clean_mcnemar_p),
             )
         )
-        for name, attack in found.attacks.items():
+        for name, attack in comparison.attacks.items():
             low, high = attack.interval_95
             rows.append(
                 (
@@ -304,15 +305,15 @@ def _p(value: float) -> str:
 
 
 def _figures(folder: Path, names: Sequence[str]) -> list[str]:
-    found = []
+    parts = []
     for name in names:
         path = folder / name
         if path.is_file():
             data = base64.b64encode(path.read_bytes()).decode("ascii")
-            said = escape(FIGURES[name])
-            image = f'<img alt="{said}" src="data:image/png;base64,{data}">'
-            found.append(f"<figure>{image}<figcaption>{said}</figcaption></figure>")
-    return found
+            caption = escape(FIGURES[name])
+            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+            parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    return parts
 
 
 def _settings(report: Results) -> str:

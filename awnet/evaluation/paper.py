@@ -1,9 +1,9 @@
-"""The paper's own figures, typed from its tables: ``paper.csv`` beside this file, read by ``paper_rows``.
+"""The paper's results, typed from its tables into ``paper.csv`` and read by ``paper_rows``.
 
-Units are per cent. ``parameters_m`` is in the paper's mixed units: 2^20 parameters for ResNet, VGG and
+Units are percent. ``parameters_m`` is in the paper's mixed units: 2^20 parameters for ResNet, VGG and
 RepVGG, 10^6 for WideResNet, Swin and AW-Net; its 2.7 for RDI-ResNet-38 fits neither (692,310 by definition).
-Two of the figures are misprints by the paper's own arithmetic, A_w = (clean + adversarial) / 2; they stand as
-printed, with a note.
+Two of the values are misprints by the paper's own arithmetic, A_w = (clean + adversarial) / 2; they are kept
+as printed, with a note.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One figure group of one table: a system under one attack.
+    """One row of one table: a system under one attack.
 
-    table: "1" … "11", or "text". attack: our name of it; ``transfer_*`` are made on a WideResNet-70-16.
-    clean, adversarial, w_robust, auc: per cent; None where the paper gives none.
+    table: "1" … "11", or "text". attack: awnet's name of it; ``transfer_*`` use a WideResNet-70-16.
+    clean, adversarial, w_robust, auc: percent; None if the paper does not give the value.
     """
 
     table: str
@@ -42,7 +42,7 @@ _WORDS = {"table", "dataset", "system", "attack", "note"}
 def paper_rows(table: str | None = None) -> tuple[PaperRow, ...]:
     """All rows, or those of one table ("1" … "11", "text"), in the paper's order.
 
-    Raises ValueError for a table that the paper does not have.
+    Raises ValueError if the paper has no such table.
     """
     text = resources.files("awnet.evaluation").joinpath("paper.csv").read_text(encoding="utf-8")
     rows = []

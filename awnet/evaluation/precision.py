@@ -1,4 +1,4 @@
-"""The arithmetic that an evaluation runs in."""
+"""Chooses what an evaluation runs: the model or an inference copy, in float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 PrecisionName = Literal["float32", "bfloat16"]
 
 DESCRIPTIONS = {"float32": "float32, TF32 off", "bfloat16": "bfloat16"}
-"""What reports say of each precision."""
+"""The description of each precision in reports."""
 
 
 class Prepared(NamedTuple):
-    """What an evaluation runs in place of the user's model.
+    """The module that an evaluation runs.
 
-    module: a frozen copy of the model, or the model itself; in bfloat16 the model under autocast.
-    runs_on: which of them, and for the model itself why, for the report.
-    flag: a warning for the report where the copy had to be given up; None otherwise.
+    module: an inference copy of the model, or the model itself; in bfloat16 the model under autocast.
+    runs_on: which of the two, with the reason if it is the model itself, for the report.
+    flag: a warning for the report if the copy had to be discarded; None otherwise.
     """
 
     module: nn.Module
@@ -35,19 +35,18 @@ class Prepared(NamedTuple):
 
 COPY = "a frozen copy of the model"
 ROUNDING = 1e-4
-"""Largest difference between a float32 copy and its model, as a share of the largest value, that is rounding.
+"""Largest relative difference between a float32 copy and its model that counts as rounding.
 
-A ResNet's two orders of summation differ by some 1e-6. What a copy could get wrong (a layer, a branch, a
-setting) changes logits by far more."""
+Two orders of summation in a ResNet differ by about 1e-6. An error in a copy (a layer, a branch, a setting)
+changes logits by far more."""
 
 
 def prepare(model: nn.Module, precision: PrecisionName, x: Tensor) -> Prepared:
-    """What an evaluation of ``model`` runs: no gradient of it reaches a weight.
+    """The module that an evaluation of ``model`` runs; its parameters get no gradients.
 
-    What the model computes when it is called decides. A frozen copy replaces it only where
-    :func:`awnet.nn.not_supported` gives no reason against it and its logits and routing for the images ``x``
-    [B, C, H, W] are the model's but for rounding; for ``"float32"`` it has the model's dtype. Any other model
-    runs itself, in bfloat16 under autocast.
+    It is an inference copy if :func:`awnet.nn.not_supported` gives no reason against one and the copy's
+    logits and routing for the images ``x`` [B, C, H, W] equal the model's up to rounding; for ``"float32"``
+    the copy has the model's dtype. Otherwise it is the model itself, in bfloat16 under autocast.
     """
     if precision not in DESCRIPTIONS:
         raise ValueError(f"precision must be one of {', '.join(DESCRIPTIONS)}, got {precision!r}")
@@ -63,8 +62,8 @@ def prepare(model: nn.Module, precision: PrecisionName, x: Tensor) -> Prepared:
     tolerance = ROUNDING if copy.image_dtype in (torch.float32, torch.float64) else 0.1
     if not difference <= tolerance:
         flag = (
-            f"the frozen copy's outputs differed from the model's by {difference:.1e} of the largest on one "
-            "batch, so the model itself was evaluated: please report this"
+            f"the inference copy's outputs differed from the model's by {difference:.1e} of the largest on "
+            "one batch, so the model itself was evaluated: please report this"
         )
         logger.warning(flag)
         return Prepared(
@@ -78,14 +77,14 @@ def prepare(model: nn.Module, precision: PrecisionName, x: Tensor) -> Prepared:
 
 @torch.no_grad()
 def _difference(model: nn.Module, copy: InferenceCopy, x: Tensor) -> float:
-    """Largest difference of logits and routing on ``x``, each as a share of its largest value."""
+    """Largest difference of logits and routing on ``x``, relative to the largest value of each."""
     with frozen(model):
         expected, got = [model(x)], [copy(x)]
         if has_router(model):
-            for found, one in ((expected, model), (got, copy)):
-                routing = route(one, x)
-                found += [routing.p_clean, *routing.filter_scales]
-                found += [] if routing.type_logits is None else [routing.type_logits]
+            for outputs, module in ((expected, model), (got, copy)):
+                routing = route(module, x)
+                outputs += [routing.p_clean, *routing.filter_scales]
+                outputs += [] if routing.type_logits is None else [routing.type_logits]
     if [value.shape for value in got] != [value.shape for value in expected]:
         return math.inf
     shares = [0.0]
@@ -97,7 +96,7 @@ def _difference(model: nn.Module, copy: InferenceCopy, x: Tensor) -> float:
 
 
 class _Autocast(nn.Module):
-    """A model whose passes run in bfloat16 where torch holds that safe."""
+    """A model that runs under bfloat16 autocast."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -106,13 +105,13 @@ class _Autocast(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "model" or name in self.__dict__["_modules"]:
             return super().__getattr__(name)
-        found = getattr(self.model, name)
-        if name not in ("route", "exit_of") or not callable(found):
-            return found
+        value = getattr(self.model, name)
+        if name not in ("route", "exit_of") or not callable(value):
+            return value
 
         def run(x: Tensor) -> Any:
             with torch.autocast(x.device.type, torch.bfloat16):
-                return found(x)
+                return value(x)
 
         return run
 

@@ -32,7 +32,8 @@ def state_key(
 ) -> str:
     """A digest of everything that determines the adversarial images; the same on every rank.
 
-    ``computes`` says in which precision the evaluation runs, and whether on the model or on a frozen copy.
+    ``computes`` says in which precision the evaluation runs, and whether on the model or on an inference
+    copy.
     """
     parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget, computes]
     parts += [suite.queries, {name: model_fingerprint(other) for name, other in suite.surrogates.items()}]

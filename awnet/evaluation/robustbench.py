@@ -1,4 +1,4 @@
-"""A model in the form that RobustBench takes: rules checked; weights, model_info and a zoo entry written."""
+"""Exports a model for RobustBench: checks its rules, writes weights, model_info and a zoo entry."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from awnet.models.registry import config_of
 from awnet.precision import full_precision
 
 FOLDERS = {"cifar10": "cifar10", "cifar100": "cifar100"}
-"""Our names of the data sets that RobustBench's L-infinity leaderboards know."""
+"""Data sets with an L-infinity leaderboard on RobustBench: awnet's name → RobustBench's."""
 
-_NOT_BY_NAME = ("settings", "class")  # of a model's description: what create_model alone does not give back
+_NOT_BY_NAME = ("settings", "class")  # parts of a model's description that create_model does not restore
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What RobustBench's table says of a model beside its figures."""
+    """The entry of a model in RobustBench's table, without its accuracies."""
 
     name: str
-    """Of the files and the zoo's key, in RobustBench's style: Wei2024Revisiting."""
+    """Name of the files and key in the zoo, in RobustBench's style: Wei2024Revisiting."""
     title: str = "Revisiting the Trade-off between Accuracy and Robustness via Weight Distribution of Filters"
     authors: str = "Xingxing Wei, Shiji Zhao, Bo Li"
     link: str = "https://arxiv.org/abs/2306.03430"
@@ -41,8 +41,8 @@ class Entry:
 def violations(model: nn.Module, x: Tensor, num_classes: int) -> list[str]:
     """The rules of RobustBench that ``model`` breaks on images ``x`` [B, C, H, W] in [0, 1], B ≥ 2.
 
-    The rules: images in [0, 1] to finite logits [B, K], deterministically, each image on its own, with a
-    gradient that is not zero, in eval mode, nothing of the model changed by a pass.
+    The rules, for eval mode: finite logits [B, K] for images in [0, 1], deterministic, independent for each
+    image, with nonzero gradients, and no change of the model by a forward pass.
     """
     broken = []
     with frozen(model), torch.no_grad():
@@ -56,12 +56,12 @@ def violations(model: nn.Module, x: Tensor, num_classes: int) -> list[str]:
         if not torch.equal(logits, model(x)):
             broken.append("the same images give other logits the second time: it must be deterministic")
         alone = torch.cat([model(image[None]) for image in x[:4]])
-        # a convolution of another batch size may round otherwise
+        # a convolution of another batch size may round differently
         if not torch.allclose(alone, logits[:4], rtol=1e-3, atol=1e-4 * float(logits.abs().max())):
             broken.append("an image's logits depend on the others in its batch")
         changed = [name for name, value in model.state_dict().items() if not torch.equal(value, state[name])]
         if changed:
-            broken.append(f"a pass changes {', '.join(changed[:3])}")
+            broken.append(f"a forward pass changes {', '.join(changed[:3])}")
     with frozen(model), torch.enable_grad():
         images = x.detach().clone().requires_grad_()
         loss = F.cross_entropy(model(images), logits.argmax(1), reduction="sum")
@@ -76,12 +76,13 @@ def export_robustbench(
 ) -> list[Path]:
     """Writes ``models/…/Linf/<name>.pt``, ``model_info/…/Linf/<name>.json`` and ``<name>_zoo.py`` to ``out``.
 
-    The figures are those of ``report`` (per cent, as RobustBench writes them): ``clean_acc``, and
-    ``autoattack_acc`` where AutoAttack was measured. What was not measured is null.
+    The accuracies are those of ``report`` (in percent, as RobustBench writes them): ``clean_acc``, and
+    ``autoattack_acc`` if AutoAttack was run. Values that were not measured are null.
 
-    Raises ValueError for a model that breaks the rules (each is named), a data set that RobustBench does not
-    know, figures measured in less than float32, or a model that :func:`awnet.models.create_model` cannot
-    rebuild.
+    Raises:
+        ValueError: the model breaks rules (the message lists them), RobustBench does not have the data set,
+            the precision was lower than float32, or :func:`awnet.models.create_model` cannot rebuild the
+            model.
     """
     check_name(entry.name)
     if dataset.name not in FOLDERS:
@@ -90,12 +91,12 @@ def export_robustbench(
         )
     if report is not None and report.approximate:
         raise ValueError(
-            f"the report's figures were measured in {report.settings['precision']}: evaluate in float32, "
+            f"the report was measured in {report.settings['precision']}: evaluate in float32, "
             "as the leaderboard does"
         )
     config = config_of(model)
     if config is None:
-        raise ValueError("the model has no config to rebuild it from: make it with awnet.create_model")
+        raise ValueError("the model has no config to rebuild it from: create it with awnet.create_model")
     x = next(dataset.batches(8)).x
     broken = violations(model, x, dataset.num_classes)
     if broken:
@@ -104,7 +105,7 @@ def export_robustbench(
     changed += [f"dtype {p.dtype}" for p in model.parameters() if p.dtype != torch.float32][:1]
     if changed:
         raise ValueError(
-            f"the zoo entry makes the model by awnet.create_model, which would not give back its "
+            f"the zoo entry creates the model with awnet.create_model, which would not restore its "
             f"{', '.join(changed)}"
         )
     folder, out = FOLDERS[dataset.name], expanded(out)
@@ -156,7 +157,7 @@ from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
 
 model_dicts[BenchmarkDataset({folder!r})][ThreatModel.Linf][{entry.name!r}] = {{
     "model": lambda: awnet.create_model({config["name"]!r}, {call}),
-    "gdrive_id": "",  # the weights lie beside; nothing is downloaded
+    "gdrive_id": "",  # the weights are stored locally; nothing is downloaded
 }}
 ''',
     )

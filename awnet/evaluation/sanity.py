@@ -1,4 +1,4 @@
-"""Is a measured robustness believable? Checks that a network with masked gradients fails."""
+"""Sanity checks of a measured robustness: a network with masked gradients fails them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from awnet.precision import full_precision
 
 @dataclass(frozen=True)
 class Effort:
-    """How much the checks may spend."""
+    """The budget of the checks."""
 
     images: int
     steps: tuple[int, ...]
@@ -40,7 +40,7 @@ EPS_FACTORS = (1, 2, 4, 8, 16)
 
 @dataclass
 class Check:
-    """A line of the sanity table."""
+    """A row of the sanity table."""
 
     check: str
     result: Literal["pass", "suspicious"]
@@ -58,8 +58,8 @@ def sanity_table(
 ) -> tuple[list[Check], dict[str, Any]]:
     """The checks, and the curves behind them (``loss_against_steps``, ``accuracy_against_eps``, ``p_clean``).
 
-    They run on a stratified part of ``dataset``, which lies on the model's device. A difference counts from
-    1 % of the images on, and from two images on.
+    They run on a stratified part of ``dataset``, which is on the model's device. A difference counts if it is
+    at least 1 % of the images and at least two images.
     """
     effort = EFFORTS[suite.budget]
     data = dataset.subset(min(effort.images, len(dataset)), seed=0)
@@ -68,7 +68,7 @@ def sanity_table(
 
 
 def union_check(robust_aa: np.ndarray[Any, Any], robust_union: np.ndarray[Any, Any]) -> Check:
-    """Does AutoAttack find what all attacks together find? Bool ``[n]`` outcomes of both."""
+    """Whether AutoAttack breaks nearly all images that all attacks together break; bool ``[n]`` outcomes."""
     gap = float(robust_aa.mean() - robust_union.mean())
     return Check(
         "AutoAttack is not far from the union of all attacks",
@@ -137,10 +137,10 @@ class _Table:
             curves["p_clean"] = {"edges": edges.tolist(), "counts": counts.tolist()}
         return checks, curves
 
-    # ── measuring ────────────────────────────────────────────────────────────────────────────────────────
+    # ── measurements ────────────────────────────────────────────────────────────────────────────────────────
 
     def _pgd(self, eps: float, steps: int) -> PGD:
-        """Madry et al.'s rule for the step size lets any number of steps cross the ball."""
+        """PGD with the step size of Madry et al.: any number of steps can cross the ball."""
         return PGD(self.model, eps=eps, step_size=min(1.0, 2.5 * eps / steps), steps=steps, seed=self.seed)
 
     def _outcome(self, attack: Attack | None) -> tuple[Tensor, float]:
@@ -164,42 +164,42 @@ class _Table:
         return torch.cat(right).cpu()
 
     def _p_clean(self) -> np.ndarray[Any, Any] | None:
-        """p of clean images and of those of ``pgd_sat``, or None without a type head."""
+        """p_clean of clean images and of ``pgd_sat`` images; None without a type head."""
         if not has_router(self.model):
             return None
         attack = named_attack("pgd_sat", self.model, self.data.threat_model, self.seed, self.suite)
-        found = []
+        values = []
         for x, y, index in self.data.batches(self.batch_size):
             for images in (x, attack(x, y, index=index)):
                 with torch.no_grad():
                     routing = route(self.model, images)
                 if routing.type_logits is None:
                     return None
-                found.append(routing.p_clean.double())
-        return np.asarray(torch.cat(found).cpu().numpy())
+                values.append(routing.p_clean.double())
+        return np.asarray(torch.cat(values).cpu().numpy())
 
-    # ── judging ──────────────────────────────────────────────────────────────────────────────────────────
+    # ── checks ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _steps(self, found: Mapping[int, tuple[Tensor, float]]) -> Check:
-        losses = [loss for _, loss in found.values()]
+    def _steps(self, outcomes: Mapping[int, tuple[Tensor, float]]) -> Check:
+        losses = [loss for _, loss in outcomes.values()]
         fell = any(b < a - 0.05 * abs(a) - 1e-3 for a, b in pairwise(losses))
-        usual, most = _share(found[20][0]), _share(found[max(found)][0])
-        said = ", ".join(f"{n}: {loss:.3g}" for n, (_, loss) in found.items())
+        usual, most = _share(outcomes[20][0]), _share(outcomes[max(outcomes)][0])
+        by_steps = ", ".join(f"{n}: {loss:.3g}" for n, (_, loss) in outcomes.items())
         return Check(
             "more steps of PGD do not help much beyond 20, and never hurt",
             "suspicious" if fell or usual - most > max(0.02, self.tolerance) else "pass",
-            f"mean loss by steps {said}; accuracy {_percent(usual)} at 20 steps and {_percent(most)} at "
-            f"{max(found)}",
+            f"mean loss by steps {by_steps}; accuracy {_percent(usual)} at 20 steps and {_percent(most)} at "
+            f"{max(outcomes)}",
         )
 
-    def _grows(self, clean: Tensor, found: Mapping[float, Tensor]) -> Check:
-        shares = [_share(clean), *(_share(right) for right in found.values())]
+    def _grows(self, clean: Tensor, outcomes: Mapping[float, Tensor]) -> Check:
+        shares = [_share(clean), *(_share(right) for right in outcomes.values())]
         rises = any(b > a + max(0.02, self.tolerance) for a, b in pairwise(shares))
-        said = ", ".join(f"{eps:.3g}: {_percent(_share(right))}" for eps, right in found.items())
+        by_eps = ", ".join(f"{eps:.3g}: {_percent(_share(right))}" for eps, right in outcomes.items())
         return Check(
             "accuracy falls to 0 as eps grows",
             "suspicious" if rises or shares[-1] > max(0.02, self.tolerance) else "pass",
-            f"accuracy under PGD by eps {said}",
+            f"accuracy under PGD by eps {by_eps}",
         )
 
     def _weaker(self, check: str, name: str, weak: Tensor, strong: Tensor) -> Check:
@@ -229,12 +229,12 @@ class _Table:
 
     def _black_box(self, white: Tensor, black: Mapping[str, Tensor]) -> Check:
         missed = {name: _share(white & ~right) for name, right in black.items()}
-        said = ", ".join(f"{name} {_percent(share)}" for name, share in missed.items())
+        by_attack = ", ".join(f"{name} {_percent(share)}" for name, share in missed.items())
         return Check(
             "white-box attacks are no weaker than black-box ones",
             "suspicious" if max(missed.values()) > self.tolerance else "pass",
             f"accuracy {_percent(_share(white))} under PGD on cross-entropy and margin; images that "
-            f"withstand these and not the black box: {said}",
+            f"withstand these but not the black-box attack: {by_attack}",
         )
 
     def _coupling(self) -> Check:
@@ -246,7 +246,7 @@ class _Table:
         coupled, random = (float((whole - other).abs().max()) / scale for other in (alone, again))
         return Check(
             "an image's logits are the same each time and in any batch",
-            # convolutions of other batch sizes add in another order
+            # convolutions of other batch sizes sum in another order
             "suspicious" if random > 1e-6 or coupled > 1e-3 else "pass",
             f"largest relative difference {random:.1e} when repeated, {coupled:.1e} when alone",
         )
@@ -254,12 +254,12 @@ class _Table:
     def _saturated(self, p_clean: np.ndarray[Any, Any]) -> Check:
         share = float((p_clean * (1 - p_clean) < 1e-6).mean())
         counts, _ = np.histogram(p_clean, bins=5, range=(0, 1))
-        said = ", ".join(_percent(count / p_clean.size) for count in counts)
+        by_fifth = ", ".join(_percent(count / p_clean.size) for count in counts)
         return Check(
             "the router's p lets gradients through",
             "suspicious" if share > max(0.1, self.tolerance) else "pass",
             f"p (1 - p) is below 1e-6 for {_percent(share)} of clean and attacked images; p by fifths of "
-            f"[0, 1]: {said}",
+            f"[0, 1]: {by_fifth}",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a handful of test images can say: intervals, paired comparison, area under the ROC curve."""
+"""Statistics of small test sets: intervals, paired comparison, area under the ROC curve."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ def w_robust_accuracy(clean: float, adversarial: float) -> float:
 
 
 def wilson_interval(successes: int, n: int, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of a proportion ``successes / n``; sound at 0 and 1 too."""
+    """Wilson's score interval of a proportion ``successes / n``, also valid at 0 and 1."""
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"successes must be in 0 … n with n > 0, got {successes} of {n}")
     z = NormalDist().inv_cdf((1 + level) / 2)
     p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # the ends at 0 and n are exact; rounding would miss them by a bit
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+    # the ends at 0 and n are exact, without rounding
+    return (0.0 if successes == 0 else center - half), (1.0 if successes == n else center + half)
 
 
 def bootstrap_interval(
     values: ArrayLike, *, level: float = LEVEL, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap interval of the mean of ``values`` ``[n]``, one a sample.
+    """Percentile bootstrap interval of the mean of ``values`` ``[n]``, one value per sample.
 
     For A_w a sample's value is ½(clean correct) + ½(adversarial correct), which keeps the two accuracies
-    paired; for a comparison, the difference of two models' values. Where all values are equal the interval
-    has no width: the bootstrap knows nothing that it did not see.
+    paired; for a comparison, the difference of two models' values. If all values are equal the interval has
+    zero width.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"values must be a non-empty [n], got shape {list(array.shape)}")
-    # resampling n of n values is one multinomial draw of how often each distinct value comes
+    # resampling n of n values is one multinomial draw of how often each distinct value occurs
     distinct, counts = np.unique(array, return_counts=True)
     draws = np.random.default_rng(seed % 2**64).multinomial(array.size, counts / array.size, size=resamples)
     means = draws @ distinct / array.size
@@ -54,7 +54,7 @@ def bootstrap_interval(
 
 
 def t_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
-    """Student's interval of the mean of ``values`` ``[n]``: one of each of n ≥ 2 trainings, say."""
+    """Student's interval of the mean of ``values`` ``[n]``, n ≥ 2, for example one value per training."""
     from scipy.special import stdtrit
 
     array = np.asarray(values, dtype=np.float64)
@@ -65,10 +65,10 @@ def t_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
 
 
 def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
-    """Two-sided p of McNemar's exact test: are ``a`` and ``b``, bool ``[n]``, right equally often?
+    """Two-sided p of McNemar's exact test: whether ``a`` and ``b``, bool ``[n]``, are correct equally often.
 
-    Only samples that exactly one of the two gets right count; under the null hypothesis each of them is a
-    fair coin. 1 where there is none.
+    Only samples that exactly one of the two gets right count; under the null hypothesis each is a fair coin
+    flip. Returns 1 if there are none.
     """
     first, second = _paired(a, b)
     only_a, only_b = int((first & ~second).sum()), int((~first & second).sum())
@@ -83,7 +83,7 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
 def auc(clean: ArrayLike, adversarial: ArrayLike) -> float:
     """Probability that a clean score ``[n]`` exceeds an adversarial one ``[m]``, ties counting half.
 
-    That is the area under the ROC curve (Mann–Whitney): 1 separates perfectly, ½ is chance.
+    This is the area under the ROC curve (Mann–Whitney): 1 separates perfectly, ½ is chance.
     """
     from sklearn.metrics import roc_auc_score
 

@@ -1,10 +1,11 @@
-"""The files of an evaluation, replaced together or not at all, and checked when they are read.
+"""The files of an evaluation, replaced atomically as a set, with their checksums verified on every read.
 
-A new set of files is written into ``.building``, with ``manifest.json``, their SHA-256, as the last one. The
-new set counts from the moment in which that folder is renamed to ``.pending``. Its files then move into place
-one by one, the manifest last. A reader, meanwhile or after a kill, takes each file from ``.pending`` if it is
+A new set of files is written into ``.building``, followed by ``manifest.json`` with the SHA-256 of each file.
+Renaming that folder to ``.pending`` makes the new set valid. Its files are then moved into place one by one,
+the manifest last. A reader, during the moves or after a kill, takes each file from ``.pending`` if it is
 still there; the next writer finishes the moves. ``report.json`` is the first old file to be removed and the
-last new one to be moved, so that who reads single files does not find it beside files of another evaluation.
+last new file to be moved, so that programs that read single files never see it next to files of another
+evaluation.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ _PENDING, _BUILDING, _LOCK = ".pending", ".building", ".evaluation.lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """``folder`` for this evaluation alone, for a block of code; it is made where it is missing.
+    """Locks ``folder`` for this evaluation for a block of code; the folder is created if needed.
 
-    The lock is the system's: a killed process leaves none behind.
+    It is a lock of the operating system: it is released when the process is killed.
 
     Raises:
-        BlockingIOError: another evaluation holds it; the message says which.
+        BlockingIOError: another evaluation holds the lock; the message says which.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _LOCK
@@ -48,7 +49,7 @@ def locked(folder: Path) -> Iterator[None]:
         )
 
     with files.locked(path, busy):
-        with suppress(OSError):  # on Windows nothing can be written to a locked file
+        with suppress(OSError):  # on Windows a locked file cannot be written
             since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             path.write_text(f"process {os.getpid()} on {platform.node()}, since {since}\n", encoding="utf-8")
         try:
@@ -62,8 +63,8 @@ def locked(folder: Path) -> Iterator[None]:
 def replaced_together(folder: Path, known: Iterable[str]) -> Iterator[Path]:
     """Yields an empty folder to write files into; on success they replace an earlier set in ``folder``.
 
-    Files of the earlier set that the new one lacks are removed: those of its manifest, or without a manifest
-    those in ``known``. Any other file in ``folder`` stays. On an exception nothing changes.
+    Files of the earlier set that the new one lacks are removed: those in its manifest, or those in ``known``
+    if there is no manifest. Other files in ``folder`` are kept. After an exception nothing has changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _finish(folder, known)
@@ -85,12 +86,12 @@ def replaced_together(folder: Path, known: Iterable[str]) -> Iterator[Path]:
 
 
 def _finish(folder: Path, known: Iterable[str]) -> None:
-    """Moves a set that counts already into place."""
+    """Moves the files of a valid new set into place."""
     pending = folder / _PENDING
     if not pending.is_dir():
         return
     new = _checksums(pending)
-    if new is not None:  # else the manifest, the last file, was moved
+    if new is not None:  # otherwise the manifest, the last file, was moved already
         old = _checksums(folder)
         if (pending / REPORT).exists():
             (folder / REPORT).unlink(missing_ok=True)
@@ -106,17 +107,17 @@ def _finish(folder: Path, known: Iterable[str]) -> None:
 
 
 def read_together(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
-    """The contents of those of ``names`` that belong to the set of files in ``folder``, all of one set.
+    """The contents of the files ``names`` that the set in ``folder`` has, all from the same set, verified.
 
     Without a manifest (a set written by an earlier version) nothing is verified.
 
     Raises:
-        ValueError: a file is missing, or is not the one that was written with the others.
+        ValueError: a file is missing, or its checksum differs from the manifest.
     """
     names = list(names)
     for _ in range(10):
         checksums = _current(folder)
-        found = {}
+        contents = {}
         fault = ""
         for name in names if checksums is None else [name for name in names if name in checksums]:
             data = _read(folder, name)
@@ -124,28 +125,28 @@ def read_together(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
                 fault = f"{folder / name} is " + ("missing" if data is None else "damaged or was changed")
                 break
             if data is not None:
-                found[name] = data
+                contents[name] = data
         if not fault and _current(folder) == checksums:
-            return found
+            return contents
         if fault and _current(folder) == checksums:
             raise ValueError(f"{fault}: it is not the file that its evaluation wrote; evaluate again")
-    raise ValueError(f"{folder} changes all the time: another process writes there")
+    raise ValueError(f"{folder} keeps changing: another process writes to it")
 
 
 def _current(folder: Path) -> dict[str, str] | None:
-    found = _checksums(folder / _PENDING)
-    return _checksums(folder) if found is None else found
+    pending = _checksums(folder / _PENDING)
+    return _checksums(folder) if pending is None else pending
 
 
 def _checksums(folder: Path) -> dict[str, str] | None:
-    """What the manifest says; None where there is none."""
+    """The checksums in the manifest; None if there is no manifest."""
     try:
-        found: Any = read_json(folder / MANIFEST)
+        manifest: Any = read_json(folder / MANIFEST)
     except FileNotFoundError:
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("sha256"), dict):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
         raise ValueError(f"{folder / MANIFEST} is damaged; evaluate again")
-    return found["sha256"]
+    return manifest["sha256"]
 
 
 def _read(folder: Path, name: str) -> bytes | None:
@@ -165,7 +166,7 @@ def _checksum(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    """A file, or a folder's entries, to the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     with suppress(PermissionError):  # a folder on Windows
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -175,7 +176,7 @@ def _flush(path: Path) -> None:
 
 
 def link(target: Path, path: Path) -> None:
-    """Makes ``path`` a relative symbolic link to ``target``; a copy of it where there are no links."""
+    """Makes ``path`` a relative symbolic link to ``target``, or a copy if links are not supported."""
     relative = os.path.relpath(target, path.parent)
     if path.is_symlink() and os.readlink(path) == relative:
         return

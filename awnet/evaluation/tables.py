@@ -1,4 +1,4 @@
-"""Reports as tables for the terminal, accuracies in per cent."""
+"""Renders reports as tables for the terminal, accuracies in percent."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW", "aa": "AA"}
-WIDEST = 4  # attacks beside each other in 80 characters; with more of them the table is turned
+WIDEST = 4  # columns of attacks that fit into 80 characters; with more attacks they become the rows
 
 
 def attack_label(name: str) -> str:
-    """What readers call it: an attack, or another kind of image that has a name."""
+    """The label of an attack, or of another kind of image, in tables and figures."""
     return LABELS.get(name, name.replace("_", " "))
 
 
 def eps_text(eps: float) -> str:
-    """ε for readers: ``8/255`` where it is a whole number of 8-bit levels, else a decimal number."""
+    """ε as text: ``8/255`` if it is a whole number of 8-bit levels, else a decimal number."""
     decimal, levels = f"{eps:.4g}", eps * 255
     return f"{levels:.0f}/255" if len(decimal) > 4 and abs(levels - round(levels)) < 1e-4 else decimal
 
 
 def in_one_line(model: nn.Module, images: str, eps: float, trained: str | None = None) -> str:
-    """What runs: model, parameters, images, recipe, device, backend, threat model."""
+    """One line of text: model, parameters, recipe, images, device, backend, threat model."""
     count = sum(parameter.numel() for parameter in model.parameters())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parts = [f"{name_of(model)}, {count:,} parameters", trained, images]
@@ -42,9 +42,9 @@ def in_one_line(model: nn.Module, images: str, eps: float, trained: str | None =
 
 
 def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> Table:
-    """A row for each report: A_nat, then A_adv and A_w (Eq. 23) for each attack, ± half a 95 % interval.
+    """A row per report: A_nat, then A_adv and A_w (Eq. 23) for each attack, ± half a 95 % interval.
 
-    With more attacks than fit beside each other the attacks are the rows.
+    With more attacks than fit into columns the attacks are the rows.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -56,7 +56,7 @@ def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> 
     names = list(dict.fromkeys(name for report in reports.values() for name in report.results()))
     table = Table(
         title=Text(visible(title or _title(first))),
-        caption="per cent; ± half the width of a 95 % interval",
+        caption="percent; ± half the width of a 95 % interval",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # nine columns in 80 characters
     )
@@ -83,7 +83,7 @@ def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> 
 
 
 def _tall(table: Table, reports: Mapping[str, Results], names: list[str]) -> Table:
-    """A row for each attack, two columns for each report."""
+    """A row per attack, two columns per report."""
     from rich.text import Text
 
     table.add_column("", no_wrap=True)
@@ -108,15 +108,16 @@ def _tall(table: Table, reports: Mapping[str, Results], names: list[str]) -> Tab
 def comparison_table(report: Results, label: str | None = None, title: str | None = None) -> Table:
     """Differences to each model in ``report.compared_with``, paired by image: of A_nat, and of A_w by attack.
 
-    Beside each difference its 95 % bootstrap interval and p of McNemar's exact test, which compares outcomes:
-    on clean images, in the other rows on adversarial ones (A_adv alone, where the interval is of A_w).
+    Each cell holds the difference, its 95 % bootstrap interval and p of McNemar's exact test. The test
+    compares outcomes on clean images, and in the other rows on adversarial images (A_adv alone, whereas the
+    interval is of A_w).
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     if not report.compared_with:
-        raise ValueError("the report is compared with nothing: evaluate with compared_with={name: report}")
+        raise ValueError("the report has no comparisons: evaluate with compared_with={name: report}")
     table = Table(
         title=Text(visible(title or f"{label or report.model} minus …, paired by image")),
         caption=r"percentage points \[95 % interval]; p: McNemar's exact test of A_nat, of A_adv",
@@ -130,8 +131,10 @@ def comparison_table(report: Results, label: str | None = None, title: str | Non
     clean = [_difference(c.clean_difference, c.clean_interval_95, c.clean_mcnemar_p) for c in comparisons]
     table.add_row("Clean A_nat", *clean)
     for name in dict.fromkeys(name for comparison in comparisons for name in comparison.attacks):
-        found = [comparison.attacks.get(name) for comparison in comparisons]
-        cells = ["–" if d is None else _difference(d.difference, d.interval_95, d.mcnemar_p) for d in found]
+        differences = [comparison.attacks.get(name) for comparison in comparisons]
+        cells = [
+            "–" if d is None else _difference(d.difference, d.interval_95, d.mcnemar_p) for d in differences
+        ]
         table.add_row(Text(f"{visible(LABELS.get(name, name))} A_w"), *cells)
     return table
 

@@ -1,4 +1,4 @@
-"""The teachers that a run learnt from: attacks use them, so an evaluation has to find the right ones."""
+"""Finds the teachers that a run was trained with, for the attacks that use them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Teachers:
     """The teachers of a run.
 
     models: by kind, ``"clean"`` and ``"robust"``.
-    missing: why a teacher that the run learnt from is not among them, by kind.
-    recorded: whether there is a training record, which says what teachers there were.
+    missing: why a teacher that the run was trained with is not among them, by kind.
+    recorded: whether there is a training record, which lists the teachers.
     """
 
     models: dict[str, nn.Module] = field(default_factory=dict)
@@ -41,20 +41,20 @@ def find_teachers(
 ) -> Teachers:
     """The teachers that ``config.json`` in the folder ``run`` names, or those in ``run/teachers``.
 
-    A teacher counts as found only if its weights have the recorded SHA-256, where one is recorded. A path
-    that is relative, in the record of an earlier version, is tried in the run's folder and in those above it.
+    A teacher is accepted only if its weights have the recorded SHA-256, if one is recorded. A relative path,
+    in the record of an earlier version, is looked up in the run's folder and in its parents.
 
     Args:
         run: a run folder; None, or a folder without ``config.json``, has no record.
-        given: where the teachers are now, in the run's order (clean, robust) or by kind: modules or paths.
-        robust: the robust teacher, if the run has one and ``given`` has not.
+        given: where the teachers are now, in the order (clean, robust) or by kind: modules or paths.
+        robust: the robust teacher, used if the run has one and ``given`` does not name it.
 
     Raises:
         ValueError: ``given`` does not fit the record, or ``config.json`` is damaged.
     """
     run = None if run is None else expanded(run)
     record = _Record(run)
-    found = Teachers(recorded=record.exists)
+    teachers = Teachers(recorded=record.exists)
     kinds = record.kinds or tuple(kind for kind in KINDS if run is not None and record.inside(kind).exists())
     if given is not None and not isinstance(given, Mapping):
         order = kinds or KINDS
@@ -67,44 +67,46 @@ def find_teachers(
     unknown = [kind for kind in given if kind not in (kinds if record.exists else KINDS)]
     if unknown:
         raise ValueError(
-            f"the run learnt from no {unknown[0]} teacher: it has "
+            f"the run was trained without a {unknown[0]} teacher: it has "
             + (f"{' and '.join(kinds)} ones" if kinds else "none")
         )
     for kind in dict.fromkeys((*kinds, *given)):
         places = [given[kind]] if kind in given else list(record.places(kind))
         try:
-            found.models[kind] = _first(places, record.weights(kind), device)
+            teachers.models[kind] = _first(places, record.weights(kind), device)
         except (OSError, ValueError, ImportError) as error:
-            found.missing[kind] = " ".join(str(error).split())
-    return found
+            teachers.missing[kind] = " ".join(str(error).split())
+    return teachers
 
 
 def _first(places: Sequence[Source], weights: str | None, device: torch.device | str) -> nn.Module:
-    """The first model among ``places`` with these weights; an error that says what is there instead."""
+    """The first model among ``places`` with these weights; else a ValueError that lists what is there."""
     others = []
     for place in places:
         if isinstance(place, nn.Module):
-            model, name = place, f"the {type(place).__name__} that was given"
+            model, name = place, f"the given {type(place).__name__}"
         elif expanded(place).exists():
             model, name = load_model(expanded(place), device), str(place)
         else:
             continue
-        own = weights_fingerprint(model)
-        if weights in (None, own):
+        fingerprint = weights_fingerprint(model)
+        if weights in (None, fingerprint):
             return model
-        others.append(f"{name} has other weights (SHA-256 {own[:12]}…, recorded: {str(weights)[:12]}…)")
+        others.append(
+            f"{name} has other weights (SHA-256 {fingerprint[:12]}…, recorded: {str(weights)[:12]}…)"
+        )
     raise ValueError("; ".join(others) or _nowhere(places))
 
 
 def _nowhere(places: Sequence[Source]) -> str:
     if not places:
-        return "it was given to the training as a module, which has no file"
-    more = f" (nor do {len(places) - 1} other places where it could be)" if len(places) > 1 else ""
+        return "it was passed to train as a module, so it has no file"
+    more = f" (nor do the {len(places) - 1} other places that were tried)" if len(places) > 1 else ""
     return f"{places[0]} does not exist{more}"
 
 
 class _Record:
-    """What ``config.json`` says of the teachers."""
+    """The record of the teachers in ``config.json``."""
 
     def __init__(self, run: Path | None) -> None:
         self.run = run
@@ -116,7 +118,7 @@ class _Record:
             self._described = config["teachers"] or {}
             sessions = reversed(config["sessions"])
             self._sources = next((one["teachers"] for one in sessions if one.get("teachers")), None)
-            if isinstance(self._sources, list):  # an earlier version: paths as they were given, in order
+            if isinstance(self._sources, list):  # an earlier version: paths in order
                 self._sources = {
                     kind: {"path": source}
                     for kind, source in zip(self._described, self._sources, strict=False)
@@ -135,7 +137,7 @@ class _Record:
         return None
 
     def places(self, kind: str) -> Iterator[Path]:
-        """Where the teacher may be, the likeliest place first."""
+        """Where the teacher may be, the most likely place first."""
         if self.run is None:
             return
         source = self._sources.get(kind) if isinstance(self._sources, dict) else None

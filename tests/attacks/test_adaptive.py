@@ -277,7 +277,7 @@ def test_two_phase_reaches_a_clean_look() -> None:
     with torch.no_grad():
         assert (model(x_adv).argmax(1) == y).all()
         start = attack.start(0, x, torch.arange(len(x)))
-        clean = attack.maximise(attack.objective(0, x, y, 3), x, start, 20)
+        clean = attack.maximize(attack.objective(0, x, y, 3), x, start, 20)
         reached, bound = (type_margin(model.route(at)) for at in (x_adv, clean))
         before = type_margin(model.route(start))
         # within a step of the bound, and with a smaller margin than phase one left

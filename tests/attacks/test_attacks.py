@@ -564,7 +564,7 @@ def test_broken_models(how: str, error: type[Exception], message: str) -> None:
 
 
 def test_loss_of_a_wrong_shape() -> None:
-    with pytest.raises(ValueError, match=r"loss must give one value an image, \[3\], got \[\]"):
+    with pytest.raises(ValueError, match=r"loss must return one value per image, \[3\], got \[\]"):
         PGD(
             small_cnn(),
             eps=0.1,

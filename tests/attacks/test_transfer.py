@@ -125,7 +125,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
         Crafted.load(path)
     with pytest.raises(TypeError, match="source must be an Attack or Crafted"):
         TransferAttack(Honest(), Honest())
-    with pytest.raises(TypeError, match="attack must make an Attack"):
+    with pytest.raises(TypeError, match="attack must return an Attack"):
         craft(Honest(), data, lambda model: model)
     with pytest.raises(ValueError, match="unknown attack"):
         craft(Honest(), data, "pgd")

@@ -719,7 +719,7 @@ def test_data_download_prints_the_folder_or_says_what_to_do(tmp_path, capsys, mo
     server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
     words = ["data", "download", "cifar10", "--data-dir", "mine"]
     server.break_off_after = 500
-    assert "the same command goes on from there" in fails(capsys, *words)
+    assert "the same command resumes it" in fails(capsys, *words)
     server.break_off_after = None
     assert main(words) == 0
     assert capsys.readouterr().out == "mine/cifar-10-batches-py\n"

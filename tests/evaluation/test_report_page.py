@@ -77,7 +77,7 @@ def test_the_page_needs_nothing_else_and_says_the_worst_case_first(report: tuple
     assert found.union is not None
     headline = f"{100 * found.union.robust_accuracy:.1f}robust: the worst case over all attacks"
     assert headline in outline.words
-    for words in ("Can it be believed?", "What the router detects", "sign noise", "Settings and environment"):
+    for words in ("Sanity checks", "What the router detects", "sign noise", "Settings and environment"):
         assert words in outline.words
     for flag in found.flags:
         assert flag in outline.words
@@ -163,7 +163,7 @@ def test_without_a_union_the_strongest_attack_is_the_headline(
     plain = replace(report[0], union=None, sanity=[], detection={}, flags=[])
     words = Outline(page(plain, tmp_path)).words
     assert "the strongest of 2 attacks (no union was measured)" in words
-    for absent in ("Can it be believed?", "Before you believe it", "What the router detects"):
+    for absent in ("Sanity checks", "Warnings", "What the router detects"):
         assert absent not in words
 
 

@@ -71,7 +71,7 @@ class Broken(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "zero gradient":
             x = x.detach() + 0 * x
-        if self.how == "a pass changes":
+        if self.how == "a forward pass changes":
             self.calls += 1
         logits = self.linear(x.flatten(1))
         if self.how == "deterministic":
@@ -96,7 +96,14 @@ def dataset(name: str = "cifar10") -> Dataset:
 
 @pytest.mark.parametrize(
     "how",
-    ["zero gradient", "a pass changes", "deterministic", "others in its batch", "NaN", "it must give logits"],
+    [
+        "zero gradient",
+        "a forward pass changes",
+        "deterministic",
+        "others in its batch",
+        "NaN",
+        "it must give logits",
+    ],
 )
 def test_a_model_that_breaks_a_rule_is_told_which(how: str) -> None:
     torch.manual_seed(0)

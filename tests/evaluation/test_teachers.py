@@ -187,11 +187,11 @@ def test_moved_teachers_are_given_and_compared_with_the_record(place: Path, tmp_
     assert set(find_teachers(place / "m", given=(clean, network(1))).models) == {"clean", "robust"}
     with pytest.raises(ValueError, match=r"clean teacher is missing: .*robust has other weights"):
         judged(place / "mtard", teachers=(robust, clean))
-    with pytest.raises(ValueError, match="the ResNet that was given has other weights"):
+    with pytest.raises(ValueError, match="the given ResNet has other weights"):
         judged(place / "mtard", teachers={"clean": clean}, teacher=network(5))
     with pytest.raises(ValueError, match="teachers must be 2, in this order: clean, robust"):
         judged(place / "mtard", teachers=(clean,))
-    with pytest.raises(ValueError, match="learnt from no robust teacher: it has clean ones"):
+    with pytest.raises(ValueError, match="trained without a robust teacher: it has clean ones"):
         judged(place / "hat", teachers={"robust": robust})
     with pytest.raises(ValueError, match="surrogates must not be called clean_teacher"):
         judged(place / "m", teachers=(clean, robust), surrogates={"clean teacher": network(3)})
@@ -204,9 +204,7 @@ def test_surrogates_come_beside_the_teachers_not_in_their_place(place: Path) -> 
 
 
 def test_modules_as_teachers_have_no_file_and_are_asked_for(place: Path) -> None:
-    with pytest.raises(
-        ValueError, match="clean teacher is missing: it was given to the training as a module"
-    ):
+    with pytest.raises(ValueError, match="clean teacher is missing: it was passed to train as a module"):
         judged(place / "m")
 
 
