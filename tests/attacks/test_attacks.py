@@ -498,7 +498,7 @@ BAD_CALLS = [
     (((X * 255).byte(), Y), {}, TypeError, "uint8"),
     ((X.half(), Y), {}, TypeError, "autocast"),
     ((X.bfloat16(), Y), {}, TypeError, "autocast"),
-    ((X, Y - 10), {}, ValueError, "y must hold class numbers from 0 on"),
+    ((X, Y - 10), {}, ValueError, "y must hold class numbers of at least 0"),
     ((X, Y * 0 + 4), {}, ValueError, "below the model's 4 classes, got 4"),
     ((X, Y.int()), {}, TypeError, "int64"),
     ((X, F.one_hot(Y, 4)), {}, ValueError, r"\[B\]"),
