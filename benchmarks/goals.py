@@ -68,10 +68,13 @@ class Verdict:
     def figure(self) -> str:
         return "" if self.measured is None else f"{self.measured.value:.3g}{self.goal.unit}"
 
-    def distinct(self, column: str) -> str:
-        """The values of one column of the rows behind the figure."""
+    @property
+    def sources(self) -> list[str]:
+        """Devices and commits of the rows behind the figure, and whether a row was disturbed."""
         rows = [] if self.measured is None else self.measured.rows
-        return ", ".join(dict.fromkeys(row[column] for row in rows if row.get(column)))
+        columns = (", ".join(dict.fromkeys(row[c] for row in rows if row[c])) for c in ("device", "commit"))
+        disturbed = any(row["disturbed"] == "true" for row in rows)
+        return [*filter(None, columns), *(["disturbed"] if disturbed else [])]
 
 
 class Rows:
@@ -556,7 +559,7 @@ def verify(options: VerifyOptions) -> int:
         if goal.where != where:
             where = goal.where
             console.print(where, style="bold", soft_wrap=True)
-        source = ", ".join(filter(None, (verdict.distinct("device"), verdict.distinct("commit"))))
+        source = ", ".join(verdict.sources)
         console.print(
             f"  [{styles[verdict.text]}]{verdict.text:13}[/]{verdict.figure:>9}  {goal.wanted:9} "
             f"{goal.name}{' (stretch)' if goal.stretch else ''}{f'  {source}' if source else ''}",

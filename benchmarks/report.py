@@ -59,7 +59,7 @@ def _goals(folder: Path) -> str:
     for verdict in evaluate_goals(folder):
         goal = verdict.goal
         name = f"{goal.name} (stretch)" if goal.stretch else goal.name
-        source = "; ".join(filter(None, (verdict.distinct("device"), verdict.distinct("commit"))))
+        source = "; ".join(verdict.sources)
         rows.append([name, goal.where, source, verdict.text, goal.wanted, verdict.figure or "–"])
     return _markdown(("goal", "where", "measured on, at commit", "verdict", "wanted", "measured"), rows, 4)
 

@@ -198,6 +198,18 @@ def test_a_pgd_step_is_a_tenth_of_the_attack_of_a_training_step_where_one_was_me
     assert verdicts(measured)["PGD step of AW-Net-18, an image (stretch)"] == ("10 µs", "met")
 
 
+def test_a_figure_of_a_disturbed_row_is_marked(measured: Path) -> None:
+    path = measured / "abacus-9-amx.csv"
+    rows = [row | {"disturbed": "true"} for row in results.read_rows(path, results.AMX_COLUMNS)]
+    results.add_rows(path, rows, results.AMX_COLUMNS)
+    marked = {v.goal.name for v in goals.evaluate_goals(measured) if "disturbed" in v.sources}
+    assert marked == {
+        "PGD step of awnet_resnet18 against the library's convolutions",
+        "PGD step of awnet_resnet18, share of the AMX peak",
+        "weight gradient of stages 3 and 4 against the library's: the lower",
+    }
+
+
 def test_the_geometric_mean_and_the_worst_shape_are_two_things(measured: Path) -> None:
     slow = next(
         r for r in gpu_rows() if (r["case"], r["mode"], r["provider"]) == ("stage3", "attack", "triton")
