@@ -58,8 +58,8 @@ class Ranks:
         for tensor in tensors:
             groups.setdefault(tensor.dtype, []).append(tensor)
         for group in groups.values():
-            own = [tensor.reshape(-1) * count for tensor in group]
-            flat = torch.cat([*own, own[0].new_full((1,), count)])
+            weighted = [tensor.reshape(-1) * count for tensor in group]
+            flat = torch.cat([*weighted, weighted[0].new_full((1,), count)])
             dist.all_reduce(flat, group=self.group)
             parts = (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in group])
             torch._foreach_copy_(group, [p.view(t.shape) for p, t in zip(parts, group, strict=True)])
@@ -175,10 +175,10 @@ def joined(device: torch.device, timeout: timedelta | None = None) -> Iterator[R
         ValueError: under torchrun, a numbered GPU, which all ranks would share, or more ranks than GPUs.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    own = launched and not dist.is_initialized()
-    if own and device.type == "cuda" and device.index is not None:
+    joins = launched and not dist.is_initialized()
+    if joins and device.type == "cuda" and device.index is not None:
         raise ValueError(f"device must be 'cuda' under torchrun, where each rank takes a GPU, got {device}")
-    if device.type == "cuda" and device.index is None and (own or dist.is_initialized()):
+    if device.type == "cuda" and device.index is None and (joins or dist.is_initialized()):
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
             raise ValueError(
@@ -187,12 +187,12 @@ def joined(device: torch.device, timeout: timedelta | None = None) -> Iterator[R
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    if own:
+    if joins:
         _init_process_group("nccl" if device.type == "cuda" else "gloo")
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Ranks(device)
         return
     control = dist.new_group(backend="gloo", timeout=timeout)
     yield Ranks(device, dist.get_rank(), dist.get_world_size(), dist.group.WORLD, control)
-    if own:  # not after an error: a pending collective with a lost rank would block the exit
+    if joins:  # not after an error: a pending collective with a lost rank would block the exit
         dist.destroy_process_group()

@@ -155,12 +155,12 @@ def written_atomically(path: str | Path, *, parents: bool = True) -> Iterator[Pa
     """
     path = expanded(path)
     try:
-        found = path.stat()
+        existing = path.stat()
     except FileNotFoundError:
-        found = None
-    if found is not None and stat.S_ISDIR(found.st_mode):
+        existing = None
+    if existing is not None and stat.S_ISDIR(existing.st_mode):
         raise IsADirectoryError(errno.EISDIR, "a file cannot replace a folder", str(path))
-    if found is not None and (not stat.S_ISREG(found.st_mode) or _is_open_file(path)):
+    if existing is not None and (not stat.S_ISREG(existing.st_mode) or _is_open_file(path)):
         with _copied_into(path) as temporary:
             yield temporary
         return
@@ -169,25 +169,25 @@ def written_atomically(path: str | Path, *, parents: bool = True) -> Iterator[Pa
         path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as folder:
         temporary = folder / "file"
-        temporary.touch(0o666 if found is None else 0o600 | stat.S_IMODE(found.st_mode))
-        wanted = found or temporary.stat()
+        temporary.touch(0o666 if existing is None else 0o600 | stat.S_IMODE(existing.st_mode))
+        attributes = existing or temporary.stat()
         yield temporary
         with open(temporary, "rb+") as file:
             flush(file.fileno())
-        _set_permissions(temporary, wanted)
+        _set_permissions(temporary, attributes)
         os.replace(temporary, path)
     _flush_folder(path.parent)
 
 
-def _set_permissions(path: Path, wanted: os.stat_result) -> None:
+def _set_permissions(path: Path, attributes: os.stat_result) -> None:
     """Owner and mode, as far as the file system has them and the user may set them."""
     now = path.stat()
     with suppress(OSError):
-        if (now.st_uid, now.st_gid) != (wanted.st_uid, wanted.st_gid):  # root writes a user's file
-            os.chown(path, wanted.st_uid, wanted.st_gid)
+        if (now.st_uid, now.st_gid) != (attributes.st_uid, attributes.st_gid):  # root writes a user's file
+            os.chown(path, attributes.st_uid, attributes.st_gid)
     with suppress(OSError):
-        if stat.S_IMODE(now.st_mode) != stat.S_IMODE(wanted.st_mode):
-            os.chmod(path, stat.S_IMODE(wanted.st_mode))
+        if stat.S_IMODE(now.st_mode) != stat.S_IMODE(attributes.st_mode):
+            os.chmod(path, stat.S_IMODE(attributes.st_mode))
 
 
 def _is_open_file(path: Path) -> bool:

@@ -99,15 +99,15 @@ class ADVMOE(WithRouter, WithInferenceCopy, OnHub):
         channels = widths[0]
         self.stem = AWConv2d(in_channels, channels, 3, 1, 1, dynamic=False, bn="one")
         self.blocks = nn.ModuleList()
-        for i, (own, count) in enumerate(zip(widths, blocks, strict=True)):
+        for i, (stage_width, count) in enumerate(zip(widths, blocks, strict=True)):
             for j in range(count):
-                self.blocks.append(ExpertBlock(channels, own, 2 if i > 0 and j == 0 else 1, experts))
-                channels = own
+                self.blocks.append(ExpertBlock(channels, stage_width, 2 if i > 0 and j == 0 else 1, experts))
+                channels = stage_width
         self.classifier = nn.Linear(channels, num_classes)
         self.router = Backbone(
             "basic",
             _ROUTER_BLOCKS,
-            [scaled(own, width) for own in _ROUTER_WIDTHS],
+            [scaled(stage_width, width) for stage_width in _ROUTER_WIDTHS],
             num_classes=experts,
             in_channels=in_channels,
             dynamic=False,

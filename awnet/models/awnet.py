@@ -91,8 +91,10 @@ class AWResNet(AWNet, WithInferenceCopy, OnHub):
         if bn not in get_args(Branches):
             raise ValueError(f"bn must be one of {list(get_args(Branches))}, got {bn!r}")
         basis = _BASES[name]
-        usual = [scaled(own, width) for own in basis.router_widths]
-        widths = usual if router_widths is None else check_integers("router_widths", router_widths, 1)
+        default_widths = [scaled(router_width, width) for router_width in basis.router_widths]
+        widths = (
+            default_widths if router_widths is None else check_integers("router_widths", router_widths, 1)
+        )
         filter_scaling, type_head = (
             check_flag("filter_scaling", filter_scaling),
             check_flag("type_head", type_head),

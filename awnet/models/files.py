@@ -159,20 +159,20 @@ def _built(about: Mapping[str, Any], *, sketch: bool = False) -> nn.Module:
 
 def _known_class(name: str) -> type[nn.Module]:
     """The class of that name among those that this process has defined; nothing is imported."""
-    found: Any = _CLASSES.get(name)
-    if found is None:
+    kind: Any = _CLASSES.get(name)
+    if kind is None:
         module, _, path = name.partition(":")
-        found = sys.modules.get(module)
+        kind = sys.modules.get(module)
         for part in path.split("."):
-            found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            kind = getattr(kind, part, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         module, _, path = name.partition(":")
         raise ValueError(
             f"it is a {path} of the module {module}, which is not imported here: import it first, or build "
             "the model and pass it: awnet.load_model(..., model=my_model). On the command line: --import "
             "FILE.py, or --model FILE.py:FUNCTION"
         )
-    return found
+    return kind
 
 
 def write_model(
@@ -224,13 +224,13 @@ def write_tensors(
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors without shared memory, since safetensors refuses tied weights."""
-    found, seen = {}, set()
+    unshared, seen = {}, set()
     for name, value in tensors.items():
         value = value.detach().contiguous()
         storage = (value.device, value.untyped_storage().data_ptr()) if value.numel() else None
-        found[name] = value.clone() if storage in seen else value
+        unshared[name] = value.clone() if storage in seen else value
         seen.add(storage)
-    return found
+    return unshared
 
 
 def packed_extra_state(name: str, value: Any) -> str:
@@ -341,13 +341,13 @@ def _check_structure(model: nn.Module, stored: Any) -> None:
     present = describe(model)
     if not isinstance(stored, dict) or present == stored:
         return
-    found = [
+    differences = [
         f"{path or 'the model'} is {present.get(path, 'missing')}, and was {stored.get(path, 'missing')}"
         for path in sorted({*present, *stored})
         if present.get(path) != stored.get(path)
     ]
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    raise ValueError(f"it is not built as the one that was saved: {'; '.join(found[:3])}{more}")
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    raise ValueError(f"it is not built as the one that was saved: {'; '.join(differences[:3])}{more}")
 
 
 def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:

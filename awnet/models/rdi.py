@@ -44,15 +44,15 @@ class RDIResNet(nn.Module, OnHub):
         check_sizes(num_classes, in_channels)
         super().__init__()
         self.in_channels, self.num_classes = in_channels, num_classes
-        widths = [scaled(own, width) for own in _WIDTHS]
+        widths = [scaled(stage_width, width) for stage_width in _WIDTHS]
         self.stem = _convolution(in_channels, widths[0], 3)
         self.groups = nn.ModuleList()
         channels = widths[0]
-        for i, own in enumerate(widths):
+        for i, stage_width in enumerate(widths):
             group = nn.ModuleList()
             for j in range(_BLOCKS):
-                group.append(_block(channels, own, 2 if i > 0 and j == 0 else 1))
-                channels = own
+                group.append(_block(channels, stage_width, 2 if i > 0 and j == 0 else 1))
+                channels = stage_width
             self.groups.append(group)
         self.side_exits = nn.ModuleList(
             _side_exit(i, widths, num_classes) for i in range(len(widths)) for _ in _EXITS_AFTER

@@ -107,10 +107,10 @@ class RepVGG(WithInferenceCopy, OnHub):
         make = FusedBlock if fused else RepVGGBlock
         self.blocks = nn.Sequential()
         channels = in_channels
-        for (own, blocks), stride in zip(_STAGES, _STRIDES, strict=True):
+        for (stage_width, blocks), stride in zip(_STAGES, _STRIDES, strict=True):
             for i in range(blocks):
-                self.blocks.append(make(channels, scaled(own, width), stride if i == 0 else 1))
-                channels = scaled(own, width)
+                self.blocks.append(make(channels, scaled(stage_width, width), stride if i == 0 else 1))
+                channels = scaled(stage_width, width)
         self.classifier = nn.Linear(channels, num_classes)
         self.config: dict[str, Any] = config(name, num_classes, in_channels, width=width, fused=fused)
 

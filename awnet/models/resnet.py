@@ -25,7 +25,7 @@ class Architecture(NamedTuple):
 
     def scaled(self, width: float) -> Architecture:
         """The same with every width multiplied by ``width``."""
-        return self._replace(widths=tuple(scaled(own, width) for own in self.widths))
+        return self._replace(widths=tuple(scaled(stage_width, width) for stage_width in self.widths))
 
 
 ARCHITECTURES = {

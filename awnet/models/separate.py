@@ -61,7 +61,7 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
         threshold = check_number("threshold", threshold, 0, 1)
         super().__init__()
         widths = (
-            [scaled(own, width) for own in _ROUTER_WIDTHS]
+            [scaled(stage_width, width) for stage_width in _ROUTER_WIDTHS]
             if router_widths is None
             else check_integers("router_widths", router_widths, 1)
         )

@@ -38,9 +38,9 @@ class VGG(WithInferenceCopy, OnHub):
         self.in_channels = in_channels
         layers: list[nn.Module] = []
         channels = in_channels
-        for own, convolutions in _STAGES:
+        for stage_width, convolutions in _STAGES:
             for _ in range(convolutions):
-                out = scaled(own, width)
+                out = scaled(stage_width, width)
                 layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
                 channels = out
             layers.append(nn.MaxPool2d(2, ceil_mode=True))

@@ -175,11 +175,11 @@ def _check_router(
         channels = router.in_channels
     else:
         channels = router.backbone.in_channels
-        own = next(router.parameters())
-        if (own.device, own.dtype) != (like.device, like.dtype):
+        parameter = next(router.parameters())
+        if (parameter.device, parameter.dtype) != (like.device, like.dtype):
             raise ValueError(
                 f"router must be on the network's device and in its dtype, {like.device} and {like.dtype}, "
-                f"got {own.device} and {own.dtype}: move it there with router.to(...) first"
+                f"got {parameter.device} and {parameter.dtype}: move it there with router.to(...) first"
             )
     if channels != in_channels:
         raise ValueError(

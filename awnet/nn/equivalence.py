@@ -24,14 +24,14 @@ def check_equivalence(
     _check_error(original, network, x)
     mixed = [norm.mixed for norm in norms.values()]
     tensors = [tensor for norm in mixed for tensor in (*norm.parameters(), *norm.buffers())]
-    kept = [tensor.clone() for tensor in tensors], [norm.eps for norm in mixed]
+    saved = [tensor.clone() for tensor in tensors], [norm.eps for norm in mixed]
     try:
         _randomize(original, x, norms)
         _check_error(original, network, x)
     finally:
-        for tensor, value in zip(tensors, kept[0], strict=True):
+        for tensor, value in zip(tensors, saved[0], strict=True):
             tensor.copy_(value)
-        for norm, eps in zip(mixed, kept[1], strict=True):
+        for norm, eps in zip(mixed, saved[1], strict=True):
             norm.eps = eps
 
 
@@ -39,20 +39,20 @@ def _randomize(original: nn.Module, x: Tensor, norms: dict[str, ConvertedNorm]) 
     """Gives the batch norms of both networks the statistics of ``x`` and random weights."""
     parts: dict[str, Any] = dict(original.named_modules())
     pairs = [(parts[path if path in parts else path.removesuffix(".norm")], norms[path]) for path in norms]
-    for own, _ in pairs:
-        own.eps = 1e-8  # so that a signal does not vanish
-        if isinstance(own, nn.BatchNorm2d):
-            own.momentum = 1.0
-            own.train()
+    for norm, _ in pairs:
+        norm.eps = 1e-8  # so that a signal does not vanish
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = 1.0
+            norm.train()
     original(x)
-    for own, (mixed, bias) in pairs:
-        own.eval()
-        if own.weight is not None:
-            own.weight.uniform_(0.5, 1.5)
-            mixed.weight.copy_(own.weight)
-        mixed.running_mean.copy_(own.running_mean if bias is None else own.running_mean - bias)
-        mixed.running_var.copy_(own.running_var)
-        mixed.eps = own.eps
+    for norm, (mixed, bias) in pairs:
+        norm.eval()
+        if norm.weight is not None:
+            norm.weight.uniform_(0.5, 1.5)
+            mixed.weight.copy_(norm.weight)
+        mixed.running_mean.copy_(norm.running_mean if bias is None else norm.running_mean - bias)
+        mixed.running_var.copy_(norm.running_var)
+        mixed.eps = norm.eps
 
 
 def _check_error(original: nn.Module, network: AWNet, x: Tensor) -> None:

@@ -149,12 +149,12 @@ class InferenceBackbone(InferenceCopy):
         self._packed.clear()
 
     def coefficients(
-        self, batch: int, omega: Tensor | None = None, p_clean: Tensor | None = None
+        self, batch: int, filter_scale: Tensor | None = None, p_clean: Tensor | None = None
     ) -> Coefficients:
         """Scale and shift [B, C] of all layers, in the order of the table; cached if equal for all images."""
         if p_clean is not None:
-            return ops.network_coefficients(self.tables, self.widths, omega, p_clean, eps=self.eps)
-        if self.has_branches or omega is not None:
+            return ops.network_coefficients(self.tables, self.widths, filter_scale, p_clean, eps=self.eps)
+        if self.has_branches or filter_scale is not None:
             raise ValueError("p_clean is missing: the branches are blended by p_clean [B]")
         device = self.tables.device
         if self._cached is None or self._cached[:2] != (batch, device):
@@ -272,8 +272,8 @@ class InferenceAWNet(InferenceCopy):
         """The routing of images [B, C, H, W]."""
         check_image(x, self.dynamic.in_channels)
         with torch.autocast(x.device.type, enabled=False):
-            type_logits, p_clean, omega = self._signals(x.to(self.image_dtype))
-        scales = [] if omega is None else list(omega.split(self.signal_widths, 1))
+            type_logits, p_clean, filter_scale = self._signals(x.to(self.image_dtype))
+        scales = [] if filter_scale is None else list(filter_scale.split(self.signal_widths, 1))
         return Routing(type_logits, p_clean, scales)
 
     def forward(self, x: Tensor, *, routing: Routing | None = None) -> Tensor:
@@ -285,7 +285,7 @@ class InferenceAWNet(InferenceCopy):
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.image_dtype)
             if routing is None:
-                _, p_clean, omega = self._signals(x)
+                _, p_clean, filter_scale = self._signals(x)
             elif len(routing.filter_scales) != len(self.signal_widths):
                 raise ValueError(
                     f"routing.filter_scales must hold {len(self.signal_widths)} tensors, one for each "
@@ -293,8 +293,8 @@ class InferenceAWNet(InferenceCopy):
                 )
             else:
                 p_clean = routing.p_clean
-                omega = torch.cat(routing.filter_scales, 1) if routing.filter_scales else None
-            return self.dynamic.logits(x, self.dynamic.coefficients(len(x), omega, p_clean))
+                filter_scale = torch.cat(routing.filter_scales, 1) if routing.filter_scales else None
+            return self.dynamic.logits(x, self.dynamic.coefficients(len(x), filter_scale, p_clean))
 
 
 def check_backbone(backbone: nn.Module) -> str | None:

@@ -113,9 +113,9 @@ class _Merger:
         self.keeps = keeps
 
     def merge(self) -> None:
-        own = [self._key(node, self.training_network) for node in self.training_nodes]
-        other = [self._key(node, self.network) for node in self.eval_nodes]
-        if own[-1] != other[-1]:
+        training_keys = [self._key(node, self.training_network) for node in self.training_nodes]
+        eval_keys = [self._key(node, self.network) for node in self.eval_nodes]
+        if training_keys[-1] != eval_keys[-1]:
             raise ValueError(
                 f"{type(self.network).__name__}.forward, defined at "
                 f"{defined_at(type(self.network).forward)}, returns something else in train mode than in "
@@ -125,7 +125,7 @@ class _Merger:
         self.regions: list[_Region] = []
         self.region_of: dict[fx.Node, _Region] = {}
         for tag, i, i_end, j, j_end in difflib.SequenceMatcher(
-            None, own, other, autojunk=False
+            None, training_keys, eval_keys, autojunk=False
         ).get_opcodes():
             if tag == "equal":
                 self.eval_of.update(zip(self.training_nodes[i:i_end], self.eval_nodes[j:j_end], strict=True))
@@ -168,9 +168,9 @@ class _Merger:
     def _pairs(self) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
         """Every use, by a node of both graphs, of values that differ: training value, eval value, user."""
         for training, evaluation in self.eval_of.items():
-            for own, other in zip(_operands(training), _operands(evaluation), strict=True):
-                if self.eval_of.get(own) is not other:
-                    yield own, other, evaluation
+            for training_value, eval_value in zip(_operands(training), _operands(evaluation), strict=True):
+                if self.eval_of.get(training_value) is not eval_value:
+                    yield training_value, eval_value, evaluation
 
     def _find_outputs(self) -> None:
         positions = {node: i for i, node in enumerate(self.eval_nodes)}
@@ -178,11 +178,13 @@ class _Merger:
         def position(region: _Region) -> int:
             return positions[region.before]
 
-        for own, other, user in list(self._pairs()):
-            sources = [self.region_of[node] for node in (own, other) if node in self.region_of]
+        for training_value, eval_value, user in list(self._pairs()):
+            sources = [
+                self.region_of[node] for node in (training_value, eval_value) if node in self.region_of
+            ]
             region = max(sources, key=position) if sources else self._add_region([], [], user)
-            if (own, other) not in region.outputs:
-                region.outputs.append((own, other))
+            if (training_value, eval_value) not in region.outputs:
+                region.outputs.append((training_value, eval_value))
         for region in list(self.regions):  # what later regions take from earlier ones
             for training in (True, False):
                 for node in region.nodes[training]:

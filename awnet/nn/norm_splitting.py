@@ -112,6 +112,6 @@ def _compute_the_same(module: nn.Module, parts: nn.Module, training: bool) -> bo
             return False
         results.append((result, module.running_mean.clone(), module.running_var.clone()))
     return all(
-        isinstance(own, Tensor) and torch.allclose(own, other, rtol=1e-3, atol=1e-5)
-        for own, other in zip(*results, strict=True)
+        isinstance(expected, Tensor) and torch.allclose(expected, actual, rtol=1e-3, atol=1e-5)
+        for expected, actual in zip(*results, strict=True)
     )

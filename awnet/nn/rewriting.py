@@ -238,11 +238,11 @@ class Rewriter:
         layer.bn = MixBatchNorm2d.from_batch_norm(norm, self.bn, conv.bias)
         self.norms[str(group.norm.target)] = ConvertedNorm(layer.bn, conv.bias)
         self._replace(group.conv, layer)
-        omega = self._filter_scale(layer) if layer.dynamic else None
+        filter_scale = self._filter_scale(layer) if layer.dynamic else None
         kwargs = dict(branch)
         if group.add is not None:  # now, since the other operand may have been replaced
             kwargs["residual"] = next(o for o in self._operands(group.add) if o is not group.norm)
-        call = self.graph.call_module(str(group.conv.target), (input_of(group.conv), omega), kwargs)
+        call = self.graph.call_module(str(group.conv.target), (input_of(group.conv), filter_scale), kwargs)
         call.meta.update(group.nodes[-1].meta)
         group.nodes[-1].replace_all_uses_with(call)
 

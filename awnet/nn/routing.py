@@ -126,10 +126,10 @@ def routed_networks(model: nn.Module) -> list[RoutedNetwork]:
     """``model`` itself if it is a :class:`RoutedNetwork`, else the outermost ones that it contains."""
     if isinstance(model, RoutedNetwork):
         return [model]
-    found: dict[int, RoutedNetwork] = {}
+    networks: dict[int, RoutedNetwork] = {}
     for child in model.children():
-        found |= {id(network): network for network in routed_networks(child)}
-    return list(found.values())
+        networks |= {id(network): network for network in routed_networks(child)}
+    return list(networks.values())
 
 
 def routers(model: nn.Module) -> list[nn.Module]:
@@ -137,8 +137,8 @@ def routers(model: nn.Module) -> list[nn.Module]:
     networks: list[nn.Module] = [module for module in model.modules() if isinstance(module, WithRouter)]
     if not networks and _in_two_parts(model):
         networks = [unwrapped(model)]
-    found = [getattr(network, "router", None) for network in networks]
-    return [router for router in found if isinstance(router, nn.Module)]
+    candidates = [getattr(network, "router", None) for network in networks]
+    return [router for router in candidates if isinstance(router, nn.Module)]
 
 
 def observe(model: nn.Module, x: Tensor, steering: Steering | None = None) -> Tensor:

@@ -37,23 +37,23 @@ def compare(model: nn.Module, built: nn.Module) -> Comparison:
     compared. Wrappers of ``torch.compile`` and data parallelism are ignored, and so are attributes that
     ``built`` does not have, since the code of its classes does not read them.
     """
-    ours, theirs = dict(_modules(model)), dict(_modules(built))
+    modules, built_modules = dict(_modules(model)), dict(_modules(built))
     settings: _Settings = {}
     problems: list[str] = []
     skipped: list[str] = []
-    for path in sorted({*ours, *theirs}):
+    for path in sorted({*modules, *built_modules}):
         if any(path.startswith(prefix) for prefix in skipped):
             continue
         name = path or "the model"
-        one, other = ours.get(path), theirs.get(path)
+        one, other = modules.get(path), built_modules.get(path)
         if one is None or other is None or not _same_class(one, other):
             skipped.append(f"{path}." if path else "")
             problems.append(_kinds(name, one, other))
             continue
-        changed, found = _differences(name, one, other)
+        changed, differences = _differences(name, one, other)
         if changed:
             settings[path] = changed
-        problems += found
+        problems += differences
     return Comparison(settings, problems)
 
 
@@ -90,11 +90,11 @@ def _differences(name: str, one: nn.Module, other: nn.Module) -> tuple[dict[str,
         if _names(getattr(one, hooks)) != _names(getattr(other, hooks))
     ]
     for kind in ("parameters", "buffers"):
-        own, built = _shapes(one, kind), _shapes(other, kind)
+        shapes, built_shapes = _shapes(one, kind), _shapes(other, kind)
         problems += [
-            f"{name} has {kind[:-1]} {key} {_shape(own, key)} instead of {_shape(built, key)}"
-            for key in sorted({*own, *built})
-            if own.get(key) != built.get(key)
+            f"{name} has {kind[:-1]} {key} {_shape(shapes, key)} instead of {_shape(built_shapes, key)}"
+            for key in sorted({*shapes, *built_shapes})
+            if shapes.get(key) != built_shapes.get(key)
         ]
     problems += [
         f"{name}'s buffer {key}, which no state dict holds, was changed"
@@ -105,16 +105,16 @@ def _differences(name: str, one: nn.Module, other: nn.Module) -> tuple[dict[str,
     if isinstance(one, fx.GraphModule):
         return settings, problems  # its attributes are those of the graph, whose code was compared
     for key in sorted((vars(one).keys() | vars(other).keys()) - _INTERNAL):
-        mine, theirs = vars(one).get(key, _MISSING), vars(other).get(key, _MISSING)
-        if theirs is _MISSING:
+        value, built_value = vars(one).get(key, _MISSING), vars(other).get(key, _MISSING)
+        if built_value is _MISSING:
             if callable(getattr(type(one), key, None)):
                 problems.append(f"{name} has its method {key} replaced")
             continue
-        if mine is _MISSING:
+        if value is _MISSING:
             problems.append(f"{name} lacks its attribute {key}")
-        elif not _same(mine, theirs):
-            if _is_plain(plain(mine)) and _is_plain(theirs):
-                settings[key] = plain(mine)
+        elif not _same(value, built_value):
+            if _is_plain(plain(value)) and _is_plain(built_value):
+                settings[key] = plain(value)
             else:
                 problems.append(f"{name} has another {key}")
     return settings, problems
@@ -209,7 +209,7 @@ def _alike(value: Any, present: Any) -> bool:
 
 def describe(model: nn.Module) -> dict[str, str]:
     """Path of each module → its class, with its hooks and replaced methods."""
-    found = {}
+    lines = {}
     for path, module in _modules(model):
         line = f"{type(module).__module__}.{type(module).__qualname__}"
         for hooks in _HOOKS:
@@ -220,5 +220,5 @@ def describe(model: nn.Module) -> dict[str, str]:
                 line += f", {name} replaced"
         if isinstance(module, fx.GraphModule):
             line += f", code {hashlib.sha256(module.code.encode()).hexdigest()[:16]}"
-        found[path] = line
-    return found
+        lines[path] = line
+    return lines

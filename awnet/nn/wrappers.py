@@ -57,13 +57,13 @@ def with_wrapper_names(model: nn.Module, state: Mapping[str, T]) -> dict[str, T]
 
 def _wrapper_prefixes(model: nn.Module) -> dict[str, str]:
     """For each wrapper in ``model``: the prefix of its child's keys → the prefix without it."""
-    found = {}
+    prefixes = {}
     for path, module in model.named_modules(remove_duplicate=False):
         name = _inner_name(module)
         if name is not None:
             prefix = f"{path}." if path else ""
-            found[f"{prefix}{name}."] = prefix
-    return found
+            prefixes[f"{prefix}{name}."] = prefix
+    return prefixes
 
 
 def _plain_key(key: str, prefixes: Mapping[str, str]) -> str:

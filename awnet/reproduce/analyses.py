@@ -70,12 +70,12 @@ def alike(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     for label, model in models.items():
         key = tuple((layer, len(values)) for layer, values in filter_means(model).items())
         groups.setdefault(key, {})[label] = model
-    found: dict[str, dict[str, nn.Module]] = {}
+    named: dict[str, dict[str, nn.Module]] = {}
     for group in groups.values():
         name = " and ".join(dict.fromkeys(_name(model) for model in group.values()))
-        number = sum(known.split(", kind")[0] == name for known in found)  # with other widths
-        found[f"{name}, kind {number + 1}" if number else name] = group
-    return found
+        number = sum(known.split(", kind")[0] == name for known in named)  # with other widths
+        named[f"{name}, kind {number + 1}" if number else name] = group
+    return named
 
 
 @full_precision()

@@ -118,26 +118,26 @@ def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any
     return {name: (first.get(name), second.get(name)) for name in names}
 
 
-def _settings(found: RunComparison) -> Table:
+def _settings(comparison: RunComparison) -> Table:
     table = Table(title="Settings that differ", box=SIMPLE_HEAD)
-    for heading in ("", *found.labels):
+    for heading in ("", *comparison.labels):
         table.add_column(escape(heading), overflow="fold")
-    for name, values in found.settings.items():
+    for name, values in comparison.settings.items():
         table.add_row(escape(name), *("–" if v is None else escape(str(v)) for v in values))
-    if not found.settings:
+    if not comparison.settings:
         table.add_row("none", "", "")
     return table
 
 
-def _validation(found: RunComparison) -> Table:
+def _validation(comparison: RunComparison) -> Table:
     table = Table(title="Best validation, percent", box=SIMPLE_HEAD)
-    for heading in ("", *found.labels, "difference"):
+    for heading in ("", *comparison.labels, "difference"):
         table.add_column(escape(heading), justify="right" if heading else "left")
-    table.add_row("epoch", *(str(best.get("epoch", "–")) for best in found.best), "")
+    table.add_row("epoch", *(str(best.get("epoch", "–")) for best in comparison.best), "")
     for name, label in (
         ("clean_accuracy", "clean"), ("robust_accuracy", "robust"), ("w_robust_accuracy", "A_w"),
     ):  # fmt: skip
-        values = [best.get(name) for best in found.best]
+        values = [best.get(name) for best in comparison.best]
         if values != [None, None]:
             cells = ["–" if value is None else f"{100 * value:.1f}" for value in values]
             known = [value for value in values if value is not None]

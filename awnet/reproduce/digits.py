@@ -87,9 +87,9 @@ def run_digits(
     if splits is None:
         splits = load_dataset("digits", seed=seed)
     if recipe is None:
-        usual = recipe_for("mtard", "digits")
-        assert isinstance(usual, MTARD)
-        recipe = usual
+        default = recipe_for("mtard", "digits")
+        assert isinstance(default, MTARD)
+        recipe = default
     claim(out, resume=resume, overwrite=overwrite)
     with followed(out, partial(say, console)) as place:
         reports = _trained_and_evaluated(
@@ -151,18 +151,18 @@ def _trained_and_evaluated(
     elsewhere = ", in a second process" if processes == 2 else ""
     clean, robust = recipe.teacher_recipe("clean"), recipe.teacher_recipe("robust")
     say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{elsewhere}")
-    found = run_jobs(
+    trained = run_jobs(
         [job(robust, TEACHER, "teachers/robust", aside=False)],
         [job(clean, TEACHER, "teachers/clean", aside=True)],
     )
-    say(console, f"clean teacher: validation accuracy {100 * found[1].validation['clean_accuracy']:.1f} %")
+    say(console, f"clean teacher: validation accuracy {100 * trained[1].validation['clean_accuracy']:.1f} %")
     say(console, f"students by {recipe.name}: {AWNET}; {' and '.join(TWINS)}{elsewhere}")
-    found = run_jobs(
+    trained = run_jobs(
         [job(recipe, AWNET, "", aside=False)],
         [job(recipe, name, f"compared/{name}", aside=True) for name in TWINS],
     )
     return {
-        name: one.report for name, one in zip((AWNET, *TWINS), found, strict=True) if one.report is not None
+        name: one.report for name, one in zip((AWNET, *TWINS), trained, strict=True) if one.report is not None
     }
 
 
@@ -256,9 +256,9 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
 
 def verdict(comparison: Comparison) -> str:
     """Clean accuracy and A_w under each attack: better or worse if the 95 % interval excludes 0."""
-    found = {"clean": (comparison.clean_difference, comparison.clean_interval_95)}
+    clean = {"clean": (comparison.clean_difference, comparison.clean_interval_95)}
     attacks = {name: (attack.difference, attack.interval_95) for name, attack in comparison.attacks.items()}
-    return in_words(found | attacks)
+    return in_words(clean | attacks)
 
 
 def in_words(differences: Mapping[str, tuple[float, Interval]]) -> str:

@@ -93,16 +93,16 @@ class Runs:
         if name not in self._splits:
             budget = self.budget
             try:
-                found = load_dataset(name, self.data_dir, seed=self.seed)
+                splits = load_dataset(name, self.data_dir, seed=self.seed)
             except FileNotFoundError as error:
                 if not budget.synthetic:
                     raise FileNotFoundError(
                         f"{error} (only --budget smoke runs without the images, on generated ones)"
                     ) from error
-                found = synthetic_splits(name, self.seed)
+                splits = synthetic_splits(name, self.seed)
                 self.say(f"{name} is missing: generated images are used instead, so the figures mean nothing")
             limits = (budget.train_limit, budget.validation_limit, budget.test_limit)
-            parts = (_cut(part, n) for part, n in zip(found, limits, strict=True))
+            parts = (_cut(part, n) for part, n in zip(splits, limits, strict=True))
             self._splits[name] = Splits(*(_shrunk(part, budget.shrink) for part in parts))
         return self._splits[name]
 
@@ -131,20 +131,20 @@ class Runs:
     def at_equal_cost(self, systems: Sequence[System], dataset: str) -> tuple[System, ...]:
         """The systems with numbers of epochs such that training each costs about as much as the first."""
         train = self.splits(dataset).train
-        found: list[System] = []
+        adjusted: list[System] = []
         total = 0
         for system in systems:
             recipe = self.recipe(system, dataset)
             cost = multiply_adds(recipe, self._model(system, train), train)
             total = total or cost * recipe.epochs
             epochs = max(1, round(total / cost))
-            found.append(replace(system, settings={**system.settings, "epochs": epochs}))
+            adjusted.append(replace(system, settings={**system.settings, "epochs": epochs}))
             self._costs[system.label] = epochs * cost * len(train)
             self.say(
                 f"{system.label}: {cost / 1e6:.3g}·10⁶ multiply-adds per image, so {epochs} epochs of "
                 f"{len(train)} images, {self._costs[system.label] / 1e12:.3g}·10¹² in total"
             )
-        return tuple(found)
+        return tuple(adjusted)
 
     def trained(self, system: System, dataset: str) -> nn.Module:
         """The network of a system at its best checkpoint; its teachers are trained first and shared."""
@@ -153,8 +153,8 @@ class Runs:
             threat = ThreatModel(splits.train.threat_model.eps * system.eps_scale)
             splits = Splits(*(replace(part, threat_model=threat) for part in splits))
         recipe = self.recipe(system, dataset)
-        own = _DIGITS_TEACHERS if dataset == "digits" else _TEACHERS
-        teachers = [own[kind] for kind in recipe.teachers]
+        systems = _DIGITS_TEACHERS if dataset == "digits" else _TEACHERS
+        teachers = [systems[kind] for kind in recipe.teachers]
         for teacher in teachers:
             self.trained(teacher, dataset)
         folder = self.run_folder(system, dataset)

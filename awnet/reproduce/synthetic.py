@@ -35,16 +35,16 @@ def synthetic_splits(
         labels = index % classes
         key = rng.key("stand-in", name, split, seed)
         move = rng.uniform(rng.key(key, "move"), index, (2,))
-        own = waves[labels]  # [n, 3, 2, 3]
-        frequency = (1 + (own[..., :2] * 3).floor()) * 2 * torch.pi
-        phase = own[..., 2] * 2 * torch.pi
+        class_waves = waves[labels]  # [n, 3, 2, 3]
+        frequency = (1 + (class_waves[..., :2] * 3).floor()) * 2 * torch.pi
+        phase = class_waves[..., 2] * 2 * torch.pi
         rows = (grid[None] + move[:, :1])[:, None, None, :, None]
         columns = (grid[None] + move[:, 1:])[:, None, None, None, :]
         waved = frequency[..., 0, None, None] * rows + frequency[..., 1, None, None] * columns
         pattern = (waved + phase[..., None, None]).sin().mean(2)  # [n, 3, size, size]
         noise = rng.normal(rng.key(key, "noise"), index, (3, size, size))
         images = (127.5 + 90 * pattern + 12 * noise).clamp(0, 255).to(torch.uint8)
-        made = from_arrays(
+        dataset = from_arrays(
             images,
             labels,
             name=f"stand-in for {name}",
@@ -52,7 +52,7 @@ def synthetic_splits(
             classes=[f"pattern {c}" for c in range(classes)],
             source="generated; not the published images",
         )
-        assert made.threat_model == ThreatModel(8 / 255)
-        return made
+        assert dataset.threat_model == ThreatModel(8 / 255)
+        return dataset
 
     return Splits(part("train", train), part("validation", validation), part("test", test))

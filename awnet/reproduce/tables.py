@@ -176,10 +176,10 @@ def _detection(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
         for label, make in makers.items():
             runs.say(f"{label} against {attack_name}")
             detector = make(model).fit(train.x, train.y, held_out.x, adversarial["fit"])
-            found = auc(detector.score(adversarial["test"]).numpy(), detector.score(test.x).numpy())
+            value = auc(detector.score(adversarial["test"]).numpy(), detector.score(test.x).numpy())
             paper = _paper(experiment, dataset, label, attack_name)
             printed = None if paper is None or paper.auc is None else paper.auc / 100
-            lines.append(Line(dataset, label, attack_name, "auc", printed, found, None, None))
+            lines.append(Line(dataset, label, attack_name, "auc", printed, value, None, None))
     return lines
 
 
@@ -287,9 +287,9 @@ def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
     """Records attack settings, paired differences and flags for the text of the table."""
     attacks = {name: result for report in reports.values() for name, result in report.results().items()}
     for name, result in attacks.items():
-        said = _settings(name, result, runs)
-        if said not in runs.attack_settings:
-            runs.attack_settings.append(said)
+        text = _settings(name, result, runs)
+        if text not in runs.attack_settings:
+            runs.attack_settings.append(text)
     first = reports.get(AWNET.label)
     for label, report in reports.items():
         if first is not None and report is not first:
@@ -302,15 +302,15 @@ def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
 def _settings(name: str, result: AttackResult, runs: Runs) -> str:
     settings = result.settings
     if "members" in settings:
-        said = ", ".join(settings["members"])
+        text = ", ".join(settings["members"])
     else:
-        kept = {k: v for k, v in settings.items() if k not in ("attack", "seed", "eps")}
-        said = ", ".join(
+        shown = {k: v for k, v in settings.items() if k not in ("attack", "seed", "eps")}
+        text = ", ".join(
             f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in kept.items()
+            for key, value in shown.items()
             if isinstance(value, str | int | float)
         )
-    return f"{_attack_label(name)}: {said or 'see report.json'}."
+    return f"{_attack_label(name)}: {text or 'see report.json'}."
 
 
 def _attack_label(name: str) -> str:
@@ -327,16 +327,16 @@ def _fraction(per_cent: float | None) -> float | None:
 def _statement(experiment: Experiment, runs: Runs) -> list[str]:
     """What our figures were measured on, as text of the table."""
     budget = runs.budget
-    said = []
+    lines = []
     for dataset in experiment.datasets:
         splits = runs.splits(dataset)
-        said.append(
+        lines.append(
             f"Data: {splits.train.name}, {len(splits.train)} training, {len(splits.validation)} validation "
             f"and {len(splits.test)} test images ({splits.train.source}); L-infinity eps "
             f"{splits.test.threat_model.eps:.4g}."
         )
     channels = "" if budget.width == 1 else f"channels × {budget.width:g}; "
-    said += [
+    lines += [
         f"Budget {runs.budget_name}: {budget.about}.",
         f"Training: {channels}seed {runs.seed}, one run of each network; the checkpoint is the best on the "
         "validation images (the paper selected on the test images).",
@@ -345,12 +345,12 @@ def _statement(experiment: Experiment, runs: Runs) -> list[str]:
         *(f"{system} was not measured: {reason}." for system, reason in runs.skipped.items()),
     ]
     if experiment.table is not None:
-        said += [
+        lines += [
             f"Table {experiment.table}, {row.system}, {row.attack}: {row.note}."
             for row in paper_rows(experiment.table)
             if row.note
         ]
-    return said
+    return lines
 
 
 def _budget_settings(runs: Runs) -> list[str]:
@@ -358,8 +358,8 @@ def _budget_settings(runs: Runs) -> list[str]:
     if not settings:
         return []
     eps = "attack_step_size"  # in image units, shown in 255ths
-    said = [f"{k.replace('_', ' ')} {f'{255 * v:.3g}/255' if k == eps else v}" for k, v in settings.items()]
-    return [f"Settings of all recipes: {', '.join(said)}."]
+    texts = [f"{k.replace('_', ' ')} {f'{255 * v:.3g}/255' if k == eps else v}" for k, v in settings.items()]
+    return [f"Settings of all recipes: {', '.join(texts)}."]
 
 
 _QUANTITIES = {"clean": "A_nat", "adversarial": "A_adv", "w_robust": "A_w", "auc": "AUC"}
@@ -411,8 +411,10 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
     text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in _statement(experiment, runs)), ""]
     printed = any(line.paper is not None for line in lines)
     for dataset in experiment.datasets:
-        own = [_cells(line, printed) for line in lines if line.dataset == dataset]
-        text += _section(f"{runs.splits(dataset).test.name}, per cent", _rows(_headings(printed), own, 3))
+        rows_of_dataset = [_cells(line, printed) for line in lines if line.dataset == dataset]
+        text += _section(
+            f"{runs.splits(dataset).test.name}, per cent", _rows(_headings(printed), rows_of_dataset, 3)
+        )
     text += _section("Paired by image, 95 % intervals", [f"- {said}" for said in runs.differences])
     text += _section("Attacks", [f"- {said}" for said in runs.attack_settings])
     text += _section("Flags of the reports", [f"- {said}" for said in runs.flags])

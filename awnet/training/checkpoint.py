@@ -64,11 +64,11 @@ def save_state(folder: str | Path, state: dict[str, Any], *, keep: int = KEEP) -
         except RuntimeError as error:  # torch hides the OSError of the file
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         write_text(_checksum_path(path), f"{_checksum(temporary)}  {path.name}\n", parents=False)
-    found = states(folder)
-    old = [one for one in found if one.name <= path.name][keep:]
-    for one in [one for one in found if one.name > path.name] + old:
-        one.unlink()
-        _checksum_path(one).unlink(missing_ok=True)
+    existing = states(folder)
+    old = [state_path for state_path in existing if state_path.name <= path.name][keep:]
+    for state_path in [state_path for state_path in existing if state_path.name > path.name] + old:
+        state_path.unlink()
+        _checksum_path(state_path).unlink(missing_ok=True)
 
 
 def load_state(folder: str | Path, warn: Callable[[str], None] | None = None) -> dict[str, Any]:
@@ -82,11 +82,11 @@ def load_state(folder: str | Path, warn: Callable[[str], None] | None = None) ->
         FileNotFoundError: there is no state.
         ValueError: all states are damaged, or the state has another version's format.
     """
-    found = states(folder)
-    if not found:
+    paths = states(folder)
+    if not paths:
         raise FileNotFoundError(f"{folder} has no training state: there is nothing to resume in this folder")
     damage = []
-    for path in found:
+    for path in paths:
         try:
             state = _read(path)
         except ValueError as error:
@@ -130,10 +130,10 @@ def check_state(folder: str | Path, state: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         expected = _checksum_path(path).read_text(encoding="utf-8").split()[0]
-        found = _checksum(path)
+        checksum = _checksum(path)
     except (OSError, UnicodeDecodeError, IndexError) as error:
         raise ValueError(f"{path} or its checksum cannot be read ({type(error).__name__})") from error
-    if found != expected:
+    if checksum != expected:
         raise ValueError(f"{path} is truncated or damaged: its SHA-256 is not the one that was recorded")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -329,10 +329,10 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
         return False
     old = read_config(folder)
     then, now = comparable(old), comparable(config)
-    found = [line for part in _COMPARED for line in differences(then.get(part), now.get(part), part)]
-    if found:
+    changed = [line for part in _COMPARED for line in differences(then.get(part), now.get(part), part)]
+    if changed:
         raise ValueError(
-            f"{folder} cannot be resumed with another configuration: {'; '.join(found)}. Resume with the "
+            f"{folder} cannot be resumed with another configuration: {'; '.join(changed)}. Resume with the "
             "first values, or start again with overwrite or in another folder"
         )
     if old["dataset"].get("source") != config["dataset"].get("source"):  # the same images in another place

@@ -487,10 +487,10 @@ def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
         settings |= _PAPERS_SETTINGS.get(dataset_name, {})
     if issubclass(kind, MTARD):
         settings |= _MTARD_SETTINGS.get(dataset_name, {})
-    usual, overrides = kind(**settings), {key: plain(value) for key, value in overrides.items()}
+    default, overrides = kind(**settings), {key: plain(value) for key, value in overrides.items()}
     if "epochs" in overrides and "milestones" not in overrides and is_integer(overrides["epochs"]):
-        scale = overrides["epochs"] / usual.epochs
-        settings["milestones"] = tuple(sorted({math.floor(m * scale) for m in usual.milestones} - {0}))
+        scale = overrides["epochs"] / default.epochs
+        settings["milestones"] = tuple(sorted({math.floor(m * scale) for m in default.milestones} - {0}))
     return kind(**(settings | overrides))
 
 

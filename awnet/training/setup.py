@@ -46,10 +46,10 @@ def build_model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
 def initialize(model: nn.Module, source: str | Path) -> None:
     """Copies the weights of the model in ``source`` into ``model``; ValueError if they do not fit."""
     other = load_model(source)
-    weights, own = other.state_dict(), without_wrapper_names(model, model.state_dict())
+    weights, current = other.state_dict(), without_wrapper_names(model, model.state_dict())
     shapes, expected = (
         {name: tuple(value.shape) for name, value in one.items() if isinstance(value, Tensor)}
-        for one in (weights, own)
+        for one in (weights, current)
     )
     different = [name for name in {**expected, **shapes} if expected.get(name) != shapes.get(name)]
     if different:

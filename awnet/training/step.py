@@ -183,8 +183,8 @@ class TrainingStep:
 
     def _guarded(self) -> list[Tensor]:
         """The tensors that the forward pass changes in place."""
-        own = [] if self.weights is None else list(self.weights.state_dict().values())
-        return [*self.model.buffers(), *own]
+        weights = [] if self.weights is None else list(self.weights.state_dict().values())
+        return [*self.model.buffers(), *weights]
 
     def _optimize(self, total: Tensor, saved: _Saved) -> dict[str, Tensor]:
         """The step of the optimizer, or none if loss or gradient are not finite."""
@@ -246,9 +246,9 @@ class TrainingStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, own in self.optimizer.state.items():
-            if "momentum_buffer" in own:
-                own["momentum_buffer"] = _like(parameter, own["momentum_buffer"])
+        for parameter, slots in self.optimizer.state.items():
+            if "momentum_buffer" in slots:
+                slots["momentum_buffer"] = _like(parameter, slots["momentum_buffer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.weights is not None:
             self.weights.load_state_dict(state["weights"])
@@ -274,19 +274,19 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module, failed: Tensor) -> None:
         """Adds the current values of ``model``, unless ``failed`` (bool, 0-d)."""
-        ours, theirs, counts, new_counts = [], [], [], []
+        averages, values, counts, new_counts = [], [], [], []
         for one, other in zip(_tensors(self.module), _tensors(model), strict=True):
             if one.is_floating_point():
-                ours.append(one)
-                theirs.append(other)
+                averages.append(one)
+                values.append(other)
             else:
                 counts.append(one)
                 new_counts.append(other)
         self.count += ~failed
         rate = (9 / (self.count + 9)).clamp(min=1 - self.decay)
-        step = torch._foreach_sub(theirs, ours)
+        step = torch._foreach_sub(values, averages)
         torch._foreach_mul_(step, torch.where(failed, 0.0, rate))
-        torch._foreach_add_(ours, step)
+        torch._foreach_add_(averages, step)
         if counts:
             torch._foreach_copy_(counts, new_counts)
 
