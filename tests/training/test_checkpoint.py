@@ -586,7 +586,7 @@ def test_a_log_line_cut_short_is_passed_over(uninterrupted: Path, tmp_path: Path
     (tmp_path / "log.jsonl").write_text("{]\n" + lines)
     with pytest.raises(ValueError, match="line 1"):
         read_log(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
         read_log(tmp_path / "none")
 
 
@@ -1129,7 +1129,7 @@ def test_a_log_without_room_waits_for_it(tmp_path: Path) -> None:
 def test_no_state_and_no_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         C.load_state(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
         C.read_config(tmp_path)
     assert not C.is_run(tmp_path)
     (tmp_path / "config.json").write_text('{"mark": ')
