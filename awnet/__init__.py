@@ -1,4 +1,4 @@
-"""awnet: fast AW-Nets, networks whose filters are re-weighted per image, and how to train and judge them.
+"""awnet: fast AW-Nets, networks whose filters are re-weighted per image; training, attacks and evaluation.
 
 >>> model = awnet.create_model("awnet_resnet18", num_classes=10)
 >>> x_adv = awnet.attacks.PGD(model, eps=8/255, step_size=2/255, steps=20)(x, y)
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "kernels" / "__init__.py").is_file() and (_ROOT / "setup.py").is_file():
-    # run from the repository: awnet.kernels and awnet.benchmarks stand beside this folder
+    # run from the repository: awnet.kernels and awnet.benchmarks are next to this folder
     __path__.append(str(_ROOT))
 
-# public name → the module that holds it; imported at first use, so that `import awnet` stays quick
+# public name → the module that holds it; imported at first use, which keeps `import awnet` fast
 _NAMES = {
     "convert": "awnet.nn",
     "create_model": "awnet.models",

@@ -9,7 +9,8 @@
     state/step-XXXXXXXX.pt.sha256  its checksum, as ``sha256sum`` writes it
     .lock                empty; the process that trains holds a lock on it, which is released when it ends
 
-A run resumes from the newest undamaged state, and everything else in the folder is cut back to that state.
+The checksum of a state is verified whenever it is read (``_read``). A run resumes from the newest undamaged
+state, and everything else in the folder is set back to that state.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def check_state(folder: str | Path, state: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Verifies the checksum of a state and loads it; ValueError if it is damaged or foreign."""
     try:
         expected = _checksum_path(path).read_text(encoding="utf-8").split()[0]
         checksum = _checksum(path)
