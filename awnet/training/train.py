@@ -256,7 +256,8 @@ def train(
         place = held.enter_context(RunFolder(folder, reporter.say)) if ranks.rank == 0 else None
 
         images = f"{len(splits.train):,} training images of {splits.train.name}"
-        trained = f"recipe {recipe.name}, {recipe.epochs} epochs, seed {seed}"
+        precision = ", ".join(numerics(recipe, where))
+        trained = f"recipe {recipe.name}, {recipe.epochs} epochs, {precision}, seed {seed}"
         reporter.say(in_one_line(model, images, splits.train.threat_model.eps, trained=trained))
         if recipe.teachers and given is None:
             options = {

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet.cuda_graphs import Graphed
-from awnet.data import Splits, dataset, from_arrays
+from awnet.data import Splits, dataset, from_arrays, load_dataset
 from awnet.data.dataset import Batch
 from awnet.distributed import Ranks
 from awnet.models import create_model, load_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone, synchronize
+from awnet.run_config import read_config
 from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, checkpoint, read_log, train
 from awnet.training.step import Average, TrainingStep, numerics
 from awnet.training.teachers import TeacherModel
@@ -246,6 +247,25 @@ def test_auto_precision_and_layout() -> None:
     assert numerics(PGDAT(precision="bfloat16", layout="channels_last"), CPU) == ("bfloat16", "channels_last")
     chosen = PGDAT(precision="float32", layout="nchw")
     assert numerics(chosen, torch.device("cuda")) == ("float32", "nchw")
+
+
+def test_a_run_states_and_stores_its_precision_and_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = load_dataset("digits")
+    few = Splits(splits.train.subset(32), splits.validation.subset(16), splits.test)
+    recipe = PGDAT(
+        epochs=1,
+        batch_size=16,
+        attack_steps=1,
+        milestones=(),
+        precision="bfloat16",
+        layout="channels_last",
+    )
+    train(recipe, "resnet_tiny", few, tmp_path / "run")
+    assert "bfloat16, channels_last" in " ".join(capsys.readouterr().out.split())
+    session = read_config(tmp_path / "run")["sessions"][0]["environment"]
+    assert (session["precision"], session["layout"]) == ("bfloat16", "channels_last")
 
 
 def test_bfloat16_computes_but_does_not_store() -> None:
