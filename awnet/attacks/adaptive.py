@@ -31,8 +31,8 @@ def has_type_head(model: nn.Module) -> bool:
     """Whether the model has a router with a type head (clean or adversarial)."""
     if not has_router(model):
         return False
-    found = routers(model)
-    return not found or getattr(found[0], "type_head", None) is not None
+    model_routers = routers(model)
+    return not model_routers or getattr(model_routers[0], "type_head", None) is not None
 
 
 def type_margin(routing: Any) -> Tensor | None:
@@ -164,10 +164,10 @@ class ForcedStatic(Search):
     @property
     def settings(self) -> dict[str, Any]:
         scales = ["of the clean image"]
-        found = super().settings | {"loss": "margin", "p_clean": list(self.P), "filter_scales": scales}
+        settings = super().settings | {"loss": "margin", "p_clean": list(self.P), "filter_scales": scales}
         if self.mean_scales:
             scales.append(f"mean, {digest(*self.mean_scales)}")
-        return found
+        return settings
 
     def searches(self, x: Tensor) -> int:
         return len(self.P) * (2 if self.mean_scales else 1)

@@ -561,7 +561,7 @@ def edited(config, entry, value):
 def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkeypatch):
     config = json.loads((run / "config.json").read_text())
     model, splits = load_model(run), load_dataset("digits")
-    monkeypatch.setattr("awnet.models.load_model", lambda path: model)
+    monkeypatch.setattr("awnet.models.load_model", lambda path, **_: model)
     monkeypatch.setattr(
         "awnet.cli.run_options.load_splits",
         lambda name, data_dir, seed, eps: loaded(splits, name, seed, eps),
