@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/stack.h>
+#include <c10/util/Exception.h>
 
 #include <array>
 #include <string>
@@ -30,8 +31,10 @@ class Arguments {
   double real() { return next().toDouble(); }
   std::string text() { return next().toStringRef(); }
   std::vector<int64_t> integers() { return next().toIntVector(); }
+  // two sizes, height and width; the schema's int[2] does not limit a list
   std::array<int64_t, 2> pair() {
     const auto values = next().toDimVector();
+    TORCH_CHECK(values.size() == 2, "expected 2 sizes, got ", values.size(), ": ", at::IntArrayRef(values));
     return {values[0], values[1]};
   }
 

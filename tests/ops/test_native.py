@@ -242,16 +242,16 @@ def test_the_direct_convolution_checks_every_size_before_it_reads(wrong: dict[st
         "dilation": (1, 1), "keep_u": False, "keep_mask": False,
     }  # fmt: skip
     torch.ops.awnet.convolve_apply(**arguments)
-    with pytest.raises(RuntimeError, match=r"must be float32|does not take"):
+    with pytest.raises(RuntimeError, match=r"must be float32|does not take|expected 2 sizes"):
         torch.ops.awnet.convolve_apply(**arguments | wrong)
 
 
 @direct
-@pytest.mark.parametrize("wrong", ["grad", "u", "centre", "gate", "scale", "input_shape"])
+@pytest.mark.parametrize("wrong", ["grad", "u", "centre", "relu_mask", "scale", "input_shape"])
 def test_the_direct_convolutions_gradient_checks_every_size_before_it_reads(wrong: str) -> None:
     image, table = torch.ones(2, 8, 4, 4), torch.ones(2, 8)
     arguments: dict[str, object] = {
-        "grad": image, "u": image, "centre": table, "gate": image > 0, "scale": table,
+        "grad": image, "u": image, "centre": table, "relu_mask": image > 0, "scale": table,
         "weight": torch.zeros(8, 8, 3, 3), "input_shape": (2, 8, 4, 4), "stride": (1, 1), "padding": (1, 1),
         "dilation": (1, 1), "residual": True,
     }  # fmt: skip
