@@ -1,9 +1,9 @@
 """Training: recipes, losses, the training step, runs and their folders."""
 
 from awnet.training.baselines import RDI, AlternatingTrades, Separate
-from awnet.training.forward import Teachers
+from awnet.training.forward import Phase, Teachers
 from awnet.training.logging import read_log
-from awnet.training.losses import LossOptions, LossResult, MTARDWeights
+from awnet.training.losses import LossOptions, LossResult, MTARDWeights, Outputs
 from awnet.training.recipes import (
     HAT,
     MTARD,
@@ -33,7 +33,9 @@ __all__ = [
     "LossResult",
     "MTARDFast",
     "MTARDWeights",
+    "Outputs",
     "PGDATFast",
+    "Phase",
     "Recipe",
     "RunResult",
     "Separate",
