@@ -1,4 +1,4 @@
-"""What is measured: layers of a ResNet-18, a block and a network, with random tensors of their own.
+"""The benchmark cases: layers of a ResNet-18, a block and a network, each with its random tensors.
 
 ``CASES`` is the registry; ``SMOKE_CASES`` has the same names at sizes that a CPU runs in milliseconds.
 """
@@ -112,7 +112,7 @@ class Problem:
     module: nn.Module | None = None  # that has these parameters and statistics; a layer has none
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same values in ``dtype``, in tensors of their own; strides stay."""
+        """A copy in ``dtype`` with the same strides."""
 
         def own(x: Tensor) -> Tensor:
             return x.detach().to(dtype, copy=True)
@@ -130,7 +130,7 @@ class Problem:
         return replace(self, **changes)
 
     def clone(self) -> Problem:
-        """The same values in tensors of their own; dtypes and strides stay."""
+        """A copy with the same dtypes and strides."""
         changes: dict[str, Any] = {
             "image": self.image.detach().clone(),
             "filter_scales": tuple(x.detach().clone() for x in self.filter_scales),
@@ -145,7 +145,7 @@ class Problem:
 
     @property
     def signals(self) -> dict[str, Tensor]:
-        """What the router says, by name."""
+        """The router's outputs by name."""
         named = {f"filter_scale {i}": x for i, x in enumerate(self.filter_scales)}
         return named | ({} if self.p_clean is None else {"p_clean": self.p_clean})
 
@@ -191,7 +191,7 @@ class Case:
         return sum(c.bytes(mode, batch, item) for c in self.convolutions(static))
 
     def leaves(self, problem: Problem, mode: Mode) -> dict[str, Tensor]:
-        """What ``mode`` differentiates, beside the image. An attack's parameters are frozen."""
+        """The tensors other than the image that ``mode`` differentiates. An attack freezes the parameters."""
         if mode == "forward":
             return {}
         signals = problem.signals
@@ -397,7 +397,7 @@ class _OtherConv2d(AWConv2d):
 
 
 class _Logits(nn.Module):
-    """A network's logits, and beside them an AW-Net's type logits, which training differentiates too."""
+    """A network's logits, and an AW-Net's type logits, which training differentiates too."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float, t
 def amx_tflop_s(seconds: float) -> float | None:
     """The rate of AMX tile products on all threads with operands in the first-level cache, in TFLOP/s.
 
-    The best of many windows of 2 ms, which other processes disturb less than one long window. None where this
+    The best of many windows of 5 ms, which other processes disturb less than one long window. None where this
     process cannot use AMX.
     """
     if amx.mode() == "emulate" or amx.obstacle() is not None:
@@ -103,12 +103,12 @@ def amx_tflop_s(seconds: float) -> float | None:
         return None
     end, best = time.monotonic() + seconds, 0.0
     while best == 0.0 or time.monotonic() < end:
-        best = max(best, torch.ops.awnet.amx_peak(0.002))
+        best = max(best, torch.ops.awnet.amx_peak(0.005))
     return best / 1e12
 
 
 class CeilingTracker:
-    """Times the ceilings at its creation and, when asked to, again during the run; keeps the best."""
+    """Times the ceilings at its creation and again during the run, and keeps the best."""
 
     def __init__(self, measure_once: Callable[[], Ceilings]) -> None:
         self._measure_once = measure_once

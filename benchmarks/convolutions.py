@@ -1,9 +1,9 @@
-"""Races the Triton convolutions against the library's: ``python -m awnet.benchmarks.convolutions``.
+"""Compares the Triton convolutions with the library's: ``python -m awnet.benchmarks.convolutions``.
 
-For every layer and operation the library's convolution followed by the Triton pass that it needs is timed
-against the fused kernel at each candidate tile, after the kernel's results have been checked against the
-library's. ``--update`` writes the cases that the kernel wins into the device's table in awnet/ops/configs/,
-from which the Triton backend takes them.
+For every layer and operation, the library's convolution with the Triton pass that follows it is timed against
+the fused kernel at each candidate tile, after the results of both have been compared. ``--update`` writes the
+cases in which the kernel is faster to the device's table in awnet/ops/configs/, which the Triton backend
+reads.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def find_layer(name: str) -> Convolution:
     spelt = _SPELT.fullmatch(name)
     if spelt is None:
         raise argparse.ArgumentTypeError(
-            f"{name!r} is no layer; there are {', '.join(LAYERS)}; spell others like 64-128@32k3s2g1"
+            f"unknown layer {name!r}; there are {', '.join(LAYERS)}; spell others like 64-128@32k3s2g1"
         )
     c_in, c_out, size, kernel, stride, groups = (int(n) if n else None for n in spelt.groups())
     assert c_in is not None
@@ -220,7 +220,7 @@ def _race(name: str, operation: str, batch: int, dtype: torch.dtype, device: tor
         except OutOfResources:
             continue
         if not _agrees(got, want, dtype):
-            raise RuntimeError(f"{key} with {tile} at batch {batch} is not the library's result")
+            raise RuntimeError(f"{key} with {tile} at batch {batch} does not equal the library's result")
         times[tile] = _milliseconds(partial(ours, tile), device)
     if not times:
         raise RuntimeError(f"no candidate tile of {key} fits this device")

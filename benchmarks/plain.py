@@ -1,8 +1,8 @@
-"""The training step as one would write it in plain torch: the baseline of ``awnet bench train``.
+"""The training step in plain torch: the baseline of ``awnet bench train``.
 
 The same networks with the layer written out (a convolution, the filter scale, two batch norms, the residual,
-the ReLU; or, ``literal``, a grouped convolution with filters of each sample's own), PGD on a model whose
-parameters require gradients, and the clean and the adversarial images in passes of their own.
+the ReLU; or, ``literal``, a grouped convolution with separate filters for each sample), PGD on a model whose
+parameters require gradients, and separate passes for the clean and the adversarial images.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def plain_step(
     weights: Any,
     autocast: Callable[[], Any],
 ) -> Callable[[Any], Any]:
-    """Clean and adversarial passes, backward, torch's SGD as it comes."""
+    """Clean and adversarial passes, backward, and torch's SGD."""
     passes, router = model, set[int]()
     if isinstance(model, AWNet):
         passes, router = SeparatePasses(model), {id(p) for p in model.router.parameters()}

@@ -1,7 +1,7 @@
-"""Where the time of one PGD step of AW-Net goes: a table of kernels, and a step for ncu to look into.
+"""Profiles one PGD step of AW-Net: a table of kernels, and a step for ncu.
 
 ``python -m awnet.benchmarks.profile_step --out DIR`` writes DIR/profile.json and prints the table;
-``--steps-only`` runs the steps with nothing around them, for a profiler of another process.
+``--steps-only`` runs only the steps, for an external profiler.
 """
 
 from __future__ import annotations

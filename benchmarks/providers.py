@@ -1,4 +1,4 @@
-"""Who computes: the literal form, plain torch, its static twin, both compiled, and every backend of ours."""
+"""The implementations: the literal form, plain torch, its static form, both compiled, and our backends."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Provider:
     backend: str | None = None
     """Modules then stay awnet's own and run under this backend; else ``layer`` replaces theirs."""
     static: bool = False
-    """Whether it computes the static twin: no filter scale, one batch norm, no router."""
+    """Whether it computes the static form: no filter scale, one batch norm, no router."""
     compiled: bool = False
     frozen: bool = True
     """Whether an attack's parameters are marked as needing no gradient, as awnet's attacks do."""
     modes: tuple[Mode, ...] = MODES
-    """What it is measured in."""
+    """The modes in which it is measured."""
 
 
 def unfused(
@@ -51,10 +51,10 @@ def unfused(
     residual: Tensor | None = None,
     activation: str | None = "relu",
 ) -> Tensor:
-    """What one would write in plain torch: a shared convolution, the scale, two batch norms, the ReLU.
+    """The layer in plain torch: a shared convolution, the scale, two batch norms, the ReLU.
 
-    In training the batch is concat[clean; adversarial], so that its halves are views and ``is_clean`` is not
-    looked at. With tables of one row it is the static layer: convolution, batch norm, ReLU.
+    In training the batch must be concat[clean; adversarial], so that its halves are views; ``is_clean`` is
+    not read. With tables of one row it is the static layer: convolution, batch norm, ReLU.
     """
 
     def norm(row: int, z: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ COMPILED = {
 
 
 def providers() -> dict[str, Provider]:
-    """Every provider that this machine has, by name. The backend ``reference`` is ``literal``."""
+    """Every provider that is available on this machine. The backend ``reference`` is ``literal``."""
     found = {
         "literal": Provider(reference.aw_conv2d, backend="reference"),
         "unfused": Provider(unfused),

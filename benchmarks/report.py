@@ -1,4 +1,4 @@
-"""Tables and figures of what was measured; the tables in the documents are made here, from the CSV files."""
+"""Tables and figures of the measurements; the tables in the documentation are generated here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class TableOptions:
-    """Which documents."""
+    """Which documents to update."""
 
     files: Positional[tuple[Path, ...]] = (Path("README.md"), Path("docs/benchmarks.md"))
     """Documents with places such as <!-- bench:goals --> … <!-- /bench:goals -->."""
@@ -35,7 +35,7 @@ class TableOptions:
 
 @dataclass(frozen=True)
 class PlotOptions:
-    """Where from, where to."""
+    """What to read and where to write."""
 
     results: Path = FOLDER
     """Folder of the CSV files."""
@@ -92,7 +92,7 @@ def _groups(rows: Sequence[Row], on_gpu: bool) -> dict[tuple[str, ...], list[Row
 
 
 def _milliseconds(folder: Path, on_gpu: bool) -> str:
-    """One table a device: the median time of each case, mode and batch by each provider."""
+    """One table per device: the median time of each case, mode and batch by each provider."""
     parts = []
     rows = read_results(folder)
     for (device, dtype, layout), mine in sorted(_groups(rows, on_gpu).items()):
@@ -131,19 +131,19 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def filled(text: str, folder: Path) -> str:
-    """A document with the tables between its markers made anew from the CSV files in ``folder``."""
+    """A document with the tables between its markers regenerated from the CSV files in ``folder``."""
 
     def table(found: re.Match[str]) -> str:
         name = found.group(2)
         if name not in TABLES:
-            raise ValueError(f"there is no table bench:{name}; there are {', '.join(TABLES)}")
+            raise ValueError(f"unknown table bench:{name}; there are {', '.join(TABLES)}")
         return found.group(1) + TABLES[name](folder) + found.group(3)
 
     result = _MARKED.sub(table, text)
     opened, closed = (text.count(f"<!-- {word}") for word in ("bench:", "/bench:"))
     if not opened == closed == len(_MARKED.findall(text)):
         raise ValueError(
-            "a marker <!-- bench:NAME --> has no <!-- /bench:NAME --> on a line of its own after it"
+            "a marker <!-- bench:NAME --> is not followed by <!-- /bench:NAME --> on a separate line"
         )
     return result
 
@@ -223,7 +223,7 @@ def _plain_ticks(axis: Any, *, x: bool = False, y: bool = True) -> None:
 
 
 def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Below the panels, where it hides nothing."""
+    """Places the legend below the panels."""
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
 
 
@@ -239,7 +239,7 @@ def _shown_batch(rows: Sequence[Row], case: str) -> str:
 
 
 def _bars(rows: Sequence[Row], title: str) -> Any:
-    """A panel a mode: each provider's time over unfused's, by case."""
+    """One panel per mode: the time of each provider over that of unfused, by case."""
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = _provider_order({row["provider"] for row in rows})
@@ -273,7 +273,7 @@ def _bars(rows: Sequence[Row], title: str) -> Any:
 
 
 def _roofline(rows: Sequence[Row], ceilings: dict[str, Row], title: str) -> Any:
-    """Each row's arithmetic rate over its operations a byte, under what the device can do."""
+    """The arithmetic rate of each row over its operations per byte, below the device's ceilings."""
     bandwidth, peak = float(ceilings["copy"]["gb_s"]), float(ceilings["matmul"]["tflop_s"])
     figure, (axis,) = _axes(1, (8, 5))
     for name in _provider_order({row["provider"] for row in rows}):
@@ -293,7 +293,7 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row], title: str) -> Any:
 
 
 def _batches(rows: Sequence[Row], title: str) -> Any:
-    """A panel a case: microseconds an image in an attack step, or the first mode there is, over the batch."""
+    """One panel per case: microseconds per image in an attack step, or in the first mode, over the batch."""
     modes = {row["mode"] for row in rows}
     mode = "attack" if "attack" in modes else sorted(modes)[0]
     cases = list(dict.fromkeys(row["case"] for row in rows if row["mode"] == mode))

@@ -1,7 +1,7 @@
-"""Calls every kernel once, in every dtype and layout, at small shapes: what compute-sanitizer looks at.
+"""Calls every kernel once, in every dtype and layout, at small shapes, for compute-sanitizer.
 
 ``compute-sanitizer --tool memcheck python -m awnet.benchmarks.sanitize`` on a GPU; see benchmarks/on_gpu.sh.
-Nothing but copies runs beside our kernels. Each result is compared with plain torch on the CPU.
+Apart from copies only our kernels run. Each result is compared with plain torch on the CPU.
 """
 
 from __future__ import annotations
@@ -154,12 +154,12 @@ def check_passes(check: _Checker, shapes: Sequence[tuple[int, ...]], dtypes: Seq
                 for residual in (None, other):
                     for relu, keep_mask in ((False, False), (True, False), (True, True)):
                         check("apply", u, scale, shift, residual, relu, keep_mask, False, limit=limit)
-                for gate in (None, y, y > 0):
-                    check("reduce", grad, u, shift, gate)
-                    for how in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
-                        about = (None, None) if how.by_input is None else (u, shift)
-                        check("propagate", grad, *about, gate, how, False, limit=limit)
-                        check("propagate", grad, *about, gate, how, True, limit=limit)
+                for relu_mask in (None, y, y > 0):
+                    check("reduce", grad, u, shift, relu_mask)
+                    for propagation in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
+                        about = (None, None) if propagation.by_input is None else (u, shift)
+                        check("propagate", grad, *about, relu_mask, propagation, False, limit=limit)
+                        check("propagate", grad, *about, relu_mask, propagation, True, limit=limit)
 
 
 def check_algebra(check: _Checker) -> None:
@@ -228,12 +228,12 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
             for found in (applied, counted, back):
                 if found is None or not all(part.isfinite().all() for part in _tensors(found)):
                     raise SystemExit(
-                        f"a convolution with groups={groups} was refused or gave no finite result"
+                        f"a convolution with groups={groups} was not supported or gave no finite result"
                     )
                 calls += 1
     image = torch.rand(3, 3, 17, 17, generator=generator).to(device)
-    how = launch_parameters("sign_step", device, 3, 3, 289)
-    moved = sign_step.sign_step(image, normal(3, 3, 17, 17), image, 0.01, 0.03, how)
+    config = launch_parameters("sign_step", device, 3, 3, 289)
+    moved = sign_step.sign_step(image, normal(3, 3, 17, 17), image, 0.01, 0.03, config)
     assert float((moved - image).abs().max()) <= 0.0101
     tables, scale, p = normal(4, 2, 32).abs(), normal(5, 8), normal(5).sigmoid()
     norm, mix = Norm.stacked(tables, 1e-5), Mix(scale, p)

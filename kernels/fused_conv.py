@@ -1,7 +1,7 @@
 """Convolutions with the layer's work in their epilogue: by conv.py without groups, by grouped_conv.py with.
 
-The library's convolution is the default everywhere: a function here returns None unless a measured table says
-that our kernel wins for the case, or ``force`` is set.
+The library's convolution is the default: a function here returns None unless a measured table has an entry
+for the case, which means that our kernel is faster, or ``force`` is set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .launch import Case, Table
 
 
 def kernel_of(groups: int) -> Any:
-    """The module that convolves with so many groups."""
+    """The module of the kernel for this number of groups."""
     return conv if groups == 1 else grouped_conv
 
 
@@ -93,11 +93,11 @@ def fused_apply(
         scale, shift: [B, C_out] float32.
         residual: [B, C_out, H', W'] of the input's dtype and layout, or None.
         stride, padding, dilation: pairs.
-        keep_u, keep_mask: else u and the mask are empty.
-        table: the cases in which our kernel wins, and the tile for each.
+        keep_u, keep_mask: whether to return u and the mask; otherwise they are empty.
+        table: the cases in which our kernel is faster, with the tile of each.
         precision: "ieee" or "tf32", for float32 without groups.
-        force: take our kernel all the same, with a default tile if the table has none.
-        tile: take it with this one, a ``Tile`` of the kernel's module.
+        force: use our kernel in any case, with a default tile if the table has none.
+        tile: use our kernel with this ``Tile`` of its module.
 
     Returns:
         None where the kernel does not support the call or ``table`` has no entry for it.
@@ -192,7 +192,7 @@ def fused_dgrad(
 
 
 def _sample_call(problem: Problem, tile: Any) -> None:
-    """A call of ``problem`` with all that an epilogue can take, on the meta device."""
+    """A call of ``problem`` on the meta device with every option of the epilogue."""
 
     def image(size: Image) -> Tensor:
         shape = (problem.batch, *size)
@@ -209,17 +209,17 @@ def _sample_call(problem: Problem, tile: Any) -> None:
         memory_format=torch.channels_last if problem.groups == 1 else torch.contiguous_format,
     )
     where: Any = (problem.stride, problem.padding, problem.dilation, problem.groups)
-    how: Any = {"precision": problem.precision, "tile": tile}
+    options: Any = {"precision": problem.precision, "tile": tile}
     x, other = image(problem.reads), image(problem.writes)
     if problem.operation == "apply":
         scale = torch.empty(problem.batch, problem.c_out, device="meta")
         keep_mask = kernel_of(problem.groups).keeps_mask(problem, tile)
         arguments: Any = (x, weight, scale, scale, other, True, *where, True, keep_mask)
-        fused_apply(*arguments, **how)
+        fused_apply(*arguments, **options)
     elif problem.operation == "statistics":
-        fused_statistics(x, weight, *where, **how)
+        fused_statistics(x, weight, *where, **options)
     else:
-        fused_dgrad(x, weight, other.shape, *where, **how)
+        fused_dgrad(x, weight, other.shape, *where, **options)
 
 
 def cases(table: Table) -> Iterator[Case]:

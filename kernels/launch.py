@@ -1,4 +1,4 @@
-"""How every kernel is launched: on its tensors' device, or recorded and compiled without one."""
+"""Launches kernels on the device of their tensors, or records launches to compile them without a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Case:
     name: str
     run: Callable[[], object]
     instruction: str = ""
-    quick: bool = False  # in the part that the quick test compiles
+    quick: bool = False  # whether the quick test compiles it
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ _record: list[list[Launched]] = []
 
 @contextmanager
 def recorded() -> Iterator[list[Launched]]:
-    """Inside the block :func:`launch` runs nothing and adds what it would have run to the list it yields."""
+    """In the ``with`` block :func:`launch` runs nothing and appends its launches to the list."""
     launches: list[Launched] = []
     _record.append(launches)
     try:
@@ -57,17 +57,17 @@ def recorded() -> Iterator[list[Launched]]:
 def launch(
     kernel: Any, programs: int, *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
 ) -> None:
-    """Runs ``kernel`` in ``programs`` programs on the device of its first tensor; with none it does nothing.
+    """Runs ``kernel`` in ``programs`` programs on the device of its first tensor. 0 programs do nothing.
 
     Args:
         kernel: a ``triton.jit`` function.
         programs: size of the one-dimensional grid.
-        arguments: the kernel's run-time arguments in order; None for a pointer that is not used.
+        arguments: the kernel's run-time arguments in order; None for an unused pointer.
         warps, stages: Triton's num_warps and num_stages.
         constants: the kernel's ``tl.constexpr`` arguments.
     """
     if programs >= 2**31:
-        raise ValueError(f"{kernel.__name__} would take {programs} programs; a grid holds fewer than 2^31")
+        raise ValueError(f"{kernel.__name__} needs {programs} programs; a grid holds fewer than 2^31")
     if _record:
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
         _record[-1].append(Launched(kernel, named, warps, stages))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from awnet.benchmarks import profile_step, sanitize
@@ -102,18 +103,18 @@ def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
     if native.load() is not None:
         pytest.skip(str(native.load()))
     called: set[str] = set()
-    real = sanitize._Operators.__getattr__
+    real, check = sanitize._Operators.__getattr__, sanitize._Checker.__call__
 
-    def watched(self: object, name: str) -> object:
+    def watched(self: sanitize._Checker, name: str, *arguments: Any, **options: Any) -> Any:
         called.add(name)
-        return real(self, name)
+        return check(self, name, *arguments, **options)
 
-    monkeypatch.setattr(sanitize._Operators, "__getattr__", watched)
+    monkeypatch.setattr(sanitize._Checker, "__call__", watched)
     assert sanitize.main(["--backend", "cpp"]) == 0
     assert "all right" in capsys.readouterr().out
     assert called == {
-        "statistics", "apply", "reduce", "propagate", "testing_coefficients", "testing_gradients",
-        "batch_statistics", "training_coefficients", "training_sums", "training_gradients",
+        "statistics", "apply", "reduce", "propagate", "eval_coefficients", "eval_gradients",
+        "batch_statistics", "train_coefficients", "train_sums", "train_gradients",
     }  # fmt: skip
     spoilt = sanitize._Operators()
     monkeypatch.setattr(

@@ -123,4 +123,4 @@ def test_layers_by_name_and_spelt() -> None:
 def test_an_unknown_layer_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         convolutions.main(["--layers", "stage 9"])
-    assert "'stage 9' is no layer; there are stage 1" in capsys.readouterr().err
+    assert "unknown layer 'stage 9'; there are stage 1" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.random_layers import Layer, Result, build, error, has_single_value, layers, run, unfused
+from support.random_layers import Layer, Result, build, error, has_single_value, layers, plain_torch, run
 from torch import Tensor
 
 from awnet import ops
@@ -118,7 +118,7 @@ def test_low_precision_is_no_worse_than_twice_plain_torch(
     want = run(layer, backend="reference")
     low = on_device(layer.to(dtype), layout)
     ours = errors(result_on_cpu(run(low, backend=backend)), want)
-    plain = errors(result_on_cpu(run(low, function=unfused)), want)
+    plain = errors(result_on_cpu(run(low, function=plain_torch)), want)
     for name in want.grads.keys() | {"output"}:
         # one rounding of the result is free: a gradient that plain torch gets right by luck is no yardstick
         assert ours[name] <= 2 * max(plain[name], torch.finfo(dtype).eps / 2), (name, ours[name], plain[name])

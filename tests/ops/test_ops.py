@@ -10,7 +10,16 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.random_layers import DIFFERENTIABLE, Layer, build, error, has_single_value, layers, run, unfused
+from support.random_layers import (
+    DIFFERENTIABLE,
+    Layer,
+    build,
+    error,
+    has_single_value,
+    layers,
+    plain_torch,
+    run,
+)
 
 from awnet import ops, reference
 from awnet.ops import checks
@@ -207,7 +216,7 @@ def test_low_precision_is_no_worse_than_twice_plain_torch(dtype, training: bool,
     for seed in range(4):
         layer = example(training, seed, batch=12, c_in=8, c_out=8, size=[10, 10]).rounded(dtype)
         exact = run(layer, backend="reference")
-        plain, ours = run(layer.to(dtype), function=unfused), run(layer.to(dtype), backend=backend)
+        plain, ours = run(layer.to(dtype), function=plain_torch), run(layer.to(dtype), backend=backend)
         assert ours.output.dtype == dtype
         pairs = {"output": (ours.output, plain.output, exact.output)}
         pairs |= {n: (ours.grads[n], plain.grads[n], exact.grads[n]) for n in exact.grads}

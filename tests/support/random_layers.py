@@ -69,7 +69,7 @@ def error(got: Tensor, expected: Tensor) -> float:
     return difference if size == 0 else difference / size
 
 
-def unfused(
+def plain_torch(
     input: Tensor,
     weight: Tensor,
     filter_scale: Tensor | None,
@@ -85,7 +85,7 @@ def unfused(
     activation: str | None = "relu",
     **conv: Any,
 ) -> Tensor:
-    """What one would write in plain torch: convolve, scale, two batch norms, blend, add, ReLU."""
+    """The layer in plain torch: convolve, scale, two batch norms, blend, add, ReLU."""
     u = F.conv2d(input, weight, None, **conv)
     if filter_scale is not None:
         u = u * filter_scale[:, :, None, None].to(u.dtype)

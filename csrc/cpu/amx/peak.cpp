@@ -33,31 +33,38 @@ void run_steps([[maybe_unused]] const Bits* cells) {
 #endif
 }
 
-// Operations per second of all threads together.
+// Operations per second of all threads together, from the first one's start to the last one's end.
 double peak(double seconds) {
   using Clock = std::chrono::steady_clock;
+  struct Run {
+    Clock::time_point start, end;
+    int64_t steps = 0;
+  };
   const Kernels& tiles = kernels(false);
-  std::vector<double> rates(at::get_num_threads());
-  at::parallel_for(0, static_cast<int64_t>(rates.size()), 1, [&](int64_t begin, int64_t end) {
+  std::vector<Run> runs(at::get_num_threads());
+  at::parallel_for(0, static_cast<int64_t>(runs.size()), 1, [&](int64_t begin, int64_t end) {
     alignas(64) Bits cells[4 * kCell];
     std::fill(cells, cells + 4 * kCell, Bits{0x3f80});  // ones
     tiles.configure();
     for (int64_t thread = begin; thread < end; ++thread) {
-      const auto start = Clock::now();
-      int64_t steps = 0;
-      double elapsed = 0;
+      Run& run = runs[thread];
+      run.start = Clock::now();
       do {
         run_steps(cells);
-        steps += kSteps;
-        elapsed = std::chrono::duration<double>(Clock::now() - start).count();
-      } while (elapsed < seconds);
-      rates[thread] = steps * kFlopsPerStep / elapsed;
+        run.steps += kSteps;
+        run.end = Clock::now();
+      } while (std::chrono::duration<double>(run.end - run.start).count() < seconds);
     }
     tiles.release();
   });
-  double sum = 0;
-  for (const double rate : rates) sum += rate;
-  return sum;
+  Run all = runs.front();
+  all.steps = 0;
+  for (const Run& run : runs) {
+    all.start = std::min(all.start, run.start);
+    all.end = std::max(all.end, run.end);
+    all.steps += run.steps;
+  }
+  return all.steps * kFlopsPerStep / std::chrono::duration<double>(all.end - all.start).count();
 }
 
 }  // namespace
