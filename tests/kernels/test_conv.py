@@ -478,7 +478,7 @@ def test_the_race_runs_and_refuses_a_wrong_kernel(tmp_path: Path, monkeypatch: p
         assert convolutions.main([*apply, "--out", str(tmp_path / "apply.csv")]) == 0
     right = fused_conv.fused_dgrad
     monkeypatch.setattr(fused_conv, "fused_dgrad", lambda *args, **how: right(*args, **how) + 1)
-    with pytest.raises(RuntimeError, match="is not the library's result"):
+    with pytest.raises(RuntimeError, match="does not equal the library's result"):
         convolutions.main([*usual, "--layers", "smoke"])
 
 
