@@ -100,20 +100,20 @@ __global__ void __launch_bounds__(kThreads) reduce_rows(Operands<T> op, Rows row
   }
 }
 
-// [B, parts, C] -> [B, C], first part first
+// [B, parts, C] -> [B, C]. In double, so that the error does not grow with the number of parts.
 __global__ void __launch_bounds__(kThreads)
     combine_sums(const float* sums, const float* alongs, float* g1, float* gc, int64_t entries,
                  int64_t channels, int32_t parts) {
   const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (entry >= entries) return;
   int64_t from = entry / channels * parts * channels + entry % channels;
-  float sum = 0.0f, along = 0.0f;
+  double sum = 0.0, along = 0.0;
   for (int32_t part = 0; part < parts; ++part, from += channels) {
     sum += sums[from];
     along += alongs[from];
   }
-  g1[entry] = sum;
-  gc[entry] = along;
+  g1[entry] = static_cast<float>(sum);
+  gc[entry] = static_cast<float>(along);
 }
 
 template <class T, int V>

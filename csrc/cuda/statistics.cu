@@ -1,5 +1,5 @@
-// Each plane's mean and centred sum of squares: two passes over values held in registers, then Chan's update
-// over the parts of large images. Never E[x^2] - mean^2.
+// Each plane's mean and centred sum of squares: two passes over values held in registers, then two over the
+// parts of a large image. Never E[x^2] - mean^2.
 #include "sums.h"
 
 namespace awnet::cuda {
@@ -84,25 +84,36 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(const T* u, float* m
   }
 }
 
-// [B, parts, C] -> [B, C]; every part has `length` values but the last.
-__global__ void __launch_bounds__(kThreads)
-    combine_statistics(const float* means, const float* squares, float* mean, float* m2, int64_t entries,
-                       int64_t channels, int32_t parts, int64_t length, int64_t pixels) {
-  const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (entry >= entries) return;
-  int64_t from = entry / channels * parts * channels + entry % channels;
-  float count = static_cast<float>(length), centre = means[from], sum = squares[from];
-  for (int32_t part = 1; part < parts; ++part) {
-    from += channels;
+// The parts of one call: every part has `length` values but the last.
+struct Parts {
+  int64_t entries, channels;
+  int32_t parts;
+  int64_t length, pixels;
+
+  __device__ __forceinline__ double count(int32_t part) const {
     const int64_t rest = pixels - part * length;
-    const float own = static_cast<float>(rest < length ? rest : length);
-    const float share = own / (count + own), d = means[from] - centre;
-    centre += d * share;
-    sum += squares[from] + d * d * count * share;
-    count += own;
+    return static_cast<double>(rest < length ? rest : length);
   }
-  mean[entry] = centre;
-  m2[entry] = sum;
+};
+
+// [B, parts, C] -> [B, C]: the mean of the parts' means, then their sums of squares about it. In double, so
+// that the error does not grow with the number of parts.
+__global__ void __launch_bounds__(kThreads)
+    combine_statistics(const float* means, const float* squares, float* mean, float* m2, Parts p) {
+  const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (entry >= p.entries) return;
+  const int64_t first = entry / p.channels * p.parts * p.channels + entry % p.channels;
+  double total = 0.0;
+  for (int32_t part = 0; part < p.parts; ++part) total += p.count(part) * means[first + part * p.channels];
+  const double centre = total / static_cast<double>(p.pixels);
+  double sum = 0.0;
+  for (int32_t part = 0; part < p.parts; ++part) {
+    const int64_t from = first + part * p.channels;
+    const double d = means[from] - centre;
+    sum += squares[from] + p.count(part) * d * d;
+  }
+  mean[entry] = static_cast<float>(centre);
+  m2[entry] = static_cast<float>(sum);
 }
 
 template <class T, int V>
@@ -121,7 +132,7 @@ const char* launch_statistics(const Images& images, const T* u, float* mean, flo
                                               planes, stream, u, means, squares);
   if (error != nullptr || parts == 1) return error;
   return launch(combine_statistics, divided_up(entries, kThreads), 1, dim3(kThreads), stream, means, squares,
-                mean, m2, entries, images.channels, parts, length, images.pixels);
+                mean, m2, Parts{entries, images.channels, parts, length, images.pixels});
 }
 
 }  // namespace

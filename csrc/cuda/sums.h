@@ -1,5 +1,5 @@
 // How a block of a reduction finds its share of the images, and where its sums go. Where a sample is cut into
-// several parts, their sums go to [B, parts, C] tables, which a second kernel combines in order.
+// several parts, their sums go to [B, parts, C] tables, which a second kernel combines in order, in double.
 #pragma once
 
 #include "device.h"

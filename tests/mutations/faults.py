@@ -252,7 +252,7 @@ FAULTS = (
     ),
     fault(
         "the parts' distance left out of Chan's update", "csrc/cuda/statistics.cu",
-        "sum += squares[from] + d * d * count * share;", "sum += squares[from];",
+        "sum += squares[from] + p.count(part) * d * d;", "sum += squares[from];",
         CUDA_PASSES,
     ),
     fault(

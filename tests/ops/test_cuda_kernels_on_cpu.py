@@ -154,6 +154,29 @@ def test_statistics_do_not_cancel_far_from_zero() -> None:
             assert error(m2, wide[1]) < 1e-3
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1023, 1025), (1, 3, 255, 512)], ids=["planes", "rows"])
+def test_the_error_of_a_sum_does_not_grow_with_the_parts_of_an_image(shape: tuple[int, ...]) -> None:
+    # Sums of equal parts: added up one after another in float32, hundreds of roundings have the same sign.
+    PASSES.misaligned = False
+    pixels = shape[2] * shape[3]
+    generator = torch.Generator().manual_seed(0)
+    period = torch.rand(256, generator=generator) + 0.25
+    plane = period.repeat(pixels // 256 + 1)[:pixels].view(shape[2:])
+    grad = plane.expand(shape).contiguous(
+        memory_format=torch.contiguous_format if shape[1] == 1 else torch.channels_last
+    )
+    u, centre = grad.clone(memory_format=torch.preserve_format), torch.zeros(shape[:2])
+    # A thread adds up 8 values, as no vector fits these shapes, and a tree of 8 levels the threads' sums; four
+    # more roundings are of a term and of the result.
+    bound = (8 + 8 + 4) * 2.0**-24
+    for name, got, want in (
+        ("sums", PASSES.reduce(grad, u, centre, None), EAGER.reduce(grad.double(), u.double(), centre, None)),
+        ("statistics", PASSES.statistics(u), EAGER.statistics(u.double())),
+    ):
+        for ours, truth in zip(got, want, strict=True):
+            assert ((ours - truth).abs() <= bound * truth).all(), (name, (ours - truth) / truth * 2**24)
+
+
 def test_nan_passes_as_torchs_relu_lets_it() -> None:
     PASSES.misaligned = False
     u = torch.full((1, 4, 2, 2), float("nan"))
