@@ -31,7 +31,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # which fail on pyproject.to
 # kernels/ and benchmarks/ stand at the top of the repository but install inside the package:
 # distributions called `kernels` and `benchmarks` belong to others.
 FOLDERS = {"awnet": "awnet", "awnet.kernels": "kernels", "awnet.benchmarks": "benchmarks"}
-SLOW_TO_COMPILE = ("layer.cpp", "network.cpp", "passes_avx512.cpp")
+SLOW_TO_COMPILE = ("autograd.cpp", "passes_avx512.cpp")
 CHOICES = ("auto", "none", "cpu", "cuda")
 # An editable install puts this folder on the path, as a src layout would. With FOLDERS, setuptools would
 # write an import hook instead, which a folder called awnet in the working directory hides and which type

@@ -1,4 +1,4 @@
-// The [B, C] mathematics of the layer for one sample and channel, shared by the CPU and the CUDA code.
+// The [B, C] algebra of the layer for one sample and channel, shared by the CPU and the CUDA code.
 //
 // docs/equations.md derives it, awnet/ops/coefficients.py is the same in torch. k is the branch: 0
 // adversarial, 1 clean.
@@ -28,27 +28,29 @@ struct Branch {
 
 AWNET_HD float inverse_std(float var, float eps) { return 1.0f / sqrtf(var + eps); }
 
-// Testing: scale = omega sum_k w_k gain_k, shift = sum_k w_k offset_k with w = (1 - p, p).
-AWNET_HD Affine testing_coefficients(float omega, float p, Branch adversarial, Branch clean) {
+// Eval mode: scale = filter_scale sum_k w_k gain_k, shift = sum_k w_k offset_k with w = (1 - p, p).
+AWNET_HD Affine eval_coefficients(float filter_scale, float p, Branch adversarial, Branch clean) {
   const float q = 1.0f - p;
-  return {omega * (q * adversarial.gain() + p * clean.gain()), q * adversarial.offset() + p * clean.offset()};
+  return {filter_scale * (q * adversarial.gain() + p * clean.gain()),
+          q * adversarial.offset() + p * clean.offset()};
 }
 
-struct TestingGradients {
-  float omega;      // of the filter scale
-  float p;          // this channel's share of the gradient of p
-  float weight[2];  // this sample's share of the gradients of the two rows
+struct EvalGradients {
+  float filter_scale;  // of the filter scale
+  float p;             // this channel's share of the gradient of p
+  float weight[2];     // this sample's share of the gradients of the two rows
   float bias[2];
 };
 
-// From g1 = sum g and gc = sum g (u - centre). About each branch's mean, so that no large sums cancel.
-AWNET_HD TestingGradients testing_gradients(float g1, float gc, float centre, float omega, float p,
-                                            Branch adversarial, Branch clean) {
+// From g1 = sum g and gc = sum g (u - centre). The sums are moved to each branch's mean, so that no large
+// ones cancel.
+AWNET_HD EvalGradients eval_gradients(float g1, float gc, float centre, float filter_scale, float p,
+                                      Branch adversarial, Branch clean) {
   const float q = 1.0f - p;
-  const float about[2] = {omega * gc + (omega * centre - adversarial.mean) * g1,
-                          omega * gc + (omega * centre - clean.mean) * g1};
-  TestingGradients d;
-  d.omega = (gc + centre * g1) * (q * adversarial.gain() + p * clean.gain());
+  const float about[2] = {filter_scale * gc + (filter_scale * centre - adversarial.mean) * g1,
+                          filter_scale * gc + (filter_scale * centre - clean.mean) * g1};
+  EvalGradients d;
+  d.filter_scale = (gc + centre * g1) * (q * adversarial.gain() + p * clean.gain());
   d.p = (clean.gain() * about[1] + clean.bias * g1) - (adversarial.gain() * about[0] + adversarial.bias * g1);
   d.weight[0] = q * about[0] * adversarial.inv_std;
   d.weight[1] = p * about[1] * clean.inv_std;
@@ -57,36 +59,39 @@ AWNET_HD TestingGradients testing_gradients(float g1, float gc, float centre, fl
   return d;
 }
 
-// Training: one sample's share of its branch's centred sum of squares, by Chan's update.
-AWNET_HD float spread(float mean, float m2, float hw, float omega, float branch_mean) {
-  const float d = omega * mean - branch_mean;
-  return omega * omega * m2 + hw * d * d;
+// Train mode: one sample's share of its branch's centred sum of squares, by Chan's update.
+AWNET_HD float spread(float mean, float m2, float hw, float filter_scale, float branch_mean) {
+  const float d = filter_scale * mean - branch_mean;
+  return filter_scale * filter_scale * m2 + hw * d * d;
 }
 
-AWNET_HD Affine training_coefficients(float omega, Branch own) { return {omega * own.gain(), own.offset()}; }
+AWNET_HD Affine train_coefficients(float filter_scale, Branch own) {
+  return {filter_scale * own.gain(), own.offset()};
+}
 
 // sum_hw g * normalised, from gc = sum g (u - mean).
-AWNET_HD float along(float g1, float gc, float mean, float omega, Branch own) {
-  return (omega * gc + (omega * mean - own.mean) * g1) * own.inv_std;
+AWNET_HD float along(float g1, float gc, float mean, float filter_scale, Branch own) {
+  return (filter_scale * gc + (filter_scale * mean - own.mean) * g1) * own.inv_std;
 }
 
-struct TrainingGradients {
-  float omega;
+struct TrainGradients {
+  float filter_scale;
   float by_grad, by_input, constant;  // d_u = by_grad g + by_input (u - mean) + constant
 };
 
 // through_mean = sum weight g1 / N and through_var = sum weight along * inv_std / N, over all samples that
 // share the statistics.
-AWNET_HD TrainingGradients training_gradients(float g1, float gc, float mean, float m2, float hw, float omega,
-                                              Branch own, float through_mean, float through_var) {
-  const float d = omega * mean - own.mean;
-  const float scaled = omega * own.inv_std;
-  TrainingGradients r;
+AWNET_HD TrainGradients train_gradients(float g1, float gc, float mean, float m2, float hw,
+                                        float filter_scale, Branch own, float through_mean,
+                                        float through_var) {
+  const float d = filter_scale * mean - own.mean;
+  const float scaled = filter_scale * own.inv_std;
+  TrainGradients r;
   r.by_grad = own.weight * scaled;
-  r.by_input = -scaled * through_var * omega;
+  r.by_input = -scaled * through_var * filter_scale;
   r.constant = -scaled * (through_mean + through_var * d);
-  r.omega = own.inv_std * (own.weight * gc - through_var * omega * m2 +
-                           mean * (own.weight * g1 - hw * (through_mean + through_var * d)));
+  r.filter_scale = own.inv_std * (own.weight * gc - through_var * filter_scale * m2 +
+                                  mean * (own.weight * g1 - hw * (through_mean + through_var * d)));
   return r;
 }
 

@@ -1,4 +1,4 @@
-// The layer's operator for callers in C++, below autograd; layer.cpp.
+// A layer below autograd; layer.cpp.
 #pragma once
 
 #include <array>
@@ -59,5 +59,44 @@ at::MemoryFormat layout_of(const Tensor& x);
 
 LayerOutputs layer_forward(const LayerArgs& args, Keep keep);
 LayerGradients layer_backward(const LayerBackwardArgs& args);
+
+// y = act(u * scale + shift + residual) for u = conv(input, weight), or u = input without a weight: a layer
+// in eval mode, or a layer of a frozen network.
+struct AffineArgs {
+  Tensor input;
+  MaybeTensor weight;
+  Conv conv;
+  Tensor scale, shift;  // [B, C_out]
+  MaybeTensor residual;
+  bool relu = false;
+};
+
+struct AffineOutputs {
+  Tensor y, u, mask;
+};
+
+AffineOutputs affine_forward(const AffineArgs& args, Keep keep);
+
+struct AffineBackwardArgs {
+  Tensor grad, input;  // input: undefined unless the weight's gradient is required
+  std::vector<int64_t> input_shape;
+  MaybeTensor weight;
+  Conv conv;
+  MaybeTensor u, centre, relu_mask;  // u and centre, see centre_of: for the sums and in train mode
+  Propagation propagation;           // by_grad is the scale; the rest is for train mode
+  MaybeTensor onto;                  // a gradient of the input, to which this one is added in place
+  bool channels_last = false;
+  bool need_sums = false, need_input = false, need_weight = false, need_residual = false;
+};
+
+struct AffineGradients {
+  Tensor input, weight, residual;
+  Reduced sums;  // the gradient of the shift is g1, that of the scale gc + centre * g1
+};
+
+AffineGradients affine_backward(const AffineBackwardArgs& args);
+
+// A [B, C] centre for the sums of `reduce`.
+Tensor centre_of(const Tensor& u);
 
 }  // namespace awnet

@@ -200,13 +200,20 @@ auto call_convolve_apply(Arguments& in) {
 }
 
 auto call_convolve_back(Arguments& in) {
-  const Tensor grad = in.tensor();
-  const MaybeTensor u = in.maybe_tensor(), centre = in.maybe_tensor(), relu_mask = in.maybe_tensor();
-  const Tensor scale = in.tensor(), weight = in.tensor();
+  cpu::BackArgs args;
+  args.grad = in.tensor();
+  args.u = in.maybe_tensor();
+  args.centre = in.maybe_tensor();
+  args.relu_mask = in.maybe_tensor();
+  args.propagation.by_grad = in.tensor();
+  args.weight = in.tensor();
   const std::vector<int64_t> input_shape = in.integers();
   const Conv conv = read_window(in);
-  const auto back = cpu::convolve_back(grad, u, centre, relu_mask, scale, {}, {}, weight, input_shape,
-                                       conv.window(), u.has_value(), in.flag(), false);
+  args.input_shape = input_shape;
+  args.window = conv.window();
+  args.need_sums = args.u.has_value();
+  args.need_residual = in.flag();
+  const auto back = cpu::convolve_back(args);
   return std::make_tuple(back.d_input, back.d_residual, back.g1, back.gc);
 }
 

@@ -1,17 +1,19 @@
-// How the layers of a frozen network join, as awnet/ops/network.py writes it down.
+// The layers of a frozen network and how they are connected, as in awnet/ops/network.py; network.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <optional>
+#include <utility>
 #include <vector>
 
 namespace awnet {
 
-// Numbers are of the layer that a tensor comes from, -1 for the images.
+// A layer. Numbers are of the layer that a tensor comes from, -1 for the images.
 struct Step {
   int64_t input, residual;  // a residual of -1 is none
-  bool averaged, relu;
+  bool averaged, relu;      // averaged: the mean over the output's pixels is an output of the network
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
 };
@@ -23,12 +25,59 @@ inline std::vector<Step> steps_of(at::IntArrayRef numbers, size_t layers) {
   std::vector<Step> steps;
   for (size_t i = 0; i < layers; ++i) {
     const int64_t* n = numbers.data() + fields * i;
-    const auto own = static_cast<int64_t>(i);
-    TORCH_CHECK(n[0] >= -1 && n[0] < own && n[1] >= -1 && n[1] < own, "layer ", i,
-                " may take what earlier ones give, not ", n[0], " and ", n[1]);
+    const auto layer = static_cast<int64_t>(i);
+    TORCH_CHECK(n[0] >= -1 && n[0] < layer && n[1] >= -1 && n[1] < layer, "layer ", i,
+                " may take the outputs of earlier layers only, not of ", n[0], " and ", n[1]);
     steps.push_back({n[0], n[1], n[2] != 0, n[3] != 0, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}, n[10]});
   }
   return steps;
 }
+
+struct NetworkNeeds {
+  bool x;
+  std::vector<bool> scales, shifts;
+};
+
+// Undefined where not required, and x also where no mean has a gradient.
+struct NetworkGradients {
+  at::Tensor x;
+  std::vector<at::Tensor> scales, shifts;
+};
+
+// What the backward needs of a layer.
+struct SavedLayer {
+  at::Tensor weight, scale, u, mask;
+  std::vector<int64_t> shape;  // of its output
+  bool channels_last;
+};
+
+struct NetworkOutputs {
+  std::vector<at::Tensor> means;  // of the layers with `averaged`
+  std::vector<SavedLayer> layers;
+};
+
+NetworkOutputs network_forward(const at::Tensor& x, at::TensorList scales, at::TensorList shifts,
+                               at::TensorList weights, const std::vector<Step>& steps, bool keep_u,
+                               bool keep_mask);
+
+// `d_means` has a gradient for each of the forward's means, or an undefined tensor.
+NetworkGradients network_backward(const std::vector<Step>& steps, const std::vector<SavedLayer>& layers,
+                                  at::IntArrayRef images, at::TensorList d_means, const NetworkNeeds& needs);
+
+// The eval-mode coefficients of all layers: those of one layer with all channels side by side, split.
+struct CoefficientArgs {
+  std::optional<at::Tensor> filter_scale;  // [B, D]; the columns from D on have none
+  at::Tensor p_clean;                      // [B]
+  at::Tensor tables;                       // [4, 2, T]: weight, bias, mean and variance
+  std::vector<int64_t> widths;             // of the layers, T in all
+  double eps;
+};
+
+// scale and shift [B, C] of each layer in turn
+std::vector<at::Tensor> network_coefficients(const CoefficientArgs& args);
+
+// The gradients of filter_scale and p_clean, from those of the outputs, which may be undefined.
+std::pair<at::Tensor, at::Tensor> network_coefficients_backward(const CoefficientArgs& args,
+                                                                at::TensorList grads);
 
 }  // namespace awnet

@@ -1,15 +1,14 @@
-// The [B, C] mathematics on CPUs: loops over samples and channels around ../arithmetic.h. Sums over the batch
+// The [B, C] algebra on CPUs: loops over samples and channels around ../arithmetic.h. Sums over the batch
 // are double. docs/equations.md derives what is computed, awnet/ops/coefficients.py is the same in torch.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <vector>
 
 #include "../arithmetic.h"
 #include "../ops.h"
+#include "../tensors.h"
 
 namespace awnet::cpu {
 namespace {
@@ -84,13 +83,13 @@ std::tuple<Tensor, Tensor> eval_coefficients(const Mix& mix, const MixNorm& of, 
   const float* p = floats(mix.p_clean, {batch}, "p_clean");
   const bool two = norm.branches() == 2;
   TORCH_CHECK(!two || mix.p_clean.has_value(), "two branches need p_clean");
-  Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
+  Tensor scale = new_tensor({batch, channels}, weight.options()), shift = new_tensor_like(scale);
   float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
-        const Affine a = testing_coefficients(w ? w[i] : 1.0f, two ? p[b] : 0.0f, norm.branch(0, c),
-                                              norm.branch(two ? 1 : 0, c));
+        const Affine a = awnet::eval_coefficients(w ? w[i] : 1.0f, two ? p[b] : 0.0f, norm.branch(0, c),
+                                                  norm.branch(two ? 1 : 0, c));
         scale_p[i] = a.scale;
         shift_p[i] = a.shift;
       }
@@ -111,13 +110,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eval_gradients(const Reduced& reduced
               *p = floats(mix.p_clean, {batch}, "p_clean");
   const bool two = norm.branches() == 2;
   TORCH_CHECK(!two || mix.p_clean.has_value(), "two branches need p_clean");
-  const auto made = [&](bool needed, at::IntArrayRef shape) {
-    return at::empty(needed ? shape : at::IntArrayRef({0}), weight.options());
+  const auto new_if = [&](bool needed, at::IntArrayRef shape) {
+    return new_tensor(needed ? shape : at::IntArrayRef({0}), weight.options());
   };
   const bool need_tables = needs.bn_weight || needs.bn_bias;
-  Tensor d_filter_scale = made(needs.filter_scale, {batch, channels}),
-         p_share = made(needs.p_clean, {batch, channels});
-  Tensor d_weight = made(need_tables, weight.sizes()), d_bias = made(need_tables, weight.sizes());
+  Tensor d_filter_scale = new_if(needs.filter_scale, {batch, channels}),
+         p_share = new_if(needs.p_clean, {batch, channels});
+  Tensor d_weight = new_if(need_tables, weight.sizes()), d_bias = new_if(need_tables, weight.sizes());
   float* d_filter_scale_p = needs.filter_scale ? d_filter_scale.data_ptr<float>() : nullptr;
   float* share = needs.p_clean ? p_share.data_ptr<float>() : nullptr;
   float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>();
@@ -125,10 +124,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eval_gradients(const Reduced& reduced
     std::vector<double> sums(need_tables ? 4 * (last - first) : 0, 0.0);
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
-        const TestingGradients d =
-            testing_gradients(g1_p[i], gc_p[i], centre_p[i], w ? w[i] : 1.0f, two ? p[b] : 0.0f,
-                              norm.branch(0, c), norm.branch(two ? 1 : 0, c));
-        if (d_filter_scale_p != nullptr) d_filter_scale_p[i] = d.omega;
+        const EvalGradients d =
+            awnet::eval_gradients(g1_p[i], gc_p[i], centre_p[i], w ? w[i] : 1.0f, two ? p[b] : 0.0f,
+                                  norm.branch(0, c), norm.branch(two ? 1 : 0, c));
+        if (d_filter_scale_p != nullptr) d_filter_scale_p[i] = d.filter_scale;
         if (share != nullptr) share[i] = d.p;
         if (!need_tables) continue;
         double* sum = sums.data() + 4 * (c - first);
@@ -162,8 +161,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_statistics(const SampleStats& stats, co
   const float* w = floats(mix.filter_scale, {batch, channels}, "filter_scale");
   const bool* clean = bools(mix.is_clean, batch);
   TORCH_CHECK(rows == 1 || (rows == 2 && mix.is_clean.has_value()), "two rows of statistics need is_clean");
-  Tensor mu = at::empty({rows, channels}, mean.options()), var = at::empty_like(mu),
-         n = at::empty({rows}, mean.options());
+  Tensor mu = new_tensor({rows, channels}, mean.options()), var = new_tensor_like(mu),
+         n = new_tensor({rows}, mean.options());
   float *mu_p = mu.data_ptr<float>(), *var_p = var.data_ptr<float>();
   double samples[2] = {0.0, 0.0};
   for (int64_t b = 0; b < batch; ++b) samples[rows == 2 && clean[b]] += 1.0;
@@ -200,13 +199,13 @@ std::tuple<Tensor, Tensor> train_coefficients(const Mix& mix, const MixNorm& of,
   const float* w = floats(mix.filter_scale, {batch, channels}, "filter_scale");
   const bool* clean = bools(mix.is_clean, batch);
   TORCH_CHECK(norm.branches() == 1 || mix.is_clean.has_value(), "two branches need is_clean");
-  Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
+  Tensor scale = new_tensor({batch, channels}, weight.options()), shift = new_tensor_like(scale);
   float *scale_p = scale.data_ptr<float>(), *shift_p = shift.data_ptr<float>();
   for_channels(batch, channels, [&](int64_t first, int64_t last) {
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t k = clean != nullptr && clean[b];
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
-        const Affine a = training_coefficients(w ? w[i] : 1.0f, norm.branch(k, c));
+        const Affine a = awnet::train_coefficients(w ? w[i] : 1.0f, norm.branch(k, c));
         scale_p[i] = a.scale;
         shift_p[i] = a.shift;
       }
@@ -220,27 +219,27 @@ namespace {
 // The batch of a backward in training, checked.
 struct Backward {
   const Norm norm;
-  const int64_t batch, channels, rows, groups;
-  const float *g1, *gc, *mean, *omega;
+  const int64_t batch, channels, affine_rows, stat_rows;
+  const float *g1, *gc, *mean, *filter_scale;
   const bool* clean;
 
   Backward(const Reduced& sums, const Mix& mix, const MixNorm& of)
       : norm(of),
         batch(sums.g1.size(0)),
         channels(of.weight.size(1)),
-        rows(of.weight.size(0)),
-        groups(of.mean.size(0)),
+        affine_rows(of.weight.size(0)),
+        stat_rows(of.mean.size(0)),
         g1(floats(sums.g1, {batch, channels}, "g1")),
         gc(floats(sums.gc, {batch, channels}, "gc")),
         mean(floats(sums.centre, {batch, channels}, "mean")),
-        omega(floats(mix.filter_scale, {batch, channels}, "filter_scale")),
+        filter_scale(floats(mix.filter_scale, {batch, channels}, "filter_scale")),
         clean(bools(mix.is_clean, batch)) {
     TORCH_CHECK(norm.branches() == 1 || mix.is_clean.has_value(), "two branches need is_clean");
   }
 
-  int64_t kind(int64_t b) const { return clean != nullptr && clean[b]; }
-  int64_t group(int64_t b) const { return groups == 2 ? kind(b) : 0; }
-  float scale(int64_t i) const { return omega ? omega[i] : 1.0f; }
+  int64_t branch_of(int64_t b) const { return clean != nullptr && clean[b]; }
+  int64_t stat_row_of(int64_t b) const { return stat_rows == 2 ? branch_of(b) : 0; }
+  float scale(int64_t i) const { return filter_scale ? filter_scale[i] : 1.0f; }
 
   // For channels [first, last): d_weight and d_bias, and sums over each row of the statistics, times the
   // weight: 4 a channel, of g for both rows, then of g . normalised.
@@ -248,19 +247,19 @@ struct Backward {
     const int64_t width = last - first;
     std::vector<double> tables(4 * width, 0.0), through(4 * width, 0.0);
     for (int64_t b = 0; b < batch; ++b) {
-      const int64_t k = kind(b), row = rows == 2 ? k : 0, own_group = group(b);
+      const int64_t k = branch_of(b), row = affine_rows == 2 ? k : 0, stat_row = stat_row_of(b);
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
         const Branch own = norm.branch(k, c);
         const float a = along(g1[i], gc[i], mean[i], scale(i), own);
         double *table = tables.data() + 4 * (c - first), *sum = through.data() + 4 * (c - first);
         table[row] += g1[i];
         table[2 + row] += a;
-        sum[own_group] += own.weight * g1[i];
-        sum[2 + own_group] += own.weight * a;
+        sum[stat_row] += own.weight * g1[i];
+        sum[2 + stat_row] += own.weight * a;
       }
     }
     for (int64_t c = first; c < last; ++c) {
-      for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t row = 0; row < affine_rows; ++row) {
         d_bias[row * channels + c] = tables[4 * (c - first) + row];
         d_weight[row * channels + c] = tables[4 * (c - first) + 2 + row];
       }
@@ -274,16 +273,16 @@ struct Backward {
 std::tuple<Tensor, Tensor, Tensor> train_sums(const Reduced& reduced, const Mix& mix, const MixNorm& norm) {
   const Tensor& weight = norm.weight;
   const Backward of(reduced, mix, norm);
-  Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight);
-  Tensor through = at::empty({2, of.groups, of.channels}, weight.options());
+  Tensor d_weight = new_tensor_like(weight), d_bias = new_tensor_like(weight);
+  Tensor through = new_tensor({2, of.stat_rows, of.channels}, weight.options());
   float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>(),
         *through_p = through.data_ptr<float>();
   for_channels(of.batch, of.channels, [&](int64_t first, int64_t last) {
     const std::vector<double> sums = of.sums(first, last, d_weight_p, d_bias_p);
     for (int64_t c = first; c < last; ++c) {
       for (int64_t half = 0; half < 2; ++half) {
-        for (int64_t k = 0; k < of.groups; ++k) {
-          through_p[(half * of.groups + k) * of.channels + c] = sums[4 * (c - first) + 2 * half + k];
+        for (int64_t k = 0; k < of.stat_rows; ++k) {
+          through_p[(half * of.stat_rows + k) * of.channels + c] = sums[4 * (c - first) + 2 * half + k];
         }
       }
     }
@@ -296,17 +295,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_gradients(
     bool need_filter_scale, const MaybeTensor& through) {
   const Tensor& weight = norm.weight;
   const Backward of(reduced, mix, norm);
-  const int64_t batch = of.batch, channels = of.channels, groups = of.groups;
-  const float *squares = floats(stats.m2, {batch, channels}, "m2"), *n_p = floats(n, {groups}, "n");
-  const float* through_p = floats(through, {2, groups, channels}, "through");
+  const int64_t batch = of.batch, channels = of.channels, stat_rows = of.stat_rows;
+  const float *squares = floats(stats.m2, {batch, channels}, "m2"), *n_p = floats(n, {stat_rows}, "n");
+  const float* through_p = floats(through, {2, stat_rows, channels}, "through");
   const auto options = weight.options();
-  const auto made = [&](bool needed, at::IntArrayRef shape) {
-    return at::empty(needed ? shape : at::IntArrayRef({0}), options);
+  const auto new_if = [&](bool needed, at::IntArrayRef shape) {
+    return new_tensor(needed ? shape : at::IntArrayRef({0}), options);
   };
-  Tensor d_filter_scale = made(need_filter_scale, {batch, channels}),
-         by_grad = at::empty({batch, channels}, options), by_input = at::empty_like(by_grad),
-         constant = at::empty_like(by_grad);
-  Tensor d_weight = made(!through, weight.sizes()), d_bias = made(!through, weight.sizes());
+  Tensor d_filter_scale = new_if(need_filter_scale, {batch, channels}),
+         by_grad = new_tensor({batch, channels}, options), by_input = new_tensor_like(by_grad),
+         constant = new_tensor_like(by_grad);
+  Tensor d_weight = new_if(!through, weight.sizes()), d_bias = new_if(!through, weight.sizes());
   float *d_filter_scale_p = d_filter_scale.data_ptr<float>(), *by_grad_p = by_grad.data_ptr<float>(),
         *by_input_p = by_input.data_ptr<float>(), *constant_p = constant.data_ptr<float>();
   float *d_weight_p = d_weight.data_ptr<float>(), *d_bias_p = d_bias.data_ptr<float>();
@@ -319,22 +318,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_gradients(
       sums.resize(4 * (last - first));
       for (int64_t c = first; c < last; ++c) {
         for (int64_t half = 0; half < 2; ++half) {
-          for (int64_t k = 0; k < groups; ++k) {
-            sums[4 * (c - first) + 2 * half + k] = through_p[(half * groups + k) * channels + c];
+          for (int64_t k = 0; k < stat_rows; ++k) {
+            sums[4 * (c - first) + 2 * half + k] = through_p[(half * stat_rows + k) * channels + c];
           }
         }
       }
     }
     for (int64_t b = 0; b < batch; ++b) {
-      const int64_t k = of.kind(b), group = of.group(b);
-      const float count = std::max(n_p[group], 1.0f);
+      const int64_t k = of.branch_of(b), stat_row = of.stat_row_of(b);
+      const float count = std::max(n_p[stat_row], 1.0f);
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
         const Branch own = of.norm.branch(k, c);
         const double* sum = sums.data() + 4 * (c - first);
-        const TrainingGradients d = training_gradients(
-            of.g1[i], of.gc[i], of.mean[i], squares[i], hw_f, of.scale(i), own,
-            static_cast<float>(sum[group]) / count, static_cast<float>(sum[2 + group]) * own.inv_std / count);
-        if (need_filter_scale) d_filter_scale_p[i] = d.omega;
+        const TrainGradients d =
+            awnet::train_gradients(of.g1[i], of.gc[i], of.mean[i], squares[i], hw_f, of.scale(i), own,
+                                   static_cast<float>(sum[stat_row]) / count,
+                                   static_cast<float>(sum[2 + stat_row]) * own.inv_std / count);
+        if (need_filter_scale) d_filter_scale_p[i] = d.filter_scale;
         by_grad_p[i] = d.by_grad;
         by_input_p[i] = d.by_input;
         constant_p[i] = d.constant;

@@ -8,14 +8,13 @@
 #include "convolution.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "../ops.h"
+#include "../tensors.h"
 #include "passes.h"
 
 namespace awnet::cpu {
@@ -579,9 +578,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(
   TORCH_CHECK(convolves(input, weight_in, window, 1), kNotTaken);
   const at::Tensor weight = weight_in.contiguous();
   const Forward plan(input, weight, window);
-  const at::Tensor y = at::empty(output_shape(input, plan), input.options());
-  const at::Tensor u = keep_u ? at::empty_like(y) : at::empty({0}, input.options());
-  const at::Tensor mask = at::empty(keep_mask ? y.sizes() : Sizes({0}), input.options().dtype(at::kBool));
+  const at::Tensor y = new_tensor(output_shape(input, plan), input.options());
+  const at::Tensor u = keep_u ? new_tensor_like(y) : new_tensor({0}, input.options());
+  const at::Tensor mask = new_tensor(keep_mask ? y.sizes() : Sizes({0}), input.options().dtype(at::kBool));
   const at::Tensor scale = table(scale_in, y, "scale"), shift = table(shift_in, y, "shift");
   const auto residual = checked(residual_in, [&](const at::Tensor& x) { return image(x, y, "residual"); });
   convolve_each(input, plan,
@@ -599,10 +598,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Ten
   TORCH_CHECK(convolves(input, weight_in, window, 1), kNotTaken);
   const at::Tensor weight = weight_in.contiguous();
   const Forward plan(input, weight, window);
-  const at::Tensor u = at::empty(output_shape(input, plan), input.options());
+  const at::Tensor u = new_tensor(output_shape(input, plan), input.options());
   const int64_t values = plan.out_size[0] * plan.out_size[1];
   const std::vector<int64_t> table = {u.size(0), u.size(1)};
-  const at::Tensor mean = at::empty(table, input.options()), m2 = at::empty(table, input.options());
+  const at::Tensor mean = new_tensor(table, input.options()), m2 = new_tensor(table, input.options());
   float *const u_p = u.data_ptr<float>(), *const mean_p = mean.data_ptr<float>(),
                *const m2_p = m2.data_ptr<float>();
   const ConvolveOutput to{.u = u_p, .plane = values};
@@ -612,41 +611,44 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Ten
   return {u, mean, m2};
 }
 
-Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in,
-                   const std::optional<at::Tensor>& centre_in, const std::optional<at::Tensor>& gate_in,
-                   const at::Tensor& by_grad_in, const std::optional<at::Tensor>& by_input_in,
-                   const std::optional<at::Tensor>& constant_in, const at::Tensor& weight_in,
-                   Sizes input_shape, const Window& window, bool sums, bool residual, bool keep_d_u,
-                   const std::optional<at::Tensor>& onto) {
-  TORCH_CHECK(convolves_back(input_shape, grad, weight_in, window, 1), kNotTaken);
-  TORCH_CHECK(!(sums || by_input_in) || (u_in && centre_in), "sums and by_input need u and centre");
-  TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
-  const at::Tensor weight = weight_in.contiguous(), by_grad = table(by_grad_in, grad, "by_grad");
-  const Backward plan(input_shape, grad, weight, window);
-  const auto u = checked(u_in, [&](const at::Tensor& x) { return image(x, grad, "u"); }),
-             gate = checked(gate_in, [&](const at::Tensor& x) { return image(x, grad, "gate", true); }),
-             centre = checked(centre_in, [&](const at::Tensor& x) { return table(x, grad, "centre"); }),
-             by_input = checked(by_input_in, [&](const at::Tensor& x) { return table(x, grad, "by_input"); }),
-             constant = checked(constant_in, [&](const at::Tensor& x) { return table(x, grad, "constant"); });
-  const at::Tensor none = at::empty({0}, grad.options());
-  TORCH_CHECK(!onto || (onto->sizes() == input_shape && onto->is_contiguous()),
-              "expected a contiguous gradient ", input_shape, " to add to");
-  Back back{onto ? *onto : at::empty(input_shape, grad.options()), residual ? at::empty_like(grad) : none,
-            keep_d_u ? at::empty_like(grad) : none, sums ? at::empty_like(by_grad) : none,
-            sums ? at::empty_like(by_grad) : none};
+Back convolve_back(const BackArgs& args) {
+  const at::Tensor& grad = args.grad;
+  const Propagation& by = args.propagation;
+  const bool sums = args.need_sums;
+  TORCH_CHECK(convolves_back(args.input_shape, grad, args.weight, args.window, 1), kNotTaken);
+  TORCH_CHECK(!(sums || by.by_input) || (args.u && args.centre), "sums and by_input need u and centre");
+  TORCH_CHECK(by.by_input.has_value() == by.constant.has_value(), "by_input and constant come together");
+  const at::Tensor weight = args.weight.contiguous(), by_grad = table(by.by_grad, grad, "by_grad");
+  const Backward plan(args.input_shape, grad, weight, args.window);
+  const auto image_of = [&](const std::optional<at::Tensor>& x, const char* name, bool mask = false) {
+    return checked(x, [&](const at::Tensor& y) { return image(y, grad, name, mask); });
+  };
+  const auto table_of = [&](const std::optional<at::Tensor>& x, const char* name) {
+    return checked(x, [&](const at::Tensor& y) { return table(y, grad, name); });
+  };
+  const auto u = image_of(args.u, "u"), relu_mask = image_of(args.relu_mask, "relu_mask", true),
+             centre = table_of(args.centre, "centre"), by_input = table_of(by.by_input, "by_input"),
+             constant = table_of(by.constant, "constant");
+  const at::Tensor none = new_tensor({0}, grad.options());
+  const bool add = args.onto.has_value();
+  TORCH_CHECK(!add || (args.onto->sizes() == args.input_shape && args.onto->is_contiguous()),
+              "expected a contiguous gradient ", args.input_shape, " to add to");
+  Back back{add ? *args.onto : new_tensor(args.input_shape, grad.options()),
+            args.need_residual ? new_tensor_like(grad) : none, args.need_d_u ? new_tensor_like(grad) : none,
+            sums ? new_tensor_like(by_grad) : none, sums ? new_tensor_like(by_grad) : none};
   const int64_t values = plan.pixels, out_values = plan.in_size[0] * plan.in_size[1];
   const auto pointer = [](const at::Tensor& x) { return x.numel() > 0 ? x.data_ptr<float>() : nullptr; };
   float *const d_input = back.d_input.data_ptr<float>(), *const d_residual = pointer(back.d_residual),
                *const d_u = pointer(back.d_u), *const g1 = pointer(back.g1), *const gc = pointer(back.gc);
   const float *const g_p = grad.const_data_ptr<float>(), *const by_grad_p = by_grad.const_data_ptr<float>();
-  const bool by_mask = gate && gate->scalar_type() == at::kBool;
-  const Gate<float> passed = {gate && !by_mask ? gate->const_data_ptr<float>() : nullptr,
-                              by_mask ? static_cast<const uint8_t*>(gate->const_data_ptr()) : nullptr};
+  const bool by_mask = relu_mask && relu_mask->scalar_type() == at::kBool;
+  const Gate<float> passed = {relu_mask && !by_mask ? relu_mask->const_data_ptr<float>() : nullptr,
+                              by_mask ? static_cast<const uint8_t*>(relu_mask->const_data_ptr()) : nullptr};
   const float *const u_p = plane_of(u, 0), *const centre_p = plane_of(centre, 0),
                      *const by_input_p = plane_of(by_input, 0), *const constant_p = plane_of(constant, 0);
   const Kernels<float>& passes = float32_passes();
 
-  // One channel of a sample, and what else is asked for of it.
+  // Packs one channel of a sample, and writes its other outputs.
   const auto pack = [&](int64_t b, int64_t c, bool first, float* to, float* spare) {
     const int64_t plane = b * plan.inputs + c, at = plane * values;
     const PlaneGradient own{
@@ -678,24 +680,21 @@ Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u_in
     float* const out = own + packed;
     for (int64_t sample = b; fresh && sample < end; ++sample) {
       for (int64_t c = 0; c < plan.inputs; ++c) {
-        // what is written besides is written by one thread
+        // one thread writes the other outputs
         pack(sample, c, block == 0, plan.channel_of(own, c), out + scratch);
         plan.combine(own, sample - b, c);
       }
     }
     const int64_t first = b * plan.outputs + block * kConvolveRows;
     if (plan.direct()) {
-      plan.run({.u = d_input + first * out_values,
-                .plane = out_values,
-                .sample = plan.outputs,
-                .add = onto.has_value()},
+      plan.run({.u = d_input + first * out_values, .plane = out_values, .sample = plan.outputs, .add = add},
                own, block, plan.phases[0], end - b);
       return;
     }
     plan.run(out, own, block);
     const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
     for (int64_t c = first; c < last; ++c) {
-      plan.unpack(d_input + c * out_values, out + (c - first) * plan.channel_values(), onto.has_value());
+      plan.unpack(d_input + c * out_values, out + (c - first) * plan.channel_values(), add);
     }
   };
   for_blocks(plan, grad.size(0), packed + scratch + values, body);

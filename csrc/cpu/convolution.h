@@ -1,11 +1,13 @@
-// A direct convolution of float32 NCHW images on the CPU with the layer's passes around it, for few channels,
-// where a library's loses its time in bringing images and weights into its own layouts. AVX512 alone.
+// A direct convolution of float32 NCHW images on CPUs with AVX512, with the layer's passes around it. It is
+// for few channels, where the library's spends its time on changing the layout of images and weights.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <tuple>
+
+#include "../ops.h"
 
 namespace awnet::cpu {
 
@@ -15,8 +17,8 @@ struct Window {
   Sizes stride, padding, dilation;
 };
 
-// Whether it takes such images, weights and sizes: within the limits where it was measured to win, and where
-// its packed images are small. Everything else is the library's.
+// Whether it supports such images, weights and sizes: within the limits where it was measured to be faster,
+// and where its packed images are small. Everything else is left to the library.
 bool convolves(const at::Tensor& input, const at::Tensor& weight, const Window& window, int64_t groups);
 // The same for `convolve_back`, which turns `grad` into the gradient of an input of `input_shape`.
 bool convolves_back(Sizes input_shape, const at::Tensor& grad, const at::Tensor& weight, const Window& window,
@@ -35,18 +37,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Ten
                                                                    const at::Tensor& weight,
                                                                    const Window& window);
 
-struct Back {
-  at::Tensor d_input, d_residual, d_u, g1, gc;  // empty where not asked for
+struct BackArgs {
+  at::Tensor grad;
+  std::optional<at::Tensor> u, centre, relu_mask;
+  Propagation propagation;
+  at::Tensor weight;
+  Sizes input_shape;
+  Window window;
+  std::optional<at::Tensor> onto;  // a contiguous tensor to which the input's gradient is added in place
+  bool need_sums = false, need_residual = false, need_d_u = false;
 };
 
-// The input's gradient of such a layer: `reduce` (where sums are asked for, around `centre`) and `propagate`,
-// whose d_u goes straight into the convolution; it is written out only where it is asked for. The input's
-// gradient is added to `onto`, in place, where there is such a tensor.
-Back convolve_back(const at::Tensor& grad, const std::optional<at::Tensor>& u,
-                   const std::optional<at::Tensor>& centre, const std::optional<at::Tensor>& gate,
-                   const at::Tensor& by_grad, const std::optional<at::Tensor>& by_input,
-                   const std::optional<at::Tensor>& constant, const at::Tensor& weight, Sizes input_shape,
-                   const Window& window, bool sums, bool residual, bool keep_d_u,
-                   const std::optional<at::Tensor>& onto = {});
+struct Back {
+  at::Tensor d_input, d_residual, d_u, g1, gc;  // empty where not required
+};
+
+// `reduce` (if the sums are required) and `propagate`, whose d_u goes straight into the convolution that
+// gives the input's gradient. d_u is written to memory only if it is required.
+Back convolve_back(const BackArgs& args);
 
 }  // namespace awnet::cpu

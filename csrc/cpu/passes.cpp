@@ -3,11 +3,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include "../ops.h"
+#include "../tensors.h"
 
 namespace awnet::cpu {
 namespace {
@@ -173,7 +172,7 @@ std::tuple<at::Tensor, at::Tensor> statistics(const at::Tensor& u_in) {
   const Shape s(u_in);
   const at::Tensor u = u_in.contiguous(s.format);
   const auto options = u.options().dtype(at::kFloat);
-  at::Tensor mean = at::empty({s.batch, s.channels}, options), m2 = at::empty_like(mean);
+  at::Tensor mean = new_tensor({s.batch, s.channels}, options), m2 = new_tensor_like(mean);
   float *mean_p = data<float>(mean), *m2_p = data<float>(m2);
   for_dtype(u.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -202,9 +201,9 @@ std::tuple<at::Tensor, at::Tensor> apply(const at::Tensor& u_in, const at::Tenso
   TORCH_CHECK(relu || !keep_mask, "there is no mask without an activation");
   at::Tensor residual;
   if (residual_in) residual = s.laid_out(*residual_in, "residual", u.scalar_type());
-  const at::Tensor y = in_place ? u : at::empty_like(u, u.options(), s.format);
+  const at::Tensor y = in_place ? u : new_tensor_like(u, u.options(), s.format);
   const auto bools = u.options().dtype(at::kBool);
-  const at::Tensor mask = keep_mask ? at::empty_like(u, bools, s.format) : at::empty({0}, bools);
+  const at::Tensor mask = keep_mask ? new_tensor_like(u, bools, s.format) : new_tensor({0}, bools);
   const float *scale_p = table_data(scale), *shift_p = table_data(shift);
   uint8_t* mask_p = keep_mask ? data<uint8_t>(mask) : nullptr;
   for_dtype(u.scalar_type(), [&](auto tag) {
@@ -235,7 +234,7 @@ std::tuple<at::Tensor, at::Tensor> reduce(const at::Tensor& grad_in, const at::T
   const Shape s(u_in);
   const at::Tensor u = u_in.contiguous(s.format), grad = s.laid_out(grad_in, "grad", u.scalar_type());
   const at::Tensor centre = s.table(centre_in, "centre"), gate = s.gate(gate_in, u.scalar_type());
-  at::Tensor g1 = at::empty_like(centre), gc = at::empty_like(centre);
+  at::Tensor g1 = new_tensor_like(centre), gc = new_tensor_like(centre);
   const float* centre_p = table_data(centre);
   float *g1_p = data<float>(g1), *gc_p = data<float>(gc);
   for_dtype(u.scalar_type(), [&](auto tag) {
@@ -275,8 +274,8 @@ std::tuple<at::Tensor, at::Tensor> propagate(const at::Tensor& grad_in, const st
     by_input = s.table(*by_input_in, "by_input");
     constant = s.table(*constant_in, "constant");
   }
-  at::Tensor d_u = at::empty_like(grad, grad.options(), s.format);
-  at::Tensor d_residual = residual ? at::empty_like(d_u) : at::empty({0}, grad.options());
+  at::Tensor d_u = new_tensor_like(grad, grad.options(), s.format);
+  at::Tensor d_residual = residual ? new_tensor_like(d_u) : new_tensor({0}, grad.options());
   const float *centre_p = table_data(centre), *grad_p = table_data(by_grad), *input_p = table_data(by_input),
               *constant_p = table_data(constant);
   for_dtype(grad.scalar_type(), [&](auto tag) {

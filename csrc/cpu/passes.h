@@ -10,6 +10,8 @@
 
 namespace awnet::cpu {
 
+const char* instruction_set();  // of the passes: "avx512", "avx2" or "baseline"
+
 struct BFloat16 {
   uint16_t bits;
 };

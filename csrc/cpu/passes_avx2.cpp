@@ -5,13 +5,9 @@
 #include <immintrin.h>
 
 #include "passes.h"
+#include "target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+AWNET_BEGIN_TARGET("avx2,fma,f16c", "")
 
 #define AWNET_VECTOR_BITS 256
 
@@ -19,9 +15,5 @@ namespace awnet::cpu::avx2 {
 #include "passes.inl"
 }  // namespace awnet::cpu::avx2
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+AWNET_END_TARGET
 #endif

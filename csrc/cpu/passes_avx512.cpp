@@ -5,14 +5,9 @@
 #include <immintrin.h>
 
 #include "passes.h"
+#include "target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
-#endif
+AWNET_BEGIN_TARGET("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c", ",prefer-vector-width=512")
 
 #define AWNET_VECTOR_BITS 512
 
@@ -35,9 +30,5 @@ extern const ConvolutionKernels convolution = {
     interleave};
 }  // namespace awnet::cpu::avx512
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+AWNET_END_TARGET
 #endif

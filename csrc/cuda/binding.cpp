@@ -60,11 +60,11 @@ void succeed(const char* error, const char* op) {
 
 float* data(const Tensor& x) { return x.data_ptr<float>(); }
 
-// An output that is empty where it is not asked for; the kernels then get null.
-Tensor made(bool needed, at::IntArrayRef shape, const Tensor& like) {
+// An output that is empty if it is not required; the kernels then get null.
+Tensor new_if(bool needed, at::IntArrayRef shape, const Tensor& like) {
   return at::empty(needed ? shape : at::IntArrayRef({0}), like.options());
 }
-float* wanted(const Tensor& x) { return x.dim() == 1 && x.size(0) == 0 ? nullptr : data(x); }
+float* data_if(const Tensor& x) { return x.dim() == 1 && x.size(0) == 0 ? nullptr : data(x); }
 
 // --- images
 
@@ -100,9 +100,9 @@ class Batch {
   int64_t channels() const { return images_.channels; }
 
   Tensor image(const Tensor& x, const char* name) { return image(x, name, dtype_); }
-  Tensor gate(const MaybeTensor& x) {
+  Tensor relu_mask(const MaybeTensor& x) {
     if (!x) return Tensor();
-    return image(*x, "gate", x->scalar_type() == at::kBool ? at::kBool : dtype_);
+    return image(*x, "relu_mask", x->scalar_type() == at::kBool ? at::kBool : dtype_);
   }
   Tensor image(const MaybeTensor& x, const char* name) { return x ? image(*x, name) : Tensor(); }
 
@@ -158,25 +158,41 @@ const float* entries(const Tensor& x) { return x.defined() ? x.const_data_ptr<fl
 
 // --- batch norms
 
-Norm norm_of(const On& on, const MixNorm& of) {
-  const Tensor &weight = of.weight, &mean = of.mean;
+NormPointers pointers(const On& on, const MixNorm& norm) {
+  const Tensor &weight = norm.weight, &mean = norm.mean;
   for (const Tensor* x : {&weight, &mean}) {
     TORCH_CHECK(x->dim() == 2 && (x->size(0) == 1 || x->size(0) == 2),
                 "a batch norm's tables must have 1 or 2 rows, got shape ", x->sizes());
   }
-  const int64_t rows = weight.size(0), groups = mean.size(0), channels = weight.size(1);
-  Norm norm;
-  norm.weight = on.floats(weight, {rows, channels}, "weight");
-  norm.bias = of.bias.defined() ? on.floats(of.bias, {rows, channels}, "bias") : nullptr;
-  norm.mean = on.floats(mean, {groups, channels}, "mean");
-  norm.var = on.floats(of.var, {groups, channels}, "var");
-  norm.rows = static_cast<int32_t>(rows);
-  norm.groups = static_cast<int32_t>(groups);
-  norm.eps = static_cast<float>(of.eps);
-  return norm;
+  const int64_t affine_rows = weight.size(0), stat_rows = mean.size(0), channels = weight.size(1);
+  NormPointers p;
+  p.weight = on.floats(weight, {affine_rows, channels}, "weight");
+  p.bias = norm.bias.defined() ? on.floats(norm.bias, {affine_rows, channels}, "bias") : nullptr;
+  p.mean = on.floats(mean, {stat_rows, channels}, "mean");
+  p.var = on.floats(norm.var, {stat_rows, channels}, "var");
+  p.affine_rows = static_cast<int32_t>(affine_rows);
+  p.stat_rows = static_cast<int32_t>(stat_rows);
+  p.eps = static_cast<float>(norm.eps);
+  return p;
 }
 
-bool has_two(const Norm& norm) { return norm.rows == 2 || norm.groups == 2; }
+bool two_branches(const NormPointers& norm) { return norm.affine_rows == 2 || norm.stat_rows == 2; }
+
+using Table = std::array<int64_t, 2>;  // its shape
+
+MixPointers pointers(const On& on, const Mix& mix, Table table) {
+  return {on.floats(mix.filter_scale, table, "filter_scale"), on.floats(mix.p_clean, {table[0]}, "p_clean"),
+          on.bools(mix.is_clean, table[0])};
+}
+
+SumsPointers pointers(const On& on, const Reduced& sums, Table table) {
+  return {on.floats(sums.g1, table, "g1"), on.floats(sums.gc, table, "gc"),
+          on.floats(sums.centre, table, "centre")};
+}
+
+StatsPointers pointers(const On& on, const SampleStats& stats, Table table) {
+  return {on.floats(stats.mean, table, "mean"), on.floats(stats.m2, table, "m2"), stats.hw};
+}
 
 }  // namespace
 
@@ -206,20 +222,21 @@ std::tuple<Tensor, Tensor> apply(const Tensor& u_in, const Tensor& scale_in, con
 }
 
 std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, const Tensor& centre_in,
-                                  const MaybeTensor& gate_in) {
+                                  const MaybeTensor& relu_mask_in) {
   const On on(u_in);
   Batch batch(u_in, on);
-  const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"), gate = batch.gate(gate_in);
+  const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"),
+               relu_mask = batch.relu_mask(relu_mask_in);
   const Tensor centre = batch.table(centre_in, "centre");
   Tensor g1 = batch.new_table(u), gc = batch.new_table(u), workspace = batch.workspace(u);
-  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), y_of(gate), mask_of(gate),
+  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), y_of(relu_mask), mask_of(relu_mask),
                             entries(centre), data(g1), data(gc), data(workspace), on.stream()),
           "reduce");
   return {g1, gc};
 }
 
 std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u_in,
-                                     const MaybeTensor& centre_in, const MaybeTensor& gate_in,
+                                     const MaybeTensor& centre_in, const MaybeTensor& relu_mask_in,
                                      const Propagation& propagation, bool residual) {
   const MaybeTensor &by_input_in = propagation.by_input, &constant_in = propagation.constant;
   const On on(grad_in);
@@ -228,15 +245,17 @@ std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u
   TORCH_CHECK(!by_input_in || (u_in && centre_in), "by_input needs u and centre");
   const MaybeTensor none;
   const Tensor grad = batch.image(grad_in, "grad"), u = batch.image(by_input_in ? u_in : none, "u");
-  const Tensor gate = batch.gate(gate_in), by_grad = batch.table(propagation.by_grad, "by_grad");
+  const Tensor relu_mask = batch.relu_mask(relu_mask_in),
+               by_grad = batch.table(propagation.by_grad, "by_grad");
   const Tensor centre = batch.table(by_input_in ? centre_in : none, "centre");
   const Tensor by_input = batch.table(by_input_in, "by_input"),
                constant = batch.table(constant_in, "constant");
   Tensor d_u = batch.new_image(grad);
   Tensor d_residual = residual ? batch.new_image(grad) : at::empty({0}, grad.options());
+  const PropagationPointers pointers{entries(centre), entries(by_grad), entries(by_input), entries(constant)};
   succeed(awnet_cuda_propagate(batch.images(), d_u.data_ptr(), residual ? d_residual.data_ptr() : nullptr,
-                               address(grad), address(u), y_of(gate), mask_of(gate), entries(centre),
-                               entries(by_grad), entries(by_input), entries(constant), on.stream()),
+                               address(grad), address(u), y_of(relu_mask), mask_of(relu_mask), &pointers,
+                               on.stream()),
           "propagate");
   return {d_u, d_residual};
 }
@@ -244,53 +263,50 @@ std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u
 std::tuple<Tensor, Tensor> eval_coefficients(const Mix& mix, const MixNorm& of, int64_t batch) {
   const Tensor& weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, of);
+  const NormPointers norm = pointers(on, of);
   const int64_t channels = weight.size(1);
-  const float *w = on.floats(mix.filter_scale, {batch, channels}, "filter_scale"),
-              *p = on.floats(mix.p_clean, {batch}, "p_clean");
-  TORCH_CHECK(!has_two(norm) || p != nullptr, "two branches need p_clean");
+  const MixPointers mixed = pointers(on, mix, {batch, channels});
+  TORCH_CHECK(!two_branches(norm) || mixed.p_clean != nullptr, "two branches need p_clean");
   Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
-  succeed(
-      awnet_cuda_testing_coefficients(&norm, batch, channels, w, p, data(scale), data(shift), on.stream()),
-      "eval_coefficients");
+  succeed(awnet_cuda_eval_coefficients(&norm, batch, channels, &mixed, data(scale), data(shift), on.stream()),
+          "eval_coefficients");
   return {scale, shift};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> eval_gradients(const Reduced& sums, const Mix& mix,
                                                           const MixNorm& of, const Needs& needs) {
-  const Tensor &g1 = sums.g1, &gc = sums.gc, &centre = sums.centre, &weight = of.weight;
+  const Tensor& weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, of);
-  const int64_t batch = g1.size(0), channels = weight.size(1);
-  const float *w = on.floats(mix.filter_scale, {batch, channels}, "filter_scale"),
-              *p = on.floats(mix.p_clean, {batch}, "p_clean");
-  TORCH_CHECK(!has_two(norm) || p != nullptr, "two branches need p_clean");
+  const NormPointers norm = pointers(on, of);
+  const int64_t batch = sums.g1.size(0), channels = weight.size(1);
+  const Table table{batch, channels};
+  const SumsPointers reduced = pointers(on, sums, table);
+  const MixPointers mixed = pointers(on, mix, table);
+  TORCH_CHECK(!two_branches(norm) || mixed.p_clean != nullptr, "two branches need p_clean");
   const bool need_tables = needs.bn_weight || needs.bn_bias;
-  Tensor d_filter_scale = made(needs.filter_scale, {batch, channels}, weight),
-         d_p = made(needs.p_clean, {batch}, weight);
-  Tensor d_weight = made(need_tables, weight.sizes(), weight),
-         d_bias = made(need_tables, weight.sizes(), weight);
-  succeed(awnet_cuda_testing_gradients(
-              &norm, batch, channels, on.floats(g1, {batch, channels}, "g1"),
-              on.floats(gc, {batch, channels}, "gc"), on.floats(centre, {batch, channels}, "centre"), w, p,
-              wanted(d_filter_scale), wanted(d_p), wanted(d_weight), wanted(d_bias), on.stream()),
+  Tensor d_filter_scale = new_if(needs.filter_scale, table, weight),
+         d_p_clean = new_if(needs.p_clean, {batch}, weight);
+  Tensor d_weight = new_if(need_tables, weight.sizes(), weight),
+         d_bias = new_if(need_tables, weight.sizes(), weight);
+  const EvalGradientsPointers grads{data_if(d_filter_scale), data_if(d_p_clean), data_if(d_weight),
+                                    data_if(d_bias)};
+  succeed(awnet_cuda_eval_gradients(&norm, batch, channels, &reduced, &mixed, &grads, on.stream()),
           "eval_gradients");
-  return {d_filter_scale, d_p, d_weight, d_bias};
+  return {d_filter_scale, d_p_clean, d_weight, d_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_statistics(const SampleStats& stats, const Mix& mix, int64_t rows) {
-  const Tensor &mean = stats.mean, &m2 = stats.m2;
-  const int64_t hw = stats.hw;
+std::tuple<Tensor, Tensor, Tensor> batch_statistics(const SampleStats& stats, const Mix& mix,
+                                                    int64_t stat_rows) {
+  const Tensor& mean = stats.mean;
   const On on(mean);
   const int64_t batch = mean.size(0), channels = mean.size(1);
-  const bool* clean = on.bools(mix.is_clean, batch);
-  TORCH_CHECK(rows == 1 || (rows == 2 && clean != nullptr), "two rows of statistics need is_clean");
-  Tensor batch_mean = at::empty({rows, channels}, mean.options()), batch_var = at::empty_like(batch_mean),
-         n = at::empty({rows}, mean.options());
-  succeed(awnet_cuda_batch_statistics(batch, channels, hw, static_cast<int32_t>(rows),
-                                      on.floats(mean, {batch, channels}, "mean"),
-                                      on.floats(m2, {batch, channels}, "m2"),
-                                      on.floats(mix.filter_scale, {batch, channels}, "filter_scale"), clean,
+  const StatsPointers samples = pointers(on, stats, {batch, channels});
+  const MixPointers mixed = pointers(on, mix, {batch, channels});
+  TORCH_CHECK(stat_rows == 1 || (stat_rows == 2 && mixed.is_clean != nullptr),
+              "two rows of statistics need is_clean");
+  Tensor batch_mean = at::empty({stat_rows, channels}, mean.options()),
+         batch_var = at::empty_like(batch_mean), n = at::empty({stat_rows}, mean.options());
+  succeed(awnet_cuda_batch_statistics(batch, channels, static_cast<int32_t>(stat_rows), &samples, &mixed,
                                       data(batch_mean), data(batch_var), data(n), on.stream()),
           "batch_statistics");
   return {batch_mean, batch_var, n};
@@ -299,32 +315,29 @@ std::tuple<Tensor, Tensor, Tensor> batch_statistics(const SampleStats& stats, co
 std::tuple<Tensor, Tensor> train_coefficients(const Mix& mix, const MixNorm& of, int64_t batch) {
   const Tensor& weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, of);
+  const NormPointers norm = pointers(on, of);
   const int64_t channels = weight.size(1);
-  const bool* clean = on.bools(mix.is_clean, batch);
-  TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
+  const MixPointers mixed = pointers(on, mix, {batch, channels});
+  TORCH_CHECK(!two_branches(norm) || mixed.is_clean != nullptr, "two branches need is_clean");
   Tensor scale = at::empty({batch, channels}, weight.options()), shift = at::empty_like(scale);
-  succeed(awnet_cuda_training_coefficients(&norm, batch, channels,
-                                           on.floats(mix.filter_scale, {batch, channels}, "filter_scale"),
-                                           clean, data(scale), data(shift), on.stream()),
-          "train_coefficients");
+  succeed(
+      awnet_cuda_train_coefficients(&norm, batch, channels, &mixed, data(scale), data(shift), on.stream()),
+      "train_coefficients");
   return {scale, shift};
 }
 
 std::tuple<Tensor, Tensor, Tensor> train_sums(const Reduced& sums, const Mix& mix, const MixNorm& of) {
-  const Tensor &g1 = sums.g1, &gc = sums.gc, &mean = sums.centre, &weight = of.weight;
+  const Tensor& weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, of);
-  const int64_t batch = g1.size(0), channels = weight.size(1);
-  const bool* clean = on.bools(mix.is_clean, batch);
-  TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
-  const std::array<int64_t, 2> shape{batch, channels};
+  const NormPointers norm = pointers(on, of);
+  const int64_t batch = sums.g1.size(0), channels = weight.size(1);
+  const SumsPointers reduced = pointers(on, sums, {batch, channels});
+  const MixPointers mixed = pointers(on, mix, {batch, channels});
+  TORCH_CHECK(!two_branches(norm) || mixed.is_clean != nullptr, "two branches need is_clean");
   Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight),
-         through = at::empty({2, norm.groups, channels}, weight.options());
-  succeed(awnet_cuda_training_sums(&norm, batch, channels, on.floats(g1, shape, "g1"),
-                                   on.floats(gc, shape, "gc"), on.floats(mean, shape, "mean"),
-                                   on.floats(mix.filter_scale, shape, "filter_scale"), clean, data(d_weight),
-                                   data(d_bias), data(through), on.stream()),
+         through = at::empty({2, norm.stat_rows, channels}, weight.options());
+  succeed(awnet_cuda_train_sums(&norm, batch, channels, &reduced, &mixed, data(d_weight), data(d_bias),
+                                data(through), on.stream()),
           "train_sums");
   return {d_weight, d_bias, through};
 }
@@ -332,24 +345,25 @@ std::tuple<Tensor, Tensor, Tensor> train_sums(const Reduced& sums, const Mix& mi
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_gradients(
     const Reduced& sums, const SampleStats& stats, const Mix& mix, const MixNorm& of, const Tensor& n,
     bool need_filter_scale, const MaybeTensor& through) {
-  const Tensor &g1 = sums.g1, &gc = sums.gc, &mean = sums.centre, &m2 = stats.m2, &weight = of.weight;
-  const int64_t hw = stats.hw;
+  const Tensor& weight = of.weight;
   const On on(weight);
-  const Norm norm = norm_of(on, of);
-  const int64_t batch = g1.size(0), channels = weight.size(1);
-  const bool* clean = on.bools(mix.is_clean, batch);
-  TORCH_CHECK(!has_two(norm) || clean != nullptr, "two branches need is_clean");
-  const std::array<int64_t, 2> shape{batch, channels};
-  Tensor d_filter_scale = made(need_filter_scale, shape, weight),
-         by_grad = at::empty(shape, weight.options()), by_input = at::empty_like(by_grad),
+  const NormPointers norm = pointers(on, of);
+  const int64_t batch = sums.g1.size(0), channels = weight.size(1);
+  const Table table{batch, channels};
+  const SumsPointers reduced = pointers(on, sums, table);
+  const StatsPointers samples = pointers(on, stats, table);
+  const MixPointers mixed = pointers(on, mix, table);
+  TORCH_CHECK(!two_branches(norm) || mixed.is_clean != nullptr, "two branches need is_clean");
+  Tensor d_filter_scale = new_if(need_filter_scale, table, weight),
+         by_grad = at::empty(table, weight.options()), by_input = at::empty_like(by_grad),
          constant = at::empty_like(by_grad);
-  Tensor d_weight = made(!through, weight.sizes(), weight), d_bias = made(!through, weight.sizes(), weight);
-  succeed(awnet_cuda_training_gradients(
-              &norm, batch, channels, hw, on.floats(g1, shape, "g1"), on.floats(gc, shape, "gc"),
-              on.floats(mean, shape, "mean"), on.floats(m2, shape, "m2"),
-              on.floats(mix.filter_scale, shape, "filter_scale"), on.floats(n, {norm.groups}, "n"), clean,
-              on.floats(through, {2, norm.groups, channels}, "through"), wanted(d_filter_scale),
-              wanted(d_weight), wanted(d_bias), data(by_grad), data(by_input), data(constant), on.stream()),
+  Tensor d_weight = new_if(!through, weight.sizes(), weight),
+         d_bias = new_if(!through, weight.sizes(), weight);
+  const TrainGradientsPointers grads{data_if(d_filter_scale), data_if(d_weight), data_if(d_bias),
+                                     data(by_grad),           data(by_input),    data(constant)};
+  succeed(awnet_cuda_train_gradients(
+              &norm, batch, channels, &reduced, &samples, &mixed, on.floats(n, {norm.stat_rows}, "n"),
+              on.floats(through, {2, norm.stat_rows, channels}, "through"), &grads, on.stream()),
           "train_gradients");
   return {d_filter_scale, d_weight, d_bias, by_grad, by_input, constant};
 }

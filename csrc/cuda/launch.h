@@ -2,8 +2,8 @@
 // nothing of torch and binding.cpp nothing of CUDA.
 //
 // Every function launches on `stream` (a cudaStream_t) of the current device, waits for nothing, and returns
-// nullptr or why the launch failed. Images hold values of `Images::dtype`; everything on [B, C], [rows, C]
-// and [B] is float, contiguous. Null stands for an argument that a call does without. awnet/ops/backends/eager.py and
+// nullptr or why the launch failed. Images hold values of `Images::dtype`; tables [B, C], [rows, C] and [B]
+// are float and contiguous. Null stands for an argument that is absent. awnet/ops/backends/eager.py and
 // awnet/ops/coefficients.py say what each one computes.
 #pragma once
 
@@ -23,14 +23,46 @@ struct Images {
   int64_t batch, channels, pixels;
 };
 
-// One batch norm: affine tables of `rows` rows, statistics of `groups` rows, each 1 or 2, [rows, channels].
-struct Norm {
+// One batch norm: weight and bias [affine_rows, C], mean and var [stat_rows, C]. There are 1 or 2 rows of
+// each, row 0 adversarial.
+struct NormPointers {
   const float *weight, *bias, *mean, *var;
-  int32_t rows, groups;
+  int32_t affine_rows, stat_rows;
   float eps;
 };
 
-// How many floats statistics and reduce want as `workspace`, which may hold anything; 0 for most shapes.
+// What the coefficients take per sample: filter_scale [B, C], p_clean [B], is_clean [B].
+struct MixPointers {
+  const float *filter_scale, *p_clean;
+  const bool* is_clean;
+};
+
+// Of u over a sample's hw pixels, [B, C]: the mean and the centred sum of squares.
+struct StatsPointers {
+  const float *mean, *m2;
+  int64_t hw;
+};
+
+// g1 = sum g and gc = sum g (u - centre), [B, C].
+struct SumsPointers {
+  const float *g1, *gc, *centre;
+};
+
+// d_u = by_grad g + by_input (u - centre) + constant, [B, C]; all but by_grad may be null.
+struct PropagationPointers {
+  const float *centre, *by_grad, *by_input, *constant;
+};
+
+// Outputs; those that are not required are null, d_weight and d_bias together.
+struct EvalGradientsPointers {
+  float *filter_scale, *p_clean, *weight, *bias;
+};
+struct TrainGradientsPointers {
+  float *filter_scale, *weight, *bias, *by_grad, *by_input, *constant;
+};
+
+// The size in floats of the `workspace` of statistics and reduce, whose contents do not matter; 0 for most
+// shapes.
 int64_t awnet_cuda_workspace(const Images* images);
 
 // --- passes
@@ -45,39 +77,31 @@ const char* awnet_cuda_reduce(const Images* images, const void* grad, const void
                               const uint8_t* mask, const float* centre, float* g1, float* gc,
                               float* workspace, void* stream);
 const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual, const void* grad,
-                                 const void* u, const void* y, const uint8_t* mask, const float* centre,
-                                 const float* by_grad, const float* by_input, const float* constant,
-                                 void* stream);
+                                 const void* u, const void* y, const uint8_t* mask,
+                                 const PropagationPointers* propagation, void* stream);
 
-// --- the [B, C] mathematics
+// --- the [B, C] algebra
 
-const char* awnet_cuda_testing_coefficients(const Norm* norm, int64_t batch, int64_t channels,
-                                            const float* omega, const float* p_clean, float* scale,
-                                            float* shift, void* stream);
-// d_omega, d_p, and d_weight with d_bias are null where nobody asks for them
-const char* awnet_cuda_testing_gradients(const Norm* norm, int64_t batch, int64_t channels, const float* g1,
-                                         const float* gc, const float* centre, const float* omega,
-                                         const float* p_clean, float* d_omega, float* d_p, float* d_weight,
-                                         float* d_bias, void* stream);
-const char* awnet_cuda_batch_statistics(int64_t batch, int64_t channels, int64_t hw, int32_t groups,
-                                        const float* mean, const float* m2, const float* omega,
-                                        const bool* is_clean, float* batch_mean, float* batch_var, float* n,
-                                        void* stream);
-const char* awnet_cuda_training_coefficients(const Norm* norm, int64_t batch, int64_t channels,
-                                             const float* omega, const bool* is_clean, float* scale,
-                                             float* shift, void* stream);
-// norm->mean and norm->var are the batch's, norm->bias is not used; through: [2, groups, channels]
-const char* awnet_cuda_training_sums(const Norm* norm, int64_t batch, int64_t channels, const float* g1,
-                                     const float* gc, const float* mean, const float* omega,
-                                     const bool* is_clean, float* d_weight, float* d_bias, float* through,
-                                     void* stream);
-// through: null, or the sums of all ranks, and then d_weight and d_bias are not written; d_omega may be null
-const char* awnet_cuda_training_gradients(const Norm* norm, int64_t batch, int64_t channels, int64_t hw,
-                                          const float* g1, const float* gc, const float* mean,
-                                          const float* m2, const float* omega, const float* n,
-                                          const bool* is_clean, const float* through, float* d_omega,
-                                          float* d_weight, float* d_bias, float* by_grad, float* by_input,
-                                          float* constant, void* stream);
+const char* awnet_cuda_eval_coefficients(const NormPointers* norm, int64_t batch, int64_t channels,
+                                         const MixPointers* mix, float* scale, float* shift, void* stream);
+const char* awnet_cuda_eval_gradients(const NormPointers* norm, int64_t batch, int64_t channels,
+                                      const SumsPointers* sums, const MixPointers* mix,
+                                      const EvalGradientsPointers* grads, void* stream);
+const char* awnet_cuda_batch_statistics(int64_t batch, int64_t channels, int32_t stat_rows,
+                                        const StatsPointers* stats, const MixPointers* mix, float* batch_mean,
+                                        float* batch_var, float* n, void* stream);
+const char* awnet_cuda_train_coefficients(const NormPointers* norm, int64_t batch, int64_t channels,
+                                          const MixPointers* mix, float* scale, float* shift, void* stream);
+// The centre of the sums is the mean of u; norm->mean and norm->var are the batch's, and norm->bias is not
+// used. through: [2, stat_rows, channels].
+const char* awnet_cuda_train_sums(const NormPointers* norm, int64_t batch, int64_t channels,
+                                  const SumsPointers* sums, const MixPointers* mix, float* d_weight,
+                                  float* d_bias, float* through, void* stream);
+// through: null, or the sums over all ranks; then grads->weight and grads->bias are not written.
+const char* awnet_cuda_train_gradients(const NormPointers* norm, int64_t batch, int64_t channels,
+                                       const SumsPointers* sums, const StatsPointers* stats,
+                                       const MixPointers* mix, const float* n, const float* through,
+                                       const TrainGradientsPointers* grads, void* stream);
 
 // Runs a small kernel on the current device and checks its result; waits for it.
 const char* awnet_cuda_self_test();

@@ -13,7 +13,7 @@ struct Propagate {
   T *d_u, *d_residual;
   Gate<T> gate;
   const T* u;
-  const float *centre, *by_grad, *by_input, *constant;
+  PropagationPointers by;
 
   template <int V>
   struct Inputs {
@@ -32,18 +32,18 @@ struct Propagate {
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
     in.gated = gate.template read<V>(i);
-    if (by_input != nullptr) in.u = load<V>(u + i);
+    if (by.by_input != nullptr) in.u = load<V>(u + i);
     return in;
   }
 
   template <int V>
   __device__ __forceinline__ Coefficients<V> coefficients(int64_t entry) const {
     Coefficients<V> c = {};
-    load_entries(by_grad + entry, c.by_grad);
-    if (by_input != nullptr) {
-      load_entries(centre + entry, c.centre);
-      load_entries(by_input + entry, c.by_input);
-      load_entries(constant + entry, c.constant);
+    load_entries(by.by_grad + entry, c.by_grad);
+    if (by.by_input != nullptr) {
+      load_entries(by.centre + entry, c.centre);
+      load_entries(by.by_input + entry, c.by_input);
+      load_entries(by.constant + entry, c.constant);
     }
     return c;
   }
@@ -56,7 +56,7 @@ struct Propagate {
       const Coefficients<1> c = of(j);
       const float g = gate.of(in.gated, j);
       float d = g * c.by_grad[0];
-      if (by_input != nullptr) d += (in.u[j] - c.centre[0]) * c.by_input[0] + c.constant[0];
+      if (by.by_input != nullptr) d += (in.u[j] - c.centre[0]) * c.by_input[0] + c.constant[0];
       out[j] = d;
       passed[j] = g;
     }
@@ -69,18 +69,15 @@ struct Propagate {
 
 extern "C" const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual,
                                             const void* grad, const void* u, const void* y,
-                                            const uint8_t* mask, const float* centre, const float* by_grad,
-                                            const float* by_input, const float* constant, void* stream) {
+                                            const uint8_t* mask, const PropagationPointers* propagation,
+                                            void* stream) {
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
     const Propagate<T> op{static_cast<T*>(d_u),
                           static_cast<T*>(d_residual),
                           {static_cast<const T*>(grad), static_cast<const T*>(y), mask},
                           static_cast<const T*>(u),
-                          centre,
-                          by_grad,
-                          by_input,
-                          constant};
+                          *propagation};
     return over_images(*images, op, stream);
   });
 }

@@ -50,7 +50,8 @@ FAULTS = (
     # --- the algebra that the CPU and the CUDA code share
     fault(
         "p and 1 − p exchanged in the scale", "csrc/arithmetic.h",
-        "{omega * (q * adversarial.gain() + p * clean.gain())", "{omega * (p * adversarial.gain() + q * clean.gain())",
+        "{filter_scale * (q * adversarial.gain() + p * clean.gain())",
+        "{filter_scale * (p * adversarial.gain() + q * clean.gain())",
         NATIVE_LAYER,
     ),
     fault(
@@ -65,7 +66,7 @@ FAULTS = (
     ),
     fault(
         "ω instead of ω² in a branch's variance", "csrc/arithmetic.h",
-        "return omega * omega * m2", "return omega * m2",
+        "return filter_scale * filter_scale * m2", "return filter_scale * m2",
         NATIVE_LAYER,
     ),
     fault(
@@ -91,7 +92,7 @@ FAULTS = (
     ),
     fault(
         "the other branch's sums in ∂u", "csrc/cpu/coefficients.cpp",
-        "static_cast<float>(sum[2 + group]) *", "static_cast<float>(sum[3 - group]) *",
+        "static_cast<float>(sum[2 + stat_row]) *", "static_cast<float>(sum[3 - stat_row]) *",
         NATIVE_LAYER,
     ),
     fault(
@@ -186,12 +187,12 @@ FAULTS = (
     ),
     fault(
         "a block's residual without its gradient", "csrc/network.cpp",
-        "if (s.residual >= 0) add(d[s.residual], grads_of.residual);", "",
+        "if (s.residual >= 0) add(d[s.residual], grads.residual);", "",
         NETWORK,
     ),
     fault(
         "of a layer that two others take, the gradient of one", "csrc/network.cpp",
-        "total.add_(part);", "total = part;",
+        "if (args.need_input && d_input.defined()) args.onto = d_input;", "",
         NETWORK,
     ),
     fault(
@@ -211,11 +212,11 @@ FAULTS = (
     ),
     fault(
         "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
-        "at::addcmul(sums.gc, *centre, sums.g1)", "sums.gc",
+        "at::addcmul(images.sums.gc, images.sums.centre, images.sums.g1)", "images.sums.gc",
         OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_alone[cpp]",
     ),
     fault(
-        "gradients asked for by the argument's number, not by the edge's", "csrc/layer.cpp",
+        "gradients asked for by the argument's number, not by the edge's", "csrc/autograd.cpp",
         "needs[positions[i]] =", "needs[i] =",
         OPS + "test_only_what_needs_a_gradient_gets_one[cpp]",
     ),
@@ -262,13 +263,12 @@ FAULTS = (
     ),
     fault(
         "the count of the wrong branch", "csrc/cuda/coefficients.cu",
-        "n[norm.groups == 2 ? k : 0]", "n[norm.groups == 2 ? 1 - k : 0]",
+        "n[two_rows ? k : 0]", "n[two_rows ? 1 - k : 0]",
         CUDA_ALGEBRA,
     ),
     fault(
         "samples beyond the first block's rows left out", "csrc/cuda/coefficients.cu",
-        "const float own = spread(mean[i], m2[i], hw, omega_at(omega, i), k == 0 ? mu[0] : mu[1]);",
-        "const float own = b < kDown ? spread(mean[i], m2[i], hw, omega_at(omega, i), k == 0 ? mu[0] : mu[1]) : 0.0f;",
+        "squares[0] += row == 0 ? square : 0.0f;", "squares[0] += row == 0 && b < kDown ? square : 0.0f;",
         CUDA_ALGEBRA,
     ),
     # --- Triton, through its interpreter

@@ -501,7 +501,7 @@ def test_a_network_in_one_operator_without_gradients_and_with_one_output_used() 
 @pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
 def test_a_network_in_one_operator_refuses_a_wiring_that_cannot_be() -> None:
     x, weights, tables, layers = _network(torch.float32, torch.contiguous_format)
-    with pytest.raises(RuntimeError, match="layer 1 may take what earlier ones give, not 3"):
+    with pytest.raises(RuntimeError, match="layer 1 may take the outputs of earlier layers only, not of 3"):
         ops.affine_network(x, weights, tables, [layers[0], layers[1]._replace(input=3), *layers[2:]])
     scales, shifts = zip(*tables, strict=True)
     with pytest.raises(RuntimeError, match="expected 11 numbers for each of 6 layers, got 3"):

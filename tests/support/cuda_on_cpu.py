@@ -42,10 +42,14 @@ class Images(ctypes.Structure):
 class CudaNorm(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "mean", "var")),
-        ("rows", ctypes.c_int32),
-        ("groups", ctypes.c_int32),
+        ("affine_rows", ctypes.c_int32),
+        ("stat_rows", ctypes.c_int32),
         ("eps", ctypes.c_float),
     )
+
+
+class CudaStats(ctypes.Structure):
+    _fields_ = (("mean", ctypes.c_void_p), ("m2", ctypes.c_void_p), ("hw", ctypes.c_int64))
 
 
 def compiler() -> str | None:
@@ -74,6 +78,11 @@ def library() -> ctypes.CDLL:
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def pointers(*tensors: Tensor | None) -> object:
+    """A reference to a structure of pointers to ``tensors``, which the caller keeps alive."""
+    return ctypes.byref((ctypes.c_void_p * len(tensors))(*(pointer(x) for x in tensors)))
 
 
 class CudaOnCpu(Passes):
@@ -169,8 +178,8 @@ class CudaOnCpu(Passes):
         d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
         by = [None if x is None else x.contiguous() for x in how]
         images = self._images(grad, u, d_u, d_residual, gate, centre, *by)
-        operands = (pointer(x) for x in (d_u, d_residual, grad, u, *self._gate(gate), centre, *by))
-        self._call("propagate", ctypes.byref(images), *operands)
+        operands = (pointer(x) for x in (d_u, d_residual, grad, u, *self._gate(gate)))
+        self._call("propagate", ctypes.byref(images), *operands, pointers(centre, *by))
         return d_u, d_residual
 
     # --- the [B, C] algebra
@@ -188,8 +197,8 @@ class CudaOnCpu(Passes):
         filter_scale, p = self._dense(*mix[:2])
         scale, shift = self._new_table(norm.weight, batch), self._new_table(norm.weight, batch)
         sizes = ctypes.c_int64(batch), ctypes.c_int64(norm.weight.shape[1])
-        operands = (pointer(x) for x in (filter_scale, p, scale, shift))
-        self._call("testing_coefficients", self._norm(norm), *sizes, *operands)
+        outputs = pointer(scale), pointer(shift)
+        self._call("eval_coefficients", self._norm(norm), *sizes, pointers(filter_scale, p, None), *outputs)
         return scale, shift
 
     def eval_gradients(self, sums, norm, mix, needs):
@@ -199,49 +208,60 @@ class CudaOnCpu(Passes):
         d_p = self._new((batch,), torch.float32) if needs.p_clean else None
         both = needs.bn_weight or needs.bn_bias
         d_weight, d_bias = (self._new_table(norm.weight) if both else None for _ in range(2))
-        operands = (pointer(x) for x in (*inputs, d_filter_scale, d_p, d_weight, d_bias))
         sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
-        self._call("testing_gradients", self._norm(norm), *sizes, *operands)
+        outputs = pointers(d_filter_scale, d_p, d_weight, d_bias)
+        records = pointers(*inputs[:3]), pointers(*inputs[3:], None), outputs
+        self._call("eval_gradients", self._norm(norm), *sizes, *records)
         return Gradients(d_filter_scale, d_p, d_weight, d_bias)
 
     def batch_statistics(self, stats, mix, stat_rows):
-        inputs = self._dense(stats.mean, stats.m2, mix.filter_scale, mix.is_clean)
+        mean, m2, filter_scale, is_clean = self._dense(stats.mean, stats.m2, mix.filter_scale, mix.is_clean)
         batch, channels = stats.mean.shape
         mu, var = self._new_table(stats.mean, stat_rows), self._new_table(stats.mean, stat_rows)
         n = self._new((stat_rows,), torch.float32)
-        sizes = (ctypes.c_int64(x) for x in (batch, channels, stats.hw))
-        operands = (pointer(x) for x in (*inputs, mu, var, n))
-        self._call("batch_statistics", *sizes, stat_rows, *operands)
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
+        own = ctypes.byref(CudaStats(pointer(mean), pointer(m2), stats.hw))
+        outputs = (pointer(x) for x in (mu, var, n))
+        self._call(
+            "batch_statistics", *sizes, stat_rows, own, pointers(filter_scale, None, is_clean), *outputs
+        )
         return BatchStats(mu, var, n)
 
     def train_coefficients(self, norm, mix, batch):
-        inputs = self._dense(mix.filter_scale, mix.is_clean)
+        filter_scale, is_clean = self._dense(mix.filter_scale, mix.is_clean)
         scale, shift = self._new_table(norm.weight, batch), self._new_table(norm.weight, batch)
         sizes = ctypes.c_int64(batch), ctypes.c_int64(norm.weight.shape[1])
-        operands = (pointer(x) for x in (*inputs, scale, shift))
-        self._call("training_coefficients", self._norm(norm), *sizes, *operands)
+        outputs = pointer(scale), pointer(shift)
+        self._call(
+            "train_coefficients", self._norm(norm), *sizes, pointers(filter_scale, None, is_clean), *outputs
+        )
         return scale, shift
 
     def train_sums(self, sums, norm, mix):
-        inputs = self._dense(*sums, mix.filter_scale, mix.is_clean)
+        own, (filter_scale, is_clean) = self._dense(*sums), self._dense(mix.filter_scale, mix.is_clean)
         batch, channels = sums.g1.shape
         d_weight, d_bias = self._new_table(norm.weight), self._new_table(norm.weight)
         through = self._new((2, *norm.mean.shape), torch.float32)
         sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
-        operands = (pointer(x) for x in (*inputs, d_weight, d_bias, through))
-        self._call("training_sums", self._norm(norm), *sizes, *operands)
+        records = pointers(*own), pointers(filter_scale, None, is_clean)
+        outputs = (pointer(x) for x in (d_weight, d_bias, through))
+        self._call("train_sums", self._norm(norm), *sizes, *records, *outputs)
         return TrainSums(d_weight, d_bias, through)
 
     def train_gradients(self, sums, stats, norm, n, mix, need_filter_scale, totals):
-        inputs = self._dense(*sums, stats.m2, mix.filter_scale)
+        own, (filter_scale, is_clean) = self._dense(*sums), self._dense(mix.filter_scale, mix.is_clean)
+        mean, m2 = self._dense(stats.mean, stats.m2)
         batch, channels = sums.g1.shape
         d_filter_scale = self._new_table(sums.g1) if need_filter_scale else None
         by_grad, by_input, constant = (self._new_table(sums.g1) for _ in range(3))
         d_weight, d_bias = (self._new_table(norm.weight) if totals is None else None for _ in range(2))
-        outputs = (d_filter_scale, d_weight, d_bias, by_grad, by_input, constant)
-        sizes = (ctypes.c_int64(x) for x in (batch, channels, stats.hw))
+        outputs = pointers(d_filter_scale, d_weight, d_bias, by_grad, by_input, constant)
+        sizes = ctypes.c_int64(batch), ctypes.c_int64(channels)
+        samples = ctypes.byref(CudaStats(pointer(mean), pointer(m2), stats.hw))
         through = None if totals is None else totals.through.contiguous()
-        operands = (pointer(x) for x in (*inputs, n, *self._dense(mix.is_clean), through, *outputs))
-        self._call("training_gradients", self._norm(norm), *sizes, *operands)
+        records = pointers(*own), samples, pointers(filter_scale, None, is_clean)
+        self._call(
+            "train_gradients", self._norm(norm), *sizes, *records, pointer(n), pointer(through), outputs
+        )
         tables = (d_weight, d_bias) if totals is None else totals[:2]
         return Gradients(d_filter_scale, None, *tables), Propagation(by_grad, by_input, constant)

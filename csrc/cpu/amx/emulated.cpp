@@ -27,8 +27,8 @@ struct Tiles {
     Bits values[16][32];
   };
   static Tile* tiles() {
-    thread_local Tile own[8];
-    return own;
+    thread_local Tile tiles[8];
+    return tiles;
   }
 
   template <int tile>
@@ -67,9 +67,9 @@ struct Row {
 
   template <class F>
   static Row each(F f) {
-    Row made;
-    for (int i = 0; i < kChannels; ++i) made.values[i] = f(i);
-    return made;
+    Row row;
+    for (int i = 0; i < kChannels; ++i) row.values[i] = f(i);
+    return row;
   }
   static Row zero() {
     return each([](int) { return 0.0f; });
@@ -88,7 +88,7 @@ struct Row {
   Row times(const Row& b) const {
     return each([&](int i) { return values[i] * b.values[i]; });
   }
-  uint32_t not_below_or_zero() const {
+  uint32_t relu_mask() const {
     uint32_t bits = 0;
     for (int i = 0; i < kChannels; ++i) bits |= static_cast<uint32_t>(!(values[i] <= 0.0f)) << i;
     return bits;
@@ -121,7 +121,7 @@ void release() {}
 
 }  // namespace
 
-extern const Kernels kernels = {configure,       release,   apply, propagate,   finish,
-                                weight_gradient, pair_rows, turn,  pair_columns};
+extern const Kernels kernels = {configure,       release,   apply,     propagate,   finish,
+                                weight_gradient, pair_rows, transpose, pair_columns};
 
 }  // namespace awnet::cpu::amx::emulated

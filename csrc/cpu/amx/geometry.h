@@ -60,9 +60,9 @@ struct Geometry {
     return Pairs(order, positions(), [this](int32_t pixel, int32_t position) {
       int64_t at[2];
       for (int d = 0; d < 2; ++d) {
-        const int64_t own = d == 0 ? pixel / out[1] : pixel % out[1];
+        const int64_t index = d == 0 ? pixel / out[1] : pixel % out[1];
         const int64_t tap = d == 0 ? position / kernel[1] : position % kernel[1];
-        at[d] = own * stride[d] - padding[d] + tap * dilation[d];
+        at[d] = index * stride[d] - padding[d] + tap * dilation[d];
         if (at[d] < 0 || at[d] >= in[d]) return int32_t{-1};
       }
       return static_cast<int32_t>(at[0] * in[1] + at[1]);
@@ -84,9 +84,9 @@ struct Geometry {
     return Pairs(order, positions(), [this](int32_t pixel, int32_t position) {
       int64_t at[2];
       for (int d = 0; d < 2; ++d) {
-        const int64_t own = d == 0 ? pixel / in[1] : pixel % in[1];
+        const int64_t index = d == 0 ? pixel / in[1] : pixel % in[1];
         const int64_t tap = d == 0 ? position / kernel[1] : position % kernel[1];
-        const int64_t reached = own + padding[d] - tap * dilation[d];
+        const int64_t reached = index + padding[d] - tap * dilation[d];
         if (reached < 0 || reached % stride[d] != 0 || reached / stride[d] >= out[d]) return int32_t{-1};
         at[d] = reached / stride[d];
       }

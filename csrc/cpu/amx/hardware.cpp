@@ -2,15 +2,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "../target.h"
 #include "tiles.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,prefer-vector-width=512")
-#endif
+AWNET_BEGIN_TARGET("avx512f,avx512vl,avx512bw,avx512dq,avx512bf16", ",prefer-vector-width=512")
 
 namespace awnet::cpu::amx::hardware {
 namespace {
@@ -60,7 +55,7 @@ struct Row {
   }
   Row plus(Row b) const { return {_mm512_add_ps(low, b.low), _mm512_add_ps(high, b.high)}; }
   Row times(Row b) const { return {_mm512_mul_ps(low, b.low), _mm512_mul_ps(high, b.high)}; }
-  uint32_t not_below_or_zero() const {  // true of NaN
+  uint32_t relu_mask() const {  // true of NaN
     const __m512 zero = _mm512_setzero_ps();
     const uint32_t first = _mm512_cmp_ps_mask(low, zero, _CMP_NLE_UQ);
     return first | static_cast<uint32_t>(_mm512_cmp_ps_mask(high, zero, _CMP_NLE_UQ)) << 16;
@@ -126,14 +121,10 @@ void release() { asm volatile("tilerelease"); }
 
 }  // namespace
 
-extern const Kernels kernels = {configure,       release,   apply, propagate,   finish,
-                                weight_gradient, pair_rows, turn,  pair_columns};
+extern const Kernels kernels = {configure,       release,   apply,     propagate,   finish,
+                                weight_gradient, pair_rows, transpose, pair_columns};
 
 }  // namespace awnet::cpu::amx::hardware
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+AWNET_END_TARGET
 #endif

@@ -9,9 +9,9 @@ inline void apply_row(const Apply& to, Row u, int64_t pixel, int64_t image) {
   Row v = u.times(Row::load(to.scale + entry)).plus(Row::load(to.shift + entry));
   if (to.residual) v = v.plus(Row::load(to.residual + at));
   if (to.relu) {
-    const uint32_t passed = v.not_below_or_zero();
-    if (to.mask) to.mask[pixel * kImages + image] = passed;
-    v = v.where(passed);
+    const uint32_t relu_mask = v.relu_mask();
+    if (to.relu_mask) to.relu_mask[pixel * kImages + image] = relu_mask;
+    v = v.where(relu_mask);
   }
   v.store(to.y + at);
 }
@@ -19,12 +19,12 @@ inline void apply_row(const Apply& to, Row u, int64_t pixel, int64_t image) {
 inline void propagate_row(const Propagate& to, Row d, int64_t pixel, int64_t image) {
   const int64_t at = pixel * kCell + image * kChannels, entry = image * kChannels;
   if (to.before) d = d.plus(Row::load(to.before + at));
-  if (to.spread) d = d.plus(Row::load(to.spread + entry));
+  if (to.d_mean) d = d.plus(Row::load(to.d_mean + entry));
   if (to.total) {
     d.store(to.total + at);
     return;
   }
-  if (to.mask) d = d.where(to.mask[pixel * kImages + image]);
+  if (to.relu_mask) d = d.where(to.relu_mask[pixel * kImages + image]);
   if (to.d_residual) {
     Row sum = d;
     if (to.add_to_residual) sum = sum.plus(Row::load(to.d_residual + at));
@@ -44,8 +44,8 @@ inline void finish_row(const Propagate& to, Row acc, int64_t pixel, int64_t imag
   propagate_row(to, acc, pixel, image);
 }
 
-// The rows of a finished pair, of which the next pair's products leave the vector units free to do some after
-// each step.
+// The epilogue of a finished pair. The products of the next pair occupy the tiles, not the vector units, so a
+// few of its rows are done after each step.
 template <class Epilogue>
 struct Pending {
   const Epilogue* to;
@@ -104,20 +104,20 @@ template <bool half, class Epilogue>
 void convolve(const Convolution& c, const Epilogue& to) {
   alignas(64) float sums[2][2 * kCell];
   if constexpr (half) {
-    for (auto& own : sums) {
-      for (float& value : own) value = 0.0f;
+    for (auto& of_pair : sums) {
+      for (float& value : of_pair) value = 0.0f;
     }
   }
   Pending<Epilogue> pending{&to, sums[0], {0, 0}, 0, 0};
   for (int64_t pair = c.first; pair < c.last; ++pair) {
-    float* const own = sums[pair % 2];
+    float* const of_pair = sums[pair % 2];
     const bool two = c.outputs[pair][1] >= 0;
     if (two) {
-      convolve_pair<true, half>(c, pair, own, pending);
+      convolve_pair<true, half>(c, pair, of_pair, pending);
     } else {
-      convolve_pair<false, half>(c, pair, own, pending);
+      convolve_pair<false, half>(c, pair, of_pair, pending);
     }
-    pending = {&to, own, {c.outputs[pair][0], c.outputs[pair][1]}, 0, two ? 2 * kImages : kImages};
+    pending = {&to, of_pair, {c.outputs[pair][0], c.outputs[pair][1]}, 0, two ? 2 * kImages : kImages};
   }
   pending.run(pending.rows);
 }
@@ -163,13 +163,13 @@ void pair_rows(Bits* to, const Bits* const rows[kChannels]) {
   }
 }
 
-void turn(Bits* to, const Bits* const rows[kChannels]) {
+void transpose(Bits* to, const Bits* const rows[kChannels]) {
   alignas(64) Bits pairs[2 * kCell];
   pair_rows(pairs, rows);
   for (int64_t half = 0; half < 2; ++half) {
-    const Bits* own[16];
-    for (int64_t pair = 0; pair < 16; ++pair) own[pair] = pairs + half * kCell + pair * 32;
-    Words::transpose(to + half * kCell, own);
+    const Bits* pair_of[16];
+    for (int64_t pair = 0; pair < 16; ++pair) pair_of[pair] = pairs + half * kCell + pair * 32;
+    Words::transpose(to + half * kCell, pair_of);
   }
 }
 

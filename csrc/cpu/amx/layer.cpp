@@ -1,13 +1,11 @@
-// One layer's convolutions on tiles, for training: images in channels_last come in and go out.
+// The convolutions of single layers on tiles, for training: from and to channels_last images.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <optional>
 
+#include "../../tensors.h"
 #include "amx.h"
 #include "geometry.h"
 
@@ -17,8 +15,8 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kFewestImages = 16;  // fewer leave rows of every tile empty
-// Beyond, and forward at 1x1, the library's convolution was faster by what the change of layout costs:
-// docs/performance-notes.md.
+// Above, and for the forward of 1x1 filters, the library's convolution was faster by the cost of the change
+// of layout: docs/performance-notes.md.
 constexpr int64_t kMostPixels = 64;
 constexpr int64_t kPixelsAtOnce = 64;  // of a weight gradient: their cells stay in the second cache
 
@@ -43,15 +41,15 @@ Geometry checked_geometry(at::IntArrayRef images, const Tensor& weight, const Wi
   return *g;
 }
 
-Tensor cells(int64_t count) { return kept_memory(count * kCell * static_cast<int64_t>(sizeof(Bits))); }
+Tensor cells(int64_t count) { return pooled_memory(count * kCell * static_cast<int64_t>(sizeof(Bits))); }
 
 // channels_last images as [group][block][pixel] cells
 Tensor to_cells(const Tensor& x) {
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   const int64_t groups = ceil_div(batch, kImages), blocks = channels / kChannels;
-  const Tensor made = cells(groups * blocks * pixels);
+  const Tensor packed = cells(groups * blocks * pixels);
   const Bits* const from = bits(x);
-  Bits* const to = mutable_bits(made);
+  Bits* const to = mutable_bits(packed);
   at::parallel_for(0, groups * pixels, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / pixels, pixel = i % pixels;
@@ -69,13 +67,13 @@ Tensor to_cells(const Tensor& x) {
       }
     }
   });
-  return made;
+  return packed;
 }
 
-void from_cells(const Tensor& x, const Tensor& made) {
+void from_cells(const Tensor& x, const Tensor& packed) {
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   const int64_t blocks = channels / kChannels;
-  const Bits* const from = bits(made);
+  const Bits* const from = bits(packed);
   Bits* const to = mutable_bits(x);
   at::parallel_for(0, batch * pixels, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -92,7 +90,7 @@ void from_cells(const Tensor& x, const Tensor& made) {
 // `pairs` of a convolution of `x` by packed filters, into new channels_last images of `shape`
 Tensor convolve(const Kernels& kernels, const Tensor& x, const Bits* weights, const Pairs& pairs,
                 at::IntArrayRef shape, int64_t positions) {
-  const Tensor y = at::empty(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const Tensor y = new_tensor(shape, x.options().memory_format(at::MemoryFormat::ChannelsLast));
   const int64_t groups = ceil_div(shape[0], kImages);
   const int64_t in_blocks = x.size(1) / kChannels, out_blocks = shape[1] / kChannels;
   const int64_t in_pixels = x.size(2) * x.size(3), out_pixels = shape[2] * shape[3];
@@ -122,10 +120,10 @@ template <class Order>
 Tensor by_image(const Tensor& x, Order order) {
   const int64_t batch = x.size(0), channels = x.size(1), pixels = x.size(2) * x.size(3);
   const int64_t groups = ceil_div(batch, kChannels), blocks = channels / kChannels;
-  const Tensor made = cells(groups * blocks * pixels * 2);
+  const Tensor packed = cells(groups * blocks * pixels * 2);
   const Bits* const from = bits(x);
-  Bits* const to = mutable_bits(made);
-  static const Bits kNothing[kChannels] = {};
+  Bits* const to = mutable_bits(packed);
+  static const Bits kNoImage[kChannels] = {};
   at::parallel_for(0, groups * pixels, 32, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / pixels, pixel = i % pixels;
@@ -133,39 +131,40 @@ Tensor by_image(const Tensor& x, Order order) {
         const Bits* rows[kChannels];
         for (int64_t image = 0; image < kChannels; ++image) {
           const int64_t b = group * kChannels + image;
-          rows[image] = b < batch ? from + (b * pixels + pixel) * channels + block * kChannels : kNothing;
+          rows[image] = b < batch ? from + (b * pixels + pixel) * channels + block * kChannels : kNoImage;
         }
         order(to + ((group * blocks + block) * pixels + pixel) * 2 * kCell, rows);
       }
     }
   });
-  return made;
+  return packed;
 }
 
-// The pixels (of the gradient, of the input) that a filter position joins, for chunks of the gradient's.
-struct Joined {
+// The pairs of pixels (of the gradient, of the input) whose products a filter position sums, in chunks of the
+// gradient's pixels.
+struct PixelPairs {
   std::vector<std::array<int32_t, 2>> pixels;
   std::vector<std::vector<int64_t>> begin;  // [position][chunk], and the end
 
-  explicit Joined(const Geometry& g) {
+  explicit PixelPairs(const Geometry& g) {
     const int64_t outs = g.out[0] * g.out[1];
     const Pairs taps = g.forward();
-    std::vector<std::vector<std::array<int32_t, 2>>> of(g.positions());
+    std::vector<std::vector<std::array<int32_t, 2>>> by_position(g.positions());
     for (int64_t pair = 0; pair < taps.count(); ++pair) {
       for (int32_t t = taps.begin[pair]; t < taps.begin[pair + 1]; ++t) {
         const Tap& tap = taps.taps[t];
-        if (tap.first >= 0) of[tap.position].push_back({taps.outputs[pair][0], tap.first});
-        if (tap.second >= 0) of[tap.position].push_back({taps.outputs[pair][1], tap.second});
+        if (tap.first >= 0) by_position[tap.position].push_back({taps.outputs[pair][0], tap.first});
+        if (tap.second >= 0) by_position[tap.position].push_back({taps.outputs[pair][1], tap.second});
       }
     }
-    for (const auto& own : of) {
+    for (const auto& of_position : by_position) {
       begin.emplace_back();
       size_t i = 0;
       for (int64_t chunk = 0; chunk * kPixelsAtOnce < outs; ++chunk) {
-        while (i < own.size() && own[i][0] < chunk * kPixelsAtOnce) ++i;
+        while (i < of_position.size() && of_position[i][0] < chunk * kPixelsAtOnce) ++i;
         begin.back().push_back(static_cast<int64_t>(pixels.size() + i));
       }
-      pixels.insert(pixels.end(), own.begin(), own.end());
+      pixels.insert(pixels.end(), of_position.begin(), of_position.end());
       begin.back().push_back(static_cast<int64_t>(pixels.size()));
     }
   }
@@ -176,11 +175,11 @@ Tensor weight_gradient(const Kernels& kernels, const Tensor& grad, const Tensor&
   const int64_t outs = weight.size(0) / kChannels, ins = weight.size(1) / kChannels;  // blocks
   const int64_t out_pixels = grad.size(2) * grad.size(3), in_pixels = input.size(2) * input.size(3);
   const int64_t groups = ceil_div(grad.size(0), kChannels), positions = geometry.positions();
-  const Tensor of_grad = by_image(grad, kernels.turn), of_input = by_image(input, kernels.pair_rows);
-  const Joined joined(geometry);
-  const Tensor made = at::empty_like(weight);
-  auto* const to = made.data_ptr<at::BFloat16>();
-  const at::IntArrayRef step = made.strides();
+  const Tensor of_grad = by_image(grad, kernels.transpose), of_input = by_image(input, kernels.pair_rows);
+  const PixelPairs pairs(geometry);
+  const Tensor d_weight = new_tensor_like(weight);
+  auto* const to = d_weight.data_ptr<at::BFloat16>();
+  const at::IntArrayRef step = d_weight.strides();
   at::parallel_for(0, outs * ins, 1, [&](int64_t begin, int64_t end) {
     kernels.configure();
     std::vector<float> sums(positions * 2 * kCell);
@@ -190,11 +189,11 @@ Tensor weight_gradient(const Kernels& kernels, const Tensor& grad, const Tensor&
       for (int64_t group = 0; group < groups; ++group) {
         const Bits* const g = bits(of_grad) + (group * outs + out) * out_pixels * 2 * kCell;
         const Bits* const x = bits(of_input) + (group * ins + in) * in_pixels * 2 * kCell;
-        for (size_t chunk = 0; chunk + 1 < joined.begin[0].size(); ++chunk) {
+        for (size_t chunk = 0; chunk + 1 < pairs.begin[0].size(); ++chunk) {
           for (int64_t p = 0; p < positions; ++p) {
-            const int64_t first = joined.begin[p][chunk], count = joined.begin[p][chunk + 1] - first;
+            const int64_t first = pairs.begin[p][chunk], count = pairs.begin[p][chunk + 1] - first;
             if (count == 0) continue;
-            const auto* const pixels = reinterpret_cast<const int32_t (*)[2]>(joined.pixels.data() + first);
+            const auto* const pixels = reinterpret_cast<const int32_t (*)[2]>(pairs.pixels.data() + first);
             kernels.weight_gradient({g, x, pixels, count, sums.data() + p * 2 * kCell});
           }
         }
@@ -210,27 +209,31 @@ Tensor weight_gradient(const Kernels& kernels, const Tensor& grad, const Tensor&
     }
     kernels.release();
   });
-  return made;
+  return d_weight;
 }
 
-}  // namespace
+const char* const kNotSupported = "AMX tiles do not support this convolution";
 
-static bool runs(const Tensor& x, const Tensor& weight) {
+bool supports(const Tensor& x, const Tensor& weight) {
   return x.is_cpu() && x.dim() == 4 && x.scalar_type() == at::kBFloat16 && x.size(0) >= kFewestImages &&
          x.numel() > 0 && x.is_contiguous(at::MemoryFormat::ChannelsLast) &&
          weight.scalar_type() == at::kBFloat16 && weight.numel() > 0 && weight.size(0) % kChannels == 0 &&
          weight.size(1) % kChannels == 0 && kernels_for_layers() != nullptr;
 }
 
+}  // namespace
+
 bool takes(Pass pass, const Tensor& input, const Tensor& weight, const Tensor& grad, const Window& window,
            int64_t groups) {
-  if (groups != 1 || !runs(input, weight) || (pass != Pass::kForward && !runs(grad, weight))) return false;
+  if (groups != 1 || !supports(input, weight) || (pass != Pass::kForward && !supports(grad, weight)))
+    return false;
   const auto g = geometry_of(input.sizes(), weight, window);
   if (!g || pass == Pass::kWeightGradient) return g.has_value();
   return g->out[0] * g->out[1] <= kMostPixels && (pass == Pass::kInputGradient || g->positions() > 1);
 }
 
 Tensor convolution(const Tensor& input, const Tensor& weight, const Window& window) {
+  TORCH_CHECK(supports(input, weight), kNotSupported);
   const Geometry g = checked_geometry(input.sizes(), weight, window);
   const Tensor packed = pack_weight(weight);
   return convolve(*kernels_for_layers(), input, bits(packed), g.forward(),
@@ -240,6 +243,7 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const Window& wind
 std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                                const Window& window, bool need_input, bool need_weight) {
   if (!need_input && !need_weight) return {};
+  TORCH_CHECK(supports(input, weight) && supports(grad, weight), kNotSupported);
   const Kernels& kernels = *kernels_for_layers();
   const Geometry g = checked_geometry(input.sizes(), weight, window);
   Tensor d_input, d_weight;
@@ -253,34 +257,3 @@ std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor&
 }
 
 }  // namespace awnet::cpu::amx
-
-TORCH_LIBRARY_FRAGMENT(awnet, m) {
-  m.def(
-      "amx_convolution(Tensor input, Tensor weight, int[2] stride, int[2] padding, int[2] dilation) -> "
-      "Tensor");
-  m.def(
-      "amx_convolution_backward(Tensor grad, Tensor input, Tensor weight, int[2] stride, int[2] padding, "
-      "int[2] "
-      "dilation, bool need_input, bool need_weight) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(awnet, CPU, m) {
-  using at::IntArrayRef, at::Tensor;
-  using namespace awnet::cpu::amx;
-  m.impl("amx_convolution", [](const Tensor& input, const Tensor& weight, IntArrayRef stride,
-                               IntArrayRef padding, IntArrayRef dilation) {
-    TORCH_CHECK(runs(input, weight), "tiles do not run this convolution");
-    return convolution(input, weight, {stride, padding, dilation});
-  });
-  m.impl("amx_convolution_backward", [](const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                        IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                        bool need_input, bool need_weight) {
-    TORCH_CHECK(runs(input, weight) && runs(grad, weight), "tiles do not run this convolution");
-    const auto [d_input, d_weight] =
-        convolution_backward(grad, input, weight, {stride, padding, dilation}, need_input, need_weight);
-    std::vector<Tensor> found;
-    if (need_input) found.push_back(d_input);
-    if (need_weight) found.push_back(d_weight);
-    return found;
-  });
-}

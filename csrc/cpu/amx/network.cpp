@@ -1,20 +1,18 @@
-// A frozen network on tiles: forward and backward with all activations in cells from the images to the means.
+// A frozen network on tiles: forward and backward, with all activations in cells from the images to the
+// means.
 //
-// Of a forward pass the backward needs one bit an element of every layer with a ReLU, and u in bfloat16 where
-// the gradients of scale and shift are wanted; activations live in memory that the next layers take over.
-#include "../../network.h"
+// The forward saves one bit per element of each layer with a ReLU, and u in bfloat16 where the gradients of
+// scale and shift are required. All other activations share memory, which is reused from layer to layer.
+#include "network.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <memory>
 
+#include "../../tensors.h"
 #include "amx.h"
 #include "geometry.h"
 
@@ -22,26 +20,24 @@ namespace awnet::cpu::amx {
 namespace {
 
 using at::Tensor;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
-// Places in memory that is used again, in cells of one group.
-class Room {
+// Plans the use of memory that layers share, in cells of one group.
+class Allocator {
  public:
-  int64_t take(int64_t size) {
+  int64_t allocate(int64_t size) {
     int64_t at = 0;
-    auto next = taken_.begin();
-    for (; next != taken_.end() && next->first < at + size; ++next) at = next->first + next->second;
-    taken_.emplace_hint(next, at, size);
-    most_ = std::max(most_, at + size);
+    auto next = blocks_.begin();
+    for (; next != blocks_.end() && next->first < at + size; ++next) at = next->first + next->second;
+    blocks_.emplace_hint(next, at, size);
+    peak_ = std::max(peak_, at + size);
     return at;
   }
-  void give(int64_t place) { taken_.erase(place); }
-  int64_t most() const { return most_; }
+  void release(int64_t offset) { blocks_.erase(offset); }
+  int64_t peak() const { return peak_; }
 
  private:
-  std::map<int64_t, int64_t> taken_;
-  int64_t most_ = 0;
+  std::map<int64_t, int64_t> blocks_;  // offset: size
+  int64_t peak_ = 0;
 };
 
 constexpr int64_t kNone = -1;
@@ -53,47 +49,47 @@ struct Layer {
   int64_t in_blocks, out_blocks;  // of kChannels
   int64_t in_pixels, out_pixels;
   std::shared_ptr<const Pairs> forward, backward;
-  int64_t y;        // place of its output
-  int64_t table;    // its first block among all layers'
-  int64_t mask, u;  // its first cell among all layers' of a group; u only where it is kept
+  int64_t y;             // offset of its output
+  int64_t table;         // its first block among those of all layers
+  int64_t relu_mask, u;  // its first saved cell among those of all layers; kNone if it is not saved
 
   int64_t cells() const { return out_blocks * out_pixels; }
 };
 
-// One convolution or `finish` of a backward pass; places of cells, kNone where there are none.
-struct BackStep {
+// One convolution or `finish` of a backward pass. Offsets are of cells, kNone if there are none.
+struct BackwardStep {
   bool convolves;
   int64_t source;  // the layer whose d_u, at `d_u`, is convolved
   int64_t d_u;
-  // what becomes of the sum, see Propagate
+  // what is done with the sum: the fields of Propagate
   int64_t target;  // a layer; kNone for the images
   int64_t before, total, to_d_u, to_residual;
-  bool add_to_residual, spread;
+  bool add_to_residual, has_d_mean;
 };
 
-struct BackPlan {
-  std::vector<BackStep> steps;
-  int64_t room, image;
+struct BackwardPlan {
+  std::vector<BackwardStep> steps;
+  int64_t memory, d_x;  // cells of a group, the offset of the images' gradient
 };
 
 struct Plan {
   std::vector<Layer> layers;
   int64_t batch, groups, channels, in_pixels, in_blocks;
   std::array<int64_t, 2> size;
-  int64_t x;  // place of the images
-  int64_t room, tables, masks = 0, us = 0;
+  int64_t x;  // offset of the images
+  int64_t memory_cells, tables, relu_masks = 0, us = 0;
 
   Plan(at::IntArrayRef images, const std::vector<std::vector<int64_t>>& shapes,
-       const std::vector<Step>& steps, const std::vector<bool>& keeps_u, bool keeps_mask) {
+       const std::vector<Step>& steps, const std::vector<bool>& keep_u, bool keep_mask) {
     batch = images[0];
     channels = images[1];
     size = {images[2], images[3]};
     groups = ceil_div(batch, kImages);
     in_pixels = size[0] * size[1];
     in_blocks = ceil_div(channels, kChannels);
-    std::map<Geometry, std::array<std::shared_ptr<const Pairs>, 2>> known;
-    Room places;
-    x = places.take(in_blocks * in_pixels);
+    std::map<Geometry, std::array<std::shared_ptr<const Pairs>, 2>> pairs_of;
+    Allocator memory;
+    x = memory.allocate(in_blocks * in_pixels);
     tables = 0;
     std::vector<size_t> last(steps.size());
     size_t last_of_x = 0;
@@ -128,67 +124,67 @@ struct Plan {
         TORCH_CHECK(other.outputs == layer.outputs && other.geometry.out == g.out, "layer ", i,
                     " adds a residual of another shape");
       }
-      auto& found = known[g];
-      if (!found[0]) {
-        found[0] = std::make_shared<const Pairs>(g.forward());
-        found[1] = std::make_shared<const Pairs>(g.backward());
+      auto& pairs = pairs_of[g];
+      if (!pairs[0]) {
+        pairs[0] = std::make_shared<const Pairs>(g.forward());
+        pairs[1] = std::make_shared<const Pairs>(g.backward());
       }
-      layer.forward = found[0];
-      layer.backward = found[1];
+      layer.forward = pairs[0];
+      layer.backward = pairs[1];
       layer.table = tables;
       tables += layer.out_blocks;
-      layer.mask = keeps_mask && s.relu ? std::exchange(masks, masks + layer.cells()) : kNone;
-      layer.u = keeps_u[i] ? std::exchange(us, us + layer.cells()) : kNone;
-      layer.y = places.take(layer.cells());
+      layer.relu_mask = keep_mask && s.relu ? std::exchange(relu_masks, relu_masks + layer.cells()) : kNone;
+      layer.u = keep_u[i] ? std::exchange(us, us + layer.cells()) : kNone;
+      layer.y = memory.allocate(layer.cells());
       layers.push_back(layer);
-      if (s.input >= 0 && last[s.input] == i) places.give(layers[s.input].y);
+      if (s.input >= 0 && last[s.input] == i) memory.release(layers[s.input].y);
       if (s.residual >= 0 && s.residual != s.input && last[s.residual] == i)
-        places.give(layers[s.residual].y);
-      if (s.input < 0 && last_of_x == i) places.give(x);
+        memory.release(layers[s.residual].y);
+      if (s.input < 0 && last_of_x == i) memory.release(x);
       const bool unused =
           std::none_of(steps.begin() + static_cast<int64_t>(i) + 1, steps.end(), [&](const Step& other) {
-            const auto own = static_cast<int64_t>(i);
-            return other.input == own || other.residual == own;
+            const auto layer_number = static_cast<int64_t>(i);
+            return other.input == layer_number || other.residual == layer_number;
           });
-      if (unused) places.give(layer.y);
+      if (unused) memory.release(layer.y);
     }
-    room = places.most();
+    memory_cells = memory.peak();
   }
 
-  // With gradients of the means of `given` layers.
-  BackPlan back(const std::vector<bool>& given, bool need_x) const {
+  // For layers of whose means there is a gradient, `has_d_mean`.
+  BackwardPlan backward(const std::vector<bool>& has_d_mean, bool need_x) const {
     const size_t count = layers.size();
-    Room places;
-    BackPlan plan;
+    Allocator memory;
+    BackwardPlan plan;
     std::vector<int64_t> d(count, kNone), d_u(count, kNone);
-    int64_t image = kNone;
+    int64_t d_x = kNone;
     // the gradient of layer j's output is complete in this step
-    const auto complete = [&](BackStep& step, int64_t j) {
+    const auto complete = [&](BackwardStep& step, int64_t j) {
       step.target = j;
       step.before = d[j];
-      step.spread = given[j];
-      step.to_d_u = d_u[j] = places.take(layers[j].cells());
+      step.has_d_mean = has_d_mean[j];
+      step.to_d_u = d_u[j] = memory.allocate(layers[j].cells());
       const int64_t residual = layers[j].step.residual;
       if (residual < 0) return;
       step.add_to_residual = d[residual] != kNone;
-      if (!step.add_to_residual) d[residual] = places.take(layers[residual].cells());
+      if (!step.add_to_residual) d[residual] = memory.allocate(layers[residual].cells());
       step.to_residual = d[residual];
     };
     const auto start = [&](bool convolves, size_t source) {
-      return BackStep{
+      return BackwardStep{
           convolves, static_cast<int64_t>(source), kNone, kNone, kNone, kNone, kNone, kNone, false, false};
     };
     for (size_t i = count; i-- > 0;) {
       const int64_t j = layers[i].step.input;
       if (d_u[i] == kNone) {
-        if (d[i] == kNone && !given[i]) continue;
-        BackStep step = start(false, i);
+        if (d[i] == kNone && !has_d_mean[i]) continue;
+        BackwardStep step = start(false, i);
         complete(step, static_cast<int64_t>(i));
         plan.steps.push_back(step);
-        if (d[i] != kNone) places.give(d[i]);
+        if (d[i] != kNone) memory.release(d[i]);
       }
       if (j >= 0 || need_x) {
-        BackStep step = start(true, i);
+        BackwardStep step = start(true, i);
         step.d_u = d_u[i];
         const bool last = j >= 0 && std::none_of(layers.begin(), layers.begin() + static_cast<int64_t>(i),
                                                  [&](const Layer& other) {
@@ -196,30 +192,30 @@ struct Plan {
                                                  });
         if (last) {
           complete(step, j);
-          if (step.before != kNone) places.give(step.before);
+          if (step.before != kNone) memory.release(step.before);
         } else {
-          int64_t& total = j < 0 ? image : d[j];
+          int64_t& total = j < 0 ? d_x : d[j];
           step.target = j;
           step.before = total;
-          if (total == kNone) total = places.take(layers[i].in_blocks * layers[i].in_pixels);
+          if (total == kNone) total = memory.allocate(layers[i].in_blocks * layers[i].in_pixels);
           step.total = total;
         }
         plan.steps.push_back(step);
       }
-      places.give(d_u[i]);
+      memory.release(d_u[i]);
     }
-    plan.room = places.most();
-    plan.image = image;
+    plan.memory = memory.peak();
+    plan.d_x = d_x;
     return plan;
   }
 
-  // Whether each thread takes whole groups through the network, which needs no barrier between layers and
-  // little memory; else all threads share every layer.
+  // Whether each thread runs whole groups through the network, which needs no barrier between layers and
+  // little memory. Else all threads share each layer.
   bool by_group() const {
     const int64_t threads = at::get_num_threads();
     return threads == 1 || groups % threads == 0 || groups >= 4 * threads;
   }
-  int64_t chunks(int64_t blocks) const {  // of a layer's pixels, where threads share it
+  int64_t chunks(int64_t blocks) const {  // of the pixels of a layer that threads share
     return by_group() ? 1 : std::clamp<int64_t>(ceil_div(4 * at::get_num_threads(), groups * blocks), 1, 8);
   }
 };
@@ -239,7 +235,7 @@ void pack_table(float* to, const Tensor& table, double factor = 1) {
   }
 }
 
-// The opposite, of the sum over `chunks` such tables.
+// The inverse, for the sum over `chunks` such tables.
 void unpack_table(const Tensor& table, const float* from, int64_t chunks) {
   const int64_t batch = table.size(0), channels = table.size(1), blocks = ceil_div(channels, kChannels);
   const int64_t size = ceil_div(batch, kImages) * blocks * kCell;
@@ -255,7 +251,7 @@ void unpack_table(const Tensor& table, const float* from, int64_t chunks) {
   }
 }
 
-// A range of groups in the hands of one thread, or all groups in the hands of all threads.
+// A range of groups that one thread runs, or all groups, which all threads run.
 struct Run {
   const Plan& plan;
   const Kernels& kernels;
@@ -264,9 +260,10 @@ struct Run {
   Tensor memory;
   Bits* cells;
 
-  Run(const Plan& plan, const Kernels& kernels, int64_t first, int64_t groups, bool shared, int64_t room)
+  Run(const Plan& plan, const Kernels& kernels, int64_t first, int64_t groups, bool shared,
+      int64_t cells_of_group)
       : plan(plan), kernels(kernels), first(first), groups(groups), shared(shared) {
-    memory = kept_memory(room * groups * kCell * static_cast<int64_t>(sizeof(Bits)));
+    memory = pooled_memory(cells_of_group * groups * kCell * static_cast<int64_t>(sizeof(Bits)));
     cells = reinterpret_cast<Bits*>(memory.mutable_data_ptr());
   }
 
@@ -284,8 +281,8 @@ struct Run {
     });
   }
 
-  Bits* at(int64_t place, int64_t cells_of_group, int64_t group) const {
-    return cells + (place * groups + group * cells_of_group) * kCell;
+  Bits* at(int64_t offset, int64_t cells_of_group, int64_t group) const {
+    return cells + (offset * groups + group * cells_of_group) * kCell;
   }
 };
 
@@ -320,12 +317,13 @@ void copy_images(const Run& run, const Tensor& x) {
   });
 }
 
-void copy_image_gradients(const Run& run, const Tensor& d_x, int64_t place) {
+void copy_image_gradients(const Run& run, const Tensor& d_x, int64_t offset) {
   const Plan& plan = run.plan;
   auto* const to = static_cast<Bits*>(d_x.mutable_data_ptr());
   const at::IntArrayRef step = d_x.strides();
   run.each(plan.in_blocks, 1, [&](int64_t group, int64_t block, int64_t) {
-    const Bits* from = run.at(place, plan.in_blocks * plan.in_pixels, group) + block * plan.in_pixels * kCell;
+    const Bits* from =
+        run.at(offset, plan.in_blocks * plan.in_pixels, group) + block * plan.in_pixels * kCell;
     const int64_t begin = (run.first + group) * kImages, count = std::min(kImages, plan.batch - begin);
     const int64_t channel = block * kChannels, channels = std::min(kChannels, plan.channels - channel);
     for (int64_t b = 0; b < count; ++b) {
@@ -360,26 +358,27 @@ void average(const Run& run, const Layer& layer, const Tensor& mean) {
   });
 }
 
-// What a forward pass keeps: masks, scales and u, one after the other.
-struct Kept {
+// What the forward saves for the backward, one after the other in one piece of memory.
+struct Saved {
   Tensor memory;
-  uint32_t* mask;
+  uint32_t* relu_mask;
   float* scale;
   Bits* u;
 
   static int64_t bytes(const Plan& plan) {
-    return plan.groups * (plan.masks * kCell / 8 + plan.tables * kCell * 4 + plan.us * kCell * 2);
+    return plan.groups * (plan.relu_masks * kCell / 8 + plan.tables * kCell * 4 + plan.us * kCell * 2);
   }
-  Kept(const Plan& plan, Tensor bytes) : memory(std::move(bytes)) {
+  Saved(const Plan& plan, Tensor bytes) : memory(std::move(bytes)) {
     auto* const base = static_cast<uint8_t*>(memory.mutable_data_ptr());
-    mask = reinterpret_cast<uint32_t*>(base);
-    scale = reinterpret_cast<float*>(base + plan.groups * plan.masks * kCell / 8);
+    relu_mask = reinterpret_cast<uint32_t*>(base);
+    scale = reinterpret_cast<float*>(base + plan.groups * plan.relu_masks * kCell / 8);
     u = reinterpret_cast<Bits*>(scale + plan.groups * plan.tables * kCell);
   }
   // of a layer, its group and block
-  uint32_t* mask_of(const Plan& plan, const Layer& layer, int64_t group, int64_t block) const {
-    if (layer.mask == kNone) return nullptr;
-    return mask + (layer.mask * plan.groups + group * layer.cells() + block * layer.out_pixels) * kImages;
+  uint32_t* relu_mask_of(const Plan& plan, const Layer& layer, int64_t group, int64_t block) const {
+    if (layer.relu_mask == kNone) return nullptr;
+    return relu_mask +
+           (layer.relu_mask * plan.groups + group * layer.cells() + block * layer.out_pixels) * kImages;
   }
   Bits* u_of(const Plan& plan, const Layer& layer, int64_t group, int64_t block) const {
     if (layer.u == kNone) return nullptr;
@@ -411,9 +410,9 @@ const Bits* forward_weights(const Tensor& packed) {
 }
 const Bits* backward_weights(const Tensor& packed) { return forward_weights(packed) + packed.size(1); }
 
-variable_list run_forward(const Plan& plan, const Kernels& kernels, const Tensor& x, at::TensorList shifts,
-                          at::TensorList packed, const Kept& kept) {
-  variable_list means;
+std::vector<Tensor> run_forward(const Plan& plan, const Kernels& kernels, const Tensor& x,
+                                at::TensorList shifts, at::TensorList packed, const Saved& saved) {
+  std::vector<Tensor> means;
   std::vector<Tensor> mean_of(plan.layers.size());
   std::vector<float> shift(plan.groups * plan.tables * kCell);
   for (size_t i = 0; i < plan.layers.size(); ++i) {
@@ -421,11 +420,11 @@ variable_list run_forward(const Plan& plan, const Kernels& kernels, const Tensor
     pack_table(shift.data() + layer.table * plan.groups * kCell, shifts[i]);
     if (layer.step.averaged) {
       means.push_back(mean_of[i] =
-                          at::empty({plan.batch, layer.outputs}, x.options().memory_format(std::nullopt)));
+                          new_tensor({plan.batch, layer.outputs}, x.options().memory_format(std::nullopt)));
     }
   }
   for_groups(plan, kernels, [&](int64_t first, int64_t groups, bool shared) {
-    const Run run(plan, kernels, first, groups, shared, plan.room);
+    const Run run(plan, kernels, first, groups, shared, plan.memory_cells);
     copy_images(run, x);
     for (size_t i = 0; i < plan.layers.size(); ++i) {
       const Layer& layer = plan.layers[i];
@@ -438,10 +437,10 @@ variable_list run_forward(const Plan& plan, const Kernels& kernels, const Tensor
         const int64_t table = (layer.table * plan.groups + all * layer.out_blocks + block) * kCell;
         const Apply to = {
             run.at(layer.y, layer.cells(), group) + skip,
-            kept.u_of(plan, layer, all, block),
-            kept.mask_of(plan, layer, all, block),
+            saved.u_of(plan, layer, all, block),
+            saved.relu_mask_of(plan, layer, all, block),
             s.residual < 0 ? nullptr : run.at(plan.layers[s.residual].y, layer.cells(), group) + skip,
-            kept.scale + table,
+            saved.scale + table,
             shift.data() + table,
             s.relu};
         kernels.apply(convolution_of(*layer.forward, input, layer.in_blocks, layer.in_pixels,
@@ -461,12 +460,12 @@ struct Sums {
   std::vector<float> g1, g2;
 };
 
-void run_backward(const Plan& plan, const BackPlan& back, const Kernels& kernels, const Kept& kept,
-                  at::TensorList packed, const std::vector<std::vector<float>>& spread,
+void run_backward(const Plan& plan, const BackwardPlan& backward, const Kernels& kernels, const Saved& saved,
+                  at::TensorList packed, const std::vector<std::vector<float>>& d_means,
                   std::vector<Sums>& sums, const Tensor& d_x) {
   for_groups(plan, kernels, [&](int64_t first, int64_t groups, bool shared) {
-    const Run run(plan, kernels, first, groups, shared, back.room);
-    for (const BackStep& step : back.steps) {
+    const Run run(plan, kernels, first, groups, shared, backward.memory);
+    for (const BackwardStep& step : backward.steps) {
       const Layer& source = plan.layers[step.source];
       const Layer* const target = step.target < 0 ? nullptr : &plan.layers[step.target];
       const int64_t blocks = target ? target->out_blocks : plan.in_blocks;
@@ -474,26 +473,26 @@ void run_backward(const Plan& plan, const BackPlan& back, const Kernels& kernels
       const int64_t chunks = plan.chunks(blocks);
       run.each(blocks, chunks, [&](int64_t group, int64_t block, int64_t chunk) {
         const int64_t all = first + group;
-        const auto at = [&](int64_t place) {
-          return place == kNone ? nullptr : run.at(place, blocks * pixels, group) + block * pixels * kCell;
+        const auto at = [&](int64_t offset) {
+          return offset == kNone ? nullptr : run.at(offset, blocks * pixels, group) + block * pixels * kCell;
         };
         Propagate to = {};
         to.before = at(step.before);
         to.total = at(step.total);
         if (!to.total) {
           const int64_t table = (all * blocks + block) * kCell;
-          to.spread = step.spread ? spread[step.target].data() + table : nullptr;
-          to.mask = kept.mask_of(plan, *target, all, block);
-          to.scale = kept.scales_of(plan, *target) + table;
+          to.d_mean = step.has_d_mean ? d_means[step.target].data() + table : nullptr;
+          to.relu_mask = saved.relu_mask_of(plan, *target, all, block);
+          to.scale = saved.scales_of(plan, *target) + table;
           to.d_u = at(step.to_d_u);
           to.d_residual = at(step.to_residual);
           to.add_to_residual = step.add_to_residual;
-          Sums& own = sums[step.target];
-          if (own.chunks > 0) {
-            const int64_t place = chunk * plan.groups * blocks * kCell + table;
-            to.u = kept.u_of(plan, *target, all, block);
-            to.g1 = own.g1.data() + place;
-            to.g2 = own.g2.data() + place;
+          Sums& of_target = sums[step.target];
+          if (of_target.chunks > 0) {
+            const int64_t offset = chunk * plan.groups * blocks * kCell + table;
+            to.u = saved.u_of(plan, *target, all, block);
+            to.g1 = of_target.g1.data() + offset;
+            to.g2 = of_target.g2.data() + offset;
           }
         }
         if (!step.convolves) {
@@ -506,18 +505,8 @@ void run_backward(const Plan& plan, const BackPlan& back, const Kernels& kernels
             to);
       });
     }
-    if (d_x.defined()) copy_image_gradients(run, d_x, back.image);
+    if (d_x.defined()) copy_image_gradients(run, d_x, backward.d_x);
   });
-}
-
-std::vector<std::vector<int64_t>> shapes_of(at::TensorList weights) {
-  std::vector<std::vector<int64_t>> shapes;
-  for (const Tensor& weight : weights) {
-    TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "expected filters [C_out, C_in, kh, kw], got ",
-                weight.sizes());
-    shapes.push_back(weight.sizes().vec());
-  }
-  return shapes;
 }
 
 void check(const Tensor& x, at::TensorList scales, at::TensorList shifts, at::TensorList packed,
@@ -542,141 +531,82 @@ void check(const Tensor& x, at::TensorList scales, at::TensorList shifts, at::Te
   }
 }
 
-Kept keep(const Plan& plan, at::TensorList scales) {
-  const Kept kept(plan, kept_memory(Kept::bytes(plan)));
+Saved saved_for(const Plan& plan, at::TensorList scales) {
+  const Saved saved(plan, pooled_memory(Saved::bytes(plan)));
   for (size_t i = 0; i < plan.layers.size(); ++i) {
-    pack_table(kept.scales_of(plan, plan.layers[i]), scales[i]);
+    pack_table(saved.scales_of(plan, plan.layers[i]), scales[i]);
   }
-  return kept;
+  return saved;
 }
 
-std::vector<Tensor> below(const Tensor& x, at::TensorList scales, at::TensorList shifts,
-                          at::TensorList weights, at::TensorList packed, at::IntArrayRef numbers,
-                          bool emulate) {
-  const auto shapes = shapes_of(weights);
-  check(x, scales, shifts, packed, shapes);
-  const Plan plan(x.sizes(), shapes, steps_of(numbers, shapes.size()), std::vector<bool>(shapes.size()),
-                  false);
-  return run_forward(plan, kernels(emulate), x, shifts, packed, keep(plan, scales));
-}
-
-class Network : public torch::autograd::Function<Network> {
- public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList scales,
-                               at::TensorList shifts, const std::vector<Tensor>& weights,
-                               const std::vector<Tensor>& packed, const std::vector<int64_t>& numbers,
-                               bool emulate) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const auto shapes = shapes_of(weights);
-    check(x, scales, shifts, packed, shapes);
-    const size_t count = shapes.size();
-    std::vector<bool> keeps_u(count);
-    std::vector<int64_t> flat;
-    bool tables = false;
-    for (size_t i = 0; i < count; ++i) {
-      keeps_u[i] = scales[i].requires_grad() || shifts[i].requires_grad();
-      tables = tables || keeps_u[i];
-      flat.insert(flat.end(), shapes[i].begin(), shapes[i].end());
-      flat.push_back(keeps_u[i]);
-    }
-    const Plan plan(x.sizes(), shapes, steps_of(numbers, count), keeps_u, tables || x.requires_grad());
-    const Kept kept = keep(plan, scales);
-    const variable_list means = run_forward(plan, kernels(emulate), x, shifts, packed, kept);
-    variable_list saved = packed;
-    saved.push_back(kept.memory);
-    ctx->save_for_backward(saved);
-    ctx->saved_data["numbers"] = numbers;
-    ctx->saved_data["shapes"] = flat;
-    ctx->saved_data["images"] = x.sizes().vec();
-    ctx->saved_data["channels_last"] = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-    ctx->saved_data["emulate"] = emulate;
-    ctx->set_materialize_grads(false);
-    return means;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "a frozen network has a first derivative only; for a second one run the network itself");
-    at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list packed = ctx->get_saved_variables();
-    const Tensor memory = packed.back();
-    packed.pop_back();
-    const size_t count = packed.size();
-    const auto flat = ctx->saved_data["shapes"].toIntVector();
-    std::vector<std::vector<int64_t>> shapes;
-    std::vector<bool> keeps_u;
-    for (size_t i = 0; i < count; ++i) {
-      shapes.emplace_back(flat.begin() + 5 * i, flat.begin() + 5 * i + 4);
-      keeps_u.push_back(flat[5 * i + 4] != 0);
-    }
-    const auto images = ctx->saved_data["images"].toIntVector();
-    const Plan plan(images, shapes, steps_of(ctx->saved_data["numbers"].toIntVector(), count), keeps_u, true);
-    const Kernels& own = kernels(ctx->saved_data["emulate"].toBool());
-    std::vector<bool> given(count);
-    std::vector<std::vector<float>> spread(count);
-    std::vector<Sums> sums(count);
-    size_t next = 0;
-    for (size_t i = 0; i < count; ++i) {
-      const Layer& layer = plan.layers[i];
-      const int64_t size = plan.groups * layer.out_blocks * kCell;
-      if (layer.step.averaged) {
-        const Tensor& d_mean = grads[next++];
-        given[i] = d_mean.defined();
-        if (given[i]) {
-          spread[i].resize(size);
-          pack_table(spread[i].data(), d_mean, 1.0 / static_cast<double>(layer.out_pixels));
-        }
-      }
-      if (keeps_u[i] && (ctx->needs_input_grad(1 + i) || ctx->needs_input_grad(1 + count + i))) {
-        sums[i].chunks = plan.chunks(layer.out_blocks);
-        sums[i].g1.resize(size * sums[i].chunks);
-        sums[i].g2.resize(size * sums[i].chunks);
-      }
-    }
-    const bool need_x = ctx->needs_input_grad(0);
-    const BackPlan back = plan.back(given, need_x);
-    const auto options = packed[0].options();
-    variable_list result(1 + 2 * count + 4);  // of x, scales, shifts; the rest is not differentiable
-    if (need_x && back.image != kNone) {
-      const bool channels_last = ctx->saved_data["channels_last"].toBool();
-      result[0] = at::empty(images, options.memory_format(channels_last ? at::MemoryFormat::ChannelsLast
-                                                                        : at::MemoryFormat::Contiguous));
-    }
-    run_backward(plan, back, own, Kept(plan, memory), packed, spread, sums, result[0]);
-    for (size_t i = 0; i < count; ++i) {
-      if (sums[i].chunks == 0) continue;
-      const std::array<int64_t, 2> shape = {plan.batch, plan.layers[i].outputs};
-      const auto made = [&](const std::vector<float>& from) {
-        const Tensor table = at::empty(shape, options.dtype(at::kFloat));
-        unpack_table(table, from.data(), sums[i].chunks);
-        return table;
-      };
-      if (ctx->needs_input_grad(1 + i)) result[1 + i] = made(sums[i].g2);
-      if (ctx->needs_input_grad(1 + count + i)) result[1 + count + i] = made(sums[i].g1);
-    }
-    return result;
-  }
-};
-
-std::vector<Tensor> differentiable(const Tensor& x, at::TensorList scales, at::TensorList shifts,
-                                   at::TensorList weights, at::TensorList packed, at::IntArrayRef numbers,
-                                   bool emulate) {
-  return Network::apply(x, scales, shifts, weights.vec(), packed.vec(), numbers.vec(), emulate);
+Plan plan_of(const NetworkArgs& args) {
+  return Plan(args.images, args.shapes, args.steps, args.keep_u, args.keep_mask);
 }
 
 }  // namespace
+
+std::vector<std::vector<int64_t>> shapes_of(at::TensorList weights) {
+  std::vector<std::vector<int64_t>> shapes;
+  for (const Tensor& weight : weights) {
+    TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "expected filters [C_out, C_in, kh, kw], got ",
+                weight.sizes());
+    shapes.push_back(weight.sizes().vec());
+  }
+  return shapes;
+}
+
+Outputs network_forward(const NetworkArgs& args, const Tensor& x, at::TensorList scales,
+                        at::TensorList shifts, at::TensorList packed) {
+  check(x, scales, shifts, packed, args.shapes);
+  const Plan plan = plan_of(args);
+  const Saved saved = saved_for(plan, scales);
+  return {run_forward(plan, kernels(args.emulate), x, shifts, packed, saved), saved.memory};
+}
+
+NetworkGradients network_backward(const NetworkArgs& args, at::TensorList packed, const Tensor& memory,
+                                  at::TensorList d_means, const NetworkNeeds& needs,
+                                  at::MemoryFormat format) {
+  const Plan plan = plan_of(args);
+  const size_t count = plan.layers.size();
+  std::vector<bool> has_d_mean(count);
+  std::vector<std::vector<float>> packed_d_means(count);
+  std::vector<Sums> sums(count);
+  size_t next = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Layer& layer = plan.layers[i];
+    const int64_t size = plan.groups * layer.out_blocks * kCell;
+    if (layer.step.averaged) {
+      const Tensor& d_mean = d_means[next++];
+      has_d_mean[i] = d_mean.defined();
+      if (has_d_mean[i]) {
+        packed_d_means[i].resize(size);
+        pack_table(packed_d_means[i].data(), d_mean, 1.0 / static_cast<double>(layer.out_pixels));
+      }
+    }
+    if (args.keep_u[i] && (needs.scales[i] || needs.shifts[i])) {
+      sums[i].chunks = plan.chunks(layer.out_blocks);
+      sums[i].g1.resize(size * sums[i].chunks);
+      sums[i].g2.resize(size * sums[i].chunks);
+    }
+  }
+  const BackwardPlan backward = plan.backward(has_d_mean, needs.x);
+  const auto options = packed[0].options();
+  NetworkGradients grads{Tensor(), std::vector<Tensor>(count), std::vector<Tensor>(count)};
+  if (needs.x && backward.d_x != kNone) grads.x = new_tensor(args.images, options.memory_format(format));
+  run_backward(plan, backward, kernels(args.emulate), Saved(plan, memory), packed, packed_d_means, sums,
+               grads.x);
+  for (size_t i = 0; i < count; ++i) {
+    if (sums[i].chunks == 0) continue;
+    const std::array<int64_t, 2> shape = {plan.batch, plan.layers[i].outputs};
+    const auto table_of = [&](const std::vector<float>& from) {
+      const Tensor table = new_tensor(shape, options.dtype(at::kFloat));
+      unpack_table(table, from.data(), sums[i].chunks);
+      return table;
+    };
+    if (needs.scales[i]) grads.scales[i] = table_of(sums[i].g2);
+    if (needs.shifts[i]) grads.shifts[i] = table_of(sums[i].g1);
+  }
+  return grads;
+}
+
 }  // namespace awnet::cpu::amx
-
-TORCH_LIBRARY_FRAGMENT(awnet, m) {
-  m.def("amx_pack_weight(Tensor weight) -> Tensor");
-  m.def(
-      "network_amx(Tensor x, Tensor[] scales, Tensor[] shifts, Tensor[] weights, Tensor[] packed, int[] "
-      "numbers, bool emulate) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(awnet, CPU, m) {
-  m.impl("amx_pack_weight", &awnet::cpu::amx::pack_weight);
-  m.impl("network_amx", &awnet::cpu::amx::below);
-}
-
-TORCH_LIBRARY_IMPL(awnet, Autograd, m) { m.impl("network_amx", &awnet::cpu::amx::differentiable); }

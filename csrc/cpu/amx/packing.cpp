@@ -1,7 +1,7 @@
 // Filters in the order in which tiles take them.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
+#include "../../tensors.h"
 #include "amx.h"
 
 namespace awnet::cpu::amx {
@@ -16,7 +16,7 @@ at::Tensor pack_weight(const at::Tensor& weight) {
   const int64_t cell = 2 * kCell;  // of filters: 32 inputs by 32 outputs
   const int64_t half = out_blocks * in_blocks * positions * cell;
   const at::Tensor packed =
-      at::empty({2, half}, weight.options().memory_format(at::MemoryFormat::Contiguous));
+      new_tensor({2, half}, weight.options().memory_format(at::MemoryFormat::Contiguous));
   auto* const forward = reinterpret_cast<Bits*>(packed.mutable_data_ptr());
   auto* const backward = forward + half;
   const auto* const from = static_cast<const Bits*>(weight.const_data_ptr());

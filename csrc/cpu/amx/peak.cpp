@@ -1,6 +1,5 @@
 // The rate of AMX tile products with operands in the first-level cache: the ceiling of the benchmarks.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <chrono>
@@ -32,6 +31,8 @@ void run_steps([[maybe_unused]] const Bits* cells) {
   }
 #endif
 }
+
+}  // namespace
 
 // Operations per second of all threads together, from the first one's start to the last one's end.
 double peak(double seconds) {
@@ -66,9 +67,5 @@ double peak(double seconds) {
   }
   return all.steps * kFlopsPerStep / std::chrono::duration<double>(all.end - all.start).count();
 }
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(awnet, m) { m.def("amx_peak(float seconds) -> float", &peak); }
 
 }  // namespace awnet::cpu::amx

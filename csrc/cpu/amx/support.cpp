@@ -1,4 +1,4 @@
-// What the process and the processor offer, and memory that outlives a call.
+// Whether AMX can be used, and the pool of memory.
 #include <ATen/ops/from_blob.h>
 
 #include <cerrno>
@@ -44,7 +44,7 @@ std::string find_obstacle() {
 }
 
 constexpr size_t kPage = 1 << 21;
-constexpr size_t kMostKept = 8;  // blocks
+constexpr size_t kMostFree = 8;  // blocks
 
 class Pool {
  public:
@@ -69,7 +69,7 @@ class Pool {
   void give(void* block, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.emplace(bytes, block);
-    if (free_.size() > kMostKept) {
+    if (free_.size() > kMostFree) {
       std::free(free_.begin()->second);
       free_.erase(free_.begin());
     }
@@ -81,15 +81,15 @@ class Pool {
 };
 
 Pool& pool() {
-  static Pool* const kept = new Pool;  // never destroyed: tensors may die later
-  return *kept;
+  static Pool* const pool = new Pool;  // never destroyed: tensors may die later
+  return *pool;
 }
 
 }  // namespace
 
 const std::string& obstacle() {
-  static const std::string found = find_obstacle();
-  return found;
+  static const std::string reason = find_obstacle();
+  return reason;
 }
 
 const Kernels& kernels(bool emulate) {
@@ -109,7 +109,7 @@ const Kernels* kernels_for_layers() {
   return off || !obstacle().empty() ? nullptr : &kernels(false);
 }
 
-at::Tensor kept_memory(int64_t bytes) {
+at::Tensor pooled_memory(int64_t bytes) {
   const auto [block, size] = pool().take((static_cast<size_t>(bytes) / kPage + 1) * kPage);
   return at::from_blob(
       block, {bytes}, [size = size](void* own) { pool().give(own, size); }, at::TensorOptions(at::kByte));

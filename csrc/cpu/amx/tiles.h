@@ -1,12 +1,13 @@
-// Convolutions of bfloat16 images by AMX tiles, with the layer's element-wise work in the epilogue.
+// Convolutions of bfloat16 images on AMX tiles, with the layer's element-wise work in the epilogue.
 //
 // A cell holds one pixel of 16 images in 32 channels, [16][32] bfloat16: 1 KB, exactly one tile. A tensor of
-// images is [group of 16 images][block of 32 channels][pixel] cells; images and channels beyond the last
-// are zero. A convolution is a sum over taps of (cell times filter cell): any size, stride, padding and
-// dilation only changes which cells a tap reads, and a tap outside of the image is left out.
+// images is [group of 16 images][block of 32 channels][pixel] cells; images and channels after the last ones
+// are zero. A convolution is a sum over taps of (input cell times filter cell). Size, stride, padding and
+// dilation only change which cells a tap reads; a tap outside the image is skipped.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace awnet::cpu::amx {
 
@@ -25,20 +26,20 @@ struct Tap {
 struct Apply {
   Bits* y;
   Bits* u;
-  uint32_t* mask;  // [pixel][16], one bit a channel: where the activation passed
+  uint32_t* relu_mask;  // [pixel][16], one bit per channel: set where the input of the ReLU is not <= 0
   const Bits* residual;
   const float *scale, *shift;
   bool relu;
 };
 
-// What a gradient d = acc + before + spread of a layer's output becomes. Either it is written to `total`, or,
-// where total is null, it is complete: g = d where the mask is set, d_residual (+)= g, d_u = g * scale,
-// g1 += g, g2 += g * u.
+// What is done with a gradient d = acc + before + d_mean of a layer's output. If further gradients are to be
+// added, d is written to `total`. Else total is null and d is complete: g = d where relu_mask is set,
+// d_residual (+)= g, d_u = g * scale, g1 += g, g2 += g * u.
 struct Propagate {
   const Bits* before;
-  const float* spread;  // [16][32], the same for every pixel
+  const float* d_mean;  // [16][32], the same for every pixel
   Bits* total;
-  const uint32_t* mask;
+  const uint32_t* relu_mask;
   const float* scale;
   Bits *d_u, *d_residual;
   bool add_to_residual;
@@ -57,7 +58,7 @@ struct Convolution {
   int64_t first, last;          // pairs
   const Bits* weights;          // [input block][position][2][16 pairs of input channels][16 outputs][2]
   int64_t positions;
-  bool half;  // only the first 16 output channels are there
+  bool half;  // there are at most 16 output channels
 };
 
 // Of one filter position, 32 outputs and 32 inputs: sums[output][input] += g[output] x[input] over images and
@@ -70,7 +71,7 @@ struct WeightGradient {
 };
 
 struct Kernels {
-  void (*configure)();  // each thread, before the others
+  void (*configure)();  // on each thread, before the others
   void (*release)();
   void (*apply)(const Convolution& convolution, const Apply& to);
   void (*propagate)(const Convolution& convolution, const Propagate& to);
@@ -79,10 +80,14 @@ struct Kernels {
   // Of 32 rows of 32 values: [2][16 pairs of rows][16 columns][2]
   void (*pair_rows)(Bits* to, const Bits* const rows[kChannels]);
   // [2][16 columns][32 rows]
-  void (*turn)(Bits* to, const Bits* const rows[kChannels]);
+  void (*transpose)(Bits* to, const Bits* const rows[kChannels]);
   // [2][16 pairs of columns][16 rows][2]
   void (*pair_columns)(Bits* to, const Bits* const rows[kChannels]);
 };
+
+// Why this process cannot use AMX: the processor has none, or the operating system refuses it; empty where it
+// can.
+const std::string& obstacle();
 
 namespace hardware {
 extern const Kernels kernels;
