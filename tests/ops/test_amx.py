@@ -202,6 +202,48 @@ def test_residual_blocks_are_no_worse_than_twice_the_library(
         torch.set_num_threads(before)
 
 
+# In each, some layer's output has several readers, whose gradients are added up in the order of the backward.
+READERS = {
+    "the residual of two layers": [
+        conv(-1),
+        conv(0),
+        conv(1, residual=0),
+        conv(2, residual=0, averaged=True),
+    ],
+    "the input and the residual of one layer": [
+        conv(-1),
+        conv(0, residual=0),
+        conv(1, residual=1, averaged=True),
+    ],
+    "a residual, the input of a branch and of another residual's layer": [
+        conv(-1),
+        conv(0),
+        conv(1, residual=0),
+        conv(0, relu=False),
+        conv(3, residual=2, averaged=True),
+    ],
+    "averaged, input and residual": [
+        conv(-1, averaged=True),
+        conv(0, averaged=True),
+        conv(1, residual=0),
+        conv(1, residual=2, averaged=True),
+    ],
+}
+
+
+@pytest.mark.parametrize("readers", READERS)
+def test_gradients_of_all_readers_of_a_layer_are_added(readers: str, tiles: str) -> None:
+    layers = READERS[readers]
+    given = net((3, 2, 4, 3), [7] * len(layers), [3] * len(layers), layers)
+    cotangents = cotangents_of(given)
+    means, grads = values_and_gradients(ops.affine_network, given.on(torch.bfloat16), cotangents)
+    exact, exact_grads = values_and_gradients(_layer_by_layer, given.on(torch.float64), cotangents)
+    # One reader's gradient is a third of the whole or more. Each of the five layers rounds what it passes on to
+    # 8 bits, and a ReLU may decide otherwise where its input rounds to the other side of 0.
+    for got, value in zip(means + grads, exact + exact_grads, strict=True):
+        assert error(got, value) < 0.06
+
+
 def test_an_image_does_not_depend_on_the_others_nor_on_the_batch(tiles: str) -> None:
     given = block_net(21)
     cotangents = cotangents_of(given)
