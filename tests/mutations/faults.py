@@ -21,6 +21,8 @@ NETWORK = "tests/nn/test_frozen.py::test_a_network_in_one_operator_equals_its_la
 DIRECT = "tests/ops/test_native.py::test_the_direct_convolution_and_its_gradients"
 EAGER_LAYER = OPS + "test_eager_equals_the_reference_in_float64"
 AMX = "tests/ops/test_amx.py::"
+AMX_LAYER = AMX + "test_one_layer_is_within_the_bound_of_its_roundings"
+AMX_READERS = AMX + "test_gradients_of_all_readers_of_a_layer_are_added"
 CUDA_PASSES = CUDA + "test_every_pass_in_every_shape"
 CUDA_ALGEBRA = CUDA + "test_the_algebra_equals_plain_torch"
 EVAL, TRAIN = ALGEBRA + "test_eval", ALGEBRA + "test_train"
@@ -402,6 +404,47 @@ FAULTS = (
         EAGER_LAYER,
     ),
     # --- bfloat16 on AMX tiles
+    fault(
+        "the ReLU's mask left out of the gradient", "csrc/cpu/amx/kernels.inl",
+        "if (to.relu_mask) d = d.where(to.relu_mask[pixel * kImages + image]);", "",
+        AMX_LAYER,
+    ),
+    fault(
+        "the second pixel of a pair from the first one's tap", "csrc/cpu/amx/kernels.inl",
+        "load<5>(tap->second < 0 ? kZeros : input + tap->second * kCell)",
+        "load<5>(tap->first < 0 ? kZeros : input + tap->first * kCell)",
+        AMX_LAYER,
+    ),
+    fault(
+        "one tile loaded twice instead of two", "csrc/cpu/amx/kernels.inl",
+        "load<7>(b + kCell)", "load<7>(b)",
+        AMX_LAYER,
+    ),
+    fault(
+        "the gradient of the scale without u", "csrc/cpu/amx/kernels.inl",
+        "plus(d.times(Row::load(to.u + at)))", "plus(d)",
+        AMX_LAYER,
+    ),
+    fault(
+        "shift and residual left out", "csrc/cpu/amx/kernels.inl",
+        "v = v.plus(Row::load(to.residual + at))", "v = u.times(Row::load(to.scale + entry))",
+        AMX + "test_residual_blocks_are_no_worse_than_twice_the_library",
+    ),
+    fault(
+        "NaN becomes 0 in the emulated ReLU", "csrc/cpu/amx/emulated.cpp",
+        "static_cast<uint32_t>(!(values[i] <= 0.0f))", "static_cast<uint32_t>(values[i] > 0.0f)",
+        AMX + "test_an_image_does_not_depend_on_the_others_nor_on_the_batch[emulate]",
+    ),
+    fault(
+        "of a residual with two readers, the gradient of one", "csrc/cpu/amx/network.cpp",
+        "step.add_to_residual = d[residual] != kNone;", "step.add_to_residual = false;",
+        AMX_READERS,
+    ),
+    fault(
+        "a layer's memory taken before its last reader", "csrc/cpu/amx/network.cpp",
+        "if (s.input >= 0 && last[s.input] == i)", "if (s.input >= 0)",
+        AMX_READERS,
+    ),
     fault(
         "packed filters kept when the weights change", "awnet/ops/backends/amx.py",
         "-1 if w.is_inference() else w._version", "-1",
