@@ -289,8 +289,8 @@ def propagate_kernel(
     d_u = g * _load_planes(by_grad_ptr, plane, in_planes)
     if by_input_ptr is not None:
         centred = _load(u_ptr, offsets, in_bounds) - _load_planes(centre_ptr, plane, in_planes)
-        constant = _load_planes(constant_ptr, plane, in_planes)
-        d_u += centred * _load_planes(by_input_ptr, plane, in_planes) + constant
+        by_input = _load_planes(by_input_ptr, plane, in_planes)
+        d_u += centred * by_input + _load_planes(constant_ptr, plane, in_planes)
     _store(d_u_ptr, offsets, d_u, in_bounds)
     if d_residual_ptr is not None:
         _store(d_residual_ptr, offsets, g, in_bounds)
