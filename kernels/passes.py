@@ -136,8 +136,8 @@ def apply_kernel(
     plane, in_planes, offsets, in_bounds = _tile_of_program(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M, BLOCK_P
     )
-    scale = _load_planes(scale_ptr, plane, in_planes)
-    y = _load(u_ptr, offsets, in_bounds) * scale + _load_planes(shift_ptr, plane, in_planes)
+    y = _load(u_ptr, offsets, in_bounds) * _load_planes(scale_ptr, plane, in_planes)
+    y += _load_planes(shift_ptr, plane, in_planes)
     if residual_ptr is not None:
         residual = _load(residual_ptr, offsets, in_bounds)
         if residual_scale_ptr is not None:
