@@ -369,6 +369,16 @@ def test_a_module_for_another_torch_is_refused_unloaded(tmp_path, monkeypatch) -
     assert name not in sys.modules
 
 
+@pytest.mark.parametrize("rest", ["...", "interface=1;...", "interface=20;..."])
+def test_a_module_of_another_versions_operators_is_refused_unloaded(tmp_path, monkeypatch, rest: str) -> None:
+    mark = f"\x7fELF...awnet-built-for-torch={torch.__version__};{rest}".encode()
+    name = fake_module(tmp_path, monkeypatch, mark)
+    reason = native.load(name)
+    assert reason is not None
+    assert "was built from another version's sources; build it again" in reason
+    assert name not in sys.modules
+
+
 def test_a_foreign_file_is_refused(tmp_path, monkeypatch) -> None:
     reason = native.load(fake_module(tmp_path, monkeypatch, b"\x7fELF of somebody else"))
     assert reason is not None
@@ -376,7 +386,7 @@ def test_a_foreign_file_is_refused(tmp_path, monkeypatch) -> None:
 
 
 def test_a_broken_file_with_the_right_mark_gives_a_reason(tmp_path, monkeypatch) -> None:
-    mark = f"\x7fELF...awnet-built-for-torch={torch.__version__};".encode()
+    mark = f"\x7fELF...awnet-built-for-torch={torch.__version__};{native._INTERFACE};".encode()
     reason = native.load(fake_module(tmp_path, monkeypatch, mark))
     assert reason is not None
     assert "does not load" in reason

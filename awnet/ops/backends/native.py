@@ -20,22 +20,28 @@ from awnet.ops.autograd import Layer, OperatorBackend, define, describe
 from awnet.ops.backends.base import NO_FLOAT64, device_obstacle
 
 _MARK = b"awnet-built-for-torch="
+_INTERFACE = "interface=2"  # of the operators; as in csrc/module.cpp
 REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
 
 
-def _built_for(path: Path) -> str | None:
-    """The torch version that the module was compiled for, read from the file without loading it."""
+def _built_for(path: Path) -> tuple[str, bool] | None:
+    """The torch version that the module was compiled for, and whether its operators are this version's.
+
+    Both are read from the file without loading it.
+    """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         start = view.find(_MARK)
         if start < 0:
             return None
-        return view[start + len(_MARK) : view.find(b";", start)].decode()
+        version, _, rest = view[start + len(_MARK) : start + 200].partition(b";")
+        return version.decode(), rest.startswith(_INTERFACE.encode() + b";")
 
 
 def load(name: str = "awnet._C") -> str | None:
     """Loads the compiled module, which registers its operators. Returns None, or the reason why it cannot.
 
-    A module that was built for another torch is never loaded: it could crash the process.
+    A module that was built for another torch, or from sources with other operators, is never loaded: it could
+    crash the process.
     """
     path = os.environ.get("AWNET_NATIVE") if name == "awnet._C" else None
     if path is not None and not Path(path).is_file():
@@ -46,8 +52,11 @@ def load(name: str = "awnet._C") -> str | None:
     built_for = _built_for(Path(spec.origin))
     if built_for is None:
         return f"{spec.origin} was not built by awnet; {REBUILD}"
-    if built_for != torch.__version__:
-        return f"{name} was built for torch {built_for} and this is torch {torch.__version__}; {REBUILD}"
+    version, same_operators = built_for
+    if version != torch.__version__:
+        return f"{name} was built for torch {version} and this is torch {torch.__version__}; {REBUILD}"
+    if not same_operators:
+        return f"{spec.origin} was built from another version's sources; {REBUILD}"
     try:
         if path is None:
             importlib.import_module(name)
