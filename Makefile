@@ -53,7 +53,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 		torch="torch$(if $(filter newest,$(TORCH)),,==$(TORCH))"; oracles="$(ORACLES)"; \
 		pins="$(if $(filter $(PINNED),$(TORCH)),-c constraints.txt)"; \
 	fi; \
-	$(PIP) $$pins $$torch "setuptools>=77" wheel ninja; \
+	$(PIP) $$pins $$torch "setuptools>=77" wheel ninja pybind11; \
 	if test "$(AWNET_BUILD)" = none; then echo "installing awnet without native kernels"; \
 	else echo "compiling the CPU kernels, $(COMPILE_TIME); AWNET_BUILD=none skips it"; fi; \
 	$(PIP) --no-build-isolation $$pins -e ".[dev]"; \

@@ -1,11 +1,6 @@
-// The Python module awnet._C. Importing it registers the operators; its functions describe the build. It uses
-// Python's C API: pybind11 alone took ten seconds to compile.
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
-// Python.h comes first, as its documentation requires.
+// The Python module awnet._C. Importing it registers the operators; its functions describe the build.
 #include <ATen/Parallel.h>
-
-#include <string>
+#include <pybind11/pybind11.h>
 
 #include "cpu/amx/tiles.h"
 #include "cpu/passes.h"
@@ -26,56 +21,41 @@ constexpr bool kParallel = true;
 constexpr bool kParallel = false;
 #endif
 
-PyObject* build_info(PyObject*, PyObject*) {
-  const std::string threads = at::get_parallel_info();
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = AWNET_TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["instruction_set"] = awnet::cpu::instruction_set();
+  info["threads"] = at::get_parallel_info();
+  info["parallel"] = kParallel;
 #if defined(AWNET_CUDA)
-  PyObject* const cuda = PyUnicode_FromString(AWNET_CUDA);
+  info["cuda"] = AWNET_CUDA;
 #else
-  PyObject* const cuda = PyBool_FromLong(0);
+  info["cuda"] = false;
 #endif
-  // "N" takes over the reference
-  return Py_BuildValue("{s:s,s:s,s:s,s:s#,s:N,s:N}", "torch", AWNET_TORCH_VERSION, "compiler", __VERSION__,
-                       "instruction_set", awnet::cpu::instruction_set(), "threads", threads.data(),
-                       static_cast<Py_ssize_t>(threads.size()), "parallel", PyBool_FromLong(kParallel),
-                       "cuda", cuda);
+  return info;
 }
 
-PyObject* amx_obstacle(PyObject*, PyObject*) {
-  return PyUnicode_FromString(awnet::cpu::amx::obstacle().c_str());
-}
-
-PyObject* self_test(PyObject*, PyObject*) {
+pybind11::object self_test() {
 #if defined(AWNET_CUDA)
   const char* const error = awnet::cuda::awnet_cuda_self_test();
 #else
   const char* const error = "this build has no CUDA part";
 #endif
-  if (error == nullptr) Py_RETURN_NONE;
-  return PyUnicode_FromString(error);
+  if (error == nullptr) return pybind11::none();
+  return pybind11::str(error);
 }
-
-PyMethodDef functions[] = {
-    {"build_info", build_info, METH_NOARGS,
-     "build_info() -> dict\n\nHow this module was built: torch, compiler, instruction_set, threads, parallel "
-     "(False: compiled without OpenMP, so that the passes use one thread), cuda (the toolkit's version, or "
-     "False without the CUDA part)."},
-    {"amx_obstacle", amx_obstacle, METH_NOARGS,
-     "amx_obstacle() -> str\n\nWhy this process cannot use AMX for bfloat16; an empty string where it can."},
-    {"self_test", self_test, METH_NOARGS,
-     "self_test() -> str | None\n\nRuns a small CUDA kernel on the current device. None if its result is "
-     "right, else what failed."},
-    {nullptr, nullptr, 0, nullptr}};
-
-PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                          "_C",
-                          "Native kernels of awnet; importing this module registers torch.ops.awnet.*.",
-                          -1,
-                          functions,
-                          nullptr,
-                          nullptr,
-                          nullptr,
-                          nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of awnet; importing this module registers torch.ops.awnet.*.";
+  m.def("build_info", build_info,
+        "How this module was built: torch, compiler, instruction_set, threads, parallel (False: compiled "
+        "without OpenMP, so that the passes use one thread), cuda (the toolkit's version, or False without "
+        "the CUDA part).");
+  m.def("amx_obstacle", awnet::cpu::amx::obstacle,
+        "Why this process cannot use AMX for bfloat16; an empty string where it can.");
+  m.def("self_test", self_test,
+        "Runs a small CUDA kernel on the current device. None if its result is right, else what failed.");
+}
