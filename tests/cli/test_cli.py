@@ -224,7 +224,7 @@ def test_the_first_line_says_what_runs(run, tmp_path, capsys):
     first = capsys.readouterr().out.splitlines()[0]
     parameters = sum(p.numel() for p in load_model(run).parameters())
     for said in (
-        f"resnet_tiny, {parameters:,} parameters", "recipe standard, 1 epochs, seed 0",
+        f"resnet_tiny, {parameters:,} parameters", "recipe standard, 1 epochs, float32, nchw, seed 0",
         "100 training images of digits", "cpu, backend ", "L-infinity eps 8/255",
     ):  # fmt: skip
         assert said in first

@@ -256,7 +256,9 @@ def test_a_flipped_bit_of_a_kept_image_is_found(tmp_path: Path, attack: str) -> 
     content = bytearray(path.read_bytes())
     content[-5] ^= 1  # of the last tensor's values
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{path.name} is damaged or was changed, its checksum is not"):
+    with pytest.raises(
+        ValueError, match=f"{path.name} is damaged or was changed, its checksum does not match"
+    ):
         resume(tmp_path, attack)
 
 

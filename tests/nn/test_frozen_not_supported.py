@@ -272,7 +272,7 @@ def test_a_copy_that_differs_is_given_up_with_a_flag(
     logits = InferenceBackbone.logits
     monkeypatch.setattr(InferenceBackbone, "logits", lambda self, *a: logits(self, *a) + 0.01)
     report = evaluate(model, digits, ["fgsm"])
-    assert any("frozen copy's outputs differed" in flag for flag in report.flags)
+    assert any("inference copy's outputs differed" in flag for flag in report.flags)
     assert "its copy differed by" in report.settings["runs_on"]
     monkeypatch.undo()
     assert not any("differed" in flag for flag in evaluate(model, digits, ["fgsm"]).flags)

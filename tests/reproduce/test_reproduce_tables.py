@@ -203,7 +203,7 @@ def test_unknown_names_and_overwriting_a_table_are_refused(
     with pytest.raises(ValueError, match="budget must be one of smoke"):
         reproduce("table1", "huge", out=tmp_path)
     assert main(["reproduce", "table1", "--overwrite"]) == 2
-    assert "overwrite is for digits" in capsys.readouterr().err
+    assert "overwrite is an option of digits" in capsys.readouterr().err
     assert set(BUDGETS) == {"smoke", "cpu", "gpu-30min", "paper"}  # the command line names them too
 
 
