@@ -260,7 +260,7 @@ def wins(results: Sequence[Result], margin: float = 1.02) -> dict[str, dict[str,
     return table
 
 
-def _update(device: torch.device, results: Sequence[Result]) -> Path:
+def update_table(device: torch.device, results: Sequence[Result]) -> Path:
     path = launch_config.FOLDER / f"{launch_config.device_slug(device)}.json"
     content: dict[str, Any] = (
         json.loads(path.read_text()) if path.exists() else {"device": path.stem, "launches": {}}
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.writerow([*head, "device", "torch", "triton"])
             writer.writerows([*line, *machine] for line in lines)
     if options.update:
-        print(f"wrote {len(wins(results))} wins into {_update(device, results)}")
+        print(f"wrote {len(wins(results))} wins into {update_table(device, results)}")
     return 0
 
 

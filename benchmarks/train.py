@@ -130,7 +130,7 @@ def bench_train(options: TrainBenchOptions) -> Path:
     path = machine.csv_path(options.out, device, "-train")
     results.read_rows(path, COLUMNS)  # rejects a file with other columns before the work, not after it
     with machine.full_precision(device, options.threads):
-        setting = _setting(options, device)
+        setting = make_setting(options, device)
         names: tuple[str, ...] = options.providers
         if not names:
             names = tuple(name for name in PROVIDERS if name != "compile" or device.type == "cuda")
@@ -173,7 +173,7 @@ def _steps(options: TrainBenchOptions, device: torch.device) -> int:
     return options.steps or (30 if device.type == "cuda" else 5)
 
 
-def _setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
+def make_setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
     changes: dict[str, Any] = {
         "precision": options.precision,
         "layout": options.layout,
@@ -285,7 +285,7 @@ def _timed(attack: Any, timed: Timed) -> Any:
 # --- verification
 
 
-def _fault(setting: _Setting, kind: str, seed: int) -> str:
+def find_fault(setting: _Setting, kind: str, seed: int) -> str:
     """Why ``kind`` must not be timed against ours; empty if both make the same images and the same update.
 
     Compared in float32 on a few images, with separate passes of the router in both. A pixel whose gradient is
@@ -378,7 +378,7 @@ def _measure(
     rows: dict[str, Row] = {}
     steps: dict[str, _Step] = {}
     for name in names:
-        fault = "" if name == "awnet" else _fault(setting, "unfused" if name == "compile" else name, seed)
+        fault = "" if name == "awnet" else find_fault(setting, "unfused" if name == "compile" else name, seed)
         rows[name] = Row(name, fault)
         if fault:
             continue

@@ -29,7 +29,7 @@ OPS = ("apply", "statistics", "reduce", "propagate")
 
 
 @triton.jit
-def _planes(row, num_planes, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
+def planes_of(row, num_planes, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
     """The planes of a row of tiles, which are in bounds, and the offsets of their first pixels."""
     if CHANNELS_LAST:
         rows_per_sample = tl.cdiv(channels, BLOCK_M)
@@ -46,7 +46,7 @@ def _planes(row, num_planes, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_M:
 
 
 @triton.jit
-def _tile_offsets(
+def tile_offsets(
     start, in_planes, first_pixel, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """Offsets [BLOCK_M, BLOCK_P] of the pixels from ``first_pixel``, and which are in bounds."""
@@ -65,9 +65,9 @@ def _tile_of_program(
 ):  # fmt: skip
     """The planes of a program that computes one tile, and the offsets of the tile."""
     pid = tl.program_id(0)
-    plane, in_planes, start = _planes(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
+    plane, in_planes, start = planes_of(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
     first_pixel = (pid % splits).to(tl.int64) * BLOCK_P
-    offsets, in_bounds = _tile_offsets(start, in_planes, first_pixel, channels, hw, CHANNELS_LAST, BLOCK_P)
+    offsets, in_bounds = tile_offsets(start, in_planes, first_pixel, channels, hw, CHANNELS_LAST, BLOCK_P)
     return plane, in_planes, offsets, in_bounds
 
 
@@ -75,7 +75,7 @@ def _tile_of_program(
 def _planes_of_program(num_planes, channels, hw, splits, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
     """The planes of a program that loops over tiles, their offsets, and the index of its split."""
     pid = tl.program_id(0)
-    plane, in_planes, start = _planes(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
+    plane, in_planes, start = planes_of(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
     return plane, in_planes, start, (pid % splits).to(tl.int64)
 
 
@@ -174,7 +174,7 @@ def statistics_kernel(
     m2 = tl.zeros([BLOCK_M], tl.float32)
     for step in range(STEPS):
         begin = first_pixel + step * BLOCK_P
-        offsets, in_bounds = _tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
+        offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
         count = tl.minimum(tl.maximum(hw - begin, 0), BLOCK_P).to(tl.float32)
         count_before = tl.minimum(hw - first_pixel, step * BLOCK_P).to(tl.float32)
         x = _load(u_ptr, offsets, in_bounds)
@@ -239,7 +239,7 @@ def reduce_kernel(
     gc = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     for step in range(STEPS):
         begin = first_pixel + step * BLOCK_P
-        offsets, in_bounds = _tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
+        offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
         g = _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds)
         g1 += g
         gc += tl.where(in_bounds, g * (_load(u_ptr, offsets, in_bounds) - centre), 0.0)
@@ -336,7 +336,7 @@ class _Grid:
         return self.shape.planes, self.shape.channels, self.shape.hw, self.splits
 
 
-def _grid(shape: Shape, config: Mapping[str, int], steps: bool = False) -> _Grid:
+def launch_grid(shape: Shape, config: Mapping[str, int], steps: bool = False) -> _Grid:
     """Tiles of at most ``tile`` elements, at most ``inner`` along the contiguous axis.
 
     With ``steps`` a program loops over up to ``config["steps"]`` tiles of pixels, fewer where too few
@@ -376,7 +376,7 @@ def _combine(kernel: object, grid: _Grid, *arguments: object, **constants: int) 
     launch(kernel, programs, *arguments, BLOCK_M=block_m, BLOCK_S=block_s, **constants)
 
 
-def _table(u: Tensor, splits: int = 1) -> Tensor:
+def table_like(u: Tensor, splits: int = 1) -> Tensor:
     """Uninitialized float32 [B, C], or [splits, B, C] for partial results."""
     size = u.shape[:2] if splits == 1 else (splits, *u.shape[:2])
     return torch.empty(size, dtype=torch.float32, device=u.device)
@@ -407,7 +407,7 @@ def apply(
         relu_mask: a bool tensor like ``u`` to write to: True where y is not <= 0.
     """
     y = torch.empty_like(u) if out is None else out
-    grid = _grid(shape_of(u), config)
+    grid = launch_grid(shape_of(u), config)
     launch(
         apply_kernel, grid.programs,
         y, as_bytes(relu_mask), u, scale, shift, residual, residual_scale, residual_shift, *grid.sizes,
@@ -423,9 +423,9 @@ def statistics(
 
     ``config``: launch parameters ``tile``, ``inner``, ``steps``, ``warps``. ``out``: tensors to write to.
     """
-    grid = _grid(shape_of(u), config, steps=True)
-    out = (_table(u), _table(u)) if out is None else out
-    parts = out if grid.splits == 1 else (_table(u, grid.splits), _table(u, grid.splits))
+    grid = launch_grid(shape_of(u), config, steps=True)
+    out = (table_like(u), table_like(u)) if out is None else out
+    parts = out if grid.splits == 1 else (table_like(u, grid.splits), table_like(u, grid.splits))
     launch(statistics_kernel, grid.programs, *parts, u, *grid.sizes, warps=config["warps"], **grid.constants)
     if grid.splits > 1:
         pixels = grid.constants["BLOCK_P"] * grid.constants["STEPS"]
@@ -454,9 +454,9 @@ def reduce(
         config: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
         out: tensors to write to.
     """
-    grid = _grid(shape_of(u), config, steps=True)
-    out = (_table(u), _table(u)) if out is None else out
-    parts = out if grid.splits == 1 else (_table(u, grid.splits), _table(u, grid.splits))
+    grid = launch_grid(shape_of(u), config, steps=True)
+    out = (table_like(u), table_like(u)) if out is None else out
+    parts = out if grid.splits == 1 else (table_like(u, grid.splits), table_like(u, grid.splits))
     launch(
         reduce_kernel, grid.programs, *parts, grad, u, centre, as_bytes(relu_mask), *grid.sizes,
         warps=config["warps"], **grid.constants,
@@ -489,7 +489,7 @@ def propagate(
         config: launch parameters ``tile``, ``inner``, ``warps``.
         out: tensors to write to.
     """
-    grid = _grid(shape_of(grad), config)
+    grid = launch_grid(shape_of(grad), config)
     if by_input is None:
         u = centre = None
     if out is None:

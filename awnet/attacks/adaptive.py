@@ -344,7 +344,7 @@ class AdaptivePaper(PGD):
         adv_weight: float = 0.5,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, eps=eps, step_size=step_size, steps=steps, loss=self._joint_loss, seed=seed)
+        super().__init__(model, eps=eps, step_size=step_size, steps=steps, loss=self.joint_loss, seed=seed)
         check_model(teacher)
         self.teacher, self.temperature, self.adv_weight = teacher, temperature, adv_weight
 
@@ -361,7 +361,7 @@ class AdaptivePaper(PGD):
         with frozen(self.teacher):
             return super().perturb(x, y, index, largest_label)
 
-    def _joint_loss(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def joint_loss(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
         logits, routing = _with_its_routing(model, x_adv) if has_router(model) else (model(x_adv), None)
         loss = F.cross_entropy(logits, y, reduction="none")
         if routing is not None and routing.type_logits is not None:

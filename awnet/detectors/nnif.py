@@ -48,7 +48,7 @@ class LastLayer:
         """g_tᵀ H⁻¹ g_i [T, N] for images t with ``features`` [T, d], ``logits`` [T, K] and labels [T]."""
         error = logits.softmax(1) - F.one_hot(y, logits.shape[1])
         gradient = error[:, :, None] * _with_bias(features)[:, None, :]  # [T, K, d + 1]
-        solved = self._solve(gradient)
+        solved = self.solve(gradient)
         return torch.einsum("tkd,nd,nk->tn", solved, self.features, self.error)
 
     def _times_hessian(self, v: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class LastLayer:
         weighted = self.p * (along - (self.p * along).sum(2, keepdim=True))
         return torch.einsum("tnk,nd->tkd", weighted, self.features) / len(self.features) + self.damping * v
 
-    def _solve(self, b: Tensor, tolerance: float = 1e-6, most: int = 500) -> Tensor:
+    def solve(self, b: Tensor, tolerance: float = 1e-6, most: int = 500) -> Tensor:
         """H⁻¹ b for every b [T, K, d] by conjugate gradients."""
         x = torch.zeros_like(b)
         residual, direction = b.clone(), b.clone()

@@ -67,7 +67,7 @@ def replaced_together(folder: Path, known: Iterable[str]) -> Iterator[Path]:
     if there is no manifest. Other files in ``folder`` are kept. After an exception nothing has changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _finish(folder, known)
+    finish_evaluation(folder, known)
     building = folder / _BUILDING
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
@@ -82,10 +82,10 @@ def replaced_together(folder: Path, known: Iterable[str]) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
         raise
     _flush(folder)
-    _finish(folder, known)
+    finish_evaluation(folder, known)
 
 
-def _finish(folder: Path, known: Iterable[str]) -> None:
+def finish_evaluation(folder: Path, known: Iterable[str]) -> None:
     """Moves the files of a valid new set into place."""
     pending = folder / _PENDING
     if not pending.is_dir():

@@ -120,7 +120,7 @@ def _problem(entry: Any) -> str | None:
 
 
 @functools.cache
-def _table(slug: str) -> dict[str, dict[str, int]]:
+def launches(slug: str) -> dict[str, dict[str, int]]:
     path = FOLDER / f"{slug}.json"
     if slug == "default":
         return read_table(path)
@@ -128,7 +128,9 @@ def _table(slug: str) -> dict[str, dict[str, int]]:
         return {}
     table = read_table(path)
     for key, entry in table.items():
-        wanted = next((d for k, d in _table("default").items() if k.split("/")[0] == key.split("/")[0]), None)
+        wanted = next(
+            (d for k, d in launches("default").items() if k.split("/")[0] == key.split("/")[0]), None
+        )
         if wanted is None:
             raise ValueError(f"{path}: launches[{key!r}] is for no op that has defaults; {_REWRITE}")
         if entry.keys() != wanted.keys():
@@ -172,7 +174,7 @@ def launch_parameters(
     """
     shape = bucket(batch, channels, pixels)
     for slug in (device_slug(device), "default"):
-        table = _table(slug)
+        table = launches(slug)
         for key in _keys(op, dtype, layout, shape):
             if key in table:
                 return table[key]
@@ -181,6 +183,6 @@ def launch_parameters(
 
 def forget_tables() -> None:
     """Reads the tables again at the next call: for who has just written one."""
-    _table.cache_clear()
+    launches.cache_clear()
     launch_parameters.cache_clear()
     convolutions.cache_clear()

@@ -63,7 +63,7 @@ def affine_network(
     by_layer = dispatch.select(first, None).name != "cpp" or torch.compiler.is_compiling()
     scales, shifts = zip(*coefficients, strict=True)
     if by_layer or transform((*weights, *scales, *shifts)):
-        return _layer_by_layer(x, weights, coefficients, layers)
+        return layer_by_layer(x, weights, coefficients, layers)
     numbers: list[int] = []
     for layer in layers:
         conv = layer.convolution.conv
@@ -79,7 +79,7 @@ def affine_network(
     return means
 
 
-def _layer_by_layer(
+def layer_by_layer(
     x: Tensor,
     weights: Sequence[Tensor],
     coefficients: Sequence[tuple[Tensor, Tensor]],

@@ -129,7 +129,7 @@ def _trained_and_evaluated(
     def job(recipe: Recipe, model: str, folder: str, *, aside: bool) -> _Training:
         student = isinstance(recipe, MTARD)
         return partial(
-            _train,
+            train_network,
             recipe,
             model,
             splits,
@@ -144,7 +144,7 @@ def _trained_and_evaluated(
     def run_jobs(here: list[_Training], aside: list[_Training]) -> list[_Trained]:
         """The results of the jobs ``here`` and then of those ``aside``."""
         queues = [here, aside] if processes == 2 else [here + aside]
-        jobs = [[partial(_train_all, place.path, queue)] for queue in queues]
+        jobs = [[partial(train_all, place.path, queue)] for queue in queues]
         results = run_in_parallel(jobs, max(1, torch.get_num_threads() // processes))
         return [one for queue in results for trained in queue for one in trained]
 
@@ -175,7 +175,7 @@ class _Trained:
 _Training = Callable[[RunFolder], _Trained]
 
 
-def _train_all(out: Path, trainings: Sequence[_Training]) -> list[_Trained]:
+def train_all(out: Path, trainings: Sequence[_Training]) -> list[_Trained]:
     """Runs ``trainings`` in order in ``out``, which is followed if it is renamed."""
     with RunFolder(out, _ignore, "the experiment") as place:
         return [training(place) for training in trainings]
@@ -185,7 +185,7 @@ def _ignore(text: str) -> None:
     """The process that started the experiment already warns."""
 
 
-def _train(
+def train_network(
     recipe: Recipe,
     model: str,
     splits: Splits,

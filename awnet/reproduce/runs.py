@@ -103,7 +103,7 @@ class Runs:
                 self.say(f"{name} is missing: generated images are used instead, so the figures mean nothing")
             limits = (budget.train_limit, budget.validation_limit, budget.test_limit)
             parts = (_cut(part, n) for part, n in zip(splits, limits, strict=True))
-            self._splits[name] = Splits(*(_shrunk(part, budget.shrink) for part in parts))
+            self._splits[name] = Splits(*(shrunk_options(part, budget.shrink) for part in parts))
         return self._splits[name]
 
     def run_folder(self, system: System, dataset: str) -> Path:
@@ -135,7 +135,7 @@ class Runs:
         total = 0
         for system in systems:
             recipe = self.recipe(system, dataset)
-            cost = multiply_adds(recipe, self._model(system, train), train)
+            cost = multiply_adds(recipe, self.build_network(system, train), train)
             total = total or cost * recipe.epochs
             epochs = max(1, round(total / cost))
             adjusted.append(replace(system, settings={**system.settings, "epochs": epochs}))
@@ -162,7 +162,7 @@ class Runs:
         self.say(f"{system.label} on {splits.train.name}: {how}, in {folder}")
         result = train(
             recipe,
-            self._model(system, splits.train),
+            self.build_network(system, splits.train),
             splits,
             folder,
             seed=self.seed,
@@ -219,7 +219,7 @@ class Runs:
         fast = f"{name}_fast"
         return fast if self.budget.fast and fast in list_recipes() else name
 
-    def _model(self, system: System, data: Dataset) -> nn.Module:
+    def build_network(self, system: System, data: Dataset) -> nn.Module:
         return create_seeded_model(
             system.model,
             self.seed,
@@ -235,7 +235,7 @@ class Runs:
         return options
 
 
-def _shrunk(part: Dataset, factor: int) -> Dataset:
+def shrunk_options(part: Dataset, factor: int) -> Dataset:
     if factor == 1:
         return part
     images = F.avg_pool2d(part.images.float(), factor).round_().to(torch.uint8)

@@ -53,11 +53,11 @@ class RunLog:
         path = folder / "log.jsonl"
         mode = "r+b" if resume_at is not None and path.exists() else "wb"
         # without a buffer, so that the number of written bytes is known
-        self._file = cast("RawIOBase", open(path, mode, buffering=0))  # noqa: SIM115 - close() closes it
+        self.file = cast("RawIOBase", open(path, mode, buffering=0))  # noqa: SIM115 - close() closes it
         if resume_at is not None:
-            size = self._file.seek(0, os.SEEK_END)
-            self._file.truncate(min(size, resume_at))
-        self._written = self._file.seek(0, os.SEEK_END)
+            size = self.file.seek(0, os.SEEK_END)
+            self.file.truncate(min(size, resume_at))
+        self._written = self.file.seek(0, os.SEEK_END)
         self._waiting = b""
         self._warn, self._warned = warn, False
         self._writer: SummaryWriter | None = None
@@ -104,7 +104,7 @@ class RunLog:
 
     def _write_waiting(self) -> None:
         while self._waiting:
-            count = self._file.write(self._waiting) or 0
+            count = self.file.write(self._waiting) or 0
             self._written += count
             self._waiting = self._waiting[count:]
 
@@ -117,14 +117,14 @@ class RunLog:
         """Flushes the first ``length`` bytes to the disk, from any thread; OSError if that fails."""
         if self._written < length:
             raise OSError(errno.ENOSPC, "the log waits for room on the disk")
-        flush(self._file.fileno())
+        flush(self.file.fileno())
 
     def close(self) -> None:
         try:
             self._write_waiting()
         except OSError as error:
             self._warn(f"warning: the end of the log is lost ({error}); --resume writes it again")
-        self._file.close()
+        self.file.close()
         if self._writer is not None:
             try:
                 self._writer.close()

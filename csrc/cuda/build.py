@@ -65,7 +65,7 @@ def toolkit(compiler: str) -> tuple[str, Path]:
     raise RuntimeError(f"libcudart_static.a is not in {root}")
 
 
-def _key(compiler: str, command: list[str], source: Path) -> str:
+def cache_key(compiler: str, command: list[str], source: Path) -> str:
     digest = hashlib.sha256()
     for part in (_run([compiler, "--version"]), *command):
         digest.update(part.encode() + b"\0")
@@ -77,7 +77,7 @@ def _key(compiler: str, command: list[str], source: Path) -> str:
 def _compiled(compiler: str, source: Path, options: list[str], suffix: str) -> Path:
     """The output of one compilation, from the cache where it is there; the compiler's words lie beside it."""
     command = [*FLAGS, *options, "-Xptxas", "-v"]
-    output = CACHE / _key(compiler, command, source) / (source.stem + suffix)
+    output = CACHE / cache_key(compiler, command, source) / (source.stem + suffix)
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         fresh = output.with_name(f"{os.getpid()}-{output.name}")

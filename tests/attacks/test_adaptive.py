@@ -355,7 +355,7 @@ def test_paper_adaptive_attack_is_its_loss_written_out() -> None:
     assert all(p.requires_grad for p in teacher.parameters())
     teacher.eval()
     with torch.no_grad():
-        found = attack._joint_loss(model, x, x, y)
+        found = attack.joint_loss(model, x, x, y)
         routing, logits, goal = model.route(x), model(x), teacher(x)
         p, q = (goal / 2).softmax(1), (logits / 2).softmax(1)
         expected = -logits.log_softmax(1)[torch.arange(6), y] - routing.type_logits.log_softmax(1)[:, 0]

@@ -81,12 +81,12 @@ def test_it_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_plain_step_is_ours(recipe: str, model: str) -> None:
     options = replace(SMALL, recipe=recipe, model=model, attack_steps=2)
     torch.manual_seed(0)
-    setting = T._setting(options, torch.device("cpu"))
+    setting = T.make_setting(options, torch.device("cpu"))
     with torch.no_grad():  # a router that has learnt something: ω differs from 1
         if isinstance(setting.model, AWNet):
             nn.init.normal_(setting.model.router.signal_heads.weight, std=0.2)  # type: ignore[union-attr]
     for kind in ("unfused", "literal"):
-        assert T._fault(setting, kind, 0) == ""
+        assert T.find_fault(setting, kind, 0) == ""
 
 
 def test_a_step_that_is_wrong_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,8 @@ def test_a_step_that_is_wrong_gets_no_time(tmp_path: Path, monkeypatch: pytest.M
         return plain_module.plain_step(replace(recipe, weight_decay=0.5), *others, **options)
 
     monkeypatch.setattr(T, "plain_step", forgetful)
-    setting = T._setting(SMALL, torch.device("cpu"))
-    assert "its update differs from ours" in T._fault(setting, "unfused", 0)
+    setting = T.make_setting(SMALL, torch.device("cpu"))
+    assert "its update differs from ours" in T.find_fault(setting, "unfused", 0)
 
 
 def test_a_second_run_adds_rows_and_another_table_is_refused(tmp_path: Path) -> None:
@@ -144,10 +144,10 @@ def test_the_operations_are_those_of_the_design() -> None:
     # GFLOP an image at 32×32: ResNet-18 forward 1.11, AW-Net forward 2.22; a PGD step is a forward pass and
     # an input gradient, training a forward pass and a whole backward one of two images
     options = replace(SMALL, model="awnet_resnet18", size=32, attack_steps=10)
-    found = flops_per_image(T._setting(options, torch.device("cpu"))) / 1e9
+    found = flops_per_image(T.make_setting(options, torch.device("cpu"))) / 1e9
     assert found == pytest.approx(10 * 4.44 + 2 * 3 * 2.22 + 2 * 1.11, rel=0.02)
     trades = replace(options, model="resnet18", recipe="trades", attack_steps=4)
-    found = flops_per_image(T._setting(trades, torch.device("cpu"))) / 1e9
+    found = flops_per_image(T.make_setting(trades, torch.device("cpu"))) / 1e9
     assert found == pytest.approx(1.11 + 4 * 2.22 + 2 * 3 * 1.11, rel=0.02)
 
 

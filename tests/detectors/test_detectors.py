@@ -64,7 +64,7 @@ def test_conjugate_gradients_solve_the_hessian() -> None:
     hessian = torch.einsum("nkl,nd,ne->kdle", middle, h, h).reshape(20, 20) / 40 + 1e-2 * torch.eye(20)
     b = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
     want = torch.linalg.solve(hessian, b.reshape(2, 20).T).T.reshape(2, 5, 4)
-    torch.testing.assert_close(last._solve(b), want, rtol=1e-4, atol=1e-6)  # the solver stops at 1e-6
+    torch.testing.assert_close(last.solve(b), want, rtol=1e-4, atol=1e-6)  # the solver stops at 1e-6
 
 
 @pytest.fixture(scope="module")

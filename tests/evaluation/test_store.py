@@ -324,7 +324,7 @@ def test_a_report_that_is_about_to_be_moved_is_read(
 ) -> None:
     place = tmp_path / "evaluations" / "default"
     reports[0].save(place)
-    finish = store._finish
+    finish = store.finish_evaluation
     calls = []
 
     def stop(folder: Path, known: Any) -> None:
@@ -334,7 +334,7 @@ def test_a_report_that_is_about_to_be_moved_is_read(
         finish(folder, known)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_finish", stop)
+        patch.setattr(store, "finish_evaluation", stop)
         with pytest.raises(Kill):
             reports[1].save(place)
     (place / "report.json").unlink()  # the first operation of the moves

@@ -70,8 +70,8 @@ def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
     """Partial results between guard bands too."""
     guarded = Guarded()
-    plain = passes._table
-    monkeypatch.setattr(passes, "_table", lambda u, splits=1: guarded.output(plain(u, splits)))
+    plain = passes.table_like
+    monkeypatch.setattr(passes, "table_like", lambda u, splits=1: guarded.output(plain(u, splits)))
     return guarded
 
 
@@ -240,9 +240,9 @@ def test_nan_passes_the_activation_as_in_torch() -> None:
 
 @triton.jit
 def _addresses_kernel(out, group, first, total, channels, pixels, LAST: tl.constexpr):
-    plane, in_planes, start = passes._planes(group, total, channels, pixels, LAST, 16)
+    plane, in_planes, start = passes.planes_of(group, total, channels, pixels, LAST, 16)
     first_pixel = first + tl.zeros([], tl.int64)
-    offsets, in_bounds = passes._tile_offsets(start, in_planes, first_pixel, channels, pixels, LAST, 16)
+    offsets, in_bounds = passes.tile_offsets(start, in_planes, first_pixel, channels, pixels, LAST, 16)
     inside = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(out + inside, tl.where(in_bounds, offsets, -1))
     tl.store(out + 256 + tl.arange(0, 16), tl.where(in_planes, plane, -1))
@@ -287,9 +287,9 @@ def test_what_the_kernels_cannot_address_is_refused() -> None:
 
 def test_a_single_large_image_still_fills_a_gpu() -> None:
     for last in (False, True):
-        grid = passes._grid(passes.Shape(1, 64, 224 * 224, last), LARGE, steps=True)
+        grid = passes.launch_grid(passes.Shape(1, 64, 224 * 224, last), LARGE, steps=True)
         assert grid.programs >= 264  # two for each multiprocessor of an H200
-    grid = passes._grid(passes.Shape(256, 512, 4, False), LARGE, steps=True)
+    grid = passes.launch_grid(passes.Shape(256, 512, 4, False), LARGE, steps=True)
     assert grid.constants["BLOCK_M"] * grid.constants["BLOCK_P"] == LARGE["tile"]  # several planes a program
 
 

@@ -17,13 +17,13 @@ from awnet import ops
 from awnet.attacks import frozen
 from awnet.models import create_model
 from awnet.ops.backends import amx, native
-from awnet.ops.network import NetworkLayer, _layer_by_layer
+from awnet.ops.network import NetworkLayer, layer_by_layer
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="the native module is not built")
 
 
 def has_amx() -> bool:
-    return native.load() is None and amx._hardware_obstacle() is None
+    return native.load() is None and amx.hardware_obstacle() is None
 
 
 needs_amx = pytest.mark.skipif(not has_amx(), reason="this processor has no AMX")
@@ -150,7 +150,7 @@ def test_one_layer_is_within_the_bound_of_its_roundings(shape: str, tiles: str) 
     )
     exact = given.on(torch.float64)
     (wanted,), (wanted_x, wanted_scale, wanted_shift) = values_and_gradients(
-        _layer_by_layer, exact, cotangents
+        layer_by_layer, exact, cotangents
     )
 
     # the same with absolute values bounds every sum that is rounded
@@ -191,9 +191,7 @@ def test_residual_blocks_are_no_worse_than_twice_the_library(
                 ops.affine_network, given.on(torch.bfloat16), cotangents
             )
             monkeypatch.setenv("AWNET_AMX", tiles)
-            exact, exact_gradients = values_and_gradients(
-                _layer_by_layer, given.on(torch.float64), cotangents
-            )
+            exact, exact_gradients = values_and_gradients(layer_by_layer, given.on(torch.float64), cotangents)
             for got, library, wanted in zip(
                 means + gradients, low + low_gradients, exact + exact_gradients, strict=True
             ):
@@ -237,7 +235,7 @@ def test_gradients_of_all_readers_of_a_layer_are_added(readers: str, tiles: str)
     given = net((3, 2, 4, 3), [7] * len(layers), [3] * len(layers), layers)
     cotangents = cotangents_of(given)
     means, grads = values_and_gradients(ops.affine_network, given.on(torch.bfloat16), cotangents)
-    exact, exact_grads = values_and_gradients(_layer_by_layer, given.on(torch.float64), cotangents)
+    exact, exact_grads = values_and_gradients(layer_by_layer, given.on(torch.float64), cotangents)
     # One reader's gradient is a third of the whole or more. Each of the five layers rounds what it passes on to
     # 8 bits, and a ReLU may decide otherwise where its input rounds to the other side of 0.
     for got, value in zip(means + grads, exact + exact_grads, strict=True):

@@ -64,7 +64,7 @@ def test_an_update_keeps_the_rest_of_the_devices_table(
     old = {"conv/measured before": ENTRY, "conv/lost now": ENTRY}
     path.write_text(json.dumps({"device": "cpu", "launches": launches, "convolutions": old}))
     rows = [row("conv/lost now", 128, 1.0, t1=2.0), row("conv/won now", 128, 1.0, t1=0.5)]
-    assert convolutions._update(torch.device("cpu"), rows) == path
+    assert convolutions.update_table(torch.device("cpu"), rows) == path
     written = json.loads(path.read_text())
     assert written["launches"] == launches
     assert written["convolutions"] == {

@@ -41,7 +41,7 @@ def entry(tile: int) -> dict[str, int]:
 def test_every_shipped_table_is_sound() -> None:
     for path in SHIPPED.glob("*.json"):
         assert launch_config.read_table(path)
-        launch_config._table(path.stem)
+        launch_config.launches(path.stem)
     for op in ("apply", "statistics", "reduce", "propagate"):
         for layout in ("nchw", "channels_last"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):

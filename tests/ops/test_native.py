@@ -386,7 +386,7 @@ def test_a_foreign_file_is_refused(tmp_path, monkeypatch) -> None:
 
 
 def test_a_broken_file_with_the_right_mark_gives_a_reason(tmp_path, monkeypatch) -> None:
-    mark = f"\x7fELF...awnet-built-for-torch={torch.__version__};{native._INTERFACE};".encode()
+    mark = f"\x7fELF...awnet-built-for-torch={torch.__version__};{native.INTERFACE};".encode()
     reason = native.load(fake_module(tmp_path, monkeypatch, mark))
     assert reason is not None
     assert "does not load" in reason
@@ -490,13 +490,13 @@ def test_the_object_cache_knows_flags_and_headers(
     source.write_text("__global__ void f() {}")
     header.write_text("")
     monkeypatch.setattr(build, "HEADERS", [header])
-    keys = [build._key(nvcc, ["-arch=sm_80"], source), build._key(nvcc, ["-arch=sm_90a"], source)]
+    keys = [build.cache_key(nvcc, ["-arch=sm_80"], source), build.cache_key(nvcc, ["-arch=sm_90a"], source)]
     header.write_text("// changed")
-    keys.append(build._key(nvcc, ["-arch=sm_80"], source))
+    keys.append(build.cache_key(nvcc, ["-arch=sm_80"], source))
     source.write_text("__global__ void g() {}")
-    keys.append(build._key(nvcc, ["-arch=sm_80"], source))
+    keys.append(build.cache_key(nvcc, ["-arch=sm_80"], source))
     assert len(set(keys)) == 4
-    assert build._key(nvcc, ["-arch=sm_80"], source) == keys[3]
+    assert build.cache_key(nvcc, ["-arch=sm_80"], source) == keys[3]
 
 
 # --- what nvcc makes of the kernels

@@ -18,7 +18,7 @@ from awnet.evaluation import Comparison, Report
 from awnet.evaluation.results import AttackDifference
 from awnet.models import load_model
 from awnet.reproduce import digits, run_digits_seeds
-from awnet.reproduce.digits import _train, _train_all, run_digits, verdict
+from awnet.reproduce.digits import run_digits, train_all, train_network, verdict
 from awnet.reproduce.parallel import run_in_parallel
 from awnet.training import MTARD, checkpoint, read_log, recipe_for
 
@@ -215,7 +215,7 @@ def test_an_interrupt_stops_the_other_processes_after_they_save(tmp_path: Path) 
     run = tmp_path / "run"
     arguments = {"seed": 0, "device": torch.device("cpu"), "teachers": (), "attacks": (), "quiet": True}
     endless = partial(
-        _train_all, tmp_path, [partial(_train, recipe, "resnet_tiny", splits, "run", **arguments)]
+        train_all, tmp_path, [partial(train_network, recipe, "resnet_tiny", splits, "run", **arguments)]
     )
 
     def interrupted() -> None:

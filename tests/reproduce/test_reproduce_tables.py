@@ -20,7 +20,7 @@ from awnet.evaluation import Report
 from awnet.models import create_model, list_models
 from awnet.reproduce import BUDGETS, EXPERIMENTS, paper_rows, reproduce
 from awnet.reproduce.analyses import alike, compare_filters, effective_filters
-from awnet.reproduce.runs import Runs, _shrunk
+from awnet.reproduce.runs import Runs, shrunk_options
 from awnet.reproduce.synthetic import synthetic_splits
 from awnet.training import list_recipes, train
 
@@ -167,13 +167,13 @@ def test_small_systems_are_compared_at_equal_cost(tmp_path: Path, monkeypatch: p
 
 def test_images_are_averaged_over_squares() -> None:
     part = synthetic_splits("cifar10", seed=0, train=12).train
-    shrunk = _shrunk(part, 2)
+    shrunk = shrunk_options(part, 2)
     assert shrunk.images.shape == (12, 3, 16, 16)
     square = part.images[3, 1, 4:6, 8:10].float().mean()
     assert abs(float(shrunk.images[3, 1, 2, 4]) - float(square)) <= 0.5
     assert shrunk.augmentation.shift == part.augmentation.shift // 2
     assert "16×16" in shrunk.name
-    assert _shrunk(part, 1) is part
+    assert shrunk_options(part, 1) is part
 
 
 def test_without_the_images_only_a_smoke_run_goes_on(

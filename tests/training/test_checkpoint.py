@@ -1107,7 +1107,7 @@ def test_a_log_without_room_waits_for_it(tmp_path: Path) -> None:
     said: list[str] = []
     log = RunLog(tmp_path, tensorboard=False, warn=said.append)
     log.write({"kind": "step", "step": 1})
-    disk, log._file = log._file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    disk, log.file = log.file, open("/dev/full", "wb", buffering=0)  # noqa: SIM115
     for step in (2, 3):
         log.write({"kind": "step", "step": step})
     assert len(said) == 1
@@ -1115,8 +1115,8 @@ def test_a_log_without_room_waits_for_it(tmp_path: Path) -> None:
     assert log.length == 3 * len('{"kind": "step", "step": 1}\n')
     with pytest.raises(OSError, match="waits for room"):
         log.sync(log.length)
-    log._file.close()
-    log._file = disk
+    log.file.close()
+    log.file = disk
     log.write({"kind": "step", "step": 4})
     log.sync(log.length)
     log.close()

@@ -475,14 +475,16 @@ def test_on_a_gpu_a_captured_step_is_the_step(name: str) -> None:
         step = TrainingStep(replace(recipe, capture=capture), copy.deepcopy(model), device, 6, teachers)
         step.start_epoch(0)
         steps.append(step)
-    assert steps[1]._graphed is not None
+    graphed = steps[1].graphed
+    assert graphed is not None
     for i in range(6):
         generator = torch.Generator(device).manual_seed(i)
         x = torch.rand(16, 3, 8, 8, device=device, generator=generator)
         data = Batch(x, torch.arange(16, device=device) % K, torch.arange(16, device=device))
         terms = [step(data, lambda x, y, index: 0.9 * x) for step in steps]
         assert terms[1]["total"].item() == pytest.approx(terms[0]["total"].item(), rel=1e-4)
-    assert not steps[1]._graphed._plain  # it was captured
+    assert graphed.cache.refusal is None
+    assert len(graphed.cache) == 1  # it was captured
     for a, b in zip(everything(steps[0]), everything(steps[1]), strict=True):
         # atomics in cuDNN's weight gradients, through six steps at a rate of 0.1
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-3)
@@ -522,8 +524,10 @@ def test_on_a_gpu_a_captured_step_holds_its_collectives(
             terms = [step(data, lambda x, y, index: 0.9 * x) for step in steps]
             counts.append(made[0])
             assert terms[1]["total"].item() == pytest.approx(terms[0]["total"].item(), rel=1e-4)
-        assert steps[1]._graphed is not None
-        assert not steps[1]._graphed._plain
+        graphed = steps[1].graphed
+        assert graphed is not None
+        assert graphed.cache.refusal is None
+        assert len(graphed.cache) == 1
         assert counts[0] < counts[1] == counts[5]  # plain, captured, and then only replayed
         for a, b in zip(everything(steps[0]), everything(steps[1]), strict=True):
             # atomics in cuDNN's weight gradients, through six steps at a rate of 0.1

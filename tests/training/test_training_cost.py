@@ -87,7 +87,7 @@ def test_epochs_at_equal_cost_are_those_that_come_nearest(tmp_path: Path) -> Non
     )
     systems = runs.at_equal_cost(EXPERIMENTS["systems"].systems[:3], "cifar10")
     train = runs.splits("cifar10").train
-    costs = [multiply_adds(runs.recipe(s, "cifar10"), runs._model(s, train), train) for s in systems]
+    costs = [multiply_adds(runs.recipe(s, "cifar10"), runs.build_network(s, train), train) for s in systems]
     epochs = [system.settings["epochs"] for system in systems]
     assert epochs[0] == 20
     assert epochs[1] > 20  # the static twin is cheaper

@@ -39,7 +39,7 @@ def _native_obstacle() -> str | None:
 
 
 @cache
-def _hardware_obstacle() -> str | None:
+def hardware_obstacle() -> str | None:
     """Why this process cannot use AMX; None where it can. Call it only where the native module is loaded."""
     module = importlib.import_module("awnet._C")
     if not hasattr(module, "amx_obstacle"):
@@ -57,7 +57,7 @@ def obstacle() -> str | None:
         return "AWNET_AMX=0"
     if _native_obstacle() is not None or chosen == "emulate":
         return _native_obstacle()
-    return _hardware_obstacle()
+    return hardware_obstacle()
 
 
 def runs(x: Tensor, weights: Sequence[Tensor], groups: Sequence[int]) -> bool:

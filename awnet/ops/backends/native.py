@@ -20,7 +20,7 @@ from awnet.ops.autograd import Layer, OperatorBackend, define, describe
 from awnet.ops.backends.base import NO_FLOAT64, device_obstacle
 
 _MARK = b"awnet-built-for-torch="
-_INTERFACE = "interface=2"  # of the operators; as in csrc/module.cpp
+INTERFACE = "interface=2"  # of the operators; as in csrc/module.cpp
 REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
 
 
@@ -34,7 +34,7 @@ def _built_for(path: Path) -> tuple[str, bool] | None:
         if start < 0:
             return None
         version, _, rest = view[start + len(_MARK) : start + 200].partition(b";")
-        return version.decode(), rest.startswith(_INTERFACE.encode() + b";")
+        return version.decode(), rest.startswith(INTERFACE.encode() + b";")
 
 
 def load(name: str = "awnet._C") -> str | None:
