@@ -85,15 +85,15 @@ COMPILED = {
 }
 
 
-def providers() -> dict[str, Provider]:
-    """Every provider that is available on this machine. The backend ``reference`` is ``literal``."""
+def providers(device: str | None = None) -> dict[str, Provider]:
+    """Every provider that is available on this machine, or on ``device``. ``literal`` is ``reference``."""
     found = {
         "literal": Provider(reference.aw_conv2d, backend="reference"),
         "unfused": Provider(unfused),
         "static": Provider(unfused, static=True),
         **COMPILED,
     }
-    for name, reason in available_backends().items():
+    for name, reason in available_backends(device).items():
         if reason is None and name != "reference":
             found[name] = Provider(partial(aw_conv2d, backend=name), backend=name)
     return found

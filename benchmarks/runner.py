@@ -161,7 +161,7 @@ def _batches(options: BenchOptions, case: Case, device: torch.device) -> tuple[i
 
 def make_jobs(options: BenchOptions, device: torch.device, extra: dict[str, Provider]) -> list[Job]:
     """The jobs of a run. ValueError for an unknown name, or if nothing is left to measure."""
-    available = providers() | extra
+    available = providers(str(device)) | extra
     if options.shape and options.cases:
         raise ValueError("shape and cases are both given: use either")
     other = [shape_case(text) for text in options.shape]

@@ -1,4 +1,4 @@
-"""Runs tests/kernels/ in two processes of its own, under Triton's interpreter (tests/support/interpreter.py)."""
+"""Runs tests/kernels/ in two separate processes, under Triton's interpreter (tests/support/interpreter.py)."""
 
 from __future__ import annotations
 

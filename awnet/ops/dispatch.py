@@ -139,12 +139,15 @@ def _on_tiles(args: LayerArgs) -> str | None:
     return "on AMX tiles" + (" (emulated)" if amx.mode() == "emulate" else "")
 
 
-def available_backends() -> dict[str, str | None]:
+def available_backends(device: str | None = None) -> dict[str, str | None]:
     """For each backend's name None where it can run on this machine, or the reason why not.
 
-    Each is checked with a small float32 call on the CPU and, where there is one, on the CUDA device.
+    Each is checked with a small float32 call on ``device``; by default on the CPU and, where there is one, on
+    the CUDA device.
     """
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        return dict.fromkeys((backend.name for backend in BACKENDS), "there is no CUDA device")
+    devices = [device] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     reasons: dict[str, str | None] = {}
     for backend in BACKENDS:
         answers = [backend.not_supported(_probe(device)) for device in devices]

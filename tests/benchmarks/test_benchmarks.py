@@ -19,6 +19,7 @@ from torch import Tensor
 
 from awnet import reference
 from awnet.ops import available_backends
+from awnet.ops.backends import native
 
 CPU = torch.device("cpu")
 SMOKE = {case.name: case for case in SMOKE_CASES}
@@ -167,6 +168,17 @@ def wrong_shape(*arguments: Any, **options: Any) -> Tensor:
 
 def fails(*arguments: Any, **options: Any) -> Tensor:
     raise NotImplementedError("cannot do this")
+
+
+def test_the_providers_of_a_device_are_those_that_run_there() -> None:
+    # no backend of ours for one device runs on another: cpp is not one of a GPU's, and triton none of a CPU's
+    assert available_backends("meta")["cpp"] is not None
+    assert "cpp" not in providers("meta")
+    assert {"literal", "unfused", "eager"} <= set(providers("meta"))
+    if not torch.cuda.is_available():
+        assert set(available_backends("cuda").values()) == {"there is no CUDA device"}
+    assert {"cuda", "triton"}.isdisjoint(providers("cpu"))
+    assert ("cpp" in providers("cpu")) is (native.load() is None)
 
 
 @pytest.mark.parametrize(
