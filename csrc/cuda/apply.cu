@@ -1,4 +1,4 @@
-// y = act(u * scale + shift + residual), and the mask of where the activation passed
+// y = act(u * scale + shift + residual), and relu_mask, 1 where y is not <= 0
 #include "elementwise.h"
 
 namespace awnet::cuda {
@@ -10,7 +10,7 @@ struct Apply {
   static constexpr int kUnroll = 2;
 
   T* y;
-  uint8_t* mask;  // may be null
+  uint8_t* relu_mask;  // may be null
   const T *u, *residual;
   const float *scale, *shift;
   bool relu;
@@ -52,24 +52,28 @@ struct Apply {
       out[j] = relu ? rectified(v) : v;
     }
     store(y + i, out);
-    if (mask != nullptr) {  // of y as it is stored
+    if (relu_mask != nullptr) {  // of y as it is stored
 #pragma unroll
       for (int j = 0; j < V; ++j) out[j] = static_cast<float>(rounded<T>(out[j])) <= 0.0f ? 0.0f : 1.0f;
-      store(mask + i, out);
+      store(relu_mask + i, out);
     }
   }
 };
 
 }  // namespace
 
-extern "C" const char* awnet_cuda_apply(const Images* images, void* y, uint8_t* mask, const void* u,
+extern "C" const char* awnet_cuda_apply(const Images* images, void* y, uint8_t* relu_mask, const void* u,
                                         const void* residual, const float* scale, const float* shift,
                                         int32_t relu, void* stream) {
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
-    const Apply<T> op{
-        static_cast<T*>(y), mask, static_cast<const T*>(u), static_cast<const T*>(residual), scale, shift,
-        relu != 0};
+    const Apply<T> op{static_cast<T*>(y),
+                      relu_mask,
+                      static_cast<const T*>(u),
+                      static_cast<const T*>(residual),
+                      scale,
+                      shift,
+                      relu != 0};
     return over_images(*images, op, stream);
   });
 }

@@ -214,11 +214,11 @@ std::tuple<Tensor, Tensor> apply(const Tensor& u_in, const Tensor& scale_in, con
   const Tensor u = batch.image(u_in, "u"), residual = batch.image(residual_in, "residual");
   const Tensor scale = batch.table(scale_in, "scale"), shift = batch.table(shift_in, "shift");
   TORCH_CHECK(relu || !keep_mask, "there is no mask without an activation");
-  const Tensor y = in_place ? u : batch.new_image(u), mask = batch.new_mask(u, keep_mask);
-  succeed(awnet_cuda_apply(batch.images(), y.data_ptr(), mask_of(mask), address(u), address(residual),
+  const Tensor y = in_place ? u : batch.new_image(u), relu_mask = batch.new_mask(u, keep_mask);
+  succeed(awnet_cuda_apply(batch.images(), y.data_ptr(), mask_of(relu_mask), address(u), address(residual),
                            entries(scale), entries(shift), relu, on.stream()),
           "apply");
-  return {y, mask};
+  return {y, relu_mask};
 }
 
 std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, const Tensor& centre_in,

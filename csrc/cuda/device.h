@@ -97,32 +97,33 @@ __device__ __forceinline__ void store(T* to, const float (&value)[V]) {
 __device__ __forceinline__ float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
 __device__ __forceinline__ float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
-// g = grad where the activation passed, by y or by the mask, of which at most one is there.
-template <class T, int V>
-struct Gated {
-  Vector<T, V> grad, y;
-  Vector<uint8_t, V> mask;
-};
-
+// The gradient of the ReLU's input: grad where y is not <= 0 or relu_mask is 1, else 0. At most one of y and
+// relu_mask is not null; without both it is grad.
 template <class T>
-struct Gate {
+struct ReluGrad {
   const T *grad, *y;
-  const uint8_t* mask;
+  const uint8_t* relu_mask;
 
   template <int V>
-  __device__ __forceinline__ Gated<T, V> read(int64_t i) const {
-    Gated<T, V> in;
+  struct Inputs {
+    Vector<T, V> grad, y;
+    Vector<uint8_t, V> relu_mask;
+  };
+
+  template <int V>
+  __device__ __forceinline__ Inputs<V> read(int64_t i) const {
+    Inputs<V> in;
     in.grad = load<V>(grad + i);
     if (y != nullptr) in.y = load<V>(y + i);
-    if (mask != nullptr) in.mask = load<V>(mask + i);
+    if (relu_mask != nullptr) in.relu_mask = load<V>(relu_mask + i);
     return in;
   }
 
   template <int V>
-  __device__ __forceinline__ float of(const Gated<T, V>& in, int j) const {
+  __device__ __forceinline__ float at(const Inputs<V>& in, int j) const {
     const float g = in.grad[j];
     if (y != nullptr) return masked(g, in.y[j]);
-    if (mask != nullptr) return masked(g, in.mask[j]);
+    if (relu_mask != nullptr) return masked(g, in.relu_mask[j]);
     return g;
   }
 };

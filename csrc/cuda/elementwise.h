@@ -34,18 +34,18 @@ __global__ void __launch_bounds__(kThreads) over_planes(Operation op, int64_t to
     const int64_t i = base + (local - offset);
     if (i >= total) return;
     int64_t entry = plane + local / pixels;
-    auto own = op.template coefficients<1>(entry);
+    auto coeffs = op.template coefficients<1>(entry);
     if constexpr (kWhole) {
-      op.template write<V>(i, inputs[k], [&](int) { return own; });
+      op.template write<V>(i, inputs[k], [&](int) { return coeffs; });
     } else {
       uint32_t left = pixels - local % pixels;  // values of the plane from here on
       auto next = [&](int) {
         if (left == 0) {
-          own = op.template coefficients<1>(++entry);
+          coeffs = op.template coefficients<1>(++entry);
           left = pixels;
         }
         --left;
-        return own;
+        return coeffs;
       };
       if (i + V <= total) {
         op.template write<V>(i, inputs[k], next);
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kThreads) over_rows(Operation op, Rows rows) {
   const int32_t part = static_cast<int32_t>(blockIdx.x % rows.parts);
   const int32_t end = min(rows.pixels, part * rows.length + rows.length);
   const int64_t top = sample * rows.pixels * rows.channels + channel;
-  const auto own = op.template coefficients<V>(sample * rows.channels + channel);
-  auto of = [&](int j) { return own.at(j); };
+  const auto coeffs = op.template coefficients<V>(sample * rows.channels + channel);
+  auto of = [&](int j) { return coeffs.at(j); };
   const int32_t down = blockDim.y;
   for (int32_t pixel = part * rows.length + threadIdx.y; pixel < end; pixel += down * kUnroll) {
     typename Operation::template Inputs<V> inputs[kUnroll];

@@ -69,15 +69,15 @@ int64_t awnet_cuda_workspace(const Images* images);
 
 const char* awnet_cuda_statistics(const Images* images, const void* u, float* mean, float* m2,
                                   float* workspace, void* stream);
-// mask, in bytes of 1 and 0: where the activation passed. The backward takes y or mask, or neither.
-const char* awnet_cuda_apply(const Images* images, void* y, uint8_t* mask, const void* u,
+// relu_mask: bytes, 1 where y is not <= 0, else 0. The backward takes y or relu_mask, or neither.
+const char* awnet_cuda_apply(const Images* images, void* y, uint8_t* relu_mask, const void* u,
                              const void* residual, const float* scale, const float* shift, int32_t relu,
                              void* stream);
 const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const void* y,
-                              const uint8_t* mask, const float* centre, float* g1, float* gc,
+                              const uint8_t* relu_mask, const float* centre, float* g1, float* gc,
                               float* workspace, void* stream);
 const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual, const void* grad,
-                                 const void* u, const void* y, const uint8_t* mask,
+                                 const void* u, const void* y, const uint8_t* relu_mask,
                                  const PropagationPointers* propagation, void* stream);
 
 // --- the [B, C] algebra

@@ -1,5 +1,5 @@
-// d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is grad where the
-// activation passed
+// d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is the
+// gradient of the ReLU's input
 #include "elementwise.h"
 
 namespace awnet::cuda {
@@ -11,13 +11,13 @@ struct Propagate {
   static constexpr int kUnroll = 2;
 
   T *d_u, *d_residual;
-  Gate<T> gate;
+  ReluGrad<T> relu_grad;
   const T* u;
   PropagationPointers by;
 
   template <int V>
   struct Inputs {
-    Gated<T, V> gated;
+    typename ReluGrad<T>::template Inputs<V> relu_grad;
     Vector<T, V> u;
   };
   template <int V>
@@ -31,7 +31,7 @@ struct Propagate {
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
-    in.gated = gate.template read<V>(i);
+    in.relu_grad = relu_grad.template read<V>(i);
     if (by.by_input != nullptr) in.u = load<V>(u + i);
     return in;
   }
@@ -50,18 +50,18 @@ struct Propagate {
 
   template <int V, class Of>
   __device__ __forceinline__ void write(int64_t i, const Inputs<V>& in, Of&& of) const {
-    float out[V], passed[V];
+    float u_grads[V], residual_grads[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const Coefficients<1> c = of(j);
-      const float g = gate.of(in.gated, j);
+      const float g = relu_grad.at(in.relu_grad, j);
       float d = g * c.by_grad[0];
       if (by.by_input != nullptr) d += (in.u[j] - c.centre[0]) * c.by_input[0] + c.constant[0];
-      out[j] = d;
-      passed[j] = g;
+      u_grads[j] = d;
+      residual_grads[j] = g;
     }
-    store(d_u + i, out);
-    if (d_residual != nullptr) store(d_residual + i, passed);
+    store(d_u + i, u_grads);
+    if (d_residual != nullptr) store(d_residual + i, residual_grads);
   }
 };
 
@@ -69,13 +69,13 @@ struct Propagate {
 
 extern "C" const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual,
                                             const void* grad, const void* u, const void* y,
-                                            const uint8_t* mask, const PropagationPointers* propagation,
+                                            const uint8_t* relu_mask, const PropagationPointers* propagation,
                                             void* stream) {
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
     const Propagate<T> op{static_cast<T*>(d_u),
                           static_cast<T*>(d_residual),
-                          {static_cast<const T*>(grad), static_cast<const T*>(y), mask},
+                          {static_cast<const T*>(grad), static_cast<const T*>(y), relu_mask},
                           static_cast<const T*>(u),
                           *propagation};
     return over_images(*images, op, stream);

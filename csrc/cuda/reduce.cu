@@ -1,4 +1,4 @@
-// g1 = sum g and gc = sum g (u - centre) over each plane, where g is grad where the activation passed.
+// g1 = sum g and gc = sum g (u - centre) over each plane, where g is the gradient of the ReLU's input.
 #include "sums.h"
 
 namespace awnet::cuda {
@@ -6,21 +6,21 @@ namespace {
 
 template <class T>
 struct Operands {
-  Gate<T> gate;
+  ReluGrad<T> relu_grad;
   const T* u;
   const float* centre;
   float *g1, *gc;
 
   template <int V>
   struct Inputs {
-    Gated<T, V> gated;
+    typename ReluGrad<T>::template Inputs<V> relu_grad;
     Vector<T, V> u;
   };
 
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
-    in.gated = gate.template read<V>(i);
+    in.relu_grad = relu_grad.template read<V>(i);
     in.u = load<V>(u + i);
     return in;
   }
@@ -29,7 +29,7 @@ struct Operands {
   template <int V>
   __device__ __forceinline__ void add(const Inputs<V>& in, int j, float middle, float& sum,
                                       float& along) const {
-    const float g = gate.of(in.gated, j);
+    const float g = relu_grad.at(in.relu_grad, j);
     sum += g;
     along += g * (in.u[j] - middle);
   }
@@ -138,13 +138,13 @@ const char* launch_reduce(const Images& images, Operands<T> op, float* workspace
 }  // namespace
 
 extern "C" const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const void* y,
-                                         const uint8_t* mask, const float* centre, float* g1, float* gc,
+                                         const uint8_t* relu_mask, const float* centre, float* g1, float* gc,
                                          float* workspace, void* stream) {
   if (const char* reason = refusal(*images)) return reason;
   if (images->pixels == 0) return "sums need at least one pixel";
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
-    const Operands<T> op{{static_cast<const T*>(grad), static_cast<const T*>(y), mask},
+    const Operands<T> op{{static_cast<const T*>(grad), static_cast<const T*>(y), relu_mask},
                          static_cast<const T*>(u),
                          centre,
                          g1,

@@ -9,18 +9,18 @@ template <class T, int V, bool kWide>
 __global__ void __launch_bounds__(kThreads)
     statistics_planes(const T* u, float* mean, float* m2, Planes planes) {
   const Slice s = slice_of<V, kWide>(planes);
-  Vector<T, V> kept[kDepth];
+  Vector<T, V> values[kDepth];
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {
     const int32_t i = s.lane + k * s.width;
-    if (i < s.count) kept[k] = load<V>(u + s.first + int64_t{i} * V);
+    if (i < s.count) values[k] = load<V>(u + s.first + int64_t{i} * V);
   }
   float sum = 0.0f;
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {
     if (s.lane + k * s.width < s.count) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum += kept[k][j];
+      for (int j = 0; j < V; ++j) sum += values[k][j];
     }
   }
   const float centre = group_sum<kWide>(sum, s.width) / (static_cast<float>(s.count) * V);
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
     if (s.lane + k * s.width < s.count) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float d = kept[k][j] - centre;
+        const float d = values[k][j] - centre;
         squares += d * d;
       }
     }
@@ -46,18 +46,18 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads) statistics_rows(const T* u, float* mean, float* m2, Rows rows) {
   const Column c = column_of<V>(rows);
   const int32_t down = blockDim.y;
-  Vector<T, V> kept[kDepth];
+  Vector<T, V> values[kDepth];
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {
     const int32_t pixel = c.begin + k * down;
-    if (pixel < c.end) kept[k] = load<V>(u + c.first + pixel * rows.channels);
+    if (pixel < c.end) values[k] = load<V>(u + c.first + pixel * rows.channels);
   }
   float sum[V] = {};
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {
     if (c.begin + k * down < c.end) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) sum[j] += kept[k][j];
+      for (int j = 0; j < V; ++j) sum[j] += values[k][j];
     }
   }
   column_sums(sum);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(const T* u, float* m
     if (c.begin + k * down < c.end) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float d = kept[k][j] - centre[j];
+        const float d = values[k][j] - centre[j];
         squares[j] += d * d;
       }
     }

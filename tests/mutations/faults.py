@@ -230,7 +230,7 @@ FAULTS = (
     ),
     fault(
         "the first value's mask for the whole vector", "csrc/cuda/device.h",
-        "return masked(g, in.mask[j]);", "return masked(g, in.mask[0]);",
+        "return masked(g, in.relu_mask[j]);", "return masked(g, in.relu_mask[0]);",
         CUDA_PASSES,
     ),
     fault(
