@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+from support.launch_path import Launches, launch_path
 
 # the same examples each time, so that a change is judged and not the dice; the slow fuzz draws anew
 settings.register_profile("same", derandomize=True, deadline=None)
@@ -25,6 +26,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def triton_launches() -> Iterator[Launches]:
+    """The ``triton`` backend runs on CPU tensors; its kernels are compiled for sm_90, counted, and not run."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("the interpreter and the compiler cannot share a process")
+    pytest.importorskip("triton")
+    with launch_path() as launches:
+        yield launches
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""The Triton backend on Triton's own launch path, compiled for sm_90 and not run: which kernels a call launches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.launch_path import Launches, host_seconds
+from torch import Tensor
+
+from awnet import ops
+from awnet.models import create_model
+from awnet.nn.inference import inference_copy
+
+# multiples of 16, for which Triton compiles one variant only
+BATCH, CHANNELS, SIZE = 16, 16, 16
+
+
+def layer(training: bool, x: Tensor, weight: Tensor, filter_scale: Tensor) -> Tensor:
+    tables = [torch.ones(2, CHANNELS) for _ in range(4)]
+    mix = {"is_clean": torch.arange(BATCH) % 2 == 0} if training else {"p_clean": torch.full((BATCH,), 0.5)}
+    return ops.aw_conv2d(
+        x, weight, filter_scale, *tables, padding=1, training=training, activation="relu", backend="triton", **mix
+    )  # fmt: skip
+
+
+def arguments(frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.rand(BATCH, CHANNELS, SIZE, SIZE, requires_grad=True)
+    weight = torch.rand(CHANNELS, CHANNELS, 3, 3, requires_grad=not frozen)
+    return x, weight, torch.rand(BATCH, CHANNELS, requires_grad=not frozen)
+
+
+def test_a_layer_in_train_mode_launches_each_pass_once(triton_launches: Launches) -> None:
+    y = layer(True, *arguments(frozen=False))
+    forward = ["statistics_kernel", "batch_statistics_kernel", "train_coefficients_kernel", "apply_kernel"]
+    assert triton_launches.kernels == forward
+    triton_launches.clear()
+    y.sum().backward()
+    assert triton_launches.kernels == ["reduce_kernel", "train_gradients_kernel", "propagate_kernel"]
+
+
+def test_an_attack_step_on_a_frozen_layer_reads_no_sums(triton_launches: Launches) -> None:
+    layer(False, *arguments(frozen=True)).sum().backward()
+    assert triton_launches.kernels[:2] == ["eval_coefficients_kernel", "apply_kernel"]
+    assert set(triton_launches.kernels[2:]) == {"eval_coefficients_kernel", "propagate_kernel"}
+
+
+def test_the_second_call_compiles_nothing(triton_launches: Launches) -> None:
+    tensors = arguments(frozen=True)
+    layer(False, *tensors)
+    triton_launches.clear()
+    layer(False, *tensors)
+    assert triton_launches.counts
+    assert triton_launches.compiled == 0
+
+
+def test_the_host_time_of_a_call_is_measurable(triton_launches: Launches) -> None:
+    tensors = arguments(frozen=True)
+    assert 0 < host_seconds(lambda: layer(False, *tensors), repeats=3) < 10
+
+
+@pytest.mark.slow  # it compiles about twenty kernels
+def test_a_frozen_network_makes_its_coefficients_in_one_launch(triton_launches: Launches) -> None:
+    model = create_model("awnet_tiny", num_classes=10, in_channels=3)
+    copy = inference_copy(model)
+    assert copy is not None
+    x = torch.rand(BATCH, 3, SIZE, SIZE, requires_grad=True)
+    with ops.use_backend("triton"):
+        copy(x).sum().backward()
+    counts = triton_launches.counts
+    layers = counts["apply_kernel"]
+    # one for the router, one for the dynamic network that takes the router's ω and p
+    assert counts["eval_coefficients_kernel"] == 2
+    assert counts["eval_gradients_kernel"] == 1
+    assert counts["propagate_kernel"] == layers
+    # only the dynamic half needs sums, for the gradients of ω and p
+    assert 0 < counts["reduce_kernel"] < layers
