@@ -59,7 +59,7 @@ fi
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 on_gpu() { [ "$DEVICE" = cuda ]; }
-awnet() { "$PYTHON" -m awnet.cli "$@"; }
+awnet() { "$PYTHON" -m awnet "$@"; }
 pytest() { "$PYTHON" -m pytest -p no:cacheprovider -q "$@"; }
 
 stage_build() {

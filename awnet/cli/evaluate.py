@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Evaluate(RunOptions):
     """Evaluate a trained model on clean and adversarial images: table, report and figures.
 
-    On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet.cli evaluate …`. Each rank takes whole
+    On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet evaluate …`. Each rank takes whole
     batches, so the results equal those of one GPU."""
 
     attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Train(ImportOption):
     """Train a model with a recipe and write everything into a run folder.
 
-    On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet.cli train …`; with --max-restarts=2 it
+    On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet train …`; with --max-restarts=2 it
     resumes from the last checkpoint automatically. --batch-size counts the images of all GPUs together."""
 
     recipe: str = "mtard"

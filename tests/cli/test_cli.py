@@ -766,7 +766,7 @@ def test_bench_run_takes_the_benchmarks_own_options(tmp_path, capsys):
 
 def test_as_a_program(tmp_path):
     def awnet(*words):
-        command = [sys.executable, "-m", "awnet.cli", *words]
+        command = [sys.executable, "-m", "awnet", *words]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "COLUMNS": "100"}
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 

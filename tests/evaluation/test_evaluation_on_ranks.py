@@ -248,7 +248,7 @@ def alone(weights: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFact
 @pytest.mark.slow
 def test_the_command_line_on_two_ranks(weights: Callable[[Path], Path], alone: Path, tmp_path: Path) -> None:
     model = str(weights(tmp_path / "run"))
-    found = torchrun("-m", "awnet.cli", "evaluate", model, *OPTIONS)
+    found = torchrun("-m", "awnet", "evaluate", model, *OPTIONS)
     assert found.returncode == 0, found.stderr[-3000:]
     assert found.stdout.count("written to") == 1  # rank 0 alone speaks
     assert_same_evaluation(alone, tmp_path / "run")

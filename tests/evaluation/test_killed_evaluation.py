@@ -67,7 +67,7 @@ def test_killed_again_and_again_from_the_command_line(tmp_path: Path) -> None:
     def command(name: str) -> list[str]:
         words = ["--data", "digits", "--limit", "4", "--batch-size", "2", "--budget", "smoke"]
         words += ["--queries", "20", "--attacks", "pgd_sat", "aa", "union"]
-        return ["-m", "awnet.cli", "evaluate", str(tmp_path / name / "model.safetensors"), *words]
+        return ["-m", "awnet", "evaluate", str(tmp_path / name / "model.safetensors"), *words]
 
     assert start(command("whole")).wait() == 0
     kills = 0

@@ -367,7 +367,7 @@ def test_a_killed_rank_restarts_both_from_the_last_checkpoint(
 
 @pytest.mark.slow
 def test_the_command_line_on_two_ranks(tmp_path: Path) -> None:
-    arguments = ["-m", "awnet.cli", "train", "--recipe", "pgd_at", "--device", "cpu", "--epochs", "1"]
+    arguments = ["-m", "awnet", "train", "--recipe", "pgd_at", "--device", "cpu", "--epochs", "1"]
     arguments += ["--recipe-options", "attack_steps=1", "validate_limit=20", "--out", str(tmp_path / "run")]
     found = torchrun(*arguments, "--max-minutes", "1e-9")
     assert found.returncode == 0, found.stderr[-3000:]
