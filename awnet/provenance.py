@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,8 +31,20 @@ class Commit(NamedTuple):
 def git_commit(ignore: Sequence[str] = (), root: Path = _ROOT) -> Commit:
     """The commit of the git checkout at ``root``, by default the package's.
 
+    For the package, the environment variable ``AWNET_COMMIT`` replaces what git says: files that were copied
+    to another machine may lack their ``.git``, or have that of another commit. It is a hash of 7 to 40
+    digits, with ``-dirty`` after it if files differ from that commit.
+
     Changes in the paths ``ignore``, relative to ``root``, do not count as modifications.
+
+    Raises:
+        ValueError: ``AWNET_COMMIT`` is not such a hash.
     """
+    stated = os.environ.get("AWNET_COMMIT", "")
+    if stated and root == _ROOT:
+        if not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", stated):
+            raise ValueError(f"AWNET_COMMIT must be a commit's hash, or HASH-dirty, got {stated!r}")
+        return Commit(stated.removesuffix("-dirty"), stated.endswith("-dirty"))
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]

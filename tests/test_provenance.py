@@ -6,7 +6,9 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
+from awnet.benchmarks import machine
 
 import awnet
 from awnet.provenance import Commit, environment, git_commit
@@ -38,6 +40,25 @@ def test_git_commit_reports_hash_and_modification_except_of_ignored_paths(tmp_pa
     assert git_commit(["results"], root=tmp_path) == Commit(commit, modified=True)
     # a package that is installed somewhere inside the checkout is not of that commit
     assert git_commit(root=tmp_path / "results") == Commit(None, None)
+
+
+def test_an_environment_variable_replaces_the_commit_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stated, expected in (
+        ("0123abc", Commit("0123abc", modified=False)),
+        ("0123abc-dirty", Commit("0123abc", modified=True)),
+        ("f" * 40, Commit("f" * 40, modified=False)),
+    ):
+        monkeypatch.setenv("AWNET_COMMIT", stated)
+        assert git_commit() == expected
+        assert environment(torch.device("cpu"))["commit"] == expected.hash
+        assert machine.commit() == stated[:7] + ("-dirty" if expected.modified else "")
+        assert git_commit(root=tmp_path) == Commit(None, None)  # of another folder it says nothing
+    for wrong in ("main", "0123ab", "0123abc-modified", "g" * 40, "f" * 41):
+        monkeypatch.setenv("AWNET_COMMIT", wrong)
+        with pytest.raises(ValueError, match="AWNET_COMMIT must be a commit's hash, or HASH-dirty"):
+            git_commit()
 
 
 def test_environment_holds_versions_and_plain_json_values() -> None:
