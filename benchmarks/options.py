@@ -19,6 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # largest value of each option that counts something: beyond it a call can only fail, late and obscurely
 _MAX_THREADS, MAX_BATCH, MAX_SEED = 1024, 2**24, 2**63 - 2
 _MAX_SECONDS, _MAX_RETRIES = 86400.0, 100
+# in training, in a branch of fewer than four samples the gradients of filter_scale nearly cancel
+MIN_TRAINING_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,12 @@ class BenchOptions:
     """Implementations: literal, unfused, static, compile, compile_frozen, static_compile, and the backends;
     by default all available ones without the three compiled ones (except one row with --smoke)."""
     compile: bool = False
-    """Also measure the three torch.compile providers (max-autotune on a GPU); each compiles for up to a
-    minute."""
+    """Also measure the three torch.compile providers (max-autotune-no-cudagraphs on a GPU, captured like the
+    others); each compiles for up to a minute."""
+    verify_batch: int | None = None
+    """Compare results with the literal form in float64 at this batch, where it is smaller than the measured
+    one, and at the measured batch with plain torch in float32: saves most of the time of a large batch.
+    By default the literal form in float64 at the measured batch."""
     missing: bool = False
     """Measure only the rows that the file does not have for this commit: resumes an interrupted run."""
     threads: int | None = None
@@ -78,6 +84,12 @@ def check(options: BenchOptions) -> torch.device:
         raise ValueError(f"modes must be some of {', '.join(MODES)}, got {options.modes}")
     for batch in options.batch:
         check_whole("batch", batch, 1, MAX_BATCH)
+    if options.verify_batch is not None:
+        check_whole("verify_batch", options.verify_batch, 1, MAX_BATCH)
+        if "training" in options.modes and options.verify_batch < MIN_TRAINING_BATCH:
+            raise ValueError(
+                f"verify_batch must be at least {MIN_TRAINING_BATCH} for training, got {options.verify_batch}"
+            )
     if options.seconds is not None:
         check_duration("seconds", options.seconds)
     return check_machine(options.device, options.threads, options.retries, options.seed, options.out)

@@ -83,24 +83,36 @@ def _provider_order(names: set[str]) -> list[str]:
 
 
 def _groups(rows: Sequence[Row], on_gpu: bool) -> dict[tuple[str, ...], list[Row]]:
-    """The layers' rows of CPUs or GPUs by device, dtype, layout."""
+    """The layers' rows of CPUs or GPUs by device, dtype, layout and timing."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if bool(row["driver"]) == on_gpu and row["mode"] != "ceiling":
-            groups.setdefault((row["device"], row["dtype"], row["layout"]), []).append(row)
+            place = (row["device"], row["dtype"], row["layout"], row["timing"])
+            groups.setdefault(place, []).append(row)
     return groups
+
+
+# what the cells of a table are, by timing
+_MILLISECONDS = {
+    "": "Median milliseconds",
+    "graph": "Median milliseconds of a step in a CUDA graph / of a single call, host time included",
+    "eager": "Median milliseconds of single calls, host time included (not used for goals)",
+}
 
 
 def _milliseconds(folder: Path, on_gpu: bool) -> str:
     """One table per device: the median time of each case, mode and batch by each provider."""
     parts = []
     rows = read_results(folder)
-    for (device, dtype, layout), mine in sorted(_groups(rows, on_gpu).items()):
+    for (device, dtype, layout, timing), mine in sorted(_groups(rows, on_gpu).items()):
         names = _provider_order({row["provider"] for row in mine})
         lines: dict[tuple[str, ...], dict[str, str]] = {}
         for row in mine:
             place = (row["case"], row["mode"], row["batch"])
             found = f"{float(row['ms_median']):.3g}" if row["ms_median"] else "wrong"
+            if row["ms_eager"]:
+                replay = found if row["ms_median"] else "–"
+                found = f"{replay} / {float(row['ms_eager']):.3g}"
             lines.setdefault(place, {})[row["provider"]] = found
         table = [[*place, *(times.get(name, "–") for name in names)] for place, times in lines.items()]
         ceilings = {
@@ -117,7 +129,8 @@ def _milliseconds(folder: Path, on_gpu: bool) -> str:
         commits = ", ".join(dict.fromkeys(row["commit"] for row in mine if row["commit"]))
         parts.append(
             f"{device}, {dtype}, {layout}, torch {mine[-1]['torch']}, commit {commits}{roof}. "
-            "Median milliseconds:\n\n" + _markdown(("case", "mode", "batch", *names), table, 2)
+            f"{_MILLISECONDS[timing if on_gpu else '']}:\n\n"
+            + _markdown(("case", "mode", "batch", *names), table, 2)
         )
     return "\n".join(parts) or "Not measured yet.\n"
 
@@ -174,9 +187,10 @@ def plot(options: PlotOptions) -> list[Path]:
     rows = [row for row in read_results(options.results) if row["mode"] == "ceiling" or row["ms_median"]]
     written: list[Path] = []
     for on_gpu in (False, True):
-        for (device, dtype, layout), mine in sorted(_groups(rows, on_gpu).items()):
-            stem = re.sub(r"[^a-z0-9]+", "-", f"{device} {dtype} {layout}".lower()).strip("-")
-            title = f"{device}, {dtype}, {layout}"
+        for (device, dtype, layout, timing), mine in sorted(_groups(rows, on_gpu).items()):
+            single = " eager" if on_gpu and timing == "eager" else ""
+            stem = re.sub(r"[^a-z0-9]+", "-", f"{device} {dtype} {layout}{single}".lower()).strip("-")
+            title = f"{device}, {dtype}, {layout}{single}"
             figures = {"bars": _bars(mine, title)}
             ceilings = {
                 row["case"]: row

@@ -16,7 +16,7 @@ COLUMNS = [
     *("date", "commit", "device", "driver", "torch", "triton"),
     *("case", "mode", "provider", "batch", "channels", "size", "dtype", "layout"),
     *("ms_median", "ms_p20", "ms_p80", "ms_best", "peak_mib", "gb_s", "tflop_s", "roofline_share"),
-    *("switches", "steal", "disturbed", "verified", "command"),
+    *("switches", "steal", "disturbed", "verified", "command", "timing", "ms_eager", "reason"),
 ]
 TRAIN_COLUMNS = [
     *("date", "commit", "device", "driver", "torch", "triton"),
@@ -24,7 +24,7 @@ TRAIN_COLUMNS = [
     *("layout", "threads", "steps", "images_per_second", "images_per_second_best", "epoch_seconds_50000"),
     *("gflop_per_image", "matmul_tflop_s", "amx_tflop_s", "mfu", "peak_mib", "share_attack"),
     *("share_training", "share_teachers", "share_data", "switches", "steal", "disturbed", "verified"),
-    "command",
+    *("command", "backend", "captured"),
 ]
 AMX_COLUMNS = [
     *(
@@ -43,13 +43,21 @@ AMX_COLUMNS = [
     *("rate_best", "rate_median", "amx_tflop_s", "share_of_peak", "switches", "steal", "disturbed"),
 ]
 # columns that files of earlier versions lack
-ADDED = ("ms_best", "images_per_second_best", "amx_tflop_s", "switches", "steal", "disturbed")
+ADDED = (
+    *("ms_best", "images_per_second_best", "amx_tflop_s", "switches", "steal", "disturbed"),
+    *("timing", "ms_eager", "reason", "backend", "captured"),
+)
+# what a column that a file lacks stands for; all others are empty
+_BEFORE = {"timing": "eager"}
 
 Row = dict[str, str]
 
 
 def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
-    """All rows of one file, oldest first; none if there is no file. Columns in ``ADDED`` may be missing.
+    """All rows of one file, oldest first; none if there is no file.
+
+    Columns in ``ADDED`` may be missing. ``timing`` is ``graph`` where the times are those of a step in the
+    replay of a CUDA graph, and ``eager``, also in older files, where they are those of single calls.
 
     Raises:
         ValueError: the file is not a CSV file of these columns.
@@ -65,7 +73,8 @@ def read_rows(path: Path, columns: Sequence[str] = COLUMNS) -> list[Row]:
                     f"{path} has other columns than this version writes; move it away, or name another "
                     "folder with --out"
                 )
-            rows = [{name: row.get(name) or "" for name in columns} for row in reader]
+            before = {name: _BEFORE.get(name, "") for name in columns}
+            rows = [{name: row.get(name) or before[name] for name in columns} for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a CSV file: {error}") from None
     return rows

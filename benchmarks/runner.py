@@ -15,15 +15,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 from awnet.terminal import safe_console
 
-from . import machine, results
-from .cases import CASES, SMOKE_CASES, Case, Mode, make_upstream, shape_case
+from . import machine, results, timing
+from .cases import CASES, SMOKE_CASES, Case, Mode, Problem, make_upstream, shape_case
 from .ceilings import Ceilings, CeilingTracker, measure_ceilings
-from .options import DTYPES, BenchOptions, check, command_line
-from .providers import COMPILED, Provider, providers
-from .timing import Times, measure
+from .options import DTYPES, MIN_TRAINING_BATCH, BenchOptions, check, command_line
+from .providers import COMPILED, Provider, providers, unfused
+from .timing import Times
 from .verification import Trial, error_limits, exact_provider, fault
 
 __all__ = ["BenchOptions", "Row", "run"]
@@ -32,8 +33,6 @@ __all__ = ["BenchOptions", "Row", "run"]
 _ROTATED_BYTES = 2**27
 _MAX_COPIES = 16
 _GPU_BATCHES = (1, 32, 128, 256, 512, 1024)
-# in training, in a branch of fewer than four samples the gradients of filter_scale nearly cancel
-_MIN_TRAINING_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,10 @@ class Row:
     provider: str
     batch: int
     static: bool
-    refused: str  # why there is no time; empty for a verified row
+    refused: str  # why the results are not verified; empty for a verified row
     times: Times | None = None
+    eager_ms: float | None = None  # of single calls on a GPU
+    not_captured: str = ""  # why a verified row has no time
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def run(options: BenchOptions, *, extra_providers: Mapping[str, Provider] | None
 def _print_note(console: Console, row: Row) -> None:
     if row.refused:
         text, style = f"no time for {row.provider}: {row.refused}", "red"
+    elif row.not_captured:
+        text, style = f"no time for {row.provider}: {row.not_captured}", "yellow"
     elif row.times is not None and row.times.interference.disturbed:
         text, style = f"{row.provider} was disturbed: {row.times.interference}", "yellow"
     else:
@@ -182,12 +185,12 @@ def make_jobs(options: BenchOptions, device: torch.device, extra: dict[str, Prov
                 able = {name: available[name] for name in names if mode in available[name].modes}
                 if (case_name, mode) == ("stage1", "forward") and not options.cases + options.providers:
                     able |= sample
-                if able and (mode != "training" or batch >= _MIN_TRAINING_BATCH):
+                if able and (mode != "training" or batch >= MIN_TRAINING_BATCH):
                     jobs.append(Job(registry[case_name], mode, batch, able))
     if not jobs:
         raise ValueError(
             f"nothing is left to measure of batch {options.batch}, modes {options.modes}, providers {names}: "
-            f"training needs a batch of {_MIN_TRAINING_BATCH} or more, compile_frozen an attack"
+            f"training needs a batch of {MIN_TRAINING_BATCH} or more, compile_frozen an attack"
         )
     return jobs
 
@@ -224,6 +227,49 @@ def _missing(jobs: list[Job], before: Iterable[results.Row], common: results.Row
 _REFUSED = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
+@dataclass(frozen=True)
+class _Check:
+    """A problem of one batch, and the results that a provider must have on it."""
+
+    problem: Problem
+    upstream: Tensor
+    expected: dict[str, Tensor]
+    limits: dict[str, float]
+
+
+def _check_batches(job: Job, options: BenchOptions) -> list[int]:
+    """The batches at which providers are compared with the reference; the last one is timed."""
+    small = options.verify_batch
+    return [job.batch] if small is None or small >= job.batch else [small, job.batch]
+
+
+def _check_at(job: Job, batch: int, static: bool, options: BenchOptions, device: torch.device) -> _Check:
+    case, mode, dtype = job.case, job.mode, DTYPES[options.dtype]
+    problem = case.problem(batch, static, device, dtype, options.layout == "channels_last", options.seed)
+    # beyond --verify-batch plain torch in float32 replaces the literal form in float64
+    large = options.verify_batch is not None and batch > options.verify_batch
+    exact = Provider(unfused) if large else exact_provider(case)
+    upstream = make_upstream(case, problem, mode, exact.layer, options.seed + 1)
+    wide = torch.float32 if large else torch.float64
+    expected = Trial(case, problem.to(wide), exact, mode, upstream.to(wide), 1)()
+    if batch < MIN_TRAINING_BATCH:
+        expected.pop("gradient of p_clean", None)  # a sum of so few numbers may nearly cancel
+    return _Check(problem, upstream, expected, error_limits(case, problem, mode, upstream, expected))
+
+
+def _verified(job: Job, provider: Provider, checks: list[_Check]) -> tuple[Trial, str]:
+    """A provider's step on the last problem, and why it must not be timed; "" if it agrees with all."""
+    # a compiled provider is compiled for one shape only
+    for one in checks[-1:] if provider.compiled else checks:
+        image = one.problem.image
+        copies = min(max(_ROTATED_BYTES // (image.numel() * image.element_size()), 1), _MAX_COPIES)
+        trial = Trial(job.case, one.problem, provider, job.mode, one.upstream, copies)
+        refused = fault(trial, one.expected, one.limits)
+        if refused:
+            break
+    return trial, refused
+
+
 def _measure(job: Job, options: BenchOptions, device: torch.device) -> list[Row]:
     rows: dict[str, Row] = {}
     if any(provider.compiled for provider in job.providers.values()):
@@ -234,18 +280,10 @@ def _measure(job: Job, options: BenchOptions, device: torch.device) -> list[Row]
             rows[name] = Row(job.case, job.mode, name, job.batch, static, "not verified")
         if not chosen:
             continue
-        dtype = DTYPES[options.dtype]
-        channels_last = options.layout == "channels_last"
-        problem = job.case.problem(job.batch, static, device, dtype, channels_last, options.seed)
-        copies = min(max(_ROTATED_BYTES // (problem.image.numel() * dtype.itemsize), 1), _MAX_COPIES)
         try:
-            exact = exact_provider(job.case)
-            upstream = make_upstream(job.case, problem, job.mode, exact.layer, options.seed + 1)
-            precise = problem.to(torch.float64)
-            expected = Trial(job.case, precise, exact, job.mode, upstream.double(), 1)()
-            if job.batch < _MIN_TRAINING_BATCH:
-                expected.pop("gradient of p_clean", None)  # a sum of so few numbers may nearly cancel
-            limits = error_limits(job.case, problem, job.mode, upstream, expected)
+            checks = [
+                _check_at(job, batch, static, options, device) for batch in _check_batches(job, options)
+            ]
         except torch.OutOfMemoryError as error:
             for name in chosen:
                 rows[name] = replace(rows[name], refused=f"not enough memory to verify it: {error}")
@@ -253,16 +291,24 @@ def _measure(job: Job, options: BenchOptions, device: torch.device) -> list[Row]
         verified: dict[str, Callable[[], object]] = {}
         for name, provider in chosen.items():
             try:
-                trial = Trial(job.case, problem, provider, job.mode, upstream, copies)
-                refused = fault(trial, expected, limits)
+                trial, refused = _verified(job, provider, checks)
             except _REFUSED as error:
                 refused = f"it raised {type(error).__name__}: {error}"
             rows[name] = replace(rows[name], refused=refused)
             if not refused:
                 verified[name] = trial
-        del expected
-        for name, times in measure(verified, device, _seconds(options), options.retries).items():
-            rows[name] = replace(rows[name], times=times)
+        del checks
+        if timing.on_graphs(device):
+            for name, found in timing.measure_replays(verified, _seconds(options), options.retries).items():
+                rows[name] = replace(
+                    rows[name],
+                    times=found.replay,
+                    eager_ms=found.eager.median,
+                    not_captured=found.refusal,
+                )
+        else:
+            for name, times in timing.measure(verified, device, _seconds(options), options.retries).items():
+                rows[name] = replace(rows[name], times=times)
     return [rows[name] for name in job.providers]
 
 
@@ -287,6 +333,7 @@ def _common(options: BenchOptions, device: torch.device) -> results.Row:
         dict.fromkeys(results.COLUMNS, "")
         | machine.provenance(device)
         | {"dtype": options.dtype, "layout": options.layout, "command": command_line(options)}
+        | {"timing": "graph" if timing.on_graphs(device) else "eager"}
     )
 
 
@@ -318,6 +365,9 @@ def _work(row: Row, item: int) -> tuple[float, float]:
 
 def _line(row: Row, common: results.Row, ceilings: Ceilings) -> results.Row:
     line = common | _subject(row) | {"verified": "false" if row.refused else "true"}
+    line["reason"] = row.refused or row.not_captured
+    if row.eager_ms is not None:
+        line["ms_eager"] = f"{row.eager_ms:.4f}"
     if row.times is None:
         return line
     flops, moved = _work(row, DTYPES[common["dtype"]].itemsize)
@@ -331,6 +381,7 @@ def _line(row: Row, common: results.Row, ceilings: Ceilings) -> results.Row:
 
 def _ceiling_lines(ceilings: Ceilings, common: results.Row) -> list[results.Row]:
     common = common | {"mode": "ceiling", "provider": "torch", "verified": str(ceilings.verified).lower()}
+    common["timing"] = "eager"  # a millisecond each on a GPU: the launch is hidden behind the one before
     copy = {"case": "copy", **_times(ceilings.copy), "gb_s": f"{ceilings.gb_s:.3f}"}
     matmul = {"case": "matmul", "size": str(ceilings.matmul_size), **_times(ceilings.matmul)}
     lines = [common | copy, common | matmul | {"tflop_s": f"{ceilings.tflop_s:.4f}"}]
@@ -347,21 +398,26 @@ def _table(job: Job, rows: list[Row], ceilings: Ceilings, item: int) -> Table:
         title_justify="left",
     )
     table.add_column("provider")
-    for heading in ("median ms", "best", "20–80 %", "× unfused", "TFLOP/s", "roofline"):
+    on_gpu = any(row.eager_ms is not None for row in rows)
+    first_columns = ("replay ms", "eager ms") if on_gpu else ("median ms",)
+    for heading in (*first_columns, "best", "20–80 %", "× unfused", "TFLOP/s", "roofline"):
         table.add_column(heading, justify="right")
+
+    def shown(ms: float) -> str:
+        return f"{ms:.1f}" if ms >= 100 else f"{ms:.3f}"
+
     for row in rows:
+        eager = [] if not on_gpu else ["" if row.eager_ms is None else shown(row.eager_ms)]
         if row.times is None:
-            table.add_row(row.provider, "wrong", style="red")
+            table.add_row(row.provider, "wrong" if row.refused else "–", *eager, style="red")
             continue
         flops, moved = _work(row, item)
         times = row.times
-        median, best, p20, p80 = (
-            f"{ms:.1f}" if ms >= 100 else f"{ms:.3f}"
-            for ms in (times.median, times.best, times.p20, times.p80)
-        )
+        median, best, p20, p80 = map(shown, (times.median, times.best, times.p20, times.p80))
         table.add_row(
             row.provider,
             median,
+            *eager,
             best,
             f"{p20}–{p80}",
             "" if plain is None else f"{times.median / plain:.2f}",

@@ -1,4 +1,4 @@
-"""Times steps: in turns on a CPU, by CUDA events with a flushed cache on a GPU.
+"""Times steps: in turns on a CPU, by replays of a CUDA graph on a GPU.
 
 A measurement that was disturbed (:mod:`awnet.benchmarks.interference`) is repeated, and the least disturbed
 one counts.
@@ -10,13 +10,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
+
+from awnet.cuda_graphs import capture
 
 from . import interference
 from .interference import UNDISTURBED, Interference, Monitor, least_disturbed
 
 _MIN_TURNS = 3
+# steps in one CUDA graph: enough that the launch of the graph is a small part of its time
+STEPS_PER_GRAPH = 10
+_MIN_REPLAYS, _MAX_REPLAYS = 5, 1000
 Steps = Mapping[str, Callable[[], object]]
 
 
@@ -33,7 +39,7 @@ class Times:
 
 
 def measure(steps: Steps, device: torch.device, seconds: float, retries: int = 0) -> dict[str, Times]:
-    """The times of every step, about ``seconds`` for each after a warm-up.
+    """The times of calls of every step, about ``seconds`` for each after a warm-up.
 
     While any step was disturbed, all of them are measured again, at most ``retries`` times, so that the times
     of one call stay comparable. The least disturbed attempt is returned.
@@ -42,6 +48,97 @@ def measure(steps: Steps, device: torch.device, seconds: float, retries: int = 0
         return {}
     run = _on_cuda if device.type == "cuda" else _on_cpu
     return _retried(lambda: run(steps, seconds), retries)
+
+
+def on_graphs(device: torch.device) -> bool:
+    """Whether steps on ``device`` are timed by :func:`measure_replays`."""
+    return device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class GpuTimes:
+    """Two measurements of one step on a GPU.
+
+    eager: of single calls, each with the host time of its launches.
+    replay: of a step in the replay of a CUDA graph, without host time; None if the step cannot be captured.
+    refusal: why there is no ``replay``.
+    """
+
+    eager: Times
+    replay: Times | None
+    refusal: str = ""
+
+
+class CudaGraphs:
+    """Captures and times steps on the current CUDA device."""
+
+    def eager(self, step: Callable[[], object], seconds: float) -> Times:
+        """The times of single calls, with the cache flushed before each, and the peak memory."""
+        return _step_on_cuda(step, seconds)
+
+    def capture(self, program: Callable[[], None]) -> Callable[[], None]:
+        """The replay of ``program`` as a CUDA graph. RuntimeError if it cannot be captured."""
+        nothing = torch.empty(0)
+
+        def run() -> torch.Tensor:
+            program()
+            return nothing
+
+        return capture(run, warm_ups=1)[1]
+
+    def milliseconds(self, replay: Callable[[], None], count: int) -> list[float]:
+        """The device time of each of ``count`` replays in a row, by events."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for event in events[1:]:
+            replay()
+            event.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairwise(events)]
+
+
+def measure_replays(
+    steps: Steps, seconds: float, retries: int = 0, gpu: CudaGraphs | None = None
+) -> dict[str, GpuTimes]:
+    """The times of every step on the current GPU, one step after another.
+
+    Each step is called several times, which warms it up, and timed by single calls for a quarter of
+    ``seconds``. Then ``STEPS_PER_GRAPH`` calls are captured in one CUDA graph, whose replays are timed for
+    about ``seconds``. Host time, which differs between machines and is hidden in a captured training step,
+    counts in the first measurement only. Disturbed replays are repeated as in :func:`measure`.
+
+    Args:
+        steps: functions without arguments that may neither wait for the device nor draw random numbers. They
+            should rotate over several inputs.
+        seconds: time to measure.
+        retries: number of repetitions of disturbed replays.
+        gpu: captures and times; tests replace it.
+    """
+    gpu = CudaGraphs() if gpu is None else gpu
+    return {name: _replayed(step, seconds, retries, gpu) for name, step in steps.items()}
+
+
+def _replayed(step: Callable[[], object], seconds: float, retries: int, gpu: CudaGraphs) -> GpuTimes:
+    eager = gpu.eager(step, seconds / 4)
+
+    def program() -> None:
+        for _ in range(STEPS_PER_GRAPH):
+            step()
+
+    try:
+        replay = gpu.capture(program)
+        first = gpu.milliseconds(replay, 2)[1]
+    except RuntimeError as error:
+        return GpuTimes(eager, None, f"not captured: {next(iter(str(error).splitlines()), repr(error))}")
+    count = round(1000 * seconds / first) if first > 0 else _MAX_REPLAYS
+    count = min(max(count, _MIN_REPLAYS), _MAX_REPLAYS)
+
+    def replays() -> dict[str, Times]:
+        monitor = Monitor()
+        times = summary([ms / STEPS_PER_GRAPH for ms in gpu.milliseconds(replay, count)])
+        return {"": replace(times, peak_mib=eager.peak_mib, interference=monitor.read())}
+
+    return GpuTimes(eager, _retried(replays, retries)[""])
 
 
 def in_turns(steps: Steps, rounds: int, retries: int) -> dict[str, Times]:

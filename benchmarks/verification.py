@@ -31,7 +31,7 @@ class Trial:
             problem,
             None if own_module else provider.layer,
             mode,
-            _compiler(device) if provider.compiled else None,
+            compiler(device) if provider.compiled else None,
         )
         self.backend = provider.backend if own_module else None
         for parameter in problem.parameters.values():
@@ -46,8 +46,6 @@ class Trial:
         self.images = cycle(images)
 
     def __call__(self) -> dict[str, Tensor]:
-        if self.provider.compiled:
-            torch.compiler.cudagraph_mark_step_begin()
         image = next(self.images)
         leaves = {"image": image, **self.leaves} if self.differentiates_image else self.leaves
         with _use_backend(self.backend):
@@ -58,8 +56,10 @@ def _use_backend(name: str | None) -> Any:
     return nullcontext() if name is None else use_backend(name)
 
 
-def _compiler(device: torch.device) -> Callable[[Any], Any]:
-    mode = "max-autotune" if device.type == "cuda" else None
+def compiler(device: torch.device) -> Callable[[Any], Any]:
+    """What compiles a provider's layer or module on ``device``."""
+    # without its own CUDA graphs: all providers are captured alike (awnet.benchmarks.timing)
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
     return lambda what: torch.compile(what, mode=mode, dynamic=False)
 
 

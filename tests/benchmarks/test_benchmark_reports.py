@@ -47,6 +47,7 @@ def cpu_rows() -> Iterator[results.Row]:
 
 def gpu_rows() -> Iterator[results.Row]:
     h200 = {"device": "NVIDIA H200", "driver": "580.1", "dtype": "bfloat16", "layout": "channels_last"}
+    h200 |= {"timing": "graph"}
     for case in (*STAGES, "depthwise"):
         for batch in (256, 512):
             for mode in MODES:
@@ -219,6 +220,58 @@ def test_the_geometric_mean_and_the_worst_shape_are_two_things(measured: Path) -
     assert found["layer against torch.compile of it: worst shape"] == ("0.55×", "not met")
     mean = 1.1 * 0.5 ** (1 / 16)  # one of 4 stages, 2 batches, 2 modes is twice as slow
     assert found["layer against torch.compile of it (stretch)"][0] == f"{mean:.3g}×"
+
+
+def test_goals_on_a_gpu_take_replays_and_no_single_calls(measured: Path) -> None:
+    path = measured / "nvidia-h200.csv"
+    rows = results.read_rows(path)
+    assert verdicts(measured)["layer against plain torch (unfused)"] == ("2.2×", "met")
+
+    def rewrite(changed: list[results.Row]) -> dict[str, tuple[str, str]]:
+        path.unlink()
+        results.add_rows(path, changed)
+        return verdicts(measured)
+
+    found = rewrite([row | {"timing": "eager"} for row in rows])
+    for goal in ("layer against the literal form", "layer against plain torch (unfused)"):
+        assert found[goal] == ("", "not measured")
+    refused = {"ms_median": "", "ms_eager": "21.0", "reason": "not captured: it waits"}
+    literal = [r | refused if (r["provider"], r["mode"]) == ("literal", "training") else r for r in rows]
+    assert rewrite(literal)["layer against the literal form"] == ("21×", "met")
+    plain = [r | refused if (r["provider"], r["mode"]) == ("unfused", "training") else r for r in rows]
+    assert rewrite(plain)["layer against plain torch (unfused)"] == ("", "not measured")
+    ours = [r | refused if r["provider"] == "triton" else r for r in rows]
+    found = rewrite(ours)
+    for goal in ("layer against the literal form", "PGD step of AW-Net-18, an image"):
+        assert found[goal] == ("", "not measured")
+
+
+def test_a_file_without_the_column_of_the_timing_holds_single_calls(tmp_path: Path) -> None:
+    shipped = results.read_rows(SHIPPED / "nvidia-h200.csv")
+    assert {row["timing"] for row in shipped if row["commit"] == "3ed728d"} == {"eager"}
+    path = tmp_path / "nvidia-h200.csv"
+    old = [name for name in results.COLUMNS if name not in ("timing", "ms_eager", "reason")]
+    cells = [row("stage1", "attack", "triton", 512, 1.5, driver="580.1")[name] for name in old]
+    path.write_text(",".join(old) + "\n" + ",".join(cells) + "\n")
+    new = row("stage1", "attack", "unfused", 512, 0.5, driver="580.1", timing="graph", ms_eager="1.25")
+    results.add_rows(path, [new])
+    assert [one["timing"] for one in results.read_rows(path)] == ["eager", "graph"]
+    table = report.TABLES["gpu"](tmp_path)
+    assert "Median milliseconds of single calls, host time included (not used for goals):" in table
+    assert "| stage1 | attack | 512 | 1.5 |" in table
+    assert "Median milliseconds of a step in a CUDA graph / of a single call, host time included:" in table
+    assert "| stage1 | attack | 512 | 0.5 / 1.25 |" in table
+
+
+def test_the_fastest_training_row_of_the_newest_commit_counts(measured: Path) -> None:
+    path = measured / "nvidia-h200-train.csv"
+    newest = results.read_rows(path, results.TRAIN_COLUMNS)[0] | {"date": "2026-03-09", "commit": "1234567"}
+    rows = [
+        newest | {"backend": backend, "images_per_second": pace, "epoch_seconds_50000": seconds}
+        for backend, pace, seconds in (("cuda", "5000", "10"), ("triton", "4500", "11.1"))
+    ]
+    results.add_rows(path, rows, results.TRAIN_COLUMNS)
+    assert verdicts(measured)["MTARD epoch, PGD-10, 50,000 images"] == ("10 s", "met")
 
 
 @pytest.mark.parametrize(

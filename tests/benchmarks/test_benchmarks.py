@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from awnet.benchmarks import BenchOptions, results, run, runner
+from awnet.benchmarks import BenchOptions, results, run, runner, timing, verification
 from awnet.benchmarks.cases import CASES, SMOKE_CASES, Case, LayerCase, Mode, make_upstream
 from awnet.benchmarks.ceilings import measure_ceilings
 from awnet.benchmarks.options import command_line
@@ -347,6 +347,110 @@ def test_a_smoke_run_compiles_one_row_where_there_is_a_compiler(monkeypatch: pyt
     assert compiled(cases=()) == []
 
 
+class FakeGraphs(timing.CudaGraphs):
+    """CUDA graphs of a machine without a GPU: host time is 10 ms a call, device time 1 ms a step."""
+
+    def __init__(self, forbidden: tuple[object, ...] = ()) -> None:
+        self.forbidden, self.calls, self.captured = forbidden, 0, 0
+
+    def eager(self, step: Any, seconds: float) -> timing.Times:
+        step()
+        return replace(timing.summary([10.0, 11.0, 12.0]), peak_mib=3.0)
+
+    def capture(self, program: Any) -> Any:
+        if self.captured in self.forbidden:
+            self.captured += 1
+            raise RuntimeError("operation not permitted when stream is capturing\nmore words")
+        self.captured += 1
+        program()
+        return program
+
+    def milliseconds(self, replay: Any, count: int) -> list[float]:
+        self.calls += count
+        return [1.0 * timing.STEPS_PER_GRAPH] * count
+
+
+def test_a_step_on_a_gpu_is_timed_in_a_graph_of_ten_and_by_single_calls() -> None:
+    calls: list[int] = []
+    gpu = FakeGraphs()
+    (times,) = timing.measure_replays({"step": lambda: calls.append(1)}, seconds=0.5, gpu=gpu).values()
+    assert len(calls) == 1 + timing.STEPS_PER_GRAPH
+    assert times.replay is not None
+    assert (times.replay.median, times.replay.peak_mib, times.eager.median) == (1.0, 3.0, 11.0)
+    assert gpu.calls == 2 + 50  # half a second of graphs that take 10 ms
+    gpu = FakeGraphs()
+    timing.measure_replays({"step": lambda: None}, seconds=1e-6, gpu=gpu)
+    assert gpu.calls == 2 + 5
+
+
+def test_a_step_that_cannot_be_captured_has_its_reason_and_the_next_is_timed() -> None:
+    gpu = FakeGraphs(forbidden=(0,))
+    times = timing.measure_replays({"waits": lambda: None, "runs": lambda: None}, 0.1, gpu=gpu)
+    assert times["waits"].replay is None
+    assert times["waits"].refusal == "not captured: operation not permitted when stream is capturing"
+    assert times["waits"].eager.median == 11.0
+    assert times["runs"].replay is not None
+    assert times["runs"].refusal == ""
+
+
+def test_rows_of_a_gpu_have_both_times_and_the_reason_where_there_is_no_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = FakeGraphs(forbidden=(1,))
+    monkeypatch.setattr(timing, "on_graphs", lambda device: True)
+    monkeypatch.setattr(timing, "CudaGraphs", lambda: gpu)
+    first, second, third = rows_of(
+        run(
+            options(tmp_path, providers=("unfused", "literal", "mine"), modes=("forward",)),
+            extra_providers={"mine": Provider(wrong_everywhere)},
+        )
+    )
+    assert (first["timing"], first["ms_median"], first["ms_eager"]) == ("graph", "1.0000", "11.0000")
+    assert (first["reason"], first["verified"], first["peak_mib"]) == ("", "true", "3.00")
+    assert float(first["roofline_share"]) > 0
+    assert (second["timing"], second["ms_median"], second["ms_eager"]) == ("graph", "", "11.0000")
+    assert (second["verified"], second["roofline_share"]) == ("true", "")
+    assert second["reason"] == "not captured: operation not permitted when stream is capturing"
+    assert (third["verified"], third["ms_median"], third["ms_eager"]) == ("false", "", "")
+    assert third["reason"].startswith("output is off by")
+    out = capsys.readouterr().out
+    assert "replay" in out
+    assert "no time for literal: not captured" in out
+
+
+def test_compiled_providers_leave_the_capture_to_the_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def compiler(what: object, mode: str | None, dynamic: bool) -> object:
+        seen.append(mode)
+        return what
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    for device in ("cuda", "cpu"):
+        verification.compiler(torch.device(device))(unfused)
+    assert seen == ["max-autotune-no-cudagraphs", None]
+
+
+@pytest.mark.parametrize(("layer", "refused"), [(unfused, False), (wrong_in_one_sample, True)])
+def test_a_large_batch_may_be_verified_in_float32_and_a_small_one_in_float64(
+    layer: Any, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, torch.dtype]] = []
+    real = runner.Trial.__call__
+
+    def watched(self: Trial) -> dict[str, Tensor]:
+        seen.append((len(self.problem.image), self.problem.image.dtype))
+        return real(self)
+
+    monkeypatch.setattr(runner.Trial, "__call__", watched)
+    chosen = options(tmp_path, providers=("mine",), modes=("attack",), batch=(16,), verify_batch=8)
+    (row,) = rows_of(run(chosen, extra_providers={"mine": Provider(layer)}))
+    assert (row["batch"], row["verified"]) == ("16", "false" if refused else "true")
+    assert seen[:2] == [(8, torch.float64), (16, torch.float32)]
+    assert (16, torch.float64) not in seen
+    assert "--verify-batch 8" in row["command"]
+
+
 @pytest.mark.gpu
 def test_the_registry_runs_and_is_verified_on_a_gpu(tmp_path: Path) -> None:
     for dtype, layout in (("float32", "nchw"), ("bfloat16", "channels_last")):
@@ -354,7 +458,10 @@ def test_the_registry_runs_and_is_verified_on_a_gpu(tmp_path: Path) -> None:
         rows = rows_of(path)
         assert {"cuda", "triton"} <= {row["provider"] for row in rows}
         assert [row for row in rows if row["verified"] != "true"] == []
-        assert all(row["driver"] and float(row["peak_mib"]) > 0 for row in rows)
+        assert all(row["driver"] and float(row["ms_eager"]) > 0 for row in rows)
+        waiting = {(row["provider"], row["mode"]) for row in rows if row["reason"]}
+        assert waiting <= {("literal", "training")}
+        assert all(float(row["peak_mib"]) > 0 for row in rows if not row["reason"])
 
 
 @pytest.mark.slow
@@ -406,6 +513,8 @@ def test_a_subclass_of_the_options_gives_the_same_command(tmp_path: Path) -> Non
         ({"batch": (0,)}, "batch must be at least 1, got 0"),
         ({"batch": (4,), "modes": ("training",)}, "training needs a batch of 8 or more"),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"verify_batch": 0}, "verify_batch must be at least 1"),
+        ({"verify_batch": 4}, "verify_batch must be at least 8 for training, got 4"),
         ({"seconds": 0.0}, "seconds must be positive"),
     ],
 )
