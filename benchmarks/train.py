@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +23,14 @@ from awnet.data import Dataset, from_arrays, load_dataset
 from awnet.data.dataset import Batch
 from awnet.models import create_model
 from awnet.nn import AWNet
+from awnet.ops.dispatch import chosen_backend, default_backend, use_backend
 from awnet.terminal import safe_console
 from awnet.training import MTARD, MTARDWeights, Recipe, Teachers, Trades, TrainingStep, losses, recipe_for
 from awnet.training.step import Numerics, numerics
 
 from . import machine, results
 from .ceilings import Ceilings, CeilingTracker, measure_ceilings
+from .clock import PartClock
 from .interference import UNDISTURBED, Interference, Monitor, least_disturbed
 from .options import MAX_BATCH, check_machine, check_whole, command_line
 from .plain import SeparatePasses, plain_attack, plain_model, plain_step
@@ -77,6 +77,9 @@ class TrainBenchOptions:
     """Memory format; auto is channels_last on a GPU and nchw on a CPU."""
     capture: bool = False
     """Capture our whole step in a CUDA graph."""
+    backend: str | None = None
+    """Backend of our step: triton, cuda, cpp, eager or reference; by default AWNET_BACKEND, or awnet's choice
+    for the device."""
     device: str | None = None
     """cpu, cuda, cuda:1, …; by default a GPU if there is one."""
     threads: int | None = None
@@ -101,6 +104,8 @@ class Row:
     shares: Mapping[str, float] | None = None  # of the parts, in the time of the steps
     peak_mib: float | None = None
     interference: Interference = UNDISTURBED
+    backend: str = ""  # of our step
+    captured: bool | None = None  # whether our whole step ran as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def bench_train(options: TrainBenchOptions) -> Path:
     device = _checked_device(options)
     path = machine.csv_path(options.out, device, "-train")
     results.read_rows(path, COLUMNS)  # rejects a file with other columns before the work, not after it
-    with machine.full_precision(device, options.threads):
+    with machine.full_precision(device, options.threads), use_backend(options.backend or chosen_backend()):
         setting = make_setting(options, device)
         names: tuple[str, ...] = options.providers
         if not names:
@@ -143,6 +148,10 @@ def bench_train(options: TrainBenchOptions) -> Path:
     results.add_rows(path, lines, COLUMNS)
     console.print(_table(rows, lines, setting))
     for row in rows:
+        if row.captured is False and options.capture:
+            console.print(
+                f"{row.provider} could not be captured: its time has the host's in it", style="yellow"
+            )
         if row.fault:
             console.print(f"no time for {row.provider}: {row.fault}", style="red", markup=False)
         elif row.interference.disturbed:
@@ -224,7 +233,7 @@ def _teachers(options: TrainBenchOptions) -> tuple[str, str]:
 Timed = Callable[[str], Any]  # the name of a part → a context in which it is timed
 
 
-def _ours(setting: _Setting, timed: Timed, seed: int) -> Callable[[Any], Any]:
+def _ours(setting: _Setting, timed: Timed, seed: int) -> tuple[Callable[[Any], Any], TrainingStep]:
     teachers = copy.deepcopy(setting.teachers)
     step = TrainingStep(setting.recipe, copy.deepcopy(setting.model), setting.device, 1000, teachers)
     step.start_epoch(0)
@@ -232,7 +241,12 @@ def _ours(setting: _Setting, timed: Timed, seed: int) -> Callable[[Any], Any]:
         step.teachers = Teachers(*(_Timed(one, timed) for one in step.teachers if one is not None))
     data = setting.data
     attack = setting.recipe.attack(step.model, data.threat_model, data.num_classes, seed)
-    return lambda batch: step(batch, _timed(attack, timed))
+    return lambda batch: step(batch, _timed(attack, timed)), step
+
+
+def _is_captured(step: TrainingStep) -> bool:
+    graphs = step.graphed
+    return graphs is not None and graphs.cache.refusal is None and len(graphs.cache) > 0
 
 
 def _plain(setting: _Setting, timed: Timed, seed: int, kind: str) -> Callable[[Any], Any]:
@@ -339,36 +353,6 @@ def find_fault(setting: _Setting, kind: str, seed: int) -> str:
 # --- timing
 
 
-class _Clock:
-    """Milliseconds of named parts; on a GPU by events that are read at the end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._spans: dict[str, list[tuple[Any, Any]]] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = self._now()
-        yield
-        self._spans.setdefault(name, []).append((start, self._now()))
-
-    def _now(self) -> Any:
-        if self.device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def clear(self) -> None:
-        self._spans.clear()
-
-    def read(self) -> dict[str, list[float]]:
-        if self.device.type == "cpu":
-            return {name: [1000 * (b - a) for a, b in spans] for name, spans in self._spans.items()}
-        torch.cuda.synchronize(self.device)
-        return {name: [a.elapsed_time(b) for a, b in spans] for name, spans in self._spans.items()}
-
-
 def _measure(
     setting: _Setting, names: tuple[str, ...], options: TrainBenchOptions, tracker: CeilingTracker
 ) -> list[Row]:
@@ -383,13 +367,18 @@ def _measure(
         if fault:
             continue
         start = torch.cuda.memory_allocated(device) if cuda else 0
-        clock = _Clock(device)
-        step = _ours(setting, clock, seed) if name == "awnet" else _plain(setting, clock, seed, name)
+        clock = PartClock(device)
+        training: TrainingStep | None = None
+        if name == "awnet":
+            step, training = _ours(setting, clock, seed)
+        else:
+            step = _plain(setting, clock, seed, name)
         once = _once(setting, clock, step)
         for _ in range(5 if cuda else 1):  # compiles, chooses algorithms, captures
             once()
         clock.read()  # waits
-        steps[name] = _Step(clock, once, torch.cuda.memory_allocated(device) - start if cuda else 0)
+        held = torch.cuda.memory_allocated(device) - start if cuda else 0
+        steps[name] = _Step(clock, once, held, training)
     attempts: list[dict[str, Row]] = []
     while steps and len(attempts) <= options.retries:
         attempts.append(_in_turns(steps, _steps(options, device), device, tracker))
@@ -403,9 +392,10 @@ def _measure(
 
 @dataclass(frozen=True)
 class _Step:
-    clock: _Clock
+    clock: PartClock
     once: Callable[[], None]
     held_bytes: int  # by the model, its teachers and its graphs
+    training: TrainingStep | None = None  # ours
 
 
 def _in_turns(
@@ -450,11 +440,13 @@ def _in_turns(
             shares,
             peaks[name] if cuda else None,
             Interference(sum(milliseconds) / 1000, switches[name], steal, torch.get_num_threads()),
+            default_backend(str(device)) if name == "awnet" else "",
+            None if step.training is None else _is_captured(step.training),
         )
     return rows
 
 
-def _once(setting: _Setting, clock: _Clock, step: Callable[[Any], Any]) -> Callable[[], None]:
+def _once(setting: _Setting, clock: PartClock, step: Callable[[Any], Any]) -> Callable[[], None]:
     def batches() -> Iterator[Any]:
         epoch = 0
         while True:
@@ -535,6 +527,8 @@ def _line(
         "amx_tflop_s": "" if ceilings.amx_tflop_s is None else f"{ceilings.amx_tflop_s:.4g}",
         "verified": "false" if row.fault else "true",
         "command": command_line(options, "train", TrainBenchOptions),
+        "backend": row.backend,
+        "captured": "" if row.captured is None else str(row.captured).lower(),
     }
     if not row.fault:
         assert row.shares is not None

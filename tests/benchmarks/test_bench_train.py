@@ -12,14 +12,17 @@ import pytest
 import torch
 from awnet.benchmarks import plain as plain_module
 from awnet.benchmarks import train as T
+from awnet.benchmarks.clock import PartClock
 from awnet.benchmarks.options import command_line
 from awnet.benchmarks.plain import plain_model
 from awnet.benchmarks.train import COLUMNS, TrainBenchOptions, bench_train, flops_per_image
 from torch import Tensor, nn
 
+from awnet import ops
 from awnet.cli import main
 from awnet.models import create_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone
+from awnet.ops.dispatch import default_backend
 
 SMALL = TrainBenchOptions(
     model="awnet_tiny", size=8, batch=8, attack_steps=1, steps=2, device="cpu", threads=1
@@ -62,11 +65,29 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert 0 < float(row["mfu"]) < 1.5  # a busy machine's ceiling may be low
         assert row["teachers"] == "resnet_tiny resnet_tiny"
         assert (row["precision"], row["layout"], row["peak_mib"]) == ("float32", "nchw", "")
+        ours = row["provider"] == "awnet"
+        assert row["backend"] == (default_backend("cpu") if ours else "")
+        assert row["captured"] == ("false" if ours else "")
         assert (
             row["command"]
             == f"awnet {words.replace('--steps 2 --attack-steps 1', '--attack-steps 1 --steps 2')} --threads 1"
         )
     assert "× ours" in capsys.readouterr().out
+
+
+def test_our_step_runs_on_the_given_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+    real = T.find_fault
+    monkeypatch.setattr(T, "find_fault", lambda *a: seen.append(ops.chosen_backend()) or real(*a))
+    chosen = replace(SMALL, providers=("awnet", "unfused"), steps=1, retries=0, out=tmp_path)
+    rows = rows_of(bench_train(replace(chosen, backend="eager")))
+    assert rows["awnet"]["backend"] == "eager"
+    assert "--backend eager" in rows["awnet"]["command"]
+    assert (rows["unfused"]["backend"], seen) == ("", ["eager"])
+    with ops.use_backend("eager"):  # as AWNET_BACKEND
+        assert rows_of(bench_train(replace(chosen, out=tmp_path / "named")))["awnet"]["backend"] == "eager"
+    with pytest.raises(ValueError, match="names no backend: 'magic'"):
+        bench_train(replace(chosen, backend="magic"))
 
 
 def test_it_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +199,7 @@ def test_the_command_repeats_the_run() -> None:
 
 
 def test_the_clock_nests_and_starts_again() -> None:
-    clock = T._Clock(torch.device("cpu"))
+    clock = PartClock(torch.device("cpu"))
     with clock("step"), clock("attack"):
         pass
     found = clock.read()
