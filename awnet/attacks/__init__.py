@@ -2,14 +2,15 @@
 
 ``base`` checks arguments and freezes the model; ``pgd``, ``autoattack``, ``search`` and ``adaptive`` are the
 attacks; ``registry`` names them; ``cascade`` runs several in turn and decides which images are already
-broken; ``transfer`` and ``craft`` replay images made on another model; ``saved`` stores the state of an
-interrupted attack, with checksums.
+broken; ``filtered`` runs an attack in low precision first; ``transfer`` and ``craft`` replay images made on
+another model; ``saved`` stores the state of an interrupted attack, with checksums.
 """
 
 from awnet.attacks.autoattack import AutoAttack
 from awnet.attacks.base import Attack, frozen
 from awnet.attacks.cascade import Cascade
 from awnet.attacks.craft import craft
+from awnet.attacks.filtered import FilteredAttack
 from awnet.attacks.graphed import GraphedPGD
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.registry import Suite, list_attacks, named_attack
@@ -22,6 +23,7 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "Cascade",
+    "FilteredAttack",
     "GraphedPGD",
     "Suite",
     "TransferAttack",

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from awnet.attacks import Attack, Suite, frozen, list_attacks, named_attack
 from awnet.attacks.base import check_values, device_of
+from awnet.attacks.filtered import filtered
 from awnet.attacks.probe import first_logits
 from awnet.attacks.registry import TRANSFERRED, BudgetName
 from awnet.attacks.saved import Saved
@@ -52,6 +54,7 @@ def evaluate(
     budget: BudgetName = "standard",
     queries: int | None = None,
     precision: PrecisionName = "float32",
+    filter: Literal["bfloat16"] | None = None,
     teacher: nn.Module | None = None,
     teachers: Sequence[Source] | Mapping[str, Source] | None = None,
     surrogates: Mapping[str, nn.Module] | None = None,
@@ -92,6 +95,9 @@ def evaluate(
         queries: queries of Square; None takes the budget's.
         precision: ``"bfloat16"`` is for quick experiments: the report marks its numbers, has no headline, and
             can neither be exported nor compared with float32 reports.
+        filter: ``"bfloat16"`` runs each named attack on a bfloat16 copy first and in float32 on the images
+            that survive (:class:`awnet.attacks.FilteredAttack`). All images are classified in float32. It
+            saves time if the robust accuracy is low and bfloat16 is fast.
         teacher: the robust teacher, for ``adaptive_paper``; None takes the run's. It is checked as in
             ``teachers`` if the run recorded one.
         teachers: the run's teachers, if they are no longer where the run's record says: modules, run folders
@@ -128,8 +134,11 @@ def evaluate(
     limit = None if limit is None else check_integer("limit", limit, 1)
     queries = None if queries is None else check_integer("queries", queries, 0)
     out = None if out is None else expanded(out)
+    _check_filter(filter, precision, attacks)
     dataset, classes = _check_fit(model, dataset, batch_size, device)
-    prepared = prepare(model, precision, next(dataset.batches(min(batch_size, REFERENCE))).x)
+    probe = next(dataset.batches(min(batch_size, REFERENCE))).x
+    prepared = prepare(model, precision, probe)
+    low = None if filter is None else prepare(model, filter, probe).module
     computes = _precision(prepared.module, dataset, precision)
     if limit is not None:
         dataset = dataset.subset(limit, seed=0)
@@ -155,6 +164,9 @@ def evaluate(
             reference=next(dataset.batches(REFERENCE)).x,
         )
         chosen = _choose_attacks(attacks, prepared.module, dataset, seed, suite)
+        if low is not None:
+            first = _choose_attacks(attacks, low, dataset, seed, suite)
+            chosen = {name: filtered(attack, first[name]) for name, attack in chosen.items()}
         plan = Plan(prepared.module, dataset, chosen, seed)
         saved = None
         if run_folder is not None or ranks.size > 1:
@@ -169,6 +181,7 @@ def evaluate(
         share = range(ranks.rank, batches, ranks.size)
         with (
             frozen(prepared.module),
+            nullcontext() if low is None else frozen(low),
             torch.no_grad(),
             progress_bar(progress and ranks.rank == 0, len(share) * len(plan.kinds)) as advance,
         ):
@@ -312,6 +325,15 @@ def _choose_attacks(
         if name not in list_attacks():
             raise ValueError(f"attacks must be among {', '.join(list_attacks())}, got {name!r}")
     return {name: named_attack(name, model, dataset.threat_model, seed, suite) for name in names}
+
+
+def _check_filter(filter: str | None, precision: str, attacks: Sequence[str] | Mapping[str, Attack]) -> None:
+    if filter not in (None, "bfloat16"):
+        raise ValueError(f"filter must be 'bfloat16' or None, got {filter!r}")
+    if filter is not None and precision != "float32":
+        raise ValueError(f"filter needs precision='float32', got {precision!r}: leave one of them out")
+    if filter is not None and isinstance(attacks, Mapping):
+        raise ValueError("filter needs attacks by name: it builds each attack on a bfloat16 model as well")
 
 
 def _attacks_with_teacher(

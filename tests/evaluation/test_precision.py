@@ -252,3 +252,48 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert report["settings"]["precision"] == "bfloat16"
     assert main(words) == 0
     assert "bfloat16" not in capsys.readouterr().out
+
+
+def test_a_filtered_evaluation_has_a_float32_headline(tmp_path: Path) -> None:
+    settings = {"attacks": ["fgsm", "union"], "budget": "smoke", "queries": 10, "sanity": False}
+    surrogates = {"other": network("resnet_tiny", 2)}
+    report = evaluate(network(), digits(6), filter="bfloat16", surrogates=surrogates, **settings)
+    assert not report.approximate
+    assert report.union is not None
+    assert report.headline() == ("union", report.union)
+    assert report.attacks["fgsm"].settings["filter"] == "bfloat16"
+    members = report.union.settings["members"]
+    assert members["aa"]["members"]["apgd_ce"]["filter"] == members["joint"]["filter"] == "bfloat16"
+    assert "filter" not in members["transfer_other_cw"]
+    plain = evaluate(network(), digits(6), surrogates=surrogates, **settings)
+    for key in ("clean_prediction", "clean_type_score"):  # images are classified in float32
+        assert np.array_equal(report.per_sample[key], plain.per_sample[key])
+    with pytest.raises(ValueError, match="settings"):
+        compare(report, plain)
+
+
+def test_a_filter_runs_models_without_a_copy_under_autocast() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    seen = []
+    model[1].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    report = evaluate(model, digits(8), ["pgd_sat"], filter="bfloat16")
+    assert report.settings["precision"].startswith("float32")
+    assert {torch.bfloat16, torch.float32} == set(seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filter": "half"}, "filter must be 'bfloat16' or None, got 'half'"),
+        ({"filter": "bfloat16", "precision": "bfloat16"}, "filter needs precision='float32'"),
+    ],
+)
+def test_a_filter_that_does_not_fit_is_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(network("resnet_tiny"), digits(4), ["fgsm"], **options)
+
+
+def test_a_filter_refuses_attacks_that_it_cannot_build() -> None:
+    model, data = network("resnet_tiny"), digits(4)
+    with pytest.raises(ValueError, match="filter needs attacks by name"):
+        evaluate(model, data, {"mine": named_attack("fgsm", model, data.threat_model)}, filter="bfloat16")
