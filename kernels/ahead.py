@@ -3,7 +3,8 @@
 Each kernel module has ``cases(table)``, which gives the calls to compile at the launch parameters that
 awnet/ops/configs/ ships. A case fails where a kernel spills (stack > 0), where one with ``tl.dot`` lacks its
 tensor-core instruction, or where one takes more registers than kernels/resources.json allows for this Triton.
-``--update`` writes that file and docs/kernel-resources.md from what was compiled.
+``--update`` writes that file and docs/kernel-resources.md from what was compiled; with ``--only`` it replaces
+these entries and keeps the others. An entry whose case no longer exists stays until all are updated.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from .launch import Case, Launched, Table, recorded
 
-MODULES = ("passes", "eval_coefficients", "train_coefficients", "sign_step", "fused_conv")
+MODULES = ("passes", "eval_backward", "eval_coefficients", "train_coefficients", "sign_step", "fused_conv")
 TARGETS = (80, 90)
 RESOURCES = Path(__file__).parent / "resources.json"
 PAGE = Path(__file__).parent.parent / "docs" / "kernel-resources.md"
@@ -191,10 +192,19 @@ def _row(r: Resources) -> str:
 _HEAD = "| kernel | target | registers | stack | shared | tensor cores | |\n|---|---|---:|---:|---:|---|---|"
 
 
-def _write(version: str, results: Sequence[Resources]) -> None:
+def _write(version: str, results: Sequence[Resources], keep: bool) -> None:
+    """Writes resources.json and the page; with ``keep`` the entries that are not among ``results`` stay."""
     stored = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
-    stored[version] = {f"{r.name} sm_{r.target}": r.registers for r in results}
+    before = stored.get(version, {}) if keep else {}
+    stored[version] = before | {f"{r.name} sm_{r.target}": r.registers for r in results}
     RESOURCES.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+    rows: dict[tuple[str, ...], str] = {}
+    if keep and PAGE.exists():
+        if f"with Triton {version}:" not in PAGE.read_text():
+            return  # the page is another version's
+        table = PAGE.read_text().partition(_HEAD)[2].strip().splitlines()
+        rows = {tuple(row.split(" | ")[:2]): row for row in table}
+    rows |= {tuple(row.split(" | ")[:2]): row for row in map(_row, results)}
     lines = [
         "# Resources of the Triton kernels",
         "",
@@ -204,7 +214,7 @@ def _write(version: str, results: Sequence[Resources]) -> None:
         "registers that later versions must not exceed, for each tested version of Triton.",
         "",
         _HEAD,
-        *map(_row, results),
+        *rows.values(),
     ]
     PAGE.write_text("\n".join(lines) + "\n")
 
@@ -215,13 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="only the part that `make test` compiles")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")
     parser.add_argument("--target", type=int, nargs="+", default=list(TARGETS), help="80, 90")
-    parser.add_argument("--update", action="store_true", help="write resources.json and kernel-resources.md")
+    parser.add_argument("--update", action="store_true", help="write resources.json and its page")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter and the compiler cannot share a process")
-    partial = options.quick or options.only or options.target != list(TARGETS)
-    if options.update and partial:
-        parser.error("--update needs all cases on all targets")
+    if options.update and (options.quick or options.target != list(TARGETS)):
+        parser.error("--update needs all cases, or those of --only, on all targets")
 
     import triton
 
@@ -241,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     broken = [r for r in results if r.problem]
     print(f"{len(results)} kernels, {len(broken)} with a problem, Triton {triton.__version__}")
     if options.update:
-        _write(triton.__version__, results)
+        _write(triton.__version__, results, keep=bool(options.only))
     return 1 if broken else 0
 
 

@@ -72,7 +72,7 @@ def _tile_of_program(
 
 
 @triton.jit
-def _planes_of_program(num_planes, channels, hw, splits, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
+def planes_of_program(num_planes, channels, hw, splits, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
     """The planes of a program that loops over tiles, their offsets, and the index of its split."""
     pid = tl.program_id(0)
     plane, in_planes, start = planes_of(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
@@ -90,27 +90,27 @@ def _parts_of_program(num_planes, splits, BLOCK_M: tl.constexpr, BLOCK_S: tl.con
 
 
 @triton.jit
-def _load(ptr, offsets, in_bounds):
+def load_values(ptr, offsets, in_bounds):
     return tl.load(ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_planes(ptr, plane, in_planes):
+def load_planes(ptr, plane, in_planes):
     """One coefficient per plane, [BLOCK_M, 1]."""
     return tl.load(ptr + plane, mask=in_planes, other=0.0)[:, None]
 
 
 @triton.jit
-def _store(ptr, offsets, values, in_bounds):
+def store_values(ptr, offsets, values, in_bounds):
     tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=in_bounds)
 
 
 @triton.jit
 def _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds):
     """The gradient where the ReLU passed, else 0. The mask is y (NaN passes, as in torch) or bytes."""
-    g = _load(grad_ptr, offsets, in_bounds)
+    g = load_values(grad_ptr, offsets, in_bounds)
     if relu_mask_ptr is not None:
-        g = tl.where(_load(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)
+        g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)
     return g
 
 
@@ -136,17 +136,22 @@ def apply_kernel(
     plane, in_planes, offsets, in_bounds = _tile_of_program(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M, BLOCK_P
     )
-    y = _load(u_ptr, offsets, in_bounds) * _load_planes(scale_ptr, plane, in_planes)
-    y += _load_planes(shift_ptr, plane, in_planes)
+    u = load_values(u_ptr, offsets, in_bounds)
+    # an explicit fma: eval_backward_kernel computes the same bits again
+    y = tl.fma(
+        u,
+        tl.broadcast_to(load_planes(scale_ptr, plane, in_planes), u.shape),
+        tl.broadcast_to(load_planes(shift_ptr, plane, in_planes), u.shape),
+    )
     if residual_ptr is not None:
-        residual = _load(residual_ptr, offsets, in_bounds)
+        residual = load_values(residual_ptr, offsets, in_bounds)
         if residual_scale_ptr is not None:
-            shift = _load_planes(residual_shift_ptr, plane, in_planes)
-            residual = residual * _load_planes(residual_scale_ptr, plane, in_planes) + shift
+            shift = load_planes(residual_shift_ptr, plane, in_planes)
+            residual = residual * load_planes(residual_scale_ptr, plane, in_planes) + shift
         y += residual
     if RELU:
         y = tl.where(y <= 0, 0.0, y)  # NaN passes, as in torch
-    _store(y_ptr, offsets, y, in_bounds)
+    store_values(y_ptr, offsets, y, in_bounds)
     if relu_mask_ptr is not None:  # of y as stored
         stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
         tl.store(relu_mask_ptr + offsets, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=in_bounds)
@@ -166,7 +171,7 @@ def statistics_kernel(
     BLOCK_P: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    plane, in_planes, start, split = _planes_of_program(
+    plane, in_planes, start, split = planes_of_program(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M
     )
     first_pixel = split * (BLOCK_P * STEPS)
@@ -177,7 +182,7 @@ def statistics_kernel(
         offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
         count = tl.minimum(tl.maximum(hw - begin, 0), BLOCK_P).to(tl.float32)
         count_before = tl.minimum(hw - first_pixel, step * BLOCK_P).to(tl.float32)
-        x = _load(u_ptr, offsets, in_bounds)
+        x = load_values(u_ptr, offsets, in_bounds)
         tile_mean = tl.sum(x, 1) / tl.maximum(count, 1.0)
         centred = tl.where(in_bounds, x - tile_mean[:, None], 0.0)
         # Chan's update: merges the tile's mean and centred squares into those so far
@@ -205,10 +210,10 @@ def combine_statistics_kernel(
     plane, in_planes, split, offsets, in_bounds = _parts_of_program(num_planes, splits, BLOCK_M, BLOCK_S)
     count = tl.minimum(tl.maximum(hw - split * PIXELS_PER_SPLIT, 0), PIXELS_PER_SPLIT)
     count = count.to(tl.float32)[None, :]
-    part_mean = _load(part_mean_ptr, offsets, in_bounds)
+    part_mean = load_values(part_mean_ptr, offsets, in_bounds)
     mean = tl.sum(part_mean * count, 1) / hw
     delta = tl.where(in_bounds, part_mean - mean[:, None], 0.0)
-    m2 = tl.sum(_load(part_m2_ptr, offsets, in_bounds) + count * delta * delta, 1)
+    m2 = tl.sum(load_values(part_m2_ptr, offsets, in_bounds) + count * delta * delta, 1)
     tl.store(mean_ptr + plane, mean, mask=in_planes)
     tl.store(m2_ptr + plane, m2, mask=in_planes)
 
@@ -230,11 +235,11 @@ def reduce_kernel(
     BLOCK_P: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    plane, in_planes, start, split = _planes_of_program(
+    plane, in_planes, start, split = planes_of_program(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M
     )
     first_pixel = split * (BLOCK_P * STEPS)
-    centre = _load_planes(centre_ptr, plane, in_planes)
+    centre = load_planes(centre_ptr, plane, in_planes)
     g1 = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     gc = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     for step in range(STEPS):
@@ -242,7 +247,7 @@ def reduce_kernel(
         offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
         g = _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds)
         g1 += g
-        gc += tl.where(in_bounds, g * (_load(u_ptr, offsets, in_bounds) - centre), 0.0)
+        gc += tl.where(in_bounds, g * (load_values(u_ptr, offsets, in_bounds) - centre), 0.0)
     tl.store(g1_ptr + split * num_planes + plane, tl.sum(g1, 1), mask=in_planes)
     tl.store(gc_ptr + split * num_planes + plane, tl.sum(gc, 1), mask=in_planes)
 
@@ -259,8 +264,8 @@ def combine_sums_kernel(
     BLOCK_S: tl.constexpr,
 ):
     plane, in_planes, _, offsets, in_bounds = _parts_of_program(num_planes, splits, BLOCK_M, BLOCK_S)
-    tl.store(g1_ptr + plane, tl.sum(_load(part_g1_ptr, offsets, in_bounds), 1), mask=in_planes)
-    tl.store(gc_ptr + plane, tl.sum(_load(part_gc_ptr, offsets, in_bounds), 1), mask=in_planes)
+    tl.store(g1_ptr + plane, tl.sum(load_values(part_g1_ptr, offsets, in_bounds), 1), mask=in_planes)
+    tl.store(gc_ptr + plane, tl.sum(load_values(part_gc_ptr, offsets, in_bounds), 1), mask=in_planes)
 
 
 @triton.jit
@@ -286,14 +291,14 @@ def propagate_kernel(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M, BLOCK_P
     )
     g = _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds)
-    d_u = g * _load_planes(by_grad_ptr, plane, in_planes)
+    d_u = g * load_planes(by_grad_ptr, plane, in_planes)
     if by_input_ptr is not None:
-        centred = _load(u_ptr, offsets, in_bounds) - _load_planes(centre_ptr, plane, in_planes)
-        by_input = _load_planes(by_input_ptr, plane, in_planes)
-        d_u += centred * by_input + _load_planes(constant_ptr, plane, in_planes)
-    _store(d_u_ptr, offsets, d_u, in_bounds)
+        centred = load_values(u_ptr, offsets, in_bounds) - load_planes(centre_ptr, plane, in_planes)
+        by_input = load_planes(by_input_ptr, plane, in_planes)
+        d_u += centred * by_input + load_planes(constant_ptr, plane, in_planes)
+    store_values(d_u_ptr, offsets, d_u, in_bounds)
     if d_residual_ptr is not None:
-        _store(d_residual_ptr, offsets, g, in_bounds)
+        store_values(d_residual_ptr, offsets, g, in_bounds)
 
 
 # --- launches
@@ -505,7 +510,7 @@ def propagate(
 # --- ahead-of-time compilation
 
 # a stage of a ResNet-18, ImageNet's first map, one with no even size, the smallest
-_SHAPES = {
+SHAPES = {
     "64@32²": (256, 64, 32, 32),
     "64@112²": (1, 64, 112, 112),
     "33@7²": (5, 33, 7, 7),
@@ -522,7 +527,7 @@ def cases(table: Table) -> Iterator[Case]:
             continue
         dtypes = [d for d in ("float32", "bfloat16", "float16") if d in rest] or ["float32", "bfloat16"]
         for dtype in dtypes:
-            for name, size in _SHAPES.items():
+            for name, size in SHAPES.items():
                 yield from _cases_of(op, key, dtype, "channels_last" in rest, name, size, config)
 
 

@@ -12,7 +12,7 @@ per call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from awnet.ops.args import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
     BackwardArgs,
+    Conv,
     LayerArgs,
     MixNorm,
     Needs,
@@ -91,7 +92,8 @@ def keep_flags(args: LayerArgs) -> tuple[bool, bool]:
     return args.by_batch or needs.coefficients, args.activation == "relu" and not needs.weight
 
 
-def _convolved(args: LayerArgs) -> Tensor:
+def convolved(args: LayerArgs) -> Tensor:
+    """u = conv(input, weight), or the input without a weight, in the input's memory format."""
     layout = memory_format(args.input)
     if args.weight is None:
         return args.input.contiguous(memory_format=layout)
@@ -138,7 +140,7 @@ def _train(
     assert norm is not None
     fused = None if args.weight is None else passes.fused_statistics(args)
     if fused is None:
-        u = _convolved(args)
+        u = convolved(args)
         mean, m2 = passes.statistics(u)
     else:
         u, mean, m2 = fused
@@ -165,7 +167,7 @@ def _eval(
     fused = None if args.weight is None else passes.fused_apply(args, scale, shift, keep_u, keep_mask)
     if fused is not None:
         return fused
-    u = _convolved(args)
+    u = convolved(args)
     in_place = args.weight is not None and not keep_u
     y, mask = passes.apply(u, scale, shift, args.residual, args.activation == "relu", keep_mask, in_place)
     return y, u, mask
@@ -180,7 +182,7 @@ def _ones(args: LayerArgs, wide: torch.dtype) -> Tensor:
 
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     args, keep_u, keep_mask = unflatten(flat)
-    u = _convolved(args)
+    u = convolved(args)
     wide = wide_dtype(args.input.dtype)
     sizes: list[list[Any]] = [[0]] * 5
     if args.norm is not None and args.norm.training:
@@ -192,20 +194,34 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _convolution_gradients(
-    args: BackwardArgs, d_u: Tensor, need_input: bool, need_weight: bool
+    d_u: Tensor,
+    source: Tensor | None,
+    input_shape: Sequence[int],
+    weight: Tensor,
+    conv: Conv,
+    need_input: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    source = args.input
     if source is None:
         # only its shape matters, and the library would copy one that is not dense
         source = torch.empty(
-            args.input_shape, dtype=d_u.dtype, device=d_u.device, memory_format=memory_format(d_u)
+            input_shape, dtype=d_u.dtype, device=d_u.device, memory_format=memory_format(d_u)
         )
-    conv = args.conv
     grads = torch.ops.aten.convolution_backward(
-        d_u, source, args.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
+        d_u, source, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
         [need_input, need_weight, False],
     )  # fmt: skip
     return grads[0], grads[1]
+
+
+def input_gradient(
+    passes: Passes, d_u: Tensor, weight: Tensor, conv: Conv, input_shape: Sequence[int]
+) -> Tensor:
+    """The gradient of a convolution's input from ``d_u``, that of its output."""
+    fused = passes.fused_dgrad(d_u, weight, conv, input_shape)
+    if fused is not None:
+        return fused
+    return _convolution_gradients(d_u, None, input_shape, weight, conv, True, False)[0]
 
 
 def _layout(channels_last: bool) -> torch.memory_format:
@@ -230,46 +246,72 @@ def _backward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
 def _gradients(passes: Passes, args: BackwardArgs) -> tuple[Tensor | None, ...]:
     """The gradients in the order of :class:`Needs`, each in the dtype in which it was computed."""
     needs, u, relu_mask = args.needs, args.u, args.relu_mask
-    wide = wide_dtype(args.grad.dtype)
     grad = args.grad.contiguous(memory_format=_layout(args.channels_last))
+    wide = wide_dtype(grad.dtype)
     norm, mix = _norm(args.norm, wide), _mix(args, wide)
     by_batch = args.norm is not None and args.norm.training
-    centre = d_shift = None
+    d_shift = None
     grads = Gradients()
-    propagation: Propagation | None = None
-    if needs.coefficients or (by_batch and needs.images):
-        assert u is not None
-        # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
-        centre = args.mean if by_batch else u[:, :, 0, 0].to(wide)
-        g1, gc = passes.reduce(grad, u, centre, relu_mask)
-        sums = Reduced(g1, gc, centre)
-        if norm is None:
-            grads = Gradients(torch.addcmul(gc, centre, g1))
-            d_shift = g1
-        elif by_batch:
-            grads, propagation = _train_gradients(passes, args, sums, norm, mix)
-        else:
-            grads = passes.eval_gradients(sums, norm, mix, needs)
     d_input = d_weight = d_residual = None
-    if needs.images:
-        if propagation is None:
-            if norm is not None:
-                scale = passes.eval_coefficients(norm, mix, len(grad))[0]
-            elif mix.filter_scale is not None:
-                scale = mix.filter_scale
-            else:
-                scale = grad.new_ones(grad.shape[:2], dtype=wide)
-            propagation = Propagation(scale)
-        d_input, d_residual = passes.propagate(grad, u, centre, relu_mask, propagation, needs.residual)
+    if by_batch:
+        if needs.coefficients or needs.images:
+            assert u is not None
+            sums = Reduced(*passes.reduce(grad, u, args.mean, relu_mask), args.mean)
+            assert norm is not None
+            grads, propagation = _train_gradients(passes, args, sums, norm, mix)
+            if needs.images:
+                d_input, d_residual = passes.propagate(
+                    grad, u, args.mean, relu_mask, propagation, needs.residual
+                )
+    else:
+        d_input, d_residual, reduced = _eval_passes(passes, args, grad, norm, mix)
+        if reduced is not None and norm is None:
+            grads, d_shift = Gradients(reduced.gc), reduced.g1
+        elif reduced is not None:
+            assert norm is not None
+            grads = passes.eval_gradients(reduced, norm, mix, needs)
     if args.weight is not None and (needs.input or needs.weight):
         assert d_input is not None
         d_u = d_input
-        fused = passes.fused_dgrad(args, d_u) if needs.input else None
+        fused = passes.fused_dgrad(d_u, args.weight, args.conv, args.input_shape) if needs.input else None
         if needs.weight or fused is None:
             need_input = needs.input and fused is None
-            d_input, d_weight = _convolution_gradients(args, d_u, need_input, needs.weight)
+            d_input, d_weight = _convolution_gradients(
+                d_u, args.input, args.input_shape, args.weight, args.conv, need_input, needs.weight
+            )
         d_input = d_input if fused is None else fused
     return d_input, d_weight, *grads, d_shift, d_residual
+
+
+def _eval_passes(
+    passes: Passes, args: BackwardArgs, grad: Tensor, norm: Norm | None, mix: Mix
+) -> tuple[Tensor | None, Tensor | None, Reduced | None]:
+    """∂u, ∂residual and the sums of a backward in eval mode, each None where it is not required.
+
+    Without a norm the sums are the gradients of the shift and the scale.
+    """
+    needs, u, relu_mask = args.needs, args.u, args.relu_mask
+    wide = wide_dtype(grad.dtype)
+    centred = norm is not None
+    if not needs.images:
+        if not needs.coefficients:
+            return None, None, None
+        assert u is not None
+        centre = u[:, :, 0, 0].to(wide)
+        g1, gc = passes.reduce(grad, u, centre, relu_mask)
+        return None, None, Reduced(g1, gc, centre) if centred else Reduced(g1, gc.addcmul(centre, g1), None)
+    if norm is not None:
+        scale = passes.eval_coefficients(norm, mix, len(grad))[0]
+    elif mix.filter_scale is not None:
+        scale = mix.filter_scale
+    else:
+        scale = grad.new_ones(grad.shape[:2], dtype=wide)
+    if not needs.coefficients:
+        d_u, d_residual = passes.propagate(grad, None, None, relu_mask, Propagation(scale), needs.residual)
+        return d_u, d_residual, None
+    return passes.eval_backward(
+        grad, None, None, u, relu_mask, scale, None, needs.residual, sums=True, centred=centred
+    )
 
 
 def _train_gradients(
@@ -289,7 +331,8 @@ def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
     grad, norm = args.grad, args.norm
     d_input = d_u = torch.empty_like(grad, memory_format=_layout(args.channels_last))
     if args.weight is not None:
-        d_input = _convolution_gradients(args, d_u, True, False)[0]
+        shape, weight = args.input_shape, args.weight
+        d_input = _convolution_gradients(d_u, args.input, shape, weight, args.conv, True, False)[0]
     bn_weight, bn_bias = (None, None) if norm is None else (norm.weight, norm.bias)
     like = (d_input, args.weight, args.filter_scale, args.p_clean, bn_weight, bn_bias, args.shift, d_u)
     return tuple(

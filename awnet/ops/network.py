@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from awnet.ops import dispatch
+from awnet.ops import dispatch, network_autograd
 from awnet.ops.args import LayerArgs, Needs
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
@@ -41,7 +41,9 @@ def affine_network(
     """A network of frozen layers in eval mode, each by :class:`AffineConvolution`.
 
     On the ``cpp`` backend the network is one operator, because a small network would otherwise spend as much
-    time between its layers as in them. In bfloat16 on a CPU with AMX that operator keeps all activations in
+    time between its layers as in them. On the ``triton`` backend it is one autograd function, whose backward
+    adds the gradients of an output with several readers as it reads them
+    (:mod:`awnet.ops.network_autograd`). In bfloat16 on a CPU with AMX that operator keeps all activations in
     the layout of AMX tiles (:mod:`awnet.ops.backends.amx`).
 
     Args:
@@ -60,10 +62,13 @@ def affine_network(
         As :class:`AffineConvolution`: the caller must pass correct shapes, dtypes and devices.
     """
     first = layers[0].convolution.args(x, weights[0], *coefficients[0])
-    by_layer = dispatch.select(first, None).name != "cpp" or torch.compiler.is_compiling()
+    chosen = dispatch.select(first, None).name
+    by_layer = chosen not in ("cpp", "triton") or torch.compiler.is_compiling()
     scales, shifts = zip(*coefficients, strict=True)
     if by_layer or transform((*weights, *scales, *shifts)):
         return layer_by_layer(x, weights, coefficients, layers)
+    if chosen == "triton":
+        return network_autograd.run(triton_backend.PASSES, x, weights, coefficients, layers)
     numbers: list[int] = []
     for layer in layers:
         conv = layer.convolution.conv

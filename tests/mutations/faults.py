@@ -11,6 +11,8 @@ from dataclasses import dataclass
 OPS = "tests/ops/test_ops.py::"
 CUDA = "tests/ops/test_cuda_kernels_on_cpu.py::"
 PASSES = "tests/kernels/test_passes.py::"
+EVAL_BACKWARD = "tests/kernels/test_eval_backward.py::"
+NETWORK_FUNCTION = "tests/ops/test_network_autograd.py::"
 ALGEBRA = "tests/kernels/test_coefficients.py::"
 CONV = "tests/kernels/test_conv.py::"
 STEP = "tests/kernels/test_sign_step.py::"
@@ -291,7 +293,8 @@ FAULTS = (
     ),
     fault(
         "the gradient let through where the ReLU gave 0", "kernels/passes.py",
-        "g = tl.where(_load(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)", "g = tl.where(_load(relu_mask_ptr, offsets, in_bounds) < 0, 0.0, g)",
+        "g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)",
+        "g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) < 0, 0.0, g)",
         PASSES + "test_reduce",
     ),
     fault(
@@ -303,6 +306,26 @@ FAULTS = (
         "the mask of the last pixels dropped", "kernels/passes.py",
         "in_planes[:, None] & (pixel < hw)[None, :]", "in_planes[:, None] & (pixel >= 0)[None, :]",
         PASSES + "test_reduce",
+    ),
+    fault(
+        "the program with the last ticket but one adds the parts", "kernels/eval_backward.py",
+        "last = ticket == splits - 1", "last = ticket == splits - 2",
+        EVAL_BACKWARD + "test_it_equals_float64",
+    ),
+    fault(
+        "the second gradient of a joined output left out", "kernels/eval_backward.py",
+        "g += load_values(other_grad_ptr, offsets, in_bounds)", "g += 0.0",
+        EVAL_BACKWARD + "test_it_equals_float64",
+    ),
+    fault(
+        "y = 0 lets the gradient through where the mask is computed from u", "kernels/eval_backward.py",
+        "element_ty).to(tl.float32) <= 0", "element_ty).to(tl.float32) < 0",
+        EVAL_BACKWARD + "test_the_mask_from_u_is_that_of_apply_in_every_bit",
+    ),
+    fault(
+        "a residual's gradient dropped where it is the layer's input too", "awnet/ops/network_autograd.py",
+        "            if need_residual:\n", "            if need_residual and layer.residual != layer.input:\n",
+        NETWORK_FUNCTION + "test_values_and_gradients_equal_those_of_the_layers",
     ),
     fault(
         "ω instead of ω² in a branch's variance", "kernels/train_coefficients.py",
@@ -395,7 +418,8 @@ FAULTS = (
     ),
     fault(
         "a pixel of u as centre in training, where it is the mean", "awnet/ops/autograd.py",
-        "centre = args.mean if by_batch else", "centre = args.mean if False else",
+        "sums = Reduced(*passes.reduce(grad, u, args.mean, relu_mask), args.mean)",
+        "sums = Reduced(*passes.reduce(grad, u, u[:, :, 0, 0].to(wide), relu_mask), u[:, :, 0, 0].to(wide))",
         EAGER_LAYER,
     ),
     fault(

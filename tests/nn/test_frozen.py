@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from support.small_network import small_network
 from torch import Tensor, nn
 
 import awnet
@@ -416,43 +417,11 @@ def test_sign_step_clips_and_casts() -> None:
 # --- a network of layers in one operator
 
 
-def _network(dtype: torch.dtype, layout: torch.memory_format) -> tuple[Tensor, list, list, list]:
-    """Stem, a strided block with a shortcut, a grouped layer without ReLU that two later ones take."""
-
-    def convolution(stride: int, size: int, groups: int, activation: str | None) -> ops.AffineConvolution:
-        return ops.AffineConvolution(
-            stride=(stride,) * 2,
-            padding=(size // 2,) * 2,
-            dilation=(1, 1),
-            groups=groups,
-            activation=activation,
-        )
-
-    torch.manual_seed(0)
-    # channels in and out, filter, stride, groups, activation, input, residual, averaged
-    rows = [
-        (3, 8, 3, 1, 1, "relu", -1, -1, True),
-        (8, 16, 1, 2, 1, None, 0, -1, False),
-        (8, 16, 3, 2, 1, "relu", 0, -1, False),
-        (16, 16, 3, 1, 1, "relu", 2, 1, True),
-        (16, 16, 3, 1, 4, None, 3, -1, False),
-        (16, 16, 3, 1, 1, "relu", 4, 4, True),
-    ]
-    weights = [torch.randn(o, i // g, k, k, dtype=dtype) / k for i, o, k, _, g, *_ in rows]
-    layers = [
-        ops.NetworkLayer(convolution(stride, k, g, activation), *rest)
-        for _, _, k, stride, g, activation, *rest in rows
-    ]
-    tables = [(torch.rand(2, row[1], dtype=dtype) + 0.5, torch.randn(2, row[1], dtype=dtype)) for row in rows]
-    x = torch.rand(2, 3, 16, 16, dtype=dtype).contiguous(memory_format=layout)
-    return x, weights, tables, layers
-
-
 @pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("asked", ["images", "tables", "both"])
 def test_a_network_in_one_operator_equals_its_layers(asked: str, layout: torch.memory_format) -> None:
-    x, weights, tables, layers = _network(torch.float32, layout)
+    x, weights, tables, layers = small_network(torch.float32, layout)
     wanted = [] if asked == "tables" else [x.requires_grad_()]
     if asked != "images":
         wanted += [table.requires_grad_() for pair in tables for table in pair]
@@ -482,7 +451,7 @@ def test_a_network_in_one_operator_equals_its_layers(asked: str, layout: torch.m
 
 @pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
 def test_a_network_in_one_operator_without_gradients_and_with_one_output_used() -> None:
-    x, weights, tables, layers = _network(torch.float32, torch.contiguous_format)
+    x, weights, tables, layers = small_network(torch.float32, torch.contiguous_format)
     with torch.no_grad():
         quiet = ops.affine_network(x, weights, tables, layers)
     with torch.inference_mode():
@@ -500,7 +469,7 @@ def test_a_network_in_one_operator_without_gradients_and_with_one_output_used() 
 
 @pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
 def test_a_network_in_one_operator_refuses_a_wiring_that_cannot_be() -> None:
-    x, weights, tables, layers = _network(torch.float32, torch.contiguous_format)
+    x, weights, tables, layers = small_network(torch.float32, torch.contiguous_format)
     with pytest.raises(RuntimeError, match="layer 1 may take the outputs of earlier layers only, not of 3"):
         ops.affine_network(x, weights, tables, [layers[0], layers[1]._replace(input=3), *layers[2:]])
     scales, shifts = zip(*tables, strict=True)

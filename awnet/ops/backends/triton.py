@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.args import BackwardArgs, LayerArgs, Needs
+from awnet.ops.args import Conv, LayerArgs, Needs
 from awnet.ops.autograd import OperatorBackend, register
 from awnet.ops.backends.base import NO_FLOAT64, Passes, device_obstacle
 from awnet.ops.coefficients import (
@@ -130,6 +130,27 @@ class TritonPasses(Passes):
         config = _for_images("propagate", grad)
         return kernels("passes").propagate(grad, u, _dense(centre), relu_mask, *by, residual, config)
 
+    def eval_backward(
+        self,
+        grad: Tensor,
+        other_grad: Tensor | None,
+        d_mean: Tensor | None,
+        u: Tensor | None,
+        relu_mask: Tensor | None,
+        scale: Tensor,
+        shift: Tensor | None,
+        residual: bool,
+        sums: bool,
+        centred: bool,
+    ) -> tuple[Tensor, Tensor | None, Reduced | None]:
+        other = None if other_grad is None else _alike(other_grad, grad)
+        config = _for_images("eval_backward", grad)
+        d_u, d_residual, found = kernels("eval_backward").eval_backward(
+            grad, other, _dense(d_mean), u, relu_mask, _dense(scale), _dense(shift), config,
+            residual=residual, sums=sums, centred=centred,
+        )  # fmt: skip
+        return d_u, d_residual, None if found is None else Reduced(*found)
+
     # convolutions, where the device's table has an entry for the case
 
     def fused_apply(
@@ -152,13 +173,14 @@ class TritonPasses(Passes):
         where = (conv.stride, conv.padding, conv.dilation, conv.groups)
         return kernels("fused_conv").fused_statistics(args.input, args.weight, *where, table=table)
 
-    def fused_dgrad(self, args: BackwardArgs, d_u: Tensor) -> Tensor | None:
+    def fused_dgrad(
+        self, d_u: Tensor, weight: Tensor, conv: Conv, input_shape: Sequence[int]
+    ) -> Tensor | None:
         table = convolutions(d_u.device)
         if not table:
             return None
-        conv = args.conv
         where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        return kernels("fused_conv").fused_dgrad(d_u, args.weight, args.input_shape, *where, table=table)
+        return kernels("fused_conv").fused_dgrad(d_u, weight, input_shape, *where, table=table)
 
     # coefficients
 
@@ -233,12 +255,15 @@ def _network_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
     return layout
 
 
+PASSES = TritonPasses()
+
+
 class Triton(OperatorBackend):
     name = "triton"
     summary = "Triton kernels (CUDA devices)"
 
     def __init__(self) -> None:
-        super().__init__(register("triton", TritonPasses()))
+        super().__init__(register("triton", PASSES))
 
     def not_supported(self, args: LayerArgs) -> str | None:
         return obstacle(args.input)

@@ -1,0 +1,237 @@
+"""The backward pass of a layer in eval mode over images [B, C, H, W], in one kernel.
+
+In eval mode the gradient of u does not depend on sums over pixels, so one kernel reads the gradient, u and
+the mask once, writes the gradient of u, and sums what the gradients of scale and shift need. It also adds up
+to two gradients of y, for a layer whose output has two readers, and the gradient of y's mean over pixels.
+
+Where the pixels of a plane are split over several programs, each stores its partial sums and takes a ticket;
+the program with the last ticket adds the parts in the order of the splits, so the bits do not depend on the
+order in which programs finish. Tiles and layouts are those of :mod:`awnet.kernels.passes`.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Case, Table, launch, power_of_two
+from .passes import (
+    SHAPES,
+    launch_grid,
+    load_planes,
+    load_values,
+    planes_of_program,
+    shape_of,
+    store_values,
+    table_like,
+    tile_offsets,
+)
+from .tables import as_bytes
+
+OP = "eval_backward"
+_COMBINE_TILE = 2048  # partial sums that the last program holds at once
+
+
+@triton.jit
+def eval_backward_kernel(
+    d_u_ptr,
+    d_residual_ptr,  # or None
+    g1_ptr,  # [B, C]; None: no sums
+    gc_ptr,  # Σ g (u − centre) where centre_ptr is given, else Σ g u
+    centre_ptr,  # [B, C] or None
+    part_g1_ptr,  # [splits, B, C]; None for one split
+    part_gc_ptr,
+    tickets_ptr,  # int32, one for each row of tiles, 0 before
+    grad_ptr,  # of y
+    other_grad_ptr,  # or None
+    d_mean_ptr,  # [B, C], the gradient of y's mean over pixels, or None
+    u_ptr,  # None where neither sums nor a mask from u are requested
+    relu_mask_ptr,  # y or bytes; or None
+    scale_ptr,  # [B, C]
+    shift_ptr,  # [B, C]: the mask is of act(u · scale + shift); or None
+    num_planes,
+    channels,
+    hw,
+    splits,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    COMBINE_STEPS: tl.constexpr,
+):
+    plane, in_planes, start, split = planes_of_program(
+        num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M
+    )
+    first_pixel = split * (BLOCK_P * STEPS)
+    scale = load_planes(scale_ptr, plane, in_planes)
+    if g1_ptr is not None:
+        # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
+        centre = tl.load(u_ptr + start, mask=in_planes, other=0.0).to(tl.float32)
+        g1 = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+        gc = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    for step in range(STEPS):
+        begin = first_pixel + step * BLOCK_P
+        offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
+        g = load_values(grad_ptr, offsets, in_bounds)
+        if other_grad_ptr is not None:
+            g += load_values(other_grad_ptr, offsets, in_bounds)
+        if d_mean_ptr is not None:
+            g += load_planes(d_mean_ptr, plane, in_planes) / hw
+        if u_ptr is not None:
+            u = load_values(u_ptr, offsets, in_bounds)
+        if relu_mask_ptr is not None:
+            g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)
+        elif shift_ptr is not None:
+            # y as apply_kernel stored it
+            y = tl.fma(
+                u,
+                tl.broadcast_to(scale, u.shape),
+                tl.broadcast_to(load_planes(shift_ptr, plane, in_planes), u.shape),
+            )
+            g = tl.where(y.to(u_ptr.dtype.element_ty).to(tl.float32) <= 0, 0.0, g)
+        store_values(d_u_ptr, offsets, g * scale, in_bounds)
+        if d_residual_ptr is not None:
+            store_values(d_residual_ptr, offsets, g, in_bounds)
+        if g1_ptr is not None:
+            g1 += tl.where(in_bounds, g, 0.0)
+            gc += tl.where(in_bounds, g * (u - centre[:, None]), 0.0)
+    if g1_ptr is not None:
+        sum_g1 = tl.sum(g1, 1)
+        sum_gc = tl.sum(gc, 1)
+        last = True
+        if part_g1_ptr is not None:
+            tl.store(part_g1_ptr + split * num_planes + plane, sum_g1, mask=in_planes)
+            tl.store(part_gc_ptr + split * num_planes + plane, sum_gc, mask=in_planes)
+            tl.debug_barrier()  # the parts of all threads come before the ticket
+            ticket = tl.atomic_add(tickets_ptr + tl.program_id(0) // splits, 1, sem="acq_rel")
+            last = ticket == splits - 1
+            if last:
+                sums_g1 = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
+                sums_gc = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
+                for step in range(COMBINE_STEPS):
+                    part = (step * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
+                    offsets = part[None, :] * num_planes + plane[:, None]
+                    in_parts = in_planes[:, None] & (part < splits)[None, :]
+                    # past the first cache, which may hold what was there before
+                    sums_g1 += tl.load(part_g1_ptr + offsets, mask=in_parts, other=0.0, cache_modifier=".cg")
+                    sums_gc += tl.load(part_gc_ptr + offsets, mask=in_parts, other=0.0, cache_modifier=".cg")
+                sum_g1 = tl.sum(sums_g1, 1)
+                sum_gc = tl.sum(sums_gc, 1)
+        if last:
+            tl.store(g1_ptr + plane, sum_g1, mask=in_planes)
+            if centre_ptr is not None:
+                tl.store(gc_ptr + plane, sum_gc, mask=in_planes)
+                tl.store(centre_ptr + plane, centre, mask=in_planes)
+            else:
+                tl.store(gc_ptr + plane, sum_gc + centre * sum_g1, mask=in_planes)
+
+
+class Sums(NamedTuple):
+    """The sums over pixels of :func:`eval_backward`, float32 [B, C]."""
+
+    g1: Tensor  # Σ g
+    gc: Tensor  # Σ g (u − centre), or Σ g u without a centre
+    centre: Tensor | None
+
+
+def eval_backward(
+    grad: Tensor,
+    other_grad: Tensor | None,
+    d_mean: Tensor | None,
+    u: Tensor | None,
+    relu_mask: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    config: Mapping[str, int],
+    *,
+    residual: bool = False,
+    sums: bool = False,
+    centred: bool = False,
+    out: tuple[Tensor, Tensor | None, Sums | None] | None = None,
+) -> tuple[Tensor, Tensor | None, Sums | None]:
+    """∂u = g · scale, ∂residual = g, and the sums of g and g u over pixels.
+
+    g is ``grad`` + ``other_grad`` + ``d_mean`` / HW where the ReLU passed, and 0 elsewhere.
+
+    Args:
+        grad, other_grad: gradients of y [B, C, H, W], of one dtype and layout; the second may be None.
+        d_mean: contiguous float32 [B, C], the gradient of y's mean over pixels, or None.
+        u: like the gradients; None where neither ``sums`` nor ``shift`` is given.
+        relu_mask: y, or the bool mask that ``apply`` writes, of the same layout; None without an activation
+            or with ``shift``.
+        scale: contiguous float32 [B, C].
+        shift: contiguous float32 [B, C] where y = relu(u · scale + shift), without a residual: the mask is
+            then computed from u. Otherwise None.
+        config: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
+        residual: whether ∂residual is requested.
+        sums: whether the sums are requested.
+        centred: whether they are returned about a centre, which keeps more digits, else about 0.
+        out: tensors to write to.
+
+    Returns:
+        ∂u, ∂residual or None, and :class:`Sums` or None.
+    """
+    grid = launch_grid(shape_of(grad), config, steps=True)
+    if out is None:
+        tables = Sums(table_like(grad), table_like(grad), table_like(grad) if centred else None)
+        d_residual = torch.empty_like(grad) if residual else None
+        out = torch.empty_like(grad), d_residual, tables if sums else None
+    d_u, d_residual, result = out
+    parts: tuple[Tensor | None, ...] = (None, None, None)
+    split = result is not None and grid.splits > 1
+    if split:
+        tickets = torch.zeros(grid.programs // grid.splits, dtype=torch.int32, device=grad.device)
+        parts = (table_like(grad, grid.splits), table_like(grad, grid.splits), tickets)
+    block_s = min(power_of_two(grid.splits), max(1, _COMBINE_TILE // int(grid.constants["BLOCK_M"])))
+    launch(
+        eval_backward_kernel, grid.programs,
+        d_u, d_residual, *((None, None, None) if result is None else result), *parts,
+        grad, other_grad, d_mean, u, as_bytes(relu_mask), scale, shift, *grid.sizes,
+        warps=config["warps"], BLOCK_S=block_s if split else 1,
+        COMBINE_STEPS=-(-grid.splits // block_s) if split else 1, **grid.constants,
+    )  # fmt: skip
+    return out
+
+
+# --- ahead-of-time compilation
+
+
+def cases(table: Table) -> Iterator[Case]:
+    """The pass with and without its options at every shipped set of launch parameters."""
+    for key, config in table.items():
+        op, *rest = key.split("@")[0].split("/")
+        if op != OP:
+            continue
+        dtypes = [d for d in ("float32", "bfloat16", "float16") if d in rest] or ["float32", "bfloat16"]
+        for dtype in dtypes:
+            for name, size in SHAPES.items():
+                yield from _cases_of(key, dtype, "channels_last" in rest, name, size, config)
+
+
+def _cases_of(
+    key: str, dtype: str, last: bool, name: str, size: tuple[int, ...], config: Mapping[str, int]
+) -> Iterator[Case]:
+    layout = torch.channels_last if last else torch.contiguous_format
+    u = torch.empty(size, dtype=getattr(torch, dtype), device="meta", memory_format=layout)
+    mask = torch.empty(size, dtype=torch.bool, device="meta", memory_format=layout)
+    c = torch.empty(size[:2], device="meta")
+    calls: dict[str, Callable[[], object]] = {  # the first is compiled for every shape
+        " join residual mask": lambda: eval_backward(
+            u, u, c, u, mask, c, None, config, residual=True, sums=True
+        ),
+        " from u": lambda: eval_backward(u, None, None, u, None, c, c, config, sums=True),
+        " layer": lambda: eval_backward(u, None, None, u, u, c, None, config, sums=True, centred=True),
+        " static mask": lambda: eval_backward(u, None, None, None, mask, c, None, config),
+    }
+    quick = name == "64@32²" and dtype == "bfloat16"
+    for number, (options, run) in enumerate(calls.items()):
+        if number == 0 or name == "64@32²":
+            yield Case(f"{key} {dtype} {name}{options}", run, quick=quick and number < 2)

@@ -1,0 +1,209 @@
+"""The backward kernel of eval mode against float64, between guard bands, with outputs that start as NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+from awnet.kernels import eval_backward as kernel
+from awnet.kernels import passes
+from awnet.kernels.launch import recorded
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from support.interpreter import DEVICE, INTERPRETED, Guarded
+from torch import Tensor
+
+# the interpreter takes milliseconds for each program
+few = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+STORED = {  # as in test_passes.py
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8,
+    torch.float16: 2.0**-11,
+}
+
+
+@dataclass
+class Case:
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    last: bool
+    mask: str  # "none", "y", "bytes" or "from u"
+    other: bool
+    mean: bool
+    residual: bool
+    sums: str  # "none", "centred" or "about zero"
+    config: Mapping[str, int]
+    many_programs: bool
+
+    def image(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64).to(self.dtype).to(DEVICE)
+        return x.contiguous(memory_format=torch.channels_last) if self.last else x
+
+    def table(self, seed: int) -> Tensor:
+        return torch.randn(self.shape[:2], generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+cases = st.builds(
+    Case,
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 9), st.integers(1, 9)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    last=st.booleans(),
+    mask=st.sampled_from(["none", "y", "bytes", "from u"]),
+    other=st.booleans(),
+    mean=st.booleans(),
+    residual=st.booleans(),
+    sums=st.sampled_from(["none", "centred", "about zero"]),
+    config=st.builds(
+        lambda tile, inner, steps: {"tile": tile, "inner": inner, "steps": steps, "warps": 4},
+        st.sampled_from([16, 64, 512]), st.sampled_from([4, 16, 64]), st.sampled_from([1, 4]),
+    ),
+    many_programs=st.booleans(),
+)  # fmt: skip
+SPLIT = {"tile": 16, "inner": 16, "steps": 1, "warps": 4}
+
+
+def split_case(**changes: object) -> Case:
+    """Both sums over many splits, so that the last program combines them."""
+    options: dict = {
+        "shape": (2, 17, 5, 5), "dtype": torch.float32, "last": True, "mask": "bytes", "other": True,
+        "mean": True, "residual": True, "sums": "about zero", "config": SPLIT, "many_programs": True,
+    }  # fmt: skip
+    return Case(**(options | changes))
+
+
+def image(table: Tensor) -> Tensor:
+    return table.double()[:, :, None, None]
+
+
+def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "_ENOUGH_PROGRAMS", 10**9 if case.many_programs else 1)
+    monkeypatch.setattr(kernel, "_COMBINE_TILE", 32)  # several steps there too
+    plain = passes.table_like
+    monkeypatch.setattr(kernel, "table_like", lambda u, splits=1: guarded.output(plain(u, splits)))
+    grad, u, y = (guarded.input(case.image(seed)) for seed in (1, 2, 3))
+    other = guarded.input(case.image(4)) if case.other else None
+    scale, shift, d_mean = (guarded.input(case.table(seed)) for seed in (5, 6, 7))
+    relu_mask = {"none": None, "y": y, "bytes": y > 0, "from u": None}[case.mask]
+    from_u = case.mask == "from u"
+    centred = case.sums == "centred"
+    tables = None
+    if case.sums != "none":
+        c = torch.empty(case.shape[:2], device=DEVICE)
+        own = [guarded.output(c) for _ in range(3)]
+        tables = kernel.Sums(own[0], own[1], own[2] if centred else None)
+    out = guarded.output(u), guarded.output(u) if case.residual else None, tables
+    d_u, d_residual, sums = kernel.eval_backward(
+        grad, other, d_mean if case.mean else None, u if from_u or tables else None, relu_mask, scale,
+        shift if from_u else None, case.config, residual=case.residual, sums=tables is not None,
+        centred=centred, out=out,
+    )  # fmt: skip
+    guarded.check()
+    hw = case.shape[2] * case.shape[3]
+    if from_u:
+        passed = passes.apply(u, scale, shift, None, True, case.config) > 0
+    else:
+        passed = torch.ones_like(y, dtype=torch.bool) if case.mask == "none" else y > 0
+    terms = [grad.double()]
+    terms += [other.double()] if other is not None else []
+    terms += [image(d_mean) / hw + 0 * grad.double()] if case.mean else []
+    g = torch.where(passed, sum(terms), 0.0)
+    size = torch.where(passed, sum(term.abs() for term in terms), 0.0)
+
+    def close(got: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+        # 4 roundings of float32 for each term of a sum, one of the stored dtype; fp16 subnormals step by 2^-24
+        allowed = 4 * 2.0**-23 * size + STORED[dtype] * expected.abs() + 2.0**-24
+        assert bool(((got.double() - expected).abs() <= allowed).all())
+
+    close(d_u, g * image(scale), size * image(scale).abs(), case.dtype)
+    if d_residual is not None:
+        close(d_residual, g, size, case.dtype)
+    assert (d_residual is None) == (not case.residual)
+    assert (sums is None) == (case.sums == "none")
+    if sums is not None:
+        close(sums.g1, g.sum((2, 3)), size.sum((2, 3)), torch.float32)
+        centre = u[:, :, :1, :1].double() if centred else torch.zeros(1, device=DEVICE).double()
+        about = size * (u.double().abs() + u[:, :, :1, :1].double().abs())
+        close(sums.gc, (g * (u.double() - centre)).sum((2, 3)), about.sum((2, 3)), torch.float32)
+        if sums.centre is not None:
+            assert torch.equal(sums.centre.double(), centre[:, :, 0, 0])
+        assert (sums.centre is not None) == centred
+
+
+@few
+@given(cases)
+@example(split_case())
+@example(split_case(last=False, sums="centred", mask="from u", dtype=torch.float16))
+@example(split_case(shape=(1, 1, 1, 1), config=SPLIT))
+def test_it_equals_float64(case: Case) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(case, Guarded(), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+def test_the_gradient_of_u_has_the_bits_of_propagate(last: bool, dtype: torch.dtype) -> None:
+    case = split_case(shape=(2, 5, 3, 5), last=last, dtype=dtype)
+    grad, u, y = (case.image(seed) for seed in (1, 2, 3))
+    scale = case.table(4)
+    d_u, d_residual, _ = kernel.eval_backward(
+        grad, None, None, u, y, scale, None, SPLIT, residual=True, sums=True
+    )
+    expected = passes.propagate(grad, None, None, y, scale, None, None, True, SPLIT)
+    assert torch.equal(d_u, expected[0])
+    assert torch.equal(d_residual, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_mask_from_u_is_that_of_apply_in_every_bit(dtype: torch.dtype) -> None:
+    # y near 0, of both signs, and so small that it is stored as 0
+    u = torch.linspace(-2, 2, 60, dtype=torch.float64).view(1, 1, 6, 10).to(dtype).to(DEVICE)
+    u[0, 0, 0, 0] = float("nan")
+    tables = [
+        (1.0, 0.0), (-1.0, 0.5), (1e-30, 0.0), (2.0**-140, 0.0), (1.0, 1e-9),
+        (float(u[0, 0, 2, 3]), -float(u[0, 0, 2, 3]) ** 2), (0.0, 0.0), (float("nan"), 0.0),
+    ]  # fmt: skip
+    for a, b in tables:
+        scale, shift = (torch.full((1, 1), x, device=DEVICE) for x in (a, b))
+        mask = torch.empty_like(u, dtype=torch.bool)
+        passes.apply(u, scale, shift, None, True, SPLIT, relu_mask=mask)
+        ones = torch.ones_like(u)
+        _, g, _ = kernel.eval_backward(ones, None, None, u, None, scale, shift, SPLIT, residual=True)
+        assert torch.equal(g, mask.to(dtype)), (a, b)
+
+
+def test_other_samples_filled_with_nan_change_no_bit() -> None:
+    case = split_case(shape=(3, 5, 3, 5))
+    grad, u, y, other = (case.image(seed) for seed in (1, 2, 3, 4))
+    scale, d_mean = case.table(5), case.table(6)
+
+    def results() -> list[Tensor]:
+        d_u, d_residual, sums = kernel.eval_backward(
+            grad, other, d_mean, u, y, scale, None, SPLIT, residual=True, sums=True
+        )
+        return [d_u, d_residual, sums.g1, sums.gc]
+
+    before = results()
+    for x in (grad, u, y, other, scale, d_mean):
+        x[[0, 2]] = float("nan")
+    for clean, spoiled in zip(before, results(), strict=True):
+        assert torch.equal(clean[1], spoiled[1])
+        assert spoiled[0].isnan().all()
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    u, table = torch.empty(0, 3, 4, 4, device=DEVICE), torch.empty(0, 3, device=DEVICE)
+    d_u, _, sums = kernel.eval_backward(u, None, None, u, u, table, None, SPLIT, sums=True)
+    assert d_u.shape == u.shape
+    assert sums.g1.shape == (0, 3)
+
+
+def test_one_launch_makes_everything() -> None:
+    u = torch.empty(4, 64, 32, 32, device="meta")
+    table = torch.empty(4, 64, device="meta")
+    config = {"tile": 2048, "inner": 64, "steps": 4, "warps": 8}
+    with recorded() as launches:
+        kernel.eval_backward(u, u, table, u, u, table, None, config, residual=True, sums=True)
+    assert [launched.kernel.__name__ for launched in launches] == ["eval_backward_kernel"]
