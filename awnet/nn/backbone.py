@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock, Block
 from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes
 from awnet.ops import global_average
+from awnet.ops.running_statistics import with_joint_updates
 from awnet.scalars import check_integers
 
 fx.wrap("check_image")  # one node in a traced network, since it branches on shapes
@@ -68,6 +69,7 @@ class BlockNetwork(nn.Module):
             outputs.append(x)
         return outputs
 
+    @with_joint_updates
     def forward(
         self,
         x: Tensor,

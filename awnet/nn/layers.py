@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet import ops
+from awnet.ops import running_statistics
 from awnet.ops.distributed import summed
 from awnet.scalars import check_integer
 
@@ -134,10 +135,11 @@ class MixBatchNorm2d(nn.Module):
 
     def arguments(
         self, input: Tensor, p_clean: Tensor | None, is_clean: Tensor | None
-    ) -> tuple[dict[str, Any], Tensor | None]:
-        """The keyword arguments of the op, and in train mode the new ``num_batches_tracked``.
+    ) -> tuple[dict[str, Any], Tensor | int]:
+        """The keyword arguments of the op, and how many batches to count, for all branches or bool ``[2]``.
 
-        The caller stores the counts after the op has succeeded. This never waits for the device.
+        The caller counts them after the op has succeeded, by :func:`running_statistics.count`. This never
+        waits for the device.
         """
         common: dict[str, Any] = {"training": self.training, "eps": self.eps}
         if not self.training:
@@ -146,13 +148,13 @@ class MixBatchNorm2d(nn.Module):
                     "is_clean is for train mode, but the layer is in eval mode: call .train() first"
                 )
             if self.branches == "one":
-                return common, None
+                return common, 0
             if p_clean is None:
                 raise ValueError(
                     f"p_clean is missing: with branches={self.branches!r}, eval mode blends the branches by "
                     "the probability [B] that each sample is clean"
                 )
-            return {**common, "p_clean": p_clean}, None
+            return {**common, "p_clean": p_clean}, 0
         if p_clean is not None:
             raise ValueError(
                 "p_clean is for eval mode, but the layer is in train mode, where is_clean chooses the "
@@ -167,23 +169,23 @@ class MixBatchNorm2d(nn.Module):
             )
         else:
             check_is_clean(is_clean, input)
+        present: Tensor | int
         if self.branches == "mix":
             assert is_clean is not None
-            present = torch.stack([~is_clean, is_clean]).any(1)  # [2]
+            present = running_statistics.present_branches(is_clean)
             if self.process_group is not None and self.momentum is None:
                 # all ranks need the same weight of a batch; with a momentum each rank counts separately
                 present = summed(present.long(), self.process_group) > 0
-            tracked = self.num_batches_tracked + present
         else:
-            seen = input.shape[0] > 0 or self.process_group is not None
-            tracked = self.num_batches_tracked + (1 if seen else 0)
+            present = int(input.shape[0] > 0 or self.process_group is not None)
         momentum: float | Tensor
         if self.momentum is None:  # cumulative mean: the n-th batch of a branch has weight 1/n
+            tracked = self.num_batches_tracked + present
             momentum = tracked.clamp(min=1).to(self.running_mean.dtype).reciprocal()
         else:
             momentum = self.momentum
         common["process_group"] = self.process_group
-        return {**common, "is_clean": is_clean, "momentum": momentum}, tracked
+        return {**common, "is_clean": is_clean, "momentum": momentum}, present
 
     def forward(
         self, input: Tensor, *, p_clean: Tensor | None = None, is_clean: Tensor | None = None
@@ -198,12 +200,12 @@ class MixBatchNorm2d(nn.Module):
         Raises:
             ValueError: the argument of the mode is missing, or that of the other mode is given.
         """
-        arguments, tracked = self.arguments(input, p_clean, is_clean)
+        arguments, batches = self.arguments(input, p_clean, is_clean)
         output = ops.mix_batch_norm(
             input, self.weight, self.bias, self.running_mean, self.running_var, **arguments
         )
-        if tracked is not None:
-            self.num_batches_tracked.copy_(tracked)
+        if self.training:
+            running_statistics.count(self.num_batches_tracked, batches)
         return output
 
     def extra_repr(self) -> str:
@@ -332,7 +334,7 @@ class AWConv2d(FilterScaledConv2d):
         """
         if filter_scale is not None and not self.dynamic:
             raise ValueError("filter_scale was given to a static convolution: create it with dynamic=True")
-        arguments, tracked = self.bn.arguments(input, p_clean, is_clean)
+        arguments, batches = self.bn.arguments(input, p_clean, is_clean)
         input, options = self._convolution(input)
         output = ops.aw_conv2d(
             input,
@@ -347,8 +349,8 @@ class AWConv2d(FilterScaledConv2d):
             **options,
             **arguments,
         )
-        if tracked is not None:
-            self.bn.num_batches_tracked.copy_(tracked)
+        if self.bn.training:
+            running_statistics.count(self.bn.num_batches_tracked, batches)
         return output
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from awnet.nn.layers import MixBatchNorm2d, check_is_clean
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
 from awnet.nn.routing import RoutedNetwork
+from awnet.ops.running_statistics import with_joint_updates
 
 
 class AWNet(RoutedNetwork):
@@ -39,6 +40,7 @@ class AWNet(RoutedNetwork):
         """One pass of the router over images [B, C, H, W]."""
         return self.router(x)
 
+    @with_joint_updates
     def forward(self, x: Tensor, *, is_clean: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """Images [B, C, H, W] in [0, 1] → logits [B, K].
 

@@ -122,7 +122,10 @@ class AdversarialRouter(nn.Module):
         type_logits, p_clean, filter_scale = apply_heads(
             self, feature, self.type_head, self.signal_heads, training=self.training
         )
-        filter_scales = [] if filter_scale is None else list(filter_scale.split(self.signal_widths, dim=1))
+        filter_scales: list[Tensor] = []
+        if filter_scale is not None:
+            # contiguous once, for all kernels of a layer and its gradient that read it
+            filter_scales = [scale.contiguous() for scale in filter_scale.split(self.signal_widths, dim=1)]
         return Routing(type_logits, p_clean, filter_scales)
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from awnet.ops import running_statistics
 from awnet.ops.args import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
@@ -53,7 +54,7 @@ class OperatorBackend(Backend):
         if norm is not None and norm.training:
             if norm.process_group and saved.y.shape[2] * saved.y.shape[3] == 1:
                 _check_more_than_one_value(saved.n)
-            _update_running_statistics(norm, saved)
+            running_statistics.update(norm, saved)
         return saved.y
 
 
@@ -65,17 +66,6 @@ def _check_more_than_one_value(n: Tensor) -> None:
         raise ValueError(
             "expected more than 1 value per channel when training, got one in a branch over all ranks"
         )
-
-
-@torch.no_grad()
-def _update_running_statistics(norm: MixNorm, saved: Saved) -> None:
-    n = saved.n[:, None]
-    momentum = norm.momentum
-    rate = momentum[:, None].to(n) if isinstance(momentum, Tensor) else momentum
-    unbiased = saved.batch_var * (n / (n - 1).clamp(min=1))
-    for running, batch in ((norm.mean, saved.batch_mean), (norm.var, unbiased)):
-        moved = (1 - rate) * running + rate * batch
-        running.copy_(torch.where(n > 0, moved, running))
 
 
 def keep_flags(args: LayerArgs) -> tuple[bool, bool]:

@@ -17,6 +17,7 @@ from awnet.cuda_graphs import Graphed, Record, capture
 from awnet.data.dataset import Batch
 from awnet.nn.copies import copied
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
+from awnet.ops.running_statistics import joint_updates
 from awnet.training.forward import Phase, Teachers
 from awnet.training.losses import Averaging, MTARDWeights
 from awnet.training.recipes import MTARD, Recipe
@@ -170,7 +171,7 @@ class TrainingStep:
         shares, results = [], []
         for batch, x_adv in micro_batches:
             share = len(batch.y) / images
-            with self._autocast():
+            with self._autocast(), joint_updates():
                 result = phase.result(self.model, batch, x_adv, self.options, self.teachers, self.weights)
             total = result.total if share == 1 else result.total * share
             if self._over_ranks is not None:

@@ -423,8 +423,8 @@ FAULTS = (
         EAGER_LAYER,
     ),
     fault(
-        "the biased variance in the running statistics", "awnet/ops/autograd.py",
-        "saved.batch_var * (n / (n - 1).clamp(min=1))", "saved.batch_var",
+        "the biased variance in the running statistics", "awnet/ops/running_statistics.py",
+        "var * (n / (n - 1).clamp(min=1))", "var",
         EAGER_LAYER,
     ),
     # --- bfloat16 on AMX tiles
