@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -17,45 +19,134 @@ Record = Callable[[Program], tuple[Tensor, Callable[[], None]]]
 def capture(program: Program, warm_ups: int = 0) -> tuple[Tensor, Callable[[], None]]:
     """Captures ``program`` as a CUDA graph without running it.
 
-    The program may neither read values back to the host nor use torch's generators.
+    The program may neither read values back to the host nor use torch's generators. After a failed capture
+    the current stream, the allocator and the generator are as before, so that the program can run without a
+    graph.
 
     Args:
         program: device operations that return a tensor.
         warm_ups: number of runs on a side stream before the capture, in which libraries choose algorithms and
-            kernels are compiled. 0 for a program that may not run more often than it is called.
+            kernels are compiled; if there are at least two, a wait of the host in the last one is an error. 0
+            for a program that may not run more often than it is called.
 
     Returns:
         The output, and the function that replays the graph into it.
 
     Raises:
-        RuntimeError: capture fails.
+        RuntimeError: the host waits for the device in a warm-up, or capture fails.
     """
-    if warm_ups:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(warm_ups):
+    current, device = torch.cuda.current_stream(), torch.cuda.current_device()
+    stream = _capture_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for run in range(warm_ups):
+            with fastest_convolutions(), sync_debug_mode("error" if 0 < run == warm_ups - 1 else "default"):
                 program()
-        torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # other threads (a checkpoint being written, the next batch gathered) may use the device meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = program()
+    current.wait_stream(stream)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[device]
+    state = generator.clone_state()
+    with torch.cuda.stream(stream):
+        try:
+            # other threads (a checkpoint being written, the next batch gathered) may use the device meanwhile
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            output = program()
+            graph.capture_end()
+        except BaseException:
+            _abandon(graph, pool, device)
+            generator.graphsafe_set_state(state)  # torch 2.11 leaves the old one in capture mode
+            raise
     return output, graph.replay
 
 
-class Recorded:
-    """``function(*tensors)`` → one tensor, recorded by ``record`` for tensors of these shapes and layouts."""
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
-    def __init__(self, function: Callable[..., Tensor], tensors: Sequence[Tensor], record: Record) -> None:
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: int) -> None:
+    """Ends a failed capture.
+
+    ``capture_end`` raises if the capture was invalidated, and then (up to torch 2.13 at least) leaves the
+    allocator's pool open.
+    """
+    with suppress(RuntimeError):
+        graph.capture_end()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # capture_end has ended it, and the graph releases it
+        return
+    torch._C._cuda_releasePool(device, pool)
+
+
+@contextmanager
+def sync_debug_mode(mode: str) -> Iterator[None]:
+    """What a wait of the host for the device does in this block: "default", "warn" or "error"."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """In this block cuDNN times its algorithms for each new shape and keeps the fastest one.
+
+    It does not where deterministic results are requested, since the choice may differ from run to run.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    if not (cudnn.deterministic or torch.are_deterministic_algorithms_enabled()):
+        cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
+class Recorded:
+    """``function(*tensors)`` → one tensor, for tensors of these shapes and layouts, on persistent memory.
+
+    :meth:`record` records it. Before, :meth:`plain` runs the function on the same memory, so that whatever
+    depends on addresses or strides (kernels that are compiled for aligned pointers) is the same.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
+        self._function = function
         self._inputs = [torch.empty_like(tensor).copy_(tensor) for tensor in tensors]
-        self._output, self._replay = record(lambda: function(*self._inputs))
+        self._output: Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+
+    @property
+    def recorded(self) -> bool:
+        return self._replay is not None
+
+    def record(self, record: Record) -> None:
+        self._output, self._replay = record(lambda: self._function(*self._inputs))
+
+    def close(self) -> None:
+        """Drops the graph and its memory, whoever still refers to this object."""
+        self._output = self._replay = None
+        self._inputs = []
+
+    def plain(self, *tensors: Tensor) -> Tensor:
+        self._copy(tensors)
+        return self._function(*self._inputs).clone()
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        for target, source in zip(self._inputs, tensors, strict=True):
-            target.copy_(source)
+        assert self._replay is not None
+        assert self._output is not None
+        self._copy(tensors)
         self._replay()
         return self._output.clone()  # the next replay overwrites it
+
+    def _copy(self, tensors: Sequence[Tensor]) -> None:
+        for target, source in zip(self._inputs, tensors, strict=True):
+            target.copy_(source)
 
 
 class GraphCache:
@@ -80,62 +171,115 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
     def clear(self) -> None:
         """Drops all graphs."""
-        self._graphs.clear()
+        while self._graphs:
+            self._drop_oldest()
 
-    def graph(
+    def _drop_oldest(self) -> None:
+        self._graphs.popitem(last=False)[1].close()
+
+    def refuse(self, reason: str) -> None:
+        """Drops all graphs and captures none any more, for the ``reason``."""
+        self.refusal = reason
+        self.clear()
+
+    def prepared(
         self, key: Hashable, function: Callable[..., Tensor], tensors: Sequence[Tensor]
     ) -> Recorded | None:
-        """The graph of ``key``, captured from ``function`` and ``tensors`` if it is new; None if refused."""
+        """The entry of ``key``, made from ``function`` and ``tensors`` if it is new; None if refused."""
         if self.refusal is not None:
             return None
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
-        if self._captures >= self.max_captures:
-            self.refusal = f"{self.max_captures} captures, and yet another batch shape"
-            return None
-        self._captures += 1
         while len(self._graphs) >= self.max_graphs:
-            self._graphs.popitem(last=False)
-        try:
-            graph = Recorded(function, tensors, self.record)
-        except RuntimeError as error:
-            self.refusal = f"they could not be captured ({error})"
-            return None
-        self._graphs[key] = graph
-        return graph
+            self._drop_oldest()
+        self._graphs[key] = Recorded(function, tensors)
+        return self._graphs[key]
+
+    def graph(
+        self, key: Hashable, function: Callable[..., Tensor], tensors: Sequence[Tensor]
+    ) -> Recorded | None:
+        """The graph of ``key``, captured if its entry is new or was only prepared; None if refused."""
+        known = self._graphs.get(key)
+        if self.refusal is None and (known is None or not known.recorded):
+            if self._captures >= self.max_captures:
+                self.refuse(f"{self.max_captures} captures, and yet another batch shape")
+                return None
+            self._captures += 1
+            try:
+                graph = self.prepared(key, function, tensors)
+                assert graph is not None
+                graph.record(self.record)
+            except RuntimeError as error:
+                self.refuse(f"they could not be captured ({error})")
+                return None
+        return self.prepared(key, function, tensors)
 
 
 class Graphed:
     """``function(*tensors)`` → one tensor, as one graph for each shape of its arguments.
 
     The first call with a shape runs the function, which warms up libraries and compiles kernels; the second
-    is captured. If a capture fails, the function runs without graphs from then on, with a warning that gives
+    is captured. The very first second call runs the function too, and looks for waits of the host. If there
+    are any, or if a capture fails, the function runs without graphs from then on, with a warning that gives
     the reason.
 
     Args:
         function: device operations on the tensors.
-        record: captures a program.
+        record: captures a program without running it; None captures CUDA graphs.
         max_graphs: number of graphs that are kept.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], record: Record = capture, max_graphs: int = 4
+        self, function: Callable[..., Tensor], record: Record | None = None, max_graphs: int = 4
     ) -> None:
         self.function = function
-        self.cache = GraphCache(record, max_graphs)
-        self._seen: set[Hashable] = set()
+        self.cache = GraphCache(record or capture, max_graphs)
+        self._watch = record is None  # for waits of the host, in the next call that could be captured
+
+    def close(self) -> None:
+        """Drops all graphs; a later call starts anew."""
+        self.cache.clear()
 
     def __call__(self, *tensors: Tensor, key: Hashable = None) -> Tensor:
         """``key`` is anything else that the graph depends on."""
         whole = (key, *((tuple(t.shape), t.stride(), t.dtype) for t in tensors))
-        if whole not in self._seen or self.cache.refusal is not None:
-            self._seen.add(whole)
+        new = whole not in self.cache
+        entry = self.cache.prepared(whole, self.function, tensors)
+        if entry is None:
             return self.function(*tensors)
+        if new:
+            with fastest_convolutions():
+                return entry.plain(*tensors)
+        if self._watch:
+            self._watch = False
+            return self._watched(entry, tensors)
         graph = self.cache.graph(whole, self.function, tensors)
         if graph is None:
-            warnings.warn(f"no CUDA graph, so slower: {self.cache.refusal}", stacklevel=2)
+            self._warn()
             return self.function(*tensors)
         return graph(*tensors)
+
+    def _watched(self, entry: Recorded, tensors: Sequence[Tensor]) -> Tensor:
+        """The plain call; a wait of the host in it rules out graphs."""
+        with warnings.catch_warnings(record=True) as caught, sync_debug_mode("warn"):
+            warnings.simplefilter("always")
+            output = entry.plain(*tensors)
+        waits = []
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                waits.append(f"{warning.filename}:{warning.lineno}")
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if waits:
+            self.cache.refuse(f"the host waits for the device in {', '.join(dict.fromkeys(waits))}")
+            self._warn()
+        return output
+
+    def _warn(self) -> None:
+        warnings.warn(f"no CUDA graph, so slower: {self.cache.refusal}", stacklevel=3)

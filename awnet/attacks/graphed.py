@@ -26,10 +26,11 @@ class GraphedPGD:
     If an inference copy can replace the model (:func:`awnet.nn.not_supported`, checked at each call), the
     attack runs on that copy and copies the model's current weights to it at each call; the model and its mode
     are not touched. On a CUDA device, copying the weights and all steps of a batch are one CUDA graph,
-    captured for each batch shape, dtype, backend and settings of the attack; the images are bitwise those of
-    the uncaptured attack. The noise of the start is keyed by seed and sample (``awnet.rng``) and computed
-    outside the graph, so no random generator is registered with it. On a CPU, and where capture fails, the
-    same steps run one by one, and the reason is logged once.
+    captured for each batch shape, dtype, backend and settings of the attack. The images are bitwise those of
+    the uncaptured attack, if cuDNN runs the same algorithms. The noise of the start is keyed by seed and
+    sample (``awnet.rng``) and computed outside the graph, so no random generator is registered with it. On a
+    CPU, and where capture fails, the same steps run one by one, and the reason is logged once, as a warning
+    if a capture failed.
 
     Any other model (a converted network, a subclass, a model with hooks) is frozen in place for the call
     (:func:`awnet.attacks.frozen`), and the reason is logged once.
@@ -75,6 +76,10 @@ class GraphedPGD:
     def seed(self, seed: int) -> None:
         self.pgd.seed = seed
 
+    def close(self) -> None:
+        """Drops the CUDA graphs; a later call captures new ones."""
+        self.graphs.clear()
+
     def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
         """Adversarial images ``[B, C, H, W]`` in ``x``'s dtype, float32 or float64, for ``x`` in [0, 1].
 
@@ -99,13 +104,13 @@ class GraphedPGD:
             if len(x) == 0:
                 return start
             self.pgd.model = self._copy
-            reason = self._not_capturable(x)
+            reason, level = self._not_capturable(x), logging.INFO
             if reason is None:
                 graph = self.graphs.graph(self._key(start, x, y), self._program, (start, x, y))
                 if graph is not None:
                     return graph(start, x, y)
-                reason = self.graphs.refusal
-            self._log(f"attack steps run one by one: {reason}")
+                reason, level = self.graphs.refusal, logging.WARNING
+            self._log(f"attack steps run one by one: {reason}", level)
             return self._program(start, x, y)
 
     def _not_capturable(self, x: Tensor) -> str | None:
@@ -134,10 +139,10 @@ class GraphedPGD:
             self._copy.refresh()
             return self.pgd.ascend(start, x, y, self.num_classes - 1)
 
-    def _log(self, reason: str) -> None:
+    def _log(self, reason: str, level: int = logging.INFO) -> None:
         if reason not in self._logged:
             self._logged.add(reason)
-            logger.info(reason)
+            logger.log(level, reason)
 
 
 def _device(module: nn.Module) -> torch.device | None:

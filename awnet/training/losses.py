@@ -100,7 +100,7 @@ class MTARDWeights:
 
     Args:
         device: where the weights are stored.
-        learning_rate: η; may be changed between steps.
+        learning_rate: η; may be changed between steps, and is read on the device, by a CUDA graph too.
         average: averages the losses over the ranks of a distributed run.
     """
 
@@ -113,7 +113,17 @@ class MTARDWeights:
         self.w_nat = torch.tensor(0.5, device=device)
         self.first = torch.zeros(2, device=device)  # of clean and adversarial images
         self._average = average
+        self._rate = torch.zeros((), device=device)
         self.learning_rate = learning_rate
+
+    @property
+    def learning_rate(self) -> float:
+        return self._learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self._learning_rate = value
+        self._rate.fill_(value)
 
     def update(self, nat: Tensor, adv: Tensor, images: int = 1) -> tuple[Tensor, Tensor]:
         """Updates the weights by the losses of a step and returns them.
@@ -132,7 +142,7 @@ class MTARDWeights:
         relative = torch.where(known, loss / torch.where(known, self.first, 1.0), 1.0)
         total = relative.sum()
         goal = torch.where(total > 0, relative[0] / torch.where(total > 0, total, 1.0), 0.5)
-        self.w_nat.copy_(self.w_nat - self.learning_rate * (self.w_nat - goal))
+        self.w_nat.copy_(self.w_nat - self._rate * (self.w_nat - goal))
         return self.w_nat.clone(), 1 - self.w_nat
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks import named_attack
+from awnet.attacks import GraphedPGD, named_attack
 from awnet.data import Dataset, Memory, Splits
 from awnet.distributed import Agreement, Ranks
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
@@ -174,9 +174,20 @@ class Run:
                 self.agreement.close()
                 return self._close(stop)
         finally:
+            self.close()
             if self.writer is not None and self.log is not None:
                 self.writer.close()
                 self.log.close()
+
+    def close(self) -> None:
+        """Drops all CUDA graphs.
+
+        Graphs with collectives have to be dropped before their process group is destroyed, which otherwise
+        waits for them forever (NCCL 2.26 and later).
+        """
+        self.training_step.close()
+        if isinstance(self.attack, GraphedPGD):
+            self.attack.close()
 
     def _train_epoch(self, signals: StopSignals, deadline: float) -> Stop:
         """Trains the remaining batches of this epoch, unless the run has to stop before."""

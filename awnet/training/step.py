@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from awnet.cuda_graphs import Graphed, Record, capture
+from awnet.cuda_graphs import Graphed, Record
 from awnet.data.dataset import Batch
 from awnet.nn.copies import copied
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
@@ -95,7 +95,7 @@ class TrainingStep:
         self.options = recipe.loss_options()
         self.optimizer = recipe.optimizer(model)
         self.scheduler = recipe.scheduler(self.optimizer, steps_per_epoch)
-        self.graphed = Graphed(self._captured, record or capture) if recipe.capture else None
+        self.graphed = Graphed(self._captured, record) if recipe.capture else None
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._names: list[str] = []
@@ -114,6 +114,17 @@ class TrainingStep:
             assert isinstance(self.recipe, MTARD)
             # all micro-batches of a step change the weights as much as one batch would
             self.weights.learning_rate = self.recipe.weight_lr_at(epoch) / self.recipe.accumulate
+
+    def close(self) -> None:
+        """Drops the CUDA graphs of the step and its teachers, for example before their process group ends.
+
+        A later call captures new ones.
+        """
+        if self.graphed is not None:
+            self.graphed.close()
+        for teacher in self.teachers or ():
+            if isinstance(teacher, TeacherModel):
+                teacher.close()
 
     def _teacher(self, teacher: nn.Module) -> TeacherModel:
         low = self.numerics.precision == "bfloat16"
@@ -218,9 +229,7 @@ class TrainingStep:
             tensor.fill_(rate)
             group["lr"] = tensor  # the graph reads this tensor
         try:
-            # the learning rate of MTARD's weights is a constant in the graph
-            key = None if self.weights is None else self.weights.learning_rate
-            terms = self.graphed(*batch, *([] if x_adv is None else [x_adv]), key=key)
+            terms = self.graphed(*batch, *([] if x_adv is None else [x_adv]))
         finally:
             for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
                 group["lr"] = rate

@@ -63,6 +63,10 @@ class TeacherModel(nn.Module):
         self.model = model
         self.graphed = Graphed(self._logits)
 
+    def close(self) -> None:
+        """Drops the CUDA graphs."""
+        self.graphed.close()
+
     def _logits(self, x: Tensor) -> Tensor:
         if self.copy is not None:
             self.copy.clear_cache()  # a graph must compute cached tensors again, in its own memory

@@ -190,6 +190,7 @@ def test_the_reason_for_the_plain_loop_is_logged_once(caplog: pytest.LogCaptureF
             for _ in range(3):
                 assert torch.equal(attack(**images), expected)
         assert [reason in r.message for r in caplog.records] == [True]
+        assert (caplog.records[0].levelno == logging.WARNING) == ("could not be captured" in reason)
     # who knows that a loss waits for nothing says so
     recorder = Recorder()
     assert torch.equal(engine(model, recorder, loss=custom, capture=True)(**images), expected)
