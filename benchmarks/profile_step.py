@@ -1,4 +1,4 @@
-"""Profiles one PGD step of AW-Net: a table of kernels, and a step for ncu.
+"""Profiles the training attack on AW-Net, its time divided by the PGD steps: kernels, and a step for ncu.
 
 ``python -m awnet.benchmarks.profile_step --out DIR`` writes DIR/profile.json and prints the table;
 ``--steps-only`` runs only the steps, for an external profiler.
@@ -10,36 +10,49 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from awnet import ops
-from awnet.attacks import PGD
+from awnet.attacks import GraphedPGD
 from awnet.files import write_text
 from awnet.models import create_model
 
 
-def make_step(options: argparse.Namespace, steps: int) -> Any:
-    """A PGD of ``steps`` steps on fixed random images, as a function without arguments."""
+def make_step(options: argparse.Namespace, steps: int) -> Callable[[], Tensor]:
+    """The attack of a training step with ``steps`` PGD steps on fixed random images.
+
+    It is :class:`awnet.attacks.GraphedPGD` on an inference copy of the model: on a GPU in bfloat16 and, from
+    the second call on, as one CUDA graph; on a CPU in float32 without a graph.
+    """
     device = torch.device(options.device)
     generator = torch.Generator().manual_seed(0)
-    model = create_model(options.model).to(device).eval()
+    model = create_model(options.model).to(device).train()
     if options.layout == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.rand(options.batch, 3, 32, 32, generator=generator).to(device)
     if options.layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
     y = torch.randint(10, (options.batch,), generator=generator).to(device)
-    attack = PGD(model, eps=8 / 255, step_size=2 / 255, steps=steps)
+    index = torch.arange(options.batch, device=device)
+    attack = GraphedPGD(
+        model,
+        num_classes=10,
+        dtype=torch.bfloat16 if device.type == "cuda" else None,
+        eps=8 / 255,
+        step_size=2 / 255,
+        steps=steps,
+    )
 
-    def step() -> torch.Tensor:
+    def step() -> Tensor:
         chosen = ops.use_backend(options.backend) if options.backend else nullcontext()
-        with chosen, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return attack(x, y)
+        with chosen:
+            return attack(x, y, index=index)
 
     return step
 
@@ -47,7 +60,8 @@ def make_step(options: argparse.Namespace, steps: int) -> Any:
 def profile(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Kernels of one attack by their total time, the heaviest first."""
     step = make_step(options, options.steps)
-    step()  # compiles, picks algorithms
+    for _ in range(2):  # compiles, picks algorithms, captures
+        step()
     kinds = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = torch.device(options.device).type == "cuda"
     if on_gpu:
@@ -77,7 +91,7 @@ def heaviest(rows: Sequence[dict[str, Any]], count: int = 5) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Profiles a PGD step of AW-Net.")
+    parser = argparse.ArgumentParser(description="Profiles the training attack on AW-Net.")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", default="awnet_resnet18")
     parser.add_argument("--batch", type=int, default=512)
@@ -88,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps-only", action="store_true", help="run two steps and nothing else")
     options = parser.parse_args(arguments)
     if options.steps_only:
-        make_step(options, 2)()
+        step = make_step(options, 2)
+        for _ in range(2):
+            step()
         return 0
     rows = profile(options)
     total = sum(row["us"] for row in rows)

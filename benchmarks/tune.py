@@ -1,7 +1,8 @@
 """Searches launch parameters of the Triton passes on this device: ``awnet bench tune``.
 
 Starting at the defaults, one parameter at a time is doubled or halved while that is at least 2 % faster. A
-candidate is timed only after its results have been compared with those of the default. The fastest
+candidate is timed only after its results have been compared with those of the default. The passes with a ReLU
+mask are timed with both of its forms, y and a bool tensor, and the sum counts. The fastest
 parameters are written to the device's table in awnet/ops/configs/, which every later call reads
 (awnet/ops/launch_config.py).
 """
@@ -72,7 +73,7 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """One entry of the table; ``run`` calls the op with the given launch parameters."""
+    """One entry of the table; ``run`` makes every kind of call of the op with the given launch parameters."""
 
     key: str
     start: Parameters
@@ -103,15 +104,22 @@ def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, 
 
     u, grad, y = image(), image(), image()
     a, b, c = (torch.randn(size[:2], device=device) for _ in range(3))
+    mask = y > 0
 
+    # one entry serves training, whose ReLU mask is y, and attacks, which write and read a bool mask
     def run(config: Parameters) -> Any:
         if op == "apply":
-            return passes.apply(u, a, b, grad, True, config)
+            kept = torch.empty_like(mask)
+            plain = passes.apply(u, a, b, grad, True, config)
+            return plain, passes.apply(u, a, b, grad, True, config, relu_mask=kept), kept
         if op == "statistics":
             return passes.statistics(u, config)
         if op == "reduce":
-            return passes.reduce(grad, u, a, y, config)
-        return passes.propagate(grad, u, a, y, b, c, a, True, config)
+            return *passes.reduce(grad, u, a, y, config), *passes.reduce(grad, u, a, mask, config)
+        return (
+            *passes.propagate(grad, u, a, y, b, c, a, True, config),
+            *passes.propagate(grad, u, a, mask, b, c, a, True, config),
+        )
 
     pixels = case.size**2
     shape = (batch, case.c_out, pixels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 from awnet.benchmarks import profile_step, sanitize
+
+from awnet.attacks import graphed
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("build", "tests", "sanitize", "tune", "race", "bench", "networks", "compile", "training", "profile")
@@ -126,6 +129,19 @@ def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
     )
     with pytest.raises(SystemExit, match="reduce is wrong by"):
         sanitize.main(["--backend", "cpp"])
+
+
+def test_the_profiled_step_is_the_training_attack_on_the_inference_copy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    dtypes: list[object] = []
+    real = graphed.inference_copy
+    monkeypatch.setattr(graphed, "inference_copy", lambda m, d: dtypes.append(d) or real(m, d))
+    words = ["--device", "cpu", "--model", "awnet_tiny", "--batch", "2", "--steps", "1"]
+    assert profile_step.main([*words, "--steps-only"]) == 0
+    assert dtypes == [None]  # one copy for both calls; bfloat16 on a GPU only
+    assert profile_step.main([*words, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "profile.json").read_text())[0]["us"] > 0
 
 
 def test_the_heaviest_kernels_are_named_as_ncu_names_them() -> None:

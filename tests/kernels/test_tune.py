@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +59,37 @@ def test_it_finds_the_fastest_and_calls_then_find_it(tiny: None, tmp_path: Path,
     assert other["tile"] == 2048
     monkeypatch.undo()
     launch_config.forget_tables()
+
+
+def test_both_forms_of_the_relu_mask_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "SMOKE_CASES", (LayerCase("stage1", Convolution(3, 3, 2)),))
+    passes = importlib.import_module("awnet.kernels.passes")
+    real = {name: getattr(passes, name) for name in ("apply", "reduce", "propagate")}
+    masks: dict[str, list[torch.dtype | None]] = {}
+    for name, place in (("apply", None), ("reduce", 3), ("propagate", 3)):
+
+        def watched(*arguments: Any, name: str = name, place: int | None = place, **options: Any) -> Any:
+            mask = options.get("relu_mask") if place is None else arguments[place]
+            masks.setdefault(name, []).append(None if mask is None else mask.dtype)
+            return real[name](*arguments, **options)
+
+        monkeypatch.setattr(passes, name, watched)
+    timed: list[int] = []
+
+    def constant(run: Callable[[], object]) -> float:
+        results = run()
+        timed.append(len([one for one in results if one is not None]))  # type: ignore[attr-defined]
+        return 1.0
+
+    jobs = tuner.jobs(options(tmp_path), DEVICE)
+    for job in (job for job in jobs if job.key.startswith(("apply", "reduce", "propagate"))):
+        tuner.search(job, constant)
+    assert {name: set(kinds) for name, kinds in masks.items()} == {
+        "apply": {None, torch.bool},
+        "reduce": {torch.float32, torch.bool},
+        "propagate": {torch.float32, torch.bool},
+    }
+    assert set(timed) == {3, 4}
 
 
 def test_a_second_run_goes_on_and_keeps_what_is_there(tiny: None, tmp_path: Path) -> None:
