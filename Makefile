@@ -19,7 +19,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq install
 
 NATIVE := $(shell git ls-files "csrc/*.cpp" "csrc/*.h" "csrc/*.inl" "csrc/*.cu")
 
-.PHONY: help run test test-all test-slow test-import mutations sanitize lint format bench bench-pytest gpu docs dist release-check clean
+.PHONY: help run test test-all test-slow test-import mutations sanitize lint format bench bench-pytest gpu gpu-pack docs dist release-check clean
 
 help:
 	@echo "make run        train AW-Net and two static networks on digits, attack them, print the table (about 4 minutes)"
@@ -30,7 +30,8 @@ help:
 	@echo "make bench      benchmark on this CPU, judge the goals     make bench-pytest  the same by pytest-benchmark"
 	@echo "make mutations  put faults into the code, one after another, and check that a test catches each"
 	@echo "make sanitize   run the native tests on a build with GCC's address and undefined-behavior sanitizers"
-	@echo "make gpu        on a GPU machine: build, test, sanitize, benchmark, tune and profile; OUT=folder"
+	@echo "make gpu        on a GPU machine: check, benchmark, test, train, 12 minutes (benchmarks/on_gpu.sh --help); OUT=folder"
+	@echo "make gpu-pack   prepare .gpu/ for a GPU machine without a network (benchmarks/gpu_pack.py pack --help)"
 	@echo "make clean      remove what was built"
 	@echo
 	@echo "The first call makes .venv: it installs PyTorch and compiles the CPU kernels. AWNET_BUILD=none skips compiling."
@@ -122,9 +123,13 @@ bench: $(READY)
 bench-pytest: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/benchmarks/test_layers_benchmark.py -n 0 --benchmark-enable --benchmark-only $(OPTIONS)
 
-# the running python3's torch, no .venv, no network; OUT=folder, STAGE=one stage
+# the running python3's torch, no .venv, no network; OUT=folder, CALL=1 or 2, STEP=one step
 gpu:
-	PYTHON=$(PYTHON) benchmarks/on_gpu.sh --out $(or $(OUT),out/gpu) $(if $(STAGE),--stage $(STAGE))
+	PYTHON=$(PYTHON) benchmarks/on_gpu.sh --out $(or $(OUT),out/gpu) $(if $(CALL),--call $(CALL)) $(if $(STEP),--step $(STEP))
+
+# OPTIONS="--python PYTHON --cifar FOLDER": the native module for that interpreter, and the images
+gpu-pack: $(READY)
+	$(BIN)/python benchmarks/gpu_pack.py pack $(OPTIONS)
 
 # without torch and awnet: the API reference is read from the sources
 .venv-docs/.ready: constraints.txt

@@ -1,29 +1,42 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in stages of at most 8 minutes, without a network:
+# Everything that a GPU is needed for, in two calls of 8 and 4 minutes, without a network:
 #
-#   benchmarks/on_gpu.sh --out DIR [--stage NAME]... [--device cuda|cpu] [--again]
+#   benchmarks/on_gpu.sh --out DIR [--call 1|2]... [--step NAME]... [--device cuda|cpu]
 #
-#   build     the native module, and the self-test of its CUDA part
-#   tests     the tests marked gpu, and those of the Triton kernels
-#   sanitize  compute-sanitizer (memcheck, racecheck, initcheck) on every kernel
-#   tune      awnet bench tune: this device's launch parameters
-#   race      the fused convolutions against the library's: which ones this device takes
-#   bench     awnet bench run over the layers, every batch; a second run goes on where the first was stopped
-#   networks  the same for the block and the whole network
-#   compile   the goals' rivals by torch.compile, on the four stages; takes several runs of 8 minutes
-#   training  awnet bench train: each recipe's step against plain ones; goes on where it was stopped
-#   profile   one PGD step: the time of each kernel, and ncu on the five heaviest
+# Call 1 (480 s)
+#   check     45 s   versions, the native module, the self-check
+#   backends  75 s   bench train, MTARD, batch 512, captured: backend cuda, then triton
+#   values    45 s   every kernel against plain torch on the CPU
+#   graphs    35 s   tests of captured attacks and training steps
+#   batch256  60 s   bench train, MTARD, batch 256: single calls, then captured
+#   layers   120 s   bench run, four stages, attack and training, batch 512 and 256: ours and plain torch
+#   profile   30 s   the kernels of one PGD step
+#   compile   60 s   the same by torch.compile: stages 1 and 4, then the network's attack
+#   rest     480 s   bench train of plain torch, the other rows of the goals
+# Call 2 (240 s), its two steps side by side
+#   cifar    225 s   train pgd_at_fast on CIFAR-10, 8 epochs, captured
+#   tests    225 s   the tests marked gpu in 8 processes, without the generated layers and the largest tensors
+# In no call
+#   sanitize, tune, race, ncu    compute-sanitizer, awnet bench tune, the convolutions' race, Nsight Compute
 #
-# Without --stage all of them run in this order. A stage that has passed leaves DIR/NAME.done and is not run
-# again (--again: it is); its words are in DIR/NAME.log. --device cpu runs a stand-in of each stage where there
-# is no GPU. The running python3's torch is used (PYTHON names another); wheels in .whl/ fill what it lacks.
+# Without --call and --step both calls run. Every step has its time limit, and at most what is left of its call
+# (LIMIT=seconds replaces the limits of steps and calls); a step that fails or is stopped does not stop the next.
+# DIR gets at most 8 files, written as the measurements are made: steps.csv (how each step ended), log.txt,
+# results/DEVICE.csv and results/DEVICE-train.csv (copy their rows to benchmarks/results/), profile.json,
+# tests.txt, cifar.jsonl. A step that is repeated adds its rows again. --device cpu runs a small stand-in of each
+# step where there is no GPU.
+#
+# The running python3's torch is used (PYTHON=... names another). Where `make gpu-pack` has filled .gpu/, the
+# wheels, the native module, the commit and the images there are used. CIFAR-10 is else expected in DATA=folder
+# (default: data), and the native module is compiled in the background if it is missing.
 set -uo pipefail
 
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-LIMIT=${LIMIT:-480} # seconds for a stage
-ALL=(build tests sanitize tune race bench networks compile training profile)
-OUT='' DEVICE=cuda AGAIN='' STAGES=()
+CALL_1=(check:45 backends:75 values:45 graphs:35 batch256:60 layers:120 profile:30 compile:60 rest:480)
+CALL_2=(cifar:225 tests:225)
+EXTRA=(sanitize:480 tune:480 race:480 ncu:480)
+OUT='' DEVICE=cuda CALLS=() STEPS=()
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0"; }
 fail() { echo "on_gpu.sh: $*" >&2; exit 2; }
@@ -31,60 +44,227 @@ fail() { echo "on_gpu.sh: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --out) OUT=${2:?--out needs a folder}; shift 2 ;;
-    --stage) STAGES+=("${2:?--stage needs a name}"); shift 2 ;;
+    --call) CALLS+=("${2:?--call needs 1 or 2}"); shift 2 ;;
+    --step) STEPS+=("${2:?--step needs a name}"); shift 2 ;;
     --device) DEVICE=${2:?--device needs cuda or cpu}; shift 2 ;;
-    --again) AGAIN=1; shift ;;
     -h | --help) usage; exit 0 ;;
     *) fail "unknown option $1 (see --help)" ;;
   esac
 done
 [ -n "$OUT" ] || fail "--out DIR is missing (see --help)"
 [ "$DEVICE" = cuda ] || [ "$DEVICE" = cpu ] || fail "--device must be cuda or cpu, got $DEVICE"
-[ ${#STAGES[@]} -gt 0 ] || STAGES=("${ALL[@]}")
-for stage in "${STAGES[@]}"; do
-  [[ " ${ALL[*]} " == *" $stage "* ]] || fail "there is no stage $stage; there are ${ALL[*]}"
+for call in ${CALLS[@]+"${CALLS[@]}"}; do
+  [ "$call" = 1 ] || [ "$call" = 2 ] || fail "--call must be 1 or 2, got $call"
 done
+declare -A LIMITS
+NAMES=()
+for entry in "${CALL_1[@]}" "${CALL_2[@]}" "${EXTRA[@]}"; do
+  NAMES+=("${entry%:*}")
+  LIMITS[${entry%:*}]=${LIMIT:-${entry#*:}}
+done
+for step in ${STEPS[@]+"${STEPS[@]}"}; do
+  [ -n "${LIMITS[$step]:-}" ] || fail "there is no step $step; there are ${NAMES[*]}"
+done
+[ ${#CALLS[@]} -gt 0 ] || [ ${#STEPS[@]} -gt 0 ] || CALLS=(1 2)
 mkdir -p "$OUT" || fail "cannot write to $OUT"
 OUT=$(cd "$OUT" && pwd)
-"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' || fail "$PYTHON has no torch (PYTHON=... names another Python)"
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' \
+  || fail "$PYTHON has no torch (PYTHON=... names another Python)"
+WORK=$(mktemp -d) || fail "cannot make a temporary folder"
+LOG=$OUT/log.txt
+: >>"$LOG" || fail "cannot write to $OUT"
+[ -e "$OUT/steps.csv" ] || echo "step,ended,seconds,limit" >"$OUT/steps.csv"
 
-# what the running Python lacks, from wheels that came with the repository
-if compgen -G '.whl/*.whl' >/dev/null; then
-  if [ ! -e "$OUT/site.done" ]; then
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$OUT/site" .whl/*.whl \
-      && touch "$OUT/site.done" || fail "the wheels in .whl/ do not install"
-  fi
-  export PYTHONPATH="$OUT/site${PYTHONPATH:+:$PYTHONPATH}"
+say() { echo "$*" | tee -a "$LOG"; }
+
+# --- what came with .gpu/
+
+if compgen -G '.gpu/wheels/*.whl' >/dev/null; then
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+    --target "$WORK/site" .gpu/wheels/*.whl >>"$LOG" 2>&1 || say "the wheels in .gpu/wheels do not install, see $LOG"
+  export PYTHONPATH="$WORK/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ -z "${AWNET_COMMIT:-}" ] && [ -s .gpu/commit ]; then
+  AWNET_COMMIT=$(cat .gpu/commit)
+  export AWNET_COMMIT
+fi
+DATA=${DATA:-data}
+export OUT WORK LOG DEVICE PYTHON DATA
 
 on_gpu() { [ "$DEVICE" = cuda ]; }
-awnet() { "$PYTHON" -m awnet "$@"; }
-pytest() { "$PYTHON" -m pytest -p no:cacheprovider -q "$@"; }
-
-stage_build() {
-  if on_gpu; then
-    AWNET_BUILD=cuda "$PYTHON" setup.py -q build_ext --inplace || return
-    "$PYTHON" -c 'import torch; from awnet import _C; e = _C.self_test(); print(torch.cuda.get_device_name(), e or "self-test passed"); exit(e is not None)'
-  else
-    AWNET_BUILD=auto "$PYTHON" setup.py -q build_ext --inplace || return
-    "$PYTHON" -c 'import torch; from awnet import _C; print(_C.build_info()["cuda"], _C.self_test())'
-  fi
+# part SECONDS COMMAND...: a part of a step, whose python gets this limit; if it fails, the next part runs all the same
+part() {
+  local PART=$1 code
+  shift
+  "$@"
+  code=$?
+  [ $code = 0 ] || echo "ended with $code: $*"
+  return $code
+}
+python() { timeout --foreground --kill-after=5 "${PART:-3600}" "$PYTHON" "$@"; }
+awnet() { python -m awnet "$@"; }
+pytest() { python -m pytest -p no:cacheprovider -q "$@"; }
+bench() { awnet bench run --out "$OUT/results" --retries 0 "$@"; }
+train() { awnet bench train --out "$OUT/results" --retries 0 "$@"; }
+on_h200() { bench --device cuda --dtype bfloat16 --layout channels_last --seconds 0.2 --verify-batch 32 "$@"; }
+tiny() { bench --smoke --device cpu --seconds 0.01 "$@"; }
+mtard() { train --device cuda --recipe mtard --model awnet_resnet18 --steps 10 "$@"; }
+tiny_train() {
+  train --device cpu --recipe pgd_at --model awnet_tiny --size 8 --batch 4 --attack-steps 1 --steps 1 "$@"
 }
 
-stage_tests() {
-  if on_gpu; then
-    pytest -m gpu tests && { [ ! -d tests/kernels ] || pytest -m '' tests/kernels; }
-  else
-    AWNET_TEST_DEVICE=cpu pytest -m '' tests/ops/test_gpu.py -k 'bits or nan or layout or empty or refused'
-  fi
+# The backends of ours that run here now, the CUDA one first.
+available() {
+  "$PYTHON" -c '
+import sys
+from awnet.ops import available_backends
+found = available_backends(sys.argv[1])
+print(*[name for name in ("cuda", "triton", "cpp") if found[name] is None] or ["eager"])' "$DEVICE"
 }
 
-stage_sanitize() {
-  local tool backend wrong=0
+# The same once the native module is compiled.
+ours() {
+  while [ -e "$WORK/building" ]; do sleep 1; done
+  available
+}
+
+# --- the steps of call 1
+
+step_check() {
+  on_gpu && nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv
+  if on_gpu; then python benchmarks/gpu_pack.py native || start_build; fi
+  awnet info
+}
+
+# With everything that the machine has, while other steps run; `ours` waits for it.
+start_build() {
+  echo "compiling the native module in the background, its output is in $OUT/log.txt at the end"
+  touch "$WORK/building"
+  AWNET_BUILD=cuda setsid nohup bash -c '"$PYTHON" setup.py -q build_ext --inplace >"$WORK/build.log" 2>&1
+    echo "the build ended with $?" >>"$WORK/build.log"; rm -f "$WORK/building"' >/dev/null 2>&1 &
+  echo $! >"$WORK/build.pid"
+}
+
+step_backends() {
+  local status=0 done='' round backend
   if ! on_gpu; then
-    "$PYTHON" -m awnet.benchmarks.sanitize --backend cpp \
-      && TRITON_INTERPRET=1 "$PYTHON" -m awnet.benchmarks.sanitize --backend triton
+    tiny_train --providers awnet --backend eager
+    return
+  fi
+  for round in available ours; do # Triton's runs while the CUDA kernels are compiled
+    for backend in $($round); do
+      [[ " $done " != *" $backend "* ]] || continue
+      part 40 mtard --batch 512 --capture --providers awnet --backend "$backend" || status=1
+      done+=" $backend"
+    done
+  done
+  return $status
+}
+
+step_values() {
+  local status=0 backend
+  for backend in $(ours); do
+    [ "$backend" != eager ] || continue
+    part 40 python -m awnet.benchmarks.sanitize --backend "$backend" || status=1
+  done
+  return $status
+}
+
+step_graphs() {
+  local tests=(tests/attacks/test_graphed.py tests/training/test_step.py)
+  if on_gpu; then
+    pytest -v -m gpu "${tests[@]}"
+  else
+    pytest -v -m "" "${tests[0]}" -k "same_bits and not follows"
+  fi
+}
+
+step_batch256() {
+  local status=0
+  if ! on_gpu; then
+    tiny_train --providers awnet
+    return
+  fi
+  part 30 mtard --batch 256 --providers awnet || status=1
+  part 30 mtard --batch 256 --capture --providers awnet || status=1
+  return $status
+}
+
+step_layers() {
+  local backends
+  read -ra backends <<<"$(ours)"
+  if on_gpu; then
+    on_h200 --cases stage1 stage2 stage3 stage4 --modes attack training --batch 512 256 --providers "${backends[@]}" unfused
+  else
+    tiny --cases stage1 stage4 --modes attack --batch 8 --providers "${backends[@]}" unfused
+  fi
+}
+
+step_profile() {
+  local step=(python -m awnet.benchmarks.profile_step --device "$DEVICE" --out "$WORK/profile")
+  on_gpu || step+=(--model awnet_tiny --batch 4 --steps 1)
+  "${step[@]}" && cp "$WORK/profile/profile.json" "$OUT/profile.json"
+}
+
+step_compile() {
+  local status=0
+  if ! on_gpu; then
+    tiny --cases stage4 --modes forward --providers static_compile
+    return
+  fi
+  # one provider a call: its rows are on disk before the next one compiles
+  part 25 on_h200 --cases stage1 stage4 --modes attack --batch 512 --providers compile_frozen || status=1
+  part 25 on_h200 --cases stage1 stage4 --modes training --batch 512 --providers compile || status=1
+  part 60 on_h200 --cases network --modes attack --batch 512 --providers compile_frozen || status=1
+  return $status
+}
+
+step_rest() {
+  local status=0 backends
+  if ! on_gpu; then
+    tiny --cases depthwise --modes forward --providers unfused
+    return
+  fi
+  read -ra backends <<<"$(ours)"
+  part 60 on_h200 --cases network --modes attack --batch 512 --providers "${backends[@]}" unfused || status=1
+  part 60 on_h200 --cases depthwise --modes forward --batch 512 256 --providers "${backends[@]}" unfused || status=1
+  part 60 mtard --batch 512 --steps 5 --providers awnet unfused || status=1
+  part 120 on_h200 --cases stage1 stage2 stage3 stage4 --modes attack training --batch 512 256 --providers static literal || status=1
+  part 240 on_h200 --cases stage1 stage2 stage3 stage4 --modes attack training --batch 512 256 \
+    --providers static_compile compile compile_frozen || status=1
+  return $status
+}
+
+# --- the steps of call 2
+
+step_cifar() {
+  local run=(awnet train --out "$WORK/cifar" --overwrite --recipe pgd_at_fast) status
+  if ! on_gpu; then
+    "${run[@]}" --data digits --model awnet_tiny --epochs 1 --limit 64 --attack-steps 1 --device cpu
+  else
+    if [ -e .gpu/cifar10.npz ]; then
+      DATA=$WORK/data
+      python benchmarks/gpu_pack.py unpack .gpu/cifar10.npz "$DATA" || return
+    fi
+    "${run[@]}" --data cifar10 --data-dir "$DATA" --model awnet_resnet18 --epochs 8 --recipe-options capture=true
+  fi
+}
+
+step_tests() {
+  if on_gpu; then
+    OMP_NUM_THREADS=2 pytest -v -n 8 --dist worksteal -m gpu tests -k "not any_shape and not 2_31" >"$OUT/tests.txt" 2>&1
+  else
+    OMP_NUM_THREADS=1 AWNET_TEST_DEVICE=cpu pytest -v -n 2 -m "" tests/ops/test_gpu.py -k "empty or refused" >"$OUT/tests.txt" 2>&1
+  fi
+}
+
+# --- the steps of no call
+
+step_sanitize() {
+  local tool backend status=0
+  if ! on_gpu; then
+    TRITON_INTERPRET=1 "$PYTHON" -m awnet.benchmarks.sanitize --backend triton
     return
   fi
   command -v compute-sanitizer >/dev/null || { echo "there is no compute-sanitizer on the PATH"; return 1; }
@@ -93,62 +273,18 @@ stage_sanitize() {
   for tool in memcheck racecheck initcheck; do
     for backend in cuda triton; do
       echo "== $tool, $backend"
-      # every tensor an allocation of its own, so that memcheck sees where it ends
+      # every tensor in a separate allocation, so that memcheck sees where it ends
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
-        "$PYTHON" -m awnet.benchmarks.sanitize --backend $backend || wrong=1
+        "$PYTHON" -m awnet.benchmarks.sanitize --backend $backend || status=1
     done
   done
-  return $wrong
-}
-
-# Rows are on disk as soon as they are measured, and --missing leaves out those of this commit.
-measure() {
-  if on_gpu; then
-    awnet bench run --device cuda --dtype bfloat16 --layout channels_last --seconds 0.2 --missing --out "$OUT/results" "$@"
-  else
-    awnet bench run --smoke --device cpu --seconds 0.01 --missing --out "$OUT/results" "$@" --batch 8
-  fi
-}
-
-stage_bench() { measure --cases stage1 stage2 stage3 stage4 stem shortcut transition depthwise; }
-
-stage_networks() { measure --cases block network; }
-
-stage_compile() {
-  if on_gpu; then
-    measure --cases stage1 stage2 stage3 stage4 --modes attack training --batch 256 512 \
-      --providers compile compile_frozen static_compile && awnet bench verify --results "$OUT/results"
-  else
-    measure --cases stage4 --modes attack --providers static_compile && awnet bench verify --results "$OUT/results"
-  fi
-}
-
-# One mark a run, so that a stage that was stopped measures only what is missing.
-trained() {
-  local mark="$OUT/training.$1"
-  shift
-  [ -e "$mark" ] || { awnet bench train --device "$DEVICE" --out "$OUT/results" "$@" && touch "$mark"; }
-}
-
-stage_training() {
-  if ! on_gpu; then
-    trained tiny --recipe pgd_at --model awnet_tiny --size 8 --batch 4 --attack-steps 1 --steps 1
-    return
-  fi
-  trained mtard-512 --recipe mtard --batch 512 --providers awnet unfused \
-    && trained mtard --recipe mtard --providers awnet unfused \
-    && trained mtard-captured --recipe mtard --batch 512 --capture --providers awnet \
-    && trained mtard-fast --recipe mtard_fast --providers awnet unfused \
-    && trained trades-fast --recipe trades_fast --model resnet18 --providers awnet unfused \
-    && trained standard-fast --recipe standard_fast --model resnet18 --providers awnet unfused \
-    && trained literal --recipe mtard --steps 5 --providers awnet literal \
-    && trained compile --recipe mtard --providers awnet compile
+  return $status
 }
 
 # The tables that the next two write are awnet's own and count at once; DIR gets a copy.
 keep_tables() { mkdir -p "$OUT/configs" && cp awnet/ops/configs/*.json "$OUT/configs"; }
 
-stage_tune() {
+step_tune() {
   if on_gpu; then
     awnet bench tune --device cuda --minutes 6 && keep_tables
   else
@@ -156,7 +292,7 @@ stage_tune() {
   fi
 }
 
-stage_race() {
+step_race() {
   local race=("$PYTHON" -m awnet.benchmarks.convolutions --out "$OUT/convolutions.csv")
   if on_gpu; then
     "${race[@]}" --update && keep_tables
@@ -165,45 +301,111 @@ stage_race() {
   fi
 }
 
-stage_profile() {
+step_ncu() {
   local step=("$PYTHON" -m awnet.benchmarks.profile_step --device "$DEVICE") name number=0
   if ! on_gpu; then
-    "${step[@]}" --model awnet_tiny --batch 4 --steps 1 --out "$OUT"
+    "${step[@]}" --model awnet_tiny --batch 4 --steps-only
     return
   fi
-  "${step[@]}" --out "$OUT" || return
   command -v ncu >/dev/null || { echo "there is no ncu on the PATH"; return 1; }
+  "${step[@]}" --out "$WORK/profile" || return
   while read -r name; do
     number=$((number + 1))
     echo "== ncu, $name"
     ncu --clock-control none --target-processes all --kernel-name "regex:$name" --launch-count 3 --set full \
       --force-overwrite --export "$OUT/ncu-$number" --page details --print-summary none \
       "${step[@]}" --steps-only || return
-  done <"$OUT/heaviest.txt"
+  done <"$WORK/profile/heaviest.txt"
 }
 
-status=0
-for stage in "${STAGES[@]}"; do
-  if [ -e "$OUT/$stage.done" ] && [ -z "$AGAIN" ]; then
-    echo "$stage: done before"
-    continue
-  fi
-  rm -f "$OUT/$stage.done"
-  begun=$SECONDS
-  # a stage runs in a process group of its own, so that the limit ends all of it
-  export -f on_gpu awnet pytest keep_tables measure trained "stage_$stage"
-  export OUT DEVICE PYTHON
-  timeout --kill-after=10 "$LIMIT" bash -c "set -uo pipefail; stage_$stage" 2>&1 | tee "$OUT/$stage.log"
-  code=${PIPESTATUS[0]}
-  if [ "$code" = 0 ]; then
-    date -u +%FT%TZ >"$OUT/$stage.done"
-    echo "$stage: passed in $((SECONDS - begun)) s"
-  elif [ "$code" = 124 ] || [ "$code" = 137 ]; then
-    echo "$stage: stopped after $LIMIT s (LIMIT=seconds allows more)"
-    status=1
-  else
-    echo "$stage: failed with $code after $((SECONDS - begun)) s, see $OUT/$stage.log"
-    status=1
-  fi
-done
-exit $status
+# --- running them
+
+export -f on_gpu part python awnet pytest bench train on_h200 tiny mtard tiny_train available ours start_build keep_tables
+for name in "${NAMES[@]}"; do export -f "step_$name"; done
+
+keep() { [ ! -e "$WORK/cifar/log.jsonl" ] || cp "$WORK/cifar/log.jsonl" "$OUT/cifar.jsonl"; }
+
+RUNNING=()
+finish() {
+  trap - EXIT
+  for pid in ${RUNNING[@]+"${RUNNING[@]}"}; do kill "$pid" 2>/dev/null; done
+  [ ! -e "$WORK/building" ] || kill -- "-$(cat "$WORK/build.pid")" 2>/dev/null
+  [ ! -e "$WORK/build.log" ] || tail -n 50 "$WORK/build.log" >>"$LOG"
+  keep
+  rm -rf "$WORK"
+}
+trap finish EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+
+# start NAME SECONDS: begins a step in a process group of its own, so that its limit ends all of it
+start() {
+  say "== $1, at most $2 s"
+  # SIGINT, which a background process ignores by default, lets pytest and `awnet train` print and store what they have
+  timeout --signal=INT --kill-after=8 "$2" env --default-signal=INT bash -c "set -uo pipefail; step_$1" > >(tee -a "$LOG") 2>&1 &
+  PID=$!
+  RUNNING+=("$PID")
+}
+
+STATUS=0
+# ended NAME CODE SECONDS LIMIT
+ended() {
+  local how="failed with $2"
+  case $2 in
+    0) how=passed ;;
+    124 | 137) how=stopped ;;
+  esac
+  [ "$how" = passed ] || STATUS=1
+  echo "$1,$how,$3,$4" >>"$OUT/steps.csv"
+  say "$1: $how after $3 s of at most $4 s"
+}
+
+run_step() {
+  local begun=$SECONDS code
+  start "$1" "$2"
+  wait "$PID"
+  code=$?
+  RUNNING=()
+  ended "$1" "$code" "$((SECONDS - begun))" "$2"
+}
+
+smaller() { echo $(($1 < $2 ? $1 : $2)); }
+
+call_1() {
+  local end=$((SECONDS + ${LIMIT:-480})) entry name left
+  for entry in "${CALL_1[@]}"; do
+    name=${entry%:*} left=$((end - SECONDS))
+    if [ $left -lt 1 ]; then
+      say "$name: not started, the time of the call is over"
+      echo "$name,not started,0,0" >>"$OUT/steps.csv"
+      STATUS=1
+      continue
+    fi
+    run_step "$name" "$(smaller "${LIMITS[$name]}" "$left")"
+  done
+}
+
+call_2() {
+  local begun=$SECONDS entry name code
+  local -A pids
+  for entry in "${CALL_2[@]}"; do
+    name=${entry%:*}
+    start "$name" "${LIMITS[$name]}"
+    pids[$name]=$PID
+  done
+  for entry in "${CALL_2[@]}"; do
+    name=${entry%:*}
+    wait "${pids[$name]}"
+    code=$?
+    ended "$name" "$code" "$((SECONDS - begun))" "${LIMITS[$name]}"
+    keep
+  done
+  RUNNING=()
+}
+
+for step in ${STEPS[@]+"${STEPS[@]}"}; do run_step "$step" "${LIMITS[$step]}"; done
+for call in ${CALLS[@]+"${CALLS[@]}"}; do "call_$call"; done
+keep
+say "steps:"
+tee -a "$LOG" <"$OUT/steps.csv"
+exit $STATUS

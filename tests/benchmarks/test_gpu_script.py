@@ -1,24 +1,55 @@
-"""benchmarks/on_gpu.sh and what it runs, on the stand-ins for a machine without a GPU."""
+"""benchmarks/on_gpu.sh and gpu_pack.py: their control flow with a fake python, and on a CPU."""
 
 from __future__ import annotations
 
+import csv
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
-from awnet.benchmarks import profile_step, sanitize
+from awnet.benchmarks import profile_step, results, sanitize
 
 from awnet.attacks import graphed
+from awnet.data import load_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("build", "tests", "sanitize", "tune", "race", "bench", "networks", "compile", "training", "profile")
+CALL_1 = (*("check", "backends", "values", "graphs", "batch256", "layers", "profile", "compile", "rest"),)
+CALL_2 = ("cifar", "tests")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> dict[str, str]:
+    """An environment whose PYTHON writes its arguments to $FAKE_CALLS and behaves as $RULES, lines of bash, says."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        'echo "$*" | tr "\\n" " " >>"$FAKE_CALLS"; echo >>"$FAKE_CALLS"\n'
+        'eval "${RULES:-}"\n'
+        'case "$*" in *available_backends*) echo "${BACKENDS:-cuda triton}" ;; esac\n'
+    )
+    python.chmod(0o755)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "nvidia-smi").write_text("#!/bin/sh\necho fake\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    return {
+        "PYTHON": str(python),
+        "FAKE_CALLS": str(tmp_path / "calls"),
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+    }
 
 
 def on_gpu(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,15 +58,21 @@ def on_gpu(*arguments: object, **environment: str) -> subprocess.CompletedProces
         env=os.environ | {"PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
+
+
+def steps_of(folder: Path) -> dict[str, str]:
+    with open(folder / "steps.csv", newline="", encoding="utf-8") as file:
+        return {row["step"]: row["ended"] for row in csv.DictReader(file)}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "--out DIR is missing"),
-        (("--out", "x", "--stage", "everything"), "there is no stage everything; there are build tests"),
+        (("--out", "x", "--step", "everything"), "there is no step everything; there are check backends"),
+        (("--out", "x", "--call", "3"), "--call must be 1 or 2, got 3"),
         (("--out", "x", "--device", "tpu"), "--device must be cuda or cpu, got tpu"),
         (("--outt", "x"), "unknown option --outt"),
     ],
@@ -47,55 +84,207 @@ def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str) -> 
     assert not Path("x").exists()
 
 
-def test_help_lists_the_stages() -> None:
+def test_help_lists_calls_and_steps() -> None:
     text = on_gpu("--help").stdout
-    for stage in STAGES:
-        assert f"\n  {stage} " in text
+    for step in (*CALL_1, *CALL_2, "sanitize", "tune", "race", "ncu"):
+        assert f" {step}" in text
+    assert "Call 1 (480 s)" in text
+    assert "#" not in text
 
 
-def test_a_stage_is_run_until_it_passes_and_again_where_it_is_asked_for(tmp_path: Path) -> None:
-    call = ("--out", tmp_path, "--device", "cpu", "--stage", "profile")
-    failed = on_gpu(*call, AWNET_BACKEND="nonsense")
-    assert failed.returncode == 1
-    assert "names no backend: 'nonsense'" in failed.stdout
-    assert "profile: failed with 1" in failed.stdout
-    assert not (tmp_path / "profile.done").exists()
-    passed = on_gpu(*call)
-    assert passed.returncode == 0, passed.stdout + passed.stderr
-    assert "profile: passed" in passed.stdout
-    assert "one PGD step on cpu" in (tmp_path / "profile.log").read_text()
-    assert len((tmp_path / "heaviest.txt").read_text().splitlines()) == 5
-    assert on_gpu(*call).stdout == "profile: done before\n"
-    stopped = on_gpu(*call, "--again", LIMIT="1")
-    assert stopped.returncode == 1
-    assert "profile: stopped after 1 s" in stopped.stdout
-    assert not (tmp_path / "profile.done").exists()
+def test_both_calls_run_every_step_in_order_and_leave_few_files(fake: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = on_gpu("--out", out, **fake)
+    steps = steps_of(out)
+    assert tuple(steps) == (*CALL_1, *CALL_2)
+    assert {name: how for name, how in steps.items() if how != "passed"} == {"profile": "failed with 1"}
+    assert done.returncode == 1  # the fake python profiles nothing
+    calls = Path(fake["FAKE_CALLS"]).read_text().splitlines()
+    measured = [line for line in calls if "bench train" in line or "bench run" in line]
+    assert ["--capture" in line and "--batch 512" in line for line in measured[:2]] == [True, True]
+    assert [line.split()[-1] for line in measured[:2]] == ["cuda", "triton"]
+    assert all(f"--out {out}/results" in line for line in measured)
+    layers = next(line for line in calls if "--cases stage1 stage2" in line)
+    assert "--batch 512 256 --providers cuda triton unfused" in layers
+    assert "--verify-batch 32" in layers
+    assert any("--recipe pgd_at_fast --data cifar10" in line for line in calls)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) <= 8
+    assert all(len(path.relative_to(out).parts) <= 2 for path in files)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp.")]  # its own folder is gone
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_next(fake: dict[str, str], tmp_path: Path) -> None:
+    rules = 'case "$*" in *sanitize*) exit 3 ;; *test_graphed*) sleep 60 ;; esac'
+    names = ("values", "graphs", "batch256")
+    words = [word for name in names for word in ("--step", name)]
+    done = on_gpu("--out", tmp_path / "out", *words, LIMIT="2", RULES=rules, **fake)
+    assert steps_of(tmp_path / "out") == {
+        "values": "failed with 1", "graphs": "stopped", "batch256": "passed"
+    }  # fmt: skip
+    assert done.returncode == 1
+    # both parts of the step ran, although the first failed
+    assert Path(fake["FAKE_CALLS"]).read_text().count("awnet.benchmarks.sanitize") == 2
+
+
+def test_a_call_ends_with_its_time(fake: dict[str, str], tmp_path: Path) -> None:
+    hangs = 'case "$*" in *find_spec*) ;; *) sleep 60 ;; esac'
+    done = on_gpu("--out", tmp_path / "out", "--call", 1, LIMIT="2", RULES=hangs, **fake)
+    ended = list(steps_of(tmp_path / "out").values())
+    assert (ended[0], ended[-1]) == ("stopped", "not started")
+    assert done.returncode == 1
+
+
+def test_triton_is_measured_while_the_cuda_kernels_are_compiled(fake: dict[str, str], tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    rules = (
+        f'case "$*" in *"gpu_pack.py native"*) exit 1 ;; *setup.py*) sleep 1; touch {built} ;;'
+        f"*available_backends*) [ -e {built} ] || BACKENDS=triton ;; esac"
+    )
+    on_gpu("--out", tmp_path / "out", "--step", "check", "--step", "backends", RULES=rules, **fake)
+    calls = Path(fake["FAKE_CALLS"]).read_text().splitlines()
+    assert [line.split()[-1] for line in calls if "bench train" in line] == ["triton", "cuda"]
+    assert any("setup.py -q build_ext --inplace" in line for line in calls)
+
+
+def test_a_killed_call_ends_its_processes_and_keeps_its_files(fake: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rules = f'case "$*" in *"--backend cuda"*) mkdir -p {out}/results; echo row >{out}/results/a.csv; sleep 77 ;; esac'
+    script = subprocess.Popen(
+        [ROOT / "benchmarks" / "on_gpu.sh", "--out", out, "--call", "1"],
+        env=os.environ | fake | {"RULES": rules},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    end = time.monotonic() + 60
+    while not (out / "results/a.csv").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=30) == 143
+    assert (out / "results/a.csv").read_text() == "row\n"
+    assert steps_of(out) == {"check": "passed"}
+    assert "== backends" in (out / "log.txt").read_text()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp.")]
+    while time.monotonic() < end and _runs("sleep 77"):
+        time.sleep(0.05)
+    assert not _runs("sleep 77")
+
+
+def _runs(command: str) -> bool:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().replace(b"\0", b" ").strip() == command.encode():
+                return True
+        except OSError:
+            continue
+    return False
 
 
 @pytest.mark.slow
-def test_a_benchmark_stage_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    call = ("--out", tmp_path, "--device", "cpu", "--stage", "networks")
-    stopped = on_gpu(*call, LIMIT="1")
-    assert "networks: stopped after 1 s" in stopped.stdout
-    first = on_gpu(*call)
-    assert first.returncode == 0, first.stdout + first.stderr
+def test_a_benchmark_that_is_killed_leaves_its_rows(tmp_path: Path) -> None:
+    script = subprocess.Popen(
+        [ROOT / "benchmarks" / "on_gpu.sh", "--out", tmp_path, "--device", "cpu", "--step", "layers"],
+        env=os.environ | {"PYTHON": sys.executable},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end, rows = time.monotonic() + 300, []
+    while time.monotonic() < end and len(rows) < 3:  # two ceilings and a measurement
+        time.sleep(0.02)
+        rows = [row for path in (tmp_path / "results").glob("*.csv") for row in results.read_rows(path)]
+    script.kill()
+    script.wait()
+    assert len(rows) >= 3
     (path,) = (tmp_path / "results").glob("*-smoke.csv")
-    rows = path.read_text()
-    assert "network,training" in rows
-    second = on_gpu(*call, "--again")
-    assert second.returncode == 0
-    assert ": 0 rows" in (tmp_path / "networks.log").read_text()
-    assert path.read_text() == rows
+    assert len(results.read_rows(path)) >= 3
 
 
 @pytest.mark.slow
-def test_every_stage_has_a_stand_in(tmp_path: Path) -> None:
-    done = on_gpu("--out", tmp_path, "--device", "cpu")
-    for stage in STAGES:
-        assert (tmp_path / f"{stage}.done").exists(), (stage, done.stdout[-3000:], done.stderr[-1000:])
-    assert list((tmp_path / "results").glob("*.csv"))
-    assert (tmp_path / "convolutions.csv").exists()
-    assert list((tmp_path / "results").glob("*-train.csv"))
+def test_both_calls_have_a_stand_in_on_a_cpu(tmp_path: Path) -> None:
+    done = on_gpu("--out", tmp_path, "--device", "cpu", OMP_NUM_THREADS="1")
+    steps = steps_of(tmp_path)
+    assert tuple(steps) == (*CALL_1, *CALL_2)
+    assert set(steps.values()) == {"passed"}, (steps, done.stdout[-3000:], done.stderr[-1000:])
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert len(files) <= 8
+    for name in ("cifar.jsonl", "log.txt", "profile.json", "steps.csv", "tests.txt"):
+        assert name in files
+    for path in (tmp_path / "results").glob("*.csv"):
+        columns = results.TRAIN_COLUMNS if path.stem.endswith("-train") else results.COLUMNS
+        assert results.read_rows(path, columns)
+
+
+# --- gpu_pack.py
+
+
+@pytest.fixture
+def pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_pack", ROOT / "benchmarks" / "gpu_pack.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "FOLDER", tmp_path / ".gpu")
+    return module
+
+
+def test_packed_images_are_read_as_cifar10(pack: ModuleType, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    colors = generator.integers(0, 256, (60, 3, 1, 1), np.uint8)  # one color each: JPEG keeps it nearly
+    images = np.broadcast_to(colors, (60, 3, 32, 32)).reshape(60, -1)
+    labels = generator.integers(0, 10, 60)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    for name, rows, kinds in zip(names, np.split(images, 6), np.split(labels, 6), strict=True):
+        batch = {"data": np.ascontiguousarray(rows), "labels": [int(kind) for kind in kinds]}
+        (folder / name).write_bytes(pack.pickle.dumps(batch, protocol=4))
+    pack.compress(folder.parent, tmp_path / "images.npz", 75)
+    assert pack.main(["unpack", str(tmp_path / "images.npz"), str(tmp_path / "again")]) == 0
+    for name in names:
+        want = pack.pickle.loads((folder / name).read_bytes())
+        got = pack.pickle.loads((tmp_path / "again/cifar-10-batches-py" / name).read_bytes())
+        assert got["labels"] == want["labels"]
+        assert np.abs(got["data"].astype(int) - want["data"]).max() <= 4
+    assert len(load_dataset("cifar10", tmp_path / "again").test) == 10
+    with pytest.raises(SystemExit, match="there is no cifar-10-batches-py in"):
+        pack.compress(tmp_path / "nowhere", tmp_path / "images.npz", 75)
+
+
+def test_a_packed_module_of_other_sources_or_versions_is_refused(
+    pack: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pack.FOLDER / "native"
+    assert pack._mismatch(folder) == "no native module is packed"
+    folder.mkdir(parents=True)
+    here = {"torch": "2.11.0+cu130", "suffix": ".cpython-312-x86_64-linux-gnu.so"}
+    monkeypatch.setattr(pack, "_about", lambda python: here)
+    fits = here | {"sources": pack.sources_key()}
+    for changes, reason in (
+        ({}, None),
+        ({"torch": "2.12.1+cu130"}, "the packed native module is of other torch: 2.12.1"),
+        ({"suffix": ".cpython-311-x86_64-linux-gnu.so"}, "of other suffix: .cpython-311"),
+        ({"sources": "0" * 64}, "of other sources: 0000"),
+    ):
+        (folder / "about.json").write_text(json.dumps(fits | changes))
+        found = pack._mismatch(folder)
+        assert (found is None) if reason is None else (reason in found)
+    copy = tmp_path / "copy"
+    for name in ("setup.py", "csrc"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, _in(copy, name))
+    assert pack.sources_key(copy) == pack.sources_key()
+    with open(copy / "csrc/module.cpp", "a") as file:
+        file.write("// changed\n")
+    assert pack.sources_key(copy) != pack.sources_key()
+
+
+def _in(folder: Path, name: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder / name
+
+
+# --- what the steps run
 
 
 def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
@@ -132,7 +321,7 @@ def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
 
 
 def test_the_profiled_step_is_the_training_attack_on_the_inference_copy(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dtypes: list[object] = []
     real = graphed.inference_copy
@@ -140,8 +329,6 @@ def test_the_profiled_step_is_the_training_attack_on_the_inference_copy(
     words = ["--device", "cpu", "--model", "awnet_tiny", "--batch", "2", "--steps", "1"]
     assert profile_step.main([*words, "--steps-only"]) == 0
     assert dtypes == [None]  # one copy for both calls; bfloat16 on a GPU only
-    assert profile_step.main([*words, "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "profile.json").read_text())[0]["us"] > 0
 
 
 def test_the_heaviest_kernels_are_named_as_ncu_names_them() -> None:
