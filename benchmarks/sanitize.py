@@ -199,7 +199,6 @@ def check_algebra(check: _Checker) -> None:
 
 def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> int:
     """What only Triton has: convolutions, the attack's step, a network's coefficients. Returns the calls."""
-    from awnet.ops.backends.triton import network_coefficients, network_gradients
     from awnet.ops.launch_config import launch_parameters
 
     fused_conv, sign_step = (
@@ -236,10 +235,9 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
     moved = sign_step.sign_step(image, normal(3, 3, 17, 17), image, 0.01, 0.03, config)
     assert float((moved - image).abs().max()) <= 0.0101
     tables, scale, p = normal(4, 2, 32).abs(), normal(5, 8), normal(5).sigmoid()
-    norm, mix = Norm.stacked(tables, 1e-5), Mix(scale, p)
-    coefficients = network_coefficients(norm, mix, (8, 24), 5)
-    sums = Reduced(normal(5, 32), normal(5, 32), None)
-    grads = network_gradients(sums, norm, mix, Needs(filter_scale=True, p_clean=True))
+    coefficients = torch.ops.awnet.network_coefficients_triton(scale, p, tables, (8, 24), 1e-5)
+    d = normal(5, 32)
+    grads = torch.ops.awnet.network_gradients_triton(d, d, scale, p, tables, 1e-5, (True, True))
     assert all(part.isfinite().all() for part in _tensors((coefficients, grads)))
     return calls + 3
 

@@ -442,6 +442,19 @@ def register(name: str, passes: Passes) -> Layer:
     return _bind(operator, backward_operator)
 
 
+def register_operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers ``torch.ops.awnet.<name>``, an operator without a gradient.
+
+    Args:
+        schema: arguments and results.
+        function: computes the result.
+        fake: returns tensors of the result's shapes, strides and dtypes, for torch.compile.
+    """
+    torch.library.define(f"awnet::{name}", schema)
+    torch.library.impl(f"awnet::{name}", "CompositeExplicitAutograd", function)
+    torch.library.register_fake(f"awnet::{name}", fake)
+
+
 def _bind(operator: Layer, backward_operator: Layer) -> Layer:
     """``operator`` with its gradient as a torch.autograd.Function, for calls in eager mode."""
 

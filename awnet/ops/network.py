@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import dispatch, network_autograd
-from awnet.ops.args import LayerArgs, Needs
+from awnet.ops.args import Conv, LayerArgs, Needs
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.coefficients import Mix, Norm, Reduced, eval_coefficients, eval_gradients, split
@@ -134,8 +134,8 @@ def network_coefficients(
     _check_network(tables, widths, filter_scale, p_clean, eps)
     p_clean = p_clean.to(tables.dtype)
     filter_scale = None if filter_scale is None else filter_scale.to(tables.dtype)
-    # a backend decides by device and dtype
-    probe = LayerArgs(tables[:1], filter_scale=filter_scale, p_clean=p_clean)
+    # a backend decides by device and dtype; torch.compile cannot trace the record's default for conv
+    probe = LayerArgs(tables[:1], conv=Conv(), filter_scale=filter_scale, p_clean=p_clean)
     chosen = dispatch.select(probe, backend).name
     if chosen == "reference":
         norm = Norm.stacked(tables, float(eps))
@@ -188,12 +188,16 @@ class _NetworkCoefficients(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.eps, ctx.on_triton = eps, on_triton
         ctx.save_for_backward(filter_scale, p_clean, tables)
-        norm, mix, batch = Norm.stacked(tables, eps), Mix(filter_scale, p_clean), len(p_clean)
-        if on_triton:
-            pairs = triton_backend.network_coefficients(norm, mix, widths, batch)
-        else:
-            pairs = split(*eval_coefficients(norm, mix, batch), widths)
-        return tuple(table for pair in pairs for table in pair)
+        batch = len(p_clean)
+        if not on_triton:
+            pairs = split(
+                *eval_coefficients(Norm.stacked(tables, eps), Mix(filter_scale, p_clean), batch), widths
+            )
+            return tuple(table for pair in pairs for table in pair)
+        sizes = [batch * width for width in widths]
+        flat = torch.ops.awnet.network_coefficients_triton(filter_scale, p_clean, tables, widths, eps)
+        blocks = zip(*(whole.split(sizes) for whole in flat), widths, strict=True)
+        return tuple(block.view(batch, width) for *pair, width in blocks for block in pair)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -204,9 +208,14 @@ class _NetworkCoefficients(torch.autograd.Function):
             )
         filter_scale, p_clean, tables = ctx.saved_tensors
         d_scale, d_shift = torch.cat(grads[::2], 1), torch.cat(grads[1::2], 1)  # [B, T]
-        sums = Reduced(d_shift, d_scale, None)
+        need_filter_scale, need_p_clean = ctx.needs_input_grad[:2]
+        if ctx.on_triton:
+            d_filter_scale, d_p_clean = torch.ops.awnet.network_gradients_triton(
+                d_scale, d_shift, filter_scale, p_clean, tables, ctx.eps, [need_filter_scale, need_p_clean]
+            )
+            d_filter_scale = d_filter_scale if need_filter_scale else None
+            return d_filter_scale, d_p_clean if need_p_clean else None, None, None, None, None
         norm, mix = Norm.stacked(tables, ctx.eps), Mix(filter_scale, p_clean)
-        needs = Needs(filter_scale=ctx.needs_input_grad[0], p_clean=ctx.needs_input_grad[1])
-        gradients = triton_backend.network_gradients if ctx.on_triton else eval_gradients
-        result = gradients(sums, norm, mix, needs)
+        needs = Needs(filter_scale=need_filter_scale, p_clean=need_p_clean)
+        result = eval_gradients(Reduced(d_shift, d_scale, None), norm, mix, needs)
         return result.filter_scale, result.p_clean, None, None, None, None

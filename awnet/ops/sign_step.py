@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import dispatch
+from awnet.ops.autograd import register_operator
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.launch_config import launch_parameters
 from awnet.ops.transforms import transform
@@ -33,15 +34,7 @@ def sign_step(
         if other is not None and other.shape != x_adv.shape:
             raise ValueError(f"{name} must have x_adv's shape {list(x_adv.shape)}, got {list(other.shape)}")
     if _runs_triton(x_adv, grad, x):
-        config = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
-        start = x_adv if torch.ops.aten.is_non_overlapping_and_dense(x_adv) else x_adv.clone()
-        kernel = triton_backend.kernels("sign_step").sign_step
-        copied = None if cast is None or cast.stride() != start.stride() else cast
-        stepped: Tensor = kernel(
-            start, _alike(grad, start), _alike(x, start), step_size, eps, config, cast=copied
-        )
-        if cast is not None and copied is None:
-            cast.copy_(stepped)
+        stepped: Tensor = torch.ops.awnet.sign_step_triton(x_adv, grad, x, step_size, eps, cast)
         return stepped
     low, high = (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
     stepped = torch.add(x_adv, grad.sign().to(x_adv.dtype), alpha=step_size).clamp_(low, high)
@@ -61,3 +54,35 @@ def _runs_triton(*images: Tensor) -> bool:
 def _alike(x: Tensor, like: Tensor) -> Tensor:
     """``x`` with the strides of ``like``; a copy only where its strides differ."""
     return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def _on_triton(
+    x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float, eps: float, cast: Tensor | None
+) -> Tensor:
+    config = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
+    start = _dense(x_adv)
+    copied = None if cast is None or cast.stride() != start.stride() else cast
+    stepped: Tensor = triton_backend.kernels("sign_step").sign_step(
+        start, _alike(grad, start), _alike(x, start), step_size, eps, config, cast=copied
+    )
+    if cast is not None and copied is None:
+        cast.copy_(stepped)
+    return stepped
+
+
+def _fake_on_triton(
+    x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float, eps: float, cast: Tensor | None
+) -> Tensor:
+    return torch.empty_like(_dense(x_adv))
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
+
+
+register_operator(
+    "sign_step_triton",
+    "(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, Tensor(a!)? cast) -> Tensor",
+    _on_triton,
+    _fake_on_triton,
+)

@@ -83,3 +83,20 @@ def test_an_attack_on_a_frozen_network() -> None:
     for dtype, least in ((torch.float32, 1.0), (torch.float16, 0.9)):  # a sign turns where a gradient is tiny
         same = (found["triton"][dtype] - found["eager"][dtype]).abs() < 1e-6
         assert same.float().mean() >= least
+
+
+@pytest.mark.slow  # opcheck imports seconds of test helpers
+def test_the_operators_have_correct_schemas_and_fake_kernels() -> None:
+    tables = rand(4, 2, 12, seed=0).abs_().add_(0.1)
+    omega, p, grads = rand(6, 8, seed=1), rand(6, seed=2).sigmoid(), rand(6, 12, seed=3)
+    x = rand(2, 3, 4, 5, seed=4).contiguous(memory_format=torch.channels_last)
+    gap = rand(2, 3, 4, 10, seed=5)[..., ::2]
+    for name, arguments in (
+        ("network_coefficients_triton", (omega, p, tables, [5, 3, 4], 1e-5)),
+        ("network_gradients_triton", (grads, grads, omega, p, tables, 1e-5, [True, True])),
+        ("network_gradients_triton", (grads, grads, None, p, tables, 1e-5, [False, True])),
+        ("sign_step_triton", (x, x, x, 0.1, 0.2, None)),
+        ("sign_step_triton", (gap, x, gap, 0.1, 0.2, torch.empty_like(x, dtype=torch.float16))),
+    ):
+        operator = getattr(torch.ops.awnet, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

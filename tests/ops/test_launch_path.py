@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.launch_path import Launches, host_seconds
@@ -74,3 +76,55 @@ def test_a_frozen_network_makes_its_coefficients_in_one_launch(triton_launches: 
     assert counts["propagate_kernel"] == layers
     # only the dynamic half needs sums, for the gradients of ω and p
     assert 0 < counts["reduce_kernel"] < layers
+
+
+# --- torch.compile
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The whole as one graph, through Dynamo and AOTAutograd; a graph break is an error."""
+    torch._dynamo.reset()
+    result: Callable[..., Tensor] = torch.compile(function, backend="aot_eager", fullgraph=True)
+    return result
+
+
+def test_coefficients_and_attack_step_compile_into_one_graph(triton_launches: Launches) -> None:
+    tables, x = torch.rand(4, 2, 2 * CHANNELS), torch.rand(BATCH, CHANNELS)
+    cast = torch.empty_like(x, dtype=torch.bfloat16)
+    leaves = torch.rand(BATCH, CHANNELS, requires_grad=True), torch.rand(BATCH, requires_grad=True)
+
+    def forward(filter_scale: Tensor, p_clean: Tensor) -> Tensor:
+        pairs = ops.network_coefficients(tables, (CHANNELS, CHANNELS), filter_scale, p_clean, eps=1e-5)
+        return torch.stack([scale + shift for scale, shift in pairs])
+
+    with ops.use_backend("triton"):
+        compiled(forward)(*leaves).sum().backward()
+        y = compiled(lambda start: ops.sign_step(start, x, x, 0.01, 0.03, cast=cast) + cast)(x)
+    assert y.shape == x.shape
+    names = ["eval_coefficients_kernel", "eval_gradients_kernel", "sign_step_kernel"]
+    assert triton_launches.kernels == names
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+@pytest.mark.slow  # the compiler takes one to two minutes a network
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "live"])
+def test_a_compiled_network_launches_the_kernels_of_the_network(
+    triton_launches: Launches, frozen: bool, backend: str
+) -> None:
+    model = create_model("awnet_tiny", num_classes=10, in_channels=3).eval()
+    network = inference_copy(model) if frozen else model
+    assert network is not None
+    x = torch.rand(BATCH, 3, SIZE, SIZE, requires_grad=True)
+    torch._dynamo.reset()
+    with ops.use_backend("triton"):
+        network(x).sum().backward()  # a frozen network makes its router's coefficients at the first call
+        triton_launches.clear()
+        network(x).sum().backward()
+        uncompiled = triton_launches.counts
+        triton_launches.clear()
+        torch.compile(network, backend=backend, fullgraph=True)(x).sum().backward()
+    counts = triton_launches.counts
+    assert counts["apply_kernel"] == uncompiled["apply_kernel"]
+    assert counts["eval_coefficients_kernel"] == uncompiled["eval_coefficients_kernel"]
+    assert counts["eval_gradients_kernel"] == uncompiled["eval_gradients_kernel"]

@@ -67,6 +67,10 @@ def _driver() -> Any:
     )
 
 
+def _no_obstacle(device: object) -> None:
+    return None
+
+
 # launchers outlive their driver, in the caches of the kernels
 _current: list[Launches] = []
 
@@ -86,7 +90,7 @@ def launch_path() -> Iterator[Launches]:
     _current.append(launches)
     driver.set_active(_driver())
     try:
-        with mock.patch.object(backend, "device_obstacle", return_value=None):
+        with mock.patch.object(backend, "device_obstacle", _no_obstacle):
             yield launches
     finally:
         driver._active = before

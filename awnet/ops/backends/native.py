@@ -17,7 +17,7 @@ import torch
 
 from awnet.ops.args import LayerArgs
 from awnet.ops.autograd import Layer, OperatorBackend, define, describe
-from awnet.ops.backends.base import NO_FLOAT64, device_obstacle
+from awnet.ops.backends.base import NO_FLOAT64, constant_in_graphs, device_obstacle
 
 _MARK = b"awnet-built-for-torch="
 INTERFACE = "interface=2"  # of the operators; as in csrc/module.cpp
@@ -117,14 +117,24 @@ class Cpp(_Native):
         return self._obstacle
 
 
+@constant_in_graphs
+def _no_kernel_on(device: torch.device) -> str | None:
+    return device_obstacle(device)
+
+
+@constant_in_graphs
+def _no_cuda_part() -> str | None:
+    return _layer()[1] or cuda_obstacle()
+
+
 class Cuda(_Native):
     name = "cuda"
     summary = "CUDA C++ kernels (CUDA devices)"
 
     def not_supported(self, args: LayerArgs) -> str | None:
-        reason = device_obstacle(args.input.device)
+        reason = _no_kernel_on(args.input.device)
         if reason is not None:
             return reason
         if args.input.dtype == torch.float64:
             return NO_FLOAT64
-        return self._obstacle or cuda_obstacle()
+        return _no_cuda_part()

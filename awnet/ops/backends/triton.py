@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from awnet.ops.args import Conv, LayerArgs, Needs
-from awnet.ops.autograd import OperatorBackend, register
-from awnet.ops.backends.base import NO_FLOAT64, Passes, device_obstacle
+from awnet.ops.autograd import OperatorBackend, register, register_operator
+from awnet.ops.backends.base import NO_FLOAT64, Passes, constant_in_graphs, device_obstacle
 from awnet.ops.coefficients import (
     BatchStats,
     Gradients,
@@ -46,15 +46,15 @@ def interpreted() -> bool:
 
 def obstacle(x: Tensor) -> str | None:
     """Why the kernels cannot run on ``x``; None where they can."""
+    reason = _obstacle_on(x.device)
+    return NO_FLOAT64 if reason is None and x.dtype == torch.float64 else reason
+
+
+@constant_in_graphs
+def _obstacle_on(device: torch.device) -> str | None:
     if not _installed():
         return "Triton is not installed (pip install triton, on Linux)"
-    if x.device.type != "cpu" or not interpreted():
-        reason = device_obstacle(x.device)
-        if reason is not None:
-            return reason
-    if x.dtype == torch.float64:
-        return NO_FLOAT64
-    return None
+    return None if device.type == "cpu" and interpreted() else device_obstacle(device)
 
 
 def _dense(x: Tensor | None) -> Any:
@@ -231,21 +231,81 @@ def _eval_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs, config: P
     )
 
 
-def network_coefficients(
-    norm: Norm, mix: Mix, widths: Sequence[int], batch: int
-) -> list[tuple[Tensor, Tensor]]:
-    """``split(*eval_coefficients(norm, mix, batch), widths)`` in one launch."""
-    device = norm.weight.device
-    config = _for_table("network_coefficients", device, batch, sum(widths))
-    layout = _network_layout(tuple(widths), device)
-    pairs = kernels("eval_coefficients").network_coefficients(_norm(norm), _mix(mix), widths, layout, config)
-    return list(pairs)
+# a frozen network, as operators with fake kernels, so that torch.compile passes them by
 
 
-def network_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Gradients:
-    """``eval_gradients`` with the launch parameters of a network."""
-    config = _for_table("network_gradients", sums.g1.device, *sums.g1.shape)
-    return _eval_gradients(sums, norm, mix, needs, config)
+def _network_coefficients(
+    filter_scale: Tensor | None, p_clean: Tensor, tables: Tensor, widths: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    """All layers' scales and shifts, each one after the other in a flat tensor, in one launch."""
+    norm, mix, widths = Norm.stacked(tables, eps), Mix(filter_scale, p_clean), tuple(widths)
+    batch, channels = len(p_clean), tables.shape[2]
+    config = _for_table("network_coefficients", tables.device, batch, channels)
+    layout = _network_layout(widths, tables.device)
+    flat = tables.new_empty(batch * channels), tables.new_empty(batch * channels)
+    kernels("eval_coefficients").network_coefficients(
+        _norm(norm), _mix(mix), widths, layout, config, out=flat
+    )
+    return flat
+
+
+def _fake_network_coefficients(
+    filter_scale: Tensor | None, p_clean: Tensor, tables: Tensor, widths: Sequence[int], eps: float
+) -> tuple[Tensor, Tensor]:
+    size = len(p_clean) * tables.shape[2]
+    return tables.new_empty(size), tables.new_empty(size)
+
+
+def _network_gradients(
+    d_scale: Tensor,
+    d_shift: Tensor,
+    filter_scale: Tensor | None,
+    p_clean: Tensor,
+    tables: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ω and p, empty where not needed."""
+    norm, mix = Norm.stacked(tables, eps), Mix(filter_scale, p_clean)
+    config = _for_table("network_gradients", tables.device, *d_shift.shape)
+    required = Needs(filter_scale=needs[0], p_clean=needs[1])
+    grads = _eval_gradients(Reduced(d_shift, d_scale, None), norm, mix, required, config)
+    return (
+        tables.new_empty(0) if grads.filter_scale is None else grads.filter_scale,
+        tables.new_empty(0) if grads.p_clean is None else grads.p_clean,
+    )
+
+
+def _fake_network_gradients(
+    d_scale: Tensor,
+    d_shift: Tensor,
+    filter_scale: Tensor | None,
+    p_clean: Tensor,
+    tables: Tensor,
+    eps: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    d_filter_scale = tables.new_empty(0) if filter_scale is None else torch.empty_like(filter_scale)
+    return (
+        d_filter_scale if needs[0] else tables.new_empty(0),
+        torch.empty_like(p_clean) if needs[1] else tables.new_empty(0),
+    )
+
+
+register_operator(
+    "network_coefficients_triton",
+    "(Tensor? filter_scale, Tensor p_clean, Tensor tables, int[] widths, float eps) "
+    "-> (Tensor scale, Tensor shift)",
+    _network_coefficients,
+    _fake_network_coefficients,
+)
+register_operator(
+    "network_gradients_triton",
+    "(Tensor d_scale, Tensor d_shift, Tensor? filter_scale, Tensor p_clean, Tensor tables, float eps, "
+    "bool[2] needs) -> (Tensor d_filter_scale, Tensor d_p_clean)",
+    _network_gradients,
+    _fake_network_gradients,
+)
 
 
 @functools.lru_cache(maxsize=64)
