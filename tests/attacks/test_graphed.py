@@ -359,7 +359,9 @@ def test_a_cuda_graph_beside_training_steps(deterministic: None) -> None:
 
 
 @pytest.mark.gpu
-def test_a_model_that_waits_for_the_host_falls_back(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_waits_for_the_host_falls_back(
+    deterministic: None, caplog: pytest.LogCaptureFixture
+) -> None:
     model = net().cuda()
     images = {k: v.cuda() for k, v in batch().items()}
 

@@ -7,8 +7,6 @@ tested where there is no GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -42,11 +40,11 @@ SIZES = {
 
 
 @pytest.fixture(autouse=True)
-def full_float32() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+def full_float32_and_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN convolves without TF32, and sums its gradients in the same order at each call."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 def example(training: bool, channels: int, size: int, seed: int = 0, **changes: object) -> Layer:
@@ -179,18 +177,12 @@ def test_views_and_foreign_strides(backend: str) -> None:
 @both_modes
 def test_the_same_call_gives_the_same_bits(training: bool, layout, backend: str) -> None:
     layer = on_device(example(training, 48, 33).to(torch.float32), layout)
-    # the library's weight gradient is its own matter: cuDNN may sum in any order unless told otherwise
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        first = run(layer, backend=backend)
-        for _ in range(5):
-            again = run(layer, backend=backend)
-            assert torch.equal(first.output, again.output)
-            for name, value in first.grads.items():
-                assert torch.equal(value, again.grads[name]), name
-    finally:
-        torch.backends.cudnn.deterministic = before
+    first = run(layer, backend=backend)
+    for _ in range(5):
+        again = run(layer, backend=backend)
+        assert torch.equal(first.output, again.output)
+        for name, value in first.grads.items():
+            assert torch.equal(value, again.grads[name]), name
 
 
 @each_backend
