@@ -7,6 +7,7 @@ tested where there is no GPU.
 from __future__ import annotations
 
 import os
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
