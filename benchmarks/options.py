@@ -23,7 +23,7 @@ _MAX_SECONDS, _MAX_RETRIES = 86400.0, 100
 MIN_TRAINING_BATCH = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions:
     """What to measure, and on what."""
 

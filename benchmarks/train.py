@@ -41,7 +41,7 @@ _LOSSES = (losses.mtard, losses.trades, losses.pgd_at, losses.standard, losses.h
 PARTS = ("attack", "training", "teachers", "data")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainBenchOptions:
     """What to measure, and on what."""
 

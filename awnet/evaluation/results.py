@@ -60,7 +60,7 @@ class Comparison:
     attacks: dict[str, AttackDifference]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class Results:
     """The content of a :class:`~awnet.evaluation.Report`. Accuracies are fractions."""
 

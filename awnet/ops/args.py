@@ -106,7 +106,7 @@ class Saved(NamedTuple):
 
     y: Tensor  # [B, C_out, H', W']
     u: Tensor  # of y's shape, conv(input, weight); empty without a weight or without keep_u
-    mask: Tensor  # of y's shape, bool: where the activation passed; empty without keep_mask
+    mask: Tensor  # of y's shape, bool: where y is not <= 0; empty without keep_mask
     mean: Tensor  # [B, C_out] of u; this and the rest are empty outside train mode
     m2: Tensor  # [B, C_out]
     batch_mean: Tensor  # [S, C_out] of ω ⊙ u
@@ -114,22 +114,22 @@ class Saved(NamedTuple):
     n: Tensor  # [S], values per channel
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardArgs:
     """The arguments of the backward operator."""
 
     grad: Tensor  # ∂L/∂y
-    input: Tensor | None  # its values, only where the weight's gradient is required
+    input: Tensor | None = None  # its values, only where the weight's gradient is required
     input_shape: Sequence[int]
-    weight: Tensor | None
-    conv: Conv
-    filter_scale: Tensor | None
-    norm: MixNorm | None  # in train mode with the statistics of the batch
-    p_clean: Tensor | None
-    is_clean: Tensor | None
-    shift: Tensor | None  # only its dtype is read
-    u: Tensor | None  # conv(input, weight), or the input where there is no weight
-    relu_mask: Tensor | None  # y, or a bool mask; None without an activation
+    weight: Tensor | None = None
+    conv: Conv = Conv()
+    filter_scale: Tensor | None = None
+    norm: MixNorm | None = None  # in train mode with the statistics of the batch
+    p_clean: Tensor | None = None
+    is_clean: Tensor | None = None
+    shift: Tensor | None = None  # only its dtype is read
+    u: Tensor | None = None  # conv(input, weight), or the input where there is no weight
+    relu_mask: Tensor | None = None  # y, or a bool mask; None without an activation
     mean: Tensor  # [B, C_out] of u; this and the rest are empty outside train mode
     m2: Tensor  # [B, C_out]
     n: Tensor  # [S]

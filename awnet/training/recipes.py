@@ -38,7 +38,7 @@ class TrainingAttack(Protocol):
     def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The settings that all methods share.
 

@@ -1,10 +1,10 @@
 // The direct convolution of convolution.h: geometry, packing, threads.
 //
-// An image is packed with its padding, row after row, and a stride's phases apart, so that of every tap of
-// the filter all inputs lie at one distance from the outputs: the convolution is then a sum of shifted
-// vectors times numbers. Where the outputs' rows are whole vectors, or half ones, they go straight from
-// registers to where they belong, through the layer's affine map on their way. Others come out at the packed
-// image's width, and what lies between its rows is dropped.
+// An image is packed with its padding, row by row, with the phases of the stride separate. Every tap of the
+// filter then has one offset from the output to its input, so the convolution is a sum of shifted vectors
+// times scalars. Output rows that are whole or half vectors are stored directly from registers, after the
+// layer's affine map. Other outputs are computed at the packed image's width, and the values between the rows
+// are dropped.
 #include "convolution.h"
 
 #include <ATen/Parallel.h>
@@ -20,18 +20,18 @@
 namespace awnet::cpu {
 namespace {
 
-// Beyond, the library's convolution was faster: docs/performance-notes.md.
+// With more channels the library's convolution is faster: docs/performance-notes.md.
 constexpr int64_t kMostChannels = 256;
-// An image beyond does not stay in the second cache while all its filters pass over it.
+// A larger image does not stay in the L2 cache while all filters are applied to it.
 constexpr int64_t kMostValues = 1 << 18;
-// A larger plane's combinations leave that cache: with few channels the direct way was as quick or quicker.
+// The Winograd combinations of a larger plane do not fit that cache; the direct sum is as fast or faster.
 constexpr int64_t kMostCombined = 64 * 64;
-// Values of a sample's packed image, or of what it is turned into. Padding, dilation and stride make them
-// larger than the image, without a limit: beyond this one the library convolves.
+// Values of a sample's packed image or packed gradient, which padding, dilation and stride can make
+// arbitrarily large. The library handles larger ones.
 constexpr int64_t kMostPacked = 2 * kMostValues;
-// Every size below these, no product of those in a plan overflows.
+// Below these sizes no product in a plan overflows.
 constexpr int64_t kMostSize = 1 << 20, kMostTaps = 128, kMostStride = 8;
-// Vectors of outputs that a kernel makes at once, where there are as many.
+// Output vectors that a kernel computes at once.
 constexpr int64_t kTile = 3;
 
 const char* const kNotTaken =
@@ -47,11 +47,11 @@ const ConvolutionKernels& kernels() {
 #endif
 }
 
-// The thread's own memory, one for images and one for filters, kept from call to call: it stays in the cache,
-// and its pages are mapped. Valid until the same is asked for again.
+// Memory of the calling thread, one block for images and one for filters, reused between calls so that it
+// stays in the cache. Valid until the thread's next call with the same Keep.
 enum class Keep { kImages, kFilters };
 template <Keep>
-float* own_memory(int64_t values) {
+float* thread_memory(int64_t values) {
   thread_local std::vector<float> memory;
   values += kLanes;
   if (static_cast<int64_t>(memory.size()) < values) memory = std::vector<float>(values);
@@ -59,31 +59,30 @@ float* own_memory(int64_t values) {
   return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + line - 1) / line * line);
 }
 
-// Where a plane's values lie in a packed one whose rows are `pitch` apart, its first value at `start`; empty
-// where its rows are neither whole vectors nor pairs of halves.
+// The positions of a plane's vectors in a packed plane with row stride `pitch` and first value at `start`;
+// empty if the rows are neither whole vectors nor pairs of half vectors.
 Vectors vectors_of(int64_t rows, int64_t width, int64_t pitch, int64_t start) {
-  Vectors found{{}, kHalf};
+  Vectors vectors{{}, kHalf};
   if (width % kLanes == 0) {
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < width; j += kLanes) found.at.push_back(start + i * pitch + j);
+      for (int64_t j = 0; j < width; j += kLanes) vectors.at.push_back(start + i * pitch + j);
     }
   } else if (width == kHalf && rows % 2 == 0) {
-    for (int64_t i = 0; i < rows; i += 2) found.at.push_back(start + i * pitch);
-    found.second = pitch;
+    for (int64_t i = 0; i < rows; i += 2) vectors.at.push_back(start + i * pitch);
+    vectors.second = pitch;
   }
-  return found;
+  return vectors;
 }
 
-// One phase of the outputs, those at begin, begin + stride, ...: its taps.
+// One phase of the outputs, those at begin, begin + stride, ..., and its taps.
 struct Phase {
   int64_t begin[2];             // row, column
   std::vector<int64_t> offset;  // of a tap's input from the output, in the packed image
-  std::vector<int64_t> tap;     // its place in the filter
+  std::vector<int64_t> tap;     // its index in the filter
   int64_t weights;              // where its packed weights begin
 };
 
-// The combinations of WinogradInput: how many values there are of each thing, and the filter's taps row by
-// row.
+// The layout of WinogradInput, in values, and the filter's taps row by row.
 struct Winograd {
   int64_t bands, bands_of_group, width;  // width: of the outputs' rows
   int64_t pitch, lanes, point, group;    // of a row, a channel, a point, all points of a group
@@ -93,8 +92,8 @@ struct Winograd {
 };
 
 struct Plan {
-  int64_t inputs, outputs;    // channels that come in and go out
-  int64_t pixels;             // of a plane of what comes in
+  int64_t inputs, outputs;    // channels
+  int64_t pixels;             // of an input plane
   int64_t size[2];            // of a phase of the packed image
   int64_t plane;              // values of a packed channel
   Vectors at;                 // the inputs of an output plane's vectors
@@ -103,18 +102,18 @@ struct Plan {
   int64_t blocks;             // of kConvolveRows outputs
   int64_t together = 1;       // samples that are packed at once
   std::vector<Phase> phases;  // of the outputs
-  float* weights;             // packed; the next plan of this thread takes their memory
+  float* weights;             // packed; valid until this thread's next plan
   std::optional<Winograd> winograd;
 
   Plan(int64_t inputs, int64_t outputs) : inputs(inputs), outputs(outputs) {
     blocks = ceil_div(outputs, kConvolveRows);
   }
 
-  // `at(output, input)` is where the filter between the two begins
+  // `at(output, input)`: the first value of that filter
   template <class At>
   void pack_weights(At at) {
     if (winograd) {
-      float* to = weights = own_memory<Keep::kFilters>(outputs * inputs * 3 * kPoints);
+      float* to = weights = thread_memory<Keep::kFilters>(outputs * inputs * 3 * kPoints);
       const int64_t point = inputs * 3 * kConvolveRows, stride = at(1, 0) - at(0, 0);
       for (int64_t first = 0; first < outputs; first += kConvolveRows, to += (kPoints - 1) * point) {
         for (int64_t input = 0; input < inputs; ++input, to += 3 * kConvolveRows) {
@@ -128,7 +127,7 @@ struct Plan {
       phase.weights = count;
       count += outputs * inputs * static_cast<int64_t>(phase.tap.size());
     }
-    float* to = weights = own_memory<Keep::kFilters>(count);
+    float* to = weights = thread_memory<Keep::kFilters>(count);
     for (const Phase& phase : phases) {
       for (int64_t first = 0; first < outputs; first += kConvolveRows) {
         const int64_t rows = std::min<int64_t>(outputs - first, kConvolveRows);
@@ -143,7 +142,7 @@ struct Plan {
     }
   }
 
-  // Winograd's way, where the filter is 3 by 3 without a stride and the outputs are whole bands.
+  // The Winograd layout, for 3x3 filters with stride 1 and outputs of whole bands.
   std::optional<Winograd> combinations(int64_t rows, int64_t columns) const {
     if (!dense || phases.size() != 1 || phases[0].tap.size() != 9) return std::nullopt;
     if (rows % kBand != 0 || outputs % kConvolveRows != 0 || inputs < kConvolveRows) return std::nullopt;
@@ -189,21 +188,23 @@ struct Plan {
     }
   }
 
-  // A thread's memory begins with the packed image, or with one packed channel and the combinations of it.
+  // A thread's memory starts with the packed image, or with one packed channel and its combinations.
   int64_t padded() const {  // the last vectors read beyond
     return (winograd ? ceil_div(plane, kLanes) * kLanes : inputs * plane) + kLanes;
   }
   int64_t packed() const { return padded() + (winograd ? together * winograd->values() : 0); }
 
-  // Where to pack a channel of a sample, and what there is to do then.
-  float* channel_of(float* own, int64_t channel) const { return winograd ? own : own + channel * plane; }
-  void combine(float* own, int64_t sample, int64_t channel) const {
+  // Where to pack a channel of a sample; `combine` follows.
+  float* channel_of(float* memory, int64_t channel) const {
+    return winograd ? memory : memory + channel * plane;
+  }
+  void combine(float* memory, int64_t sample, int64_t channel) const {
     if (!winograd) return;
     const Winograd& w = *winograd;
     for (int64_t b = 0; b < w.bands; ++b) {
-      float* const to = own + padded() + sample * w.values() + b / w.bands_of_group * w.group +
+      float* const to = memory + padded() + sample * w.values() + b / w.bands_of_group * w.group +
                         channel * w.lanes + b % w.bands_of_group * w.pitch;
-      kernels().winograd_rows(to, w.point, own + b * kBand * size[1], size[1], size[1]);
+      kernels().winograd_rows(to, w.point, memory + b * kBand * size[1], size[1], size[1]);
     }
   }
 
@@ -223,12 +224,12 @@ struct Plan {
                               samples * each, each, w.width, weights + first * inputs * 3 * kPoints});
       return;
     }
-    const float* own = weights + phase.weights + first * inputs * taps;
+    const float* filters = weights + phase.weights + first * inputs * taps;
     kernels().convolve[count - 1](
-        to, {image, plane, inputs, at.at.data(), at.second, vectors, phase.offset.data(), taps, own});
+        to, {image, plane, inputs, at.at.data(), at.second, vectors, phase.offset.data(), taps, filters});
   }
 
-  // All phases one after the other, each [channel][channel_values].
+  // All phases in order, each [channel][channel_values].
   void run(float* out, const float* image, int64_t block) const {
     for (const Phase& phase : phases) {
       run({.u = out, .plane = channel_values()}, image, block, phase);
@@ -240,15 +241,15 @@ struct Plan {
 // Groups of samples and blocks of outputs over the threads: body(first and last sample, block, whether the
 // group is new to the thread, its buffer). A group may be shared by threads; each packs it for itself.
 template <class Body>
-void for_blocks(const Plan& plan, int64_t batch, int64_t buffer, Body body) {
+void for_blocks(const Plan& plan, int64_t batch, int64_t values, Body body) {
   const int64_t groups = ceil_div(batch, plan.together);
   at::parallel_for(0, groups * plan.blocks, 1, [&](int64_t begin, int64_t end) {
-    float* const own = own_memory<Keep::kImages>(buffer);
-    std::memset(own, 0, plan.padded() * sizeof(float));
+    float* const memory = thread_memory<Keep::kImages>(values);
+    std::memset(memory, 0, plan.padded() * sizeof(float));
     int64_t packed = -1;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / plan.blocks;
-      body(group * batch / groups, (group + 1) * batch / groups, i % plan.blocks, group != packed, own);
+      body(group * batch / groups, (group + 1) * batch / groups, i % plan.blocks, group != packed, memory);
       packed = group;
     }
   });
@@ -267,8 +268,7 @@ bool valid(Sizes image, const at::Tensor& weight) {
          std::max(image[2], image[3]) <= kMostSize && std::max(weight.size(2), weight.size(3)) <= kMostTaps;
 }
 
-// The size of the output along an axis, of values that `valid` has passed; below 1 where the filter is too
-// large.
+// The output's size along an axis, of sizes checked by `valid`; below 1 if the filter is too large.
 int64_t output_size(int64_t input, int64_t kernel, const Window& window, int axis) {
   const int64_t room = input + 2 * window.padding[axis] - window.dilation[axis] * (kernel - 1) - 1;
   return room < 0 ? 0 : room / window.stride[axis] + 1;
@@ -288,7 +288,7 @@ bool packs(Sizes image, const at::Tensor& weight, const Window& window) {
   return true;
 }
 
-// Whether Backward's is, which holds the output's gradient, and the phases of the input's.
+// Whether Backward's is, which holds the gradient of the output, and the phases of the input's gradient.
 bool packs_back(Sizes image, const at::Tensor& weight, const Window& window) {
   if (!valid(window) || !valid(image, weight)) return false;
   int64_t packed = weight.size(0), phases = 1;
@@ -310,7 +310,7 @@ struct Forward : Plan {
     int64_t phase[2];
   };
   std::vector<Source> sources;  // phases of the input that a tap reads
-  Vectors place;                // of the input in the packed image; empty where row goes after row
+  Vectors place;                // of the input in the packed image; empty if it is packed row by row
   Window window;
 
   Forward(const at::Tensor& input, const at::Tensor& weight, const Window& window)
@@ -332,9 +332,9 @@ struct Forward : Plan {
         const int64_t at[2] = {i * window.dilation[0], j * window.dilation[1]};
         const int64_t row = at[0] % window.stride[0], column = at[1] % window.stride[1];
         const auto same = [&](const Source& s) { return s.phase[0] == row && s.phase[1] == column; };
-        const auto found = std::find_if(sources.begin(), sources.end(), same);
-        const int64_t number = found - sources.begin();
-        if (found == sources.end()) sources.push_back({{row, column}});
+        const auto source = std::find_if(sources.begin(), sources.end(), same);
+        const int64_t number = source - sources.begin();
+        if (source == sources.end()) sources.push_back({{row, column}});
         phase.offset.push_back((number * size[0] + at[0] / window.stride[0]) * size[1] +
                                at[1] / window.stride[1]);
         phase.tap.push_back(i * kernel[1] + j);
@@ -377,7 +377,7 @@ struct Forward : Plan {
     }
   }
 
-  // A channel's outputs without what lies between the rows.
+  // Copies a channel's outputs without the values between the rows.
   void unpack(float* to, const float* from) const {
     for (int64_t i = 0; i < out_size[0]; ++i) {
       std::memcpy(to + i * out_size[1], from + i * size[1], out_size[1] * sizeof(float));
@@ -385,27 +385,27 @@ struct Forward : Plan {
   }
 };
 
-// u = conv(input, weight) and y, in dense planes from `to` on; finish(plane) for each of them.
+// Writes u = conv(input, weight) and y to `to`, in dense planes; calls finish(plane) for each.
 template <class Finish>
 void convolve_each(const at::Tensor& input, const Forward& plan, const ConvolveOutput& to, Finish finish) {
   const int64_t batch = input.size(0);
   const float* images = input.const_data_ptr<float>();
   const auto from = [](auto* start, int64_t at) { return start ? start + at : nullptr; };
-  const auto body = [&](int64_t b, int64_t end, int64_t block, bool fresh, float* own) {
-    float* const out = own + plan.packed();
+  const auto body = [&](int64_t b, int64_t end, int64_t block, bool fresh, float* memory) {
+    float* const out = memory + plan.packed();
     for (int64_t sample = b; fresh && sample < end; ++sample) {
       for (int64_t c = 0; c < plan.inputs; ++c) {
-        plan.pack(plan.channel_of(own, c), images + (sample * plan.inputs + c) * plan.pixels);
-        plan.combine(own, sample - b, c);
+        plan.pack(plan.channel_of(memory, c), images + (sample * plan.inputs + c) * plan.pixels);
+        plan.combine(memory, sample - b, c);
       }
     }
     const int64_t first = b * plan.outputs + block * kConvolveRows, at = first * to.plane;
     if (plan.dense) {
-      plan.run({from(to.u, at), from(to.y, at), from(to.mask, at), from(to.residual, at),
+      plan.run({from(to.u, at), from(to.y, at), from(to.relu_mask, at), from(to.residual, at),
                 from(to.scale, first), from(to.shift, first), to.plane, to.relu, plan.outputs},
-               own, block, plan.phases[0], end - b);
+               memory, block, plan.phases[0], end - b);
     } else {
-      plan.run(out, own, block);
+      plan.run(out, memory, block);
     }
     const int64_t count = std::min(kConvolveRows, plan.outputs - block * kConvolveRows);
     for (int64_t sample = b; sample < end; ++sample) {
@@ -416,7 +416,7 @@ void convolve_each(const at::Tensor& input, const Forward& plan, const ConvolveO
           float* const u = from(to.u ? to.u : to.y, begin);
           plan.unpack(u, out + i * plan.channel_values());
           if (to.y) {
-            float32_passes().apply_plane(to.y + begin, from(to.mask, begin), u, from(to.residual, begin),
+            float32_passes().apply_plane(to.y + begin, from(to.relu_mask, begin), u, from(to.residual, begin),
                                          to.plane, to.scale[c], to.shift[c], to.relu);
           }
         }
@@ -432,10 +432,10 @@ std::vector<int64_t> output_shape(const at::Tensor& input, const Forward& plan) 
 }
 
 struct Backward : Plan {
-  int64_t in_size[2], out_size[2], low[2];  // in: of the gradient that comes out, out: of the one given
-  Vectors place;                            // of the one given in the packed image; empty as in Forward
+  int64_t in_size[2], out_size[2], low[2];  // in: of the input's gradient, out: of the output's
+  Vectors place;                            // of the output's gradient in the packed image; may be empty
   Window window;
-  std::vector<bool> untouched;  // the phases of the rows that no tap reaches
+  std::vector<bool> untouched;  // phases of rows that no tap reaches
 
   Backward(Sizes input_shape, const at::Tensor& grad, const at::Tensor& weight, const Window& window)
       : Plan(weight.size(0), weight.size(1)), window(window) {
@@ -486,7 +486,7 @@ struct Backward : Plan {
     }
   }
 
-  // Whether the gradient that comes out is one phase of whole vectors.
+  // Whether the input's gradient is one phase of whole vectors.
   bool direct() const { return dense && phases.size() == 1; }
 
   void pack(float* to, const float* d_u) const {
@@ -498,7 +498,7 @@ struct Backward : Plan {
     }
   }
 
-  // A channel of the input's gradient, its phases put together again, or added to what is there.
+  // Interleaves the phases of a channel of the input's gradient; `add` accumulates.
   void unpack(float* to, const float* from, bool add) const {
     const int64_t step[2] = {window.stride[0], window.stride[1]};
     for (int64_t row = 0; row < in_size[0]; ++row, to += in_size[1]) {
@@ -524,7 +524,7 @@ const float* plane_of(const std::optional<at::Tensor>& x, int64_t at) {
   return x ? x->const_data_ptr<float>() + at : nullptr;
 }
 
-// Of images of either end of the convolution.
+// `images`: the convolution's input or output.
 bool takes(const at::Tensor& images, const at::Tensor& weight, int64_t groups) {
   static const bool able = std::string(instruction_set()) == "avx512";
   if (!able || groups != 1 || images.dim() != 4 || weight.dim() != 4) return false;
@@ -642,23 +642,21 @@ Back convolve_back(const BackArgs& args) {
                *const d_u = pointer(back.d_u), *const g1 = pointer(back.g1), *const gc = pointer(back.gc);
   const float *const g_p = grad.const_data_ptr<float>(), *const by_grad_p = by_grad.const_data_ptr<float>();
   const bool by_mask = relu_mask && relu_mask->scalar_type() == at::kBool;
-  const Gate<float> passed = {relu_mask && !by_mask ? relu_mask->const_data_ptr<float>() : nullptr,
-                              by_mask ? static_cast<const uint8_t*>(relu_mask->const_data_ptr()) : nullptr};
+  const ReluMask<float> mask = {relu_mask && !by_mask ? relu_mask->const_data_ptr<float>() : nullptr,
+                                by_mask ? static_cast<const uint8_t*>(relu_mask->const_data_ptr()) : nullptr};
   const float *const u_p = plane_of(u, 0), *const centre_p = plane_of(centre, 0),
                      *const by_input_p = plane_of(by_input, 0), *const constant_p = plane_of(constant, 0);
   const Kernels<float>& passes = float32_passes();
 
-  // Packs one channel of a sample, and writes its other outputs.
+  // Packs one channel of a sample, and writes the other outputs if this block is the `first`.
   const auto pack = [&](int64_t b, int64_t c, bool first, float* to, float* spare) {
     const int64_t plane = b * plan.inputs + c, at = plane * values;
-    const PlaneGradient own{
+    const PlaneGradient p{
         g_p + at,
         u_p ? u_p + at : nullptr,
-        passed.from(at),
-        centre_p ? centre_p[plane] : 0.0f,
-        by_grad_p[plane],
-        by_input_p ? by_input_p[plane] : 0.0f,
-        by_input_p ? constant_p[plane] : 0.0f,
+        mask.from(at),
+        {centre_p ? centre_p[plane] : 0.0f, by_grad_p[plane], by_input_p ? by_input_p[plane] : 0.0f,
+         by_input_p ? constant_p[plane] : 0.0f},
         by_input.has_value(),
         first && d_u ? d_u + at : nullptr,
         first && d_residual ? d_residual + at : nullptr,
@@ -666,32 +664,31 @@ Back convolve_back(const BackArgs& args) {
         first && sums ? gc + plane : nullptr,
     };
     if (!plan.place.at.empty()) {
-      kernels().propagate(to, plan.place, own);
+      kernels().propagate(to, plan.place, p);
       return;
     }
-    if (own.g1) passes.reduce_plane(own.grad, own.u, own.gate, values, own.centre, own.g1, own.gc);
-    float* const d = own.d_u ? own.d_u : spare;
-    passes.propagate_plane(d, own.d_residual, own.grad, own.through ? own.u : nullptr, own.gate, values,
-                           own.centre, own.by_grad, own.by_input, own.constant);
+    if (p.g1) passes.reduce_plane(p.grad, p.u, p.relu_mask, values, p.coeffs.centre, p.g1, p.gc);
+    float* const d = p.d_u ? p.d_u : spare;
+    passes.propagate_plane(d, p.d_residual, p.grad, p.through ? p.u : nullptr, p.relu_mask, values, p.coeffs);
     plan.pack(to, d);
   };
   const int64_t packed = plan.packed(), scratch = plan.scratch();
-  const auto body = [&](int64_t b, int64_t end, int64_t block, bool fresh, float* own) {
-    float* const out = own + packed;
+  const auto body = [&](int64_t b, int64_t end, int64_t block, bool fresh, float* memory) {
+    float* const out = memory + packed;
     for (int64_t sample = b; fresh && sample < end; ++sample) {
       for (int64_t c = 0; c < plan.inputs; ++c) {
         // one thread writes the other outputs
-        pack(sample, c, block == 0, plan.channel_of(own, c), out + scratch);
-        plan.combine(own, sample - b, c);
+        pack(sample, c, block == 0, plan.channel_of(memory, c), out + scratch);
+        plan.combine(memory, sample - b, c);
       }
     }
     const int64_t first = b * plan.outputs + block * kConvolveRows;
     if (plan.direct()) {
       plan.run({.u = d_input + first * out_values, .plane = out_values, .sample = plan.outputs, .add = add},
-               own, block, plan.phases[0], end - b);
+               memory, block, plan.phases[0], end - b);
       return;
     }
-    plan.run(out, own, block);
+    plan.run(out, memory, block);
     const int64_t last = std::min(first + kConvolveRows, (b + 1) * plan.outputs);
     for (int64_t c = first; c < last; ++c) {
       plan.unpack(d_input + c * out_values, out + (c - first) * plan.channel_values(), add);

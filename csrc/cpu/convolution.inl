@@ -26,7 +26,7 @@ AWNET_INLINE void finish(const ConvolveOutput to, int64_t row, int64_t i, Vector
   if (to.residual != nullptr) y += load(to.residual + i);
   if (to.relu) y = rectified(y);
   store(to.y + i, y);
-  if (to.mask != nullptr) store(to.mask + i, y);
+  if (to.relu_mask != nullptr) store(to.relu_mask + i, y);
 }
 
 // sums[r][v] = sum over c, t of weights[c][t][r] * in[v][c * step + offsets[t]]
@@ -90,15 +90,16 @@ AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneG
   Sum sum, along;
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t i = v * kWidth;
-    const Vector g = gated(p.grad, p.gate, i, [](auto* q) __attribute__((always_inline)) { return load(q); });
-    Vector d = g * p.by_grad;
+    const Vector g =
+        relu_grad(p.grad, p.relu_mask, i, [](auto* q) __attribute__((always_inline)) { return load(q); });
+    Vector d = g * p.coeffs.by_grad;
     if (kSums || kThrough) {
-      const Vector u = load(p.u + i) - p.centre;
+      const Vector u = load(p.u + i) - p.coeffs.centre;
       if (kSums) {
         sum += g;
         along += g * u;
       }
-      if (kThrough) d += u * p.by_input + p.constant;
+      if (kThrough) d += u * p.coeffs.by_input + p.coeffs.constant;
     }
     store_at<kHalves>(to + where.at[v], where.second, d);
     if (p.d_u != nullptr) store(p.d_u + i, d);

@@ -69,9 +69,9 @@ struct Shape {
     return x.contiguous(format);
   }
 
-  at::Tensor gate(const std::optional<at::Tensor>& x, at::ScalarType dtype) const {
+  at::Tensor relu_mask(const std::optional<at::Tensor>& x, at::ScalarType dtype) const {
     if (!x) return at::Tensor();
-    return laid_out(*x, "gate", x->scalar_type() == at::kBool ? at::kBool : dtype);
+    return laid_out(*x, "relu_mask", x->scalar_type() == at::kBool ? at::kBool : dtype);
   }
 
   at::Tensor table(const at::Tensor& x, const char* name) const {
@@ -138,7 +138,7 @@ T* data(const at::Tensor& x) {
 }
 
 template <class T>
-Gate<T> gate_of(const at::Tensor& x) {
+ReluMask<T> relu_mask_of(const at::Tensor& x) {
   if (x.defined() && x.scalar_type() == at::kBool) return {nullptr, data<uint8_t>(x)};
   return {data<T>(x), nullptr};
 }
@@ -149,7 +149,7 @@ const float* table_data(const at::Tensor& x) { return x.defined() ? x.const_data
 
 const char* instruction_set() {
 #if defined(__x86_64__)
-  static const char* const found = [] {
+  static const char* const isa = [] {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
@@ -160,7 +160,7 @@ const char* instruction_set() {
     }
     return "baseline";
   }();
-  return found;
+  return isa;
 #else
   return "baseline";
 #endif
@@ -230,27 +230,28 @@ std::tuple<at::Tensor, at::Tensor> apply(const at::Tensor& u_in, const at::Tenso
 
 std::tuple<at::Tensor, at::Tensor> reduce(const at::Tensor& grad_in, const at::Tensor& u_in,
                                           const at::Tensor& centre_in,
-                                          const std::optional<at::Tensor>& gate_in) {
+                                          const std::optional<at::Tensor>& relu_mask_in) {
   const Shape s(u_in);
   const at::Tensor u = u_in.contiguous(s.format), grad = s.laid_out(grad_in, "grad", u.scalar_type());
-  const at::Tensor centre = s.table(centre_in, "centre"), gate = s.gate(gate_in, u.scalar_type());
+  const at::Tensor centre = s.table(centre_in, "centre"),
+                   relu_mask = s.relu_mask(relu_mask_in, u.scalar_type());
   at::Tensor g1 = new_tensor_like(centre), gc = new_tensor_like(centre);
   const float* centre_p = table_data(centre);
   float *g1_p = data<float>(g1), *gc_p = data<float>(gc);
   for_dtype(u.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *g = data<T>(grad), *p = data<T>(u);
-    const Gate<T> passed = gate_of<T>(gate);
+    const ReluMask<T> mask = relu_mask_of<T>(relu_mask);
     if (s.rows()) {
       for_columns(s, [&](int64_t b, int64_t first, int64_t last) {
         const int64_t at = b * s.pixels * s.channels, row = b * s.channels;
-        kernels<T>().reduce_rows(g + at, p + at, passed.from(at), s.pixels, s.channels, first, last,
+        kernels<T>().reduce_rows(g + at, p + at, mask.from(at), s.pixels, s.channels, first, last,
                                  centre_p + row, g1_p + row, gc_p + row);
       });
     } else {
       for_planes(s, [&](int64_t i) {
         const int64_t at = i * s.pixels;
-        kernels<T>().reduce_plane(g + at, p + at, passed.from(at), s.pixels, centre_p[i], g1_p + i, gc_p + i);
+        kernels<T>().reduce_plane(g + at, p + at, mask.from(at), s.pixels, centre_p[i], g1_p + i, gc_p + i);
       });
     }
   });
@@ -259,12 +260,12 @@ std::tuple<at::Tensor, at::Tensor> reduce(const at::Tensor& grad_in, const at::T
 
 std::tuple<at::Tensor, at::Tensor> propagate(const at::Tensor& grad_in, const std::optional<at::Tensor>& u_in,
                                              const std::optional<at::Tensor>& centre_in,
-                                             const std::optional<at::Tensor>& gate_in,
+                                             const std::optional<at::Tensor>& relu_mask_in,
                                              const Propagation& propagation, bool residual) {
   const auto &by_input_in = propagation.by_input, &constant_in = propagation.constant;
   const Shape s(grad_in);
   const at::Tensor grad = grad_in.contiguous(s.format), by_grad = s.table(propagation.by_grad, "by_grad");
-  const at::Tensor gate = s.gate(gate_in, grad.scalar_type());
+  const at::Tensor relu_mask = s.relu_mask(relu_mask_in, grad.scalar_type());
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
   at::Tensor u, centre, by_input, constant;
   if (by_input_in) {
@@ -281,22 +282,22 @@ std::tuple<at::Tensor, at::Tensor> propagate(const at::Tensor& grad_in, const st
   for_dtype(grad.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *g = data<T>(grad), *p = data<T>(u);
-    const Gate<T> passed = gate_of<T>(gate);
+    const ReluMask<T> mask = relu_mask_of<T>(relu_mask);
     T *out = data<T>(d_u), *r = residual ? data<T>(d_residual) : nullptr;
     const auto from = [](auto* x, int64_t i) { return x ? x + i : nullptr; };
     if (s.rows()) {
       for_pixels(s, [&](int64_t b, int64_t first, int64_t last) {
         const int64_t at = (b * s.pixels + first) * s.channels, row = b * s.channels;
-        kernels<T>().propagate_rows(out + at, from(r, at), g + at, from(p, at), passed.from(at), last - first,
-                                    s.channels, from(centre_p, row), grad_p + row, from(input_p, row),
-                                    from(constant_p, row));
+        kernels<T>().propagate_rows(
+            out + at, from(r, at), g + at, from(p, at), mask.from(at), last - first, s.channels,
+            {from(centre_p, row), grad_p + row, from(input_p, row), from(constant_p, row)});
       });
     } else {
       for_planes(s, [&](int64_t i) {
         const int64_t at = i * s.pixels;
-        kernels<T>().propagate_plane(out + at, from(r, at), g + at, from(p, at), passed.from(at), s.pixels,
-                                     p ? centre_p[i] : 0.0f, grad_p[i], p ? input_p[i] : 0.0f,
-                                     p ? constant_p[i] : 0.0f);
+        kernels<T>().propagate_plane(
+            out + at, from(r, at), g + at, from(p, at), mask.from(at), s.pixels,
+            {p ? centre_p[i] : 0.0f, grad_p[i], p ? input_p[i] : 0.0f, p ? constant_p[i] : 0.0f});
       });
     }
   });

@@ -1,8 +1,8 @@
 // The passes over images, one entry for each dtype and instruction set; kernels in passes.inl.
 //
 // A plane is one image channel, `n` contiguous values. Rows are a channels_last image: `pixels` rows of
-// `channels` values, of which the kernel does columns [first, last). Sums and coefficients are float; images
-// are T.
+// `channels` values, of which the kernel computes columns [first, last). Sums and coefficients are float,
+// images T.
 #pragma once
 
 #include <cstdint>
@@ -19,38 +19,44 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Where the activation passed: where y is not <= 0, or by a mask of 1 and 0; both null without an activation.
+// Where the ReLU passes the gradient: where y is not <= 0, or where mask is 1, not 0. Both are null without a
+// ReLU.
 template <class T>
-struct Gate {
+struct ReluMask {
   const T* y;
   const uint8_t* mask;
 
-  Gate from(int64_t i) const { return {y ? y + i : nullptr, mask ? mask + i : nullptr}; }
+  ReluMask from(int64_t i) const { return {y ? y + i : nullptr, mask ? mask + i : nullptr}; }
+};
+
+// d_u = by_grad * g + by_input * (u - centre) + constant: of a plane (Value is float) or of every channel of
+// rows (const float*).
+template <class Value>
+struct PropagateCoeffs {
+  Value centre, by_grad, by_input, constant;
 };
 
 template <class T>
 struct Kernels {
-  // y = act(u * scale + shift + residual) and the mask; residual and mask may be null, y may be u
-  void (*apply_plane)(T* y, uint8_t* mask, const T* u, const T* residual, int64_t n, float scale, float shift,
-                      bool relu);
-  void (*apply_rows)(T* y, uint8_t* mask, const T* u, const T* residual, int64_t pixels, int64_t channels,
-                     const float* scale, const float* shift, bool relu);
+  // y = act(u * scale + shift + residual); residual and relu_mask may be null, y may be u
+  void (*apply_plane)(T* y, uint8_t* relu_mask, const T* u, const T* residual, int64_t n, float scale,
+                      float shift, bool relu);
+  void (*apply_rows)(T* y, uint8_t* relu_mask, const T* u, const T* residual, int64_t pixels,
+                     int64_t channels, const float* scale, const float* shift, bool relu);
   // mean and centred sum of squares
   void (*statistics_plane)(const T* u, int64_t n, float* mean, float* m2);
   void (*statistics_rows)(const T* u, int64_t pixels, int64_t channels, int64_t first, int64_t last,
                           float* mean, float* m2);
-  // g1 = sum g, gc = sum g (u - centre), where g is grad where the gate passes
-  void (*reduce_plane)(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1,
+  // g1 = sum g, gc = sum g (u - centre), where g = relu_mask * grad
+  void (*reduce_plane)(const T* grad, const T* u, ReluMask<T> relu_mask, int64_t n, float centre, float* g1,
                        float* gc);
-  void (*reduce_rows)(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels,
+  void (*reduce_rows)(const T* grad, const T* u, ReluMask<T> relu_mask, int64_t pixels, int64_t channels,
                       int64_t first, int64_t last, const float* centre, float* g1, float* gc);
-  // d_u = by_grad * g + by_input * (u - centre) + constant, d_residual = g; d_residual may be null, and u
-  // where d_u = by_grad * g
-  void (*propagate_plane)(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t n,
-                          float centre, float by_grad, float by_input, float constant);
-  void (*propagate_rows)(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t pixels,
-                         int64_t channels, const float* centre, const float* by_grad, const float* by_input,
-                         const float* constant);
+  // d_u by PropagateCoeffs and d_residual = g. d_residual may be null; u is null where d_u = by_grad * g
+  void (*propagate_plane)(T* d_u, T* d_residual, const T* grad, const T* u, ReluMask<T> relu_mask, int64_t n,
+                          PropagateCoeffs<float> coeffs);
+  void (*propagate_rows)(T* d_u, T* d_residual, const T* grad, const T* u, ReluMask<T> relu_mask,
+                         int64_t pixels, int64_t channels, PropagateCoeffs<const float*> coeffs);
 };
 
 #define AWNET_DECLARE_KERNELS(isa)                 \
@@ -64,31 +70,31 @@ AWNET_DECLARE_KERNELS(baseline)
 AWNET_DECLARE_KERNELS(avx2)
 AWNET_DECLARE_KERNELS(avx512)
 
-// float32's, for this processor
+// The float32 kernels for this processor.
 const Kernels<float>& float32_passes();
 
 constexpr int64_t kConvolveRows = 8;
 constexpr int64_t kLanes = 16, kHalf = 8;
 
-// Where the values of a dense plane lie in a packed one, 16 at a time: value 16 v at at[v], and value 16 v +
-// 8 `second` further, kHalf where all 16 are consecutive.
+// The positions of a dense plane's values in a packed plane, 16 at a time: value 16 v is at at[v], value 16 v
+// + 8 at at[v] + second. `second` is kHalf if all 16 are consecutive.
 struct Vectors {
   std::vector<int64_t> at;
   int64_t second;
 };
 
-// What becomes of u, in dense planes, each `plane` values after the one before; null where not asked for.
+// Outputs computed from u, in dense planes with stride `plane`; null if not requested.
 struct ConvolveOutput {
   float* u = nullptr;
   float* y = nullptr;  // act(u * scale + shift + residual)
-  uint8_t* mask = nullptr;
+  uint8_t* relu_mask = nullptr;
   const float* residual = nullptr;
   const float* scale = nullptr;
   const float* shift = nullptr;
   int64_t plane;
   bool relu = false;
   int64_t sample = 0;  // channels from one sample to the next
-  bool add = false;    // to what is in u
+  bool add = false;    // accumulate into u
 };
 
 // u[r][q] = sum over c, t of weights[c][t][r] * image[c * plane + at[q] + offsets[t]]
@@ -102,12 +108,12 @@ struct ConvolveInput {
   const float* weights;
 };
 
-// Winograd's F(4, 3) down the columns: four rows of outputs, a band, are made of six sums, the points, each
-// over a combination of the six rows that they read and a filter of one row. Half the multiplications of 3
-// by 3 taps.
+// Winograd's F(4, 3) along the columns: four output rows, a band, are computed from six sums, the points.
+// Each sums the products of a combination of the band's six input rows with a filter of one row. This takes
+// half the multiplications of a direct 3x3 convolution.
 constexpr int64_t kPoints = 6, kBand = 4;
 
-// The combinations of some samples: [band, or two of half vectors][point][channel][lanes].
+// The combinations of some samples: [band, or two bands of half vectors][point][channel][lanes].
 struct WinogradInput {
   const float* values;
   int64_t point, channels, lanes;
@@ -117,17 +123,18 @@ struct WinogradInput {
   const float* weights;  // [point][channel][3][row]
 };
 
-// A plane's reduce and propagate: u serves the sums, which are taken where g1 is there, and `through`.
+// Reduce and propagate of a plane. The sums are computed if g1 is not null. u is read for the sums and if
+// `through` is true.
 struct PlaneGradient {
   const float *grad, *u;
-  Gate<float> gate;
-  float centre, by_grad, by_input, constant;
-  bool through;  // by_input and constant count
+  ReluMask<float> relu_mask;
+  PropagateCoeffs<float> coeffs;
+  bool through;  // whether by_input and constant are used
   float *d_u, *d_residual, *g1, *gc;
 };
 
 struct ConvolutionKernels {
-  // as many channels r as the entry's number plus one
+  // entry i computes i + 1 channels
   void (*convolve[kConvolveRows])(const ConvolveOutput& to, const ConvolveInput& from);
   void (*winograd)(const ConvolveOutput& to, const WinogradInput& from);  // kConvolveRows channels
   // the combinations of a band of one channel, whose rows of `columns` values are `pitch` apart

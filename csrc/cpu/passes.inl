@@ -83,7 +83,7 @@ AWNET_INLINE void store(Float16* p, Vector v) {
 #endif
 }
 
-// A mask: 1 where y is not <= 0, so that NaN passes.
+// A ReLU's mask: 1 where y is not <= 0, so that NaN passes.
 AWNET_INLINE Vector load(const uint8_t* p) {
 #if AWNET_VECTOR_BITS == 512
   return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
@@ -206,40 +206,40 @@ AWNET_INLINE Vector masked(Vector grad, Vector y) { return y <= 0.0f ? Vector{} 
 AWNET_INLINE float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
 AWNET_INLINE float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
-// g at value i; `read` as for_values gives it.
+// The gradient of the ReLU's input at value i; `read` as in for_values.
 template <class T, class Read>
-AWNET_INLINE auto gated(const T* grad, Gate<T> gate, int64_t i, Read read) {
+AWNET_INLINE auto relu_grad(const T* grad, ReluMask<T> relu_mask, int64_t i, Read read) {
   const auto g = read(grad + i);
-  if (gate.y != nullptr) return masked(g, read(gate.y + i));
-  if (gate.mask != nullptr) return masked(g, read(gate.mask + i));
+  if (relu_mask.y != nullptr) return masked(g, read(relu_mask.y + i));
+  if (relu_mask.mask != nullptr) return masked(g, read(relu_mask.mask + i));
   return g;
 }
 
 template <class T, bool kResidual, bool kRelu>
-AWNET_INLINE void apply_values(T* y, uint8_t* mask, const T* u, const T* r, int64_t n, float scale,
+AWNET_INLINE void apply_values(T* y, uint8_t* relu_mask, const T* u, const T* r, int64_t n, float scale,
                                float shift) {
   for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
     auto v = read(u + i) * scale + shift;
     if (kResidual) v += read(r + i);
     write(y + i, kRelu ? rectified(v) : v);
-    if (kRelu && mask != nullptr) write(mask + i, read(y + i));  // of y as it is stored
+    if (kRelu && relu_mask != nullptr) write(relu_mask + i, read(y + i));  // of y as it is stored
   });
 }
 
 template <class T>
-void apply_plane(T* y, uint8_t* mask, const T* u, const T* r, int64_t n, float scale, float shift,
+void apply_plane(T* y, uint8_t* relu_mask, const T* u, const T* r, int64_t n, float scale, float shift,
                  bool relu) {
   if (r != nullptr) {
-    relu ? apply_values<T, true, true>(y, mask, u, r, n, scale, shift)
-         : apply_values<T, true, false>(y, mask, u, r, n, scale, shift);
+    relu ? apply_values<T, true, true>(y, relu_mask, u, r, n, scale, shift)
+         : apply_values<T, true, false>(y, relu_mask, u, r, n, scale, shift);
   } else {
-    relu ? apply_values<T, false, true>(y, mask, u, r, n, scale, shift)
-         : apply_values<T, false, false>(y, mask, u, r, n, scale, shift);
+    relu ? apply_values<T, false, true>(y, relu_mask, u, r, n, scale, shift)
+         : apply_values<T, false, false>(y, relu_mask, u, r, n, scale, shift);
   }
 }
 
 template <class T>
-void apply_rows(T* y, uint8_t* mask, const T* u, const T* r, int64_t pixels, int64_t channels,
+void apply_rows(T* y, uint8_t* relu_mask, const T* u, const T* r, int64_t pixels, int64_t channels,
                 const float* scale, const float* shift, bool relu) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     const int64_t row = pixel * channels;
@@ -247,7 +247,7 @@ void apply_rows(T* y, uint8_t* mask, const T* u, const T* r, int64_t pixels, int
       auto v = read(u + row + i) * read(scale + i) + read(shift + i);
       if (r != nullptr) v += read(r + row + i);
       write(y + row + i, relu ? rectified(v) : v);
-      if (mask != nullptr) write(mask + row + i, read(y + row + i));
+      if (relu_mask != nullptr) write(relu_mask + row + i, read(y + row + i));
     });
   }
 }
@@ -293,10 +293,11 @@ void statistics_rows(const T* u, int64_t pixels, int64_t channels, int64_t first
 }
 
 template <class T>
-void reduce_plane(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1, float* gc) {
+void reduce_plane(const T* grad, const T* u, ReluMask<T> relu_mask, int64_t n, float centre, float* g1,
+                  float* gc) {
   double totals[2];
   sum_values(n, totals, [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) {
-    const auto g = gated(grad, gate, i, read);
+    const auto g = relu_grad(grad, relu_mask, i, read);
     sums[0] += g;
     sums[1] += g * (read(u + i) - centre);
   });
@@ -305,8 +306,8 @@ void reduce_plane(const T* grad, const T* u, Gate<T> gate, int64_t n, float cent
 }
 
 template <class T>
-void reduce_rows(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels, int64_t first,
-                 int64_t last, const float* centre, float* g1, float* gc) {
+void reduce_rows(const T* grad, const T* u, ReluMask<T> relu_mask, int64_t pixels, int64_t channels,
+                 int64_t first, int64_t last, const float* centre, float* g1, float* gc) {
   for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
     const int64_t column = first + i;
     const auto middle = read(centre + column);
@@ -315,7 +316,7 @@ void reduce_rows(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_
     sum_blocks(pixels, sums, [=](int64_t from, int64_t to, Value* parts) __attribute__((always_inline)) {
       Value sum = {}, along = {};
       for (int64_t at = from * channels + column; at < to * channels + column; at += channels) {
-        const auto g = gated(grad, gate, at, read);
+        const auto g = relu_grad(grad, relu_mask, at, read);
         sum += g;
         along += g * (read(u + at) - middle);
       }
@@ -328,28 +329,28 @@ void reduce_rows(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_
 }
 
 template <class T>
-void propagate_plane(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t n, float centre,
-                     float by_grad, float by_input, float constant) {
+void propagate_plane(T* d_u, T* d_residual, const T* grad, const T* u, ReluMask<T> relu_mask, int64_t n,
+                     PropagateCoeffs<float> coeffs) {
   for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-    const auto g = gated(grad, gate, i, read);
-    auto d = g * by_grad;
-    if (u != nullptr) d += (read(u + i) - centre) * by_input + constant;
+    const auto g = relu_grad(grad, relu_mask, i, read);
+    auto d = g * coeffs.by_grad;
+    if (u != nullptr) d += (read(u + i) - coeffs.centre) * coeffs.by_input + coeffs.constant;
     write(d_u + i, d);
     if (d_residual != nullptr) write(d_residual + i, g);
   });
 }
 
 template <class T>
-void propagate_rows(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t pixels,
-                    int64_t channels, const float* centre, const float* by_grad, const float* by_input,
-                    const float* constant) {
+void propagate_rows(T* d_u, T* d_residual, const T* grad, const T* u, ReluMask<T> relu_mask, int64_t pixels,
+                    int64_t channels, PropagateCoeffs<const float*> coeffs) {
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     const int64_t row = pixel * channels;
     for_values(channels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-      const auto g = gated(grad, gate, row + i, read);
-      auto d = g * read(by_grad + i);
+      const auto g = relu_grad(grad, relu_mask, row + i, read);
+      auto d = g * read(coeffs.by_grad + i);
       if (u != nullptr) {
-        d += (read(u + row + i) - read(centre + i)) * read(by_input + i) + read(constant + i);
+        d += (read(u + row + i) - read(coeffs.centre + i)) * read(coeffs.by_input + i) +
+             read(coeffs.constant + i);
       }
       write(d_u + row + i, d);
       if (d_residual != nullptr) write(d_residual + row + i, g);

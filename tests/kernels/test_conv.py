@@ -426,9 +426,16 @@ def test_the_backend_asks_the_devices_table(
     args = LayerArgs(layer.x, layer.weight, Conv(*shape.where), activation="relu")
     no_stats = torch.empty(0)
     backward = BackwardArgs(
-        layer.d_u, None, layer.x.shape, layer.weight, Conv(*shape.where), None, None, None, None, None, None,
-        None, no_stats, no_stats, no_stats, True, Needs(input=True),
-    )  # fmt: skip
+        grad=layer.d_u,
+        input_shape=layer.x.shape,
+        weight=layer.weight,
+        conv=Conv(*shape.where),
+        mean=no_stats,
+        m2=no_stats,
+        n=no_stats,
+        channels_last=True,
+        needs=Needs(input=True),
+    )
     backend = TritonPasses()
     calls = {
         "apply": lambda: backend.fused_apply(args, layer.scale, layer.shift, *kept),

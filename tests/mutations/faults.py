@@ -116,7 +116,7 @@ FAULTS = (
     ),
     fault(
         "the mask of the ReLU dropped from the gradient", "csrc/cpu/passes.inl",
-        "if (gate.mask != nullptr) return masked(g, read(gate.mask + i));", "",
+        "if (relu_mask.mask != nullptr) return masked(g, read(relu_mask.mask + i));", "",
         OPS + "test_only_what_needs_a_gradient_gets_one[cpp]",
     ),
     fault(

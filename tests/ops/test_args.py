@@ -96,7 +96,8 @@ def test_the_flat_order_is_the_schemas(name: str) -> None:
     norm = MixNorm(x, x, x, x)
     layer = LayerArgs(x, x, filter_scale=x, norm=norm, p_clean=x, is_clean=x, shift=x, residual=x)
     backward = BackwardArgs(
-        x, x, [1, 2, 3, 4], x, Conv(), x, norm, x, x, x, x, x, x, x, x, True, Needs()
+        grad=x, input=x, input_shape=[1, 2, 3, 4], weight=x, conv=Conv(), filter_scale=x, norm=norm, p_clean=x,
+        is_clean=x, shift=x, u=x, relu_mask=x, mean=x, m2=x, n=x, channels_last=True, needs=Needs(),
     )  # fmt: skip
     for suffix, flat in (
         ("", args.flatten(layer, True, False)),

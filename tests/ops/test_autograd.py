@@ -17,11 +17,7 @@ EAGER: Backend = next(backend for backend in BACKENDS if backend.name == "eager"
 
 
 def arguments(training: bool, names: tuple[str, ...]) -> tuple[LayerArgs, list[Tensor]]:
-    layer = build(
-        torch.Generator().manual_seed(0), training, batch=6, c_in=4, c_out=6, groups=2, kernel=(3, 3), stride=1,
-        padding=1, dilation=1, size=[6, 5], affine_rows=2, statistics_rows=2, offset=0.0, kinds="mixed",
-        scale="random", p="random", residual=True, activation="relu",
-    )  # fmt: skip
+    layer = build(torch.Generator().manual_seed(0), training)
     tensors = {n: x.clone().requires_grad_(n in names) for n, x in layer.tensors.items()}
     args = layer_args(**{"filter_scale": None} | tensors, **layer.options)
     return args, [tensors[n] for n in names]

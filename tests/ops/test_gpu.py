@@ -50,9 +50,7 @@ def full_float32_and_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def example(training: bool, channels: int, size: int, seed: int = 0, **changes: object) -> Layer:
     defaults: dict = {
-        "batch": 10, "c_in": channels, "c_out": channels, "groups": 1, "kernel": (3, 3), "stride": 1,
-        "padding": 1, "dilation": 1, "size": [size, size], "affine_rows": 2, "statistics_rows": 2, "offset": 0.0,
-        "kinds": "mixed", "scale": "random", "p": "random", "residual": True, "activation": "relu",
+        "batch": 10, "c_in": channels, "c_out": channels, "groups": 1, "size": (size, size),
     }  # fmt: skip
     layer = build(torch.Generator().manual_seed(seed), training, **(defaults | changes))
     if training:

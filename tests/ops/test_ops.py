@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -32,13 +33,8 @@ LAYER_BACKENDS = [b.name for b in BACKENDS if b.name not in ("reference", "trito
 few = settings(max_examples=60, deadline=None)
 
 
-def example(training: bool, seed: int = 0, **changes: object) -> Layer:
-    defaults: dict = {
-        "batch": 6, "c_in": 4, "c_out": 6, "groups": 2, "kernel": (3, 3), "stride": 1, "padding": 1,
-        "dilation": 1, "size": [6, 5], "affine_rows": 2, "statistics_rows": 2, "offset": 0.0,
-        "kinds": "mixed", "scale": "random", "p": "random", "residual": True, "activation": "relu",
-    }  # fmt: skip
-    return build(torch.Generator().manual_seed(seed), training, **(defaults | changes))
+def example(training: bool, seed: int = 0, **changes: Any) -> Layer:
+    return build(torch.Generator().manual_seed(seed), training, **changes)
 
 
 def assert_agrees(layer: Layer, forward: float, gradient: float) -> None:

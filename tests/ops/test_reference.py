@@ -86,8 +86,8 @@ def test_layers_of_any_shape_and_layout_equal_sums_of_products(
 def test_every_pair_of_layouts_equals_sums_of_products(batch: int, training: bool) -> None:
     for groups, residual, activation in [(1, False, None), (2, True, None), (1, True, "relu")]:
         layer = build(
-            torch.Generator().manual_seed(0), training, batch, 4, 6, groups, (3, 3), 1, 1, 1, [4, 4], 2, 2, 0.0,
-            kinds="all clean", scale="random", p="random", residual=residual, activation=activation,
+            torch.Generator().manual_seed(0), training, batch=batch, groups=groups, size=(4, 4),
+            kinds="all clean", residual=residual, activation=activation,
         )  # fmt: skip
         for first, second in itertools.product(LAYOUTS, LAYOUTS):
             layouts = {"input": first, "weight": second, "residual": first}

@@ -25,12 +25,12 @@ OF_SAMPLES = ("input", "filter_scale", "is_clean", "residual")
 
 
 def example(kinds: list[int], scale: str, residual: bool, rows: tuple[int, int], dtype: torch.dtype) -> Layer:
-    made = build(
-        torch.Generator().manual_seed(3), True, 8, 4, 6, 2, (3, 3), 1, 1, 1, [6, 5], *rows, 0.0,
-        kinds="mixed", scale=scale, p="random", residual=residual, activation="relu",
+    layer = build(
+        torch.Generator().manual_seed(3), True, batch=8, affine_rows=rows[0], statistics_rows=rows[1],
+        scale=scale, residual=residual,
     )  # fmt: skip
-    made.tensors["is_clean"][:] = torch.tensor(kinds).bool()
-    return made.rounded(torch.float32).to(dtype)
+    layer.tensors["is_clean"][:] = torch.tensor(kinds).bool()
+    return layer.rounded(torch.float32).to(dtype)
 
 
 def examples(dtype: torch.dtype) -> list[Layer]:

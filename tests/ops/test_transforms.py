@@ -27,8 +27,8 @@ NAMED = [
 def layer(training: bool = False) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """``aw_conv2d`` of everything that has a derivative, away from the ReLU's kink, and float64 arguments."""
     made = build(
-        torch.Generator().manual_seed(0), training, 4, 2, 3, 1, (3, 2), 2, 1, 1, [5, 4], 2, 2, 0.0,
-        kinds="mixed", scale="random", p="random", residual=True, activation="relu",
+        torch.Generator().manual_seed(0), training, batch=4, c_in=2, c_out=3, groups=1, kernel=(3, 2), stride=2,
+        size=(5, 4),
     )  # fmt: skip
     names = [name for name in DIFFERENTIABLE if name in made.tensors]
     fixed = {name: x for name, x in made.tensors.items() if name not in names}

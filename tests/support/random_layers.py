@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +78,7 @@ def plain_torch(
     bn_bias: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
+    *,
     p_clean: Tensor | None = None,
     is_clean: Tensor | None = None,
     training: bool = False,
@@ -95,9 +97,9 @@ def plain_torch(
         a, s = min(k, len(bn_weight) - 1), min(k, len(running_mean) - 1)
         affine = bn_weight[a], bn_bias[a]
         if training:
-            own = torch.ones(len(u), dtype=torch.bool) if rows == 1 else is_clean == bool(k)
-            if own.any():
-                y = y.index_put((own,), F.batch_norm(u[own], None, None, *affine, True, 0.0, eps))
+            rows_of_k = torch.ones(len(u), dtype=torch.bool) if rows == 1 else is_clean == bool(k)
+            if rows_of_k.any():
+                y = y.index_put((rows_of_k,), F.batch_norm(u[rows_of_k], None, None, *affine, True, 0.0, eps))
         else:
             normal = F.batch_norm(u, running_mean[s], running_var[s], *affine, False, 0.0, eps)
             p = 1.0 if rows == 1 else (p_clean if k == 1 else 1 - p_clean)[:, None, None, None].to(u.dtype)
@@ -125,8 +127,9 @@ def layers(draw: st.DrawFn, training: bool | None = None, offset: float = 0.0, l
     affine_rows, statistics_rows = draw(st.sampled_from([(2, 2), (2, 2), (2, 2), (1, 1), (2, 1)]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     return build(
-        generator, training, batch, c_in, c_out, groups, kernel, stride, padding, dilation, size,
-        affine_rows, statistics_rows, offset,
+        generator, training, batch=batch, c_in=c_in, c_out=c_out, groups=groups, kernel=kernel, stride=stride,
+        padding=padding, dilation=dilation, size=size, affine_rows=affine_rows, statistics_rows=statistics_rows,
+        offset=offset,
         kinds=draw(st.sampled_from(["mixed", "mixed", "all clean", "all adversarial"])),
         scale=draw(st.sampled_from(["random", "random", "some zero", "none"])),
         p=draw(st.sampled_from(["random", "zero and one"])),
@@ -135,10 +138,11 @@ def layers(draw: st.DrawFn, training: bool | None = None, offset: float = 0.0, l
 
 
 def build(
-    generator: torch.Generator, training: bool, batch: int, c_in: int, c_out: int, groups: int,
-    kernel: tuple[int, int], stride: int, padding: int, dilation: int, size: list[int], affine_rows: int,
-    statistics_rows: int, offset: float, *, kinds: str, scale: str, p: str, residual: bool,
-    activation: str | None,
+    generator: torch.Generator, training: bool, *, batch: int = 6, c_in: int = 4, c_out: int = 6, groups: int = 2,
+    kernel: tuple[int, int] = (3, 3), stride: int = 1, padding: int = 1, dilation: int = 1,
+    size: Sequence[int] = (6, 5), affine_rows: int = 2, statistics_rows: int = 2, offset: float = 0.0,
+    kinds: str = "mixed", scale: str = "random", p: str = "random", residual: bool = True,
+    activation: str | None = "relu",
 ) -> Layer:  # fmt: skip
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
