@@ -45,7 +45,7 @@ def assert_agrees(layer: Layer, forward: float, gradient: float) -> None:
     assert got.grads.keys() == expected.grads.keys()
     for name, value in expected.grads.items():
         # through batch statistics a gradient may cancel to nothing (a 1×1 filter of one channel has no gradient
-        # along itself): the same layer with its statistics held fixed gives the size of what cancels
+        # along itself): constant statistics give the size of the terms that cancel
         allowed = gradient * (value.norm() + fixed.grads[name].norm())
         assert (got.grads[name] - value).norm() <= allowed, name
     for name, value in expected.running.items():
@@ -53,13 +53,17 @@ def assert_agrees(layer: Layer, forward: float, gradient: float) -> None:
 
 
 def with_fixed_statistics(layer: Layer) -> Layer:
-    """The layer in test mode with p = 0 or 1 by the sample's kind and the batch's own statistics."""
+    """The layer in eval mode with the batch's statistics as constants, p = is_clean, and without activation.
+
+    Its gradients have the size of the terms that cancel in the gradients of ``layer``. With a ReLU some of these
+    terms could be missing: a ReLU that passes only padding gives the weight no gradient at constant statistics.
+    """
     if not layer.options["training"]:
         return layer
     running = run(Layer(layer.tensors, layer.options | {"momentum": 1.0}), backend="reference").running
     tensors = {n: x for n, x in layer.tensors.items() if n != "is_clean"} | running
     tensors["p_clean"] = layer.tensors["is_clean"].to(torch.float64)
-    return Layer(tensors, layer.options | {"training": False})
+    return Layer(tensors, layer.options | {"training": False, "activation": None})
 
 
 @few
