@@ -12,6 +12,7 @@
 
 #include "cpu/amx/amx.h"
 #include "cpu/convolution.h"
+#include "tensors.h"
 
 namespace awnet {
 
@@ -126,6 +127,10 @@ std::pair<Tensor, Tensor> convolution_gradients(const Tensor& d_u, const Tensor&
                                                 conv.dilation, false, {0, 0}, conv.groups, rest);
     if (rest[0]) d_input = std::get<0>(grads);
     if (rest[1]) d_weight = std::get<1>(grads);
+  }
+  // the fake kernel promises the weight's strides; the library may return the input's layout
+  if (need_weight && d_weight.strides() != weight.strides()) {
+    d_weight = new_tensor_like(weight).copy_(d_weight);
   }
   return {d_input, d_weight};
 }

@@ -201,7 +201,11 @@ def _convolution_gradients(
         d_u, source, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
         [need_input, need_weight, False],
     )  # fmt: skip
-    return grads[0], grads[1]
+    d_input, d_weight = grads[:2]
+    # the fake kernel promises the weight's strides; the library may return the input's layout
+    if need_weight and d_weight.stride() != weight.stride():
+        d_weight = torch.empty_like(weight).copy_(d_weight)
+    return d_input, d_weight
 
 
 def input_gradient(

@@ -388,6 +388,22 @@ def test_the_output_keeps_the_inputs_memory_format(backend: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
+@pytest.mark.parametrize(("groups", "kernel"), [(1, 3), (16, 3), (1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_weights_gradient_has_the_weights_strides(
+    layout: torch.memory_format, groups: int, kernel: int, backend: str
+) -> None:
+    for images in (torch.contiguous_format, torch.channels_last):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.rand(4, 16, 9, 9, dtype=dtype).contiguous(memory_format=images)
+            weight = torch.rand(16, 16 // groups, kernel, kernel, dtype=dtype)
+            weight = weight.contiguous(memory_format=layout).requires_grad_()
+            y = ops.filter_scaled_conv2d(x, weight, torch.rand(4, 16), groups=groups, backend=backend)
+            (d_weight,) = torch.autograd.grad(y.square().sum(), weight)
+            assert d_weight.stride() == weight.stride(), (images, dtype)
+
+
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
 def test_the_same_call_gives_the_same_bits(backend: str) -> None:
     for training in (True, False):
         layer = example(training, 0, batch=16, size=[17, 13]).to(torch.float32)
