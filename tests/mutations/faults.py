@@ -151,7 +151,7 @@ FAULTS = (
     ),
     fault(
         "half a vector from a neighbouring row's end", "csrc/cpu/convolution.cpp",
-        "found.second = pitch;", "found.second = pitch - 1;",
+        "vectors.second = pitch;", "vectors.second = pitch - 1;",
         DIRECT,
     ),
     fault(
@@ -161,7 +161,7 @@ FAULTS = (
     ),
     fault(
         "centre left out of a packed plane's sums", "csrc/cpu/convolution.inl",
-        "load(p.u + i) - p.centre", "load(p.u + i)",
+        "load(p.u + i) - p.coeffs.centre", "load(p.u + i)",
         DIRECT,
     ),
     fault(
