@@ -253,7 +253,7 @@ step_cifar() {
 
 step_tests() {
   if on_gpu; then
-    OMP_NUM_THREADS=2 pytest -v -n 8 --dist worksteal -m gpu tests -k "not any_shape and not 2_31" >"$OUT/tests.txt" 2>&1
+    OMP_NUM_THREADS=2 pytest -v -n 8 --dist worksteal -m gpu tests -k "not any_shape and not two_to_the_31" >"$OUT/tests.txt" 2>&1
   else
     OMP_NUM_THREADS=1 AWNET_TEST_DEVICE=cpu pytest -v -n 2 -m "" tests/ops/test_gpu.py -k "empty or refused" >"$OUT/tests.txt" 2>&1
   fi

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -179,6 +180,14 @@ def _runs(command: str) -> bool:
         except OSError:
             continue
     return False
+
+
+def test_the_tests_that_it_leaves_out_exist() -> None:
+    script = (ROOT / "benchmarks/on_gpu.sh").read_text()
+    (chosen,) = re.findall(r'-m gpu tests -k "(.*?)"', script)
+    names = re.findall(r"def (test_\w+)", (ROOT / "tests/ops/test_gpu.py").read_text())
+    for word in chosen.replace("not ", "").split(" and "):
+        assert any(word in name for name in names), word
 
 
 @pytest.mark.slow
