@@ -107,7 +107,7 @@ def _wheels(python_version: str) -> None:
 
 def _native(python: str) -> None:
     """Compiles the native module with the CUDA kernels for another interpreter, in build/gpu."""
-    about = _about(python)
+    about, key = _about(python), sources_key()
     folder, build = FOLDER / "native", ROOT / "build" / "gpu"
     command = [
         python,
@@ -125,10 +125,12 @@ def _native(python: str) -> None:
     )
     if done.returncode != 0:
         raise SystemExit(f"the native module does not compile:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    if sources_key() != key:
+        raise SystemExit("the sources changed while they were compiled: pack again")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shutil.copy2(build / "awnet" / f"_C{about['suffix']}", folder)
-    (folder / "about.json").write_text(json.dumps(about | {"sources": sources_key()}), encoding="utf-8")
+    (folder / "about.json").write_text(json.dumps(about | {"sources": key}), encoding="utf-8")
 
 
 # --- native, on the GPU machine

@@ -26,10 +26,15 @@ from awnet import ops, reference
 from awnet.ops import checks
 from awnet.ops.args import flatten
 from awnet.ops.autograd import keep_flags
+from awnet.ops.backends import native
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.dispatch import BACKENDS
 
-LAYER_BACKENDS = [b.name for b in BACKENDS if b.name not in ("reference", "triton", "cuda")]
+NOT_BUILT = native.load()
+built = pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))
+ON_CPU = [b.name for b in BACKENDS if b.name not in ("reference", "triton", "cuda")]
+LAYER_BACKENDS = [pytest.param(name, marks=built if name == "cpp" else ()) for name in ON_CPU]
+RUNNING = [name for name in ON_CPU if name != "cpp" or NOT_BUILT is None]
 few = settings(max_examples=60, deadline=None)
 
 
@@ -90,6 +95,7 @@ def kappa(layer: Layer) -> float:
     return float((u.mean((0, 2, 3)).abs() / std).max())
 
 
+@built
 @settings(max_examples=40, deadline=None)
 @given(layers(), st.sampled_from(["cpp"]))
 def test_native_layers_of_any_shape_equal_the_reference(layer: Layer, backend: str) -> None:
@@ -109,6 +115,7 @@ def test_native_layers_of_any_shape_equal_the_reference(layer: Layer, backend: s
         assert error(got.running[name], value) <= 1e-5, name
 
 
+@built
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -229,7 +236,7 @@ def test_low_precision_is_no_worse_than_twice_plain_torch(dtype, training: bool,
 
 
 @settings(max_examples=40, deadline=None)
-@given(layers(training=False, least=2), st.integers(0, 6), st.sampled_from(LAYER_BACKENDS))
+@given(layers(training=False, least=2), st.integers(0, 6), st.sampled_from(RUNNING))
 def test_other_samples_filled_with_nan_change_no_bit(layer: Layer, which: int, backend: str) -> None:
     layer = layer.to(torch.float32)
     batch = len(layer.tensors["input"])
@@ -283,7 +290,8 @@ def test_gradcheck(backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [("eager", torch.float64, 1e-12), ("cpp", torch.float32, 1e-5)],  # sums cost a few of 16 and 7 digits
+    # sums cost a few of 16 and 7 digits
+    [("eager", torch.float64, 1e-12), pytest.param("cpp", torch.float32, 1e-5, marks=built)],
     ids=["eager", "cpp"],
 )
 def test_mix_batch_norm_and_filter_scaled_conv2d_alone(
@@ -345,7 +353,7 @@ def test_a_missing_branch_keeps_its_statistics_and_momentum_may_differ_by_branch
 def test_an_empty_batch_gives_an_empty_output() -> None:
     for training in (True, False):
         layer = example(training, 0, batch=0).to(torch.float32)
-        for backend in ("reference", *LAYER_BACKENDS):
+        for backend in ("reference", *RUNNING):
             result = run(layer, backend=backend)
             assert result.output.shape == (0, 6, 6, 5)
             assert torch.equal(result.running["running_mean"], layer.tensors["running_mean"])
@@ -455,7 +463,7 @@ def test_a_mask_in_place_of_y_changes_nothing(dtype, layout: torch.memory_format
 def test_mix_batch_norm_never_writes_to_its_input() -> None:
     t = example(False, 0).to(torch.float32).tensors
     tables = [t[n] for n in ("bn_weight", "bn_bias", "running_mean", "running_var")]
-    for backend in LAYER_BACKENDS:
+    for backend in RUNNING:
         x = t["residual"].clone()
         ops.mix_batch_norm(x, *tables, p_clean=t["p_clean"], backend=backend)
         assert torch.equal(x, t["residual"])
