@@ -463,19 +463,21 @@ def _bind(operator: Layer, backward_operator: Layer) -> Layer:
     """``operator`` with its gradient as a torch.autograd.Function, for calls in eager mode."""
 
     class Bound(torch.autograd.Function):
+        # without setup_context, for which torch inspects the signature of forward at each call
         @staticmethod
-        def forward(*flat: Any) -> tuple[Tensor, ...]:
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*flat)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            _setup_context(ctx, inputs, output)
+        def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
+            output = without_gradient(*flat)
+            _setup_context(ctx, flat, output)
             ctx.mark_non_differentiable(*output[1:])
+            return output
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
             return _autograd(gradients, ctx, *grads)
+
+    def without_gradient(*flat: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*flat)
 
     def gradients(*flat: Any) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():  # create_graph=True: the operator's autograd reports second derivatives
@@ -489,6 +491,6 @@ def _bind(operator: Layer, backward_operator: Layer) -> Layer:
         if torch.is_grad_enabled():
             outputs: tuple[Tensor, ...] = Bound.apply(*flat)
             return outputs
-        return Bound.forward(*flat)
+        return without_gradient(*flat)
 
     return layer

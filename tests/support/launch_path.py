@@ -27,6 +27,7 @@ class Launches:
 
     def __init__(self) -> None:
         self.kernels: list[str] = []  # names, in order
+        self.functions: list[object] = []  # their compiled variants
         self.compiled = 0  # kernels that were loaded, each a variant of its own
 
     @property
@@ -36,6 +37,7 @@ class Launches:
 
     def clear(self) -> None:
         self.kernels.clear()
+        self.functions.clear()
         self.compiled = 0
 
 
@@ -49,11 +51,12 @@ def _driver() -> Any:
 
         def __call__(self, *arguments: Any) -> None:
             _current[-1].kernels.append(self.name)
+            _current[-1].functions.append(arguments[4])
 
     def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         assert binary, name
         _current[-1].compiled += 1
-        return object(), 1, 0, 0, 1024  # module, function, registers, spills, threads
+        return 1, object(), 0, 0, 1024  # module, function, registers, spills, threads
 
     utils = SimpleNamespace(
         load_binary=load_binary, get_device_properties=lambda device: {"max_shared_mem": 227 * 1024}
