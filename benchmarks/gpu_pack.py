@@ -15,6 +15,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,23 @@ def _wheels(python_version: str) -> None:
     wanted = [f"{name}=={pins[name]}" if pins.get(name) else name for name in WHEELS]
     if subprocess.run([*command, *wanted]).returncode != 0:
         raise SystemExit("the wheels could not be downloaded")
+    for path in folder.glob("*.whl"):
+        without_examples(path)
+
+
+def without_examples(wheel: Path) -> None:
+    """Removes the folders ``examples`` from a wheel: pyautoattack's holds a network of 45 MB."""
+    kept = io.BytesIO()
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if "/examples/" in entry.filename:
+                continue
+            if entry.filename.endswith(".dist-info/RECORD"):
+                lines = content.decode().splitlines(keepends=True)
+                content = "".join(line for line in lines if "/examples/" not in line).encode()
+            new.writestr(entry, content)
+    wheel.write_bytes(kept.getvalue())
 
 
 def _native(python: str) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -286,6 +287,25 @@ def test_a_packed_module_of_other_sources_or_versions_is_refused(
     with open(copy / "csrc/module.cpp", "a") as file:
         file.write("// changed\n")
     assert pack.sources_key(copy) != pack.sources_key()
+
+
+def test_a_packed_wheel_lacks_its_examples(pack: ModuleType, tmp_path: Path) -> None:
+    wheel = tmp_path / "some-1.0-py3-none-any.whl"
+    record = "some/__init__.py,sha256=a,1\nsome/examples/net.pt,sha256=b,9\nsome-1.0.dist-info/RECORD,,\n"
+    files = {
+        "some/__init__.py": "x = 1\n", "some/examples/net.pt": "weights",
+        "some-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: some\nVersion: 1.0\n",
+        "some-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "some-1.0.dist-info/RECORD": record,
+    }  # fmt: skip
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    pack.without_examples(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        assert set(archive.namelist()) == files.keys() - {"some/examples/net.pt"}
+        assert archive.read("some/__init__.py") == b"x = 1\n"
+        assert b"examples" not in archive.read("some-1.0.dist-info/RECORD")
 
 
 def _in(folder: Path, name: str) -> Path:
