@@ -5,8 +5,8 @@ The ResNet is also the feature extractor of the router.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, TypeVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -21,6 +21,7 @@ fx.wrap("check_image")  # one node in a traced network, since it branches on sha
 fx.wrap("global_average")
 
 BlockKind = Literal["basic", "bottleneck"]
+X = TypeVar("X")
 _BLOCKS: dict[str, type[AWBasicBlock | AWBottleneck]] = {"basic": AWBasicBlock, "bottleneck": AWBottleneck}
 
 
@@ -58,14 +59,22 @@ class BlockNetwork(nn.Module):
     ) -> list[Tensor]:
         """The outputs of the stem and of every stage, [B, C, H, W] each."""
         check_image(x, self.in_channels)
-        x = self._first(x, p_clean, is_clean)
-        outputs = [x]
         used = 0
+
+        def apply(block: Block, x: Tensor) -> Tensor:
+            nonlocal used
+            scales = filter_scales[used : used + len(block.signal_widths)]
+            used += len(scales)
+            return block(x, scales, p_clean=p_clean, is_clean=is_clean)
+
+        return self.run(apply, self._first(x, p_clean, is_clean))
+
+    def run(self, apply: Callable[[Block, X], X], x: X) -> list[X]:
+        """The outputs of the stem, ``x``, and of every stage, where ``apply(block, x)`` runs one block."""
+        outputs = [x]
         for stage in self._stages():
             for block in stage:
-                scales = filter_scales[used : used + len(block.signal_widths)]
-                used += len(block.signal_widths)
-                x = block(x, scales, p_clean=p_clean, is_clean=is_clean)
+                x = apply(block, x)
             outputs.append(x)
         return outputs
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet.nn.layers import AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
+
+X = TypeVar("X")
 
 
 def is_dynamic(layer: nn.Module) -> bool:
@@ -41,7 +44,43 @@ class Block(nn.Module):
         return [next(remaining) if is_dynamic(layer) else None for layer in layers]
 
 
-class AWBasicBlock(Block):
+class ResidualBlock(Block):
+    """Base class of :class:`AWBasicBlock` and :class:`AWBottleneck`: convolutions and a shortcut."""
+
+    shortcut: AWConv2d | None
+
+    def run(self, apply: Callable[[int, X, X | None], X], input: X) -> X:
+        """The block on ``input``, where ``apply(i, input, residual)`` runs the i-th of ``convolutions``.
+
+        ``forward`` applies the layers to tensors; an inference copy records their connections.
+        """
+        count = len(self.convolutions())
+        residual = input
+        if self.shortcut is not None:  # the last of the convolutions
+            count -= 1
+            residual = apply(count, input, None)
+        for i in range(count - 1):
+            input = apply(i, input, None)
+        return apply(count - 1, input, residual)
+
+    def forward(
+        self,
+        input: Tensor,
+        filter_scales: Sequence[Tensor] = (),
+        *,
+        p_clean: Tensor | None = None,
+        is_clean: Tensor | None = None,
+    ) -> Tensor:
+        """``input`` [B, C_in, H, W] → [B, C_out, H/stride, W/stride]; one ω for each of ``signal_widths``."""
+        layers, scales = self.convolutions(), self._spread(filter_scales)
+
+        def apply(i: int, x: Tensor, residual: Tensor | None) -> Tensor:
+            return layers[i](x, scales[i], p_clean=p_clean, is_clean=is_clean, residual=residual)
+
+        return self.run(apply, input)
+
+
+class AWBasicBlock(ResidualBlock):
     """Two dynamic 3×3 convolutions and a shortcut, Eq. 16: φ = relu(F₂(relu(F₁(ψ))) + shortcut(ψ)).
 
     The shortcut is the identity, or a 1×1 convolution with MixBN where the shape changes, static unless
@@ -72,24 +111,8 @@ class AWBasicBlock(Block):
     def convolutions(self) -> list[AWConv2d]:
         return [self.conv1, self.conv2, *([self.shortcut] if self.shortcut is not None else [])]
 
-    def forward(
-        self,
-        input: Tensor,
-        filter_scales: Sequence[Tensor] = (),
-        *,
-        p_clean: Tensor | None = None,
-        is_clean: Tensor | None = None,
-    ) -> Tensor:
-        """``input`` [B, C_in, H, W] → [B, width, H/stride, W/stride]; one ω for each of ``signal_widths``."""
-        scale = self._spread(filter_scales)
-        residual = input
-        if self.shortcut is not None:
-            residual = self.shortcut(input, scale[2], p_clean=p_clean, is_clean=is_clean)
-        hidden = self.conv1(input, scale[0], p_clean=p_clean, is_clean=is_clean)
-        return self.conv2(hidden, scale[1], p_clean=p_clean, is_clean=is_clean, residual=residual)
 
-
-class AWBottleneck(Block):
+class AWBottleneck(ResidualBlock):
     """1×1 → 3×3 → 1×1 with a shortcut; the 3×3 convolution is dynamic, the 1×1 ones are static.
 
     Gives ``4 * width`` channels. The options are those of :class:`AWBasicBlock`.
@@ -126,23 +149,6 @@ class AWBottleneck(Block):
 
     def convolutions(self) -> list[AWConv2d]:
         return [self.conv1, self.conv2, self.conv3, *([self.shortcut] if self.shortcut is not None else [])]
-
-    def forward(
-        self,
-        input: Tensor,
-        filter_scales: Sequence[Tensor] = (),
-        *,
-        p_clean: Tensor | None = None,
-        is_clean: Tensor | None = None,
-    ) -> Tensor:
-        """``input`` [B, C_in, H, W] → [B, 4·width, H/stride, W/stride]."""
-        scale = self._spread(filter_scales)
-        residual = input
-        if self.shortcut is not None:
-            residual = self.shortcut(input, scale[3], p_clean=p_clean, is_clean=is_clean)
-        hidden = self.conv1(input, p_clean=p_clean, is_clean=is_clean)
-        hidden = self.conv2(hidden, scale[1], p_clean=p_clean, is_clean=is_clean)
-        return self.conv3(hidden, p_clean=p_clean, is_clean=is_clean, residual=residual)
 
 
 class AWPreActivationBlock(Block):

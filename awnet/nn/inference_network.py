@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from awnet import ops
 from awnet.nn.backbone import Backbone, MobileBackbone, WideBackbone
-from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock
+from awnet.nn.blocks import (
+    AWBasicBlock,
+    AWBottleneck,
+    AWInvertedResidual,
+    AWPreActivationBlock,
+    Block,
+    ResidualBlock,
+)
 from awnet.nn.inference import (
     InferenceCopy,
     PlainInferenceCopy,
@@ -44,29 +51,26 @@ def _connected(backbone: Backbone, layers: list[AWConv2d]) -> tuple[list[int], l
     """The order in which ``ops.affine_network`` runs ``layers``, as indices, and their connections.
 
     With a classifier the last layer is averaged over pixels, without one the stem and the last layer of every
-    stage are. The shortcut of a block is the last of its convolutions; it runs before the layer that adds it.
+    stage are. The order is that of the live network: its ``run`` methods call functions that record.
     """
     sequence: list[int] = []
     connections: list[ops.NetworkLayer] = []
+    recorded = 1  # layers; the stem is the first
 
-    def append(index: int, input: int, residual: int = -1) -> int:
+    def record(index: int, input: int, residual: int | None = None) -> int:
+        """Instead of running a layer; an output is represented by its position in ``connections``."""
         sequence.append(index)
+        residual = -1 if residual is None else residual
         connections.append(ops.NetworkLayer(_convolution(layers[index]), input, residual, False))
         return len(connections) - 1
 
-    ends = [last := append(0, -1)]
-    count = 1
-    for stage in backbone._stages():
-        for block in stage:
-            *inner, end = range(count, count := count + len(block.convolutions()))
-            x = residual = last
-            if block.shortcut is not None:
-                residual = append(end, last)
-                end = inner.pop()
-            for index in inner:
-                x = append(index, x)
-            last = append(end, x, residual)
-        ends.append(last)
+    def record_block(block: Block, input: int) -> int:
+        nonlocal recorded
+        assert isinstance(block, ResidualBlock)
+        first, recorded = recorded, recorded + len(block.convolutions())
+        return block.run(lambda i, x, residual: record(first + i, x, residual), input)
+
+    ends = backbone.run(record_block, record(0, -1))
     for layer in ends if backbone.classifier is None else ends[-1:]:
         connections[layer] = connections[layer]._replace(averaged=True)
     return sequence, connections
