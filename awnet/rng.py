@@ -41,8 +41,11 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def bits(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
-    """64 random bits per value: int64 ``[B, *shape]`` for sample indices ``index`` int64 ``[B]``."""
+def bits(key: int | Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
+    """64 random bits per value: int64 ``[B, *shape]`` for sample indices ``index`` int64 ``[B]``.
+
+    ``key`` is a number or int64, 0-d, on the device of ``index``.
+    """
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"index must be int64 [B], got {index.dtype} {list(index.shape)}")
     count = math.prod(shape)
@@ -51,12 +54,12 @@ def bits(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
     return _mix(stream[:, None] + (position + 1) * _GAMMA).reshape(len(index), *shape)
 
 
-def uniform(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
+def uniform(key: int | Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     """float32 ``[B, *shape]`` in [0, 1), on the device of ``index``; bitwise equal on all devices."""
     return _shift(bits(key, index, shape), 40).to(torch.float32) * 2.0**-24
 
 
-def normal(key: int, index: Tensor, shape: Sequence[int]) -> Tensor:
+def normal(key: int | Tensor, index: Tensor, shape: Sequence[int]) -> Tensor:
     """float32 ``[B, *shape]`` of N(0, 1), by the Box–Muller transform."""
     raw = bits(key, index, shape)
     radius = torch.sqrt(-2.0 * torch.log1p(-_shift(raw, 40).to(torch.float32) * 2.0**-24))

@@ -16,6 +16,7 @@ from awnet.cuda_graphs import GraphCache, Record
 from awnet.cuda_graphs import capture as capture_graph
 from awnet.nn import inference_copy, not_supported, unwrapped
 from awnet.nn.freezing import frozen
+from awnet.nn.inference import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,9 @@ class GraphedPGD:
     attack runs on that copy and copies the model's current weights to it at each call; the model and its mode
     are not touched. On a CUDA device, copying the weights and all steps of a batch are one CUDA graph,
     captured for each batch shape, dtype, backend and settings of the attack. The images are bitwise those of
-    the uncaptured attack, if cuDNN runs the same algorithms. The noise of the start is keyed by seed and
-    sample (``awnet.rng``) and computed outside the graph, so no random generator is registered with it. On a
-    CPU, and where capture fails, the same steps run one by one, and the reason is logged once, as a warning
-    if a capture failed.
+    the uncaptured attack, if cuDNN runs the same algorithms. The noise of the start is a function of seed and
+    sample (``awnet.rng``), so no random generator is registered with the graph. On a CPU, and where capture
+    fails, the same steps run one by one, and the reason is logged once, as a warning if a capture failed.
 
     Any other model (a converted network, a subclass, a model with hooks) is frozen in place for the call
     (:func:`awnet.attacks.frozen`), and the reason is logged once.
@@ -66,6 +66,9 @@ class GraphedPGD:
         self.record = record
         self.graphs = GraphCache(record or partial(capture_graph, warm_ups=2), max_graphs)
         self._copy: Any = None  # the inference copy; None if the model itself runs
+        self._device: torch.device | None = None  # of the copy
+        self._watch: Watch | None = None  # for changes of the model that the copy or its graph may not allow
+        self._weights_key: tuple[Any, ...] = ()
         self._logged: set[str] = set()
 
     @property
@@ -88,30 +91,40 @@ class GraphedPGD:
         """
         x = x.detach()
         with torch.inference_mode(False), torch.enable_grad():
-            reason = not_supported(self.model)
-            if reason is not None:
-                self.graphs.clear()
-                self._copy = None
-                self._log(f"the training attack runs the model itself, frozen in place: {reason}")
-                self.pgd.model = self.model
-                with frozen(self.model):
-                    return self.pgd.perturb(x, y, index, self.num_classes - 1)
-            copy = self._copy
-            if copy is None or _device(copy) != x.device or not copy.matches(unwrapped(self.model)):
-                self.graphs.clear()
-                self._copy = inference_copy(self.model, self.dtype)
-            start = self.pgd.start(x, index)
+            if self._watch is None or x.device != self._device or not self._watch.unchanged():
+                reason = self._prepare(x.device)
+                if reason is not None:
+                    self._log(f"the training attack runs the model itself, frozen in place: {reason}")
+                    self.pgd.model = self.model
+                    with frozen(self.model):
+                        return self.pgd.perturb(x, y, index, self.num_classes - 1)
             if len(x) == 0:
-                return start
+                return x.clone()
             self.pgd.model = self._copy
+            tensors = x, y, index, torch.full((), self.pgd.start_key(), dtype=torch.int64, device=x.device)
             reason, level = self._not_capturable(x), logging.INFO
             if reason is None:
-                graph = self.graphs.graph(self._key(start, x, y), self._program, (start, x, y))
+                graph = self.graphs.graph(self._key(*tensors), self._program, tensors)
                 if graph is not None:
-                    return graph(start, x, y)
+                    return graph(*tensors)
                 reason, level = self.graphs.refusal, logging.WARNING
             self._log(f"attack steps run one by one: {reason}", level)
-            return self._program(start, x, y)
+            return self._program(*tensors)
+
+    def _prepare(self, device: torch.device) -> str | None:
+        """Makes the inference copy, unless it still fits; returns why none can replace the model."""
+        reason = not_supported(self.model)
+        if reason is not None:
+            self.graphs.clear()
+            self._copy = self._watch = None
+            return reason
+        copy = self._copy
+        if copy is None or device != self._device or not copy.matches(unwrapped(self.model)):
+            self.graphs.clear()
+            self._copy = inference_copy(self.model, self.dtype)
+        self._device, self._watch = device, Watch(self.model)
+        self._weights_key = self._copy.graph_key()
+        return None
 
     def _not_capturable(self, x: Tensor) -> str | None:
         """Why the steps cannot be captured here; None if they can."""
@@ -131,19 +144,15 @@ class GraphedPGD:
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
         sizes = (pgd.eps, pgd.step_size, pgd.steps, pgd.loss, pgd.kappa, self.num_classes)
         modes = (ops.chosen_backend(), torch.are_deterministic_algorithms_enabled())
-        return (*shapes, *sizes, *modes, *self._copy.graph_key())
+        return (*shapes, *sizes, *modes, self._weights_key)
 
-    def _program(self, start: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def _program(self, x: Tensor, y: Tensor, index: Tensor, key: Tensor) -> Tensor:
         # autocast of the caller would change the dtypes of the copy, also in its backward
         with torch.autocast(x.device.type, enabled=False):
             self._copy.refresh()
-            return self.pgd.ascend(start, x, y, self.num_classes - 1)
+            return self.pgd.ascend(self.pgd.start(x, index, key), x, y, self.num_classes - 1)
 
     def _log(self, reason: str, level: int = logging.INFO) -> None:
         if reason not in self._logged:
             self._logged.add(reason)
             logger.log(level, reason)
-
-
-def _device(module: nn.Module) -> torch.device | None:
-    return next((p.device for p in module.parameters()), None)

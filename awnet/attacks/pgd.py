@@ -87,15 +87,23 @@ class PGD(Attack):
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         return self.ascend(self.start(x, index), x, y, largest_label)
 
-    def start(self, x: Tensor, index: Tensor) -> Tensor:
-        """The starting point: noise keyed by seed and ``index``, within the ball."""
+    def start_key(self) -> int:
+        """The key of the noise of :meth:`start`, from the seed."""
+        return rng.key("attack start", self.seed)
+
+    def start(self, x: Tensor, index: Tensor, key: Tensor | None = None) -> Tensor:
+        """The starting point: noise keyed by seed and ``index``, within the ball.
+
+        ``key`` is :meth:`start_key` as int64, 0-d, on ``x``'s device, which a CUDA graph reads; by default it
+        is computed from the seed.
+        """
         low, high = self.ball(x)
-        key = rng.key("attack start", self.seed)
+        noise_key: int | Tensor = self.start_key() if key is None else key
         if self.random_start == "uniform":
-            noise = rng.uniform(key, index, x.shape[1:]).mul_(2).sub_(1)
+            noise = rng.uniform(noise_key, index, x.shape[1:]).mul_(2).sub_(1)
             return torch.add(x, noise.to(x.dtype), alpha=self.eps).clamp_(low, high)
         if self.random_start == "normal":
-            noise = rng.normal(key, index, x.shape[1:]).to(x.dtype)
+            noise = rng.normal(noise_key, index, x.shape[1:]).to(x.dtype)
             return torch.add(x, noise, alpha=self.noise_std).clamp_(low, high)
         return x.clamp(low, high)
 

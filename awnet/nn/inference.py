@@ -9,7 +9,9 @@ known exactly (:func:`not_supported` gives the reason against any other).
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -181,9 +183,18 @@ class InferenceCopy(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Copies the live model's current weights, by device operations that a CUDA graph can capture."""
-        targets, sources = zip(*self.copies(), strict=True)
-        torch._foreach_copy_(targets, sources)
+        """Copies the live model's current weights, by device operations that a CUDA graph can capture.
+
+        There is one call for each pair of dtypes: torch copies lists of one dtype in a few kernels, others
+        tensor by tensor.
+        """
+        groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+        for target, source in self.copies():
+            targets, sources = groups.setdefault((target.dtype, source.dtype), ([], []))
+            targets.append(target)
+            sources.append(source)
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)
         self.clear_cache()
 
     def clear_cache(self) -> None:
@@ -201,6 +212,55 @@ class InferenceCopy(nn.Module):
     def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` still has the recorded modules, layer settings, shapes and dtypes."""
         return self._structure == _structure(model)
+
+
+class Watch:
+    """Whether a module tree is what it was when the watch was made.
+
+    It compares, by identity, the attributes, parameters, buffers, submodules and hooks of all modules, the
+    addresses of parameters and buffers, and the methods of the package's classes. It is several times faster
+    than :func:`not_supported` and :meth:`InferenceCopy.matches`, and may report changes that do not matter.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        kinds = {kind for module in self._modules if (kind := type(module)) in _METHODS}
+        self._methods = [(kind, name, method) for kind in kinds for name, method in _METHODS[kind].items()]
+        self._attributes = [vars(module) for module in self._modules]
+        self._tables = [
+            table for attributes in self._attributes for name in _TABLES if (table := attributes.get(name))
+        ]
+        self._empty = [
+            table
+            for attributes in self._attributes
+            for name in _TABLES
+            if (table := attributes.get(name)) is not None and not table
+        ]
+        self._tensors = [
+            value for table in self._tables for value in table.values() if isinstance(value, Tensor)
+        ]
+        self._values, self._addresses = self._present(), self._present_addresses()
+
+    def _present(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, [*self._attributes, *self._tables]))]
+
+    def _present_addresses(self) -> list[int]:
+        return [*map(Tensor.data_ptr, self._tensors)]
+
+    def unchanged(self) -> bool:
+        if any(self._empty) or torch.nn.modules.module._has_any_global_hook():
+            return False
+        values = self._present()
+        return (
+            len(values) == len(self._values)
+            and all(map(operator.is_, values, self._values))
+            and self._present_addresses() == self._addresses
+            and all(getattr(kind, name, None) is method for kind, name, method in self._methods)
+        )
+
+
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+           "_backward_pre_hooks")  # fmt: skip
 
 
 class _Identity:

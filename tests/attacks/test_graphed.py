@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ import awnet
 from awnet.attacks import PGD, GraphedPGD
 from awnet.data import load_dataset
 from awnet.models import create_model
-from awnet.nn import InferenceAWNet, MixBatchNorm2d
-from awnet.nn.inference import register_layers
+from awnet.nn import InferenceAWNet, MixBatchNorm2d, inference_copy, not_supported
+from awnet.nn.inference import Watch, register_layers
 from awnet.ops import use_backend
 
 SIZE: dict[str, Any] = {"eps": 0.1, "step_size": 0.025, "steps": 4, "random_start": "normal"}
@@ -301,6 +302,98 @@ def test_robust_accuracy_is_that_of_the_unfolded_model() -> None:
     spread = (share * (1 - share) / len(x)) ** 0.5  # of an accuracy over this many images
     for x_adv in found.values():
         assert (robust(x_adv).float().mean() - share).abs() <= 2 * spread
+
+
+# --- host time
+
+
+def patched(model: nn.Module) -> Callable[[], None]:
+    forward = MixBatchNorm2d.forward
+    MixBatchNorm2d.forward = lambda self, *a, **o: forward(self, *a, **o)  # type: ignore[method-assign]
+    return lambda: setattr(MixBatchNorm2d, "forward", forward)
+
+
+def replaced_data(model: nn.Module) -> None:
+    model.router.type_head.bias.data = model.router.type_head.bias.data.clone()
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "an option": lambda m: setattr(m.router, "beta", 2.0),
+    "the stride of a layer": lambda m: setattr(m.dynamic.stem, "stride", (2, 2)),
+    "the mode": lambda m: m.eval(),
+    "the memory of a weight": replaced_data,
+    "a parameter": lambda m: setattr(m.dynamic.stem, "weight", nn.Parameter(m.dynamic.stem.weight + 1)),
+    "a buffer": lambda m: setattr(m.dynamic.stem.bn, "running_var", torch.ones(2, 16)),
+    "a submodule": lambda m: setattr(m.dynamic, "classifier", copy.deepcopy(m.dynamic.classifier)),
+    "another submodule": lambda m: m.dynamic.add_module("more", nn.Identity()),
+    "a parametrization": lambda m: nn.utils.parametrizations.weight_norm(m.dynamic.classifier),
+    "a hook": lambda m: m.dynamic.stages[0][0].register_forward_hook(lambda *a: None).remove,
+    "a second hook of the kind": lambda m: m.router.register_full_backward_hook(lambda *a: None).remove,
+    "a method": lambda m: setattr(m.dynamic, "forward", m.dynamic.forward),
+    "a method of a class": patched,
+    "a global hook": lambda m: torch.nn.modules.module.register_module_forward_hook(lambda *a: None).remove,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_watch_sees_every_change_but_those_of_values(change: str) -> None:
+    model = net().train()
+    model.router.register_forward_hook(lambda *a: None)
+    watch = Watch(model)
+    move(model)
+    assert watch.unchanged()
+    undo = CHANGES[change](model)
+    try:
+        assert not watch.unchanged()
+    finally:
+        if callable(undo) and not isinstance(undo, nn.Module):
+            undo()
+
+
+def test_an_unchanged_model_is_examined_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, calls = net().train(), batch(), [0]
+
+    def counted(model: nn.Module) -> str | None:
+        calls[0] += 1
+        return not_supported(model)
+
+    monkeypatch.setattr("awnet.attacks.graphed.not_supported", counted)
+    attack = engine(model, Recorder())
+    for seed in range(3):
+        attack.seed = seed
+        attack(**images)
+        move(model, seed)
+    assert calls == [1]
+    model.eval()
+    attack(**images)
+    assert calls == [2]
+
+
+class Copies(TorchDispatchMode):
+    """The dtypes of the lists of tensors that are copied at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[tuple[set[torch.dtype], ...]] = []
+        self.other: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func._schema.name
+        if name == "aten::_foreach_copy_":
+            self.dtypes.append(tuple({x.dtype for x in tensors} for tensors in args[:2]))
+        elif "copy" in name:
+            self.other.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_weights_are_copied_in_one_call_for_each_dtype() -> None:
+    inference = inference_copy(net().train(), torch.bfloat16)
+    assert inference is not None
+    with Copies() as copies:
+        inference.refresh()
+    float32, bfloat16 = {torch.float32}, {torch.bfloat16}
+    assert sorted(copies.dtypes, key=str) == [(bfloat16, float32), (float32, float32)]
+    assert copies.other == []
 
 
 # --- with CUDA graphs
