@@ -9,7 +9,7 @@
     state/step-XXXXXXXX.pt.sha256  its checksum, as ``sha256sum`` writes it
     .lock                empty; the process that trains holds a lock on it, which is released when it ends
 
-The checksum of a state is verified whenever it is read (``_read``). A run resumes from the newest undamaged
+``read_verified`` checks the checksum of a state whenever one is read. A run resumes from the newest undamaged
 state, and everything else in the folder is set back to that state.
 """
 
@@ -89,7 +89,7 @@ def load_state(folder: str | Path, warn: Callable[[str], None] | None = None) ->
     damage = []
     for path in paths:
         try:
-            state = _read(path)
+            state = read_verified(path)
         except ValueError as error:
             damage.append(str(error))
             continue
@@ -128,7 +128,7 @@ def check_state(folder: str | Path, state: dict[str, Any]) -> None:
             )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_verified(path: Path) -> dict[str, Any]:
     """Verifies the checksum of a state and loads it; ValueError if it is damaged or foreign."""
     try:
         expected = _checksum_path(path).read_text(encoding="utf-8").split()[0]
