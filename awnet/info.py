@@ -16,6 +16,7 @@ from awnet._version import __version__
 from awnet.attacks import list_attacks
 from awnet.data import list_datasets
 from awnet.models import list_models
+from awnet.ops import self_check
 from awnet.ops.backends import amx
 from awnet.ops.dispatch import available_backends
 from awnet.training import list_recipes
@@ -23,8 +24,15 @@ from awnet.training import list_recipes
 _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "timm")
 
 
-def collect() -> dict[str, Any]:
-    """The information, JSON-ready. ``backends``: None for an available backend, else the reason why not."""
+def collect(renew_self_check: bool = False) -> dict[str, Any]:
+    """The information, JSON-ready.
+
+    ``backends`` holds None for an available backend, else the reason why not; ``self_checks`` the verdicts on
+    the backends that have one. ``renew_self_check`` checks them anew.
+    """
+    if renew_self_check:
+        self_check.renew()
+    backends = available_backends()
     return {
         "versions": {
             "awnet": __version__,
@@ -33,7 +41,8 @@ def collect() -> dict[str, Any]:
             "cuda (torch)": torch.version.cuda,
         },
         "devices": _devices(),
-        "backends": available_backends(),
+        "backends": backends,
+        "self_checks": {name: text for name in backends if (text := self_check.status(name)) is not None},
         "models": list_models(),
         "datasets": list_datasets(),
         "attacks": list(list_attacks()),
@@ -53,9 +62,9 @@ def render(facts: dict[str, Any]) -> RenderableType:
 
     section("versions", {name: value or "–" for name, value in facts["versions"].items()})
     section("devices", facts["devices"])
-    section(
-        "backends", {name: "runs here" if why is None else why for name, why in facts["backends"].items()}
-    )
+    checks = facts["self_checks"]
+    runs = {name: f"runs here{f', {checks[name]}' if name in checks else ''}" for name in facts["backends"]}
+    section("backends", {name: why or runs[name] for name, why in facts["backends"].items()})
     for key in ("models", "datasets", "attacks", "recipes"):
         section(key, {" ".join(facts[key]): ""})
     return Group(table)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -28,47 +28,6 @@ BATCH, CHANNELS = 20, 24
 _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
-class _Operators:
-    """The native operators with the methods of ``awnet.ops.backends.base.Passes``."""
-
-    def __getattr__(self, name: str) -> Any:
-        operator = getattr(torch.ops.awnet, name)
-        return lambda *records: operator(*_flat(records))
-
-    def apply(self, *arguments: Any) -> Any:
-        return torch.ops.awnet.apply(*arguments[:-1])  # the operator is never in place
-
-    def eval_coefficients(self, norm: Norm, mix: Mix, batch: int) -> Any:
-        return torch.ops.awnet.eval_coefficients(*mix[:2], *norm, batch)
-
-    def eval_gradients(self, sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Any:
-        return torch.ops.awnet.eval_gradients(*sums, *mix[:2], *norm, list(needs[2:6]))
-
-    def batch_statistics(self, stats: SampleStats, mix: Mix, stat_rows: int) -> Any:
-        return torch.ops.awnet.batch_statistics(*stats, *mix[::2], stat_rows)
-
-    def train_coefficients(self, norm: Norm, mix: Mix, batch: int) -> Any:
-        return torch.ops.awnet.train_coefficients(*mix[::2], *norm, batch)
-
-    def train_sums(self, sums: Reduced, norm: Norm, mix: Mix) -> Any:
-        return torch.ops.awnet.train_sums(*sums, *mix[::2], *norm)
-
-    def train_gradients(self, sums: Reduced, stats: SampleStats, norm: Norm, n: Tensor, *rest: Any) -> Any:
-        mix, need, totals = rest
-        through = None if totals is None else totals.through
-        grads = torch.ops.awnet.train_gradients(*sums, *stats, *mix[::2], *norm, n, need, through)
-        # with totals the gradients of γ and β are known already
-        return grads if totals is None else (grads[0], totals.bn_weight, totals.bn_bias, *grads[3:])
-
-
-def _flat(records: Iterable[Any]) -> Iterator[Any]:
-    for record in records:
-        if isinstance(record, tuple):
-            yield from record
-        else:
-            yield record
-
-
 def _passes(backend: str) -> Any:
     if backend == "triton":
         from awnet.ops.backends.triton import TritonPasses
@@ -77,7 +36,7 @@ def _passes(backend: str) -> Any:
     reason = native.load() or (native.cuda_obstacle() if backend == "cuda" else None)
     if reason is not None:
         raise SystemExit(reason)
-    return _Operators()
+    return native.NativePasses()
 
 
 def _tensors(found: Any) -> Iterator[Tensor]:

@@ -14,6 +14,9 @@ from support.launch_path import Launches, launch_path
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 
+# the tests check the kernels themselves; tests/ops/test_self_check.py runs the self-check
+os.environ.setdefault("AWNET_SELF_CHECK", "0")
+
 # Triton kernels need a CUDA device or the interpreter; tests/test_triton_kernels_in_interpreter.py starts the latter
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore = ["kernels"]

@@ -19,10 +19,13 @@ class Info:
     json: bool = False
     """Print JSON, for programs."""
 
+    self_check: bool = False
+    """Check the kernels on this machine's devices anew, whatever an earlier check found."""
+
     def run(self, console: Console) -> None:
         from awnet.info import collect, render
 
-        facts = collect()
+        facts = collect(renew_self_check=self.self_check)
         if self.json:
             print(json.dumps(facts, indent=2))
         else:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from awnet.ops import self_check
 from awnet.ops.args import LayerArgs, MixNorm
 from awnet.ops.backends import amx
 from awnet.ops.backends.base import Backend
@@ -80,8 +81,11 @@ def select(args: LayerArgs, backend: str | None) -> Backend:
         source = "AWNET_BACKEND" if len(_chosen) == 1 else "use_backend"
     if backend is None:
         for candidate in BACKENDS:
-            if _reason(candidate, args, transformed) is None:
+            reason = _reason(candidate, args, transformed)
+            if reason is None:
                 return candidate
+            if reason.startswith(self_check.FAILED):
+                self_check.report(candidate.name, reason)
         reasons = (f"{one.name}: {_reason(one, args, transformed)}" for one in BACKENDS)
         raise ValueError(f"no backend can run this call; {'; '.join(reasons)}")
     chosen = _named(backend, source)
@@ -104,9 +108,12 @@ class Explanation:
     backend: str
     others: dict[str, str]
     amx: str | None = None
+    self_check: str | None = None  # the verdict on the backend, where it has one
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: runs this call ({_BY_NAME[self.backend].summary})"]
+        if self.self_check is not None:
+            lines.append(self.self_check)
         if self.amx is not None:
             lines.append(f"in a frozen network: {self.amx}")
         lines += [f"{name}: not taken, {reason}" for name, reason in self.others.items()]
@@ -125,7 +132,8 @@ def explain_call(args: LayerArgs, backend: str | None) -> Explanation:
                 if BACKENDS.index(candidate) < BACKENDS.index(taken)
                 else f"it could run it, but {taken.name} is preferred"
             )
-    return Explanation(taken.name, others, _on_tiles(args) if taken.name == "cpp" else None)
+    on_tiles = _on_tiles(args) if taken.name == "cpp" else None
+    return Explanation(taken.name, others, on_tiles, self_check.status(taken.name))
 
 
 def _on_tiles(args: LayerArgs) -> str | None:

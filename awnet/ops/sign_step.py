@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from awnet.ops import dispatch
-from awnet.ops.autograd import register_operator
+from awnet.ops import dispatch, self_check
 from awnet.ops.backends import triton as triton_backend
-from awnet.ops.launch_config import launch_parameters
 from awnet.ops.transforms import transform
 
 
@@ -44,45 +42,13 @@ def sign_step(
 
 
 def _runs_triton(*images: Tensor) -> bool:
-    if dispatch.chosen_backend() not in (None, "triton") or triton_backend.obstacle(images[0]) is not None:
+    if dispatch.chosen_backend() not in (None, "triton"):
+        return False
+    reason = triton_backend.obstacle(images[0])
+    if reason is not None:
+        if reason.startswith(self_check.FAILED):
+            self_check.report("triton", reason)
         return False
     # the kernel has no derivative, torch's own operations have
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in images)
     return not differentiated and transform(images) is None
-
-
-def _alike(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` with the strides of ``like``; a copy only where its strides differ."""
-    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
-
-
-def _on_triton(
-    x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float, eps: float, cast: Tensor | None
-) -> Tensor:
-    config = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
-    start = _dense(x_adv)
-    copied = None if cast is None or cast.stride() != start.stride() else cast
-    stepped: Tensor = triton_backend.kernels("sign_step").sign_step(
-        start, _alike(grad, start), _alike(x, start), step_size, eps, config, cast=copied
-    )
-    if cast is not None and copied is None:
-        cast.copy_(stepped)
-    return stepped
-
-
-def _fake_on_triton(
-    x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float, eps: float, cast: Tensor | None
-) -> Tensor:
-    return torch.empty_like(_dense(x_adv))
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
-
-
-register_operator(
-    "sign_step_triton",
-    "(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, Tensor(a!)? cast) -> Tensor",
-    _on_triton,
-    _fake_on_triton,
-)

@@ -221,6 +221,8 @@ def device_obstacle(device: torch.device) -> str | None:
         return f"it needs a CUDA device, this machine has none and the input is on {device}"
     if device.type != "cuda":
         return f"it runs on CUDA devices, and the input is on {device}"
+    if torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, and this torch is built for AMD's (ROCm {torch.version.hip})"
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < _LEAST_CAPABILITY:
         return f"it needs a GPU of compute capability 8.0 or more, and {device} has {major}.{minor}"

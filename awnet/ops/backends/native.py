@@ -10,14 +10,27 @@ import importlib.util
 import mmap
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from awnet.ops.args import LayerArgs
+from awnet.ops import self_check
+from awnet.ops.args import LayerArgs, Needs
 from awnet.ops.autograd import Layer, OperatorBackend, define, describe
-from awnet.ops.backends.base import NO_FLOAT64, constant_in_graphs, device_obstacle
+from awnet.ops.backends.base import NO_FLOAT64, Passes, constant_in_graphs, device_obstacle
+from awnet.ops.coefficients import (
+    BatchStats,
+    Gradients,
+    Mix,
+    Norm,
+    Propagation,
+    Reduced,
+    SampleStats,
+    TrainSums,
+)
 
 _MARK = b"awnet-built-for-torch="
 INTERFACE = "interface=2"  # of the operators; as in csrc/module.cpp
@@ -99,6 +112,74 @@ def _unavailable(*flat: Any) -> Any:
     raise AssertionError("awnet.ops.dispatch never selects a backend that is not supported")
 
 
+class NativePasses(Passes):
+    """The operators of ``awnet._C`` on one device; :func:`load` must have returned None."""
+
+    def statistics(self, u: Tensor) -> Any:
+        return torch.ops.awnet.statistics(u)
+
+    def apply(
+        self,
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        keep_mask: bool,
+        in_place: bool,
+    ) -> Any:
+        """The operator is never in place."""
+        return torch.ops.awnet.apply(u, scale, shift, residual, relu, keep_mask)
+
+    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None) -> Any:
+        return torch.ops.awnet.reduce(grad, u, centre, relu_mask)
+
+    def propagate(
+        self,
+        grad: Tensor,
+        u: Tensor | None,
+        centre: Tensor | None,
+        relu_mask: Tensor | None,
+        propagation: Propagation,
+        residual: bool,
+    ) -> Any:
+        return torch.ops.awnet.propagate(grad, u, centre, relu_mask, *propagation, residual)
+
+    def eval_coefficients(self, norm: Norm, mix: Mix, batch: int) -> Any:
+        return torch.ops.awnet.eval_coefficients(*mix[:2], *norm, batch)
+
+    def eval_gradients(self, sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Gradients:
+        required = [needs.filter_scale, needs.p_clean, needs.bn_weight, needs.bn_bias]
+        return Gradients(*torch.ops.awnet.eval_gradients(*sums, *mix[:2], *norm, required))
+
+    def batch_statistics(self, stats: SampleStats, mix: Mix, stat_rows: int) -> BatchStats:
+        return BatchStats(*torch.ops.awnet.batch_statistics(*stats, *mix[::2], stat_rows))
+
+    def train_coefficients(self, norm: Norm, mix: Mix, batch: int) -> Any:
+        return torch.ops.awnet.train_coefficients(*mix[::2], *norm, batch)
+
+    def train_sums(self, sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
+        return TrainSums(*torch.ops.awnet.train_sums(*sums, *mix[::2], *norm))
+
+    def train_gradients(
+        self,
+        sums: Reduced,
+        stats: SampleStats,
+        norm: Norm,
+        n: Tensor,
+        mix: Mix,
+        need_filter_scale: bool,
+        totals: TrainSums | None,
+    ) -> tuple[Gradients, Propagation]:
+        through = None if totals is None else totals.through
+        d_filter_scale, d_weight, d_bias, *by = torch.ops.awnet.train_gradients(
+            *sums, *stats, *mix[::2], *norm, n, need_filter_scale, through
+        )
+        if totals is not None:  # the gradients of γ and β are known already
+            d_weight, d_bias = totals.bn_weight, totals.bn_bias
+        return Gradients(d_filter_scale, None, d_weight, d_bias), Propagation(*by)
+
+
 class _Native(OperatorBackend):
     def __init__(self) -> None:
         operator, self._obstacle = _layer()
@@ -118,13 +199,21 @@ class Cpp(_Native):
 
 
 @constant_in_graphs
-def _no_kernel_on(device: torch.device) -> str | None:
-    return device_obstacle(device)
+def _obstacle_on(device: torch.device) -> str | None:
+    reason = device_obstacle(device) or _layer()[1] or cuda_obstacle()
+    return reason or self_check.obstacle(CHECKED, device)
 
 
-@constant_in_graphs
-def _no_cuda_part() -> str | None:
-    return _layer()[1] or cuda_obstacle()
+def _probe(device: torch.device) -> str | None:
+    reason: str | None = importlib.import_module("awnet._C").self_test()
+    return reason
+
+
+def _sources() -> Iterator[Path]:
+    yield Path(str(sys.modules["awnet._C"].__file__))
+
+
+CHECKED = self_check.Kernels("cuda", NativePasses(), _probe, _sources)
 
 
 class Cuda(_Native):
@@ -132,9 +221,5 @@ class Cuda(_Native):
     summary = "CUDA C++ kernels (CUDA devices)"
 
     def not_supported(self, args: LayerArgs) -> str | None:
-        reason = _no_kernel_on(args.input.device)
-        if reason is not None:
-            return reason
-        if args.input.dtype == torch.float64:
-            return NO_FLOAT64
-        return _no_cuda_part()
+        reason = _obstacle_on(args.input.device)
+        return NO_FLOAT64 if reason is None and args.input.dtype == torch.float64 else reason

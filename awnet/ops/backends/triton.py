@@ -6,12 +6,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from awnet.ops import self_check
 from awnet.ops.args import Conv, LayerArgs, Needs
 from awnet.ops.autograd import OperatorBackend, register, register_operator
 from awnet.ops.backends.base import NO_FLOAT64, Passes, constant_in_graphs, device_obstacle
@@ -25,7 +27,7 @@ from awnet.ops.coefficients import (
     SampleStats,
     TrainSums,
 )
-from awnet.ops.launch_config import Parameters, convolutions, launch_parameters
+from awnet.ops.launch_config import FOLDER, Parameters, convolutions, launch_parameters
 
 
 @functools.cache
@@ -54,7 +56,10 @@ def obstacle(x: Tensor) -> str | None:
 def _obstacle_on(device: torch.device) -> str | None:
     if not _installed():
         return "Triton is not installed (pip install triton, on Linux)"
-    return None if device.type == "cpu" and interpreted() else device_obstacle(device)
+    if device.type == "cpu" and interpreted():
+        # the interpreter is for tests, which check the kernels themselves, and there a check takes seconds
+        return self_check.obstacle(CHECKED, device) if self_check.mode() == "always" else None
+    return device_obstacle(device) or self_check.obstacle(CHECKED, device)
 
 
 def _dense(x: Tensor | None) -> Any:
@@ -231,6 +236,9 @@ def _eval_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs, config: P
     )
 
 
+PASSES = TritonPasses()
+
+
 # a frozen network, as operators with fake kernels, so that torch.compile passes them by
 
 
@@ -308,14 +316,88 @@ register_operator(
 )
 
 
+# the step of a sign-gradient attack
+
+
+def _sign_step(
+    x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float, eps: float, cast: Tensor | None
+) -> Tensor:
+    config = launch_parameters("sign_step", x.device, len(x), 1, x[0].numel() if len(x) else 1)
+    start = _without_gaps(x_adv)
+    copied = None if cast is None or cast.stride() != start.stride() else cast
+    stepped: Tensor = kernels("sign_step").sign_step(
+        start, _with_strides(grad, start), _with_strides(x, start), step_size, eps, config, cast=copied
+    )
+    if cast is not None and copied is None:
+        cast.copy_(stepped)
+    return stepped
+
+
+def _fake_sign_step(
+    x_adv: Tensor, grad: Tensor, x: Tensor, step_size: float, eps: float, cast: Tensor | None
+) -> Tensor:
+    return torch.empty_like(_without_gaps(x_adv))
+
+
+def _without_gaps(x: Tensor) -> Tensor:
+    return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.clone()
+
+
+def _with_strides(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` with the strides of ``like``; a copy only where its strides differ."""
+    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+register_operator(
+    "sign_step_triton",
+    "(Tensor x_adv, Tensor grad, Tensor x, float step_size, float eps, Tensor(a!)? cast) -> Tensor",
+    _sign_step,
+    _fake_sign_step,
+)
+
+
+# what the self-check runs
+
+
+def _probe(device: torch.device) -> str | None:
+    start = torch.full((1000,), 0.5, dtype=torch.float32, device=device)
+    grad = torch.ones_like(start)
+    stepped = _sign_step(start, grad, start, 0.125, 0.25, None)
+    return None if bool((stepped == 0.625).all()) else "a kernel ran and gave a wrong result"
+
+
+def _stepped(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _sign_step(*arguments), arguments[-1]
+
+
+def _sources() -> Iterator[Path]:
+    package = importlib.util.find_spec("awnet.kernels")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    yield from Path(package.submodule_search_locations[0]).glob("*.py")
+    yield from FOLDER.glob("*.json")
+    yield Path(__file__)
+
+
+CHECKED = self_check.Kernels(
+    "triton",
+    PASSES,
+    _probe,
+    _sources,
+    {
+        "eval_backward": PASSES.eval_backward,
+        "network_coefficients": _network_coefficients,
+        "network_gradients": _network_gradients,
+        "sign_step": _stepped,
+    },
+)
+
+
 @functools.lru_cache(maxsize=64)
 def _network_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         layout: Tensor = kernels("eval_coefficients").network_layout(widths, device)
     return layout
-
-
-PASSES = TritonPasses()
 
 
 class Triton(OperatorBackend):
