@@ -62,7 +62,7 @@ def affine_network(
         As :class:`AffineConvolution`: the caller must pass correct shapes, dtypes and devices.
     """
     first = layers[0].convolution.args(x, weights[0], *coefficients[0])
-    chosen = dispatch.select(first, None).name
+    chosen = dispatch.select_network(first, None).name
     by_layer = chosen not in ("cpp", "triton") or torch.compiler.is_compiling()
     scales, shifts = zip(*coefficients, strict=True)
     if by_layer or transform((*weights, *scales, *shifts)):
@@ -136,7 +136,7 @@ def network_coefficients(
     filter_scale = None if filter_scale is None else filter_scale.to(tables.dtype)
     # a backend decides by device and dtype; torch.compile cannot trace the record's default for conv
     probe = LayerArgs(tables[:1], conv=Conv(), filter_scale=filter_scale, p_clean=p_clean)
-    chosen = dispatch.select(probe, backend).name
+    chosen = dispatch.select_network(probe, backend).name
     if chosen == "reference":
         norm = Norm.stacked(tables, float(eps))
         return split(*eval_coefficients(norm, Mix(filter_scale, p_clean), len(p_clean)), widths)

@@ -9,7 +9,7 @@ from torch import Tensor
 from awnet import ops
 from awnet.ops.args import LayerArgs, MixNorm
 from awnet.ops.backends.base import Backend
-from awnet.ops.dispatch import BACKENDS, available_backends, select
+from awnet.ops.dispatch import BACKENDS, available_backends, default_backend, select, select_network
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 
@@ -45,6 +45,30 @@ def test_the_first_backend_that_supports_a_call_runs_it() -> None:
     for args in (call(IMAGE), call(IMAGE.double()), call(IMAGE.to("meta"))):
         able = [backend for backend in BACKENDS if backend.not_supported(args) is None]
         assert select(args, None) is able[0]
+
+
+@pytest.fixture
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``cuda`` and ``triton`` support every call."""
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(BY_NAME[name], "not_supported", lambda args: None)
+
+
+def test_cuda_runs_single_layers_and_triton_frozen_networks(
+    with_a_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = call(IMAGE)
+    assert select(args, None).name == "cuda"
+    assert select_network(args, None).name == "triton"
+    assert default_backend("cpu") == "cuda+triton"
+    for name in ("cuda", "triton", "eager"):
+        assert select_network(args, name).name == name
+        with ops.use_backend(name):
+            assert select_network(args, None).name == name
+            assert default_backend("cpu") == name
+    monkeypatch.setattr(BY_NAME["triton"], "not_supported", lambda args: "a reason")
+    assert select_network(args, None).name == "cuda"
+    assert default_backend("cpu") == "cuda"
 
 
 def test_a_named_backend_runs_the_call_or_raises_with_its_reason() -> None:
