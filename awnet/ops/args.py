@@ -9,7 +9,7 @@ convert, here and nowhere else in Python (``csrc/layer.cpp`` reads the same sche
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -50,7 +50,7 @@ class LayerArgs:
 
     input: Tensor  # [B, C_in, H, W]
     weight: Tensor | None = None  # [C_out, C_in/groups, k_h, k_w]
-    conv: Conv = Conv()
+    conv: Conv = field(default_factory=Conv)
     filter_scale: Tensor | None = None  # ω [B, C_out]
     norm: MixNorm | None = None
     p_clean: Tensor | None = None  # p [B], eval mode with two branches
@@ -122,7 +122,7 @@ class BackwardArgs:
     input: Tensor | None = None  # its values, only where the weight's gradient is required
     input_shape: Sequence[int]
     weight: Tensor | None = None
-    conv: Conv = Conv()
+    conv: Conv = field(default_factory=Conv)
     filter_scale: Tensor | None = None
     norm: MixNorm | None = None  # in train mode with the statistics of the batch
     p_clean: Tensor | None = None

@@ -302,9 +302,16 @@ def _pair(value: object, name: str, least: int) -> tuple[int, int]:
     return (pair[0], pair[1])
 
 
+# is_autocast_enabled raises for other devices; torch.compile of torch 2.11 cannot trace is_autocast_available
+_AUTOCASTING = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    able = torch.amp.is_autocast_available(device)
-    if able and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device in _AUTOCASTING and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
