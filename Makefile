@@ -128,8 +128,8 @@ gpu:
 	PYTHON=$(PYTHON) benchmarks/on_gpu.sh --out $(or $(OUT),out/gpu) $(if $(CALL),--call $(CALL)) $(if $(STEP),--step $(STEP))
 
 # OPTIONS="--python PYTHON --cifar FOLDER": the native module for that interpreter, and the images
-gpu-pack: $(READY)
-	$(BIN)/python benchmarks/gpu_pack.py pack $(OPTIONS)
+gpu-pack:
+	$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) benchmarks/gpu_pack.py pack $(OPTIONS)
 
 # without torch and awnet: the API reference is read from the sources
 .venv-docs/.ready: constraints.txt

@@ -84,7 +84,7 @@ class CudaGraphs:
             program()
             return nothing
 
-        return capture(run, warm_ups=1)[1]
+        return capture(run, warm_ups=2)[1]
 
     def milliseconds(self, replay: Callable[[], None], count: int) -> list[float]:
         """The device time of each of ``count`` replays in a row, by events."""
