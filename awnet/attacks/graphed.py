@@ -71,6 +71,14 @@ class GraphedPGD:
         self._weights_key: tuple[Any, ...] = ()
         self._logged: set[str] = set()
 
+    @classmethod
+    def of(cls, attack: PGD, *, num_classes: int, record: Record | None = None) -> GraphedPGD:
+        """The same attack on an inference copy of the same model, in the model's dtype, without checks."""
+        settings = {name: value for name, value in attack.settings.items() if name != "attack"}
+        if not isinstance(attack.loss, str):
+            settings["loss"] = attack.loss
+        return cls(attack.model, num_classes=num_classes, record=record, **settings)
+
     @property
     def seed(self) -> int:
         return self.pgd.seed

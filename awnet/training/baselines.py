@@ -200,8 +200,10 @@ class AlternatingTrades(Trades):
         super().__post_init__()
         if not self.router_weight >= 0:
             raise ValueError(f"router_weight must be a number of at least 0, got {self.router_weight!r}")
-        if self.capture:
-            raise ValueError("capture must be False: the router's step attacks what the experts' step made")
+        if self.capture is True:
+            raise ValueError(
+                "capture must not be True: the router's step attacks what the experts' step made"
+            )
 
     def phases(self) -> tuple[Phase, ...]:
         return (Phase(_expert_pass, _expert_loss), Phase(_router_pass, self._router_loss))

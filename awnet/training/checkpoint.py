@@ -343,11 +343,21 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what may change, which is where the images are stored."""
-    dataset = config.get("dataset")
-    if not isinstance(dataset, dict):
-        return config
-    return config | {"dataset": {name: value for name, value in dataset.items() if name != "source"}}
+    """The configuration without what may change: where images are stored, how kernels are launched."""
+
+    def without(part: Any, name: str) -> Any:
+        return {key: part[key] for key in part if key != name} if isinstance(part, dict) else part
+
+    config = dict(config)
+    if "dataset" in config:
+        config["dataset"] = without(config["dataset"], "source")
+    if "recipe" in config:
+        config["recipe"] = without(config["recipe"], "capture")
+    teachers = config.get("teachers")
+    if isinstance(teachers, dict):
+        config["teachers"] = {kind: comparable(one) if isinstance(one, dict) else one
+                              for kind, one in teachers.items()}  # fmt: skip
+    return config
 
 
 def write_config(folder: str | Path, config: dict[str, Any]) -> None:

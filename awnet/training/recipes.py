@@ -61,8 +61,9 @@ class Recipe:
     clip_norm: gradients with a larger Euclidean norm are scaled to this norm; None does not clip.
     ema_decay: of an exponential moving average of weights and running statistics, which is validated and
         saved instead of the newest weights; 0 for none.
-    capture: run a step after the attack as one CUDA graph, captured at the second batch of a shape, so that
-        the host launches all its kernels at once. CUDA only, not together with ``accumulate``.
+    capture: run a step after the attack as one CUDA graph, captured at the second or third batch of a shape,
+        so that the host launches all its kernels at once. CUDA only, not together with ``accumulate``;
+        ``auto`` captures where both hold. If the capture fails, the step runs without it, with a warning.
     validate_every: epochs between validations (the last epoch is always validated).
     validate_limit: number of held-out images for validation, all if None.
     log_every: steps between log lines. The host waits for the device only there.
@@ -98,7 +99,7 @@ class Recipe:
     accumulate: int = 1
     clip_norm: float | None = None
     ema_decay: float = 0.0
-    capture: bool = False
+    capture: bool | Literal["auto"] = "auto"
     validate_every: int = 1
     validate_limit: int | None = None
     log_every: int = 50
@@ -117,8 +118,9 @@ class Recipe:
         for name in ("momentum", "type_label_smoothing", "ema_decay"):
             _check(self, name, is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
         _check(self, "inner_type_weight", is_number, lambda v: True, "a finite number")
-        _check(self, "capture", lambda v: isinstance(v, bool), lambda v: True, "true or false")
-        if self.capture and self.accumulate > 1:
+        _check(self, "capture", lambda v: isinstance(v, bool) or v == "auto", lambda v: True,
+               "true, false or auto")  # fmt: skip
+        if self.capture is True and self.accumulate > 1:
             raise ValueError("capture and accumulate exclude each other: leave one of them out")
         for name in ("attack_step_size", "clip_norm"):
             if getattr(self, name) is not None:

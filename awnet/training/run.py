@@ -16,6 +16,7 @@ from awnet.attacks import GraphedPGD, named_attack
 from awnet.data import Dataset, Memory, Splits
 from awnet.distributed import Agreement, Ranks
 from awnet.evaluation import accuracy, robust_correct, w_robust_accuracy
+from awnet.evaluation.precision import prepare
 from awnet.models.files import write_model
 from awnet.nn import not_supported
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
@@ -120,6 +121,7 @@ class Run:
             average=ranks.mean if ranks.size > 1 else None,
         )
         self.attack = recipe.attack(model, self.data.threat_model, self.data.num_classes, seed)
+        self.validation_attack: GraphedPGD | None = None  # on CUDA, during a validation
         self.agreement = Agreement(ranks)
 
         self.epoch, self.batch, self.step = 0, 0, 0  # epochs done, batches of this epoch done, steps done
@@ -186,6 +188,7 @@ class Run:
         waits for them forever (NCCL 2.26 and later).
         """
         self.training_step.close()
+        self._close_validation()
         if isinstance(self.attack, GraphedPGD):
             self.attack.close()
 
@@ -310,14 +313,31 @@ class Run:
             return int(self.ranks.total(torch.tensor(count))) / len(self.held_out)
 
         settings: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "device": self.device}
-        scores = {"clean_accuracy": fraction(lambda: accuracy(model, share, **settings))}
-        if self.recipe.needs_attack:
-            attack = named_attack("pgd_trades", model, self.held_out.threat_model, seed=self.seed)
-            scores["robust_accuracy"] = fraction(lambda: robust_correct(model, share, attack, **settings))
-            scores["w_robust_accuracy"] = w_robust_accuracy(
-                scores["clean_accuracy"], scores["robust_accuracy"]
-            )
+        attack: Any = named_attack("pgd_trades", model, self.held_out.threat_model, seed=self.seed)
+        try:
+            if self.device.type == "cuda":
+                self.validation_attack = GraphedPGD.of(attack, num_classes=self.held_out.num_classes)
+                attack = self._in_layout(self.validation_attack)
+                model = prepare(model, "float32", next(self.held_out.batches(1)).x).module
+            scores = {"clean_accuracy": fraction(lambda: accuracy(model, share, **settings))}
+            if self.recipe.needs_attack:
+                scores["robust_accuracy"] = fraction(lambda: robust_correct(model, share, attack, **settings))
+                scores["w_robust_accuracy"] = w_robust_accuracy(
+                    scores["clean_accuracy"], scores["robust_accuracy"]
+                )
+        finally:
+            self._close_validation()  # its graphs hold the memory of whole batches
         return scores
+
+    def _in_layout(self, attack: GraphedPGD) -> Callable[..., Tensor]:
+        """``attack`` on images in the memory format of training, converted once for all steps."""
+        layout = self.training_step.memory_format
+        return lambda x, y, index: attack(x.contiguous(memory_format=layout), y, index=index)
+
+    def _close_validation(self) -> None:
+        if self.validation_attack is not None:
+            self.validation_attack.close()
+            self.validation_attack = None
 
     # Logging
 

@@ -53,6 +53,13 @@ def numerics(recipe: Recipe, device: torch.device) -> Numerics:
     return Numerics(precision, layout)
 
 
+def captures(recipe: Recipe, device: torch.device) -> bool:
+    """Resolves ``recipe.capture``: ``auto`` captures on CUDA what can be one graph, a step in one piece."""
+    if recipe.capture == "auto":
+        return device.type == "cuda" and recipe.accumulate == 1 and len(recipe.phases()) == 1
+    return recipe.capture
+
+
 class TrainingStep:
     """Trains ``model`` by ``recipe``, one batch per call.
 
@@ -67,7 +74,7 @@ class TrainingStep:
         average: of a distributed run: ``average(tensors, count)`` replaces tensors, in place, by their means
             over the ranks, each weighted by its ``count``. It is called with the gradients and the loss
             (0-d), with equal counts, before they are checked, and with MTARD's losses.
-        record: captures the step with ``recipe.capture``; None captures CUDA graphs on a CUDA device.
+        record: captures the step if :func:`captures` holds; None captures CUDA graphs on a CUDA device.
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class TrainingStep:
         average: Averaging | None = None,
         record: Record | None = None,
     ) -> None:
-        if recipe.capture and record is None and device.type != "cuda":
+        if recipe.capture is True and record is None and device.type != "cuda":
             raise ValueError(f"capture needs a CUDA device, got {device}: leave it out")
         self.recipe, self.model, self.device, self._over_ranks = recipe, model, device, average
         self.numerics = numerics(recipe, device)
@@ -95,7 +102,7 @@ class TrainingStep:
         self.options = recipe.loss_options()
         self.optimizer = recipe.optimizer(model)
         self.scheduler = recipe.scheduler(self.optimizer, steps_per_epoch)
-        self.graphed = Graphed(self._captured, record) if recipe.capture else None
+        self.graphed = Graphed(self._captured, record) if captures(recipe, device) else None
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._names: list[str] = []

@@ -55,7 +55,7 @@ from awnet.training.setup import (
     open_run,
     synchronized,
 )
-from awnet.training.step import numerics
+from awnet.training.step import captures, numerics
 from awnet.training.teachers import (
     TeacherSource,
     default_teacher,
@@ -234,7 +234,8 @@ def train(
         }
         if init_from is not None:
             config["init_from"] = weights_fingerprint(model)
-        about = environment(where) | numerics(recipe, where)._asdict() | {"ranks": ranks.size}
+        about = environment(where) | numerics(recipe, where)._asdict()
+        about |= {"capture": captures(recipe, where), "ranks": ranks.size}
         sources = None
         if teachers is not None and given is not None:
             sources = describe_sources(dict(zip(recipe.teachers, teachers, strict=True)), given, folder)

@@ -304,6 +304,23 @@ def test_robust_accuracy_is_that_of_the_unfolded_model() -> None:
         assert (robust(x_adv).float().mean() - share).abs() <= 2 * spread
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SIZE,
+        SIZE | {"loss": "kl", "seed": 3},
+        SIZE | {"random_start": "uniform", "loss": "margin", "kappa": 0.1},
+    ],
+)
+def test_the_graphed_form_of_an_attack_gives_the_same_images(settings: dict[str, Any]) -> None:
+    model, images, recorder = net().eval(), batch(), Recorder()
+    attack = PGD(model, **settings)
+    graphed = GraphedPGD.of(attack, num_classes=4, record=recorder)
+    assert graphed.pgd.settings == attack.settings
+    assert torch.equal(graphed(**images), PGD(model.inference_copy(), **settings)(**images))
+    assert recorder.recorded == 1
+
+
 # --- host time
 
 

@@ -18,15 +18,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awnet.attacks import GraphedPGD
+from awnet.attacks import GraphedPGD, named_attack
 from awnet.data import Splits, dataset, from_arrays, load_dataset
 from awnet.data.dataset import Batch
 from awnet.distributed import Ranks
+from awnet.evaluation import robust_correct
 from awnet.models import create_model, load_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone, synchronize
 from awnet.run_config import read_config
-from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, checkpoint, read_log, train
-from awnet.training.step import Average, TrainingStep, numerics
+from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, checkpoint, read_log, recipe_for, train
+from awnet.training.step import Average, TrainingStep, captures, numerics
 from awnet.training.teachers import TeacherModel
 
 CPU = torch.device("cpu")
@@ -384,6 +385,31 @@ def test_a_captured_step_averages_over_ranks_and_weighs_each_batch() -> None:
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-6)  # a rate in float32
 
 
+def test_a_step_is_captured_by_default_where_it_can_be() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert MTARD().capture == "auto"
+    assert captures(MTARD(), cuda)
+    assert not captures(MTARD(), cpu)
+    assert not captures(MTARD(accumulate=2), cuda)
+    assert not captures(MTARD(capture=False), cuda)
+    assert not captures(recipe_for("advmoe", "cifar10"), cuda)  # a step of two updates
+    assert made(MTARD(), dynamic(), teachers=Teachers(linear(), linear())).graphed is None
+    with pytest.raises(ValueError, match="capture must not be True"):
+        recipe_for("advmoe", "cifar10", capture=True)
+
+
+def test_a_run_resumes_with_another_choice_of_capture(tmp_path: Path) -> None:
+    recipe = Standard(epochs=2, capture=False, **QUICK)
+    train(recipe, linear(), splits(), tmp_path, quiet=True, tensorboard=False, max_minutes=1e-9)
+    stored = read_config(tmp_path)
+    assert stored["recipe"]["capture"] is False
+    assert stored["sessions"][0]["environment"]["capture"] is False
+    again = replace(recipe, capture="auto")
+    assert train(again, linear(), splits(), tmp_path, resume=True, quiet=True, tensorboard=False).finished
+    with pytest.raises(ValueError, match="momentum"):
+        train(replace(again, momentum=0.5), linear(), splits(), tmp_path, resume=True, quiet=True)
+
+
 def test_capture_needs_a_gpu_and_whole_batches() -> None:
     with pytest.raises(ValueError, match="capture needs a CUDA device"):
         made(Standard(capture=True), linear())
@@ -549,6 +575,17 @@ def test_on_a_gpu_a_teachers_graphs_of_two_batch_sizes_keep_apart() -> None:
             x = torch.rand(size, 3, 8, 8, device="cuda")
             want = teacher(x)
             assert torch.allclose(inference(x), want, rtol=1e-3, atol=1e-3)  # tensor cores' 10 bits
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_run_validates_as_an_evaluation_does(tmp_path: Path) -> None:
+    parts = splits()
+    recipe = PGDAT(epochs=2, attack_steps=1, precision="float32", **QUICK)
+    result = train(recipe, "awnet_tiny", parts, tmp_path, device="cuda", quiet=True, tensorboard=False)
+    attack = named_attack("pgd_trades", result.model, parts.validation.threat_model, seed=0)
+    correct = robust_correct(result.model, parts.validation, attack, device="cuda")
+    # one of the 6 images may turn over by the rounding of another algorithm
+    assert abs(float(correct.float().mean()) - result.validation["robust_accuracy"]) < 1.5 / 6
 
 
 # --- in the loop
