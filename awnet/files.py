@@ -1,4 +1,4 @@
-"""Paths, files that are written atomically, and locks, on every supported system."""
+"""Paths, atomic file writes and file locks on all supported systems."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ try:
 except ImportError:  # everywhere else
     msvcrt = None  # type: ignore[assignment]
 
-_TEMPORARY = re.compile(
-    r"\..+\.tmp|\.tmp\w{6}"
-)  # the second is what a killed save_file of safetensors leaves
-_LOCK = "lock"  # in a temporary folder; its writer holds a lock on it
-_NAME_BYTES = 100  # of the target's name in a temporary one; some file systems allow 143 bytes in all
+_TEMPORARY = re.compile(r"\..+\.tmp|\.tmp\w{6}")  # the second: left by a killed save_file of safetensors
+_LOCK = "lock"  # the file in a temporary folder on which its writer holds a lock
+_NAME_BYTES = 100  # of the target's name in the temporary name; some file systems limit names to 143 bytes
 _ABANDONED_SECONDS = 24 * 3600.0  # age of a leftover on a file system without locks
 
-# What file systems without an operation answer (FAT, SMB, some FUSE): not a sign that data is lost.
+# Errors for operations that a file system does not support (FAT, SMB, some FUSE). No data is lost.
 _UNSUPPORTED = {
     errno.EINVAL,
     errno.ENOSYS,
@@ -59,17 +57,17 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         return path.expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{path} cannot be expanded: the home folder of {path.parts[0]!r} is not known. For a folder "
-            "whose own name begins with ~, write the absolute path"
+            f"{path} cannot be expanded: the home folder of {path.parts[0]!r} is not known. If the folder's "
+            "name begins with ~, use the absolute path"
         ) from None
 
 
 def make_folder(path: Path) -> Path:
-    """``path``, made with the folders above it where they are missing.
+    """Creates the folder ``path`` and missing parents; returns ``path``.
 
     Raises:
-        NotADirectoryError: it, or a path above it, is a file.
-        OSError: it cannot be made.
+        NotADirectoryError: ``path`` or one of its parents is a file.
+        OSError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -88,16 +86,16 @@ def locked(
 ) -> Iterator[bool]:
     """Holds an exclusive lock on the file ``path`` for a block of code; the file is created if missing.
 
-    The operating system releases the lock when the process ends, however it ends. Yields whether the lock is
-    held: False on a file system without locks, which is told to ``warn``.
+    The operating system releases the lock when the process ends, also if it is killed. Yields whether the
+    lock is held; on a file system without locks it yields False and calls ``warn``.
 
     Args:
         path: the lock file; its folder must exist.
-        busy: makes the error message when another process, or another block in this one, holds the lock.
-        warn: receives a line of text.
+        busy: returns the error message if another process, or another block in this one, holds the lock.
+        warn: called with one line of text.
 
     Raises:
-        BlockingIOError: the lock is held elsewhere.
+        BlockingIOError: another holder has the lock.
     """
     handle = None
     try:
@@ -119,11 +117,11 @@ def locked(
 
 
 def _lock(handle: int) -> None:
-    """Without waiting. BlockingIOError: it is held elsewhere; another OSError: there are no locks."""
+    """Locks without waiting. BlockingIOError: another holder has it; other OSError: no support for locks."""
     if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     elif msvcrt is not None:
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond the content: it cannot be used while it is locked
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond the content, since a locked range cannot be read
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
         except OSError as error:
@@ -139,18 +137,21 @@ def _lock(handle: int) -> None:
 def written_atomically(path: str | Path, *, parents: bool = True) -> Iterator[Path]:
     """Yields a temporary path to write to; on success flushes it to disk and renames it to ``path``.
 
-    A reader sees the old file or the new one, never a part of either. On an exception (a full disk, say) the
-    temporary file is removed and the old file stays. An existing file keeps its permissions, and a symbolic
-    link stays one: the file that it points to is replaced. A device or a pipe, such as ``/dev/null``, stays
-    as well and receives the bytes.
+    A reader sees either the old file or the new one. On an exception (for example a full disk) the temporary
+    file is removed and the old file is unchanged. An existing file keeps its permissions. If ``path`` is a
+    symbolic link, the file that it points to is replaced. A device or pipe, such as ``/dev/null``, receives
+    the bytes.
 
-    The temporary file is in a folder beside ``path`` that is locked while the block runs, so that ``sweep``
-    can tell what a killed process left behind; leftovers for the same ``path`` are removed here. ``parents``:
-    make the folders above ``path`` where they are missing.
+    The temporary file is in a folder next to ``path`` that is locked while the block runs, so that ``sweep``
+    can recognize the files of killed processes. Such files for the same ``path`` are removed first.
+
+    Args:
+        path: the file to write.
+        parents: whether to create missing parent folders.
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
-        ValueError: ``path`` begins with ``~`` and an unknown user.
+        ValueError: ``path`` begins with ``~`` and names an unknown user.
         OSError: the file cannot be written.
     """
     path = expanded(path)
@@ -180,7 +181,7 @@ def written_atomically(path: str | Path, *, parents: bool = True) -> Iterator[Pa
 
 
 def _set_permissions(path: Path, attributes: os.stat_result) -> None:
-    """Owner and mode, as far as the file system has them and the user may set them."""
+    """Sets owner and mode if the file system supports them and the user may set them."""
     now = path.stat()
     with suppress(OSError):
         if (now.st_uid, now.st_gid) != (attributes.st_uid, attributes.st_gid):  # root writes a user's file
@@ -198,7 +199,7 @@ def _is_open_file(path: Path) -> bool:
 
 @contextmanager
 def _copied_into(path: Path) -> Iterator[Path]:
-    """A temporary file elsewhere, because most writers need to seek; its bytes go into ``path``."""
+    """Yields a temporary file elsewhere, because most writers seek; then copies its bytes to ``path``."""
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "file"
         temporary.touch()
@@ -209,10 +210,10 @@ def _copied_into(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A folder beside ``path`` for a block of code, which only this user can read.
+    """Yields a folder next to ``path`` that only this user can read; removes it after the block.
 
-    It is locked meanwhile, so that a later call for the same ``path``, or ``sweep``, can tell whether a
-    killed process left it behind. Leftovers for the same ``path`` are removed.
+    The folder is locked during the block. A later call for the same ``path``, or ``sweep``, removes folders
+    that are not locked: killed processes left them.
     """
     sweep_beside(path)
     folder, handle = _locked_folder(path)
@@ -225,7 +226,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def _locked_folder(path: Path) -> tuple[Path, int | None]:
-    """A new folder, and the open file whose lock shows that its writer lives (None: no locks here)."""
+    """A new folder, and the open file that is locked while its writer runs (None without locks)."""
     while True:
         folder = path.with_name(f"{_stem(path)}{secrets.token_hex(4)}.tmp")
         handle = None
@@ -233,11 +234,11 @@ def _locked_folder(path: Path) -> tuple[Path, int | None]:
             folder.mkdir(0o700)
             handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             _lock(handle)
-            if (folder / _LOCK).exists():  # else another process has just swept it
+            if (folder / _LOCK).exists():  # otherwise another process has just removed it
                 return folder, handle
         except FileExistsError:
             continue
-        except BlockingIOError:  # another process is just sweeping it
+        except BlockingIOError:  # another process is removing it
             pass
         except OSError:
             if handle is None:
@@ -249,20 +250,20 @@ def _locked_folder(path: Path) -> tuple[Path, int | None]:
 
 
 def _stem(path: Path) -> str:
-    """What the names of the temporary folders for ``path`` begin with."""
+    """The prefix of the names of temporary folders for ``path``."""
     return f".{os.fsencode(path.name)[:_NAME_BYTES].decode('utf-8', 'ignore')}."
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether it is on its way by ``written_atomically``, or what a killed process left of that."""
+    """Whether ``path`` has the name of a temporary file or folder of ``written_atomically``."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def sweep(folder: str | Path) -> None:
-    """Removes from ``folder`` and the folders in it the temporary files that killed processes have left.
+    """Removes temporary files that killed processes left in ``folder`` and its subfolders.
 
-    Those of running processes stay: they hold a lock. On a file system without locks only what has not
-    changed for a day is removed. Nothing is raised for what cannot be read or removed.
+    Files of running processes are kept, because they are locked. On a file system without locks only files
+    unchanged for a day are removed. Files that cannot be read or removed are skipped.
     """
     for place, folders, _ in os.walk(folder):
         folders[:] = [name for name in folders if not is_temporary(Path(name))]
@@ -270,7 +271,7 @@ def sweep(folder: str | Path) -> None:
 
 
 def sweep_beside(path: Path) -> None:
-    """As ``sweep``, but only what was on its way to ``path``."""
+    """As ``sweep``, but only temporary files for ``path``."""
     _sweep(path.parent, re.compile(re.escape(_stem(path)) + r"\w{8}\.tmp"))
 
 
@@ -286,7 +287,7 @@ def _remove_if_abandoned(path: Path) -> None:
     inner = path if not path.is_dir() or path.is_symlink() else path / _LOCK
     try:
         handle = os.open(inner, os.O_RDWR)
-    except FileNotFoundError:  # a folder that is just being made or removed, or that never got its lock
+    except FileNotFoundError:  # being created or removed, or its writer was killed before the lock
         if time.time() - path.lstat().st_mtime > 60:
             shutil.rmtree(path)
         return
@@ -298,8 +299,8 @@ def _remove_if_abandoned(path: Path) -> None:
         except OSError:
             if time.time() - inner.stat().st_mtime < _ABANDONED_SECONDS:
                 return
-        with suppress(PermissionError):  # Windows removes no open file
-            _remove(path)  # while the lock is held: a writer that has just made the folder may not take it
+        with suppress(PermissionError):  # Windows does not remove open files
+            _remove(path)  # with the lock held, so that the writer of a new folder cannot take it
     finally:
         os.close(handle)
     if os.path.lexists(path):
@@ -314,10 +315,10 @@ def _remove(path: Path) -> None:
 
 
 def flush(handle: int) -> None:
-    """Writes an open file to the disk, as far as its file system can.
+    """Flushes an open file to disk, if its file system supports this.
 
     Raises:
-        OSError: data could not be written (no room, a broken disk).
+        OSError: data could not be written (full or broken disk).
     """
     try:
         os.fsync(handle)
@@ -327,10 +328,10 @@ def flush(handle: int) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """So that a rename in it survives a crash of the machine."""
+    """Flushes a folder, so that a rename in it survives a crash of the machine."""
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows, or a folder that may be written but not read
+    except OSError:  # Windows, or a folder without read permission
         return
     try:
         flush(handle)
@@ -339,19 +340,19 @@ def _flush_folder(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str, *, parents: bool = True) -> None:
-    """Writes ``text`` as UTF-8, atomically; what UTF-8 cannot hold (part of a file name) is escaped."""
+    """Writes ``text`` as UTF-8, atomically; what UTF-8 cannot encode (in file names) is escaped."""
     with written_atomically(path, parents=parents) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, atomically; NaN and infinities are refused (they are not JSON)."""
+    """Writes ``value`` as indented JSON, atomically; ValueError for NaN and infinities."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Reads a JSON file; a damaged one raises ValueError with its path."""
+    """Reads a JSON file; ValueError with its path if it is damaged."""
     try:
         return json.loads(expanded(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # also of numbers too long and lists too deep to be read
+    except (ValueError, RecursionError) as error:  # RecursionError: lists nested too deeply
         raise ValueError(f"{path} is not readable as JSON: {error}") from error

@@ -1,4 +1,4 @@
-"""Float32 without reduced precision: torch's settings for a block of code, and what a model computes in."""
+"""Full float32 precision for a block of code, and the precision in which a model computes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Backends and operations of torch's ``fp32_precision``. The value "none" inherits from the operation "all" of
-# the backend, and that from ("generic", "all"), so parents come before their children.
+# Backends and operations of torch's ``fp32_precision``, parents before children: "none" inherits the value of
+# the backend's "all", and that of ("generic", "all").
 _FP32 = (
     *(("generic", "all"), ("cuda", "all"), ("mkldnn", "all")),
     *((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")),
@@ -25,7 +25,7 @@ _ONEDNN_VARIABLES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
 
 def check_environment() -> None:
-    """Raises ValueError for an environment variable that asks for less than float32: torch overrides none."""
+    """Raises ValueError if an environment variable requests less than float32; torch cannot override it."""
     for name in _ONEDNN_VARIABLES:
         if os.environ.get(name, "").upper() not in ("", "STRICT"):
             raise ValueError(
@@ -46,18 +46,18 @@ _before: Callable[[], None] = lambda: None  # noqa: E731
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products and convolutions of float32 tensors in full float32, for a block of code.
+    """Runs matrix products and convolutions of float32 tensors in full float32 for a block of code.
 
-    Autocast is off for every kind of device. TF32 and bfloat16 are off wherever torch has a setting for them:
+    Autocast is disabled for every device type. TF32 and bfloat16 are disabled by all settings of torch:
     ``fp32_precision`` of all backends and operations, ``torch.set_float32_matmul_precision``, ``allow_tf32``,
-    and reduced-precision reductions and accumulation of half-precision products. Afterwards, also when an
-    exception passes through, each setting is as it was.
+    and reduced-precision reductions and accumulation of half-precision products. All settings are restored
+    after the block, also on an exception.
 
-    Blocks may be nested and may run in several threads at once: the settings belong to the process and are
-    restored when the last block ends (autocast belongs to the thread).
+    Blocks may be nested and may run in several threads. The settings are per process and are restored when
+    the last block ends; autocast is per thread.
 
     Raises:
-        ValueError: the environment variable ``ONEDNN_DEFAULT_FPMATH_MODE`` asks for less than float32, which
+        ValueError: the environment variable ``ONEDNN_DEFAULT_FPMATH_MODE`` requests less than float32, which
             no setting of torch overrides.
     """
     global _depth, _before
@@ -80,17 +80,17 @@ def full_precision() -> Iterator[None]:
 
 
 def _set_full_precision() -> Callable[[], None]:
-    """Sets everything, and returns what restores it."""
+    """Sets full precision; returns a function that restores the previous settings."""
     get: Any = torch._C._get_fp32_precision_getter
     put: Any = torch._C._set_fp32_precision_setter
-    own = {}
-    for backend, op in _FP32:  # with its parents at "none" the getter gives a setting's own value
-        own[backend, op] = get(backend, op)
+    previous = {}
+    for backend, op in _FP32:  # with its parents at "none" the getter does not return an inherited value
+        previous[backend, op] = get(backend, op)
         put(backend, op, "none")
     for backend, op in _FP32:
         put(backend, op, "ieee")
-    # The older settings: torch raises where one of them contradicts ``fp32_precision``, so both are set.
-    # Where ``fp32_precision`` is "ieee" everywhere, reading raises exactly if the older setting is True.
+    # Both the older settings and ``fp32_precision`` are set, because torch raises if they contradict.
+    # With "ieee" everywhere, reading an older setting raises if and only if it is True.
     matmul = torch.get_float32_matmul_precision()
     cudnn = _allows(torch._C._get_cudnn_allow_tf32)
     onednn = _allows(torch._C._get_onednn_allow_tf32)
@@ -112,7 +112,7 @@ def _set_full_precision() -> Callable[[], None]:
         for backend, op in _FP32:
             put(backend, op, "ieee")
         set_older(matmul, cudnn, onednn, half, bfloat, accumulation)
-        for (backend, op), value in own.items():
+        for (backend, op), value in previous.items():
             put(backend, op, value)
 
     set_older("highest", False, False, (False, True), (False, True), False)
@@ -133,17 +133,17 @@ def _pair(value: Any) -> tuple[bool, ...]:
 
 
 def computed_in(model: nn.Module, x: Tensor) -> torch.dtype:
-    """The least precise floating-point dtype that a forward pass of ``model`` on ``x`` computes in.
+    """The least precise floating-point dtype in which ``model(x)`` computes.
 
-    Every operation's operands count, also those in an autocast block of the model's own; casts and copies
-    alone do not. Compiled parts run as plain modules meanwhile.
+    The operands of every operation count, also within autocast blocks of the model, but not those of casts
+    and copies. Compiled parts run uncompiled.
     """
     seen = _Dtypes()
     # without dynamo nothing is compiled, and loading it takes seconds
     stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with torch.no_grad(), stance, seen:
         model(x)
-    return max(seen.found, key=lambda dtype: torch.finfo(dtype).eps, default=x.dtype)
+    return max(seen.dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=x.dtype)
 
 
 class _Dtypes(TorchDispatchMode):
@@ -153,7 +153,7 @@ class _Dtypes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: set[torch.dtype] = set()
+        self.dtypes: set[torch.dtype] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -162,5 +162,5 @@ class _Dtypes(TorchDispatchMode):
         if not func.is_view and func.overloadpacket.__name__ not in self._CASTS:
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    self.found.add(value.dtype)
+                    self.dtypes.add(value.dtype)
         return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""A folder that is followed when it is renamed or moved while files are written to it."""
+"""Tracks a folder that is renamed or moved while files are written to it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _F_GETPATH = 50  # of macOS
 
 
 class RunFolder:
-    """Where a folder is now, known by its identity rather than by its name. Use it in a ``with`` statement.
+    """The current path of a folder, which is identified by device and inode. Use it in a ``with`` statement.
 
     Args:
         folder: an existing folder.
-        warn: receives a line of text when the folder was renamed.
+        warn: called with one line of text if the folder was renamed.
         work: what writes to the folder, for messages.
-        again: how to continue the work after the folder was deleted, for the error message.
+        again: how to continue after the folder was deleted, for the error message.
     """
 
     def __init__(
@@ -33,17 +33,17 @@ class RunFolder:
         again: str = "resume it there with --resume (resume=True)",
     ) -> None:
         self._path, self._warn, self._work, self._again = folder, warn, work, again
-        self._found = folder.stat()
+        self._status = folder.stat()
         self._handle: int | None = None
         if fcntl is not None:
             self._handle = os.open(folder, os.O_RDONLY)
 
     @property
     def path(self) -> Path:
-        """The folder's path: the one that was given as long as it is right.
+        """The current path of the folder.
 
         Raises:
-            FileNotFoundError: the folder was deleted, or moved to where it cannot be found.
+            FileNotFoundError: the folder was deleted, or its new path cannot be found.
         """
         if not self._is_at(self._path):
             moved = self._current()
@@ -57,7 +57,7 @@ class RunFolder:
         return self._path
 
     def during(self, write: Callable[[], object]) -> None:
-        """Calls ``write``, and once more where the folder was renamed meanwhile."""
+        """Calls ``write``, and again if the folder was renamed during the call."""
         path = self.path
         try:
             write()
@@ -69,13 +69,13 @@ class RunFolder:
 
     def _is_at(self, path: Path) -> bool:
         try:
-            found = path.stat()
+            status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return os.path.samestat(found, self._found)
+        return os.path.samestat(status, self._status)
 
     def _current(self) -> Path | None:
-        """By the system's knowledge of the open folder; None where it has none."""
+        """The path of the open folder according to the system, or None."""
         if self._handle is None:
             return None
         try:
@@ -83,10 +83,10 @@ class RunFolder:
         except OSError:
             pass
         try:
-            found: bytes = fcntl.fcntl(self._handle, _F_GETPATH, bytes(1024))
+            name: bytes = fcntl.fcntl(self._handle, _F_GETPATH, bytes(1024))
         except OSError:
             return None
-        return Path(os.fsdecode(found.rstrip(b"\0")))
+        return Path(os.fsdecode(name.rstrip(b"\0")))
 
     def __enter__(self) -> RunFolder:
         return self

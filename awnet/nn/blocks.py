@@ -155,10 +155,10 @@ class AWPreActivationBlock(Block):
     """WideResNet's block, BN → ReLU → conv twice and a shortcut, with dynamic 3×3 convolutions.
 
     AW-Net's layer is conv → MixBN → ReLU, so here it spans two halves: the first convolution with the batch
-    norm and ReLU that follow it is one fused call. The second convolution has no batch norm of its own: its
-    scaled filters' output is added to the shortcut, and the next block's MixBN normalizes the sum.
+    norm and ReLU that follow it is one fused call. No batch norm follows the second convolution: its
+    output is added to the shortcut, and the MixBN of the next block normalizes the sum.
 
-    A 1×1 convolution where the shape changes takes the activated input, as the first convolution does.
+    Where the shape changes, a 1×1 convolution of the activated input is the shortcut.
     """
 
     def __init__(
