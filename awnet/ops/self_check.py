@@ -68,7 +68,8 @@ class Verdict:
         return f"self-check passed on {self.day} ({self.cases} cases, {self.seconds:.1f} s)"
 
 
-_verdicts: dict[tuple[str, str], Verdict] = {}
+_verdicts: dict[tuple[str, torch.device], Verdict] = {}
+_reasons: dict[tuple[str, torch.device], str | None] = {}  # looked up at every call
 _warned: set[str] = set()
 _lock = threading.Lock()
 _renewed = False
@@ -84,26 +85,35 @@ def mode() -> str:
 
 def obstacle(kernels: Kernels, device: torch.device) -> str | None:
     """Why the self-check speaks against ``kernels`` on ``device``; None where it passed or cannot run now."""
+    key = (kernels.backend, device)
+    if key not in _reasons:
+        with _lock:
+            return _decide(kernels, device)
+    return _reasons[key]
+
+
+def _decide(kernels: Kernels, device: torch.device) -> str | None:
+    key = (kernels.backend, device)
+    if key in _reasons:  # another thread was first
+        return _reasons[key]
     if mode() == "0":
+        _reasons[key] = None
         return None
-    key = (kernels.backend, str(device))
-    with _lock:
-        if key not in _verdicts:
-            path = _path(kernels, device)
-            verdict = None if mode() == "always" or _renewed else _read(path)
-            if verdict is None and _postponed(device):
-                _warn(
-                    f"backend {kernels.backend!r} runs unchecked on {device}: nothing can be checked while a "
-                    "call is traced or captured; `awnet info --self-check` checks it once for all"
-                )
-                return None
-            if verdict is None:
-                verdict, stored = check(kernels, device)
-                if stored:
-                    _write(path, verdict)
-            _verdicts[key] = verdict
-        verdict = _verdicts[key]
-    return None if verdict.reason is None else str(verdict)
+    path = _path(kernels, device)
+    verdict = None if mode() == "always" or _renewed else _read(path)
+    if verdict is None and _postponed(device):
+        _warn(
+            f"backend {kernels.backend!r} runs unchecked on {device}: nothing can be checked while a call is "
+            "traced or captured; `awnet info --self-check` checks it once for all"
+        )
+        return None
+    if verdict is None:
+        verdict, stored = check(kernels, device)
+        if stored:
+            _write(path, verdict)
+    _verdicts[key] = verdict
+    _reasons[key] = None if verdict.reason is None else str(verdict)
+    return _reasons[key]
 
 
 @constant_in_graphs
@@ -139,6 +149,7 @@ def _reset(renewed: bool) -> None:
     with _lock:
         _renewed = renewed
         _verdicts.clear()
+        _reasons.clear()
         _warned.clear()
 
 

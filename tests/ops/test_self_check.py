@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,8 +239,17 @@ def test_it_runs_once_and_with_the_variable_never_or_in_every_process(
             assert self_check.obstacle(checked, CPU) is None
         assert len(runs) == expected, value
     monkeypatch.setenv("AWNET_SELF_CHECK", "never")
+    self_check.forget()
     with pytest.raises(ValueError, match="AWNET_SELF_CHECK must be 0 or always, got 'never'"):
         self_check.obstacle(checked, CPU)
+
+
+def test_threads_that_call_at_once_check_once() -> None:
+    runs: list[int] = []
+    checked = kernels(probe=lambda device: runs.append(1))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: self_check.obstacle(checked, CPU), range(8))) == [None] * 8
+    assert len(runs) == 1
 
 
 # --- stored verdicts
