@@ -250,5 +250,7 @@ def test_a_compiled_call_never_loses_a_tangent() -> None:
         lambda x: ops.filter_scaled_conv2d(x, weight, None, backend="eager"), backend="aot_eager"
     )
     compiled(x)  # compiled without tangents, and then called with one
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, ValueError), match=r"forward-mode.*reference"):
+    # the operator's words up to torch 2.13; newer ones compile again, and the choice of the backend refuses
+    says_why = r"forward-mode.*reference|reference.*forward-mode"
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, ValueError), match=says_why):
         compiled(forward_ad.make_dual(x, x))
