@@ -324,7 +324,7 @@ def test_a_lock_is_refused_while_it_is_held_and_free_after_a_kill(tmp_path):
             pass
 
 
-def test_without_locks_a_block_runs_and_says_so(tmp_path, monkeypatch):
+def test_without_locks_a_block_runs_with_a_warning(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(files, "fcntl", None)
     with locked(tmp_path / ".lock", lambda: "busy", said.append) as held:
@@ -368,6 +368,6 @@ def test_a_home_folder_is_expanded_at_the_beginning_of_a_path_only(monkeypatch, 
 
 
 @posix
-def test_an_unknown_user_is_an_error_that_says_so():
+def test_an_unknown_home_folder_is_an_error():
     with pytest.raises(ValueError, match=r"home folder of '~nobody-here' is not known"):
         expanded("~nobody-here/x")

@@ -90,7 +90,7 @@ def test_our_step_runs_on_the_given_backend(tmp_path: Path, monkeypatch: pytest.
         bench_train(replace(chosen, backend="magic"))
 
 
-def test_it_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_train_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", "train", "--help"])
     assert ended.value.code == 0

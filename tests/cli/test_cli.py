@@ -180,7 +180,7 @@ def test_placeholders_in_the_help_say_what_a_value_is(capsys):
 # ── train, evaluate, attack ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_train_leaves_a_run_that_says_what_it_is(run):
+def test_train_writes_a_run_folder_with_its_config(run):
     config = json.loads((run / "config.json").read_text())
     assert config["recipe"]["name"] == "standard"
     assert config["recipe"]["epochs"] == 1
@@ -208,7 +208,7 @@ def test_train_defaults_and_options_reach_the_recipe_and_the_model(tmp_path, cap
     assert f"awnet evaluate {folder.relative_to(tmp_path)}" in capsys.readouterr().out
 
 
-def test_the_first_line_says_what_runs(run, tmp_path, capsys):
+def test_the_first_line_describes_the_run(run, tmp_path, capsys):
     words = [
         *TRAIN,
         "--recipe",
@@ -282,7 +282,7 @@ def test_compare_sets_two_runs_side_by_side(run, tmp_path, capsys):
     assert "is not a run folder" in fails(capsys, "compare", run, "nowhere")
 
 
-def test_an_evaluation_without_a_terminal_says_now_and_then_that_it_is_alive(run, monkeypatch, capsys):
+def test_an_evaluation_without_a_terminal_reports_progress(run, monkeypatch, capsys):
     monkeypatch.setattr("awnet.evaluation.progress.HEARTBEAT_SECONDS", 0.0)
     words = [
         "evaluate",
@@ -640,7 +640,7 @@ def test_damaged_weights_are_said_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("how", ["flag", "environment"])
-def test_a_traceback_can_be_asked_for(how, capsys, monkeypatch):
+def test_a_traceback_can_be_requested(how, capsys, monkeypatch):
     words = ["data", "info", "mnist"]
     if how == "flag":
         words.append("--traceback")
@@ -864,7 +864,9 @@ def test_the_branching_network_is_exported_for_any_batch_size(tmp_path, capsys):
     [("model", None), ("model", {}), ("optimizer", {}), ("scheduler", []), ("epoch", "3"), ("step", -1),
      ("best_model", 3), ("random", {}), ("random", [3]), ("log_bytes", 1.5), ("finished", 2), ("of_epoch", None)],
 )  # fmt: skip
-def test_a_state_with_another_content_under_a_right_checksum_is_one_line(run, tmp_path, part, value, capsys):
+def test_a_state_with_other_content_and_a_correct_checksum_is_a_one_line_error(
+    run, tmp_path, part, value, capsys
+):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     newest = sorted((folder / "state").glob("*.pt"))[-1]

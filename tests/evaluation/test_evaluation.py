@@ -141,7 +141,7 @@ def test_bootstrap_interval_as_resampling_by_index() -> None:
         bootstrap_interval([])
 
 
-def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_bootstrap_interval_has_its_nominal_coverage() -> None:
     generator = np.random.default_rng(0)
     truth, hits = 0.3, 0
     for trial in range(400):
@@ -209,7 +209,7 @@ def test_one_forward_for_each_needed_quantity() -> None:
     assert model.calls == 3 + 1
 
 
-def test_router_is_asked_about_attacks_and_about_noise() -> None:
+def test_router_auc_is_measured_for_attacks_and_noise() -> None:
     data = images(classes=3)
     model = Routed()
     report = evaluate(model, data, ["fgsm"], seed=2)

@@ -165,7 +165,7 @@ def test_two_ranks_give_the_report_of_one(
         assert one["report"]["sanity"]
 
 
-def test_it_goes_on_with_another_number_of_ranks(both: dict[str, Any], tmp_path: Path) -> None:
+def test_an_evaluation_resumes_with_another_number_of_ranks(both: dict[str, Any], tmp_path: Path) -> None:
     whole = judge(tmp_path, Ranks(CPU))
     assert whole["calls"] == 5
     assert len(whole["examples"]["label"]) == 8  # of ten

@@ -207,7 +207,9 @@ def test_logits_do_not_depend_on_the_callers_settings() -> None:
         (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "float32, TF32 off", False),
     ],
 )
-def test_the_report_says_what_the_model_computes_in(model: nn.Module, said: str, approximate: bool) -> None:
+def test_the_report_names_the_dtype_the_model_computes_in(
+    model: nn.Module, said: str, approximate: bool
+) -> None:
     report = evaluate(model, digits(4), ["fgsm"])
     assert report.settings["precision"] == said
     assert report.approximate is approximate

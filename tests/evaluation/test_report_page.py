@@ -65,7 +65,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     return found, out / "evaluations" / "default"
 
 
-def test_the_page_needs_nothing_else_and_says_the_worst_case_first(report: tuple[Report, Path]) -> None:
+def test_the_page_is_self_contained_and_starts_with_the_worst_case(report: tuple[Report, Path]) -> None:
     found, folder = report
     text = (folder / "report.html").read_text(encoding="utf-8")
     outline = Outline(text)
@@ -145,7 +145,7 @@ def test_names_are_escaped(report: tuple[Report, Path], tmp_path: Path) -> None:
     assert Outline(text).sources == []  # there are no figures in that folder
 
 
-def test_the_papers_row_stands_beside_ours_and_says_what_it_was_measured_on(
+def test_the_papers_row_is_next_to_ours_with_its_data_set(
     report: tuple[Report, Path], tmp_path: Path
 ) -> None:
     assert "paper" not in Outline(page(report[0], tmp_path)).words

@@ -105,7 +105,7 @@ def dataset(name: str = "cifar10") -> Dataset:
         "it must give logits",
     ],
 )
-def test_a_model_that_breaks_a_rule_is_told_which(how: str) -> None:
+def test_a_model_that_violates_a_rule_is_an_error_that_names_it(how: str) -> None:
     torch.manual_seed(0)
     found = violations(Broken(how), images(), 10)
     assert len(found) >= 1

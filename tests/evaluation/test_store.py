@@ -251,7 +251,7 @@ def resume(folder: Path, attack: str) -> Report:
 
 
 @pytest.mark.parametrize("attack", ["plain", "cascade"])
-def test_a_flipped_bit_of_a_kept_image_is_found(tmp_path: Path, attack: str) -> None:
+def test_a_flipped_bit_of_a_saved_image_is_detected(tmp_path: Path, attack: str) -> None:
     path = interrupted(tmp_path, attack)
     content = bytearray(path.read_bytes())
     content[-5] ^= 1  # of the last tensor's values
@@ -264,7 +264,7 @@ def test_a_flipped_bit_of_a_kept_image_is_found(tmp_path: Path, attack: str) -> 
 
 @pytest.mark.parametrize("attack", ["plain", "cascade"])
 @pytest.mark.parametrize("value", [0.31, -0.31, float("nan"), 2.0])
-def test_a_kept_image_outside_the_ball_is_refused_under_a_right_checksum(
+def test_a_saved_image_outside_the_ball_is_an_error_despite_a_correct_checksum(
     tmp_path: Path, attack: str, value: float
 ) -> None:
     path = interrupted(tmp_path, attack)

@@ -203,7 +203,7 @@ def test_surrogates_come_beside_the_teachers_not_in_their_place(place: Path) -> 
     assert members(report) == WHOLE | {f"transfer_mine_{attack}" for attack in TRANSFERRED}
 
 
-def test_modules_as_teachers_have_no_file_and_are_asked_for(place: Path) -> None:
+def test_teachers_given_as_modules_must_be_given_again(place: Path) -> None:
     with pytest.raises(ValueError, match="clean teacher is missing: it was passed to train as a module"):
         judged(place / "m")
 
@@ -243,7 +243,7 @@ def test_teachers_that_a_run_trained_are_found_in_it_and_checked(place: Path) ->
 
 
 @pytest.mark.usefixtures("union")
-def test_a_union_without_a_training_record_says_so(place: Path) -> None:
+def test_a_union_without_a_training_record_is_flagged(place: Path) -> None:
     alone = evaluate(load_model(place / "mtard"), DIGITS.test.subset(2), ["union"], sanity=False)
     assert any("no training record was found" in flag for flag in alone.flags)
     torch.manual_seed(0)

@@ -199,7 +199,7 @@ def test_the_router_picks_one_expert_and_its_gradient_passes_through() -> None:
         create_model("advmoe_resnet18", experts=0)
 
 
-def test_advmoe_trains_experts_and_router_in_turn() -> None:
+def test_advmoe_alternates_between_experts_and_router() -> None:
     model = narrow("advmoe_resnet18")
     recipe = recipe_for("advmoe", "digits", batch_size=16, schedule="step", weight_decay=0.1)
     step = TrainingStep(recipe, model, torch.device("cpu"), 10)
@@ -315,14 +315,14 @@ def test_separate_trains_each_part_by_itself() -> None:
 # --- Swin
 
 
-def test_swin_says_which_extra_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swin_without_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("timm", "timm.models", "timm.models.swin_transformer"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'swin_t needs timm.*pip install "awnet\[timm\]"'):
         create_model("swin_t")
 
 
-def test_swin_says_that_torchvision_and_torch_differ(
+def test_swin_reports_that_torchvision_does_not_fit_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module in [name for name in sys.modules if name.partition(".")[0] == "timm"]:

@@ -288,7 +288,7 @@ def test_weights_alone_of_wrapped_models_load_into_a_model(tmp_path: Path) -> No
 
 
 @SLOW
-def test_a_compiled_models_run_goes_on_without_the_compiler(tmp_path: Path) -> None:
+def test_a_run_of_a_compiled_model_resumes_without_the_compiler(tmp_path: Path) -> None:
     splits, folder = small_splits(), tmp_path / "run"
     compiled = torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), backend="eager")
     train(RECIPE, compiled, splits, folder, quiet=True, tensorboard=False, max_minutes=1e-9)

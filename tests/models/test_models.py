@@ -308,7 +308,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
-def test_load_says_what_is_missing(tmp_path):
+def test_load_names_the_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no file .*nothing\.safetensors; pass a run folder"):
         load_model(tmp_path / "nothing.safetensors")
     with pytest.raises(FileNotFoundError, match=r"no best\.safetensors in the folder .*; pass a run folder"):

@@ -540,7 +540,7 @@ def check_same_in_train_mode(original: nn.Module, network: AWNet, x: torch.Tenso
     torch.testing.assert_close(network(x, routing=routing), original(x), **close)
 
 
-def test_a_network_with_everything_of_its_own():
+def test_a_network_of_custom_modules_is_converted():
     original = trained(Own())
     assert original.shared_norm.num_batches_tracked == 8
     network = convert(original, image_size=8, **ROUTER)

@@ -152,7 +152,7 @@ def test_routes_like_the_model() -> None:
 
 
 @pytest.mark.parametrize("case", ["awnet_tiny", "no router", "resnet_tiny"])
-def test_refresh_brings_it_up_to_date(case: str) -> None:
+def test_refresh_updates_an_inference_copy(case: str) -> None:
     model, x = build(case), images()
     still = model.inference_copy()
     before = still(x)
@@ -211,7 +211,7 @@ def test_inference_mode_and_autocast_leave_no_trace() -> None:
         assert torch.equal(still(x), logits)
 
 
-def test_what_cannot_be_frozen_says_so() -> None:
+def test_invalid_inference_copies_are_errors() -> None:
     converted = awnet.convert(
         nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), Pooled(), nn.Linear(3, 5))
     )

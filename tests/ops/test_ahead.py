@@ -103,7 +103,7 @@ def test_each_rule_can_fail(tmp_path: Path) -> None:
         ([], "1", "the interpreter and the compiler cannot share a process"),
     ],
 )
-def test_bad_use_is_told(
+def test_ahead_rejects_bad_options(
     arguments: list[str],
     interpreted: str,
     message: str,

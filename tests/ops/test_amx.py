@@ -448,7 +448,7 @@ def test_grouped_convolutions_other_dtypes_and_the_switch_keep_the_library(
         amx.obstacle()
 
 
-def test_explain_says_whether_a_frozen_network_runs_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_reports_whether_a_frozen_network_runs_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     given = block_net(4)
 
     def said(groups: int = 1, dtype: torch.dtype = torch.bfloat16) -> str | None:
@@ -536,7 +536,7 @@ _REFUSED = """
 
 @pytest.mark.slow
 @needs_amx
-def test_a_process_that_may_not_use_amx_says_so_and_takes_the_library() -> None:
+def test_without_permission_for_amx_the_library_runs_and_the_reason_is_reported() -> None:
     environment = {**os.environ, "AWNET_AMX": "auto", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_REFUSED)], capture_output=True, text=True, env=environment

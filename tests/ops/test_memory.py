@@ -46,7 +46,7 @@ def test_a_layer_keeps_these_bytes(mode: memory.Mode, dtype: torch.dtype, backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_kept_where_nobody_wants_a_gradient(backend: str) -> None:
+def test_nothing_is_saved_without_a_required_gradient(backend: str) -> None:
     if backend == "cpp" and native.load() is not None:
         pytest.skip(str(native.load()))
     with torch.no_grad():

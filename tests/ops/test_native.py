@@ -51,7 +51,7 @@ def nvcc(build: ModuleType) -> str:
 
 
 @built
-def test_build_info_says_how_it_was_built() -> None:
+def test_build_info_reports_how_the_module_was_built() -> None:
     info = native.build_info()
     assert info["torch"] == torch.__version__
     assert info["instruction_set"] in ("avx512", "avx2", "baseline")
@@ -321,7 +321,7 @@ def test_an_infinite_value_stays_infinite_in_a_long_sum() -> None:
 
 
 @built
-def test_the_self_test_runs_a_kernel_or_says_why_not() -> None:
+def test_the_self_test_runs_a_kernel_or_reports_the_reason() -> None:
     module = importlib.import_module("awnet._C")
     answer = module.self_test()
     if native.build_info()["cuda"] is False:
@@ -333,7 +333,7 @@ def test_the_self_test_runs_a_kernel_or_says_why_not() -> None:
 
 
 @built
-def test_the_cuda_part_brings_its_own_runtime() -> None:
+def test_the_cuda_part_links_its_own_runtime() -> None:
     if native.build_info()["cuda"] is False or shutil.which("readelf") is None:
         pytest.skip("no CUDA part, or no readelf")
     path = importlib.import_module("awnet._C").__file__
@@ -439,7 +439,7 @@ def test_nothing_is_built_where_nothing_is_wanted(tmp_path) -> None:
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_auto_does_without_torch_or_a_compiler_and_says_so(tmp_path) -> None:
+def test_auto_without_torch_or_a_compiler_skips_the_build_and_reports_it(tmp_path) -> None:
     done = setup("auto", **without_torch(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "no native kernels: torch is not importable" in done.stderr
@@ -471,7 +471,7 @@ def test_cuda_without_nvcc_is_an_error_before_anything_is_compiled(tmp_path) -> 
     assert not list(tmp_path.rglob("*.o"))
 
 
-def test_nvcc_is_looked_for_where_cuda_home_says_first(build: ModuleType, tmp_path, monkeypatch) -> None:
+def test_nvcc_is_searched_in_cuda_home_first(build: ModuleType, tmp_path, monkeypatch) -> None:
     (tmp_path / "bin").mkdir()
     fake = tmp_path / "bin" / "nvcc"
     fake.write_text("#!/bin/sh\n")

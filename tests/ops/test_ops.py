@@ -614,7 +614,7 @@ def test_half_precision_parameters() -> None:
 # --- dispatch
 
 
-def test_explain_says_which_backend_and_why_not_the_others() -> None:
+def test_explain_reports_the_backend_and_the_reasons_against_others() -> None:
     layer = example(False, 0)
     explanation = ops.explain(ops.aw_conv2d, **layer.tensors, **layer.options)
     assert explanation.backend == next(b.name for b in BACKENDS if ran_by(b, layer))

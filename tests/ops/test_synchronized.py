@@ -151,7 +151,7 @@ def test_synchronize_reaches_every_norm_and_takes_it_back() -> None:
         synchronize(model, 0)  # type: ignore[arg-type]
 
 
-def test_a_group_that_is_none_is_told() -> None:
+def test_an_unknown_process_group_is_an_error() -> None:
     x, tables = torch.rand(4, 2, 3, 3), [torch.ones(1, 2) for _ in range(4)]
     for backend in ("eager", "cpp"):
         if backend == "cpp" and native.load() is not None:

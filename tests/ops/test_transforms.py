@@ -137,7 +137,7 @@ def test_torch_func_on_a_named_backend_names_the_reference(transform: str, backe
         calls[transform]()
 
 
-def test_explain_says_why_a_transformed_call_takes_the_reference() -> None:
+def test_explain_reports_why_a_transformed_call_runs_on_the_reference() -> None:
     weight, x = torch.randn(3, 2, 3, 3), torch.randn(2, 2, 4, 4)
     found = []
 
@@ -233,7 +233,7 @@ def test_the_global_average_has_every_derivative() -> None:
     torch.testing.assert_close(vmapped, x.mean((2, 3)))
 
 
-def test_training_under_torch_func_says_what_its_running_statistics_need() -> None:
+def test_training_under_torch_func_reports_what_running_statistics_need() -> None:
     weight = torch.ones(1, 2)
     tables = (weight, torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))
 

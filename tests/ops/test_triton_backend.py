@@ -24,7 +24,9 @@ def refusal(x: torch.Tensor = X) -> str:
 
 
 @without_gpu
-def test_without_a_gpu_it_says_what_is_missing_and_what_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_without_a_gpu_reports_the_reason_and_the_alternatives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     runs = ops.explain(ops.filter_scaled_conv2d, X, W, None).backend
     message = refusal()

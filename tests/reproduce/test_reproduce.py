@@ -33,7 +33,7 @@ def small() -> tuple[Splits, MTARD]:
     return splits, recipe
 
 
-def test_it_trains_attacks_and_compares(
+def test_reproduce_trains_attacks_and_compares(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     splits, recipe = small()

@@ -73,9 +73,7 @@ def test_synthetic_splits_have_the_published_shape_and_say_that_they_are_generat
         synthetic_splits("digits")
 
 
-def test_a_figure_from_the_command_line_goes_on_where_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_figure_from_the_command_line_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "reproduce",
         "fig1",
@@ -176,7 +174,7 @@ def test_images_are_averaged_over_squares() -> None:
     assert shrunk_options(part, 1) is part
 
 
-def test_without_the_images_only_a_smoke_run_goes_on(
+def test_without_the_images_only_a_smoke_run_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [

@@ -274,7 +274,7 @@ def test_saved_within_a_long_epoch(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(
+def test_training_continues_while_a_checkpoint_is_written(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer is held until step 3 begins: steps 1 and 2 find it busy, and pass."""
@@ -711,7 +711,7 @@ def test_a_state_made_elsewhere_is_noted(tmp_path: Path, capsys: pytest.CaptureF
     assert C.load_state(tmp_path / "run")["environment"] == environment
 
 
-def test_another_number_of_threads_goes_on(
+def test_a_run_resumes_with_another_number_of_threads(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_at(None)
@@ -729,7 +729,7 @@ def test_another_number_of_threads_goes_on(
 
 
 @pytest.mark.parametrize("part", ["model", "optimizer"])
-def test_a_state_that_the_code_has_outgrown_says_which_version_wrote_it(tmp_path: Path, part: str) -> None:
+def test_an_outdated_state_is_an_error_that_names_its_version(tmp_path: Path, part: str) -> None:
     """The recipe, the model's name and the data are the same, but not what the code makes of them."""
     stop_at(None)
     go(tmp_path / "run", max_minutes=1e-9)

@@ -270,7 +270,7 @@ def test_a_whole_run_on_two_ranks_is_that_of_one(both: dict[str, Any], tmp_path:
     assert len(C.load_state(both["folder"] / "run")["random"]) == 2
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(both: dict[str, Any]) -> None:
+def test_a_run_resumes_with_another_number_of_ranks(both: dict[str, Any]) -> None:
     """Order, augmentation and noise are the images', so it is the same run up to rounding: float32, 1e-4."""
     whole = both["whole_run"][0]
     assert both["begun"] == [2, 2]

@@ -87,7 +87,7 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
     return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def test_it_is_the_step_of_plain_torch() -> None:
+def test_a_training_step_equals_plain_torch() -> None:
     model = linear().double()
     other = copy.deepcopy(model)
     step = made(PGDAT(lr=0.3, momentum=0.9, weight_decay=0.01, milestones=(1,)), model)
@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_schedule(when: int) -
     assert not same(before, after)
 
 
-def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been() -> None:
+def test_a_skipped_step_does_not_change_later_steps() -> None:
     model = dynamic()
     whole, part = (made(PGDAT(milestones=()), copy.deepcopy(model)) for _ in range(2))
     for i in range(3):
@@ -228,7 +228,7 @@ def test_the_average_follows_its_recurrence() -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9, "accumulate": 2, "clip_norm": 0.5}])
-def test_its_state_goes_on_with_the_same_bits(settings: dict[str, Any]) -> None:
+def test_a_resumed_step_computes_the_same_bits(settings: dict[str, Any]) -> None:
     recipe = MTARD(epochs=2, schedule="onecycle", **settings)
     teachers = Teachers(linear(), linear())
     one = made(recipe, dynamic(), teachers=teachers)
@@ -417,7 +417,7 @@ def test_capture_needs_a_gpu_and_whole_batches() -> None:
         Standard(capture=True, accumulate=2)
 
 
-def test_a_closed_step_holds_no_graph_and_goes_on() -> None:
+def test_a_closed_step_holds_no_graph_and_can_continue() -> None:
     recorder = Recorder()
     recipe, teachers = MTARD(epochs=2), Teachers(linear(), linear())
     model = dynamic()
@@ -636,7 +636,7 @@ def test_a_run_of_steps_that_are_not_finite_ends(tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_the_average_is_what_a_run_judges_and_saves(tmp_path: Path) -> None:
+def test_a_run_validates_and_saves_the_average(tmp_path: Path) -> None:
     parts = splits()
     recipe = PGDAT(epochs=2, attack_steps=1, ema_decay=0.99, **QUICK)
     result = train(recipe, "resnet_tiny", parts, tmp_path, quiet=True, tensorboard=False)

@@ -270,7 +270,7 @@ def test_plain_training_may_smooth_its_labels() -> None:
     assert Standard(label_smoothing=0.2).loss_options().label_smoothing == 0.2
 
 
-def test_mtard_says_what_it_lacks() -> None:
+def test_mtard_without_teachers_or_weights_is_an_error() -> None:
     net, data = static_net(), batch()
     with pytest.raises(ValueError, match="teachers"):
         loss_of(MTARD, net, data, shifted, LossOptions(), None, MTARDWeights())
@@ -561,7 +561,7 @@ def quick(kind: type[Recipe] = PGDAT, **settings: Any) -> Recipe:
     return kind(**(FAST | settings))
 
 
-def test_it_learns(tmp_path: Path) -> None:
+def test_training_on_digits_learns(tmp_path: Path) -> None:
     result = train(quick(PGDAT, epochs=15, schedule="onecycle"), static_net(), SPLITS, tmp_path, quiet=True)
     assert result.finished
     assert result.validation["clean_accuracy"] >= 0.9
