@@ -41,10 +41,16 @@ def test_a_chosen_part_compiles_within_the_committed_figures() -> None:
         "statistics_kernel",
         "reduce_kernel",
         "propagate_kernel",
+        "eval_backward_kernel",
         "sign_step_kernel",
     ):
         assert f"{kernel} | sm_80" in done.stdout
         assert f"{kernel} | sm_90" in done.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:]] for line in done.stdout.splitlines()]
+    shared = {row[0]: int(row[4]) for row in rows if len(row) > 5 and row[4].isdigit()}
+    masks = [name for name in shared if "mask" in name and name.startswith(("apply/", "propagate/"))]
+    # threads hold as many values of a bfloat16 image as of its mask: neither changes its layout
+    assert [shared[name] for name in masks if "bfloat16" in name and "training" not in name] == [0] * 4
 
 
 BROKEN = """

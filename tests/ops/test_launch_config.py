@@ -42,7 +42,7 @@ def test_every_shipped_table_is_sound() -> None:
     for path in SHIPPED.glob("*.json"):
         assert launch_config.read_table(path)
         launch_config.launches(path.stem)
-    for op in ("apply", "statistics", "reduce", "propagate"):
+    for op in ("apply", "statistics", "reduce", "propagate", "eval_backward"):
         for layout in ("nchw", "channels_last"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 assert look_up(op=op, layout=layout, dtype=dtype)["tile"] > 0
@@ -77,11 +77,11 @@ def test_the_most_specific_entry_of_the_device_wins(folder: Path) -> None:
     assert look_up(batch=300) == entry(128)
     assert look_up(dtype=torch.float32) == entry(64)
     assert look_up(layout="channels_last") != entry(64)
-    assert default == json.loads((SHIPPED / "default.json").read_text())["launches"]["apply/nchw"]
+    assert default == json.loads((SHIPPED / "default.json").read_text())["launches"]["apply/bfloat16/nchw"]
 
 
 def test_an_unknown_device_takes_the_default_and_an_unknown_op_is_an_error(folder: Path) -> None:
-    assert look_up() == json.loads((folder / "default.json").read_text())["launches"]["apply/nchw"]
+    assert look_up() == json.loads((folder / "default.json").read_text())["launches"]["apply/bfloat16/nchw"]
     with pytest.raises(KeyError, match="no launch parameters for 'fly'"):
         look_up(op="fly")
 
