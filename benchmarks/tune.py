@@ -37,7 +37,7 @@ Parameters = Mapping[str, int]
 # milliseconds of one call
 DoBench = Callable[[Callable[[], object]], float]
 
-_IMAGES = ("apply", "statistics", "reduce", "propagate")
+_IMAGES = ("apply", "statistics", "reduce", "propagate", "eval_backward")
 _TABLES = (
     "eval_coefficients",
     "eval_gradients",
@@ -94,7 +94,7 @@ def jobs(options: TuneOptions, device: torch.device) -> Iterator[Job]:
 
 
 def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, device: torch.device) -> Job:
-    passes = importlib.import_module("awnet.kernels.passes")
+    passes, backward = (importlib.import_module(f"awnet.kernels.{n}") for n in ("passes", "eval_backward"))
     size = (batch, case.c_out, case.size, case.size)
     kind: torch.dtype = getattr(torch, dtype)
     memory = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -116,6 +116,10 @@ def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, 
             return passes.statistics(u, config)
         if op == "reduce":
             return *passes.reduce(grad, u, a, y, config), *passes.reduce(grad, u, a, mask, config)
+        if op == "eval_backward":
+            joined = backward.eval_backward(grad, y, None, u, mask, a, None, config, residual=True, sums=True)
+            from_u = backward.eval_backward(grad, None, None, u, None, a, b, config, sums=True)
+            return *joined[:2], *joined[2][:2], from_u[0], *from_u[2][:2]
         return (
             *passes.propagate(grad, u, a, y, b, c, a, True, config),
             *passes.propagate(grad, u, a, mask, b, c, a, True, config),

@@ -230,7 +230,7 @@ class Network : public torch::autograd::Function<Network> {
     variable_list saved;
     std::vector<int64_t> shapes, channels_last;
     for (const SavedLayer& layer : out.layers) {
-      saved.insert(saved.end(), {layer.weight, layer.scale, layer.u, layer.mask});
+      saved.insert(saved.end(), {layer.weight, layer.scale, layer.u, layer.mask, layer.shift});
       shapes.insert(shapes.end(), layer.shape.begin(), layer.shape.end());
       channels_last.push_back(layer.channels_last);
     }
@@ -254,11 +254,12 @@ class Network : public torch::autograd::Function<Network> {
     const size_t count = channels_last.size();
     std::vector<SavedLayer> layers;
     for (size_t i = 0; i < count; ++i) {
-      const Tensor* const of = saved.data() + 4 * i;
+      const Tensor* const of = saved.data() + 5 * i;
       layers.push_back({of[0],
                         of[1],
                         of[2],
                         of[3],
+                        of[4],
                         {shapes.begin() + 4 * i, shapes.begin() + 4 * i + 4},
                         channels_last[i] != 0});
     }
@@ -444,6 +445,7 @@ TORCH_LIBRARY_IMPL(awnet, CPU, m) {
 TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
   m.impl("layer_native", CppFunction::makeFromBoxedFunction<&boxed_forward>());
   m.impl("layer_native_backward", CppFunction::makeFromBoxedFunction<&boxed_backward>());
+  m.impl("network_native", &network_native);
 }
 #endif
 

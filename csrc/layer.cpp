@@ -89,6 +89,18 @@ at::MemoryFormat layout_of(const Tensor& x) {
   return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
+bool fuses([[maybe_unused]] const Tensor& x) {
+#if defined(AWNET_CUDA)
+  return x.is_cuda();
+#else
+  return false;
+#endif
+}
+
+Tensor AffineGradients::scale() const {
+  return sums.centre.defined() ? at::addcmul(sums.gc, sums.centre, sums.g1) : sums.gc;
+}
+
 Tensor centre_of(const Tensor& u) {
   // any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
   return u.select(3, 0).select(2, 0).to(at::kFloat).contiguous();
@@ -152,6 +164,24 @@ AffineOutputs affine_forward(const AffineArgs& args, Keep keep) {
   return {y, keep_u ? u : at::empty({0}, x.options()), mask};
 }
 
+namespace {
+
+// d_u, d_residual and the sums.
+std::tuple<Tensor, Tensor, Reduced> eval_backward([[maybe_unused]] const AffineBackwardArgs& args,
+                                                  [[maybe_unused]] const Tensor& grad) {
+#if defined(AWNET_CUDA)
+  const bool reads_u = args.need_sums || args.shift;
+  const auto out = cuda::eval_backward({grad, args.other_grad, args.d_mean, reads_u ? args.u : std::nullopt,
+                                        args.relu_mask, args.propagation.by_grad, args.shift,
+                                        args.need_residual, args.need_sums, args.centred});
+  return {out.d_u, out.d_residual, out.sums};
+#else
+  TORCH_CHECK(false, "this build of awnet has no CUDA kernels");
+#endif
+}
+
+}  // namespace
+
 AffineGradients affine_backward(const AffineBackwardArgs& args) {
   const Passes& passes = passes_of(args.grad);
   const auto layout = args.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
@@ -178,13 +208,18 @@ AffineGradients affine_backward(const AffineBackwardArgs& args) {
     if (args.onto && !back_args.onto) d.input = args.onto->add_(d.input);
     return d;
   }
-  if (args.need_sums) {
-    std::tie(d.sums.g1, d.sums.gc) = passes.reduce(grad, *args.u, *args.centre, args.relu_mask);
+  Tensor d_u;
+  if (fuses(grad) && !args.propagation.by_input) {
+    std::tie(d_u, d.residual, d.sums) = eval_backward(args, grad);
+  } else {
+    if (args.need_sums) {
+      std::tie(d.sums.g1, d.sums.gc) = passes.reduce(grad, *args.u, *args.centre, args.relu_mask);
+    }
+    if (!args.need_input && !args.need_weight && !args.need_residual) return d;
+    std::tie(d_u, d.residual) =
+        passes.propagate(grad, args.u, args.centre, args.relu_mask, args.propagation, args.need_residual);
   }
   if (!args.need_input && !args.need_weight && !args.need_residual) return d;
-  Tensor d_u;
-  std::tie(d_u, d.residual) =
-      passes.propagate(grad, args.u, args.centre, args.relu_mask, args.propagation, args.need_residual);
   if (!weight) {
     d.input = d_u;
   } else if (args.need_input || args.need_weight) {
@@ -259,10 +294,11 @@ LayerGradients layer_backward(const LayerBackwardArgs& b) {
   affine.need_weight = needs.weight;
   affine.need_residual = needs.residual;
   affine.need_sums = !by_batch && needs.coefficients();
+  affine.centred = norm.has_value();
   if (needs.coefficients() || (by_batch && needs.images())) {
     TORCH_CHECK(b.u.has_value(), "the forward was called with keep_u=False, and this backward needs u");
     affine.u = b.u->contiguous(layout);
-    affine.centre = by_batch ? b.mean : centre_of(*affine.u);
+    if (by_batch || !fuses(grad)) affine.centre = by_batch ? b.mean : centre_of(*affine.u);
   }
   LayerGradients d;
   if (by_batch && affine.u) {
@@ -282,7 +318,7 @@ LayerGradients layer_backward(const LayerBackwardArgs& b) {
       d.bn_weight = d_weight;
       d.bn_bias = d_bias;
     }
-  } else if (needs.images()) {
+  } else if (needs.images() || (affine.need_sums && fuses(grad))) {
     affine.propagation.by_grad = norm ? std::get<0>(passes.eval_coefficients(mix, *norm, batch))
                                  : mix.filter_scale
                                      ? *mix.filter_scale
@@ -297,7 +333,7 @@ LayerGradients layer_backward(const LayerBackwardArgs& b) {
       std::tie(d.filter_scale, d.p_clean, d.bn_weight, d.bn_bias) =
           passes.eval_gradients(images.sums, mix, *norm, needs);
     } else if (affine.need_sums) {
-      d.filter_scale = at::addcmul(images.sums.gc, images.sums.centre, images.sums.g1);
+      d.filter_scale = images.scale();
       d.shift = images.sums.g1;
     }
   }

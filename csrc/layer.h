@@ -83,18 +83,28 @@ struct AffineBackwardArgs {
   MaybeTensor weight;
   Conv conv;
   MaybeTensor u, centre, relu_mask;  // u and centre, see centre_of: for the sums and in train mode
-  Propagation propagation;           // by_grad is the scale; the rest is for train mode
-  MaybeTensor onto;                  // a gradient of the input, to which this one is added in place
+  // only where `fuses`: further gradients of the output and of its mean, and a shift to compute the mask from
+  // u
+  MaybeTensor other_grad, d_mean, shift;
+  Propagation propagation;  // by_grad is the scale; the rest is for train mode
+  MaybeTensor onto;         // a gradient of the input, to which this one is added in place
   bool channels_last = false;
   bool need_sums = false, need_input = false, need_weight = false, need_residual = false;
+  bool centred = true;  // where `fuses`: whether the sums have a centre
 };
 
 struct AffineGradients {
   Tensor input, weight, residual;
-  Reduced sums;  // the gradient of the shift is g1, that of the scale gc + centre * g1
+  Reduced sums;
+
+  // That of the shift is sums.g1.
+  Tensor scale() const;
 };
 
 AffineGradients affine_backward(const AffineBackwardArgs& args);
+
+// Whether the backward of eval mode is one kernel on the device of `x`, which also finds the centre.
+bool fuses(const Tensor& x);
 
 // A [B, C] centre for the sums of `reduce`.
 Tensor centre_of(const Tensor& u);

@@ -5,6 +5,7 @@
 #include "layer.h"
 #include "ops.h"
 #include "stack.h"
+#include "tensors.h"
 
 TORCH_LIBRARY_FRAGMENT(awnet, m) {
   m.def("statistics(Tensor u) -> (Tensor mean, Tensor m2)");
@@ -241,7 +242,34 @@ TORCH_LIBRARY_IMPL(awnet, CPU, m) {
   m.impl("convolve_back", CppFunction::makeFromBoxedFunction<&boxed<&call_convolve_back>>());
 }
 #if defined(AWNET_CUDA)
-TORCH_LIBRARY_IMPL(awnet, CUDA, m) { AWNET_IMPLEMENT(cuda) }
+// What the layers call from C++, for the self-check; outputs that are not required are empty.
+namespace {
+
+std::vector<Tensor> eval_backward(const Tensor& grad, const MaybeTensor& other_grad,
+                                  const MaybeTensor& d_mean, const MaybeTensor& u,
+                                  const MaybeTensor& relu_mask, const Tensor& scale, const MaybeTensor& shift,
+                                  bool residual, bool sums, bool centred) {
+  const auto out =
+      cuda::eval_backward({grad, other_grad, d_mean, u, relu_mask, scale, shift, residual, sums, centred});
+  std::vector<Tensor> outputs{out.d_u, out.d_residual, out.sums.g1, out.sums.gc, out.sums.centre};
+  for (Tensor& x : outputs) {
+    if (!x.defined()) x = new_tensor({0}, scale.options());
+  }
+  return outputs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(awnet, m) {
+  m.def(
+      "eval_backward(Tensor grad, Tensor? other_grad, Tensor? d_mean, Tensor? u, Tensor? relu_mask, Tensor "
+      "scale, Tensor? shift, bool residual, bool sums, bool centred) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
+  AWNET_IMPLEMENT(cuda)
+  m.impl("eval_backward", &eval_backward);
+}
 #endif
 
 }  // namespace awnet

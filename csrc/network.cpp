@@ -3,7 +3,6 @@
 // them. The mean over a layer's output is taken while the output is in the cache.
 #include "network.h"
 
-#include <ATen/ops/addcmul.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/mean.h>
@@ -54,12 +53,13 @@ NetworkOutputs network_forward(const Tensor& x, at::TensorList scales, at::Tenso
                 " needs a scale and a shift ", Sizes(table), ", got ", scales[i].sizes(), " and ",
                 shifts[i].sizes());
     const MaybeTensor residual = s.residual < 0 ? std::nullopt : MaybeTensor(y[s.residual]);
+    const bool mask_from_u = fuses(x) && s.relu && keep_mask && keep_u && s.residual < 0;
     const AffineOutputs layer = affine_forward(
         {s.input < 0 ? x : y[s.input], weights[i], conv_of(s), scales[i], shifts[i], residual, s.relu},
-        {keep_u, keep_mask && s.relu});
+        {keep_u, keep_mask && s.relu && !mask_from_u});
     y[i] = layer.y;
-    out.layers.push_back({weights[i], scales[i], layer.u, layer.mask, y[i].sizes().vec(),
-                          layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
+    out.layers.push_back({weights[i], scales[i], layer.u, layer.mask, mask_from_u ? shifts[i] : Tensor(),
+                          y[i].sizes().vec(), layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
     if (s.averaged) out.means.push_back(at::mean(y[i], {2, 3}));
     for (const int64_t source : {s.input, s.residual}) {
       if (source >= 0 && last[source] == i) y[source] = Tensor();
@@ -72,32 +72,58 @@ NetworkGradients network_backward(const std::vector<Step>& steps, const std::vec
                                   Sizes images, at::TensorList d_means, const NetworkNeeds& needs) {
   const size_t count = steps.size();
   NetworkGradients result{Tensor(), std::vector<Tensor>(count), std::vector<Tensor>(count)};
-  std::vector<Tensor> d(count);  // of the layers' outputs
+  // of the layers' outputs; where `fuses`, the layer itself adds a second one
+  std::vector<Tensor> d(count), second(count);
   size_t means = d_means.size();
+  const auto collect = [&](int64_t source, const Tensor& grad) {
+    if (d[source].defined() && !second[source].defined() && fuses(grad)) {
+      second[source] = grad;
+    } else {
+      add(d[source], grad);
+    }
+  };
   for (size_t i = count; i-- > 0;) {
     const Step& s = steps[i];
     const SavedLayer& layer = layers[i];
-    if (s.averaged && d_means[--means].defined()) add(d[i], spread(d_means[means], layer.shape));
+    MaybeTensor d_mean;
+    if (s.averaged && d_means[--means].defined()) {
+      if (d[i].defined() && fuses(d[i])) {
+        d_mean = d_means[means].to(at::kFloat);
+      } else {
+        add(d[i], spread(d_means[means], layer.shape));
+      }
+    }
     if (!d[i].defined()) continue;
     const Sizes input_shape = s.input < 0 ? images : Sizes(layers[s.input].shape);
     AffineBackwardArgs args{d[i], {}, input_shape.vec(), layer.weight, conv_of(s)};
-    d[i] = Tensor();
+    args.d_mean = d_mean;
+    if (second[i].defined()) args.other_grad = second[i];
+    d[i] = second[i] = Tensor();
     args.need_input = s.input >= 0 || needs.x;
     args.need_residual = s.residual >= 0;
     args.need_sums = needs.scales[i] || needs.shifts[i];
-    if (args.need_sums) {
-      args.u = layer.u;
-      args.centre = centre_of(layer.u);
+    const bool fused = fuses(args.grad), mask_from_u = layer.shift.defined();
+    args.centred = false;
+    if (args.need_sums || mask_from_u) args.u = layer.u;
+    if (args.need_sums && !fused) args.centre = centre_of(layer.u);
+    if (mask_from_u) {
+      args.shift = layer.shift.to(at::kFloat);
+    } else if (s.relu) {
+      args.relu_mask = layer.mask;
     }
-    if (s.relu) args.relu_mask = layer.mask;
-    args.propagation.by_grad = layer.scale;
+    args.propagation.by_grad = layer.scale.to(at::kFloat);
     args.channels_last = layer.channels_last;
+    const bool joins = fused && s.input >= 0;  // the layer below adds the gradients
     Tensor& d_input = s.input < 0 ? result.x : d[s.input];
-    if (args.need_input && d_input.defined()) args.onto = d_input;
+    if (args.need_input && !joins && d_input.defined()) args.onto = d_input;
     const AffineGradients grads = affine_backward(args);
-    if (args.need_input) d_input = grads.input;
-    if (s.residual >= 0) add(d[s.residual], grads.residual);
-    if (needs.scales[i]) result.scales[i] = at::addcmul(grads.sums.gc, grads.sums.centre, grads.sums.g1);
+    if (joins && args.need_input) {
+      collect(s.input, grads.input);
+    } else if (args.need_input) {
+      d_input = grads.input;
+    }
+    if (s.residual >= 0) collect(s.residual, grads.residual);
+    if (needs.scales[i]) result.scales[i] = grads.scale();
     if (needs.shifts[i]) result.shifts[i] = grads.sums.g1;
   }
   return result;

@@ -47,6 +47,7 @@ struct NetworkGradients {
 // What the backward needs of a layer.
 struct SavedLayer {
   at::Tensor weight, scale, u, mask;
+  at::Tensor shift;            // where the mask is computed from u, else empty
   std::vector<int64_t> shape;  // of its output
   bool channels_last;
 };

@@ -56,6 +56,23 @@ struct Needs {
   bool images() const { return input || weight || residual; }
 };
 
+// The backward of eval mode: g = grad + other_grad + d_mean / pixels where the activation passed, d_u = g
+// scale, d_residual = g, and the sums. With `shift` the activation is that of u scale + shift, without a
+// residual.
+struct EvalBackwardArgs {
+  Tensor grad;
+  MaybeTensor other_grad, d_mean, u, relu_mask;
+  Tensor scale;
+  MaybeTensor shift;
+  bool residual = false, sums = false;
+  bool centred = false;  // otherwise gc is the gradient of the scale, and there is no centre
+};
+
+struct EvalBackwardOutputs {
+  Tensor d_u, d_residual;  // undefined if not required, as are the sums
+  Reduced sums;
+};
+
 // relu_mask is y or a bool mask of where the activation passed. Outputs that are not required are empty.
 #define AWNET_DECLARE_OPS                                                                                   \
   std::tuple<Tensor, Tensor> statistics(const Tensor& u);                                                   \
@@ -85,6 +102,7 @@ const char* instruction_set();  // "avx512", "avx2" or "baseline"
 // where the CUDA part is built, see setup.py
 namespace cuda {
 AWNET_DECLARE_OPS
+EvalBackwardOutputs eval_backward(const EvalBackwardArgs& args);
 }  // namespace cuda
 
 }  // namespace awnet

@@ -106,9 +106,8 @@ def select_network(args: LayerArgs, backend: str | None) -> Backend:
     """The backend that runs a frozen network with layers like ``args``; raises as :func:`select`.
 
     Where no backend is named, ``triton`` comes before ``cuda``. Attacks replay frozen networks as CUDA
-    graphs, in which the host's time, where cuda was better, does not count, and only triton has one kernel
-    for a layer's backward. benchmarks/results/nvidia-h200-train.csv was measured so; cuda in a graph is not
-    measured.
+    graphs, in which the host's time, where cuda was better, does not count.
+    benchmarks/results/nvidia-h200-train.csv was measured so; cuda in a graph is not measured.
     """
     chosen = select(args, backend)
     if chosen.name == "cuda" and backend is None and chosen_backend() is None:

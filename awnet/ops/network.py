@@ -40,11 +40,11 @@ def affine_network(
 ) -> list[Tensor]:
     """A network of frozen layers in eval mode, each by :class:`AffineConvolution`.
 
-    On the ``cpp`` backend the network is one operator, because a small network would otherwise spend as much
-    time between its layers as in them. On the ``triton`` backend it is one autograd function, whose backward
-    adds the gradients of an output with several readers as it reads them
-    (:mod:`awnet.ops.network_autograd`). In bfloat16 on a CPU with AMX that operator keeps all activations in
-    the layout of AMX tiles (:mod:`awnet.ops.backends.amx`).
+    On the ``cpp`` and ``cuda`` backends the network is one operator, because a small network would otherwise
+    spend as much time between its layers as in them. In bfloat16 on a CPU with AMX that operator keeps all
+    activations in the layout of AMX tiles (:mod:`awnet.ops.backends.amx`). On the ``triton`` backend the
+    network is one autograd function (:mod:`awnet.ops.network_autograd`). On CUDA devices the backward of a
+    layer adds the gradients of an output with several readers as it reads them.
 
     Args:
         x: images ``[B, C, H, W]``.
@@ -63,7 +63,7 @@ def affine_network(
     """
     first = layers[0].convolution.args(x, weights[0], *coefficients[0])
     chosen = dispatch.select_network(first, None).name
-    by_layer = chosen not in ("cpp", "triton") or torch.compiler.is_compiling()
+    by_layer = chosen not in ("cpp", "cuda", "triton") or torch.compiler.is_compiling()
     scales, shifts = zip(*coefficients, strict=True)
     if by_layer or transform((*weights, *scales, *shifts)):
         return layer_by_layer(x, weights, coefficients, layers)

@@ -47,7 +47,7 @@ struct Apply {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const Coefficients<1> c = of(j);
-      float v = in.u[j] * c.scale[0] + c.shift[0];
+      float v = fmaf(in.u[j], c.scale[0], c.shift[0]);  // eval_backward.cu computes the same bits
       if (residual != nullptr) v += in.residual[j];
       out[j] = relu ? rectified(v) : v;
     }

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
@@ -258,6 +259,49 @@ std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u
                                on.stream()),
           "propagate");
   return {d_u, d_residual};
+}
+
+EvalBackwardOutputs eval_backward(const EvalBackwardArgs& args) {
+  const On on(args.grad);
+  Batch batch(args.grad, on);
+  const Tensor grad = batch.image(args.grad, "grad"), other = batch.image(args.other_grad, "other_grad"),
+               u = batch.image(args.u, "u"), relu_mask = batch.relu_mask(args.relu_mask);
+  const Tensor scale = batch.table(args.scale, "scale"), shift = batch.table(args.shift, "shift"),
+               d_mean = batch.table(args.d_mean, "d_mean");
+  TORCH_CHECK(u.defined() || !(args.sums || shift.defined()), "the sums and the mask from u need u");
+  EvalBackwardOutputs out;
+  out.d_u = batch.new_image(grad);
+  if (args.residual) out.d_residual = batch.new_image(grad);
+  EvalBackwardPointers p{};
+  p.grad = address(grad);
+  p.other_grad = address(other);
+  p.u = address(u);
+  p.y = y_of(relu_mask);
+  p.relu_mask = mask_of(relu_mask);
+  p.d_mean = entries(d_mean);
+  p.scale = entries(scale);
+  p.shift = entries(shift);
+  p.d_u = out.d_u.data_ptr();
+  p.d_residual = args.residual ? out.d_residual.data_ptr() : nullptr;
+  Tensor workspace, tickets;
+  if (args.sums) {
+    out.sums.g1 = batch.new_table(grad);
+    out.sums.gc = batch.new_table(grad);
+    p.g1 = data(out.sums.g1);
+    p.gc = data(out.sums.gc);
+    if (args.centred) {
+      out.sums.centre = batch.new_table(grad);
+      p.centre = data(out.sums.centre);
+    }
+    workspace = batch.workspace(grad);
+    p.workspace = data(workspace);
+    if (workspace.numel() > 0) {
+      tickets = at::zeros({batch.batch(), batch.channels()}, grad.options().dtype(at::kInt));
+      p.tickets = tickets.data_ptr<int32_t>();
+    }
+  }
+  succeed(awnet_cuda_eval_backward(batch.images(), &p, on.stream()), "eval_backward");
+  return out;
 }
 
 std::tuple<Tensor, Tensor> eval_coefficients(const Mix& mix, const MixNorm& of, int64_t batch) {

@@ -53,6 +53,18 @@ struct PropagationPointers {
   const float *centre, *by_grad, *by_input, *constant;
 };
 
+// The backward of eval mode; what is not given or not requested is null. u, g1, gc and workspace come with
+// the sums, u and shift where the mask is computed from u. Without centre gc is about 0. tickets: zeros, [B,
+// C].
+struct EvalBackwardPointers {
+  const void *grad, *other_grad, *u, *y;
+  const uint8_t* relu_mask;
+  const float *d_mean, *scale, *shift;
+  void *d_u, *d_residual;
+  float *g1, *gc, *centre, *workspace;
+  int32_t* tickets;
+};
+
 // Outputs; those that are not required are null, d_weight and d_bias together.
 struct EvalGradientsPointers {
   float *filter_scale, *p_clean, *weight, *bias;
@@ -61,8 +73,8 @@ struct TrainGradientsPointers {
   float *filter_scale, *weight, *bias, *by_grad, *by_input, *constant;
 };
 
-// The size in floats of the `workspace` of statistics and reduce, whose contents do not matter; 0 for most
-// shapes.
+// The size in floats of the `workspace` of statistics, reduce and eval_backward, whose contents do not
+// matter; 0 for most shapes.
 int64_t awnet_cuda_workspace(const Images* images);
 
 // --- passes
@@ -79,6 +91,9 @@ const char* awnet_cuda_reduce(const Images* images, const void* grad, const void
 const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual, const void* grad,
                                  const void* u, const void* y, const uint8_t* relu_mask,
                                  const PropagationPointers* propagation, void* stream);
+
+const char* awnet_cuda_eval_backward(const Images* images, const EvalBackwardPointers* pointers,
+                                     void* stream);
 
 // --- the [B, C] algebra
 

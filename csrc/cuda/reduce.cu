@@ -35,8 +35,6 @@ struct Operands {
   }
 };
 
-constexpr int kAhead = 2;  // accesses of each image that a thread has in flight
-
 template <class T, int V, bool kWide>
 __global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T> op, Planes planes) {
   const Slice s = slice_of<V, kWide>(planes);

@@ -7,6 +7,8 @@
 
 namespace awnet::cuda {
 
+constexpr int kAhead = 2;  // accesses of each image that a thread of a reduction has in flight
+
 // One group's share of a plane: `count` vectors from value `first` on, every `width`-th of them from `lane`.
 struct Slice {
   int64_t entry;  // of the sums: b * C + c, or (b * parts + part) * C + c

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU `awnet bench t
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuner, "SMOKE_CASES", (LayerCase("stage1", Convolution(3, 3, 2)),))
-    monkeypatch.setattr(tuner, "_IMAGES", ("apply", "statistics"))
+    monkeypatch.setattr(tuner, "_IMAGES", ("apply", "eval_backward"))
     monkeypatch.setattr(tuner, "_TABLES", ("eval_gradients",))
 
 
@@ -44,7 +44,7 @@ def test_it_finds_the_fastest_and_calls_then_find_it(tiny: None, tmp_path: Path,
     assert path.name == f"{launch_config.device_slug(DEVICE)}.json"
     assert set(table) == {
         "apply/float32/nchw/b2c4p4",
-        "statistics/float32/nchw/b2c4p4",
+        "eval_backward/float32/nchw/b2c4p4",
         "eval_gradients/b2c4p1",
     }
     assert all((entry["tile"], entry["warps"]) == (512, 8) for entry in table.values())

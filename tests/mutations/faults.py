@@ -191,12 +191,12 @@ FAULTS = (
     ),
     fault(
         "a block's residual without its gradient", "csrc/network.cpp",
-        "if (s.residual >= 0) add(d[s.residual], grads.residual);", "",
+        "if (s.residual >= 0) collect(s.residual, grads.residual);", "",
         NETWORK,
     ),
     fault(
         "of a layer that two others take, the gradient of one", "csrc/network.cpp",
-        "if (args.need_input && d_input.defined()) args.onto = d_input;", "",
+        "if (args.need_input && !joins && d_input.defined()) args.onto = d_input;", "",
         NETWORK,
     ),
     fault(
@@ -216,7 +216,7 @@ FAULTS = (
     ),
     fault(
         "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
-        "at::addcmul(images.sums.gc, images.sums.centre, images.sums.g1)", "images.sums.gc",
+        "at::addcmul(sums.gc, sums.centre, sums.g1)", "sums.gc",
         OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_alone[cpp]",
     ),
     fault(
@@ -263,6 +263,16 @@ FAULTS = (
     fault(
         "the constant of ∂u dropped", "csrc/cuda/propagate.cu",
         "* c.by_input[0] + c.constant[0]", "* c.by_input[0]",
+        CUDA_PASSES,
+    ),
+    fault(
+        "the block with the first ticket combines the parts", "csrc/cuda/eval_backward.cu",
+        "return ticket == parts - 1;", "return ticket == 0;",
+        CUDA_PASSES,
+    ),
+    fault(
+        "the gradient of the mean not divided by the pixels", "csrc/cuda/eval_backward.cu",
+        "c.d_mean[j] /= pixels;", "c.d_mean[j] /= 1.0f;",
         CUDA_PASSES,
     ),
     fault(

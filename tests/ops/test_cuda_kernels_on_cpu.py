@@ -79,6 +79,19 @@ def everything(passes: object, operands: list[Tensor], entries: list[Tensor]) ->
                 results[name], d_residual = passes.propagate(grad, *about, gate, how, residual)
                 if residual:
                     results[f"{name} residual"] = d_residual
+        for joined in (False, True):
+            further = (other, by_input) if joined else (None, None)
+            for sums in ("none", "centred", "about zero"):
+                flags = joined, sums != "none", sums == "centred"
+                about = None if sums == "none" else u
+                name = f"eval_backward {gate_name} {joined} {sums}"
+                d_u, d_residual, found = passes.eval_backward(
+                    grad, *further, about, gate, scale, None, *flags
+                )
+                results |= {name: d_u} | ({f"{name} residual": d_residual} if joined else {})
+                results |= {f"{name} {i}": x for i, x in enumerate(found or ()) if x is not None}
+    d_u, _, found = passes.eval_backward(grad, None, None, u, None, scale, shift, False, True, False)
+    results |= {"eval_backward from u": d_u, "from u g1": found.g1, "from u gc": found.gc}
     return results
 
 
@@ -175,6 +188,21 @@ def test_the_error_of_a_sum_does_not_grow_with_the_parts_of_an_image(shape: tupl
     ):
         for ours, truth in zip(got, want, strict=True):
             assert ((ours - truth).abs() <= bound * truth).all(), (name, (ours - truth) / truth * 2**24)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_the_mask_from_u_is_that_of_apply_in_every_bit(dtype: torch.dtype) -> None:
+    PASSES.misaligned = False
+    u = torch.linspace(-2, 2, 64, dtype=torch.float64).view(1, 1, 8, 8).to(dtype)
+    u[0, 0, 0, 0] = float("nan")
+    pixel = float(u[0, 0, 2, 3])
+    tables = ((1, 0), (-1, 0.5), (2.0**-140, 0), (1 / 3, -pixel / 3), (0, 0), (float("nan"), 0))
+    for a, b in tables:  # y near 0, of both signs, and so small that it is stored as 0
+        scale, shift = (torch.full((1, 1), float(x)) for x in (a, b))
+        _, mask = PASSES.apply(u, scale, shift, None, True, True, False)
+        ones = torch.ones_like(u)
+        _, g, _ = PASSES.eval_backward(ones, None, None, u, None, scale, shift, True, False, False)
+        assert torch.equal(g, mask.to(dtype)), (a, b)
 
 
 def test_nan_passes_as_torchs_relu_lets_it() -> None:

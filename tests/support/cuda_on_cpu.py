@@ -23,6 +23,7 @@ from awnet.ops.coefficients import (
     Gradients,
     Norm,
     Propagation,
+    Reduced,
     TrainSums,
 )
 
@@ -181,6 +182,23 @@ class CudaOnCpu(Passes):
         operands = (pointer(x) for x in (d_u, d_residual, grad, u, *self._gate(gate)))
         self._call("propagate", ctypes.byref(images), *operands, pointers(centre, *by))
         return d_u, d_residual
+
+    def eval_backward(self, grad, other_grad, d_mean, u, relu_mask, scale, shift, residual, sums, centred):
+        other_grad, relu_mask, u = (self._alike(x, grad) for x in (other_grad, relu_mask, u))
+        d_mean, scale, shift = (None if x is None else x.contiguous() for x in (d_mean, scale, shift))
+        d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
+        images = self._images(grad, other_grad, u, relu_mask, d_u, d_residual, d_mean, scale, shift)
+        g1, gc = (self._new_table(grad) if sums else None for _ in range(2))
+        centre = self._new_table(grad) if sums and centred else None
+        workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
+        tickets = torch.zeros(grad.shape[:2], dtype=torch.int32)
+        y, mask = self._gate(relu_mask)
+        operands = pointers(
+            grad, other_grad, u, y, mask, d_mean, scale, shift, d_u, d_residual, g1, gc, centre, workspace,
+            tickets,
+        )  # fmt: skip
+        self._call("eval_backward", ctypes.byref(images), operands)
+        return d_u, d_residual, Reduced(g1, gc, centre) if sums else None
 
     # --- the [B, C] algebra
 

@@ -213,7 +213,15 @@ def _sources() -> Iterator[Path]:
     yield Path(str(sys.modules["awnet._C"].__file__))
 
 
-CHECKED = self_check.Kernels("cuda", NativePasses(), _probe, _sources)
+def _eval_backward(*arguments: Any) -> tuple[Tensor, Tensor | None, Reduced | None]:
+    """``Passes.eval_backward`` by the kernel that the operator of a layer runs."""
+    d_u, d_residual, g1, gc, centre = torch.ops.awnet.eval_backward(*arguments)
+    residual, sums, centred = arguments[-3:]
+    reduced = Reduced(g1, gc, centre if centred else None) if sums else None
+    return d_u, d_residual if residual else None, reduced
+
+
+CHECKED = self_check.Kernels("cuda", NativePasses(), _probe, _sources, {"eval_backward": _eval_backward})
 
 
 class Cuda(_Native):

@@ -168,6 +168,15 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return box[own ^ mask];
 }
 
+// Blocks run one after the other.
+inline void __threadfence() {}
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}
+inline float __ldcg(const float* from) { return *from; }
+
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
