@@ -80,6 +80,15 @@ class ResidualBlock(Block):
         return self.run(apply, input)
 
 
+def shortcut(
+    in_channels: int, out_channels: int, stride: int, dynamic: bool, bn: Branches
+) -> AWConv2d | None:
+    """The 1×1 convolution of a block that changes the shape; None if it does not."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return AWConv2d(in_channels, out_channels, 1, stride, dynamic=dynamic, activation=None, bn=bn)
+
+
 class AWBasicBlock(ResidualBlock):
     """Two dynamic 3×3 convolutions and a shortcut, Eq. 16: φ = relu(F₂(relu(F₁(ψ))) + shortcut(ψ)).
 
@@ -102,11 +111,7 @@ class AWBasicBlock(ResidualBlock):
         super().__init__()
         self.conv1 = AWConv2d(in_channels, width, 3, stride, 1, dynamic=dynamic, bn=bn)
         self.conv2 = AWConv2d(width, width, 3, 1, 1, dynamic=dynamic, bn=bn)
-        self.shortcut = None
-        if stride != 1 or in_channels != width:
-            self.shortcut = AWConv2d(
-                in_channels, width, 1, stride, dynamic=dynamic and dynamic_shortcut, activation=None, bn=bn
-            )
+        self.shortcut = shortcut(in_channels, width, stride, dynamic and dynamic_shortcut, bn)
 
     def convolutions(self) -> list[AWConv2d]:
         return [self.conv1, self.conv2, *([self.shortcut] if self.shortcut is not None else [])]
@@ -135,17 +140,7 @@ class AWBottleneck(ResidualBlock):
         self.conv1 = AWConv2d(in_channels, width, 1, dynamic=False, bn=bn)
         self.conv2 = AWConv2d(width, width, 3, stride, 1, dynamic=dynamic, bn=bn)
         self.conv3 = AWConv2d(width, out_channels, 1, dynamic=False, bn=bn)
-        self.shortcut = None
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = AWConv2d(
-                in_channels,
-                out_channels,
-                1,
-                stride,
-                dynamic=dynamic and dynamic_shortcut,
-                activation=None,
-                bn=bn,
-            )
+        self.shortcut = shortcut(in_channels, out_channels, stride, dynamic and dynamic_shortcut, bn)
 
     def convolutions(self) -> list[AWConv2d]:
         return [self.conv1, self.conv2, self.conv3, *([self.shortcut] if self.shortcut is not None else [])]

@@ -31,7 +31,7 @@ from awnet.nn.inference import (
     register_layers,
 )
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, check_image
-from awnet.nn.network import AWNet
+from awnet.nn.network import AWNet, check_routing
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing, apply_heads
 
 Coefficients = list[tuple[Tensor, Tensor]]
@@ -290,12 +290,8 @@ class InferenceAWNet(InferenceCopy):
             x = x.to(self.image_dtype)
             if routing is None:
                 _, p_clean, filter_scale = self._signals(x)
-            elif len(routing.filter_scales) != len(self.signal_widths):
-                raise ValueError(
-                    f"routing.filter_scales must hold {len(self.signal_widths)} tensors, one for each "
-                    f"dynamic convolution, got {len(routing.filter_scales)}"
-                )
             else:
+                check_routing(routing, self.signal_widths)
                 p_clean = routing.p_clean
                 filter_scale = torch.cat(routing.filter_scales, 1) if routing.filter_scales else None
             return self.dynamic.logits(x, self.dynamic.coefficients(len(x), filter_scale, p_clean))

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from awnet.nn.layers import MixBatchNorm2d, check_is_clean
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
 from awnet.nn.routing import RoutedNetwork
 from awnet.ops.running_statistics import with_joint_updates
+
+
+def check_routing(routing: Routing, signal_widths: Sequence[int]) -> None:
+    """Raises ValueError unless ``routing`` has one ω for each dynamic convolution."""
+    if len(routing.filter_scales) != len(signal_widths):
+        raise ValueError(
+            f"routing.filter_scales must hold {len(signal_widths)} tensors, one for each dynamic "
+            f"convolution, got {len(routing.filter_scales)}"
+        )
 
 
 class AWNet(RoutedNetwork):
@@ -73,11 +84,8 @@ class AWNet(RoutedNetwork):
             )
         if routing is None:
             routing = self.route(x)
-        elif len(routing.filter_scales) != len(self.router.signal_widths):
-            raise ValueError(
-                f"routing.filter_scales must hold {len(self.router.signal_widths)} tensors, one for each "
-                f"dynamic convolution, got {len(routing.filter_scales)}"
-            )
+        else:
+            check_routing(routing, self.router.signal_widths)
         return self.dynamic(x, routing.filter_scales, None if self.training else routing.p_clean, is_clean)
 
     def extra_repr(self) -> str:
