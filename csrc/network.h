@@ -74,7 +74,7 @@ struct CoefficientArgs {
   double eps;
 };
 
-// scale and shift [B, C] of each layer in turn
+// scale and shift [B, C] of each layer, in order
 std::vector<at::Tensor> network_coefficients(const CoefficientArgs& args);
 
 // The gradients of filter_scale and p_clean, from those of the outputs, which may be undefined.

@@ -1,7 +1,7 @@
 """Attacks within an L-infinity ball, on any ``nn.Module`` that maps images in [0, 1] to logits.
 
 ``base`` checks arguments and freezes the model; ``pgd``, ``autoattack``, ``search`` and ``adaptive`` are the
-attacks; ``registry`` names them; ``cascade`` runs several in turn and decides which images are already
+attacks; ``registry`` names them; ``cascade`` runs several in order and decides which images are already
 broken; ``filtered`` runs an attack in low precision first; ``transfer`` and ``craft`` replay images made on
 another model; ``saved`` stores the state of an interrupted attack, with checksums.
 """

@@ -1,4 +1,4 @@
-"""Runs several attacks in turn, each only on the images that no earlier attack has broken.
+"""Runs several attacks one after the other, each only on the images that no earlier attack has broken.
 
 :meth:`Cascade.perturb` decides which images are already broken: after each attack the model classifies the
 new images, and ``broken_by`` records for each image the attack that broke it first. AutoAttack and the union

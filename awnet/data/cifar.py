@@ -22,7 +22,7 @@ VALIDATION_FRACTION = 0.02  # 1,000 of the 50,000 training images
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a version lies on disk. label_key and names_key: of the python version; label_at: which of a
+    """How a version is stored on disk. label_key and names_key: of the python version; label_at: which of a
     record's ``label_bytes`` leading bytes the label is, in the binary version."""
 
     folder: str

@@ -1,6 +1,6 @@
-// The kernels of passes.h in vectors of 16 floats, what is left one by one. Included once for each
+// The kernels of passes.h in vectors of 16 floats; remaining values one by one. Included once for each
 // instruction set, inside `namespace awnet::cpu::<isa>` and under that set's target pragma; the compiler
-// splits the vectors as it must. AWNET_VECTOR_BITS says which set it is: the compiler's own macros do not
+// splits the vectors as it must. AWNET_VECTOR_BITS identifies the set, because the compiler's macros do not
 // follow the pragma everywhere (GCC 12).
 
 using Vector = float __attribute__((vector_size(64)));
@@ -112,7 +112,7 @@ AWNET_INLINE void store(uint8_t* p, Vector y) {
 #endif
 }
 
-// One value, for what is left when the vectors are done.
+// One value, for the values after the last full vector.
 AWNET_INLINE float load_one(const float* p) { return *p; }
 AWNET_INLINE float load_one(const BFloat16* p) { return c10::detail::f32_from_bits(p->bits); }
 AWNET_INLINE float load_one(const Float16* p) { return c10::detail::fp16_ieee_to_fp32_value(p->bits); }
@@ -122,8 +122,8 @@ AWNET_INLINE void store_one(float* p, float v) { *p = v; }
 AWNET_INLINE void store_one(BFloat16* p, float v) { p->bits = c10::detail::round_to_nearest_even(v); }
 AWNET_INLINE void store_one(Float16* p, float v) { p->bits = c10::detail::fp16_ieee_from_fp32_value(v); }
 
-// Calls body(offset, read, write) for every vector of [0, n), then for every value that is left: what `read`
-// gives and `write` takes is a Vector or a float.
+// Calls body(offset, read, write) for every vector of [0, n), then for every remaining value. `read` returns
+// and `write` takes a Vector or a float.
 template <class Body>
 AWNET_INLINE void for_values(int64_t n, Body body) {
   int64_t i = 0;

@@ -12,7 +12,7 @@ namespace awnet::cpu::amx {
 // Those of the processor, or plain loops. Throws if the processor's cannot be used.
 const Kernels& kernels(bool emulate);
 
-// Those for single layers, as AWNET_AMX (awnet/ops/backends/amx.py) says; null if there are none.
+// The kernels for single layers that AWNET_AMX selects (awnet/ops/backends/amx.py); null if there are none.
 const Kernels* kernels_for_layers();
 
 // Bytes from a pool, to which they return with the tensor. Mapping the pages of the tens of megabytes that a

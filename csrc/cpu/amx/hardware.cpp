@@ -67,7 +67,7 @@ struct Row {
 };
 
 struct Words {
-  // the 32 values of two rows in turns: columns 0 to 15, then 16 to 31
+  // the 32 values of two rows, alternating: columns 0 to 15, then 16 to 31
   static void interleave(Bits* low, Bits* high, const Bits* even, const Bits* odd) {
     const auto wide = [](const Bits* row, int64_t half) {
       return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row) + half));
