@@ -134,7 +134,7 @@ ours() {
 step_check() {
   on_gpu && nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv
   if on_gpu; then python benchmarks/gpu_pack.py native || start_build; fi
-  awnet info
+  awnet info --self-check
 }
 
 # With everything that the machine has, while other steps run; `ours` waits for it.
@@ -155,7 +155,7 @@ step_backends() {
   for round in available ours; do # Triton's runs while the CUDA kernels are compiled
     for backend in $($round); do
       [[ " $done " != *" $backend "* ]] || continue
-      part 40 mtard --batch 512 --capture --providers awnet --backend "$backend" || status=1
+      part 40 mtard --batch 512 --capture true --providers awnet --backend "$backend" || status=1
       done+=" $backend"
     done
   done
@@ -186,8 +186,8 @@ step_batch256() {
     tiny_train --providers awnet
     return
   fi
-  part 30 mtard --batch 256 --providers awnet || status=1
-  part 30 mtard --batch 256 --capture --providers awnet || status=1
+  part 30 mtard --batch 256 --capture false --providers awnet || status=1
+  part 30 mtard --batch 256 --capture true --providers awnet || status=1
   return $status
 }
 

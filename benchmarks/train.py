@@ -75,8 +75,8 @@ class TrainBenchOptions:
     """Precision of convolutions and products; auto is bfloat16 on a GPU and float32 on a CPU."""
     layout: Literal["auto", "nchw", "channels_last"] = "auto"
     """Memory format; auto is channels_last on a GPU and nchw on a CPU."""
-    capture: bool = False
-    """Capture our whole step in a CUDA graph."""
+    capture: Literal["auto", "true", "false"] = "auto"
+    """Whether our whole step is captured in a CUDA graph; auto captures on CUDA, as training does."""
     backend: str | None = None
     """Backend of our step: triton, cuda, cpp, eager or reference; by default AWNET_BACKEND, or awnet's choice
     for the device."""
@@ -148,7 +148,7 @@ def bench_train(options: TrainBenchOptions) -> Path:
     results.add_rows(path, lines, COLUMNS)
     console.print(_table(rows, lines, setting))
     for row in rows:
-        if row.captured is False and options.capture:
+        if row.captured is False and options.capture != "false" and device.type == "cuda":
             console.print(
                 f"{row.provider} could not be captured: its time has the host's in it", style="yellow"
             )
@@ -183,10 +183,13 @@ def _steps(options: TrainBenchOptions, device: torch.device) -> int:
 
 
 def make_setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
+    captures = {"auto": "auto", "true": True, "false": False}
+    if options.capture not in captures:
+        raise ValueError(f"capture must be auto, true or false, got {options.capture!r}")
     changes: dict[str, Any] = {
         "precision": options.precision,
         "layout": options.layout,
-        "capture": options.capture,
+        "capture": captures[options.capture],
     }
     if options.attack_steps is not None:
         changes["attack_steps"] = options.attack_steps

@@ -88,6 +88,8 @@ def test_our_step_runs_on_the_given_backend(tmp_path: Path, monkeypatch: pytest.
         assert rows_of(bench_train(replace(chosen, out=tmp_path / "named")))["awnet"]["backend"] == "eager"
     with pytest.raises(ValueError, match="names no backend: 'magic'"):
         bench_train(replace(chosen, backend="magic"))
+    with pytest.raises(ValueError, match="capture must be auto, true or false, got 'yes'"):
+        bench_train(replace(chosen, capture="yes"))  # type: ignore[arg-type]
 
 
 def test_bench_train_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,9 +194,9 @@ def test_bad_options_are_named(tmp_path: Path, change: dict[str, Any], message: 
 
 def test_the_command_repeats_the_run() -> None:
     assert command_line(TrainBenchOptions(), "train", TrainBenchOptions) == "awnet bench train"
-    options = replace(SMALL, providers=("awnet", "compile"), out=Path("/tmp/x"), capture=True)
+    options = replace(SMALL, providers=("awnet", "compile"), out=Path("/tmp/x"), capture="true")
     assert command_line(options, "train", TrainBenchOptions).endswith(
-        "--providers awnet compile --steps 2 --capture --device cpu --threads 1"
+        "--providers awnet compile --steps 2 --capture true --device cpu --threads 1"
     )
 
 

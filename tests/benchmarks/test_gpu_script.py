@@ -103,7 +103,7 @@ def test_both_calls_run_every_step_in_order_and_leave_few_files(fake: dict[str, 
     assert done.returncode == 1  # the fake python profiles nothing
     calls = Path(fake["FAKE_CALLS"]).read_text().splitlines()
     measured = [line for line in calls if "bench train" in line or "bench run" in line]
-    assert ["--capture" in line and "--batch 512" in line for line in measured[:2]] == [True, True]
+    assert ["--capture true" in line and "--batch 512" in line for line in measured[:2]] == [True, True]
     assert [line.split()[-1] for line in measured[:2]] == ["cuda", "triton"]
     assert all(f"--out {out}/results" in line for line in measured)
     layers = next(line for line in calls if "--cases stage1 stage2" in line)
