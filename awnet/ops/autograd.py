@@ -291,7 +291,7 @@ def _eval_passes(
         if not needs.coefficients:
             return None, None, None
         assert u is not None
-        centre = u[:, :, 0, 0].to(wide)
+        centre = u[:, :, 0, 0].to(wide).contiguous()  # once, for both kernels that read it
         g1, gc = passes.reduce(grad, u, centre, relu_mask)
         return None, None, Reduced(g1, gc, centre) if centred else Reduced(g1, gc.addcmul(centre, g1), None)
     if norm is not None:

@@ -55,6 +55,21 @@ def test_the_second_call_compiles_nothing(triton_launches: Launches) -> None:
     assert triton_launches.compiled == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_the_coefficients_alone_copy_the_centre_once(
+    triton_launches: Launches, dtype: torch.dtype
+) -> None:
+    """A pixel of u is strided: in float32 each kernel that reads it would make a dense copy."""
+    x, weight, filter_scale = (tensor.detach() for tensor in arguments(frozen=True))
+    filter_scale.requires_grad_()
+    y = layer(False, x.to(dtype), weight.to(dtype), filter_scale)
+    triton_launches.clear()
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(y, filter_scale, torch.ones_like(y))
+    assert triton_launches.counts.keys() == {"reduce_kernel", "eval_gradients_kernel"}
+    assert sum(event.name in ("aten::clone", "aten::_to_copy") for event in profile.events()) <= 1
+
+
 def test_the_host_time_of_a_call_is_measurable(triton_launches: Launches) -> None:
     tensors = arguments(frozen=True)
     assert 0 < host_seconds(lambda: layer(False, *tensors), repeats=3) < 10
