@@ -62,6 +62,13 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
+def cache_folder(name: str) -> Path:
+    """The folder ``name`` in the user's cache folder, which ``AWNET_CACHE`` replaces; it may not exist."""
+    import pooch
+
+    return Path(os.environ.get("AWNET_CACHE") or pooch.os_cache("awnet")) / name
+
+
 def make_folder(path: Path) -> Path:
     """Creates the folder ``path`` and missing parents; returns ``path``.
 

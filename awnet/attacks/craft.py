@@ -17,7 +17,7 @@ from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.attacks.transfer import Crafted
 from awnet.data.dataset import Dataset
 from awnet.files import expanded, make_folder, write_json
-from awnet.models import load_model
+from awnet.models.files import load_model_file
 from awnet.models.registry import config_of
 from awnet.precision import full_precision
 from awnet.run_folder import RunFolder
@@ -49,7 +49,7 @@ def craft(
             resumes from there. None stores nothing.
         progress: called with (images done, total number of images).
     """
-    model = surrogate if isinstance(surrogate, nn.Module) else load_model(surrogate)
+    model = surrogate if isinstance(surrogate, nn.Module) else load_model_file(surrogate)
     check_model(model)
     device = device_of(model)
     dataset = dataset if device is None else dataset.to(device)

@@ -43,7 +43,7 @@ class _Runs(ImportOption):
         self.import_user_module()
         loaded = {}
         for path, label in zip(self.runs, _labels(self.runs), strict=True):
-            options = RunOptions(run_folder=path, data=self.data, data_dir=self.data_dir, device=self.device)
+            options = RunOptions(source=str(path), data=self.data, data_dir=self.data_dir, device=self.device)
             model, images = options.load(console)
             loaded[label] = model, images.to(resolve_device(self.device))
         return loaded

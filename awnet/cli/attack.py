@@ -38,7 +38,7 @@ class Attack(RunOptions):
         suite = Suite(classes=dataset.num_classes)
         attack = named_attack(self.attack, model, dataset.threat_model, seed=self.seed, suite=suite)
         images = attack_dataset(attack, dataset.to(resolve_device(self.device)), self.batch_size)
-        save_npz(self.out, images, {"model": str(self.run_folder), "attack": self.attack, "seed": self.seed})
+        save_npz(self.out, images, {"model": self.source, "attack": self.attack, "seed": self.seed})
         print_text(
             console,
             f"{len(images.labels)} images of {dataset.name} {dataset.split}, {self.attack}, "

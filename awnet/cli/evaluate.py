@@ -38,11 +38,16 @@ class Evaluate(RunOptions):
     classified in float32. It saves time if bfloat16 is fast and the robust accuracy is low."""
     name: str = "default"
     """Name of the evaluation; it is written to RUN/evaluations/NAME."""
+    out: Maybe[Path] = None
+    """Folder in which evaluations/NAME is written. Default: the run folder; runs/MODEL for a model from
+    another source."""
     compare_with: Several[Path] = ()
     """Other runs, evaluated under the same name, to add paired differences with."""
     teachers: Maybe[tuple[Path, ...]] = None
     """Where the teachers that the run was trained with are now, in the order clean, robust. Default: the
     paths in the run's record. Their weights must match the record."""
+    surrogates: Several[str] = ()
+    """Other models, given like MODEL, whose adversarial images the union replays."""
     allow_missing: bool = False
     """Leave out attacks that need a missing teacher, and mark the report's headline as incomplete."""
 
@@ -57,6 +62,8 @@ class Evaluate(RunOptions):
 
     def _evaluate(self, console: Console, ranks: Ranks) -> None:
         from awnet.evaluation import Report, comparison_table, evaluate
+        from awnet.files import make_folder
+        from awnet.models.sources import load_model, source_name
         from awnet.run_folder import RunFolder
 
         for run in self.compare_with:
@@ -64,8 +71,10 @@ class Evaluate(RunOptions):
                 raise FileNotFoundError(f"compare-with takes run folders; {run} is not a folder")
         others = {str(run): Report.load(run / "evaluations" / self.name) for run in self.compare_with}
         model, dataset = self.load(console, ranks.device)
-        last = self.run_folder == self.folder and self.checkpoint == "last"
-        with RunFolder(self.folder, lambda text: None, "evaluation") as place:  # evaluate warns
+        last = self.path == self.folder and self.checkpoint == "last"
+        out = make_folder(self.out or self.folder)
+        surrogates = {source_name(one): load_model(one, ranks.device) for one in self.surrogates}
+        with RunFolder(out, lambda text: None, "evaluation") as place:  # evaluate warns
             report = evaluate(
                 model,
                 dataset,
@@ -78,9 +87,11 @@ class Evaluate(RunOptions):
                 precision=self.precision,
                 filter=self.filter,
                 teachers=self.teachers,
+                surrogates=surrogates,
                 allow_missing=self.allow_missing,
                 progress=not console.quiet,
-                out=self.folder,
+                run=self.folder if self.is_run else None,
+                out=out,
                 name=self.name,
                 compared_with=others,
                 selected_on="nothing: the last checkpoint" if last else None,

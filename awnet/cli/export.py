@@ -77,7 +77,7 @@ class ExportProgram(RunOptions):
         if self.out.exists() and not self.overwrite:
             raise FileExistsError(f"{self.out} exists: choose another file, or replace it with --overwrite")
         model, x = self.example(console)
-        export_program(model, x, self.out, standalone=self.standalone, name=str(self.weights))
+        export_program(model, x, self.out, standalone=self.standalone, name=str(self.loaded_from))
         print_text(console, str(self.out))
 
 

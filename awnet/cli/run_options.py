@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from awnet.cli.options import Maybe, Number, print_text
-from awnet.cli.user_code import ImportOption, build_model
+from awnet.cli.user_code import ImportOption
+from awnet.files import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
     from awnet.data import Dataset, Splits
 
 
-def load_splits(name: str, data_dir: Path | None, seed: int, eps: float | None) -> Splits:
+def load_splits(
+    name: str,
+    data_dir: Path | None,
+    seed: int,
+    eps: float | None,
+    image_size: int | None = None,
+    classes: Path | None = None,
+) -> Splits:
     """The splits of a data set; with ``eps`` instead of the data set's own where it is given."""
     from awnet.data import Splits, ThreatModel, load_dataset
 
-    splits = load_dataset(name, data_dir, seed=seed)
+    splits = load_dataset(name, data_dir, seed=seed, image_size=image_size, classes=classes)
     if eps is None:
         return splits
     return Splits(*(replace(part, threat_model=ThreatModel(eps)) for part in splits))
@@ -31,17 +39,35 @@ def load_splits(name: str, data_dir: Path | None, seed: int, eps: float | None) 
 
 @dataclass(kw_only=True)
 class RunOptions(ImportOption):
-    run_folder: Positional[Path]
-    """A run folder, or a .safetensors file."""
+    source: Positional[str]
+    """A run folder or .safetensors file; timm:NAME; FILE.py:FUNCTION or MODULE:FUNCTION, which returns an
+    nn.Module; a .pt2 file of torch.export; hub:USER/REPO; or robustbench:NAME."""
     builder: Annotated[str | None, arg(name="model", metavar="CODE:FUNCTION", help_behavior_hint="")] = None
     """Function without arguments, as FILE.py:FUNCTION or MODULE:FUNCTION, that builds the model of the run if
     awnet cannot: a converted network, or one of another library. The weights are loaded into it."""
+    weights: Maybe[Path] = None
+    """State dict for a timm model or a function's: a .safetensors file, or one of torch.save. Default for
+    timm: the pretrained weights."""
+    mean: Maybe[tuple[float, ...]] = None
+    """Mean of each channel, for a model that expects normalized images. Default: none, or that of timm's
+    pretrained weights."""
+    std: Maybe[tuple[float, ...]] = None
+    """Standard deviation of each channel, as for --mean."""
+    num_classes: Maybe[int] = None
+    """Number of classes of a timm model with --weights."""
     checkpoint: Literal["best", "last"] = "best"
     """Which weights of a run folder: the best on held-out images, or the last ones."""
     data: Maybe[str] = None
-    """Data set. Default: the one that the run was trained on."""
+    """Data set by name, or a folder with a folder of images for each class, or a .npz file of images and
+    labels. Default: the one that the run was trained on."""
     data_dir: Maybe[Path] = None
     """Folder of the published data set, or its parent. Default: where the run found it."""
+    image_size: Maybe[int] = None
+    """Side of the square images that the model takes. Images of a folder are loaded at this size. All other
+    images are resized within the model."""
+    classes: Maybe[Path] = None
+    """File with the names of the classes in their order, for a folder or .npz file: text, or ImageNet's
+    class index in JSON."""
     split: Literal["test", "validation", "train"] = "test"
     """Which images."""
     limit: Maybe[int] = None
@@ -56,34 +82,65 @@ class RunOptions(ImportOption):
     """cpu, cuda, cuda:1 …. Default: the GPU if there is one."""
 
     @property
-    def folder(self) -> Path:
-        return self.run_folder.parent if self.run_folder.suffix == ".safetensors" else self.run_folder
+    def path(self) -> Path:
+        """The path of a run folder or ``.safetensors`` file."""
+        return expanded(self.source)
 
     @property
-    def weights(self) -> Path:
-        """The path for ``load_model``: the path that was given, or the run's last checkpoint."""
-        last = self.run_folder == self.folder and self.checkpoint == "last"
-        return self.folder / "last.safetensors" if last else self.run_folder
+    def is_run(self) -> bool:
+        """Whether the model is a run's or a ``.safetensors`` file, and not from another source."""
+        from awnet.models.sources import source_kind
+
+        return source_kind(self.source) == "file"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder; for a model from another source, the folder for its results."""
+        from awnet.models.sources import source_name
+
+        if not self.is_run:
+            return Path("runs") / source_name(self.source)
+        return self.path.parent if self.path.suffix == ".safetensors" else self.path
+
+    @property
+    def loaded_from(self) -> str | Path:
+        """The source for ``load_model``: the one that was given, or the run's last checkpoint."""
+        if not self.is_run:
+            return self.source
+        last = self.path == self.folder and self.checkpoint == "last"
+        return self.folder / "last.safetensors" if last else self.path
 
     def load_model(self) -> nn.Module:
         """The model with its weights, in eval mode on the CPU."""
         from awnet.models import load_model
+        from awnet.models.user_code import build_model
 
         self.import_user_module()
-        return load_model(self.weights, model=None if self.builder is None else build_model(self.builder))
+        built = None if self.builder is None else build_model(self.builder)
+        return load_model(
+            self.loaded_from,
+            model=built,
+            weights=self.weights,
+            mean=self.mean,
+            std=self.std,
+            image_size=None if self.is_run and built is None else self.image_size,
+            num_classes=self.num_classes,
+        )
 
     def config(self) -> dict[str, Any]:
-        """The run's config.json, checked; empty for a .safetensors file outside a run folder."""
+        """The run's config.json, checked; empty for a model outside a run folder."""
         from awnet.run_config import is_run, read_config
 
-        path = self.run_folder
-        if not path.exists():
+        if not self.is_run:
+            return {}
+        if not self.path.exists():
             raise FileNotFoundError(
-                f"{path} does not exist: give a run folder, which awnet train makes, or a .safetensors file"
+                f"{self.path} does not exist: give a run folder, which awnet train makes, a .safetensors "
+                "file or another source of a model (awnet evaluate --help)"
             )
-        if path == self.folder and not path.is_dir():
-            raise ValueError(f"{path} is neither a run folder nor a .safetensors file")
-        if is_run(self.folder) or (self.data is None and path == self.folder):
+        if self.path == self.folder and not self.path.is_dir():
+            raise ValueError(f"{self.path} is neither a run folder nor a .safetensors file")
+        if is_run(self.folder) or (self.data is None and self.path == self.folder):
             return read_config(self.folder, whole=True)
         return {}
 
@@ -93,13 +150,16 @@ class RunOptions(ImportOption):
 
         if not config:
             raise ValueError(
-                f"{self.run_folder} is not in a run folder, which would name its data set: give --data"
+                f"{self.source} is not in a run folder, which would name its data set: give --data"
             )
         name: str = config["dataset"]["name"]
+        path = Path(config["dataset"]["source"])
+        if name not in list_datasets() and path.is_absolute() and path.exists():
+            return str(path)
         if name not in list_datasets():
             raise ValueError(
                 f"{self.folder} was trained on {name!r}, arrays that only a Python program has. Evaluate it "
-                f"there: awnet.evaluate(awnet.load_model({str(self.weights)!r}), dataset, "
+                f"there: awnet.evaluate(awnet.load_model({str(self.loaded_from)!r}), dataset, "
                 f"out={str(self.folder)!r}). Or give --data with one of {', '.join(list_datasets())}"
             )
         return name
@@ -131,14 +191,26 @@ class RunOptions(ImportOption):
         name, data_dir, eps = self.data, self.data_dir, self.eps
         if name is None:
             name = self._recorded_name(config)
-        same_data = name == recorded.get("name")
-        if same_data and data_dir is None and Path(recorded["source"]).is_dir():
+        same_data = bool(config) and name in (recorded["name"], recorded["source"])
+        by_name = same_data and name == recorded["name"]
+        size = self.image_size
+        if same_data and not by_name and size is None and Path(name).is_dir():
+            size = config["input"][1]  # images of this size are not changed
+        if by_name and data_dir is None and Path(recorded["source"]).is_dir():
             data_dir = Path(recorded["source"])
         if same_data and eps is None:
             eps = recorded["eps"]
         model = self.load_model().to(target or resolve_device(self.device))
         # the run's own seed, so that the validation images are those that it did not train on
-        dataset: Dataset = getattr(load_splits(name, data_dir, config.get("seed", 0), eps), self.split)
+        splits = load_splits(
+            name,
+            data_dir,
+            config.get("seed", 0),
+            eps,
+            size if expanded(name).is_dir() else None,
+            self.classes,
+        )
+        dataset: Dataset = getattr(splits, self.split)
         if same_data and dataset.fingerprint() != recorded["fingerprints"][self.split]:
             print_text(console, f"note: the {self.split} images differ from those that the run recorded")
         count = len(dataset) if self.limit is None else min(self.limit, len(dataset))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from awnet import early_signals
 from awnet.cli.options import Maybe, Number, Several, parse_options, print_text
 from awnet.cli.run_options import load_splits
-from awnet.cli.user_code import ImportOption, build_model, is_function
+from awnet.cli.user_code import ImportOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,12 @@ class Train(ImportOption):
     """Name of the model, see `awnet info`, or FILE.py:FUNCTION (MODULE:FUNCTION) to train what that function
     returns. Default: the recipe's own network, or awnet_tiny on digits and awnet_resnet18 elsewhere."""
     data: str = "digits"
-    """digits (ships with scikit-learn), cifar10, cifar100 or tiny_imagenet."""
+    """digits (ships with scikit-learn), cifar10, cifar100 or tiny_imagenet; or the path of a folder with
+    folders train/CLASS and test/CLASS (or val/CLASS) of images, or of a .npz file."""
+    image_size: Maybe[int] = None
+    """Side of the square images in pixels, for a folder of images: they are resized and cropped."""
+    classes: Maybe[Path] = None
+    """File with the names of the classes in their order, for a folder or .npz file."""
     data_dir: Maybe[Path] = None
     """Folder of the published data set, or its parent. Default: `data`."""
     out: Maybe[Path] = None
@@ -91,6 +96,7 @@ class Train(ImportOption):
     @early_signals.noted()
     def run(self, console: Console) -> None:
         from awnet.distributed import is_first
+        from awnet.models.user_code import is_function
         from awnet.scalars import check_integer
         from awnet.training import recipe_for, train
 
@@ -105,13 +111,18 @@ class Train(ImportOption):
                     )
                 settings[name] = value
         recipe = recipe_for(self.recipe, self.data, **settings)
-        splits = load_splits(self.data, self.data_dir, self.seed, self.eps)
+        splits = load_splits(self.data, self.data_dir, self.seed, self.eps, self.image_size, self.classes)
+        if len(splits.train) == 0:
+            raise ValueError(
+                f"{self.data} has no training images: put them in a folder train with a folder for each "
+                "class, or in arrays x_train and y_train"
+            )
         if self.limit is not None:
             limit = check_integer("limit", self.limit, 1)
             splits = splits._replace(train=splits.train.subset(limit))
         name = self.model or recipe.network or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
         label = name.rpartition(":")[2]
-        out = self.out or Path("runs") / f"{self.data}-{label}-{self.recipe}-{self.seed}"
+        out = self.out or Path("runs") / f"{splits.train.name}-{label}-{self.recipe}-{self.seed}"
         options = parse_options(self.model_options, "--model-options")
         result = train(
             recipe,
@@ -142,6 +153,7 @@ def _create_model(name: str, options: dict[str, Any], splits: Splits, seed: int)
 
     from awnet import rng
     from awnet.models.registry import create_seeded_model
+    from awnet.models.user_code import build_model, is_function
 
     if is_function(name):
         with torch.random.fork_rng([]):

@@ -430,7 +430,7 @@ def _pixels(images: Any, layout: str | None) -> Tensor:
         images = torch.as_tensor(array, device="cpu")
     if layout == "nhwc" and images.dim() == 4:
         return images.permute(0, 3, 1, 2).contiguous()
-    if layout is None and images.dim() == 4 and _looks_nhwc(images.shape[1:]):
+    if layout is None and images.dim() == 4 and looks_nhwc(images.shape[1:]):
         n, height, width, channels = images.shape
         raise ValueError(
             f"images must be [N, C, H, W], got {list(images.shape)}, which looks like {n} images of "
@@ -440,7 +440,8 @@ def _pixels(images: Any, layout: str | None) -> Tensor:
     return images
 
 
-def _looks_nhwc(shape: Sequence[int]) -> bool:
+def looks_nhwc(shape: Sequence[int]) -> bool:
+    """Whether the shape of an image is probably [H, W, C]."""
     first, second, last = shape
     return 1 <= last <= 4 and (first > 4 or first == second != last)
 

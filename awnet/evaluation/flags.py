@@ -28,7 +28,8 @@ def flags(report: Results) -> list[str]:
     if classes and report.clean_interval_95[0] <= 1 / classes:
         reasons.append(
             f"clean accuracy, {100 * report.clean_accuracy:.1f} %, is not above chance "
-            f"({100 / classes:.3g} %): the network has learned nothing, and its robust accuracy says nothing"
+            f"({100 / classes:.3g} %), so the robust accuracy says nothing: the network has learned nothing, "
+            "or it expects normalized images (--mean, --std) or classes in another order (--classes)"
         )
     one_step = report.attacks.get("fgsm")
     if one_step is not None:

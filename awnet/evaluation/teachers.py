@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from awnet.files import expanded
-from awnet.models import load_model
-from awnet.models.files import weights_fingerprint
+from awnet.models.files import load_model_file, weights_fingerprint
 from awnet.run_config import is_run, read_config
 
 KINDS = ("clean", "robust")
@@ -86,7 +85,7 @@ def _first(places: Sequence[Source], weights: str | None, device: torch.device |
         if isinstance(place, nn.Module):
             model, name = place, f"the given {type(place).__name__}"
         elif expanded(place).exists():
-            model, name = load_model(expanded(place), device), str(place)
+            model, name = load_model_file(expanded(place), device), str(place)
         else:
             continue
         fingerprint = weights_fingerprint(model)

@@ -1,9 +1,10 @@
 """Models by name, and their files."""
 
 from awnet.models.awnet import AWResNet
-from awnet.models.files import load_model, save_model
+from awnet.models.files import save_model
 from awnet.models.registry import create_model, list_models, register_model
 from awnet.models.resnet import ResNet, parameter_count
+from awnet.models.sources import load_model
 
 __all__ = [
     "AWResNet",

@@ -43,7 +43,7 @@ _MISFITS = (
 def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Writes weights, buffers and a description of the model to one ``.safetensors`` file, atomically.
 
-    :func:`load_model` restores the same model: the dtype of its weights, the current settings of its router
+    ``awnet.load_model`` restores the same model: the dtype of its weights, the current settings of its router
     and layers, and its class (a user's subclass must be defined in that process). A model that could not be
     restored is refused.
 
@@ -78,7 +78,7 @@ def description_of(model: nn.Module) -> dict[str, Any]:
     """The description of ``model`` in its file.
 
     It rebuilds a model of :func:`create_model`. For any other model it holds the class and structure, with
-    which :func:`load_model` compares the model that it is given.
+    which :func:`load_model_file` compares the model that it is given.
 
     Raises:
         ValueError: ``model`` has a ``config`` but differs from what that builds in ways that a file cannot
@@ -262,13 +262,13 @@ def _unpacked_extra_state(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 @standard_defaults()
-def load_model(
+def load_model_file(
     path: str | Path, device: torch.device | str = "cpu", *, model: nn.Module | None = None
 ) -> nn.Module:
     """The model in a file of :func:`save_model`, or in a run folder's ``best.safetensors``, in eval mode.
 
     Args:
-        path: a run folder or a ``.safetensors`` file.
+        path: a run folder or a ``.safetensors`` file; a string is always a path here.
         device: device of the model.
         model: the model that receives the weights, in place and in their dtype. It is needed if the file does
             not describe how to build the model: a run of a module that ``create_model`` did not make, or

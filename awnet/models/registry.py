@@ -105,6 +105,7 @@ def create_seeded_model(name: str, seed: int, **options: Any) -> nn.Module:
 
 
 _CONFIG = "_awnet_config"
+SOURCE = "_awnet_source"  # attribute of models that are neither registered nor from a run
 
 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
@@ -133,9 +134,11 @@ def config_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def name_of(model: nn.Module) -> str:
-    """The registered name of ``model``, or the name of its class."""
+    """The source that ``awnet.load_model`` took ``model`` from, its registered name, or its class's name."""
+    model = unwrapped(model)
     config = config_of(model)
-    return type(unwrapped(model)).__name__ if config is None else str(config["name"])
+    known = type(model).__name__ if config is None else str(config["name"])
+    return str(vars(model).get(SOURCE, known))
 
 
 def is_ours(name: str) -> bool:

@@ -19,8 +19,7 @@ from awnet.attacks.base import check_values
 from awnet.attacks.probe import first_logits
 from awnet.data import Dataset, Splits
 from awnet.distributed import Ranks
-from awnet.models import load_model
-from awnet.models.files import packed_extra_state
+from awnet.models.files import load_model_file, packed_extra_state
 from awnet.models.registry import config_of, create_seeded_model
 from awnet.nn import has_router, routed_networks, synchronize, unwrapped
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
@@ -45,7 +44,7 @@ def build_model(model: nn.Module | str, data: Dataset, seed: int) -> nn.Module:
 
 def initialize(model: nn.Module, source: str | Path) -> None:
     """Copies the weights of the model in ``source`` into ``model``; ValueError if they do not fit."""
-    other = load_model(source)
+    other = load_model_file(source)
     weights, current = other.state_dict(), without_wrapper_names(model, model.state_dict())
     shapes, expected = (
         {name: tuple(value.shape) for name, value in one.items() if isinstance(value, Tensor)}

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from awnet.cuda_graphs import Graphed
 from awnet.files import expanded
-from awnet.models import load_model
-from awnet.models.files import weights_fingerprint
+from awnet.models.files import load_model_file, weights_fingerprint
 from awnet.models.registry import name_of
 from awnet.nn import inference_copy, not_supported
 from awnet.nn.copies import copied
@@ -96,7 +95,7 @@ def load_teacher(teacher: TeacherSource, device: torch.device) -> nn.Module:
     if isinstance(teacher, nn.Module):
         model = copied(teacher)
     elif isinstance(teacher, str | Path):
-        model = load_model(teacher)
+        model = load_model_file(teacher)
     else:
         raise TypeError(f"a teacher must be a module or a path, got {type(teacher).__name__}")
     return model.to(device).eval().requires_grad_(False)

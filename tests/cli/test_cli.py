@@ -572,7 +572,7 @@ def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkey
         if not entry and value is ...:
             continue
         (tmp_path / "config.json").write_text(json.dumps(edited(config, entry, value)))
-        command = RunOptions(run_folder=tmp_path)
+        command = RunOptions(source=str(tmp_path))
         try:
             command.load(Console(quiet=True))
         except EXPECTED as error:

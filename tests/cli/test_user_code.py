@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from awnet.cli import main
-from awnet.cli.user_code import build_model, import_code
 from awnet.models import registry
+from awnet.models.user_code import build_model, import_code
 
 CODE = """
 import torch

@@ -1,0 +1,282 @@
+"""The user's own images by path: a folder with a folder for each class, or a ``.npz`` file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from awnet.data.dataset import (
+    Augmentation,
+    Dataset,
+    Splits,
+    ThreatModel,
+    from_arrays,
+    hold_out,
+    looks_nhwc,
+)
+from awnet.files import cache_folder, expanded, make_folder, written_atomically
+
+IN_MEMORY = 2**30
+"""Decoded images of more bytes than this are stored in a file and read from there batch by batch."""
+
+VALIDATION_FRACTION = 0.02
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff")
+_PARTS = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
+_KEYS = (("images", "labels"), ("x", "y"), ("X", "Y"), ("data", "labels"), ("arr_0", "arr_1"))
+
+
+def is_path(name: str) -> bool:
+    """Whether the name of a data set is the path of a folder or of a ``.npz`` file."""
+    return name.endswith(".npz") or os.sep in name or "/" in name or expanded(name).is_dir()
+
+
+def load_path(
+    path: str | Path, seed: int = 0, image_size: int | None = None, classes: str | Path | None = None
+) -> Splits:
+    """The splits of a folder or ``.npz`` file; see :func:`awnet.data.load_dataset`."""
+    path = expanded(path).resolve()
+    if path.suffix == ".npz":
+        if image_size is not None:
+            raise ValueError(f"image_size is for folders of images; {path} holds arrays of one size")
+        parts = _load_npz(path, classes)
+    elif path.is_dir():
+        parts = _load_folder(path, image_size, classes)
+    else:
+        raise FileNotFoundError(f"{path} is neither a folder with a folder for each class nor a .npz file")
+    if "test" not in parts and "validation" in parts:  # ImageNet's form: what it calls val is for testing
+        parts["test"] = parts.pop("validation")
+    if "train" in parts and "validation" not in parts:
+        parts["train"], parts["validation"] = hold_out(parts["train"], VALIDATION_FRACTION, seed)
+    some = next(iter(parts.values()))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    made = {name: parts[name] if name in parts else some.take(nothing) for name in _PARTS}
+    named = {
+        name: Dataset(**{**vars(part), "split": name, "name": path.stem or str(path)})
+        for name, part in made.items()
+    }
+    return Splits(named["train"], named["validation"], named["test"])
+
+
+def _augmentation(height: int) -> Augmentation:
+    return Augmentation(shift=height // 8)  # a flip changes the class of digits and letters
+
+
+# .npz
+
+
+def _load_npz(path: Path, classes: str | Path | None) -> dict[str, Dataset]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as arrays of numbers: {error}") from error
+    found: dict[str, tuple[Any, Any]] = {}
+    for part, words in _PARTS.items():
+        for word in words:
+            for images, labels in _KEYS:
+                for form in ("{word}_{key}", "{key}_{word}"):
+                    pair = form.format(word=word, key=images), form.format(word=word, key=labels)
+                    if part not in found and pair[0] in arrays and pair[1] in arrays:
+                        found[part] = arrays[pair[0]], arrays[pair[1]]
+    whole = next(((arrays[a], arrays[b]) for a, b in _KEYS if a in arrays and b in arrays), None)
+    if not found and whole is not None:
+        found["test"] = whole
+    if not found:
+        raise ValueError(
+            f"{path} has the arrays {', '.join(arrays) or 'of no name'}; expected images and labels, or x "
+            "and y, of all images or with the name of a part, such as x_train, y_train, x_test and y_test"
+        )
+    largest = max(int(np.max(labels, initial=0)) for _, labels in found.values()) if found else 0
+    names = _class_names([str(number) for number in range(largest + 1)], classes)[0]
+    parts = {}
+    for part, (images, labels) in found.items():
+        if images.ndim == 3:
+            images = images[:, None]
+        layout = "nhwc" if images.ndim == 4 and looks_nhwc(images.shape[1:]) else "nchw"
+        made = from_arrays(
+            images,
+            labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels,
+            split=part,
+            classes=names,
+            source=str(path),
+            layout=layout,  # type: ignore[arg-type]
+        )
+        parts[part] = Dataset(**{**vars(made), "augmentation": _augmentation(made.images.shape[2])})
+    return parts
+
+
+# folders
+
+
+def _load_folder(folder: Path, image_size: int | None, classes: str | Path | None) -> dict[str, Dataset]:
+    present = {
+        part: next((folder / word for word in words if (folder / word).is_dir()), None)
+        for part, words in _PARTS.items()
+    }
+    roots = {part: root for part, root in present.items() if root is not None and _subfolders(root)}
+    roots = roots or {"test": folder}
+    found = sorted({name for root in roots.values() for name in _subfolders(root)}, key=_number_or_name)
+    if not found:
+        raise ValueError(f"{folder} holds no folders: expected a folder with the images of each class")
+    names, number = _class_names(found, classes)
+    parts = {}
+    for part, root in roots.items():
+        files = [
+            (file, number[name])
+            for name in _subfolders(root)
+            for file in sorted((root / name).rglob("*"))
+            if file.suffix.lower() in ENDINGS
+        ]
+        if not files:
+            raise ValueError(f"{root} holds no images of the kinds {', '.join(ENDINGS)} in its class folders")
+        images = _decoded([file for file, _ in files], image_size)
+        parts[part] = Dataset(
+            name=folder.stem,
+            split=part,
+            images=images,
+            labels=torch.tensor([label for _, label in files]),
+            index=torch.arange(len(files)),
+            classes=tuple(names),
+            max_value=255,
+            threat_model=ThreatModel(8 / 255),
+            augmentation=_augmentation(images.shape[2]),
+            source=str(folder),
+        )
+    sizes = {part: tuple(made.images.shape[1:]) for part, made in parts.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{folder}: the parts have images of different shapes, {sizes}: give image_size")
+    return parts
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(
+        (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")),
+        key=_number_or_name,
+    )
+
+
+def _number_or_name(name: str) -> tuple[int, int, str]:
+    """Sorts folders called 0, 1, …, 10 by number and all others by name."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def _class_names(found: list[str], file: str | Path | None) -> tuple[list[str], dict[str, int]]:
+    """All classes' names by number, and the number of each folder in ``found``.
+
+    ``file`` is JSON, a list of names or an object as ImageNet's ``{"0": ["n01440764", "tench"], …}``, or text
+    with a name in each line; without it the classes are ``found``.
+    """
+    if file is None:
+        return found, {name: number for number, name in enumerate(found)}
+    path = expanded(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileNotFoundError(f"the file of class names, {path}, cannot be read: {error}") from error
+    aliases: list[list[str]]
+    if path.suffix == ".json":
+        try:
+            content = json.loads(text)
+            if isinstance(content, Mapping):
+                content = [content[str(number)] for number in range(len(content))]
+            aliases = [[one] if isinstance(one, str) else [str(part) for part in one] for one in content]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path} must hold a list of class names or an object {{"0": ["folder", "name"], …}}: {error}'
+            ) from error
+    else:
+        aliases = [[line.strip()] for line in text.splitlines() if line.strip()]
+    number = {alias: index for index, names in enumerate(aliases) for alias in names}
+    unknown = [name for name in found if name not in number]
+    if unknown and all(name.isdecimal() and int(name) < len(aliases) for name in found):
+        number, unknown = {name: int(name) for name in found}, []
+    if unknown:
+        raise ValueError(
+            f"{path} does not name {len(unknown)} of the {len(found)} classes, for example {unknown[0]}"
+        )
+    return [names[-1] for names in aliases], {name: number[name] for name in found}
+
+
+def _decoded(files: list[Path], size: int | None) -> torch.Tensor:
+    """uint8 [N, 3, H, W]; gray images get three equal channels.
+
+    With ``size`` the shorter side is resized to it and the center is cropped. Many images are decoded once
+    into a file in the cache folder, which is mapped into memory.
+    """
+    height, width = (size, size) if size is not None else _size_of(files[0])
+    shape = (len(files), 3, height, width)
+    if len(files) * 3 * height * width <= IN_MEMORY:
+        images = np.empty(shape, np.uint8)
+        _decode(files, size, images)
+        return torch.from_numpy(images)
+    path = cache_folder("images") / f"{_key(files, size)}.npy"
+    if not path.is_file():
+        make_folder(path.parent)
+        with written_atomically(path) as temporary:
+            mapped = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+            _decode(files, size, mapped)
+            mapped.flush()
+            del mapped
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _key(files: Iterable[Path], size: int | None) -> str:
+    """A digest of the files' paths, sizes and times, and of the size of the images."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    for file in files:
+        about = file.stat()
+        digest.update(f"{file.resolve()}\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _size_of(file: Path) -> tuple[int, int]:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except OSError as error:
+        raise ValueError(f"{file} is damaged, or no image: {error}") from error
+
+
+def _decode(files: list[Path], size: int | None, images: Any) -> None:
+    height, width = images.shape[2:]
+
+    def decode(number: int) -> None:
+        images[number] = _read(files[number], size, height, width)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders release the GIL
+        for _ in pool.map(decode, range(len(files))):
+            pass
+
+
+def _read(file: Path, size: int | None, height: int, width: int) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            rgb = image.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is damaged, or no image: {error}") from error
+    if size is not None and rgb.size != (size, size):
+        scale = size / min(rgb.size)
+        rgb = rgb.resize((max(size, round(rgb.width * scale)), max(size, round(rgb.height * scale))))
+        left, top = (rgb.width - size) // 2, (rgb.height - size) // 2
+        rgb = rgb.crop((left, top, left + size, top + size))
+    if (rgb.height, rgb.width) != (height, width):
+        raise ValueError(
+            f"{file} is {rgb.width}×{rgb.height}, the first image {width}×{height} pixels: give image_size "
+            "(--image-size) to resize them all"
+        )
+    return np.asarray(rgb).transpose(2, 0, 1)
