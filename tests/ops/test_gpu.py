@@ -16,7 +16,8 @@ from support.random_layers import Layer, Result, build, error, has_single_value,
 from torch import Tensor
 
 from awnet import ops
-from awnet.ops.backends import native
+from awnet.ops import self_check
+from awnet.ops.backends import native, triton
 from awnet.ops.dispatch import BACKENDS
 
 DEVICE = os.environ.get("AWNET_TEST_DEVICE", "cuda")
@@ -239,12 +240,14 @@ def test_a_call_without_a_choice_takes_a_kernel(backend: str) -> None:
 
 
 @only_cuda
-def test_the_self_test_passes() -> None:
-    if native.load() is not None or native.build_info()["cuda"] is False:
+@each_backend
+def test_the_self_check_passes(backend: str) -> None:
+    if backend == "cuda" and (native.load() is not None or native.build_info()["cuda"] is False):
         pytest.skip("awnet._C has no CUDA part")
-    from awnet import _C
-
-    assert _C.self_test() is None
+    checked = {"cuda": native.CHECKED, "triton": triton.CHECKED}[backend]
+    verdict, stored = self_check.check(checked, torch.device("cuda", 0))
+    assert verdict.reason is None
+    assert stored
 
 
 @only_cuda
