@@ -97,10 +97,12 @@ def launch(
     driver = triton_driver.active
     index = driver.get_current_device()
     # what Triton compiles a variant for: a pointer's dtype and whether it is a multiple of 16 bytes, an
-    # integer's type, and whether it is 1 or a multiple of 16; each plan keeps its kernel and so its id
+    # integer's type, and whether it is 1 or a multiple of 16, but no number's value; each plan keeps its
+    # kernel and so its id
     key = (id(kernel), index, warps, stages, *constants.items(), *[
         x if (kind := type(x)) is int or x is None
         else (x.dtype, x.data_ptr() & 15) if kind is Tensor or isinstance(x, Tensor)
+        else kind if kind is float
         else (kind, x)
         for x in arguments
     ])  # fmt: skip

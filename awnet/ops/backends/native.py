@@ -33,7 +33,7 @@ from awnet.ops.coefficients import (
 )
 
 _MARK = b"awnet-built-for-torch="
-INTERFACE = "interface=2"  # of the operators; as in csrc/module.cpp
+INTERFACE = "interface=3"  # of the operators; as in csrc/module.cpp
 REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
 
 
