@@ -22,7 +22,7 @@ from torch import Tensor
 
 from awnet import reference
 from awnet.ops import launch_config
-from awnet.ops.args import BackwardArgs, Conv, LayerArgs, Needs
+from awnet.ops.args import Conv, LayerArgs
 from awnet.ops.backends.triton import TritonPasses
 
 TILE = conv.Tile(16, 16, 16, warps=4, stages=2)
@@ -424,23 +424,11 @@ def test_the_backend_asks_the_devices_table(
     layer = Layer(shape, torch.float32, guarded)
     kept = (True, False)
     args = LayerArgs(layer.x, layer.weight, Conv(*shape.where), activation="relu")
-    no_stats = torch.empty(0)
-    backward = BackwardArgs(
-        grad=layer.d_u,
-        input_shape=layer.x.shape,
-        weight=layer.weight,
-        conv=Conv(*shape.where),
-        mean=no_stats,
-        m2=no_stats,
-        n=no_stats,
-        channels_last=True,
-        needs=Needs(input=True),
-    )
     backend = TritonPasses()
     calls = {
         "apply": lambda: backend.fused_apply(args, layer.scale, layer.shift, *kept),
         "statistics": lambda: backend.fused_statistics(args),
-        "dgrad": lambda: backend.fused_dgrad(backward, layer.d_u),
+        "dgrad": lambda: backend.fused_dgrad(layer.d_u, layer.weight, args.conv, layer.x.shape),
     }
     monkeypatch.setattr(launch_config, "FOLDER", tmp_path)
     launch_config.forget_tables()
