@@ -65,7 +65,7 @@ def default_tile(problem: Problem) -> Tile:
 @triton.jit
 def grouped_conv_kernel(
     x_ptr,  # [B, C_IN, H, W], channels_last or NCHW
-    weight_ptr,
+    weight_ptr,  # [KH, KW, GROUP_IN, GROUPS, GROUP_OUT] in the strides below
     u_ptr,  # from here to m2_ptr: see finish
     y_ptr,
     relu_mask_ptr,
@@ -75,10 +75,11 @@ def grouped_conv_kernel(
     mean_ptr,
     m2_ptr,
     batch,
-    weight_out,  # strides of the weight
-    weight_in,
     weight_row,
     weight_column,
+    weight_in,
+    weight_group,
+    weight_out,
     C_IN: tl.constexpr,  # channels of x and of the result: for TRANSPOSED, of ∂u and of ∂input
     C_OUT: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -123,12 +124,7 @@ def grouped_conv_kernel(
     x = pixel % OW
     x_sample = x_ptr + sample * (C_IN * H * W)
     first_in = channel // GROUP_OUT * GROUP_IN  # first input channel of the group
-    if TRANSPOSED:  # the weight is [C_IN, GROUP_OUT, KH, KW]
-        weight = weight_ptr + first_in * weight_out + channel % GROUP_OUT * weight_in
-        weight_stride = weight_out
-    else:  # [C_OUT, GROUP_IN, KH, KW]
-        weight = weight_ptr + channel * weight_out
-        weight_stride = weight_in
+    weight = weight_ptr + channel // GROUP_OUT * weight_group + channel % GROUP_OUT * weight_out
 
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for i in range(KH):
@@ -151,7 +147,7 @@ def grouped_conv_kernel(
             tap = weight + (i * weight_row + j * weight_column)
             for i_in in range(GROUP_IN):
                 value = tl.load(x_sample + (offsets + i_in * X_CHANNEL), mask=in_bounds, other=0.0)
-                factor = tl.load(tap + i_in * weight_stride, mask=channel_in_bounds, other=0.0)
+                factor = tl.load(tap + i_in * weight_in, mask=channel_in_bounds, other=0.0)
                 acc += value.to(tl.float32) * factor.to(tl.float32)[None, :]
     finish(
         acc,
@@ -192,12 +188,25 @@ def keeps_mask(problem: Problem, tile: Tile) -> bool:
     return True
 
 
+def kernel_weight(problem: Problem, weight: Tensor) -> Tensor:
+    """``weight`` as [k_h, k_w, in, groups, out], where in and out are channels of a group, read and written.
+
+    For channels_last it is a contiguous copy: the channels of a tap are then adjacent, like those of a pixel,
+    and a thread loads its channels as one vector. For NCHW it is a view: a thread has few channels.
+    """
+    split = weight.unflatten(0, (problem.groups, -1))  # groups, out, in, k_h, k_w of the convolution
+    read, written = (1, 2) if problem.dgrad else (2, 1)
+    view = split.permute(3, 4, read, 0, written)
+    return view.contiguous() if problem.channels_last else view
+
+
 def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, relu: bool) -> None:
     """Convolves ``x`` and writes the outputs of ``epilogue``."""
     reads, writes = problem.reads, problem.writes
     programs = (
         problem.batch * triton.cdiv(writes.pixels, tile.pixels) * triton.cdiv(writes.channels, tile.channels)
     )
+    weight = kernel_weight(problem, weight)
     launch(
         grouped_conv_kernel, programs,
         x, weight, *epilogue, problem.batch, *weight.stride(),

@@ -335,6 +335,39 @@ def test_grouped_dgrad(shape: Shape, channels_last: bool, guarded: Guarded) -> N
     assert error(d_input, layer.d_input()) < TOLERANCE[torch.float32]
 
 
+@layouts
+@pytest.mark.parametrize("how", ["channels_last", "a slice", "input and output channels swapped"])
+def test_grouped_weight_of_any_strides(how: str, channels_last: bool, guarded: Guarded) -> None:
+    shape = GROUPED["groups of several"]
+    layer = Layer(shape, torch.float32, guarded, channels_last)
+    weight = {
+        "channels_last": lambda w: w.contiguous(memory_format=torch.channels_last),
+        "a slice": lambda w: torch.cat([w, w], 3)[..., : w.shape[3]],
+        "input and output channels swapped": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
+    }[how](layer.weight)
+    assert not weight.is_contiguous()
+    found = fused_conv.fused_statistics(layer.x, weight, *shape.where, tile=GROUPED_TILE)
+    check_statistics(found, layer, torch.float32)
+    d_input = fused_conv.fused_dgrad(layer.d_u, weight, layer.x.shape, *shape.where, tile=GROUPED_TILE)
+    assert d_input is not None
+    assert error(d_input, layer.d_input()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("operation", ["apply", "statistics", "dgrad"])
+def test_depthwise_channels_last_reads_the_weights_of_adjacent_channels(operation: str) -> None:
+    name = f"grouped_conv/{operation}/channels_last/bfloat16/32x32g32/8x8/k3x3s1x1"
+    problem = grouped_conv.read_key(name)
+    layer = Layer(Shape(2, 32, 32, (8, 8), (3, 3), padding=(1, 1), groups=32), torch.bfloat16, Guarded())
+    weight = grouped_conv.kernel_weight(problem, layer.weight)
+    assert weight.is_contiguous()
+    assert weight.shape == (3, 3, 1, 32, 1)
+    # a stride of 1 is a constant for Triton, which then reads vectors
+    assert weight.stride(3) == 1
+    assert torch.equal(weight[:, :, 0, :, 0], layer.weight[:, 0].permute(1, 2, 0))
+    view = grouped_conv.kernel_weight(problem._replace(channels_last=False), layer.weight)
+    assert view.data_ptr() == layer.weight.data_ptr()
+
+
 REFUSED = {
     "1×1 and 3×3": (Shape(1, 4, 4, (6, 6), (5, 5)), {}),
     "stride 1 and 2": (Shape(1, 4, 4, (6, 6), (3, 3), (3, 3)), {}),
