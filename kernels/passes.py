@@ -175,21 +175,28 @@ def statistics_kernel(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M
     )
     first_pixel = split * (BLOCK_P * STEPS)
-    mean = tl.zeros([BLOCK_M], tl.float32)
-    m2 = tl.zeros([BLOCK_M], tl.float32)
-    for step in range(STEPS):
+    offsets, in_bounds = tile_offsets(start, in_planes, first_pixel, channels, hw, CHANNELS_LAST, BLOCK_P)
+    x = load_values(u_ptr, offsets, in_bounds)
+    mean = tl.sum(x, 1) / tl.minimum(hw - first_pixel, BLOCK_P).to(tl.float32)
+    # All values are centred on the mean of the first tile, so two sums at the end are enough. What the drift
+    # cancels is at most STEPS · M2, since the first tile alone adds 1/STEPS of it to M2.
+    centred = tl.where(in_bounds, x - mean[:, None], 0.0)
+    sums = centred
+    squares = centred * centred
+    for step in range(1, STEPS):
         begin = first_pixel + step * BLOCK_P
         offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
-        count = tl.minimum(tl.maximum(hw - begin, 0), BLOCK_P).to(tl.float32)
-        count_before = tl.minimum(hw - first_pixel, step * BLOCK_P).to(tl.float32)
         x = load_values(u_ptr, offsets, in_bounds)
-        tile_mean = tl.sum(x, 1) / tl.maximum(count, 1.0)
-        centred = tl.where(in_bounds, x - tile_mean[:, None], 0.0)
-        # Chan's update: merges the tile's mean and centred squares into those so far
-        share = count / (count_before + count)
-        delta = tile_mean - mean
-        mean += delta * share
-        m2 += tl.sum(centred * centred, 1) + delta * delta * (count_before * share)
+        centred = tl.where(in_bounds, x - mean[:, None], 0.0)
+        sums += centred
+        squares += centred * centred
+    m2 = tl.sum(squares, 1)
+    if STEPS > 1:
+        total = tl.sum(sums, 1)
+        drift = total / tl.minimum(hw - first_pixel, BLOCK_P * STEPS).to(tl.float32)
+        mean += drift
+        m2 -= total * drift
+        m2 = tl.where(m2 < 0, 0.0, m2)  # rounding; NaN stays
     tl.store(mean_ptr + split * num_planes + plane, mean, mask=in_planes)
     tl.store(m2_ptr + split * num_planes + plane, m2, mask=in_planes)
 

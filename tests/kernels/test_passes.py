@@ -137,6 +137,37 @@ def test_statistics(
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("outlier", [0, 1, 4, 37, 63])
+def test_statistics_with_one_value_far_from_the_others(outlier: int, loops: None, last: bool) -> None:
+    # in the first tile, the center of all values, or behind it; a relative bound, with nothing for the mean
+    u = tensor((2, 5, 8, 8), 3, last=last)
+    u[:, :, outlier // 8, outlier % 8] += 1e6
+    mean, m2 = passes.statistics(u, SMALL)
+    exact = u.double()
+    assert_close(mean, exact.mean((2, 3)), exact.abs().mean((2, 3)), torch.float32)
+    expected = (exact - image(exact.mean((2, 3)))).square().sum((2, 3))
+    # 1 + 4 tiles: what cancels is at most 4 times M2
+    assert_close(m2, expected, 5 * expected, torch.float32)
+    again = passes.statistics(u, SMALL)
+    assert torch.equal(again[0], mean)
+    assert torch.equal(again[1], m2)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+def test_statistics_of_equal_values_and_of_nan(loops: None, last: bool) -> None:
+    u = tensor((2, 5, 9, 7), 3, last=last)
+    u[0] = u[0, :, :1, :1] * 1e3 + 1e4
+    u[1, 2, 8, 6] = float("nan")
+    mean, m2 = passes.statistics(u, SMALL)
+    # the centers are off by a few roundings of the values
+    assert bool((m2[0] >= 0).all())
+    assert bool((m2[0] <= 63 * (4 * 2.0**-23 * u[0, :, 0, 0]).square()).all())
+    nan = torch.arange(5, device=DEVICE) == 2
+    assert torch.equal(mean[1].isnan(), nan)
+    assert torch.equal(m2[1].isnan(), nan)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [True, False])
 def test_reduce(guarded: Guarded, loops: None, relu: bool, dtype: torch.dtype, last: bool) -> None:
