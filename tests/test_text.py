@@ -49,7 +49,18 @@ def report(model: str, attack: str = "fgsm") -> Report:
     correct = np.arange(8) % 2 == 0
     result = AttackResult(0.5, 0.5, (0.2, 0.8), (0.2, 0.8), {})
     return Report(
-        *(model, "digits", "test", 8, 0.1, 0.5, (0.2, 0.8), {attack: result}, {}, [], {}, {}),
+        model=model,
+        dataset="digits",
+        split="test",
+        n=8,
+        eps=0.1,
+        clean_accuracy=0.5,
+        clean_interval_95=(0.2, 0.8),
+        attacks={attack: result},
+        router_auc={},
+        flags=[],
+        settings={},
+        environment={},
         per_sample={
             "index": np.arange(8),
             "label": np.arange(8),

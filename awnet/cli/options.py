@@ -51,6 +51,7 @@ _PLACEHOLDERS = {
     "attack": "ATTACK",
     "attacks": "ATTACK [ATTACK ...]",
     "authors": "TEXT",
+    "backend": "BACKEND",
     "cases": "CASE [CASE ...]",
     "compare_with": "RUN [RUN ...]",
     "data": "DATASET",

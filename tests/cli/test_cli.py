@@ -564,7 +564,7 @@ def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkey
     monkeypatch.setattr("awnet.models.load_model", lambda path, **_: model)
     monkeypatch.setattr(
         "awnet.cli.run_options.load_splits",
-        lambda name, data_dir, seed, eps: loaded(splits, name, seed, eps),
+        lambda name, data_dir, seed, eps, *_: loaded(splits, name, seed, eps),
     )
     (tmp_path / "best.safetensors").touch()
     refused, unclear = 0, []

@@ -718,7 +718,7 @@ BAD = {
     "residual of another shape": ({"residual": X}, ValueError, r"residual must have the output's shape \[2, 8, 6, 6\]"),
     "residual of another dtype": ({"residual": torch.ones(2, 8, 6, 6).double()}, TypeError, "residual has dtype torch.float64"),
     "activation unknown": ({"activation": "gelu"}, ValueError, 'activation must be "relu" or None, got \'gelu\''),
-    "backend unknown": ({"backend": "fastest"}, ValueError, "backend names no backend: 'fastest'; there are triton"),
+    "backend unknown": ({"backend": "fastest"}, ValueError, "backend names no backend: 'fastest'; there are cuda, triton"),
     "backend not a name": ({"backend": 3}, TypeError, "backend must be a backend's name or None, got int"),
 }  # fmt: skip
 

@@ -298,6 +298,7 @@ def test_the_ablations_tables_are_its_data() -> None:
         means = [one["clean"][0], *(one[attack]["w_robust"][0] for attack in attacks)]
         assert row[1:] == [f"{one['parameters']:,}", *(f"{100 * mean:.1f}" for mean in means)], name
     others = [one["minus_awnet"] for one in found.values() if "minus_awnet" in one]
+    others.append(found["AW-Net, half width"]["minus_static_twin_half_width"])
     assert len(rows) == len(found) + len(others)
     for row, differences in zip(rows[len(found) :], others, strict=True):
         for cell, kind in zip(row[1:], ("clean", *attacks), strict=True):
