@@ -91,13 +91,23 @@ def load_sample_rows(table_ptr, is_clean, c, channels, ROWS: tl.constexpr):
 
 
 @triton.jit
-def sum_by_row(x, is_clean, in_bounds, ROWS: tl.constexpr):
-    """Sums over the samples of each row; with one row, the sum over all samples twice."""
+def add_by_row(sum_0, sum_1, x, is_clean, in_bounds, ROWS: tl.constexpr):
+    """Adds x, per element, to the sum of each sample's row; with one row all samples to ``sum_0``."""
     if ROWS == 2:
-        row_0 = tl.sum(tl.where(in_bounds & (is_clean == 0), x, 0.0), 0)
-        row_1 = tl.sum(tl.where(in_bounds & is_clean, x, 0.0), 0)
+        sum_0 += tl.where(in_bounds & (is_clean == 0), x, 0.0)
+        sum_1 += tl.where(in_bounds & is_clean, x, 0.0)
     else:
-        row_0 = tl.sum(tl.where(in_bounds, x, 0.0), 0)
+        sum_0 += tl.where(in_bounds, x, 0.0)
+    return sum_0, sum_1
+
+
+@triton.jit
+def reduce_rows(sum_0, sum_1, ROWS: tl.constexpr):
+    """The sums over the samples of what :func:`add_by_row` added; with one row, the same sum twice."""
+    row_0 = tl.sum(sum_0, 0)
+    if ROWS == 2:
+        row_1 = tl.sum(sum_1, 0)
+    else:
         row_1 = row_0
     return row_0, row_1
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from .launch import Case, Table
 from .tables import (
     Config,
+    add_by_row,
     as_bytes,
     constants_of,
     inverse_std,
@@ -29,9 +30,9 @@ from .tables import (
     load_row,
     load_sample_rows,
     meta_norm,
+    reduce_rows,
     scaled,
     store_rows,
-    sum_by_row,
     tables_of,
     tile_of_program,
     tile_offsets,
@@ -75,24 +76,24 @@ def batch_statistics_kernel(
 ):
     c = _channels_of_program(BLOCK_C)
     hw = pixels * 1.0  # a value of 1 becomes a constant, which has no .to()
-    total_0 = tl.zeros([BLOCK_C], tl.float32)
-    total_1 = tl.zeros([BLOCK_C], tl.float32)
-    count_0 = tl.zeros([1], tl.float32)
-    count_1 = tl.zeros([1], tl.float32)
+    # sums per element of the tile: the reductions over samples follow after the loops
+    total_0 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    total_1 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    count_0 = tl.zeros([BLOCK_B, 1], tl.float32)
+    count_1 = tl.zeros([BLOCK_B, 1], tl.float32)
     for step in range(STEPS):
         b, offsets, in_bounds, is_clean = _samples_of_step(step, c, is_clean_ptr, batch, channels, BLOCK_B)
         mean = tl.load(mean_ptr + offsets, mask=in_bounds, other=0.0)
-        row_0, row_1 = sum_by_row(scaled(mean, filter_scale_ptr, offsets, in_bounds), is_clean, in_bounds, S)
-        total_0 += row_0
-        total_1 += row_1
-        ones = tl.full([BLOCK_B, 1], 1.0, tl.float32)
-        row_0, row_1 = sum_by_row(ones, is_clean, (b < batch)[:, None], S)
-        count_0 += row_0
-        count_1 += row_1
+        mean = scaled(mean, filter_scale_ptr, offsets, in_bounds)
+        total_0, total_1 = add_by_row(total_0, total_1, mean, is_clean, in_bounds, S)
+        in_batch = (b < batch)[:, None]
+        count_0, count_1 = add_by_row(count_0, count_1, 1.0, is_clean, in_batch, S)
+    total_0, total_1 = reduce_rows(total_0, total_1, S)
+    count_0, count_1 = reduce_rows(count_0, count_1, S)
     batch_mean_0 = total_0 / tl.maximum(count_0, 1.0)
     batch_mean_1 = total_1 / tl.maximum(count_1, 1.0)
-    m2_0 = tl.zeros([BLOCK_C], tl.float32)
-    m2_1 = tl.zeros([BLOCK_C], tl.float32)
+    m2_0 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    m2_1 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for step in range(STEPS):
         _, offsets, in_bounds, is_clean = _samples_of_step(step, c, is_clean_ptr, batch, channels, BLOCK_B)
         mean = tl.load(mean_ptr + offsets, mask=in_bounds, other=0.0)
@@ -101,9 +102,8 @@ def batch_statistics_kernel(
         m2 = tl.load(m2_ptr + offsets, mask=in_bounds, other=0.0)
         m2 = scaled(m2, filter_scale_ptr, offsets, in_bounds)
         m2 = scaled(m2, filter_scale_ptr, offsets, in_bounds) + hw * delta * delta
-        row_0, row_1 = sum_by_row(m2, is_clean, in_bounds, S)
-        m2_0 += row_0
-        m2_1 += row_1
+        m2_0, m2_1 = add_by_row(m2_0, m2_1, m2, is_clean, in_bounds, S)
+    m2_0, m2_1 = reduce_rows(m2_0, m2_1, S)
     var_0 = m2_0 / (tl.maximum(count_0, 1.0) * hw)
     var_1 = m2_1 / (tl.maximum(count_1, 1.0) * hw)
     store_rows(batch_mean_ptr, batch_mean_0, batch_mean_1, c, channels, S)
@@ -165,14 +165,14 @@ def _train_sums(
     STEPS: tl.constexpr,
 ):
     """∂γ and ∂β of both rows, and Σ γ g and Σ γ g x̂ over the samples of each row of the statistics."""
-    d_weight_0 = tl.zeros([BLOCK_C], tl.float32)
-    d_weight_1 = tl.zeros([BLOCK_C], tl.float32)
-    d_bias_0 = tl.zeros([BLOCK_C], tl.float32)
-    d_bias_1 = tl.zeros([BLOCK_C], tl.float32)
-    d_mean_0 = tl.zeros([BLOCK_C], tl.float32)
-    d_mean_1 = tl.zeros([BLOCK_C], tl.float32)
-    d_var_0 = tl.zeros([BLOCK_C], tl.float32)
-    d_var_1 = tl.zeros([BLOCK_C], tl.float32)
+    d_weight_0 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    d_weight_1 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    d_bias_0 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    d_bias_1 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    d_mean_0 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    d_mean_1 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    d_var_0 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    d_var_1 = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
     for step in range(STEPS):
         _, offsets, in_bounds, is_clean = _samples_of_step(step, c, is_clean_ptr, batch, channels, BLOCK_B)
         inv_std = inverse_std(load_sample_rows(batch_var_ptr, is_clean, c, channels, S), eps)
@@ -184,18 +184,14 @@ def _train_sums(
         delta = scaled(mean, filter_scale_ptr, offsets, in_bounds)
         delta -= load_sample_rows(batch_mean_ptr, is_clean, c, channels, S)
         g_xhat = (gc + delta * g1) * inv_std
-        row_0, row_1 = sum_by_row(g_xhat, is_clean, in_bounds, K)
-        d_weight_0 += row_0
-        d_weight_1 += row_1
-        row_0, row_1 = sum_by_row(g1, is_clean, in_bounds, K)
-        d_bias_0 += row_0
-        d_bias_1 += row_1
-        row_0, row_1 = sum_by_row(gamma * g1, is_clean, in_bounds, S)
-        d_mean_0 += row_0
-        d_mean_1 += row_1
-        row_0, row_1 = sum_by_row(gamma * g_xhat, is_clean, in_bounds, S)
-        d_var_0 += row_0
-        d_var_1 += row_1
+        d_weight_0, d_weight_1 = add_by_row(d_weight_0, d_weight_1, g_xhat, is_clean, in_bounds, K)
+        d_bias_0, d_bias_1 = add_by_row(d_bias_0, d_bias_1, g1, is_clean, in_bounds, K)
+        d_mean_0, d_mean_1 = add_by_row(d_mean_0, d_mean_1, gamma * g1, is_clean, in_bounds, S)
+        d_var_0, d_var_1 = add_by_row(d_var_0, d_var_1, gamma * g_xhat, is_clean, in_bounds, S)
+    d_weight_0, d_weight_1 = reduce_rows(d_weight_0, d_weight_1, K)
+    d_bias_0, d_bias_1 = reduce_rows(d_bias_0, d_bias_1, K)
+    d_mean_0, d_mean_1 = reduce_rows(d_mean_0, d_mean_1, S)
+    d_var_0, d_var_1 = reduce_rows(d_var_0, d_var_1, S)
     return d_weight_0, d_weight_1, d_bias_0, d_bias_1, d_mean_0, d_mean_1, d_var_0, d_var_1
 
 

@@ -186,6 +186,26 @@ def check_train(x: Problem, grads, expected, by, norm: coefficients.Norm) -> Non
 
 
 @tiles
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_batch_variance_around_a_large_mean(rows: int, config: dict) -> None:
+    x = Problem(13, 9, rows, rows, False)
+    x.mean = 1000 + 0.1 * x.mean
+    if x.clean is not None:
+        x.mean[x.clean] *= -1  # the rows' means are far apart
+    x.m2 *= 0.01
+    stats = coefficients.SampleStats(x.put(x.mean), x.put(x.m2), HW)
+    got = trained.batch_statistics(stats, x.mix(), rows, config)
+    exact = coefficients.SampleStats(x.mean.double(), x.m2.double(), HW)
+    mean, var, n = coefficients.batch_statistics(exact, x.exact_mix(), rows)
+    assert torch.equal(got[2].double().cpu(), n)
+    assert float((got[0].double().cpu() - mean).abs().max()) <= 4 * 2.0**-24 * 1000
+    # the mean's error, squared, and its product with deviations of 0.5 at most; E[x²] − μ² would be off by 0.1
+    assert float((got[1].double().cpu() - var).abs().max()) <= 4 * 2.0**-24 * 1000
+    again = trained.batch_statistics(stats, x.mix(), rows, config)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@tiles
 def test_a_row_is_untouched_by_nan_in_the_other(config: dict) -> None:
     x = Problem(9, 5, 2, 2, True)
     assert x.filter_scale is not None

@@ -350,7 +350,7 @@ FAULTS = (
     ),
     fault(
         "samples of absent rows counted", "kernels/train_coefficients.py",
-        "sum_by_row(ones, is_clean, (b < batch)[:, None], S)", "sum_by_row(ones, is_clean, (b >= 0)[:, None], S)",
+        "in_batch = (b < batch)[:, None]", "in_batch = (b >= 0)[:, None]",
         TRAIN,
     ),
     fault(
