@@ -134,7 +134,10 @@ def bench_train(options: TrainBenchOptions) -> Path:
     device = _checked_device(options)
     path = machine.csv_path(options.out, device, "-train")
     results.read_rows(path, COLUMNS)  # rejects a file with other columns before the work, not after it
-    with machine.full_precision(device, options.threads), use_backend(options.backend or chosen_backend()):
+    with (
+        machine.full_precision(device, options.threads),
+        use_backend(chosen_backend() if options.backend is None else options.backend),
+    ):
         setting = make_setting(options, device)
         names: tuple[str, ...] = options.providers
         if not names:
