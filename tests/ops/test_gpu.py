@@ -7,6 +7,7 @@ tested where there is no GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from awnet import ops
 from awnet.ops import self_check
 from awnet.ops.backends import native, triton
 from awnet.ops.dispatch import BACKENDS
+from awnet.precision import full_precision
 
 DEVICE = os.environ.get("AWNET_TEST_DEVICE", "cuda")
 NAMES = ("cuda", "triton") if DEVICE == "cuda" else ("cpp",)
@@ -42,11 +44,11 @@ SIZES = {
 
 
 @pytest.fixture(autouse=True)
-def full_float32_and_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def full_float32_and_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """cuDNN convolves without TF32, and sums its gradients in the same order at each call."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with full_precision():
+        yield
 
 
 def example(training: bool, channels: int, size: int, seed: int = 0, **changes: object) -> Layer:
