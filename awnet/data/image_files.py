@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from awnet.data.dataset import (
     looks_nhwc,
 )
 from awnet.files import cache_folder, expanded, make_folder, written_atomically
+
+T = TypeVar("T")
 
 IN_MEMORY = 2**30
 """Decoded images of more bytes than this are stored in a file and read from there batch by batch."""
@@ -52,22 +56,25 @@ def load_path(
         parts = _load_folder(path, image_size, classes)
     else:
         raise FileNotFoundError(f"{path} is neither a folder with a folder for each class nor a .npz file")
-    if "test" not in parts and "validation" in parts:  # ImageNet's form: what it calls val is for testing
-        parts["test"] = parts.pop("validation")
     if "train" in parts and "validation" not in parts:
         parts["train"], parts["validation"] = hold_out(parts["train"], VALIDATION_FRACTION, seed)
-    some = next(iter(parts.values()))
-    nothing = torch.zeros(0, dtype=torch.int64)
-    made = {name: parts[name] if name in parts else some.take(nothing) for name in _PARTS}
-    named = {
-        name: Dataset(**{**vars(part), "split": name, "name": path.stem or str(path)})
-        for name, part in made.items()
-    }
-    return Splits(named["train"], named["validation"], named["test"])
+    some, nothing = next(iter(parts.values())), torch.zeros(0, dtype=torch.int64)
+    train, validation, test = (
+        parts[name] if name in parts else some.take(nothing, split=name) for name in _PARTS
+    )
+    return Splits(train, validation, test)
 
 
-def _augmentation(height: int) -> Augmentation:
-    return Augmentation(shift=height // 8)  # a flip changes the class of digits and letters
+def _with_test(parts: dict[str, T]) -> dict[str, T]:
+    """``parts``, where ``validation`` is the test part if there is no other, as in ImageNet's folders."""
+    if "test" in parts or "validation" not in parts:
+        return parts
+    return {"test" if name == "validation" else name: part for name, part in parts.items()}
+
+
+def _shift(height: int) -> int:
+    """The shift of training images; they are not flipped, which changes the class of digits and letters."""
+    return height // 8
 
 
 # .npz
@@ -81,39 +88,46 @@ def _load_npz(path: Path, classes: str | Path | None) -> dict[str, Dataset]:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as arrays of numbers: {error}") from error
-    found: dict[str, tuple[Any, Any]] = {}
-    for part, words in _PARTS.items():
-        for word in words:
-            for images, labels in _KEYS:
-                for form in ("{word}_{key}", "{key}_{word}"):
-                    pair = form.format(word=word, key=images), form.format(word=word, key=labels)
-                    if part not in found and pair[0] in arrays and pair[1] in arrays:
-                        found[part] = arrays[pair[0]], arrays[pair[1]]
-    whole = next(((arrays[a], arrays[b]) for a, b in _KEYS if a in arrays and b in arrays), None)
-    if not found and whole is not None:
+    found = {
+        part: pair
+        for part, words in _PARTS.items()
+        if (pair := _pair(arrays, [form for word in words for form in (f"{word}_{{}}", f"{{}}_{word}")]))
+    }
+    if not found and (whole := _pair(arrays, ["{}"])):
         found["test"] = whole
     if not found:
         raise ValueError(
             f"{path} has the arrays {', '.join(arrays) or 'of no name'}; expected images and labels, or x "
             "and y, of all images or with the name of a part, such as x_train, y_train, x_test and y_test"
         )
-    largest = max(int(np.max(labels, initial=0)) for _, labels in found.values()) if found else 0
-    names = _class_names([str(number) for number in range(largest + 1)], classes)[0]
-    parts = {}
-    for part, (images, labels) in found.items():
-        if images.ndim == 3:
-            images = images[:, None]
-        layout = "nhwc" if images.ndim == 4 and looks_nhwc(images.shape[1:]) else "nchw"
-        made = from_arrays(
-            images,
-            labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels,
-            split=part,
-            classes=names,
-            source=str(path),
-            layout=layout,  # type: ignore[arg-type]
-        )
-        parts[part] = Dataset(**{**vars(made), "augmentation": _augmentation(made.images.shape[2])})
-    return parts
+    parts = {
+        part: _from_arrays(path, part, arrays[images], arrays[labels])
+        for part, (images, labels) in _with_test(found).items()
+    }
+    most = max((part.classes for part in parts.values()), key=len)
+    names = tuple(_class_names(list(most), classes)[0])
+    return {name: replace(part, classes=names) for name, part in parts.items()}
+
+
+def _pair(arrays: Container[str], forms: Sequence[str]) -> tuple[str, str] | None:
+    """The names of images and labels among ``arrays`` in the first form that fits, such as ``{}_train``."""
+    pairs = ((form.format(images), form.format(labels)) for form in forms for images, labels in _KEYS)
+    return next((pair for pair in pairs if pair[0] in arrays and pair[1] in arrays), None)
+
+
+def _from_arrays(path: Path, split: str, images: Any, labels: Any) -> Dataset:
+    if images.ndim == 3:
+        images = images[:, None]
+    layout: Literal["nhwc", "nchw"] = "nhwc" if images.ndim == 4 and looks_nhwc(images.shape[1:]) else "nchw"
+    return from_arrays(
+        images,
+        labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels,
+        name=path.stem,
+        split=split,
+        shift=_shift(images.shape[1 if layout == "nhwc" else 2]) if images.ndim == 4 else 0,
+        source=str(path),
+        layout=layout,
+    )
 
 
 # folders
@@ -125,7 +139,7 @@ def _load_folder(folder: Path, image_size: int | None, classes: str | Path | Non
         for part, words in _PARTS.items()
     }
     roots = {part: root for part, root in present.items() if root is not None and _subfolders(root)}
-    roots = roots or {"test": folder}
+    roots = _with_test(roots) or {"test": folder}
     found = sorted({name for root in roots.values() for name in _subfolders(root)}, key=_number_or_name)
     if not found:
         raise ValueError(f"{folder} holds no folders: expected a folder with the images of each class")
@@ -150,7 +164,7 @@ def _load_folder(folder: Path, image_size: int | None, classes: str | Path | Non
             classes=tuple(names),
             max_value=255,
             threat_model=ThreatModel(8 / 255),
-            augmentation=_augmentation(images.shape[2]),
+            augmentation=Augmentation(_shift(images.shape[2])),
             source=str(folder),
         )
     sizes = {part: tuple(made.images.shape[1:]) for part, made in parts.items()}
@@ -215,17 +229,17 @@ def _decoded(files: list[Path], size: int | None) -> torch.Tensor:
     into a file in the cache folder, which is mapped into memory.
     """
     height, width = (size, size) if size is not None else _size_of(files[0])
-    shape = (len(files), 3, height, width)
+    shape, read = (len(files), 3, height, width), partial(_read, size=size, height=height, width=width)
     if len(files) * 3 * height * width <= IN_MEMORY:
         images = np.empty(shape, np.uint8)
-        _decode(files, size, images)
+        decode_into(images, files, read)
         return torch.from_numpy(images)
     path = cache_folder("images") / f"{_key(files, size)}.npy"
     if not path.is_file():
         make_folder(path.parent)
         with written_atomically(path) as temporary:
             mapped = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            _decode(files, size, mapped)
+            decode_into(mapped, files, read)
             mapped.flush()
             del mapped
     return torch.from_numpy(np.load(path, mmap_mode="c"))
@@ -250,11 +264,11 @@ def _size_of(file: Path) -> tuple[int, int]:
         raise ValueError(f"{file} is damaged, or no image: {error}") from error
 
 
-def _decode(files: list[Path], size: int | None, images: Any) -> None:
-    height, width = images.shape[2:]
+def decode_into(images: Any, files: Sequence[Path], read: Callable[[Path], np.ndarray]) -> None:
+    """Fills ``images``, an array [N, C, H, W], with ``read(file)`` for each file, in several threads."""
 
     def decode(number: int) -> None:
-        images[number] = _read(files[number], size, height, width)
+        images[number] = read(files[number])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders release the GIL
         for _ in pool.map(decode, range(len(files))):

@@ -5,9 +5,7 @@ Stanford CS231n course, "Tiny ImageNet Visual Recognition Challenge".
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 
 from awnet.data.dataset import Augmentation, Dataset, Splits, ThreatModel, hold_out
 from awnet.data.folders import find_folder
+from awnet.data.image_files import decode_into
 
 SIZE = 64
 VALIDATION_FRACTION = 0.02
@@ -138,13 +137,7 @@ def _check_equal(files: list[tuple[Path, str]], classes: tuple[str, ...], what: 
 def _decode(paths: list[Path]) -> torch.Tensor:
     """uint8 [N, 3, 64, 64]; gray images get three equal channels."""
     images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
-
-    def decode(i: int) -> None:
-        images[i] = _read_image(paths[i])
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoder releases the GIL
-        for _ in pool.map(decode, range(len(paths))):
-            pass
+    decode_into(images, paths, _read_image)
     return torch.from_numpy(images)
 
 

@@ -146,6 +146,11 @@ def _floats(path: Path) -> Path:
     return path / "d.npz"
 
 
+def _words(path: Path) -> Path:
+    np.savez(path / "d.npz", images=np.zeros((2, 1, 4, 4), np.uint8), labels=np.array(["cat", "dog"]))
+    return path / "d.npz"
+
+
 def _no_images(path: Path) -> Path:
     (path / "a").mkdir()
     return path
@@ -164,6 +169,7 @@ def _missing(path: Path) -> Path:
         (_pickled, "cannot be read as arrays of numbers"),
         (_nameless, "has the arrays pictures; expected images and labels"),
         (_floats, r"images must be uint8 \[N, C, H, W\]"),
+        (_words, "labels must be whole numbers"),
         (_missing, "is neither a folder"),
     ],
 )
