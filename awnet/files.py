@@ -63,10 +63,15 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """The folder ``name`` in the user's cache folder, which ``AWNET_CACHE`` replaces; it may not exist."""
-    import pooch
+    """The folder ``name`` in awnet's cache folder, which may not exist.
 
-    return Path(os.environ.get("AWNET_CACHE") or pooch.os_cache("awnet")) / name
+    That is ``AWNET_CACHE``, or ``awnet`` in ``XDG_CACHE_HOME`` or ``~/.cache``. Raises RuntimeError if the
+    user has no home folder.
+    """
+    given = os.environ.get("AWNET_CACHE")
+    if given:
+        return expanded(given) / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awnet" / name
 
 
 def make_folder(path: Path) -> Path:

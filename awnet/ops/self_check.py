@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from awnet.files import read_json, write_json
+from awnet.files import cache_folder, read_json, write_json
 from awnet.ops import self_check_cases
 from awnet.ops.backends.base import Passes, constant_in_graphs
 
@@ -166,7 +166,7 @@ def _postponed(device: torch.device) -> bool:
 
 def check(kernels: Kernels, device: torch.device) -> tuple[Verdict, bool]:
     """Runs the check. Returns the verdict, and whether it will hold in later processes."""
-    # in a thread of its own: no autocast, inference mode or stream of the caller reaches it
+    # a separate thread: the caller's autocast, inference mode and stream do not apply to it
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(_check, kernels, device).result()
 
@@ -214,7 +214,7 @@ _ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_
 
 
 class _GuardedMemory(TorchDispatchMode):
-    """Within it a new tensor is NaN all over and lies between two bands of NaN."""
+    """A mode in which new tensors are filled with NaN and stored between two guard bands of NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -338,10 +338,10 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def _path(kernels: Kernels, device: torch.device) -> Path | None:
     """Where the verdict is stored; None where the user has no home."""
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = cache_folder("self-check")
     except RuntimeError:
         return None
-    return folder / "awnet" / "self-check" / f"{kernels.backend}-{_fingerprint(kernels, device)}.json"
+    return folder / f"{kernels.backend}-{_fingerprint(kernels, device)}.json"
 
 
 def _fingerprint(kernels: Kernels, device: torch.device) -> str:
