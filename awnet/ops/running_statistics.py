@@ -12,14 +12,15 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from awnet.ops.args import MixNorm, Saved
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Update(NamedTuple):
@@ -90,17 +91,17 @@ def joint_updates() -> Iterator[None]:
     joint.make()
 
 
-def with_joint_updates(forward: Function) -> Function:
+def with_joint_updates(forward: Callable[P, R]) -> Callable[P, R]:
     """Decorator: ``forward`` runs in a :func:`joint_updates` block, except where torch.compile traces it."""
 
     @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         with joint_updates():
             return forward(*args, **kwargs)
 
-    return wrapped  # type: ignore[return-value]
+    return wrapped
 
 
 def _current() -> _Joint | None:
