@@ -25,7 +25,7 @@ from awnet.distributed import Ranks
 from awnet.evaluation.collect import CLEAN, UNION, Collected, Plan
 from awnet.evaluation.compare import compare
 from awnet.evaluation.detection import CONTROLS
-from awnet.evaluation.precision import DESCRIPTIONS, PrecisionName, prepare
+from awnet.evaluation.precision import COPY, DESCRIPTIONS, PrecisionName, in_bfloat16, prepare
 from awnet.evaluation.progress import progress_bar
 from awnet.evaluation.report import Report, check_name
 from awnet.evaluation.resume import check_same_key, evaluation_lock, prepare_state, state_folder, state_key
@@ -136,9 +136,8 @@ def evaluate(
     out = None if out is None else expanded(out)
     _check_filter(filter, precision, attacks)
     dataset, classes = _check_fit(model, dataset, batch_size, device)
-    probe = next(dataset.batches(min(batch_size, REFERENCE))).x
-    prepared = prepare(model, precision, probe)
-    low = None if filter is None else prepare(model, filter, probe).module
+    prepared = prepare(model, precision, next(dataset.batches(min(batch_size, REFERENCE))).x)
+    low = None if filter is None else in_bfloat16(model, copied=prepared.runs_on == COPY)
     computes = _precision(prepared.module, dataset, precision)
     if limit is not None:
         dataset = dataset.subset(limit, seed=0)

@@ -51,7 +51,7 @@ def prepare(model: nn.Module, precision: PrecisionName, x: Tensor) -> Prepared:
     if precision not in DESCRIPTIONS:
         raise ValueError(f"precision must be one of {', '.join(DESCRIPTIONS)}, got {precision!r}")
     low = precision == "bfloat16"
-    itself = _Autocast(model) if low else model
+    itself = in_bfloat16(model, copied=False) if low else model
     reason = not_supported(model)
     if reason is not None:
         logger.info("the evaluation runs the model itself: %s", reason)
@@ -69,10 +69,13 @@ def prepare(model: nn.Module, precision: PrecisionName, x: Tensor) -> Prepared:
         return Prepared(
             itself, f"the model itself, frozen in place: its copy differed by {difference:.1e}", flag
         )
-    if low:
-        copy = inference_copy(model, torch.bfloat16)
-        assert copy is not None
-    return Prepared(copy, COPY)
+    return Prepared(in_bfloat16(model, copied=True) if low else copy, COPY)
+
+
+def in_bfloat16(model: nn.Module, *, copied: bool) -> nn.Module:
+    """An inference copy of ``model`` in bfloat16, or without ``copied`` the model under autocast."""
+    copy = inference_copy(model, torch.bfloat16) if copied else None
+    return _Autocast(model) if copy is None else copy
 
 
 @torch.no_grad()
