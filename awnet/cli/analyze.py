@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, subcommand
 
-from awnet.cli.options import Maybe, print_text
+from awnet.cli.options import ImportOption, Maybe, print_text
 from awnet.cli.run_options import RunOptions
-from awnet.cli.user_code import ImportOption
 
 if TYPE_CHECKING:
     from rich.console import Console

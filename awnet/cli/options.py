@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
@@ -43,6 +43,19 @@ Number = Annotated[
     ),
     arg(help_behavior_hint=""),
 ]
+
+
+@dataclass(kw_only=True)
+class ImportOption:
+    user_module: Annotated[str | None, arg(name="import", metavar="CODE", help_behavior_hint="")] = None
+    """Python file or module to import first: its code may register models (awnet.models.register_model)."""
+
+    def import_user_module(self) -> None:
+        """Imports what ``--import`` names, if anything."""
+        if self.user_module is not None:
+            from awnet.models.user_code import import_code
+
+            import_code(self.user_module)
 
 
 # option → the placeholder for its value in the help, instead of its type

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from awnet.cli.options import Maybe, Number, print_text
-from awnet.cli.user_code import ImportOption
+from awnet.cli.options import ImportOption, Maybe, Number, print_text
 from awnet.files import expanded
 
 if TYPE_CHECKING:

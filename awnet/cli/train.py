@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from awnet import early_signals
-from awnet.cli.options import Maybe, Number, Several, parse_options, print_text
+from awnet.cli.options import ImportOption, Maybe, Number, Several, parse_options, print_text
 from awnet.cli.run_options import load_splits
-from awnet.cli.user_code import ImportOption
 
 if TYPE_CHECKING:
     from rich.console import Console
