@@ -11,34 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.fake_cuda import FakeCUDA
+from support.fake_cuda import FakeCUDA, Recorder
 from torch import Tensor
 
 from awnet.cuda_graphs import GraphCache, Graphed, capture
-
-
-class Recorded:
-    """What a captured function returns: a replay calls the function again."""
-
-    def __init__(self, function: Callable[[], Tensor]) -> None:
-        self.function = function
-
-    def replay(self) -> None:
-        self.value = self.function()
-
-    def clone(self) -> Tensor:
-        return self.value.clone()
-
-
-class Recorder:
-    """Stands in for the capture of CUDA graphs."""
-
-    def __init__(self) -> None:
-        self.recorded: list[Recorded] = []
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Any, Callable[[], None]]:
-        self.recorded.append(Recorded(function))
-        return self.recorded[-1], self.recorded[-1].replay
 
 
 def refuse(function: Callable[[], Tensor]) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 WAIT = "called a synchronizing CUDA operation"
 
@@ -118,3 +119,27 @@ class FakeCUDA:
             torch._C, "_cuda_releasePool", lambda index, pool: device.released.append(pool), raising=False
         )
         return self
+
+
+class Recorded:
+    """What a captured function returns: a replay calls the function again."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        self.function = function
+
+    def replay(self) -> None:
+        self.value = self.function()
+
+    def clone(self) -> Tensor:
+        return self.value.clone()
+
+
+class Recorder:
+    """Stands in for the capture of CUDA graphs: a replay calls the function again."""
+
+    def __init__(self) -> None:
+        self.recorded: list[Recorded] = []
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Any, Callable[[], None]]:
+        self.recorded.append(Recorded(function))
+        return self.recorded[-1], self.recorded[-1].replay

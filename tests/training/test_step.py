@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.fake_cuda import Recorder
 from torch import Tensor, nn
 
 from awnet.attacks import GraphedPGD, named_attack
@@ -313,30 +314,6 @@ def test_what_is_reduced_over_ranks_decides() -> None:
     assert step(batch(), shifted)["skipped"].item() == 1
     assert seen == [(5, 1)]  # four gradients and the loss
     assert same(before, everything(step))
-
-
-class Recorded:
-    """Stands for a graph's output on a CPU: a replay runs the function."""
-
-    def __init__(self, function: Callable[[], Tensor]) -> None:
-        self.function = function
-
-    def replay(self) -> None:
-        self.value = self.function()
-
-    def clone(self) -> Tensor:
-        return self.value.clone()
-
-
-class Recorder:
-    """Stands in for the capture of CUDA graphs: a replay calls the function again."""
-
-    def __init__(self) -> None:
-        self.recorded: list[Recorded] = []
-
-    def __call__(self, function: Callable[[], Tensor]) -> tuple[Any, Callable[[], None]]:
-        self.recorded.append(Recorded(function))
-        return self.recorded[-1], self.recorded[-1].replay
 
 
 def test_a_captured_step_is_the_step() -> None:
