@@ -338,7 +338,7 @@ trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-# start NAME SECONDS: begins a step in a process group of its own, so that its limit ends all of it
+# start NAME SECONDS: starts a step in a new process group, so that its time limit ends all its processes
 start() {
   say "== $1, at most $2 s"
   # SIGINT, which a background process ignores by default, lets pytest and `awnet train` print and store what they have

@@ -28,7 +28,7 @@ class Launches:
     def __init__(self) -> None:
         self.kernels: list[str] = []  # names, in order
         self.functions: list[object] = []  # their compiled variants
-        self.compiled = 0  # kernels that were loaded, each a variant of its own
+        self.compiled = 0  # number of loaded kernels; each variant of a kernel counts
 
     @property
     def counts(self) -> dict[str, int]:
