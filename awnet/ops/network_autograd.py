@@ -182,7 +182,10 @@ class _Network(torch.autograd.Function):
             incoming = _incoming(grads.pop(i), d_mean, *ctx.shapes[i])
             need_residual = layer.residual >= 0 and plan.of(layer.residual)
             d_u, d_residual, sums = passes.eval_backward(
-                *incoming, kept.u, kept.mask, kept.scale, kept.shift, need_residual, plan.tables[i], False
+                *(*incoming, kept.u, kept.mask, kept.scale, kept.shift),
+                residual=need_residual,
+                sums=plan.tables[i],
+                centred=False,
             )
             if sums is not None:
                 d_tables[2 * i], d_tables[2 * i + 1] = sums.gc, sums.g1
