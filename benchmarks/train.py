@@ -314,9 +314,14 @@ def find_fault(setting: _Setting, kind: str, seed: int) -> str:
     or radius moves more than half. The updates sum in another order.
     """
     plain_recipe = replace(
-        setting.recipe, precision="float32", layout="nchw", router_passes="separate", capture=False
+        setting.recipe,
+        precision="float32",
+        attack_precision="float32",
+        layout="nchw",
+        router_passes="separate",
+        capture=False,
     )
-    small = replace(setting, recipe=plain_recipe, numerics=Numerics("float32", "nchw"))
+    small = replace(setting, recipe=plain_recipe, numerics=Numerics("float32", "nchw", "float32"))
     batch = next(setting.data.batches(min(8, setting.recipe.batch_size)))
     seen: list[Tensor] = []
 

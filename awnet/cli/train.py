@@ -62,8 +62,11 @@ class Train(ImportOption):
     precision: Maybe[Literal["auto", "float32", "bfloat16"]] = None
     """Precision of convolutions and matrix products. auto, the default, is bfloat16 on CUDA and float32
     elsewhere. bfloat16 is faster on CPUs with AMX, see `awnet info`."""
+    attack_precision: Maybe[Literal["auto", "float32", "bfloat16"]] = None
+    """Precision of the network in the training attack. auto, the default, is that of --precision."""
     layout: Maybe[Literal["auto", "nchw", "channels_last"]] = None
-    """Memory format of the images. Default: auto. channels_last requires bfloat16."""
+    """Memory format of the images. auto, the default, is channels_last on CUDA and with
+    bfloat16."""
     recipe_options: Several[str] = ()
     """Other settings of the recipe as NAME=VALUE …, such as temperature=5 milestones=75,90."""
     model_options: Several[str] = ()
@@ -101,7 +104,7 @@ class Train(ImportOption):
 
         self.import_user_module()
         settings = parse_options(self.recipe_options, "--recipe-options")
-        for name in ("epochs", "batch_size", "lr", "attack_steps", "precision", "layout"):
+        for name in ("epochs", "batch_size", "lr", "attack_steps", "precision", "attack_precision", "layout"):
             value = getattr(self, name)
             if value is not None:
                 if name in settings:

@@ -28,6 +28,7 @@ from awnet.training.forward import Forward, Phase, clean_pass, distillation_pass
 from awnet.training.losses import Loss, LossOptions
 
 TeacherKind = Literal["clean", "robust"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class TrainingAttack(Protocol):
@@ -54,8 +55,10 @@ class Recipe:
     type_weight, type_label_smoothing, adv_weight, consistency, router_passes: see ``losses.LossOptions``.
     precision: of convolutions and products; ``auto`` is bfloat16 (autocast) on CUDA and float32 elsewhere.
         Weights, statistics, the router's coefficients and the losses are always float32.
-    layout: memory format of images and convolution weights; ``auto`` is channels_last on CUDA and NCHW
-        elsewhere.
+    attack_precision: of the network in the training attack; ``auto`` is that of ``precision``. The images are
+        float32.
+    layout: memory format of images and convolution weights; ``auto`` is channels_last on CUDA and where
+        ``precision`` is bfloat16, and NCHW elsewhere.
     accumulate: number of micro-batches per batch, to save memory. Their gradients add up to the mean over the
         batch. Batch norms see each micro-batch separately and update their running statistics for each.
     clip_norm: gradients with a larger Euclidean norm are scaled to this norm; None does not clip.
@@ -95,6 +98,7 @@ class Recipe:
     consistency: float = 0.0
     router_passes: Literal["joint", "separate"] = "joint"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    attack_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     layout: Literal["auto", "nchw", "channels_last"] = "auto"
     accumulate: int = 1
     clip_norm: float | None = None
@@ -130,6 +134,7 @@ class Recipe:
         _check_choice(self, "schedule", "step", "onecycle")
         _check_choice(self, "router_passes", "joint", "separate")
         _check_choice(self, "precision", "auto", "float32", "bfloat16")
+        _check_choice(self, "attack_precision", "auto", "float32", "bfloat16")
         _check_choice(self, "layout", "auto", "nchw", "channels_last")
         several = isinstance(self.milestones, Iterable) and not isinstance(self.milestones, str)
         milestones = plain(list(self.milestones)) if several else []
@@ -192,8 +197,16 @@ class Recipe:
 
     def attack_dtype(self, device: torch.device) -> torch.dtype | None:
         """The dtype in which the attack runs the model on ``device``; None: the model's own."""
-        low = self.precision == "bfloat16" or (self.precision == "auto" and device.type == "cuda")
-        return torch.bfloat16 if low else None
+        _, precision = self.precisions(device)
+        return torch.bfloat16 if precision == "bfloat16" else None
+
+    def precisions(self, device: torch.device) -> tuple[Precision, Precision]:
+        """Resolves ``auto``: the precision of the training pass and that of the attack on ``device``."""
+        cuda = device.type == "cuda"
+        training: Precision = (
+            self.precision if self.precision != "auto" else "bfloat16" if cuda else "float32"
+        )
+        return training, training if self.attack_precision == "auto" else self.attack_precision
 
     def optimizer(self, model: nn.Module) -> torch.optim.SGD:
         """Fused SGD in two groups: the router with its heads at ``router_lr``, all else at ``lr``."""
@@ -233,8 +246,8 @@ class Recipe:
         teacher = Standard if kind == "clean" else self._robust_teacher()
         shared = (
             "epochs batch_size lr momentum weight_decay schedule milestones lr_decay attack_steps "
-            "attack_step_size attack_noise precision layout accumulate clip_norm validate_every "
-            "validate_limit log_every"
+            "attack_step_size attack_noise precision attack_precision layout accumulate clip_norm "
+            "validate_every validate_limit log_every"
         )
         return teacher(**{name: getattr(self, name) for name in shared.split()})
 

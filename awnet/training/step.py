@@ -20,7 +20,7 @@ from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 from awnet.ops.running_statistics import joint_updates
 from awnet.training.forward import Phase, Teachers
 from awnet.training.losses import Averaging, MTARDWeights
-from awnet.training.recipes import MTARD, Recipe
+from awnet.training.recipes import MTARD, Precision, Recipe
 from awnet.training.teachers import TeacherModel
 
 #: images [B, C, H, W], labels [B], ``index=`` → adversarial images
@@ -35,22 +35,25 @@ class Numerics(NamedTuple):
     precision: of convolutions and products. Weights, statistics and coefficients are always float32 (or the
         model's own dtype).
     layout: memory format of images and convolution weights.
+    attack_precision: of the attacked network.
     """
 
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
     layout: Literal["nchw", "channels_last"]
+    attack_precision: Precision
+
+    def __str__(self) -> str:
+        attack = f", {self.attack_precision} attack" if self.attack_precision != self.precision else ""
+        return f"{self.precision}, {self.layout}{attack}"
 
 
 def numerics(recipe: Recipe, device: torch.device) -> Numerics:
-    """Resolves ``auto``: bfloat16 and channels_last on CUDA, float32 and NCHW elsewhere."""
-    cuda = device.type == "cuda"
-    precision = recipe.precision
-    if precision == "auto":
-        precision = "bfloat16" if cuda else "float32"
+    """Resolves ``auto``: bfloat16 on CUDA, float32 elsewhere; channels_last on CUDA and with bfloat16."""
+    precision, attack_precision = recipe.precisions(device)
     layout = recipe.layout
     if layout == "auto":
-        layout = "channels_last" if cuda else "nchw"
-    return Numerics(precision, layout)
+        layout = "channels_last" if device.type == "cuda" or precision == "bfloat16" else "nchw"
+    return Numerics(precision, layout, attack_precision)
 
 
 def captures(recipe: Recipe, device: torch.device) -> bool:
@@ -138,7 +141,10 @@ class TrainingStep:
         return TeacherModel(teacher, self._autocast, low, self.memory_format)
 
     def _autocast(self) -> torch.autocast:
-        low = self.numerics.precision == "bfloat16"
+        return self._autocast_to(self.numerics.precision)
+
+    def _autocast_to(self, precision: Precision) -> torch.autocast:
+        low = precision == "bfloat16"
         # without the cache of cast weights: the attack would leave casts without gradient in it
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
 
@@ -173,7 +179,7 @@ class TrainingStep:
         """The adversarial images of ``batch``; None for a recipe without attack."""
         if not self.recipe.needs_attack:
             return None
-        with self._autocast():
+        with self._autocast_to(self.numerics.attack_precision):
             return attack(batch.x, batch.y, index=batch.index)
 
     def _micro_batches(self, batch: Batch, attack: Attack) -> Iterator[MicroBatch]:

@@ -257,8 +257,7 @@ def train(
         place = held.enter_context(RunFolder(folder, reporter.say)) if ranks.rank == 0 else None
 
         images = f"{len(splits.train):,} training images of {splits.train.name}"
-        precision = ", ".join(numerics(recipe, where))
-        trained = f"recipe {recipe.name}, {recipe.epochs} epochs, {precision}, seed {seed}"
+        trained = f"recipe {recipe.name}, {recipe.epochs} epochs, {numerics(recipe, where)}, seed {seed}"
         reporter.say(in_one_line(model, images, splits.train.threat_model.eps, trained=trained))
         if recipe.teachers and given is None:
             options = {

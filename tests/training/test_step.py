@@ -20,7 +20,7 @@ from support.fake_cuda import Recorder
 from torch import Tensor, nn
 
 from awnet.attacks import GraphedPGD, named_attack
-from awnet.data import Splits, dataset, from_arrays, load_dataset
+from awnet.data import Splits, ThreatModel, dataset, from_arrays, load_dataset
 from awnet.data.dataset import Batch
 from awnet.distributed import Ranks
 from awnet.evaluation import robust_correct
@@ -245,11 +245,14 @@ def test_a_resumed_step_computes_the_same_bits(settings: dict[str, Any]) -> None
 
 
 def test_auto_precision_and_layout() -> None:
-    assert numerics(PGDAT(), CPU) == ("float32", "nchw")
-    assert numerics(PGDAT(), torch.device("cuda")) == ("bfloat16", "channels_last")
-    assert numerics(PGDAT(precision="bfloat16", layout="channels_last"), CPU) == ("bfloat16", "channels_last")
-    chosen = PGDAT(precision="float32", layout="nchw")
-    assert numerics(chosen, torch.device("cuda")) == ("float32", "nchw")
+    cuda = torch.device("cuda")
+    assert numerics(PGDAT(), CPU) == ("float32", "nchw", "float32")
+    assert numerics(PGDAT(), cuda) == ("bfloat16", "channels_last", "bfloat16")
+    assert numerics(PGDAT(precision="bfloat16"), CPU) == ("bfloat16", "channels_last", "bfloat16")
+    assert numerics(PGDAT(precision="float32", layout="nchw"), cuda) == ("float32", "nchw", "float32")
+    assert numerics(PGDAT(precision="bfloat16", layout="nchw"), CPU) == ("bfloat16", "nchw", "bfloat16")
+    assert numerics(PGDAT(attack_precision="bfloat16"), CPU) == ("float32", "nchw", "bfloat16")
+    assert numerics(PGDAT(attack_precision="float32"), cuda) == ("bfloat16", "channels_last", "float32")
 
 
 def test_a_run_states_and_stores_its_precision_and_layout(
@@ -281,6 +284,28 @@ def test_bfloat16_computes_but_does_not_store() -> None:
     # 8 bits of mantissa through some ten layers
     assert other["total"].item() == pytest.approx(one["total"].item(), rel=0.05)
     assert other["total"].item() != one["total"].item()
+
+
+@pytest.mark.parametrize("attack_precision", ["float32", "bfloat16"])
+def test_the_attack_and_the_training_pass_have_separate_precisions(attack_precision: str) -> None:
+    other = "float32" if attack_precision == "bfloat16" else "bfloat16"
+    recipe = PGDAT(precision=other, attack_precision=attack_precision, attack_steps=2)
+    model = create_model("awnet_tiny", in_channels=1, num_classes=K)
+    expected = recipe.attack(copy.deepcopy(model).eval(), ThreatModel(0.15), K, seed=0)
+    assert expected.dtype == (torch.bfloat16 if attack_precision == "bfloat16" else None)
+    states = []
+
+    def attack(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
+        states.append(torch.is_autocast_enabled("cpu"))
+        x_adv = expected(x, y, index=index)
+        assert x_adv.dtype == x.dtype
+        return x_adv
+
+    one = made(recipe, model)
+    hook = model.register_forward_pre_hook(lambda *_: states.append(torch.is_autocast_enabled("cpu")))
+    one(batch(), attack)
+    hook.remove()
+    assert states == [attack_precision == "bfloat16", other == "bfloat16"]
 
 
 def test_channels_last_gives_what_nchw_gives() -> None:
