@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awnet.attacks.ascent import Objective
 from awnet.attacks.base import check_model, frozen
 from awnet.attacks.pgd import PGD, margin
 from awnet.attacks.saved import digest, model_fingerprint
-from awnet.attacks.search import APGD, APGDLoss, Objective, Search
+from awnet.attacks.search import APGD, APGDLoss, Search
+from awnet.data.threat_model import Norm
 from awnet.models.rdi import has_exits
 from awnet.nn import Steering, has_router, observe, route, routers, with_routing
 from awnet.scalars import check_number
@@ -58,11 +60,12 @@ class Joint(Search):
         model: nn.Module,
         *,
         eps: float,
+        norm: Norm = "Linf",
         lambdas: Sequence[float] = LAMBDAS,
         steps: int = 100,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, eps=eps, steps=steps, seed=seed)
+        super().__init__(model, eps=eps, norm=norm, steps=steps, seed=seed)
         self.lambdas = (
             tuple(check_number("lambdas", value) for value in lambdas) if has_type_head(model) else (0.0,)
         )
@@ -114,13 +117,14 @@ class JointAPGD(APGD):
         model: nn.Module,
         *,
         eps: float,
+        norm: Norm = "Linf",
         loss: APGDLoss = "ce",
         lambdas: Sequence[float] = LAMBDAS,
         steps: int = 100,
         restarts: int = 10,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, eps=eps, loss=loss, steps=steps, restarts=restarts, seed=seed)
+        super().__init__(model, eps=eps, norm=norm, loss=loss, steps=steps, restarts=restarts, seed=seed)
         self.lambdas = (
             tuple(check_number("lambdas", value) for value in lambdas) if has_type_head(model) else (0.0,)
         )
@@ -152,11 +156,12 @@ class ForcedStatic(Search):
         model: nn.Module,
         *,
         eps: float,
+        norm: Norm = "Linf",
         mean_scales: Sequence[Tensor] | None = None,
         steps: int = 100,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, eps=eps, steps=steps, seed=seed)
+        super().__init__(model, eps=eps, norm=norm, steps=steps, seed=seed)
         if not has_router(model):
             raise ValueError(f"ForcedStatic needs a model with a router, got a {type(model).__name__}")
         self.mean_scales = list(mean_scales or [])
@@ -208,8 +213,10 @@ class TwoPhase(Search):
 
     BOUND = 4.6  # log(0.99 / 0.01)
 
-    def __init__(self, model: nn.Module, *, eps: float, steps: int = 100, seed: int = 0) -> None:
-        super().__init__(model, eps=eps, steps=steps, seed=seed)
+    def __init__(
+        self, model: nn.Module, *, eps: float, norm: Norm = "Linf", steps: int = 100, seed: int = 0
+    ) -> None:
+        super().__init__(model, eps=eps, norm=norm, steps=steps, seed=seed)
         if not has_type_head(model):
             raise ValueError(f"TwoPhase needs a model with a type head, got a {type(model).__name__}")
 
@@ -256,8 +263,10 @@ class Softened(Search):
 
     MODES = (("through", 10.0), ("through", 100.0), ("value", 10.0))
 
-    def __init__(self, model: nn.Module, *, eps: float, steps: int = 100, seed: int = 0) -> None:
-        super().__init__(model, eps=eps, steps=steps, seed=seed)
+    def __init__(
+        self, model: nn.Module, *, eps: float, norm: Norm = "Linf", steps: int = 100, seed: int = 0
+    ) -> None:
+        super().__init__(model, eps=eps, norm=norm, steps=steps, seed=seed)
         if not has_router(model):
             raise ValueError(f"Softened needs a model with a router, got a {type(model).__name__}")
 
@@ -337,6 +346,7 @@ class AdaptivePaper(PGD):
         model: nn.Module,
         *,
         eps: float,
+        norm: Norm = "Linf",
         step_size: float,
         teacher: nn.Module,
         steps: int = 20,
@@ -344,7 +354,9 @@ class AdaptivePaper(PGD):
         adv_weight: float = 0.5,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, eps=eps, step_size=step_size, steps=steps, loss=self.joint_loss, seed=seed)
+        super().__init__(
+            model, eps=eps, norm=norm, step_size=step_size, steps=steps, loss=self.joint_loss, seed=seed
+        )
         check_model(teacher)
         self.teacher, self.temperature, self.adv_weight = teacher, temperature, adv_weight
 
@@ -381,11 +393,19 @@ class DeepSloth(PGD):
     """
 
     def __init__(
-        self, model: nn.Module, *, eps: float, step_size: float, steps: int = 30, seed: int = 0
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        norm: Norm = "Linf",
+        step_size: float,
+        steps: int = 30,
+        seed: int = 0,
     ) -> None:
         super().__init__(
             model,
             eps=eps,
+            norm=norm,
             step_size=step_size,
             steps=steps,
             loss=_uniform_exits,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from awnet.attacks.base import Attack, check_count
 from awnet.attacks.cascade import Cascade
+from awnet.data.threat_model import Norm
 from awnet.scalars import check_integer
 
 Name = Literal["apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"]
@@ -21,6 +22,8 @@ OFFICIAL: tuple[Name, ...] = ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"
 
 STEPS, TARGETS, QUERIES = 100, 9, 5000
 """The settings of the standard version."""
+L1_RESTARTS, L1_TARGETS = 5, 5
+"""In L1 the standard version restarts APGD-CE this often, and APGD-T has at most so many target classes."""
 
 
 class OfficialAttack(Attack):
@@ -33,8 +36,10 @@ class OfficialAttack(Attack):
         name: ``"apgd_ce"``, ``"apgd_dlr"`` (at least 3 classes), ``"apgd_t"`` (targeted DLR, at least 4
             classes), ``"fab_t"`` or ``"square"``.
         steps: steps of APGD and FAB.
-        targets: target classes of the targeted attacks; at most K - 1.
+        targets: target classes of the targeted attacks; at most K - 1, and in L1 at most 5 for ``"apgd_t"``.
         queries: queries of Square.
+
+    In L1, APGD has the standard version's 5 restarts (1 for ``"apgd_t"``) and decreasing radii.
     """
 
     def __init__(
@@ -43,17 +48,21 @@ class OfficialAttack(Attack):
         name: Name,
         *,
         eps: float,
+        norm: Norm = "Linf",
         steps: int = STEPS,
         targets: int = TARGETS,
         queries: int = QUERIES,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, eps=eps, seed=seed)
+        super().__init__(model, eps=eps, norm=norm, seed=seed)
         if name not in OFFICIAL:
             raise ValueError(f"name must be one of {', '.join(OFFICIAL)}, got {name!r}")
         self.name = name
         self.steps, self.targets = check_count("steps", steps), check_count("targets", targets)
         self.queries = check_count("queries", queries)
+        self.restarts = L1_RESTARTS if self.norm == "L1" and name in ("apgd_ce", "apgd_dlr") else 1
+        if self.norm == "L1" and name == "apgd_t":
+            self.targets = min(self.targets, L1_TARGETS)
         self.notes: Counter[str] = Counter()
         """Warnings of the official code for the last batch: ``zero_gradients``, a number of images."""
 
@@ -62,10 +71,11 @@ class OfficialAttack(Attack):
         sizes: dict[str, Any] = {"square": {"queries": self.queries}}.get(self.name, {"steps": self.steps})
         if self.name in ("apgd_t", "fab_t"):
             sizes["targets"] = self.targets
+        if self.restarts > 1:
+            sizes["restarts"] = self.restarts
         return super().settings | {"attack": self.name, **sizes, "implementation": "pyautoattack"}
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        low, high = self.ball(x)
         with torch.no_grad():
             classes = self.logits(x[:1], largest_label).shape[1]
 
@@ -82,14 +92,15 @@ class OfficialAttack(Attack):
         with torch.random.fork_rng(devices):
             x_adv: Tensor = attack.perturb(x.float(), y)
         self.notes = log.notes
-        return torch.maximum(torch.minimum(x_adv.detach().to(x.dtype), high), low)
+        return self.project(x_adv.detach().to(x.dtype), x)
 
     def _build(self, predict: Callable[..., Tensor], classes: int, device: torch.device, log: _Log) -> Any:
         from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
         from pyautoattack.fab_pt import FABAttack_PT
         from pyautoattack.square import SquareAttack
 
-        shared = {"eps": self.eps, "norm": "Linf", "n_restarts": 1, "seed": self.seed, "device": device}
+        shared = {"eps": self.eps, "norm": self.norm, "seed": self.seed, "device": device}
+        shared["n_restarts"] = self.restarts
         targets = min(self.targets, classes - 1)
         if self.name == "square":
             return SquareAttack(predict, n_queries=self.queries, p_init=0.8, resc_schedule=False, **shared)
@@ -98,6 +109,7 @@ class OfficialAttack(Attack):
             attack.targeted = True
             return attack
         apgd = shared | {"n_iter": self.steps, "eot_iter": 1, "rho": 0.75, "logger": log}
+        apgd["use_largereps"] = self.norm == "L1"
         if self.name == "apgd_t":
             return APGDAttack_targeted(predict, n_target_classes=targets, **apgd)
         return APGDAttack(predict, loss=self.name.removeprefix("apgd_"), **apgd)
@@ -121,6 +133,7 @@ class AutoAttack(Cascade):
         model: nn.Module,
         *,
         eps: float,
+        norm: Norm = "Linf",
         classes: int = 10,
         steps: int = STEPS,
         targets: int = TARGETS,
@@ -133,11 +146,11 @@ class AutoAttack(Cascade):
         targets = min(targets, classes - 1)
         members: Mapping[str, Attack] = {
             name: OfficialAttack(
-                model, name, eps=eps, steps=steps, targets=targets, queries=queries, seed=seed
+                model, name, eps=eps, norm=norm, steps=steps, targets=targets, queries=queries, seed=seed
             )
             for name in names
         }
-        super().__init__(model, members, eps=eps, seed=seed)
+        super().__init__(model, members, eps=eps, norm=norm, seed=seed)
         self.standard = (steps, queries) == (STEPS, QUERIES) and targets == min(TARGETS, classes - 1)
 
     @property

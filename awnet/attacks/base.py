@@ -1,4 +1,4 @@
-"""The base class of all attacks: checks arguments, freezes the model, defines the ball around an image."""
+"""The base class of all attacks: checks arguments, freezes the model, keeps images in the ball."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awnet.attacks.norms import geometry
 from awnet.data.checks import check_images, check_labels
+from awnet.data.threat_model import Norm, check_norm
 from awnet.defaults import standard_defaults
 from awnet.devices import check_has_values
 from awnet.nn.freezing import frozen
@@ -54,46 +56,51 @@ def check_count(name: str, value: int) -> int:
     return check_integer(name, value, 0)
 
 
-def check_ball(x_adv: Tensor, x: Tensor, eps: float, what: str) -> None:
-    """Raises ValueError unless ``x_adv`` is in [0, 1] and within ``eps`` of the images ``x``.
+def check_eps(eps: float, norm: Norm) -> float:
+    """The radius of a ball, at least 0; in L-infinity at most 1."""
+    return check_size("eps", eps, 1.0 if norm == "Linf" else math.inf)
+
+
+def check_ball(x_adv: Tensor, x: Tensor, eps: float, norm: Norm, what: str) -> None:
+    """Raises ValueError unless ``x_adv`` is in [0, 1] and within ``eps`` of the images ``x``, up to rounding.
 
     ``what`` names ``x_adv`` in the message.
     """
     if x_adv.shape != x.shape or x_adv.dtype != x.dtype:
         raise ValueError(f"{what}: expected {x.dtype} {list(x.shape)}, got {x_adv.dtype} {list(x_adv.shape)}")
-    # each bound of the ball is rounded once; a NaN fails the comparisons
-    slack = 2.0**-23
-    inside = (x_adv >= (x - eps - slack).clamp(min=0)) & (x_adv <= (x + eps + slack).clamp(max=1))
-    broken = int((~inside).flatten(1).any(1).sum())
+    broken = int((~geometry(norm).inside(x_adv, x, eps)).sum())
     if broken:
-        raise ValueError(
-            f"{what}: {broken} of {len(x)} are not in [0, 1] and within eps = {eps:.6g} of the clean images"
-        )
+        within = f"within eps = {eps:.6g} of the clean images in {norm}"
+        raise ValueError(f"{what}: {broken} of {len(x)} are not in [0, 1] and {within}")
 
 
 class Attack(ABC):
-    """An attack within an L-infinity ball on a classifier ``[B, C, H, W]`` in [0, 1] → logits ``[B, K]``.
+    """An attack within a ball around each image, on a classifier from [0, 1] to logits ``[B, K]``.
 
     A subclass implements :meth:`perturb`; calling the attack checks the arguments, freezes the model, runs
     ``perturb`` and checks the result.
 
     Args:
         model: any ``nn.Module``, in train or eval mode; it is not changed.
-        eps: radius of the ball in image units, 0 to 1.
+        eps: radius of the ball in image units; in L-infinity at most 1.
+        norm: ``"Linf"``, ``"L2"`` or ``"L1"``, see :class:`awnet.data.ThreatModel`.
         seed: noise is keyed by the seed and each sample's index, so that an image's noise does not depend on
             its batch.
     """
 
-    def __init__(self, model: nn.Module, *, eps: float, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, eps: float, norm: Norm = "Linf", seed: int = 0) -> None:
         check_model(model)
         self.model = model
-        self.eps = check_size("eps", eps, 1.0)
+        self.norm = check_norm(norm)
+        self.geometry = geometry(self.norm)
+        self.eps = check_eps(eps, self.norm)
         self.seed = check_integer("seed", seed)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The parameters of the attack, for reports: plain values, JSON-ready."""
-        return {"attack": type(self).__name__, "eps": self.eps, "seed": self.seed}
+        """The parameters of the attack, for reports: plain values, JSON-ready; no norm means L-infinity."""
+        norm = {} if self.norm == "Linf" else {"norm": self.norm}
+        return {"attack": type(self).__name__, "eps": self.eps, "seed": self.seed} | norm
 
     @abstractmethod
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
@@ -113,8 +120,8 @@ class Attack(ABC):
             index: each sample's index in its data set, int64 ``[B]``, which keys the noise; 0 … B-1 if None.
 
         Returns:
-            ``x_adv`` like ``x``, a new tensor within [x - eps, x + eps] and [0, 1] (up to
-            rounding), without gradient.
+            ``x_adv`` like ``x``, a new tensor within eps of ``x`` and in [0, 1] (up to rounding), without
+            gradient.
 
         Raises:
             TypeError, ValueError: an argument is not as described, a label exceeds the model's classes, or
@@ -164,6 +171,6 @@ class Attack(ABC):
             )
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-    def ball(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The lower and the upper bound of each pixel."""
-        return (x - self.eps).clamp_(min=0), (x + self.eps).clamp_(max=1)
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """``x_adv`` moved into the ball around ``x``; images in the ball, up to rounding, do not change."""
+        return self.geometry.confine(x_adv, x, self.eps)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from awnet.attacks.base import Attack, check_ball
 from awnet.attacks.pgd import margin
 from awnet.attacks.saved import Saved, digest
+from awnet.data.threat_model import Norm
 
 #: in ``Outcome.broken_by``: still classified correctly, and misclassified before any attack
 ROBUST, WRONG_CLEAN = -1, -2
@@ -43,16 +44,29 @@ class Cascade(Attack):
     Args:
         model: the attacked model; it classifies every member's images, also those made on another model.
         members: attacks by name, run in this order.
-        eps, seed: as for :class:`Attack`.
+        eps, norm, seed: as for :class:`Attack`; the members must have the same norm.
     """
 
-    def __init__(self, model: nn.Module, members: Mapping[str, Attack], *, eps: float, seed: int = 0) -> None:
-        super().__init__(model, eps=eps, seed=seed)
+    def __init__(
+        self,
+        model: nn.Module,
+        members: Mapping[str, Attack],
+        *,
+        eps: float,
+        norm: Norm = "Linf",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, eps=eps, norm=norm, seed=seed)
         if not members:
             raise ValueError("members is empty: a cascade needs an attack")
         for name, member in members.items():
             if not isinstance(member, Attack):
                 raise TypeError(f"members[{name!r}] must be an Attack, got {type(member).__name__}")
+            if member.norm != self.norm:
+                raise ValueError(
+                    f"members[{name!r}] attacks in {member.norm}, the cascade in {self.norm}: all attacks of "
+                    "a cascade must have the same norm"
+                )
         self.members = dict(members)
         self.announce: Callable[[str], None] | None = None
         """Called with a member's name before it runs."""
@@ -77,7 +91,6 @@ class Cascade(Attack):
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         """As for :class:`Attack`, but synchronizes with the host after each member to see what it broke."""
-        low, high = self.ball(x)
         name = "" if self._saved is None else digest(self.settings, x, y, index)
         state = None if self._saved is None else self._saved.load(name, x.device)
         if state is None:
@@ -88,7 +101,7 @@ class Cascade(Attack):
         else:
             tensors, note = state
             # copied into x's strides: they choose a convolution's algorithm, and so its rounding
-            check_ball(tensors["x_adv"], x, self.eps, f"the images saved in {self._path(name)}")
+            check_ball(tensors["x_adv"], x, self.eps, self.norm, f"the images saved in {self._path(name)}")
             x_adv = torch.empty_like(x).copy_(tensors["x_adv"])
             broken_by, smallest_margin = tensors["broken_by"], tensors["closest"]
             done, notes = note["done"], Counter(note["notes"])
@@ -104,7 +117,7 @@ class Cascade(Attack):
                     f"{member_name} computed a gradient that is not finite: look for NaN in the model's "
                     "weights and outputs"
                 )
-            images = torch.maximum(torch.minimum(images, high[rows]), low[rows])
+            images = self.project(images, x[rows])
             correct, margins = self._classify(images, y[rows], largest_label)
             better = (margins < smallest_margin[rows]) | ~correct
             x_adv[rows[better]], smallest_margin[rows[better]] = images[better], margins[better]

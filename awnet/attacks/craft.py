@@ -104,7 +104,8 @@ def _crafted(
     for number, (x, y, index) in enumerate(dataset.batches(batch_size)):
         stored = None if parts is None else parts.load(str(number))
         x_adv = source(x, y, index=index).cpu() if stored is None else stored[0]["x_adv"]
-        check_ball(x_adv, x.cpu(), source.eps, f"images of {type(source).__name__}, batch {number}")
+        what = f"images of {type(source).__name__}, batch {number}"
+        check_ball(x_adv, x.cpu(), source.eps, source.norm, what)
         if parts is not None and stored is None:
             parts.save(str(number), {"x_adv": x_adv})
         batches.append(x_adv)

@@ -28,7 +28,7 @@ class FilteredAttack(Attack):
     """
 
     def __init__(self, attack: Attack, first: Attack, precision: str = "bfloat16") -> None:
-        super().__init__(attack.model, eps=attack.eps, seed=attack.seed)
+        super().__init__(attack.model, eps=attack.eps, norm=attack.norm, seed=attack.seed)
         self.attack, self.first, self.precision = attack, first, precision
         self.notes: Counter[str] = Counter()
         """Warnings of ``attack``, counted, and ``filter_missed``: images that ``attack`` alone broke."""
@@ -39,11 +39,10 @@ class FilteredAttack(Attack):
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         """As for :class:`Attack`, but synchronizes with the host to see which images survive."""
-        low, high = self.ball(x)
         x_adv = self.first.perturb(x, y, index, largest_label).detach()
         finite = x_adv.isfinite().flatten(1).all(1)  # a gradient may overflow in low precision alone
         x_adv = torch.where(finite[:, None, None, None], x_adv, x)
-        x_adv = torch.maximum(torch.minimum(x_adv, high), low)
+        x_adv = self.project(x_adv, x)
         rows = (~finite | self._correct(x_adv, y, largest_label)).nonzero()[:, 0]
         self.notes = Counter()
         if len(rows):

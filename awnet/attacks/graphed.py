@@ -150,7 +150,7 @@ class GraphedPGD:
         """What a graph depends on: shapes, settings of the attack, backend, addresses of the weights."""
         pgd = self.pgd
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
-        sizes = (pgd.eps, pgd.step_size, pgd.steps, pgd.loss, pgd.kappa, self.num_classes)
+        sizes = (pgd.norm, pgd.eps, pgd.step_size, pgd.steps, pgd.loss, pgd.kappa, self.num_classes)
         modes = (ops.chosen_backend(), torch.are_deterministic_algorithms_enabled())
         return (*shapes, *sizes, *modes, self._weights_key)
 

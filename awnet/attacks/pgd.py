@@ -1,4 +1,4 @@
-"""Projected gradient descent within an L-infinity ball, and its variants FGSM and CW."""
+"""Projected gradient descent, and its variants FGSM and CW."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awnet import ops, rng
+from awnet import rng
 from awnet.attacks.base import Attack, check_count, check_size
+from awnet.data.threat_model import Norm
 from awnet.nn import InferenceCopy
 
 #: maps (model, x_adv, x, y) to a loss ``[B]`` to maximize
@@ -21,20 +22,24 @@ STARTS = ("uniform", "normal", None)
 
 
 class PGD(Attack):
-    """Projected gradient descent (Madry et al. 2018): ``steps`` times x ← clip(x + step_size·sign(∂loss/∂x)).
+    """Projected gradient descent (Madry et al. 2018): ``steps`` times x ← project(x + step_size·direction).
 
-    Each step is clipped to the ball of radius ``eps`` and to [0, 1]. A pixel with zero gradient does not
-    change.
+    The direction is that of steepest ascent in the norm: in L-infinity sign(∂loss/∂x); in L2 the gradient of
+    each image, scaled to length 1; in L1 the pixels of largest gradient, filled one after the other up to 0
+    or 1. The projection is exact, on the ball of radius ``eps`` within [0, 1] (:mod:`awnet.attacks.norms`).
+    An image whose gradient is 0 does not change, in L-infinity no pixel whose gradient is 0.
 
     Args:
         model: any ``nn.Module`` that maps images in [0, 1] to logits ``[B, K]``.
         eps: radius of the ball, in image units.
-        step_size: length of a step, in image units.
+        norm: ``"Linf"``, ``"L2"`` or ``"L1"``.
+        step_size: length of a step in that norm, in image units.
         steps: number of steps; 0 gives the starting point.
         loss: the loss to maximize. ``"ce"``: cross-entropy. ``"margin"``: Carlini and Wagner's
             -max(z_y - max_{j≠y} z_j, -kappa). ``"kl"``: KL(model(x) ‖ model(x_adv)), as in TRADES. Or a
             function of (model, x_adv, x, y) that returns ``[B]``.
-        random_start: ``"uniform"`` in the ball; ``"normal"``: x + noise_std·N(0, 1); None: at x itself.
+        random_start: ``"uniform"`` in the norm's ball; ``"normal"``: x + noise_std·N(0, 1); both are
+            projected. None: at x itself.
         noise_std: standard deviation of the ``"normal"`` start, in image units.
         seed: keys the start, together with each sample's index.
         kappa: the margin at which ``"margin"`` saturates, in units of the logits.
@@ -45,6 +50,7 @@ class PGD(Attack):
         model: nn.Module,
         *,
         eps: float,
+        norm: Norm = "Linf",
         step_size: float,
         steps: int,
         loss: Literal["ce", "margin", "kl"] | LossFunction = "ce",
@@ -53,7 +59,7 @@ class PGD(Attack):
         seed: int = 0,
         kappa: float = 50.0,
     ) -> None:
-        super().__init__(model, eps=eps, seed=seed)
+        super().__init__(model, eps=eps, norm=norm, seed=seed)
         self.step_size = check_size("step_size", step_size)
         self.steps = check_count("steps", steps)
         self.noise_std = check_size("noise_std", noise_std)
@@ -97,15 +103,14 @@ class PGD(Attack):
         ``key`` is :meth:`start_key` as int64, 0-d, on ``x``'s device, which a CUDA graph reads; by default it
         is computed from the seed.
         """
-        low, high = self.ball(x)
         noise_key: int | Tensor = self.start_key() if key is None else key
         if self.random_start == "uniform":
-            noise = rng.uniform(noise_key, index, x.shape[1:]).mul_(2).sub_(1)
-            return torch.add(x, noise.to(x.dtype), alpha=self.eps).clamp_(low, high)
+            return self.geometry.start(noise_key, x, index, self.eps)
         if self.random_start == "normal":
             noise = rng.normal(noise_key, index, x.shape[1:]).to(x.dtype)
-            return torch.add(x, noise, alpha=self.noise_std).clamp_(low, high)
-        return x.clamp(low, high)
+            x_adv = torch.add(x, noise, alpha=self.noise_std)
+            return self.geometry.project(x_adv, x, self.eps)
+        return self.geometry.project(x, x, self.eps)
 
     def ascend(self, start: Tensor, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
         """Runs all steps from ``start``, with device operations only; no argument is modified."""
@@ -124,7 +129,7 @@ class PGD(Attack):
                 raise ValueError("the loss has no gradient with respect to x: does the model detach it?")
             (gradient,) = torch.autograd.grad(loss.sum(), image)
             copy = None if dtype == x.dtype else torch.empty_like(image)
-            x_adv = ops.sign_step(x_adv, gradient, x, self.step_size, self.eps, cast=copy)
+            x_adv = self.geometry.step(x_adv, gradient, x, self.step_size, self.eps, cast=copy)
             image = x_adv if copy is None else copy
             # sign(NaN) would be lost: without this a NaN gradient would look like a robust model
             broken.add_(gradient, alpha=0)
@@ -156,13 +161,23 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 class FGSM(PGD):
     """The fast gradient sign method (Goodfellow et al. 2015): x + eps·sign(∂CE/∂x), clipped to [0, 1].
 
+    In L2 and L1: one step of PGD of length eps.
+
     Args:
         random_start: start uniformly in the ball instead of at x (the paper does not).
     """
 
-    def __init__(self, model: nn.Module, *, eps: float, random_start: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        norm: Norm = "Linf",
+        random_start: bool = False,
+        seed: int = 0,
+    ) -> None:
         start: Literal["uniform"] | None = "uniform" if random_start else None
-        super().__init__(model, eps=eps, step_size=eps, steps=1, random_start=start, seed=seed)
+        super().__init__(model, eps=eps, norm=norm, step_size=eps, steps=1, random_start=start, seed=seed)
 
 
 class CW(PGD):
@@ -173,11 +188,19 @@ class CW(PGD):
         model: nn.Module,
         *,
         eps: float,
+        norm: Norm = "Linf",
         step_size: float,
         steps: int = 30,
         kappa: float = 50.0,
         seed: int = 0,
     ) -> None:
         super().__init__(
-            model, eps=eps, step_size=step_size, steps=steps, loss="margin", kappa=kappa, seed=seed
+            model,
+            eps=eps,
+            norm=norm,
+            step_size=step_size,
+            steps=steps,
+            loss="margin",
+            kappa=kappa,
+            seed=seed,
         )

@@ -1,4 +1,4 @@
-"""Attacks by name, with eps and step sizes from a data set's threat model."""
+"""Attacks by name, with norm, eps and step sizes from a data set's threat model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from awnet.attacks.base import Attack
 from awnet.attacks.cascade import Cascade
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.transfer import TransferAttack
-from awnet.data.dataset import ThreatModel
+from awnet.data.threat_model import ThreatModel
 from awnet.nn import has_router
 
 BudgetName = Literal["smoke", "short", "standard"]
@@ -84,7 +84,7 @@ _Make = Callable[[nn.Module, ThreatModel, int, Suite], Attack]
 
 def _official(name: Name) -> _Make:
     return lambda model, threat, seed, suite: OfficialAttack(
-        model, name, eps=threat.eps, seed=seed, **_official_sizes(suite)
+        model, name, eps=threat.eps, norm=threat.norm, seed=seed, **_official_sizes(suite)
     )
 
 
@@ -97,13 +97,19 @@ def _official_sizes(suite: Suite) -> dict[str, int]:
 def _adaptive(attack: Callable[..., Attack], *names: str) -> _Make:
     """An attack of :mod:`awnet.attacks.adaptive`; ``names`` are the fields of the budget that it takes."""
     return lambda model, threat, seed, suite: attack(
-        model, eps=threat.eps, seed=seed, **{name: getattr(suite.sizes, name) for name in names}
+        model,
+        eps=threat.eps,
+        norm=threat.norm,
+        seed=seed,
+        **{name: getattr(suite.sizes, name) for name in names},
     )
 
 
 def _forced(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
     means = None if suite.reference is None else adaptive.mean_scales(model, suite.reference)
-    return ForcedStatic(model, eps=threat.eps, mean_scales=means, steps=suite.sizes.steps, seed=seed)
+    return ForcedStatic(
+        model, eps=threat.eps, norm=threat.norm, mean_scales=means, steps=suite.sizes.steps, seed=seed
+    )
 
 
 def _adaptive_paper(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
@@ -113,14 +119,20 @@ def _adaptive_paper(model: nn.Module, threat: ThreatModel, seed: int, suite: Sui
             "has teachers (RUN/teachers/robust), or pass teacher="
         )
     return AdaptivePaper(
-        model, eps=threat.eps, step_size=threat.pgd_trades_step_size, teacher=suite.teacher, seed=seed
+        model,
+        eps=threat.eps,
+        norm=threat.norm,
+        step_size=threat.pgd_trades_step_size,
+        teacher=suite.teacher,
+        seed=seed,
     )
 
 
 def _deepsloth(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
-    # its authors' 8/256 in steps of 0.002, for eps = 8/255
+    # its authors' 8/256 in steps of 0.002, for eps = 8/255; the same fractions of eps in L2 and L1, for which
+    # they give none
     scale = threat.eps / (8 / 255)
-    return DeepSloth(model, eps=scale * 0.03125, step_size=scale * 0.002, seed=seed)
+    return DeepSloth(model, eps=scale * 0.03125, norm=threat.norm, step_size=scale * 0.002, seed=seed)
 
 
 def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
@@ -138,22 +150,22 @@ def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> At
         for attack in TRANSFERRED:
             source = _ATTACKS[attack](other, threat, seed, suite)
             members[f"transfer_{surrogate}_{attack}"] = TransferAttack(model, source)
-    return Cascade(model, members, eps=threat.eps, seed=seed)
+    return Cascade(model, members, eps=threat.eps, norm=threat.norm, seed=seed)
 
 
 _ATTACKS: dict[str, _Make] = {
-    "fgsm": lambda model, threat, seed, suite: FGSM(model, eps=threat.eps, seed=seed),
+    "fgsm": lambda model, threat, seed, suite: FGSM(model, eps=threat.eps, norm=threat.norm, seed=seed),
     "pgd_sat": lambda model, threat, seed, suite: PGD(
-        model, eps=threat.eps, step_size=threat.pgd_sat_step_size, steps=20, seed=seed
+        model, eps=threat.eps, norm=threat.norm, step_size=threat.pgd_sat_step_size, steps=20, seed=seed
     ),
     "pgd_trades": lambda model, threat, seed, suite: PGD(
-        model, eps=threat.eps, step_size=threat.pgd_trades_step_size, steps=20, seed=seed
+        model, eps=threat.eps, norm=threat.norm, step_size=threat.pgd_trades_step_size, steps=20, seed=seed
     ),
     "cw": lambda model, threat, seed, suite: CW(
-        model, eps=threat.eps, step_size=threat.cw_step_size, seed=seed
+        model, eps=threat.eps, norm=threat.norm, step_size=threat.cw_step_size, seed=seed
     ),
     "aa": lambda model, threat, seed, suite: AutoAttack(
-        model, eps=threat.eps, classes=suite.classes, seed=seed, **_official_sizes(suite)
+        model, eps=threat.eps, norm=threat.norm, classes=suite.classes, seed=seed, **_official_sizes(suite)
     ),
     "apgd_ce": _official("apgd_ce"),
     "apgd_t": _official("apgd_t"),
@@ -194,7 +206,8 @@ def named_attack(
             Further: ``"joint"``, ``"two_phase"``, ``"forced"``, ``"softened"``, ``"apgd_joint_ce"``,
             ``…_dlr``, ``…_t`` (:mod:`awnet.attacks.adaptive`), and ``"union"``: all of them that apply to the
             model.
-        threat_model: eps and step sizes, a property of the data set.
+        threat_model: norm, eps and step sizes, a property of the data set. The step sizes are the same
+            fractions of eps in every norm.
         seed: seed of the random starts.
         suite: settings of the attacks beyond the first four; None for ten classes at the standard budget.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awnet.attacks.base import Attack, check_ball
 from awnet.attacks.saved import Saved, digest, model_fingerprint
+from awnet.data.threat_model import Norm, check_norm
 from awnet.files import expanded, read_json
 
 
@@ -49,6 +50,16 @@ class Crafted:
             raise ValueError(f"{path} and its .json do not belong together: craft the images again")
         return crafted
 
+    @property
+    def eps(self) -> float:
+        """The radius of the ball that the images are in."""
+        return float(self.provenance["eps"])
+
+    @property
+    def norm(self) -> Norm:
+        """The norm of the ball; files without one are of L-infinity."""
+        return check_norm(self.provenance["settings"].get("norm", "Linf"))
+
     def content(self) -> str:
         """Digest of the tensors, which ``provenance`` stores."""
         return digest(self.x_adv, self.index, self.labels)
@@ -66,8 +77,9 @@ class TransferAttack(Attack):
     def __init__(self, model: nn.Module, source: Attack | Crafted) -> None:
         if not isinstance(source, Attack | Crafted):
             raise TypeError(f"source must be an Attack or Crafted, got {type(source).__name__}")
-        eps = source.eps if isinstance(source, Attack) else float(source.provenance["eps"])
-        super().__init__(model, eps=eps, seed=source.seed if isinstance(source, Attack) else 0)
+        super().__init__(
+            model, eps=source.eps, norm=source.norm, seed=source.seed if isinstance(source, Attack) else 0
+        )
         self.source = source
         if isinstance(source, Crafted):
             order = source.index.argsort()
@@ -92,7 +104,7 @@ class TransferAttack(Attack):
         x_adv = self.source.x_adv[rows].to(x)
         if not torch.equal(self.source.labels[rows], y.cpu()):
             raise ValueError("x and y are not the images that were crafted from: use the same data set")
-        check_ball(x_adv, x, self.eps, "x are not the images that were crafted from")
+        check_ball(x_adv, x, self.eps, self.norm, "x are not the images that were crafted from")
         return x_adv
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from awnet.data.dataset import Augmentation, Dataset, Splits, ThreatModel, hold_out
+from awnet.data.dataset import Augmentation, Dataset, Splits, hold_out
 from awnet.data.folders import find_folder
 from awnet.data.pickles import read_pickle
+from awnet.data.threat_model import ThreatModel
 
 PIXELS = 3 * 32 * 32
 VALIDATION_FRACTION = 0.02  # 1,000 of the 50,000 training images

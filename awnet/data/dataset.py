@@ -14,8 +14,9 @@ from torch import Tensor
 
 from awnet import rng
 from awnet.data.checks import check_labels
+from awnet.data.threat_model import Norm, ThreatModel
 from awnet.defaults import standard_defaults
-from awnet.scalars import check_flag, check_integer, check_number, plain
+from awnet.scalars import check_flag, check_integer, plain
 
 Memory = Literal["auto", "device", "host"]
 MOST_SHIFT = 1024  # pixels
@@ -25,45 +26,6 @@ _NOT_UINT8 = (
     "images must be uint8 [N, C, H, W], got {}; convert gray images [N, H, W] with images[:, None], and "
     "floats in [0, 1] with (255 * images).round().astype('uint8')"
 )
-
-
-@dataclass(frozen=True)
-class ThreatModel:
-    """L-infinity: each pixel may change by at most ``eps``, in image units, within [0, 1].
-
-    The step sizes are the paper's for eps = 8/255 and scale with eps.
-    """
-
-    eps: float
-
-    def __post_init__(self) -> None:
-        eps = check_number("eps", self.eps, most=1, above=0)
-        object.__setattr__(self, "eps", eps)
-
-    @property
-    def train_step_size(self) -> float:
-        """Step of the inner maximization in training: eps/4 (2/255 at 8/255)."""
-        return self.eps / 4
-
-    @property
-    def trades_train_step_size(self) -> float:
-        """Step of TRADES' inner maximization: 0.007 at 8/255."""
-        return self.eps * 0.007 / (8 / 255)
-
-    @property
-    def pgd_sat_step_size(self) -> float:
-        """eps/4 (2/255 at 8/255)."""
-        return self.eps / 4
-
-    @property
-    def pgd_trades_step_size(self) -> float:
-        """0.003 at 8/255."""
-        return self.eps * 0.003 / (8 / 255)
-
-    @property
-    def cw_step_size(self) -> float:
-        """eps/4 (2/255 at 8/255)."""
-        return self.eps / 4
 
 
 @dataclass(frozen=True)
@@ -377,6 +339,7 @@ def from_arrays(
     classes: Sequence[str] | None = None,
     max_value: int = 255,
     eps: float = 8 / 255,
+    norm: Norm = "Linf",
     shift: int = 0,
     flip: bool = False,
     source: str = "arrays of the caller's",
@@ -386,7 +349,7 @@ def from_arrays(
 
     images: uint8 [N, C, H, W]; a numpy.memmap (mode "c") in C order stays on disk and is read batch by batch.
     labels: integers [N]. classes: the classes' names; by default "0", "1", … up to the largest label.
-    eps, shift and flip: the threat model and the augmentation.
+    eps and norm: the threat model. shift and flip: the augmentation.
     layout: ``"nhwc"`` for images [N, H, W, C], as in PIL and TensorFlow, which are copied to [N, C, H, W].
         None accepts [N, C, H, W] and rejects a shape that looks like [N, H, W, C]; ``"nchw"`` accepts any.
 
@@ -410,7 +373,7 @@ def from_arrays(
         index=torch.arange(len(pixels), device=pixels.device),
         classes=tuple(classes),
         max_value=max_value,
-        threat_model=ThreatModel(eps),
+        threat_model=ThreatModel(eps, norm),
         augmentation=Augmentation(shift, flip),
         source=source,
     )

@@ -20,11 +20,11 @@ from awnet.data.dataset import (
     Augmentation,
     Dataset,
     Splits,
-    ThreatModel,
     from_arrays,
     hold_out,
     looks_nhwc,
 )
+from awnet.data.threat_model import ThreatModel
 from awnet.files import cache_folder, expanded, make_folder, written_atomically
 
 T = TypeVar("T")

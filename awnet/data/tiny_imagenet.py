@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from awnet.data.dataset import Augmentation, Dataset, Splits, ThreatModel, hold_out
+from awnet.data.dataset import Augmentation, Dataset, Splits, hold_out
 from awnet.data.folders import find_folder
 from awnet.data.image_files import decode_into
+from awnet.data.threat_model import ThreatModel
 
 SIZE = 64
 VALIDATION_FRACTION = 0.02

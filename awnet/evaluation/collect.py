@@ -263,11 +263,12 @@ def _attacked(
     state = None if saved is None else saved.load(name, x.device)
     if saved is not None and state is not None:
         tensors, attack_notes = state
-        check_ball(tensors["x_adv"], x, attack.eps, f"the images saved in {saved.path(name)}")
+        what = f"the images saved in {saved.path(name)}"
+        check_ball(tensors["x_adv"], x, attack.eps, attack.norm, what)
         notes.update(attack_notes)
         return tensors["x_adv"]
     x_adv = attack(x, y, index=index)
-    check_ball(x_adv, x, attack.eps, f"the images of the attack {kind}")
+    check_ball(x_adv, x, attack.eps, attack.norm, f"the images of the attack {kind}")
     attack_notes = dict(getattr(attack, "notes", {}))
     notes.update(attack_notes)
     if saved is not None:

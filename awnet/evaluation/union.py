@@ -62,4 +62,4 @@ def remaining(union: Attack, done: Mapping[str, Attack]) -> Cascade | None:
         for name, member in union.members.items()
         if name not in done or done[name].settings != member.settings
     }
-    return Cascade(union.model, left, eps=union.eps, seed=union.seed) if left else None
+    return Cascade(union.model, left, eps=union.eps, norm=union.norm, seed=union.seed) if left else None

@@ -31,7 +31,7 @@ from awnet.attacks.cascade import ROBUST
 from awnet.attacks.pgd import PGD, margin
 from awnet.attacks.registry import BUDGETS, Budget, Suite
 from awnet.attacks.search import APGD, dlr, dlr_targeted
-from awnet.data.dataset import ThreatModel
+from awnet.data.threat_model import ThreatModel
 from awnet.models import create_model
 from awnet.nn import Routing
 

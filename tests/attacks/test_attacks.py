@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from awnet import rng
 from awnet.attacks import CW, FGSM, PGD, frozen, list_attacks, named_attack
-from awnet.data.dataset import ThreatModel
+from awnet.data.threat_model import ThreatModel
 from awnet.models import create_model
 from awnet.ops import use_backend
 

@@ -15,7 +15,7 @@ from awnet.attacks.autoattack import AutoAttack, OfficialAttack
 from awnet.attacks.cascade import ROBUST, WRONG_CLEAN, Cascade
 from awnet.attacks.registry import Suite
 from awnet.attacks.saved import Saved, digest, model_fingerprint
-from awnet.data.dataset import ThreatModel
+from awnet.data.threat_model import ThreatModel
 
 EPS = 0.04
 
