@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -116,7 +117,13 @@ class SeparatePasses(nn.Module):
         )
 
 
-def plain_attack(recipe: Recipe, model: nn.Module, threat_model: ThreatModel, seed: int) -> Any:
+def plain_attack(
+    recipe: Recipe,
+    model: nn.Module,
+    threat_model: ThreatModel,
+    seed: int,
+    autocast: Callable[[], Any] = nullcontext,
+) -> Any:
     """The recipe's PGD, from the same noise, with a backward pass that reaches the parameters too."""
     if recipe.inner_type_weight:
         raise ValueError("inner_type_weight must be 0: the plain attack leaves the router's type loss out")
@@ -133,11 +140,12 @@ def plain_attack(recipe: Recipe, model: nn.Module, threat_model: ThreatModel, se
         low, high = (x - threat_model.eps).clamp(min=0), (x + threat_model.eps).clamp(max=1)
         x_adv = (x + recipe.attack_noise * rng.normal(key, index, x.shape[1:])).clamp(low, high)
         if kl:
-            with torch.no_grad():
+            with torch.no_grad(), autocast():
                 target = model(x).float().softmax(1)
         for _ in range(recipe.attack_steps):
             x_adv.requires_grad_(True)
-            logits = model(x_adv).float()
+            with autocast():
+                logits = model(x_adv).float()
             if kl:
                 loss = F.kl_div(logits.log_softmax(1), target, reduction="sum")
             else:

@@ -73,8 +73,10 @@ class TrainBenchOptions:
     """Measured steps of each provider, after a warm-up; by default 5 on a CPU and 30 on a GPU."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of convolutions and products; auto is bfloat16 on a GPU and float32 on a CPU."""
+    attack_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the network in the attack; auto is that of --precision."""
     layout: Literal["auto", "nchw", "channels_last"] = "auto"
-    """Memory format; auto is channels_last on a GPU and nchw on a CPU."""
+    """Memory format; auto is channels_last on a GPU and in bfloat16, and nchw otherwise."""
     capture: Literal["auto", "true", "false"] = "auto"
     """Whether our whole step is captured in a CUDA graph; auto captures on CUDA, as training does."""
     backend: str | None = None
@@ -119,10 +121,14 @@ class _Setting:
     device: torch.device
     numerics: Numerics
 
-    @property
-    def autocast(self) -> Callable[[], Any]:
-        low = self.numerics.precision == "bfloat16"
-        return lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=low)
+    def autocast(self) -> torch.autocast:
+        return self._autocast(self.numerics.precision)
+
+    def attack_autocast(self) -> torch.autocast:
+        return self._autocast(self.numerics.attack_precision)
+
+    def _autocast(self, precision: str) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def bench_train(options: TrainBenchOptions) -> Path:
@@ -191,6 +197,7 @@ def make_setting(options: TrainBenchOptions, device: torch.device) -> _Setting:
         raise ValueError(f"capture must be auto, true or false, got {options.capture!r}")
     changes: dict[str, Any] = {
         "precision": options.precision,
+        "attack_precision": options.attack_precision,
         "layout": options.layout,
         "capture": captures[options.capture],
     }
@@ -271,7 +278,9 @@ def _plain(setting: _Setting, timed: Timed, seed: int, kind: str) -> Callable[[A
         for one in copies:
             one.to(memory_format=layout)  # type: ignore[call-overload]
         teachers = Teachers(*(_Timed(one, timed) for one in copies))
-    attack = plain_attack(setting.recipe, attack_model, setting.data.threat_model, seed)
+    attack = plain_attack(
+        setting.recipe, attack_model, setting.data.threat_model, seed, setting.attack_autocast
+    )
     step = plain_step(
         setting.recipe, model, _timed(attack, timed), teachers, _weights(setting), setting.autocast
     )
@@ -530,7 +539,7 @@ def _line(
         "batch": str(recipe.batch_size),
         "size": str(setting.data.image_size[0]),
         "attack_steps": str(recipe.attack_steps if recipe.needs_attack else 0),
-        "precision": setting.numerics.precision,
+        "precision": setting.numerics.precisions,
         "layout": setting.numerics.layout,
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         "gflop_per_image": f"{flops / 1e9:.4g}",

@@ -42,9 +42,15 @@ class Numerics(NamedTuple):
     layout: Literal["nchw", "channels_last"]
     attack_precision: Precision
 
+    @property
+    def precisions(self) -> str:
+        """The precision of training, and that of the attack if it differs, for people."""
+        if self.attack_precision == self.precision:
+            return self.precision
+        return f"{self.precision} with a {self.attack_precision} attack"
+
     def __str__(self) -> str:
-        attack = f", {self.attack_precision} attack" if self.attack_precision != self.precision else ""
-        return f"{self.precision}, {self.layout}{attack}"
+        return f"{self.precisions}, {self.layout}"
 
 
 def numerics(recipe: Recipe, device: torch.device) -> Numerics:

@@ -92,6 +92,27 @@ def test_our_step_runs_on_the_given_backend(tmp_path: Path, monkeypatch: pytest.
         bench_train(replace(chosen, capture="yes"))  # type: ignore[arg-type]
 
 
+def test_every_provider_attacks_in_the_given_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low: list[tuple[bool, bool]] = []  # of each call of the plain network: eval mode, in bfloat16
+
+    def watched(recipe: Any, model: nn.Module, threat_model: Any, seed: int, *autocast: Any) -> Any:
+        if autocast:  # the measured step, not its verification in float32
+            model.register_forward_pre_hook(
+                lambda one, _: low.append((not one.training, torch.is_autocast_enabled("cpu")))
+            )
+        return plain_module.plain_attack(recipe, model, threat_model, seed, *autocast)
+
+    monkeypatch.setattr(T, "plain_attack", watched)
+    chosen = replace(SMALL, providers=("awnet", "unfused"), attack_precision="bfloat16", retries=0)
+    rows = rows_of(bench_train(replace(chosen, out=tmp_path)))
+    assert low
+    assert all(attacked == bfloat16 for attacked, bfloat16 in low)
+    assert {row["precision"] for row in rows.values()} == {"float32 with a bfloat16 attack"}
+    assert all("--attack-precision bfloat16" in row["command"] for row in rows.values())
+
+
 def test_bench_train_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["bench", "train", "--help"])
