@@ -137,6 +137,21 @@ class BackwardArgs:
     needs: Needs
 
 
+class EvalBackwardArgs(NamedTuple):
+    """The arguments of the passes of a backward in eval mode, ``Passes.eval_backward``."""
+
+    grad: Tensor  # [B, C, H, W], of y
+    scale: Tensor  # [B, C]
+    other_grad: Tensor | None = None  # a second gradient of y, which is added
+    d_mean: Tensor | None = None  # [B, C], the gradient of y's mean over pixels, added too
+    u: Tensor | None = None  # needed for ``sums`` and ``shift``
+    relu_mask: Tensor | None = None  # y, or a bool mask; None without an activation or with ``shift``
+    shift: Tensor | None = None  # [B, C] where y = relu(u · scale + shift): u then gives the mask
+    residual: bool = False  # whether ∂residual is requested
+    sums: bool = False  # whether the sums are requested
+    centred: bool = False  # whether they are about a centre; otherwise gc is the gradient of the scale
+
+
 _LAYER = """Tensor? weight, Tensor? filter_scale, Tensor? p_clean, Tensor? bn_weight, Tensor? bn_bias,
     Tensor? shift, {residual} Tensor? mean, Tensor? var, Tensor? is_clean, bool training, float eps,
     str process_group, int[2] stride, int[2] padding, int[2] dilation, int groups"""

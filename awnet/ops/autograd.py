@@ -25,6 +25,7 @@ from awnet.ops.args import (
     FORWARD_SCHEMA,
     BackwardArgs,
     Conv,
+    EvalBackwardArgs,
     LayerArgs,
     MixNorm,
     Needs,
@@ -304,7 +305,9 @@ def _eval_passes(
         d_u, d_residual = passes.propagate(grad, None, None, relu_mask, Propagation(scale), needs.residual)
         return d_u, d_residual, None
     return passes.eval_backward(
-        grad, None, None, u, relu_mask, scale, None, needs.residual, sums=True, centred=centred
+        EvalBackwardArgs(
+            grad, scale, u=u, relu_mask=relu_mask, residual=needs.residual, sums=True, centred=centred
+        )
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from awnet.ops.args import Conv, LayerArgs
+from awnet.ops.args import Conv, EvalBackwardArgs, LayerArgs
 from awnet.ops.autograd import convolved, input_gradient
 from awnet.ops.backends.base import Passes, memory_format, wide_dtype
 
@@ -66,8 +66,8 @@ class _Plan:
         def of(source: int) -> bool:
             return need_x if source < 0 else outputs[source]
 
-        for layer, own in zip(layers, tables, strict=True):
-            outputs.append(own or of(layer.input) or (layer.residual >= 0 and of(layer.residual)))
+        for layer, table in zip(layers, tables, strict=True):
+            outputs.append(table or of(layer.input) or (layer.residual >= 0 and of(layer.residual)))
         return cls(need_x, tables, tuple(outputs))
 
 
@@ -107,9 +107,9 @@ def _forward(
         args = layer.convolution.args(outputs[layer.input], weight, scale.to(wide), shift.to(wide), residual)
         y, u, mask, computed = _layer(passes, args, keep_u=plan.tables[i], need_mask=plan.outputs[i])
         outputs[i] = y
-        kept_shift, kept_u = args.shift if computed else None, u if plan.tables[i] else None
-        kept = _Saved(weight, args.filter_scale, kept_shift, kept_u, mask)
-        saved.append((kept, y.shape, memory_format(y)))
+        saved_shift, saved_u = args.shift if computed else None, u if plan.tables[i] else None
+        tensors = _Saved(weight, args.filter_scale, saved_shift, saved_u, mask)
+        saved.append((tensors, y.shape, memory_format(y)))
         if layer.averaged:
             means.append(y.mean((2, 3)))
         for source in (layer.input, layer.residual):
@@ -158,7 +158,7 @@ class _Network(torch.autograd.Function):
         averaged = [i for i, layer in enumerate(layers) if layer.averaged]
         constant = [mean for i, mean in zip(averaged, means, strict=True) if not plan.outputs[i]]
         ctx.mark_non_differentiable(*constant)
-        ctx.save_for_backward(*(tensor for kept, _, _ in saved for tensor in kept))
+        ctx.save_for_backward(*(tensor for tensors, _, _ in saved for tensor in tensors))
         return tuple(means)
 
     @staticmethod
@@ -178,15 +178,23 @@ class _Network(torch.autograd.Function):
             d_mean = unread.pop() if layer.averaged else None
             if not plan.outputs[i] or (not grads[i] and d_mean is None):
                 continue
-            kept = _Saved(*tensors[fields * i : fields * (i + 1)])
-            incoming = _incoming(grads.pop(i), d_mean, *ctx.shapes[i])
+            layer_saved = _Saved(*tensors[fields * i : fields * (i + 1)])
+            grad, other_grad, d_mean = _incoming(grads.pop(i), d_mean, *ctx.shapes[i])
             need_residual = layer.residual >= 0 and plan.of(layer.residual)
-            d_u, d_residual, sums = passes.eval_backward(
-                *(*incoming, kept.u, kept.mask, kept.scale, kept.shift),
+            args = EvalBackwardArgs(
+                *(
+                    grad,
+                    layer_saved.scale,
+                    other_grad,
+                    d_mean,
+                    layer_saved.u,
+                    layer_saved.mask,
+                    layer_saved.shift,
+                ),
                 residual=need_residual,
                 sums=plan.tables[i],
-                centred=False,
             )
+            d_u, d_residual, sums = passes.eval_backward(args)
             if sums is not None:
                 d_tables[2 * i], d_tables[2 * i + 1] = sums.gc, sums.g1
             if need_residual:
@@ -194,7 +202,7 @@ class _Network(torch.autograd.Function):
             if plan.of(layer.input):
                 shape = ctx.images if layer.input < 0 else ctx.shapes[layer.input][0]
                 conv: Conv = layer.convolution.conv
-                grads[layer.input].append(input_gradient(passes, d_u, kept.weight, conv, shape))
+                grads[layer.input].append(input_gradient(passes, d_u, layer_saved.weight, conv, shape))
         needed = ctx.needs_input_grad[5:]
         result = [d if need else None for d, need in zip(d_tables, needed, strict=True)]
         return None, None, None, None, _total(grads[-1]), *result

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.args import Needs
+from awnet.ops.args import EvalBackwardArgs, Needs
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.coefficients import (
     Mix,
@@ -148,11 +148,20 @@ class _Images:
         u, grad, other = self._image(), self._image(), self._image()
         scale, shift = self._scale(), self._table()
         d_mean = self._table() if number % 2 == 0 else None
-        from_u = number in (0, 3)  # the mask is computed from u
-        gate = (None, scale, shift) if from_u else (self._mask(), scale, None)
-        rest = (number % 3 != 0, number != 2, number % 2 == 1)
-        extra = (other if number % 3 != 1 else None, d_mean, u if from_u or rest[1] else None)
-        self.check(self.label, "eval_backward", grad, *extra, *gate, *rest, limit=1e-4)
+        from_u, sums = number in (0, 3), number != 2  # whether the mask is computed from u
+        args = EvalBackwardArgs(
+            grad,
+            scale,
+            other_grad=other if number % 3 != 1 else None,
+            d_mean=d_mean,
+            u=u if from_u or sums else None,
+            relu_mask=None if from_u else self._mask(),
+            shift=shift if from_u else None,
+            residual=number % 3 != 0,
+            sums=sums,
+            centred=number % 2 == 1,
+        )
+        self.check(self.label, "eval_backward", args, limit=1e-4)
 
 
 def _coefficients(check: Check, generator: torch.Generator) -> None:

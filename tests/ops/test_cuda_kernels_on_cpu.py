@@ -12,7 +12,7 @@ from torch import Tensor
 
 from awnet import ops
 from awnet.ops import autograd
-from awnet.ops.args import Needs
+from awnet.ops.args import EvalBackwardArgs, Needs
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.checks import layer_args
 from awnet.ops.coefficients import Mix, Norm, Propagation, Reduced, SampleStats
@@ -70,27 +70,26 @@ def everything(passes: object, operands: list[Tensor], entries: list[Tensor]) ->
             again, _ = passes.apply(ours, *arguments, True)
             assert torch.equal(again, results[name])
             assert again.data_ptr() == ours.data_ptr() or u.dtype != again.dtype
-    for gate_name, gate in (("none", None), ("y", y), ("mask", y > 0)):
-        results[f"g1 {gate_name}"], results[f"gc {gate_name}"] = passes.reduce(grad, u, shift, gate)
-        for how in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
+    for mask_name, relu_mask in (("none", None), ("y", y), ("mask", y > 0)):
+        results[f"g1 {mask_name}"], results[f"gc {mask_name}"] = passes.reduce(grad, u, shift, relu_mask)
+        for propagation in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
             for residual in (False, True):
-                name = f"propagate {gate_name} {how.by_input is None} {residual}"
-                about = (None, None) if how.by_input is None else (u, shift)
-                results[name], d_residual = passes.propagate(grad, *about, gate, how, residual)
+                name = f"propagate {mask_name} {propagation.by_input is None} {residual}"
+                about = (None, None) if propagation.by_input is None else (u, shift)
+                results[name], d_residual = passes.propagate(grad, *about, relu_mask, propagation, residual)
                 if residual:
                     results[f"{name} residual"] = d_residual
         for joined in (False, True):
-            further = (other, by_input) if joined else (None, None)
+            further = (scale, other, by_input) if joined else (scale, None, None)
             for sums in ("none", "centred", "about zero"):
                 flags = joined, sums != "none", sums == "centred"
-                about = None if sums == "none" else u
-                name = f"eval_backward {gate_name} {joined} {sums}"
-                d_u, d_residual, found = passes.eval_backward(
-                    grad, *further, about, gate, scale, None, *flags
-                )
+                saved = None if sums == "none" else u, relu_mask, None
+                name = f"eval_backward {mask_name} {joined} {sums}"
+                args = EvalBackwardArgs(grad, *further, *saved, *flags)
+                d_u, d_residual, found = passes.eval_backward(args)
                 results |= {name: d_u} | ({f"{name} residual": d_residual} if joined else {})
                 results |= {f"{name} {i}": x for i, x in enumerate(found or ()) if x is not None}
-    d_u, _, found = passes.eval_backward(grad, None, None, u, None, scale, shift, False, True, False)
+    d_u, _, found = passes.eval_backward(EvalBackwardArgs(grad, scale, u=u, shift=shift, sums=True))
     results |= {"eval_backward from u": d_u, "from u g1": found.g1, "from u gc": found.gc}
     return results
 
@@ -107,7 +106,7 @@ def expected(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> dict[str
 
 @pytest.mark.parametrize("last", [False, True], ids=["planes", "rows"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-def test_every_pass_in_every_shape(dtype: torch.dtype, last: bool) -> None:
+def test_every_pass_equals_eager_in_every_shape(dtype: torch.dtype, last: bool) -> None:
     for shape in SHAPES:
         want = expected(shape, dtype, last)
         for offset in (False, True):
@@ -201,7 +200,7 @@ def test_the_mask_from_u_is_that_of_apply_in_every_bit(dtype: torch.dtype) -> No
         scale, shift = (torch.full((1, 1), float(x)) for x in (a, b))
         _, mask = PASSES.apply(u, scale, shift, None, True, True, False)
         ones = torch.ones_like(u)
-        _, g, _ = PASSES.eval_backward(ones, None, None, u, None, scale, shift, True, False, False)
+        _, g, _ = PASSES.eval_backward(EvalBackwardArgs(ones, scale, u=u, shift=shift, residual=True))
         assert torch.equal(g, mask.to(dtype)), (a, b)
 
 
@@ -274,7 +273,7 @@ TRAINING_D_OMEGA = (2 + 2 * 4 + 3 + 2 + 3, 2 + 2 * 4 + 3 + 2 + 3 + 7)  # its pla
 @example(0, 9, (2, 2), True, 0)
 @example(130, 8, (2, 2), True, 0)
 @example(1, 300, (1, 1), False, 0)
-def test_the_algebra_equals_plain_torch(
+def test_the_coefficients_equal_plain_torch(
     batch: int, channels: int, kind: tuple[int, int], scaled: bool, seed: int
 ) -> None:
     rows, groups = kind

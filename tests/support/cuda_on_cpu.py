@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from awnet.ops.args import EvalBackwardArgs
 from awnet.ops.backends.base import Passes
 from awnet.ops.coefficients import (
     BatchStats,
@@ -139,8 +140,12 @@ class CudaOnCpu(Passes):
         return self._new(tuple(u.shape), dtype or u.dtype, last)
 
     @staticmethod
-    def _gate(gate: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        return (None, gate) if gate is not None and gate.dtype == torch.bool else (gate, None)
+    def _split_mask(relu_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            (None, relu_mask)
+            if relu_mask is not None and relu_mask.dtype == torch.bool
+            else (relu_mask, None)
+        )
 
     def _new_table(self, u: Tensor, rows: int | None = None) -> Tensor:
         return self._new((len(u) if rows is None else rows, u.shape[1]), torch.float32)
@@ -164,26 +169,29 @@ class CudaOnCpu(Passes):
         self._call("apply", ctypes.byref(images), *operands, int(relu))
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask.view(torch.bool)
 
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-        grad, gate, centre = self._alike(grad, u), self._alike(gate, u), centre.contiguous()
-        images, g1, gc = self._images(u, grad, gate, centre), self._new_table(u), self._new_table(u)
+    def reduce(
+        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        grad, relu_mask, centre = self._alike(grad, u), self._alike(relu_mask, u), centre.contiguous()
+        images, g1, gc = self._images(u, grad, relu_mask, centre), self._new_table(u), self._new_table(u)
         workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
-        operands = (pointer(x) for x in (grad, u, *self._gate(gate), centre, g1, gc, workspace))
+        operands = (pointer(x) for x in (grad, u, *self._split_mask(relu_mask), centre, g1, gc, workspace))
         self._call("reduce", ctypes.byref(images), *operands)
         return g1, gc
 
-    def propagate(self, grad, u, centre, gate, how: Propagation, residual: bool):
-        gate = self._alike(gate, grad)
-        u = None if how.by_input is None else self._alike(u, grad)
-        centre = None if how.by_input is None else centre.contiguous()
+    def propagate(self, grad, u, centre, relu_mask, propagation: Propagation, residual: bool):
+        relu_mask = self._alike(relu_mask, grad)
+        u = None if propagation.by_input is None else self._alike(u, grad)
+        centre = None if propagation.by_input is None else centre.contiguous()
         d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
-        by = [None if x is None else x.contiguous() for x in how]
-        images = self._images(grad, u, d_u, d_residual, gate, centre, *by)
-        operands = (pointer(x) for x in (d_u, d_residual, grad, u, *self._gate(gate)))
+        by = [None if x is None else x.contiguous() for x in propagation]
+        images = self._images(grad, u, d_u, d_residual, relu_mask, centre, *by)
+        operands = (pointer(x) for x in (d_u, d_residual, grad, u, *self._split_mask(relu_mask)))
         self._call("propagate", ctypes.byref(images), *operands, pointers(centre, *by))
         return d_u, d_residual
 
-    def eval_backward(self, grad, other_grad, d_mean, u, relu_mask, scale, shift, residual, sums, centred):
+    def eval_backward(self, args: EvalBackwardArgs):
+        grad, scale, other_grad, d_mean, u, relu_mask, shift, residual, sums, centred = args
         other_grad, relu_mask, u = (self._alike(x, grad) for x in (other_grad, relu_mask, u))
         d_mean, scale, shift = (None if x is None else x.contiguous() for x in (d_mean, scale, shift))
         d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
@@ -192,7 +200,7 @@ class CudaOnCpu(Passes):
         centre = self._new_table(grad) if sums and centred else None
         workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
         tickets = torch.zeros(grad.shape[:2], dtype=torch.int32)
-        y, mask = self._gate(relu_mask)
+        y, mask = self._split_mask(relu_mask)
         operands = pointers(
             grad, other_grad, u, y, mask, d_mean, scale, shift, d_u, d_residual, g1, gc, centre, workspace,
             tickets,

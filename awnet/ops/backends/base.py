@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from awnet.ops.args import Conv, LayerArgs, Needs
+from awnet.ops.args import Conv, EvalBackwardArgs, LayerArgs, Needs
 from awnet.ops.coefficients import (
     BatchStats,
     Gradients,
@@ -92,53 +92,29 @@ class Passes:
         """∂u, and with ``residual`` ∂residual = g. u and centre are read only for ``by_input``."""
         raise NotImplementedError
 
-    def eval_backward(
-        self,
-        grad: Tensor,
-        other_grad: Tensor | None,
-        d_mean: Tensor | None,
-        u: Tensor | None,
-        relu_mask: Tensor | None,
-        scale: Tensor,
-        shift: Tensor | None,
-        residual: bool,
-        sums: bool,
-        centred: bool,
-    ) -> tuple[Tensor, Tensor | None, Reduced | None]:
-        """The passes of a backward in eval mode: ∂u = g · scale, ∂residual = g, and the sums of ``reduce``.
+    def eval_backward(self, args: EvalBackwardArgs) -> tuple[Tensor, Tensor | None, Reduced | None]:
+        """∂u = g · scale, ∂residual = g or None, and the sums of ``reduce`` or None, in eval mode.
 
         A backend may do in one kernel what is several here.
-
-        Args:
-            grad, other_grad: gradients of y, which are added; the second may be None.
-            d_mean: gradient of y's mean over pixels ``[B, C]``, added too, or None.
-            u: None where neither ``sums`` nor ``shift`` is given.
-            relu_mask: as in the other passes; None without an activation or with ``shift``.
-            scale: ``[B, C]``.
-            shift: ``[B, C]`` where y = relu(u · scale + shift): the mask is then computed from u.
-            residual: whether ∂residual is requested.
-            sums: whether the sums are requested.
-            centred: whether the sums are about a centre; otherwise gc is the gradient of the scale.
-
-        Returns:
-            ∂u, ∂residual or None, the sums or None.
         """
-        if other_grad is not None:
-            grad = grad + other_grad
-        if d_mean is not None:
-            per_pixel = d_mean / (grad.shape[2] * grad.shape[3])
+        grad, u, relu_mask = args.grad, args.u, args.relu_mask
+        if args.other_grad is not None:
+            grad = grad + args.other_grad
+        if args.d_mean is not None:
+            per_pixel = args.d_mean / (grad.shape[2] * grad.shape[3])
             grad = grad + per_pixel[:, :, None, None].to(grad.dtype)
-        if shift is not None:
+        if args.shift is not None:
             assert u is not None
-            relu_mask = self.apply(u, scale, shift, None, True, True, False)[1]
+            relu_mask = self.apply(u, args.scale, args.shift, None, True, True, False)[1]
         reduced = None
-        if sums:
+        if args.sums:
             assert u is not None
             # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
             centre = u[:, :, 0, 0].to(wide_dtype(u.dtype))
             g1, gc = self.reduce(grad, u, centre, relu_mask)
-            reduced = Reduced(g1, gc, centre) if centred else Reduced(g1, gc.addcmul(centre, g1), None)
-        d_u, d_residual = self.propagate(grad, None, None, relu_mask, Propagation(scale), residual)
+            reduced = Reduced(g1, gc, centre) if args.centred else Reduced(g1, gc.addcmul(centre, g1), None)
+        propagation = Propagation(args.scale)
+        d_u, d_residual = self.propagate(grad, None, None, relu_mask, propagation, args.residual)
         return d_u, d_residual, reduced
 
     # Convolutions with the layer's work in their epilogue; None: torch's convolution and the passes run.

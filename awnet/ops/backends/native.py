@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import self_check
-from awnet.ops.args import LayerArgs, Needs
+from awnet.ops.args import EvalBackwardArgs, LayerArgs, Needs
 from awnet.ops.autograd import Layer, OperatorBackend, define, describe
 from awnet.ops.backends.base import NO_FLOAT64, Passes, constant_in_graphs, device_obstacle
 from awnet.ops.coefficients import (
@@ -213,12 +213,11 @@ def _sources() -> Iterator[Path]:
     yield Path(str(sys.modules["awnet._C"].__file__))
 
 
-def _eval_backward(*arguments: Any) -> tuple[Tensor, Tensor | None, Reduced | None]:
+def _eval_backward(args: EvalBackwardArgs) -> tuple[Tensor, Tensor | None, Reduced | None]:
     """``Passes.eval_backward`` by the kernel that the operator of a layer runs."""
-    d_u, d_residual, g1, gc, centre = torch.ops.awnet.eval_backward(*arguments)
-    residual, sums, centred = arguments[-3:]
-    reduced = Reduced(g1, gc, centre if centred else None) if sums else None
-    return d_u, d_residual if residual else None, reduced
+    d_u, d_residual, g1, gc, centre = torch.ops.awnet.eval_backward(**args._asdict())
+    reduced = Reduced(g1, gc, centre if args.centred else None) if args.sums else None
+    return d_u, d_residual if args.residual else None, reduced
 
 
 CHECKED = self_check.Kernels("cuda", NativePasses(), _probe, _sources, {"eval_backward": _eval_backward})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import self_check
-from awnet.ops.args import Conv, LayerArgs, Needs
+from awnet.ops.args import Conv, EvalBackwardArgs, LayerArgs, Needs
 from awnet.ops.autograd import OperatorBackend, register, register_operator
 from awnet.ops.backends.base import NO_FLOAT64, Passes, constant_in_graphs, device_obstacle
 from awnet.ops.coefficients import (
@@ -135,26 +135,14 @@ class TritonPasses(Passes):
         config = _for_images("propagate", grad)
         return kernels("passes").propagate(grad, u, _dense(centre), relu_mask, *by, residual, config)
 
-    def eval_backward(
-        self,
-        grad: Tensor,
-        other_grad: Tensor | None,
-        d_mean: Tensor | None,
-        u: Tensor | None,
-        relu_mask: Tensor | None,
-        scale: Tensor,
-        shift: Tensor | None,
-        residual: bool,
-        sums: bool,
-        centred: bool,
-    ) -> tuple[Tensor, Tensor | None, Reduced | None]:
-        other = None if other_grad is None else _alike(other_grad, grad)
-        config = _for_images("eval_backward", grad)
-        d_u, d_residual, found = kernels("eval_backward").eval_backward(
-            grad, other, _dense(d_mean), u, relu_mask, _dense(scale), _dense(shift), config,
-            residual=residual, sums=sums, centred=centred,
+    def eval_backward(self, args: EvalBackwardArgs) -> tuple[Tensor, Tensor | None, Reduced | None]:
+        grad, other = args.grad, args.other_grad
+        d_u, d_residual, sums = kernels("eval_backward").eval_backward(
+            grad, None if other is None else _alike(other, grad), _dense(args.d_mean), args.u, args.relu_mask,
+            _dense(args.scale), _dense(args.shift), _for_images("eval_backward", grad),
+            residual=args.residual, sums=args.sums, centred=args.centred,
         )  # fmt: skip
-        return d_u, d_residual, None if found is None else Reduced(*found)
+        return d_u, d_residual, None if sums is None else Reduced(*sums)
 
     # convolutions, where the device's table has an entry for the case
 
