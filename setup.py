@@ -42,10 +42,10 @@ EDITABLE = "editable_wheel" in sys.argv
 def packages() -> list[str]:
     if EDITABLE:
         return find_packages(include=["awnet", "awnet.*"])
-    found: list[str] = []
+    names: list[str] = []
     for package, folder in FOLDERS.items():
-        found += [package, *(f"{package}.{name}" for name in find_packages(folder))]
-    return found
+        names += [package, *(f"{package}.{name}" for name in find_packages(folder))]
+    return names
 
 
 def say(text: str) -> None:
@@ -65,8 +65,8 @@ def obstacle() -> str | None:
 
 def gnu() -> bool:
     """Whether the C++ compiler is GCC, whose OpenMP runtime is torch's too."""
-    said = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True)
-    return "Free Software Foundation" in said.stdout
+    version = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True)
+    return "Free Software Foundation" in version.stdout
 
 
 def cuda_compiler() -> ModuleType:
@@ -132,9 +132,9 @@ def native() -> dict[str, Any]:
                 self.extensions = []
 
     os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    found = (path for path in Path("csrc").rglob("*.cpp") if path.parent.name != "cuda")
-    # those that take half a minute first: begun last, they would leave the other cores idle at the end
-    sources = [str(path) for path in sorted(found, key=lambda path: (path.name not in SLOW_TO_COMPILE, path))]
+    paths = (path for path in Path("csrc").rglob("*.cpp") if path.parent.name != "cuda")
+    # those that take half a minute first: started last, they would leave the other cores idle at the end
+    sources = [str(path) for path in sorted(paths, key=lambda path: (path.name not in SLOW_TO_COMPILE, path))]
     flags = ["-O3", "-g0", "-Wno-psabi", f'-DAWNET_TORCH_VERSION="{torch.__version__}"']
     if gnu():
         # at::parallel_for is a plain loop without it. Torch has loaded the runtime that it calls, so nothing

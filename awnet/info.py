@@ -27,8 +27,8 @@ _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "timm")
 def collect(renew_self_check: bool = False) -> dict[str, Any]:
     """The information, JSON-ready.
 
-    ``backends`` holds None for an available backend, else the reason why not; ``self_checks`` the verdicts on
-    the backends that have one. ``renew_self_check`` checks them anew.
+    ``backends`` holds None for an available backend, else the reason why not; ``self_checks`` the results for
+    the backends that have one. ``renew_self_check`` checks them again.
     """
     if renew_self_check:
         self_check.renew()

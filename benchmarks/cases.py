@@ -114,17 +114,17 @@ class Problem:
     def to(self, dtype: torch.dtype) -> Problem:
         """A copy in ``dtype`` with the same strides."""
 
-        def own(x: Tensor) -> Tensor:
+        def copied(x: Tensor) -> Tensor:
             return x.detach().to(dtype, copy=True)
 
         changes: dict[str, Any] = {
-            "image": own(self.image),
-            "filter_scales": tuple(own(x) for x in self.filter_scales),
-            "p_clean": None if self.p_clean is None else own(self.p_clean),
+            "image": copied(self.image),
+            "filter_scales": tuple(copied(x) for x in self.filter_scales),
+            "p_clean": None if self.p_clean is None else copied(self.p_clean),
         }
         if self.module is None:
-            changes["parameters"] = {name: own(x) for name, x in self.parameters.items()}
-            changes["running"] = {name: own(x) for name, x in self.running.items()}
+            changes["parameters"] = {name: copied(x) for name, x in self.parameters.items()}
+            changes["running"] = {name: copied(x) for name, x in self.running.items()}
         else:
             changes |= _parts(copy.deepcopy(self.module).to(dtype))
         return replace(self, **changes)
@@ -178,7 +178,7 @@ class Case:
         raise NotImplementedError
 
     def forward(self, problem: Problem, layer: Layer | None, mode: Mode, compiler: Any = None) -> Layer:
-        """The case as a function of the image, its layers computed by ``layer`` (None: by awnet's own).
+        """The case as a function of the image, its layers computed by ``layer`` (None: by awnet's).
 
         ``compiler`` compiles the layer, or the module where there is one.
         """
@@ -285,10 +285,10 @@ class ModuleCase(Case):
 
     @cache  # noqa: B019, the registry lives as long as the program
     def convolutions(self, static: bool = False) -> list[Convolution]:
-        found: list[Convolution] = []
+        convolutions: list[Convolution] = []
 
         def note(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            found.append(
+            convolutions.append(
                 Convolution(
                     module.in_channels,
                     module.out_channels,
@@ -306,7 +306,7 @@ class ModuleCase(Case):
                 module.register_forward_hook(note)
         with torch.no_grad():
             self.forward(problem, None, "forward")(problem.image)
-        return found
+        return convolutions
 
     def problem(
         self,

@@ -184,11 +184,11 @@ def _racers(
 
     def ours(tile: Any) -> Any:
         if operation == "apply":
-            kept = (True, keep_mask)
-            found = kernels.fused_apply(
-                x, weight, scale, shift, residual, True, *layer.where, *kept, tile=tile
+            keep = (True, keep_mask)
+            outputs = kernels.fused_apply(
+                x, weight, scale, shift, residual, True, *layer.where, *keep, tile=tile
             )
-            return None if found is None else found[:2]  # a mask may differ where y is next to zero
+            return None if outputs is None else outputs[:2]  # a mask may differ where y is next to zero
         if operation == "statistics":
             return kernels.fused_statistics(x, weight, *layer.where, tile=tile)
         return kernels.fused_dgrad(d_u, weight, x.shape, *layer.where, tile=tile)
@@ -266,8 +266,8 @@ def update_table(device: torch.device, results: Sequence[Result]) -> Path:
         json.loads(path.read_text()) if path.exists() else {"device": path.stem, "launches": {}}
     )
     measured = {result.key for result in results}
-    kept = {k: v for k, v in content.get("convolutions", {}).items() if k not in measured}
-    content["convolutions"] = dict(sorted((kept | wins(results)).items()))
+    unchanged = {k: v for k, v in content.get("convolutions", {}).items() if k not in measured}
+    content["convolutions"] = dict(sorted((unchanged | wins(results)).items()))
     files.write_json(path, content)
     launch_config.forget_tables()
     return path

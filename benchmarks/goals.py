@@ -44,7 +44,7 @@ class Goal:
     stretch: bool = False
 
     @property
-    def wanted(self) -> str:
+    def target(self) -> str:
         return f"{'≥' if self.at_least else '≤'} {self.bound:g}{self.unit}"
 
     def met(self, value: float) -> bool:
@@ -52,7 +52,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Outcome:
     """A goal and its measured figure."""
 
     goal: Goal
@@ -124,7 +124,7 @@ def _on_gpu(
     """The rival's figure over ours of every stage, batch and mode that ``rivals`` names, joined to one."""
 
     def measure(rows: Rows) -> Measured | None:
-        ratios, found = [], []
+        ratios, used = [], []
         for case in STAGES:
             for batch in GPU_BATCHES:
                 for mode, rival in rivals.items():
@@ -137,8 +137,8 @@ def _on_gpu(
                     if not mine[column] or not theirs:
                         return None
                     ratios.append(float(theirs) / float(mine[column]))
-                    found += [mine, other]
-        return Measured(join([1 / r for r in ratios] if inverse else ratios), found)
+                    used += [mine, other]
+        return Measured(join([1 / r for r in ratios] if inverse else ratios), used)
 
     return measure
 
@@ -147,16 +147,16 @@ def _cpu_total(rival: str, inverse: bool = False) -> Measure:
     """The rival's time over ours, both summed over the four stages and three modes."""
 
     def measure(rows: Rows) -> Measured | None:
-        totals, found = [], []
+        totals, used = [], []
         for provider in (rival, "cpp"):
             mine = [rows.cpu(case, mode, provider) for case in STAGES for mode in MODES]
             present = [row for row in mine if row is not None]
             if len(present) < len(mine):
                 return None
             totals.append(sum(map(_ms, present)))
-            found += present
+            used += present
         ratio = totals[0] / totals[1]
-        return Measured(1 / ratio if inverse else ratio, found)
+        return Measured(1 / ratio if inverse else ratio, used)
 
     return measure
 
@@ -176,14 +176,16 @@ def _cpu_case(case: str) -> Measure:
 
 def _trained(rows: Rows, batch: str | None = None) -> Row | None:
     """The paper's training on 32×32 images by our step: the fastest row of the newest date and commit."""
-    wanted = {"recipe": "mtard", "model": "awnet_resnet18", "provider": "awnet", "verified": "true"}
-    wanted |= {"size": "32", "attack_steps": "10"} | ({} if batch is None else {"batch": batch})
-    found = [
+    columns = {"recipe": "mtard", "model": "awnet_resnet18", "provider": "awnet", "verified": "true"}
+    columns |= {"size": "32", "attack_steps": "10"} | ({} if batch is None else {"batch": batch})
+    rows_of_step = [
         row
         for row in rows.training
-        if row["device"].startswith(GPU) and all(row[name] == value for name, value in wanted.items())
+        if row["device"].startswith(GPU) and all(row[name] == value for name, value in columns.items())
     ]
-    newest = [row for row in found if all(row[name] == found[-1][name] for name in ("date", "commit"))]
+    newest = [
+        row for row in rows_of_step if all(row[name] == rows_of_step[-1][name] for name in ("date", "commit"))
+    ]
     return max(newest, key=lambda row: float(row["images_per_second"]), default=None)
 
 
@@ -191,12 +193,12 @@ def _cpu_step(
     model: str, rival: str, batch: str = "16", precision: str = "float32", layout: str = "nchw"
 ) -> Measure:
     """The plain step's time over ours, in the newest run on a CPU with 2 threads that measured both."""
-    wanted = _TRAINED | {"model": model, "batch": batch, "precision": precision, "layout": layout}
+    columns = _TRAINED | {"model": model, "batch": batch, "precision": precision, "layout": layout}
 
     def measure(rows: Rows) -> Measured | None:
         run: dict[str, Row] = {}
         newest: Measured | None = None
-        for row in _cpu_training(rows, wanted):
+        for row in _cpu_training(rows, columns):
             if row["provider"] == "awnet":
                 run = {}  # the rows of a run follow one another, ours first
             run[row["provider"]] = row
@@ -211,11 +213,11 @@ def _cpu_step(
 _TRAINED = {"recipe": "mtard", "size": "32", "attack_steps": "10", "threads": "2", "verified": "true"}
 
 
-def _cpu_training(rows: Rows, wanted: dict[str, str]) -> list[Row]:
+def _cpu_training(rows: Rows, columns: dict[str, str]) -> list[Row]:
     return [
         row
         for row in rows.training
-        if not row["driver"] and all(row[name] == value for name, value in wanted.items())
+        if not row["driver"] and all(row[name] == value for name, value in columns.items())
     ]
 
 
@@ -223,9 +225,9 @@ def _against_float32(model: str, batch: str) -> Measure:
     """The time of our float32 step over that of our bfloat16 step, newest of each on one CPU."""
 
     def measure(rows: Rows) -> Measured | None:
-        wanted = _TRAINED | {"model": model, "batch": batch, "provider": "awnet"}
-        fast = _cpu_training(rows, wanted | {"precision": "bfloat16", "layout": "channels_last"})
-        slow = _cpu_training(rows, wanted | {"precision": "float32", "layout": "nchw"})
+        columns = _TRAINED | {"model": model, "batch": batch, "provider": "awnet"}
+        fast = _cpu_training(rows, columns | {"precision": "bfloat16", "layout": "channels_last"})
+        slow = _cpu_training(rows, columns | {"precision": "float32", "layout": "nchw"})
         for ours in reversed(fast):
             for before in reversed(slow):
                 if before["device"] == ours["device"]:
@@ -238,9 +240,9 @@ def _against_float32(model: str, batch: str) -> Measure:
 
 def _amx_rows(rows: Rows, case: str, batch: str) -> dict[str, Row]:
     """The newest rows of a comparison with 2 threads, by provider."""
-    wanted = {"case": case, "batch": batch, "threads": "2"}
+    columns = {"case": case, "batch": batch, "threads": "2"}
     return {
-        row["provider"]: row for row in rows.amx if all(row[name] == value for name, value in wanted.items())
+        row["provider"]: row for row in rows.amx if all(row[name] == value for name, value in columns.items())
     }
 
 
@@ -250,11 +252,13 @@ def _amx_ratio(cases: Sequence[str], batch: str) -> Measure:
     def measure(rows: Rows) -> Measured | None:
         ratios, used = [], []
         for case in cases:
-            found = _amx_rows(rows, case, batch)
-            if not {"tiles", "library"} <= found.keys():
+            by_provider = _amx_rows(rows, case, batch)
+            if not {"tiles", "library"} <= by_provider.keys():
                 return None
-            ratios.append(float(found["tiles"]["rate_best"]) / float(found["library"]["rate_best"]))
-            used += [found["tiles"], found["library"]]
+            ratios.append(
+                float(by_provider["tiles"]["rate_best"]) / float(by_provider["library"]["rate_best"])
+            )
+            used += [by_provider["tiles"], by_provider["library"]]
         return Measured(min(ratios), used)
 
     return measure
@@ -284,9 +288,9 @@ def _pgd_step(rows: Rows) -> Measured | None:
 
 def _depthwise(rows: Rows) -> Measured | None:
     """The time over that of moving the bytes once at the measured bandwidth."""
-    found = [rows.gpu("depthwise", "forward", "triton", batch) for batch in GPU_BATCHES]
-    present = [row for row in found if row is not None and row["roofline_share"]]
-    if len(present) < len(found):
+    batches = [rows.gpu("depthwise", "forward", "triton", batch) for batch in GPU_BATCHES]
+    present = [row for row in batches if row is not None and row["roofline_share"]]
+    if len(present) < len(batches):
         return None
     return Measured(_geometric_mean([1 / float(row["roofline_share"]) for row in present]), present)
 
@@ -550,35 +554,35 @@ class VerifyOptions:
     """Exit with status 1 if a goal (not a stretch goal) was measured and not met."""
 
 
-def evaluate_goals(folder: Path, goals: Sequence[Goal] = GOALS) -> list[Verdict]:
+def evaluate_goals(folder: Path, goals: Sequence[Goal] = GOALS) -> list[Outcome]:
     """Every goal with the figure measured in ``folder``, if any."""
     rows = Rows(read_results(folder), read_training(folder), read_amx(folder))
-    return [Verdict(goal, goal.measure(rows)) for goal in goals]
+    return [Outcome(goal, goal.measure(rows)) for goal in goals]
 
 
 def verify(options: VerifyOptions) -> int:
     """Prints every goal as met, not met or not measured; returns the exit status."""
     console = safe_console()
-    verdicts = evaluate_goals(options.results)
+    outcomes = evaluate_goals(options.results)
     styles = {"met": "green", "not met": "red", "not measured": "yellow"}
     where = ""
-    for verdict in verdicts:
-        goal = verdict.goal
+    for outcome in outcomes:
+        goal = outcome.goal
         if goal.where != where:
             where = goal.where
             console.print(where, style="bold", soft_wrap=True)
-        source = ", ".join(verdict.sources)
+        source = ", ".join(outcome.sources)
         console.print(
-            f"  [{styles[verdict.text]}]{verdict.text:13}[/]{verdict.figure:>9}  {goal.wanted:9} "
+            f"  [{styles[outcome.text]}]{outcome.text:13}[/]{outcome.figure:>9}  {goal.target:9} "
             f"{goal.name}{' (stretch)' if goal.stretch else ''}{f'  {source}' if source else ''}",
             soft_wrap=True,
         )
-    counts = {text: sum(verdict.text == text for verdict in verdicts) for text in styles}
+    counts = {text: sum(outcome.text == text for outcome in outcomes) for text in styles}
     console.print(", ".join(f"{count} {text}" for text, count in counts.items()))
-    commands = dict.fromkeys(v.goal.command for v in verdicts if v.measured is None)
+    commands = dict.fromkeys(v.goal.command for v in outcomes if v.measured is None)
     if commands:
         console.print("commands that measure the missing figures:")
         for command in commands:
             console.print(f"  {command}", soft_wrap=True)
-    failed = any(v.text == "not met" and not v.goal.stretch for v in verdicts)
+    failed = any(v.text == "not met" and not v.goal.stretch for v in outcomes)
     return 1 if options.strict and failed else 0

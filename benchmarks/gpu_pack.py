@@ -47,8 +47,8 @@ def _about(python: str) -> dict[str, str]:
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"{python} cannot import torch: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
+    info: dict[str, str] = json.loads(done.stdout)
+    return info
 
 
 # --- pack
@@ -73,7 +73,7 @@ def pack(options: argparse.Namespace) -> None:
     for path, size in sizes.items():
         print(f"{size / 2**20:7.2f} MiB  {path.relative_to(ROOT)}")
     total = sum(sizes.values()) / 2**20
-    print(f"{total:7.2f} MiB in {FOLDER.relative_to(ROOT)}/, at most {LIMIT_MIB} wanted")
+    print(f"{total:7.2f} MiB in {FOLDER.relative_to(ROOT)}/, the limit is {LIMIT_MIB}")
     if total > LIMIT_MIB:
         raise SystemExit(f".gpu/ is larger than {LIMIT_MIB} MiB: a lower --quality makes the images smaller")
     print("copy the checkout with .gpu/ to the GPU machine, then:")
@@ -101,8 +101,8 @@ def _wheels(python_version: str) -> None:
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         name, _, version = line.partition("==")
         pins[name.lower().replace("-", "_")] = version.strip()
-    wanted = [f"{name}=={pins[name]}" if pins.get(name) else name for name in WHEELS]
-    if subprocess.run([*command, *wanted]).returncode != 0:
+    requirements = [f"{name}=={pins[name]}" if pins.get(name) else name for name in WHEELS]
+    if subprocess.run([*command, *requirements]).returncode != 0:
         raise SystemExit("the wheels could not be downloaded")
     for path in folder.glob("*.whl"):
         without_examples(path)
@@ -110,8 +110,8 @@ def _wheels(python_version: str) -> None:
 
 def without_examples(wheel: Path) -> None:
     """Removes the folders ``examples`` from a wheel: pyautoattack's holds a network of 45 MB."""
-    kept = io.BytesIO()
-    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as new:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
         for entry in old.infolist():
             content = old.read(entry)
             if "/examples/" in entry.filename:
@@ -120,7 +120,7 @@ def without_examples(wheel: Path) -> None:
                 lines = content.decode().splitlines(keepends=True)
                 content = "".join(line for line in lines if "/examples/" not in line).encode()
             new.writestr(entry, content)
-    wheel.write_bytes(kept.getvalue())
+    wheel.write_bytes(buffer.getvalue())
 
 
 def _native(python: str) -> None:

@@ -74,8 +74,8 @@ def slug(name: str) -> str:
 
 def commit() -> str:
     """The commit of the checkout, with -dirty if files other than results differ from it; "" if installed."""
-    found = git_commit(ignore=[results.FOLDER.as_posix()])
-    return "" if found.hash is None else found.hash[:7] + ("-dirty" if found.modified else "")
+    checkout = git_commit(ignore=[results.FOLDER.as_posix()])
+    return "" if checkout.hash is None else checkout.hash[:7] + ("-dirty" if checkout.modified else "")
 
 
 def driver(device: torch.device) -> str:

@@ -36,8 +36,8 @@ class _Norm(MixBatchNorm2d):
         return p * self._branch(input, 1) + (1 - p) * self._branch(input, 0)
 
     def _branch(self, input: Tensor, row: int) -> Tensor:
-        affine, own = min(row, len(self.weight) - 1), min(row, len(self.running_mean) - 1)
-        tables = (self.running_mean[own], self.running_var[own], self.weight[affine], self.bias[affine])
+        affine, stat = min(row, len(self.weight) - 1), min(row, len(self.running_mean) - 1)
+        tables = (self.running_mean[stat], self.running_var[stat], self.weight[affine], self.bias[affine])
         assert self.momentum is not None
         return F.batch_norm(input, *tables, self.training, self.momentum, self.eps)
 
@@ -109,8 +109,8 @@ class SeparatePasses(nn.Module):
         parts = x.split(sizes)
         return torch.cat(
             [
-                self.model.dynamic(part, list(own), None, kind)
-                for part, own, kind in zip(
+                self.model.dynamic(part, list(filter_scales), None, kind)
+                for part, filter_scales, kind in zip(
                     parts, scales if routing.filter_scales else [()] * len(parts), (True, False), strict=False
                 )
             ]

@@ -87,7 +87,7 @@ COMPILED = {
 
 def providers(device: str | None = None) -> dict[str, Provider]:
     """Every provider that is available on this machine, or on ``device``. ``literal`` is ``reference``."""
-    found = {
+    table = {
         "literal": Provider(reference.aw_conv2d, backend="reference"),
         "unfused": Provider(unfused),
         "static": Provider(unfused, static=True),
@@ -95,5 +95,5 @@ def providers(device: str | None = None) -> dict[str, Provider]:
     }
     for name, reason in available_backends(device).items():
         if reason is None and name != "reference":
-            found[name] = Provider(partial(aw_conv2d, backend=name), backend=name)
-    return found
+            table[name] = Provider(partial(aw_conv2d, backend=name), backend=name)
+    return table

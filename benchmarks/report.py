@@ -56,12 +56,12 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int) ->
 
 def _goals(folder: Path) -> str:
     rows = []
-    for verdict in evaluate_goals(folder):
-        goal = verdict.goal
+    for outcome in evaluate_goals(folder):
+        goal = outcome.goal
         name = f"{goal.name} (stretch)" if goal.stretch else goal.name
-        source = "; ".join(verdict.sources)
-        rows.append([name, goal.where, source, verdict.text, goal.wanted, verdict.figure or "–"])
-    return _markdown(("goal", "where", "measured on, at commit", "verdict", "wanted", "measured"), rows, 4)
+        source = "; ".join(outcome.sources)
+        rows.append([name, goal.where, source, outcome.text, goal.target, outcome.figure or "–"])
+    return _markdown(("goal", "where", "measured on, at commit", "result", "target", "measured"), rows, 4)
 
 
 def _speed(folder: Path) -> str:
@@ -69,8 +69,8 @@ def _speed(folder: Path) -> str:
     rows = []
     devices: dict[str, None] = {}
     for one, measured in speedups(folder):
-        found = "not measured" if measured is None else f"{measured.value:.2g}×"
-        rows.append([one.against, one.where, found, f"`{one.command}`"])
+        speedup = "not measured" if measured is None else f"{measured.value:.2g}×"
+        rows.append([one.against, one.where, speedup, f"`{one.command}`"])
         devices |= {} if measured is None else {row["device"]: None for row in measured.rows}
     where = f"On {', '.join(devices)}, " if devices else "On a CPU, "
     return f"{where}2 threads, float32, backend `cpp`:\n\n" + _markdown(
@@ -109,11 +109,11 @@ def _milliseconds(folder: Path, on_gpu: bool) -> str:
         lines: dict[tuple[str, ...], dict[str, str]] = {}
         for row in mine:
             place = (row["case"], row["mode"], row["batch"])
-            found = f"{float(row['ms_median']):.3g}" if row["ms_median"] else "wrong"
+            cell = f"{float(row['ms_median']):.3g}" if row["ms_median"] else "wrong"
             if row["ms_eager"]:
-                replay = found if row["ms_median"] else "–"
-                found = f"{replay} / {float(row['ms_eager']):.3g}"
-            lines.setdefault(place, {})[row["provider"]] = found
+                replay = cell if row["ms_median"] else "–"
+                cell = f"{replay} / {float(row['ms_eager']):.3g}"
+            lines.setdefault(place, {})[row["provider"]] = cell
         table = [[*place, *(times.get(name, "–") for name in names)] for place, times in lines.items()]
         ceilings = {
             row["case"]: row
@@ -146,11 +146,11 @@ TABLES: dict[str, Callable[[Path], str]] = {
 def filled(text: str, folder: Path) -> str:
     """A document with the tables between its markers regenerated from the CSV files in ``folder``."""
 
-    def table(found: re.Match[str]) -> str:
-        name = found.group(2)
+    def table(match: re.Match[str]) -> str:
+        name = match.group(2)
         if name not in TABLES:
             raise ValueError(f"unknown table bench:{name}; there are {', '.join(TABLES)}")
-        return found.group(1) + TABLES[name](folder) + found.group(3)
+        return match.group(1) + TABLES[name](folder) + match.group(3)
 
     result = _MARKED.sub(table, text)
     opened, closed = (text.count(f"<!-- {word}") for word in ("bench:", "/bench:"))
@@ -225,8 +225,8 @@ def _plain_ticks(axis: Any, *, x: bool = False, y: bool = True) -> None:
     """Numbers such as 0.5, 1, 2, 5 on a log axis, in place of powers of ten; a light grid."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for wanted, one in ((x, axis.xaxis), (y, axis.yaxis)):
-        if wanted:
+    for plain, one in ((x, axis.xaxis), (y, axis.yaxis)):
+        if plain:
             low, high = sorted(one.get_view_interval())
             few = high / max(low, 1e-12) < 200
             one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
@@ -241,7 +241,7 @@ def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
 
 
-def _colour(name: str) -> str:
+def _color(name: str) -> str:
     """The same for a provider in every figure."""
     return f"C{_ORDER.index(name)}" if name in _ORDER else "black"
 
@@ -273,7 +273,7 @@ def _bars(rows: Sequence[Row], title: str) -> Any:
                 if mine and plain:
                     places.append(j + (i - (len(names) - 1) / 2) * width)
                     heights.append(mine / plain)
-            axis.bar(places, heights, width, color=_colour(name))
+            axis.bar(places, heights, width, color=_color(name))
         axis.axhline(1, color="black", linewidth=0.6)
         axis.set_yscale("log")
         _plain_ticks(axis)
@@ -282,7 +282,7 @@ def _bars(rows: Sequence[Row], title: str) -> Any:
     axes[0].set_title(f"{title}: below 1 is faster than plain torch, unfused")
     from matplotlib.patches import Patch
 
-    _legend(figure, [Patch(color=_colour(name)) for name in names], names)
+    _legend(figure, [Patch(color=_color(name)) for name in names], names)
     return figure
 
 
@@ -296,7 +296,7 @@ def _roofline(rows: Sequence[Row], ceilings: dict[str, Row], title: str) -> Any:
             for row in rows
             if row["provider"] == name and float(row["gb_s"]) > 0 and float(row["tflop_s"]) > 0
         ]
-        axis.scatter([x for x, _ in points], [y for _, y in points], s=10, color=_colour(name), label=name)
+        axis.scatter([x for x, _ in points], [y for _, y in points], s=10, color=_color(name), label=name)
     low, high = axis.get_xlim()
     intensities = [max(low, 1.0) * (max(high, 1000.0) / max(low, 1.0)) ** (i / 100) for i in range(101)]
     axis.plot(intensities, [min(peak, bandwidth * x / 1000) for x in intensities], color="black", linewidth=1)
@@ -321,7 +321,7 @@ def _batches(rows: Sequence[Row], title: str) -> Any:
                 if row["provider"] == name
             )
             axis.plot(
-                [b for b, _ in points], [us for _, us in points], marker=".", color=_colour(name), label=name
+                [b for b, _ in points], [us for _, us in points], marker=".", color=_color(name), label=name
             )
         axis.set(xscale="log", yscale="log", ylabel=f"{case}, {mode}: µs per image")
         _plain_ticks(axis)

@@ -110,8 +110,8 @@ def _write(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
 
 def threads(row: Row) -> int:
     """CPU threads of a row, from its command; 0 if it does not state them."""
-    found = re.search(r"--threads (\d+)", row["command"])
-    return int(found.group(1)) if found else 0
+    match = re.search(r"--threads (\d+)", row["command"])
+    return int(match.group(1)) if match else 0
 
 
 def key(row: Row) -> tuple[str | int, ...]:
@@ -123,8 +123,8 @@ def key(row: Row) -> tuple[str | int, ...]:
 
 def newest(rows: Iterable[Row]) -> list[Row]:
     """The newest row of each key: by date, and on one day the later in the file."""
-    found = {key(row): row for row in sorted(rows, key=lambda row: row["date"])}
-    return list(found.values())
+    by_key = {key(row): row for row in sorted(rows, key=lambda row: row["date"])}
+    return list(by_key.values())
 
 
 def read_results(folder: Path = FOLDER) -> list[Row]:

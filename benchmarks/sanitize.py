@@ -39,11 +39,11 @@ def _passes(backend: str) -> Any:
     return native.NativePasses()
 
 
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
-    elif found is not None:
-        for part in found:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif value is not None:
+        for part in value:
             yield from _tensors(part)
 
 
@@ -57,7 +57,7 @@ class _Checker:
     def __call__(self, name: str, *arguments: Any, limit: float = 1e-4) -> Any:
         got = getattr(self.passes, name)(*(self._move(x) for x in arguments))
         want = getattr(EagerPasses(), name)(*(self._widen(x) for x in arguments))
-        pairs = zip(*(list(_tensors(found)) for found in self._aligned(got, want)), strict=True)
+        pairs = zip(*(list(_tensors(side)) for side in self._aligned(got, want)), strict=True)
         for ours, truth in pairs:
             if truth.numel() == 0:
                 continue
@@ -79,8 +79,8 @@ class _Checker:
         flat_got = [y for x in got for y in (x if isinstance(x, tuple) else (x,))]
         if len(flat_got) < len(flat_want):  # no gradient of p_clean in train mode
             flat_want = [flat_want[0], *flat_want[2:]]
-        kept = [(g, w) for g, w in zip(flat_got, flat_want, strict=True) if w is not None]
-        return [g for g, _ in kept], [w for _, w in kept]
+        pairs = [(g, w) for g, w in zip(flat_got, flat_want, strict=True) if w is not None]
+        return [g for g, _ in pairs], [w for _, w in pairs]
 
     def _move(self, x: Any) -> Any:
         if isinstance(x, tuple):  # a record
@@ -183,8 +183,8 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
             )
             counted = fused_conv.fused_statistics(x, weight, *where, groups, force=True)
             back = fused_conv.fused_dgrad(x, weight, x.shape, *where, groups, force=True)
-            for found in (applied, counted, back):
-                if found is None or not all(part.isfinite().all() for part in _tensors(found)):
+            for value in (applied, counted, back):
+                if value is None or not all(part.isfinite().all() for part in _tensors(value)):
                     raise SystemExit(
                         f"a convolution with groups={groups} was not supported or gave no finite result"
                     )

@@ -109,9 +109,9 @@ def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, 
     # one entry serves training, whose ReLU mask is y, and attacks, which write and read a bool mask
     def run(config: Parameters) -> Any:
         if op == "apply":
-            kept = torch.empty_like(mask)
+            out_mask = torch.empty_like(mask)
             plain = passes.apply(u, a, b, grad, True, config)
-            return plain, passes.apply(u, a, b, grad, True, config, relu_mask=kept), kept
+            return plain, passes.apply(u, a, b, grad, True, config, relu_mask=out_mask), out_mask
         if op == "statistics":
             return passes.statistics(u, config)
         if op == "reduce":
@@ -157,7 +157,7 @@ def _table_job(op: str, case: Convolution, batch: int, device: torch.device) -> 
     return Job(f"{op}/{launch_config.bucket(batch, channels, 1)}", start, run)
 
 
-def _neighbours(config: Parameters) -> Iterator[dict[str, int]]:
+def _neighbors(config: Parameters) -> Iterator[dict[str, int]]:
     for name, value in config.items():
         least, most = _RANGE[name]
         for moved in (2 * value, value // 2):
@@ -201,7 +201,7 @@ def search(job: Job, do_bench: DoBench) -> tuple[dict[str, int], float, float]:
     improving = True
     while improving:
         improving = False
-        for candidate in _neighbours(best):
+        for candidate in _neighbors(best):
             took = measure(candidate)
             if took * _MARGIN < least:
                 best, least, improving = candidate, took, True

@@ -65,13 +65,13 @@ AWNET_HD float spread(float mean, float m2, float hw, float filter_scale, float 
   return filter_scale * filter_scale * m2 + hw * d * d;
 }
 
-AWNET_HD Affine train_coefficients(float filter_scale, Branch own) {
-  return {filter_scale * own.gain(), own.offset()};
+AWNET_HD Affine train_coefficients(float filter_scale, Branch branch) {
+  return {filter_scale * branch.gain(), branch.offset()};
 }
 
-// sum_hw g * normalised, from gc = sum g (u - mean).
-AWNET_HD float along(float g1, float gc, float mean, float filter_scale, Branch own) {
-  return (filter_scale * gc + (filter_scale * mean - own.mean) * g1) * own.inv_std;
+// sum_hw g * normalized, from gc = sum g (u - mean).
+AWNET_HD float along(float g1, float gc, float mean, float filter_scale, Branch branch) {
+  return (filter_scale * gc + (filter_scale * mean - branch.mean) * g1) * branch.inv_std;
 }
 
 struct TrainGradients {
@@ -82,16 +82,16 @@ struct TrainGradients {
 // through_mean = sum weight g1 / N and through_var = sum weight along * inv_std / N, over all samples that
 // share the statistics.
 AWNET_HD TrainGradients train_gradients(float g1, float gc, float mean, float m2, float hw,
-                                        float filter_scale, Branch own, float through_mean,
+                                        float filter_scale, Branch branch, float through_mean,
                                         float through_var) {
-  const float d = filter_scale * mean - own.mean;
-  const float scaled = filter_scale * own.inv_std;
+  const float d = filter_scale * mean - branch.mean;
+  const float scaled = filter_scale * branch.inv_std;
   TrainGradients r;
-  r.by_grad = own.weight * scaled;
+  r.by_grad = branch.weight * scaled;
   r.by_input = -scaled * through_var * filter_scale;
   r.constant = -scaled * (through_mean + through_var * d);
-  r.filter_scale = own.inv_std * (own.weight * gc - through_var * filter_scale * m2 +
-                                  mean * (own.weight * g1 - hw * (through_mean + through_var * d)));
+  r.filter_scale = branch.inv_std * (branch.weight * gc - through_var * filter_scale * m2 +
+                                     mean * (branch.weight * g1 - hw * (through_mean + through_var * d)));
   return r;
 }
 

@@ -66,12 +66,12 @@ std::optional<MixNorm> widened(const std::optional<MixNorm>& norm) {
 // Collectives over the ranks of a process group; awnet/ops/distributed.py registers them.
 using BatchStats = std::tuple<Tensor, Tensor, Tensor>;  // mean, var, n
 
-BatchStats joined_statistics(const BatchStats& own, const std::string& process_group) {
+BatchStats joined_statistics(const BatchStats& local, const std::string& process_group) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("awnet::joined_statistics", "")
           .typed<BatchStats(const Tensor&, const Tensor&, const Tensor&, c10::string_view)>();
-  const auto& [mean, var, n] = own;
+  const auto& [mean, var, n] = local;
   return op.call(mean, var, n, process_group);
 }
 

@@ -152,10 +152,12 @@ Mix mix_of(const CoefficientArgs& args) {
   Mix mix;
   mix.p_clean = args.p_clean.contiguous();
   if (!args.filter_scale) return mix;
-  const Tensor& own = *args.filter_scale;
-  const int64_t others = args.tables.size(2) - own.size(1);
+  const Tensor& filter_scale = *args.filter_scale;
+  const int64_t others = args.tables.size(2) - filter_scale.size(1);
   mix.filter_scale =
-      others == 0 ? own.contiguous() : at::cat({own, at::ones({own.size(0), others}, own.options())}, 1);
+      others == 0
+          ? filter_scale.contiguous()
+          : at::cat({filter_scale, at::ones({filter_scale.size(0), others}, filter_scale.options())}, 1);
   return mix;
 }
 

@@ -81,7 +81,7 @@ def cases(table: Table) -> Iterator[Case]:
             yield from importlib.import_module(full).cases(table)
 
 
-def _specialised(launched: Launched) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def _specialized(launched: Launched) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
     """Signature, constants and attributes as Triton's own launcher would derive them."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -119,10 +119,10 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         text = subprocess.run(
             [str(program), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
         raise RuntimeError(f"cuobjdump -res-usage printed no registers: {text!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def compile_launch(name: str, launched: Launched, target: int, instruction: str) -> Resources:
@@ -131,21 +131,21 @@ def compile_launch(name: str, launched: Launched, target: int, instruction: str)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes = _specialised(launched)
+    signature, constants, attributes = _specialized(launched)
     source = ASTSource(launched.kernel, signature, constants, attributes)
     options = {"num_warps": launched.warps, "num_stages": launched.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     registers, stack = _usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
-    found = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
+    tensor_core = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
     problem = None
     if stack > 0:
         problem = f"spills: {stack} bytes of stack"
     elif instruction and "tl.dot(" in launched.kernel.src:
-        wanted = "mma" if target < 90 else instruction
-        if found not in (wanted, "wgmma"):
-            problem = f"has no {wanted} instruction"
-    return Resources(name, target, registers, stack, compiled.metadata.shared, found, problem)
+        expected = "mma" if target < 90 else instruction
+        if tensor_core not in (expected, "wgmma"):
+            problem = f"has no {expected} instruction"
+    return Resources(name, target, registers, stack, compiled.metadata.shared, tensor_core, problem)
 
 
 def launches_of(case: Case) -> list[tuple[str, Launched]]:
@@ -172,7 +172,7 @@ def check(
         for name, launched in launches_of(case):
             for target in targets:
                 key = repr(
-                    (launched.kernel, *_specialised(launched), launched.warps, launched.stages, target)
+                    (launched.kernel, *_specialized(launched), launched.warps, launched.stages, target)
                 )
                 if key in seen:
                     continue

@@ -88,21 +88,21 @@ def _load_npz(path: Path, classes: str | Path | None) -> dict[str, Dataset]:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as arrays of numbers: {error}") from error
-    found = {
+    pairs = {
         part: pair
         for part, words in _PARTS.items()
         if (pair := _pair(arrays, [form for word in words for form in (f"{word}_{{}}", f"{{}}_{word}")]))
     }
-    if not found and (whole := _pair(arrays, ["{}"])):
-        found["test"] = whole
-    if not found:
+    if not pairs and (whole := _pair(arrays, ["{}"])):
+        pairs["test"] = whole
+    if not pairs:
         raise ValueError(
             f"{path} has the arrays {', '.join(arrays) or 'of no name'}; expected images and labels, or x "
             "and y, of all images or with the name of a part, such as x_train, y_train, x_test and y_test"
         )
     parts = {
         part: _from_arrays(path, part, arrays[images], arrays[labels])
-        for part, (images, labels) in _with_test(found).items()
+        for part, (images, labels) in _with_test(pairs).items()
     }
     most = max((part.classes for part in parts.values()), key=len)
     names = tuple(_class_names(list(most), classes)[0])
@@ -140,10 +140,10 @@ def _load_folder(folder: Path, image_size: int | None, classes: str | Path | Non
     }
     roots = {part: root for part, root in present.items() if root is not None and _subfolders(root)}
     roots = _with_test(roots) or {"test": folder}
-    found = sorted({name for root in roots.values() for name in _subfolders(root)}, key=_number_or_name)
-    if not found:
+    folders = sorted({name for root in roots.values() for name in _subfolders(root)}, key=_number_or_name)
+    if not folders:
         raise ValueError(f"{folder} holds no folders: expected a folder with the images of each class")
-    names, number = _class_names(found, classes)
+    names, number = _class_names(folders, classes)
     parts = {}
     for part, root in roots.items():
         files = [
@@ -167,7 +167,7 @@ def _load_folder(folder: Path, image_size: int | None, classes: str | Path | Non
             augmentation=Augmentation(_shift(images.shape[2])),
             source=str(folder),
         )
-    sizes = {part: tuple(made.images.shape[1:]) for part, made in parts.items()}
+    sizes = {part: tuple(dataset.images.shape[1:]) for part, dataset in parts.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{folder}: the parts have images of different shapes, {sizes}: give image_size")
     return parts
@@ -185,14 +185,14 @@ def _number_or_name(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if name.isdecimal() else (1, 0, name)
 
 
-def _class_names(found: list[str], file: str | Path | None) -> tuple[list[str], dict[str, int]]:
-    """All classes' names by number, and the number of each folder in ``found``.
+def _class_names(folders: list[str], file: str | Path | None) -> tuple[list[str], dict[str, int]]:
+    """All classes' names by number, and the number of each folder in ``folders``.
 
     ``file`` is JSON, a list of names or an object as ImageNet's ``{"0": ["n01440764", "tench"], …}``, or text
-    with a name in each line; without it the classes are ``found``.
+    with a name in each line; without it the classes are ``folders``.
     """
     if file is None:
-        return found, {name: number for number, name in enumerate(found)}
+        return folders, {name: number for number, name in enumerate(folders)}
     path = expanded(file)
     try:
         text = path.read_text(encoding="utf-8")
@@ -212,14 +212,14 @@ def _class_names(found: list[str], file: str | Path | None) -> tuple[list[str], 
     else:
         aliases = [[line.strip()] for line in text.splitlines() if line.strip()]
     number = {alias: index for index, names in enumerate(aliases) for alias in names}
-    unknown = [name for name in found if name not in number]
-    if unknown and all(name.isdecimal() and int(name) < len(aliases) for name in found):
-        number, unknown = {name: int(name) for name in found}, []
+    unknown = [name for name in folders if name not in number]
+    if unknown and all(name.isdecimal() and int(name) < len(aliases) for name in folders):
+        number, unknown = {name: int(name) for name in folders}, []
     if unknown:
         raise ValueError(
-            f"{path} does not name {len(unknown)} of the {len(found)} classes, for example {unknown[0]}"
+            f"{path} does not name {len(unknown)} of the {len(folders)} classes, for example {unknown[0]}"
         )
-    return [names[-1] for names in aliases], {name: number[name] for name in found}
+    return [names[-1] for names in aliases], {name: number[name] for name in folders}
 
 
 def _decoded(files: list[Path], size: int | None) -> torch.Tensor:

@@ -26,7 +26,10 @@ _STAGES = (
 
 def _architecture(width: float) -> tuple[list[tuple[int, int, int, int]], int, int]:
     """Settings of the stages, widths of the stem and of the last convolution."""
-    stages = [(expansion, scaled(own, width), blocks, stride) for expansion, own, blocks, stride in _STAGES]
+    stages = [
+        (expansion, scaled(channels, width), blocks, stride)
+        for expansion, channels, blocks, stride in _STAGES
+    ]
     return stages, scaled(32, width), scaled(1280, width)
 
 

@@ -268,11 +268,11 @@ class _Merger:
 
     def _redirect(self) -> None:
         """Lets every user take the value of its mode."""
-        for own, evaluation in self.eval_of.items():
-            sources = iter(list(_operands(own)))
+        for node, evaluation in self.eval_of.items():
+            sources = iter(list(_operands(node)))
 
-            def chosen(node: fx.Node, sources: Iterator[fx.Node] = sources) -> fx.Node:
-                return self.switched.get((next(sources), node), node)
+            def chosen(operand: fx.Node, sources: Iterator[fx.Node] = sources) -> fx.Node:
+                return self.switched.get((next(sources), operand), operand)
 
             evaluation.args = fx.node.map_arg(evaluation.args, chosen)
             evaluation.kwargs = fx.node.map_arg(evaluation.kwargs, chosen)

@@ -235,9 +235,9 @@ def _samples(norm: Norm, is_clean: Tensor | None, batch: int) -> _Samples:
 
 def train_coefficients(norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
     """scale = ω γ_k/σ_k and shift = β_k − μ_k γ_k/σ_k for each sample's branch k, Eq. 13; both [B, C]."""
-    own = _samples(norm, mix.is_clean, batch)
-    gain = own.weight * own.inv_std
-    shift = _rows(norm.bias, mix.is_clean, batch) - own.mean * gain
+    sample = _samples(norm, mix.is_clean, batch)
+    gain = sample.weight * sample.inv_std
+    shift = _rows(norm.bias, mix.is_clean, batch) - sample.mean * gain
     return _scaled(gain, mix.filter_scale), shift
 
 
@@ -249,13 +249,13 @@ def train_sums(sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
     g1, gc, mean = sums
     assert mean is not None
     is_clean, affine_rows, stat_rows = mix.is_clean, len(norm.weight), len(norm.mean)
-    own = _samples(norm, is_clean, len(mean))
-    d = _scaled(mean, mix.filter_scale) - own.mean
-    along = (_scaled(gc, mix.filter_scale) + d * g1) * own.inv_std  # Σ_hw g · normalized
+    sample = _samples(norm, is_clean, len(mean))
+    d = _scaled(mean, mix.filter_scale) - sample.mean
+    along = (_scaled(gc, mix.filter_scale) + d * g1) * sample.inv_std  # Σ_hw g · normalized
     return TrainSums(
         _sum_by_row(along, is_clean, affine_rows),
         _sum_by_row(g1, is_clean, affine_rows),
-        torch.stack([_sum_by_row(own.weight * x, is_clean, stat_rows) for x in (g1, along)]),
+        torch.stack([_sum_by_row(sample.weight * x, is_clean, stat_rows) for x in (g1, along)]),
     )
 
 
@@ -281,23 +281,23 @@ def train_gradients(
     if totals is None:
         totals = train_sums(sums, norm, mix)
     is_clean, filter_scale, batch = mix.is_clean, mix.filter_scale, len(stats.mean)
-    own = _samples(norm, is_clean, batch)
+    sample = _samples(norm, is_clean, batch)
     count = _rows(n[:, None].clamp(min=1), is_clean, batch)  # [B, 1]
-    d = _scaled(stats.mean, filter_scale) - own.mean
+    d = _scaled(stats.mean, filter_scale) - sample.mean
     # what reaches each sample through its statistics
     through_mean = _rows(totals.through[0], is_clean, batch) / count
-    through_var = _rows(totals.through[1], is_clean, batch) * own.inv_std / count
+    through_var = _rows(totals.through[1], is_clean, batch) * sample.inv_std / count
 
-    scaled_inv_std = _scaled(own.inv_std, filter_scale)
+    scaled_inv_std = _scaled(sample.inv_std, filter_scale)
     propagation = Propagation(
-        by_grad=own.weight * scaled_inv_std,
+        by_grad=sample.weight * scaled_inv_std,
         by_input=-_scaled(scaled_inv_std * through_var, filter_scale),
         constant=-scaled_inv_std * (through_mean + through_var * d),
     )
     d_filter_scale = None
     if need_filter_scale:
         assert filter_scale is not None
-        at_mean = own.weight * sums.g1 - stats.hw * (through_mean + through_var * d)
-        spread = own.weight * sums.gc - through_var * filter_scale * stats.m2
-        d_filter_scale = own.inv_std * (spread + stats.mean * at_mean)
+        at_mean = sample.weight * sums.g1 - stats.hw * (through_mean + through_var * d)
+        spread = sample.weight * sums.gc - through_var * filter_scale * stats.m2
+        d_filter_scale = sample.inv_std * (spread + stats.mean * at_mean)
     return Gradients(d_filter_scale, None, totals.bn_weight, totals.bn_bias), propagation

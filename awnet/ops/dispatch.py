@@ -128,7 +128,7 @@ class Explanation:
     backend: str
     others: dict[str, str]
     amx: str | None = None
-    self_check: str | None = None  # the verdict on the backend, where it has one
+    self_check: str | None = None  # its result for the backend, where it has one
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: runs this call ({_BY_NAME[self.backend].summary})"]

@@ -128,13 +128,13 @@ def launches(slug: str) -> dict[str, dict[str, int]]:
         return {}
     table = read_table(path)
     for key, entry in table.items():
-        wanted = next(
+        default = next(
             (d for k, d in launches("default").items() if k.split("/")[0] == key.split("/")[0]), None
         )
-        if wanted is None:
+        if default is None:
             raise ValueError(f"{path}: launches[{key!r}] is for no op that has defaults; {_REWRITE}")
-        if entry.keys() != wanted.keys():
-            got, expected = ", ".join(entry), ", ".join(wanted)
+        if entry.keys() != default.keys():
+            got, expected = ", ".join(entry), ", ".join(default)
             raise ValueError(f"{path}: launches[{key!r}] has {got}; expected {expected}; {_REWRITE}")
     return table
 

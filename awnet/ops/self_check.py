@@ -6,11 +6,11 @@ float64 on the same device: both layouts, three dtypes, shapes that are vectoriz
 masks, residuals, NaN and in place. Each case runs twice with equal bits, between guard bands. A backend that
 fails is not taken, and the reason is given.
 
-The verdict on values is stored in the user's cache folder, under a hash of everything that it depends on. A
+The result is stored in the user's cache folder, under a hash of everything that it depends on. A
 kernel that cannot be compiled or launched at all is tried again by the next process. Calls that torch.compile
-traces or a CUDA graph captures never run a check: they take the stored verdict.
+traces or a CUDA graph captures never run a check: they take the stored result.
 
-``AWNET_SELF_CHECK=0`` leaves the check out, ``AWNET_SELF_CHECK=always`` ignores stored verdicts.
+``AWNET_SELF_CHECK=0`` leaves the check out, ``AWNET_SELF_CHECK=always`` ignores stored results.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """The outcome of a check."""
 
     reason: str | None  # why the backend must not be taken
@@ -68,7 +68,7 @@ class Verdict:
         return f"self-check passed on {self.day} ({self.cases} cases, {self.seconds:.1f} s)"
 
 
-_verdicts: dict[tuple[str, torch.device], Verdict] = {}
+_results: dict[tuple[str, torch.device], CheckResult] = {}
 _reasons: dict[tuple[str, torch.device], str | None] = {}  # looked up at every call
 _warned: set[str] = set()
 _lock = threading.Lock()
@@ -100,19 +100,19 @@ def _decide(kernels: Kernels, device: torch.device) -> str | None:
         _reasons[key] = None
         return None
     path = _path(kernels, device)
-    verdict = None if mode() == "always" or _renewed else _read(path)
-    if verdict is None and _postponed(device):
+    result = None if mode() == "always" or _renewed else _read(path)
+    if result is None and _postponed(device):
         _warn(
             f"backend {kernels.backend!r} runs unchecked on {device}: nothing can be checked while a call is "
             "traced or captured; `awnet info --self-check` checks it once for all"
         )
         return None
-    if verdict is None:
-        verdict, stored = check(kernels, device)
+    if result is None:
+        result, stored = check(kernels, device)
         if stored:
-            _write(path, verdict)
-    _verdicts[key] = verdict
-    _reasons[key] = None if verdict.reason is None else str(verdict)
+            _write(path, result)
+    _results[key] = result
+    _reasons[key] = None if result.reason is None else str(result)
     return _reasons[key]
 
 
@@ -129,18 +129,18 @@ def _warn(message: str) -> None:
 
 
 def status(backend: str) -> str | None:
-    """The verdicts on ``backend`` in this process, as text; None without one."""
-    texts = [f"{verdict} on {device}" for (name, device), verdict in _verdicts.items() if name == backend]
+    """The results for ``backend`` in this process, as text; None without one."""
+    texts = [f"{result} on {device}" for (name, device), result in _results.items() if name == backend]
     return "; ".join(texts) or None
 
 
 def forget() -> None:
-    """Forgets this process's verdicts and warnings; stored verdicts count."""
+    """Forgets this process's results and warnings; stored results count."""
     _reset(renewed=False)
 
 
 def renew() -> None:
-    """Forgets all verdicts: the next call that could take a backend checks it anew."""
+    """Forgets all results: the next call that could take a backend checks it again."""
     _reset(renewed=True)
 
 
@@ -148,7 +148,7 @@ def _reset(renewed: bool) -> None:
     global _renewed
     with _lock:
         _renewed = renewed
-        _verdicts.clear()
+        _results.clear()
         _reasons.clear()
         _warned.clear()
 
@@ -164,14 +164,14 @@ def _postponed(device: torch.device) -> bool:
 # --- the check
 
 
-def check(kernels: Kernels, device: torch.device) -> tuple[Verdict, bool]:
-    """Runs the check. Returns the verdict, and whether it will hold in later processes."""
+def check(kernels: Kernels, device: torch.device) -> tuple[CheckResult, bool]:
+    """Runs the check. Returns the result, and whether it will hold in later processes."""
     # a separate thread: the caller's autocast, inference mode and stream do not apply to it
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(_check, kernels, device).result()
 
 
-def _check(kernels: Kernels, device: torch.device) -> tuple[Verdict, bool]:
+def _check(kernels: Kernels, device: torch.device) -> tuple[CheckResult, bool]:
     start, checker = time.monotonic(), _Checker(kernels, device)
     reason: str | None
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -190,7 +190,7 @@ def _check(kernels: Kernels, device: torch.device) -> tuple[Verdict, bool]:
             except Exception as error:  # a full device, a launch that this device refuses
                 reason = f"{checker.label}: {_text(error)}"
     seconds = time.monotonic() - start
-    return Verdict(reason, checker.cases, round(seconds, 2), date.today().isoformat()), stored
+    return CheckResult(reason, checker.cases, round(seconds, 2), date.today().isoformat()), stored
 
 
 def _text(error: BaseException) -> str:
@@ -270,7 +270,7 @@ class _Checker:
         self.label = f"{name}, {label}"
         function = self.kernels.functions.get(name) or getattr(self.kernels.passes, name)
         expected = self_check_cases.expected(name, *(self._mapped(x, _widened) for x in arguments))
-        kept = [_tensors(x) for i, x in enumerate(arguments) if i not in set(writes)]
+        inputs = [_tensors(x) for i, x in enumerate(arguments) if i not in set(writes)]
         results = []
         for _ in range(2):
             memory = _GuardedMemory()
@@ -280,7 +280,7 @@ class _Checker:
             if not memory.intact():
                 raise _WrongError(f"{self.label}: it wrote outside its tensors")
             after = [_tensors(x) for i, x in enumerate(guarded) if i not in set(writes)]
-            for before, now in zip(kept, after, strict=True):
+            for before, now in zip(inputs, after, strict=True):
                 if not all(_same_bits(a.to(self.device), b) for a, b in zip(before, now, strict=True)):
                     raise _WrongError(f"{self.label}: it changed its inputs")
         for got, again, want in zip(*results, _flat(expected), strict=True):
@@ -332,11 +332,11 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*as_bytes)
 
 
-# --- stored verdicts
+# --- stored results
 
 
 def _path(kernels: Kernels, device: torch.device) -> Path | None:
-    """Where the verdict is stored; None where the user has no home."""
+    """Where the result is stored; None where the user has no home."""
     try:
         folder = cache_folder("self-check")
     except RuntimeError:
@@ -347,8 +347,8 @@ def _path(kernels: Kernels, device: torch.device) -> Path | None:
 def _fingerprint(kernels: Kernels, device: torch.device) -> str:
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    own = (here / "self_check.py", here / "self_check_cases.py", here / "backends" / "base.py")
-    for path in sorted((*own, *kernels.sources())):
+    checks = (here / "self_check.py", here / "self_check_cases.py", here / "backends" / "base.py")
+    for path in sorted((*checks, *kernels.sources())):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     digest.update(json.dumps([*_versions(), *_device_names(device)]).encode())
     return digest.hexdigest()[:24]
@@ -374,21 +374,21 @@ def _device_names(device: torch.device) -> Iterator[str]:
         yield driver.read_text() if driver.exists() else ""
 
 
-def _read(path: Path | None) -> Verdict | None:
+def _read(path: Path | None) -> CheckResult | None:
     if path is None:
         return None
     try:
-        return Verdict(**read_json(path))
+        return CheckResult(**read_json(path))
     except (OSError, ValueError, TypeError):  # none yet, or a damaged file
         return None
 
 
-def _write(path: Path | None, verdict: Verdict) -> None:
+def _write(path: Path | None, result: CheckResult) -> None:
     if path is None:
         return
     try:
         # renamed into place, so ranks that check at the same time write one after the other
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, asdict(verdict))
+        write_json(path, asdict(result))
     except OSError:  # a folder that cannot be written to: the next process checks again
         pass

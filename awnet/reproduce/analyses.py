@@ -117,15 +117,15 @@ def effective_filters(
         for key, values in filter_means(model, x[:1], scales).items():
             kind, layer = key.split("/", 1)
             series.setdefault(layer, {})[kind] = values
-        dynamic = {layer: found for layer, found in series.items() if len(found) == 3}
-        for number, (layer, found) in enumerate(dynamic.items()):
-            for kind, values in found.items():
+        dynamic = {layer: kinds for layer, kinds in series.items() if len(kinds) == 3}
+        for number, (layer, kinds) in enumerate(dynamic.items()):
+            for kind, values in kinds.items():
                 rows += [(label, layer, kind, i, float(value)) for i, value in enumerate(values)]
             if number < layers:
                 panels[f"{label}: {layer}"] = {
-                    "weights": found["weights"],
-                    "clean images, ω·weights": found["clean"],
-                    f"adversarial images ({attack}), ω·weights": found["adversarial"],
+                    "weights": kinds["weights"],
+                    "clean images, ω·weights": kinds["clean"],
+                    f"adversarial images ({attack}), ω·weights": kinds["adversarial"],
                 }
     return _write(panels, rows, out, "effective_filters", title) if panels else []
 

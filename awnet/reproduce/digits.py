@@ -236,7 +236,7 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
     console.print(w_robust_table(reports))
     console.print(comparison_table(report))
     for name, comparison in report.compared_with.items():
-        say(console, f"{AWNET} against {name} ({TWINS[name]}): {verdict(comparison)}")
+        say(console, f"{AWNET} against {name} ({TWINS[name]}): {conclusion(comparison)}")
     say(
         console,
         "One seed, one test set, and no correction for the number of comparisons: look at the intervals, "
@@ -254,7 +254,7 @@ def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: floa
     say(console, f"report:     {folder / 'report.html'}")
 
 
-def verdict(comparison: Comparison) -> str:
+def conclusion(comparison: Comparison) -> str:
     """Clean accuracy and A_w under each attack: better or worse if the 95 % interval excludes 0."""
     clean = {"clean": (comparison.clean_difference, comparison.clean_interval_95)}
     attacks = {name: (attack.difference, attack.interval_95) for name, attack in comparison.attacks.items()}

@@ -108,17 +108,19 @@ def run_digits_seeds(
     write_json(out / "seeds.json", saved)
     analysis.differences_by_training(
         {
-            f"{AWNET} − {twin}": {attack_label(what): (s.values, s.interval_95) for what, s in found.items()}
-            for twin, found in differences.items()
+            f"{AWNET} − {twin}": {
+                attack_label(what): (s.values, s.interval_95) for what, s in spreads.items()
+            }
+            for twin, spreads in differences.items()
         },
         out / "seeds.png",
         title=f"digits: {len(seeds)} trainings, one mark each",
     )
     console.rule(f"{len(seeds)} seeds")
     console.print(_table(result))
-    for twin, found in differences.items():
-        said = in_words({what: (spread.mean, spread.interval_95) for what, spread in found.items()})
-        say(console, f"{AWNET} against {twin} ({TWINS[twin]}): {said}")
+    for twin, spreads in differences.items():
+        conclusion = in_words({what: (spread.mean, spread.interval_95) for what, spread in spreads.items()})
+        say(console, f"{AWNET} against {twin} ({TWINS[twin]}): {conclusion}")
     say(console, f"written to {out / 'seeds.json'} and {out / 'seeds.png'}")
     return result
 
@@ -132,8 +134,8 @@ def _spread(values: list[float]) -> Spread:
     return Spread(values, fmean(values), stdev(values), t_interval(values))
 
 
-def _plain(spreads: dict[str, dict[str, Spread]]) -> dict[str, Any]:
-    return {name: {what: asdict(one) for what, one in found.items()} for name, found in spreads.items()}
+def _plain(by_model: dict[str, dict[str, Spread]]) -> dict[str, Any]:
+    return {name: {what: asdict(one) for what, one in spreads.items()} for name, spreads in by_model.items()}
 
 
 def _points(difference: float) -> str:
@@ -156,14 +158,14 @@ def _table(result: SeedsResult) -> Table:
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column("Clean\nA_nat" if name == CLEAN else f"{attack_label(name)}\nA_w", justify="right")
-    for model, found in result.accuracies.items():
-        cells = [f"{100 * found[name].mean:.1f} ±{100 * found[name].sd:.1f}" for name in names]
+    for model, spreads in result.accuracies.items():
+        cells = [f"{100 * spreads[name].mean:.1f} ±{100 * spreads[name].sd:.1f}" for name in names]
         table.add_row(model, *cells)
     table.add_section()
-    for twin, found in result.differences.items():
+    for twin, spreads in result.differences.items():
         cells = []
         for name in names:
-            mean, low, high = (_points(value) for value in (found[name].mean, *found[name].interval_95))
+            mean, low, high = (_points(value) for value in (spreads[name].mean, *spreads[name].interval_95))
             cells.append(f"{mean}\n\\[{low}, {high}]")
         table.add_row(f"minus {twin}", *cells)
     return table

@@ -27,7 +27,7 @@ from awnet.files import expanded, write_json, write_text
 from awnet.precision import full_precision
 from awnet.provenance import environment
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
-from awnet.reproduce.digits import followed, say, verdict
+from awnet.reproduce.digits import conclusion, followed, say
 from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
 from awnet.reproduce.runs import SURROGATE, Runs
 from awnet.terminal import safe_console
@@ -247,8 +247,8 @@ def _paper(experiment: Experiment, dataset: str, system: str, attack: str) -> Pa
     if experiment.table is None:
         return None
     key = (dataset, system, attack)
-    found = [row for row in paper_rows(experiment.table) if (row.dataset, row.system, row.attack) == key]
-    return found[0] if found else None
+    rows = [row for row in paper_rows(experiment.table) if (row.dataset, row.system, row.attack) == key]
+    return rows[0] if rows else None
 
 
 def _lines_of(
@@ -294,7 +294,7 @@ def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
     for label, report in reports.items():
         if first is not None and report is not first:
             runs.differences.append(
-                f"{AWNET.label} against {label}, {dataset}: {verdict(compare(first, report, runs.seed))}."
+                f"{AWNET.label} against {label}, {dataset}: {conclusion(compare(first, report, runs.seed))}."
             )
         runs.flags += [f"{label}, {dataset}: {flag}." for flag in report.flags]
 

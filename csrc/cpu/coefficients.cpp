@@ -32,7 +32,7 @@ const bool* bools(const MaybeTensor& x, int64_t batch) {
   return x->const_data_ptr<bool>();
 }
 
-// A [rows, C] table of which sample b uses row 0 or its own branch's.
+// A [rows, C] table of which sample b uses row 0 or the row of its branch.
 struct Table {
   const float* data;
   int64_t rows, channels;
@@ -175,11 +175,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_statistics(const SampleStats& stats, co
       for (int64_t b = 0; b < batch; ++b) {
         const int64_t k = rows == 2 && clean[b];
         double* sum = sums.data() + k * width - first;
-        const float* own = mu_p + k * channels;
+        const float* branch_mean = mu_p + k * channels;
         for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
           const float scale = w ? w[i] : 1.0f;
-          sum[c] +=
-              pass == 0 ? scale * m[i] : spread(m[i], squares[i], static_cast<float>(hw), scale, own[c]);
+          sum[c] += pass == 0 ? scale * m[i]
+                              : spread(m[i], squares[i], static_cast<float>(hw), scale, branch_mean[c]);
         }
       }
       for (int64_t k = 0; k < rows; ++k) {
@@ -242,20 +242,20 @@ struct Backward {
   float scale(int64_t i) const { return filter_scale ? filter_scale[i] : 1.0f; }
 
   // For channels [first, last): d_weight and d_bias, and sums over each row of the statistics, times the
-  // weight: 4 a channel, of g for both rows, then of g . normalised.
+  // weight: 4 a channel, of g for both rows, then of g . normalized.
   std::vector<double> sums(int64_t first, int64_t last, float* d_weight, float* d_bias) const {
     const int64_t width = last - first;
     std::vector<double> tables(4 * width, 0.0), through(4 * width, 0.0);
     for (int64_t b = 0; b < batch; ++b) {
       const int64_t k = branch_of(b), row = affine_rows == 2 ? k : 0, stat_row = stat_row_of(b);
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
-        const Branch own = norm.branch(k, c);
-        const float a = along(g1[i], gc[i], mean[i], scale(i), own);
+        const Branch branch = norm.branch(k, c);
+        const float a = along(g1[i], gc[i], mean[i], scale(i), branch);
         double *table = tables.data() + 4 * (c - first), *sum = through.data() + 4 * (c - first);
         table[row] += g1[i];
         table[2 + row] += a;
-        sum[stat_row] += own.weight * g1[i];
-        sum[2 + stat_row] += own.weight * a;
+        sum[stat_row] += branch.weight * g1[i];
+        sum[2 + stat_row] += branch.weight * a;
       }
     }
     for (int64_t c = first; c < last; ++c) {
@@ -328,12 +328,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_gradients(
       const int64_t k = of.branch_of(b), stat_row = of.stat_row_of(b);
       const float count = std::max(n_p[stat_row], 1.0f);
       for (int64_t c = first, i = b * channels + first; c < last; ++c, ++i) {
-        const Branch own = of.norm.branch(k, c);
+        const Branch branch = of.norm.branch(k, c);
         const double* sum = sums.data() + 4 * (c - first);
         const TrainGradients d =
-            awnet::train_gradients(of.g1[i], of.gc[i], of.mean[i], squares[i], hw_f, of.scale(i), own,
+            awnet::train_gradients(of.g1[i], of.gc[i], of.mean[i], squares[i], hw_f, of.scale(i), branch,
                                    static_cast<float>(sum[stat_row]) / count,
-                                   static_cast<float>(sum[2 + stat_row]) * own.inv_std / count);
+                                   static_cast<float>(sum[2 + stat_row]) * branch.inv_std / count);
         if (need_filter_scale) d_filter_scale_p[i] = d.filter_scale;
         by_grad_p[i] = d.by_grad;
         by_input_p[i] = d.by_input;

@@ -70,8 +70,8 @@ static void winograd_rows(float* to, int64_t point, const float* from, int64_t p
   }
 }
 
-// Eight filters of 9 taps, `stride` apart: lane r of found[t] is tap t of filter r.
-AWNET_INLINE void transpose_filters(__m256* found, const float* from, int64_t stride) {
+// Eight filters of 9 taps, `stride` apart: lane r of taps[t] is tap t of filter r.
+AWNET_INLINE void transpose_filters(__m256* taps, const float* from, int64_t stride) {
   __m256 by_filter[8], pairs[8], fours[8];
   for (int r = 0; r < 8; ++r) by_filter[r] = _mm256_loadu_ps(from + r * stride);
   for (int r = 0; r < 8; r += 2) {
@@ -85,12 +85,12 @@ AWNET_INLINE void transpose_filters(__m256* found, const float* from, int64_t st
     }
   }
   for (int t = 0; t < 4; ++t) {
-    found[t] = _mm256_permute2f128_ps(fours[t], fours[t + 4], 0x20);
-    found[t + 4] = _mm256_permute2f128_ps(fours[t], fours[t + 4], 0x31);
+    taps[t] = _mm256_permute2f128_ps(fours[t], fours[t + 4], 0x20);
+    taps[t + 4] = _mm256_permute2f128_ps(fours[t], fours[t + 4], 0x31);
   }
   from += 8;
-  found[8] = _mm256_setr_ps(from[0], from[stride], from[2 * stride], from[3 * stride], from[4 * stride],
-                            from[5 * stride], from[6 * stride], from[7 * stride]);
+  taps[8] = _mm256_setr_ps(from[0], from[stride], from[2 * stride], from[3 * stride], from[4 * stride],
+                           from[5 * stride], from[6 * stride], from[7 * stride]);
 }
 
 static void winograd_weights(float* to, int64_t point, const float* from, int64_t stride,

@@ -125,7 +125,7 @@ class Batch {
     return at::empty({batch(), channels()}, like.options().dtype(at::kFloat));
   }
 
-  // To be asked for when all tensors of the call have been seen.
+  // To be called after all tensors of the call were seen.
   const Images* images() const { return &images_; }
   Tensor workspace(const Tensor& like) const {
     return at::empty({awnet_cuda_workspace(&images_)}, like.options().dtype(at::kFloat));

@@ -191,7 +191,7 @@ __device__ __forceinline__ Through train_sums_of(const Tables& tables, const Sum
                                                  const MixPointers& mix, int64_t c, const Branch (&branch)[2],
                                                  float* d_weight, float* d_bias) {
   const int64_t channels = tables.channels;
-  float sum[4] = {};  // of both branches: g1, g . normalised
+  float sum[4] = {};  // of both branches: g1, g . normalized
   if (c < channels) {
     for (int64_t b = threadIdx.y; b < tables.batch; b += kDown) {
       const int k = branch_of(mix, b);
@@ -268,11 +268,12 @@ __global__ void __launch_bounds__(kAcross* kDown)
   for (int64_t b = threadIdx.y; b < tables.batch; b += kDown) {
     const int k = branch_of(mix, b);
     const int64_t i = b * channels + c;
-    const Branch own = k == 0 ? branch[0] : branch[1];
+    const Branch selected = k == 0 ? branch[0] : branch[1];
     const float count = fmaxf(n[two_rows ? k : 0], 1.0f);
-    const TrainGradients d = train_gradients(
-        sums.g1[i], sums.gc[i], stats.mean[i], stats.m2[i], hw, filter_scale_at(mix, i), own,
-        (k == 0 ? of.mean[0] : of.mean[1]) / count, (k == 0 ? of.var[0] : of.var[1]) * own.inv_std / count);
+    const TrainGradients d =
+        train_gradients(sums.g1[i], sums.gc[i], stats.mean[i], stats.m2[i], hw, filter_scale_at(mix, i),
+                        selected, (k == 0 ? of.mean[0] : of.mean[1]) / count,
+                        (k == 0 ? of.var[0] : of.var[1]) * selected.inv_std / count);
     if (to.filter_scale != nullptr) to.filter_scale[i] = d.filter_scale;
     to.by_grad[i] = d.by_grad;
     to.by_input[i] = d.by_input;

@@ -20,7 +20,7 @@ constexpr int kWarp = 32;
 template <class T>
 constexpr int kFull = 16 / static_cast<int>(sizeof(T));
 
-// V neighbouring values as they lie in memory, widened one by one.
+// V neighboring values as stored, widened one by one.
 template <class T, int V>
 struct alignas(V * sizeof(T)) Vector {
   T value[V];
@@ -128,7 +128,7 @@ struct ReluGrad {
   }
 };
 
-// V entries of a [B, C] table; where V > 1, the first one lies at a multiple of 16 bytes.
+// V entries of a [B, C] table; where V > 1, the first one is aligned to 16 bytes.
 template <int V>
 __device__ __forceinline__ void load_entries(const float* from, float (&entries)[V]) {
   constexpr int kAtOnce = V % 4 == 0 ? 4 : 1;
@@ -142,7 +142,7 @@ __device__ __forceinline__ void load_entries(const float* from, float (&entries)
 
 // --- sums, always in the same order
 
-// Over `width` neighbouring lanes, a power of two; all lanes of the warp take part and get their group's sum.
+// Over `width` neighboring lanes, a power of two; all lanes of the warp take part and get their group's sum.
 __device__ __forceinline__ float lane_sum(float value, int width) {
   for (int step = width / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
   return value;

@@ -1,9 +1,9 @@
-// Drives an operation over every value of images; apply.cu and propagate.cu bring one each:
+// Drives an operation over every value of images; used by apply.cu and propagate.cu:
 //
 //   using Value               the images' dtype
 //   kUnroll                   accesses of each image that a thread has in flight
-//   Inputs<V>                 what it reads for V neighbouring values
-//   Coefficients<V>           what it reads for V neighbouring [B, C] entries
+//   Inputs<V>                 what it reads for V neighboring values
+//   Coefficients<V>           what it reads for V neighboring [B, C] entries
 //   read<V>(i)                -> Inputs<V>, from value i on
 //   coefficients<V>(entry)    -> Coefficients<V>, from that entry on
 //   write<V>(i, inputs, of)   computes and stores, where of(j) gives value j's Coefficients<1>, j = 0, …, V -

@@ -178,22 +178,22 @@ __global__ void __launch_bounds__(kThreads)
   if (op.p.g1 == nullptr) return;
   column_sums(sum);
   column_sums(along);
-  const bool own = threadIdx.y == 0 && column.end > 0;
+  const bool writes = threadIdx.y == 0 && column.end > 0;
   if (rows.parts == 1) {
-    if (!own) return;
+    if (!writes) return;
 #pragma unroll
     for (int j = 0; j < V; ++j) op.finish(column.entry + j, sum[j], along[j], c.centre[j]);
     return;
   }
   float* const alongs = op.p.workspace + entries * rows.parts;
-  if (own) {
+  if (writes) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       op.p.workspace[column.entry + j] = sum[j];
       alongs[column.entry + j] = along[j];
     }
   }
-  if (!last_of(op.p.tickets + sample * gridDim.y + blockIdx.y, rows.parts) || !own) return;
+  if (!last_of(op.p.tickets + sample * gridDim.y + blockIdx.y, rows.parts) || !writes) return;
   const int64_t from = sample * rows.parts * rows.channels + column.table - sample * rows.channels;
 #pragma unroll
   for (int j = 0; j < V; ++j) {

@@ -25,7 +25,7 @@ inline int vector_width(const Images& images) {
   return images.aligned && run % full == 0 ? full : 1;
 }
 
-// Sums over a plane: by `width` neighbouring lanes (a warp or a part of it) or by `width` = kThreads, a
+// Sums over a plane: by `width` neighboring lanes (a warp or a part of it) or by `width` = kThreads, a
 // block; planes longer than a block can hold in registers are cut into `parts` of `length` vectors.
 struct Planes {
   int64_t entries;   // B * C planes

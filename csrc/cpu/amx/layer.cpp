@@ -56,12 +56,12 @@ Tensor to_cells(const Tensor& x) {
       for (int64_t image = 0; image < kImages; ++image) {
         const int64_t b = group * kImages + image;
         for (int64_t block = 0; block < blocks; ++block) {
-          Bits* const own = to + ((group * blocks + block) * pixels + pixel) * kCell + image * kChannels;
+          Bits* const vector = to + ((group * blocks + block) * pixels + pixel) * kCell + image * kChannels;
           if (b < batch) {
-            std::memcpy(own, from + (b * pixels + pixel) * channels + block * kChannels,
+            std::memcpy(vector, from + (b * pixels + pixel) * channels + block * kChannels,
                         kChannels * sizeof(Bits));
           } else {
-            std::memset(own, 0, kChannels * sizeof(Bits));
+            std::memset(vector, 0, kChannels * sizeof(Bits));
           }
         }
       }
@@ -200,10 +200,10 @@ Tensor weight_gradient(const Kernels& kernels, const Tensor& grad, const Tensor&
       }
       for (int64_t o = 0; o < kChannels; ++o) {
         for (int64_t p = 0; p < positions; ++p) {
-          at::BFloat16* const own = to + (out * kChannels + o) * step[0] + in * kChannels * step[1] +
+          at::BFloat16* const row = to + (out * kChannels + o) * step[0] + in * kChannels * step[1] +
                                     p / geometry.kernel[1] * step[2] + p % geometry.kernel[1] * step[3];
           const float* const from = sums.data() + p * 2 * kCell + o * kChannels;
-          for (int64_t c = 0; c < kChannels; ++c) own[c * step[1]] = from[c];
+          for (int64_t c = 0; c < kChannels; ++c) row[c * step[1]] = from[c];
         }
       }
     }

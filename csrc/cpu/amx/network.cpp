@@ -308,9 +308,9 @@ void copy_images(const Run& run, const Tensor& x) {
     const int64_t channel = block * kChannels, channels = std::min(kChannels, plan.channels - channel);
     for (int64_t b = 0; b < count; ++b) {
       for (int64_t c = 0; c < channels; ++c) {
-        const Bits* const own = from + (begin + b) * step[0] + (channel + c) * step[1];
+        const Bits* const plane = from + (begin + b) * step[0] + (channel + c) * step[1];
         for (int64_t p = 0; p < plan.in_pixels; ++p) {
-          to[p * kCell + b * kChannels + c] = own[p / plan.size[1] * step[2] + p % plan.size[1] * step[3]];
+          to[p * kCell + b * kChannels + c] = plane[p / plan.size[1] * step[2] + p % plan.size[1] * step[3]];
         }
       }
     }
@@ -328,9 +328,10 @@ void copy_image_gradients(const Run& run, const Tensor& d_x, int64_t offset) {
     const int64_t channel = block * kChannels, channels = std::min(kChannels, plan.channels - channel);
     for (int64_t b = 0; b < count; ++b) {
       for (int64_t c = 0; c < channels; ++c) {
-        Bits* const own = to + (begin + b) * step[0] + (channel + c) * step[1];
+        Bits* const plane = to + (begin + b) * step[0] + (channel + c) * step[1];
         for (int64_t p = 0; p < plan.in_pixels; ++p) {
-          own[p / plan.size[1] * step[2] + p % plan.size[1] * step[3]] = from[p * kCell + b * kChannels + c];
+          plane[p / plan.size[1] * step[2] + p % plan.size[1] * step[3]] =
+              from[p * kCell + b * kChannels + c];
         }
       }
     }

@@ -51,10 +51,10 @@ class Pool {
   std::pair<void*, size_t> take(size_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = free_.lower_bound(bytes);
-      if (found != free_.end() && found->first <= 2 * bytes + kPage) {
-        const std::pair<void*, size_t> block(found->second, found->first);
-        free_.erase(found);
+      const auto entry = free_.lower_bound(bytes);
+      if (entry != free_.end() && entry->first <= 2 * bytes + kPage) {
+        const std::pair<void*, size_t> block(entry->second, entry->first);
+        free_.erase(entry);
         return block;
       }
     }
@@ -112,7 +112,7 @@ const Kernels* kernels_for_layers() {
 at::Tensor pooled_memory(int64_t bytes) {
   const auto [block, size] = pool().take((static_cast<size_t>(bytes) / kPage + 1) * kPage);
   return at::from_blob(
-      block, {bytes}, [size = size](void* own) { pool().give(own, size); }, at::TensorOptions(at::kByte));
+      block, {bytes}, [size = size](void* block) { pool().give(block, size); }, at::TensorOptions(at::kByte));
 }
 
 }  // namespace awnet::cpu::amx
