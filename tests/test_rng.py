@@ -10,7 +10,7 @@ from awnet import rng
 INDEX = torch.arange(2000)
 
 
-def test_known_values_never_change():
+def test_random_numbers_equal_stored_values():
     # runs that were interrupted, and reports of other machines, depend on these
     assert rng.key() == 5694367389426422167
     assert rng.key(0, "shuffle", 3) == -4587913170360444004
@@ -58,7 +58,7 @@ def test_bits_are_those_of_splitmix64_in_plain_integers():
     assert [[value % 2**64 for value in row] for row in got.tolist()] == expected
 
 
-def test_keys_differ_by_every_part():
+def test_keys_depend_on_every_part():
     keys = {rng.key(seed, name, epoch) for seed in range(10) for name in "ab" for epoch in range(10)}
     assert len(keys) == 200
     assert rng.key(1, 23) != rng.key(12, 3)
@@ -81,7 +81,7 @@ def test_uniform_fills_its_bins_evenly():
 
 
 @pytest.mark.parametrize("which", ["samples", "positions", "keys"])
-def test_neighbours_are_uncorrelated(which):
+def test_numbers_of_neighboring_keys_are_uncorrelated(which):
     if which == "keys":
         a, b = rng.uniform(rng.key(0), INDEX, (100,)), rng.uniform(rng.key(1), INDEX, (100,))
     else:
@@ -116,7 +116,7 @@ def test_a_sample_gets_the_same_whatever_its_place_and_batch(order, batch):
     assert torch.equal(parts, whole[torch.tensor(order)])
 
 
-def test_an_empty_batch_and_a_scalar_shape():
+def test_random_numbers_for_an_empty_batch_and_a_scalar_shape():
     assert rng.normal(0, torch.empty(0, dtype=torch.int64), (2, 3)).shape == (0, 2, 3)
     assert rng.uniform(0, torch.arange(4), ()).shape == (4,)
 
@@ -124,7 +124,7 @@ def test_an_empty_batch_and_a_scalar_shape():
 @pytest.mark.parametrize(
     "index", [torch.arange(3.0), torch.arange(3, dtype=torch.int32), torch.arange(4).reshape(2, 2)]
 )
-def test_other_indices_are_refused(index):
+def test_indices_of_another_dtype_or_shape_are_refused(index):
     with pytest.raises(ValueError, match=r"index must be int64 \[B\], got"):
         rng.uniform(0, index, (2,))
 

@@ -122,7 +122,7 @@ def test_csv_reads_back_without_formulas_or_extra_lines(rows: list[list[str]]) -
                 float(cell)  # a number
 
 
-def test_csv_cells() -> None:
+def test_csv_cells_that_look_like_formulas_are_escaped() -> None:
     assert csv_text([("a,b", 'c"d', None, -0.5, 3, "x\ny")]) == '"a,b","c""d",,-0.5,3,x\\ny\n'
     for formula in ('=HYPERLINK("a")', "+1+1", "-cmd", "@SUM(1)", " =1", "\uff1d1"):
         assert csv_cell(formula).startswith("'")
@@ -131,7 +131,7 @@ def test_csv_cells() -> None:
 
 
 @pytest.mark.parametrize("name", ["$x_{", "a\x1b[31m", "_hidden", "b\nc", "$a$ $b$"])
-def test_figures_take_every_name(name: str, tmp_path: Path) -> None:
+def test_figures_accept_every_name(name: str, tmp_path: Path) -> None:
     measured = (0.5, (0.4, 0.6))
     w_robust_bars({name: {name: measured}}, tmp_path / "bars.png", clean={name: 0.5}, title=name)
     waterfall(10, 1, {name: 2}, tmp_path / "waterfall.png", title=name)

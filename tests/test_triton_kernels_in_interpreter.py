@@ -27,7 +27,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_kernels_in_the_interpreter(part: str, request: pytest.FixtureRequest) -> None:
+def test_tests_of_the_kernels_pass_in_tritons_interpreter(part: str, request: pytest.FixtureRequest) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-m", request.config.getoption("markexpr")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *map(str, PARTS[part])],

@@ -83,13 +83,13 @@ def test_the_union_finds_what_pgd_misses(model: nn.Module, found_by: list[str]) 
         assert share(model, name) < 0.1, name  # at 20 steps a search may stop beside the valley
 
 
-def test_gates_withstand_what_does_not_know_them() -> None:
+def test_broken_gates_withstand_attacks_that_ignore_the_router() -> None:
     for model in (Gated(), HardGated()):
         for name in ("cw", "apgd_ce", "apgd_t", "fab_t", "forced"):
             assert share(model, name) == 1, (type(model).__name__, name)
 
 
-def test_union_says_who_broke_an_image_first() -> None:
+def test_union_records_which_attack_broke_an_image_first() -> None:
     x, y, index = next(images().batches(64))
     attack = named_attack("union", Gated(), THREAT, suite=Suite(classes=4, budget="smoke", reference=x))
     x_adv = attack(x, y, index=index)
@@ -128,7 +128,7 @@ def test_union_of_a_static_model_has_the_families_that_apply() -> None:
     assert named_attack("apgd_joint_ce", Gated(), THREAT).settings["restarts"] == 10
 
 
-def test_attacks_on_a_router_need_one() -> None:
+def test_attacks_on_a_router_refuse_models_without_one() -> None:
     for name, message in (("two_phase", "type head"), ("forced", "router"), ("softened", "router")):
         with pytest.raises(ValueError, match=message):
             named_attack(name, Honest(), THREAT)
@@ -174,7 +174,7 @@ OURS = {
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_stays_in_the_ball_is_keyed_by_sample_and_leaves_the_model_alone(name: str) -> None:
+def test_adaptive_attacks_stay_in_the_ball_are_keyed_by_sample_and_restore_the_model(name: str) -> None:
     model = awnet_tiny()
     x, y = batch(model)
     x[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
@@ -232,7 +232,7 @@ def cnn(seed: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("loss", ["ce", "dlr"])
-def test_apgd_breaks_what_the_official_apgd_breaks(loss: str) -> None:
+def test_apgd_breaks_the_images_that_the_official_apgd_breaks(loss: str) -> None:
     ours_broken = theirs_broken = both = 0
     for seed in range(3):
         model = cnn(seed)
@@ -249,7 +249,7 @@ def test_apgd_breaks_what_the_official_apgd_breaks(loss: str) -> None:
     assert both >= theirs_broken - 4
 
 
-def test_ratio_losses_as_written_out() -> None:
+def test_ratio_losses_equal_their_equations() -> None:
     z = torch.tensor([[3.0, 1.0, 0.5, -2.0, 0.0], [0.2, 4.0, 1.0, 3.0, 2.5]])
     y, target = torch.tensor([0, 3]), torch.tensor([2, 0])
     assert torch.allclose(dlr(z, y), torch.tensor([-(3 - 1) / (3 - 0.5), -(3 - 4) / (4 - 2.5)]))
@@ -257,7 +257,7 @@ def test_ratio_losses_as_written_out() -> None:
     assert torch.allclose(dlr_targeted(z, y, target), torch.tensor(expected))
 
 
-def test_joint_weights_steer_the_router() -> None:
+def test_joint_attack_weights_steer_the_router() -> None:
     model = awnet_tiny()
     x, y = batch(model)
     y = y * 0 + model(x).argmax(1)
@@ -269,7 +269,7 @@ def test_joint_weights_steer_the_router() -> None:
     assert margins[-100.0] < margins[0.0] < margins[100.0]
 
 
-def test_two_phase_reaches_a_clean_look() -> None:
+def test_two_phase_attack_is_classified_as_clean() -> None:
     model = awnet_tiny()
     x, y = batch(model)
     attack = TwoPhase(model, eps=0.002, steps=20)  # too small a ball to break anything
@@ -285,7 +285,7 @@ def test_two_phase_reaches_a_clean_look() -> None:
         assert margin(model(x_adv), y).mean() < margin(model(clean), y).mean()
 
 
-def test_forced_static_freezes_the_router() -> None:
+def test_forced_static_attack_freezes_the_router() -> None:
     model = awnet_tiny()
     x, y = batch(model)
     means = mean_scales(model, x)
@@ -312,7 +312,7 @@ def test_forced_static_freezes_the_router() -> None:
     assert mean_scales(Honest(), x) == []
 
 
-def test_soft_router_keeps_values() -> None:
+def test_soft_router_keeps_the_forward_values() -> None:
     model = awnet_tiny()
     x, _ = batch(model)
     with torch.no_grad():
@@ -322,7 +322,7 @@ def test_soft_router_keeps_values() -> None:
     assert not model.router.signal_heads._forward_hooks
 
 
-def test_soft_router_opens_gradients() -> None:
+def test_soft_router_gives_gradients_through_a_saturated_router() -> None:
     model = awnet_tiny()
     beta, temperature = model.router.beta, 50.0
     signals = torch.tensor([[40.0, -30.0], [25.0, -60.0]], requires_grad=True)  # tanh is ±1 in float32
@@ -345,7 +345,7 @@ def test_soft_router_opens_gradients() -> None:
         assert torch.allclose(found, wanted, rtol=1e-4)  # float32
 
 
-def test_paper_adaptive_attack_is_its_loss_written_out() -> None:
+def test_paper_adaptive_attack_maximizes_its_equation() -> None:
     model, teacher = awnet_tiny(), create_model("resnet_tiny", num_classes=4, in_channels=1)
     teacher.train()
     x, y = batch(model)
@@ -425,7 +425,7 @@ def test_variants_of_aw_net_have_the_families_that_apply(monkeypatch: pytest.Mon
     assert adaptive.has_type_head(Gated())
 
 
-def test_search_leaves_what_is_wrong_already_and_stops_at_the_first_success() -> None:
+def test_search_skips_misclassified_images_and_stops_at_the_first_success() -> None:
     model = awnet_tiny()
     x, y = batch(model)
     y[1] = (y[1] + 1) % 4
@@ -440,7 +440,7 @@ def test_search_leaves_what_is_wrong_already_and_stops_at_the_first_success() ->
     assert calls[1] == 5
 
 
-def test_broken_gradients_are_no_robustness() -> None:
+def test_images_with_broken_gradients_do_not_count_as_robust() -> None:
     class Sick(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             score = x.mean((1, 2, 3)) + (x - x.detach()).sqrt().sum((1, 2, 3))
@@ -460,7 +460,7 @@ class _Detached(nn.Module):
         return torch.stack([score, -score], 1)
 
 
-def test_bad_sizes() -> None:
+def test_adaptive_attacks_refuse_bad_options() -> None:
     model = Honest()
     with pytest.raises(ValueError, match="loss must be 'ce', 'dlr' or 'dlr_targeted'"):
         APGD(model, eps=0.1, loss="margin")
@@ -472,5 +472,5 @@ def test_bad_sizes() -> None:
         AdaptivePaper(Gated(), eps=0.1, step_size=0.01, teacher="robust")
 
 
-def test_pgd_and_its_relatives_still_come_by_name() -> None:
+def test_attack_by_name_returns_pgd_and_its_variants() -> None:
     assert isinstance(named_attack("pgd_sat", Honest(), THREAT), PGD)

@@ -148,7 +148,7 @@ def test_pgd_equals_a_slow_rewrite_in_float64(loss: str, start: str | None) -> N
         assert not torch.equal(unbounded(x, y, index=index), ours)
 
 
-def test_function_as_loss_gets_model_and_images() -> None:
+def test_a_loss_function_receives_model_and_images() -> None:
     model, (x, y) = small_cnn(), batch()
 
     def ours(net: nn.Module, x_adv: Tensor, clean: Tensor, labels: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_function_as_loss_gets_model_and_images() -> None:
     assert PGD(model, loss=ours, **size).settings["loss"].endswith("ours")
 
 
-def test_pixel_without_gradient_stays() -> None:
+def test_pixels_with_zero_gradient_do_not_change() -> None:
     model = Linear(torch.randn(2, 60))
     with torch.no_grad():
         model.weight[:, ::2] = 0
@@ -180,7 +180,7 @@ def test_pixel_without_gradient_stays() -> None:
     st.sampled_from([("ce", "uniform"), ("ce", None), ("margin", "uniform"), ("kl", "normal")]),
     st.integers(0, 2**31),
 )
-def test_stays_in_the_ball_and_in_the_image_range(shape, eps, step_size, steps, kind, seed) -> None:  # type: ignore[no-untyped-def]
+def test_attacks_stay_in_the_ball_and_in_the_image_range(shape, eps, step_size, steps, kind, seed) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(seed)
     x = torch.rand(shape).mul(1.4).sub(0.2).clamp(0, 1)  # some pixels exactly 0 and 1
     model, y = Linear(torch.randn(3, math.prod(shape[1:]))), torch.randint(3, shape[:1])
@@ -204,7 +204,7 @@ def test_stays_in_the_ball_and_in_the_image_range(shape, eps, step_size, steps, 
 # ---- noise
 
 
-def test_start_is_keyed_by_seed_and_index() -> None:
+def test_random_start_is_keyed_by_seed_and_index() -> None:
     model, (x, y) = small_cnn(), batch(6)
     index = torch.tensor([3, 1, 4, 15, 9, 26])
 
@@ -300,7 +300,7 @@ def test_model_is_left_as_it_was_when_an_exception_passes_through(kind: type[Bas
     assert state(model) == before
 
 
-def test_frozen_inside_and_outside() -> None:
+def test_attacks_freeze_the_model_inside_and_outside_frozen_blocks() -> None:
     model = nested_model()
     before = state(model)
     with frozen(model) as same:
@@ -314,7 +314,7 @@ def test_frozen_inside_and_outside() -> None:
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_runs_without_a_graph_around_it(context) -> None:  # type: ignore[no-untyped-def]
+def test_attacks_run_within_no_grad(context) -> None:  # type: ignore[no-untyped-def]
     model, (x, y) = small_cnn(), batch()
     attack = PGD(model, eps=0.1, step_size=0.02, steps=3, loss="kl", random_start="normal")
     expected = attack(x, y)
@@ -330,7 +330,7 @@ def test_autocast_keeps_images_in_float32() -> None:
     assert (x_adv - x).abs().max() > 0.05
 
 
-def test_empty_batch() -> None:
+def test_attacks_return_an_empty_batch_for_an_empty_batch() -> None:
     x, y = torch.rand(0, 2, 6, 5), torch.zeros(0, dtype=torch.int64)
     assert PGD(small_cnn(), eps=0.1, step_size=0.02, steps=3)(x, y).shape == x.shape
 
@@ -339,7 +339,7 @@ def test_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin", "kl"])
-def test_no_weight_gradient_and_one_pass_a_step(loss: str) -> None:
+def test_attacks_compute_no_weight_gradient_and_one_pass_per_step(loss: str) -> None:
     model, (x, y) = small_cnn().train(), batch()
     attack = PGD(model, eps=0.1, step_size=0.02, steps=5, loss=loss)
     assert convolution_backwards(lambda: attack(x, y)) == (2 * 5, 0)
@@ -366,7 +366,9 @@ def awnet_tiny() -> nn.Module:
     "layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"]
 )
 @pytest.mark.parametrize("backend", [None, "eager"])
-def test_no_weight_gradient_in_an_aw_net(backend: str | None, layout: torch.memory_format) -> None:
+def test_attacks_on_an_aw_net_compute_no_weight_gradient(
+    backend: str | None, layout: torch.memory_format
+) -> None:
     model, (x, y) = awnet_tiny(), batch()
     x = x.contiguous(memory_format=layout)
     before = state(model)
@@ -381,7 +383,7 @@ def test_no_weight_gradient_in_an_aw_net(backend: str | None, layout: torch.memo
     assert state(model) == before
 
 
-def test_weight_gradients_are_counted_where_they_are_computed() -> None:
+def test_the_counter_of_weight_gradients_counts_them() -> None:
     # the control: an operator in Python cannot see that only x is asked for, so unfrozen weights do cost
     model, (x, y) = awnet_tiny().eval(), batch()
     image = x.clone().requires_grad_()
@@ -406,7 +408,7 @@ def test_attack_on_an_aw_net_goes_through_router_and_network() -> None:
     assert (x_adv - x).abs().max() <= 0.1 + 2.0**-24
 
 
-def test_steps_do_not_wait_for_the_device() -> None:
+def test_attack_steps_do_not_synchronize_with_the_device() -> None:
     # a value read back to the host dispatches _local_scalar_dense (item, bool, int)
     model, (x, y) = awnet_tiny(), batch()
 
@@ -479,7 +481,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD_OPTIONS, ids=lambda v: str(v)[:40])
-def test_bad_options(change, error, message) -> None:  # type: ignore[no-untyped-def]
+def test_attacks_refuse_bad_options(change, error, message) -> None:  # type: ignore[no-untyped-def]
     options = {"model": small_cnn(), "eps": 0.1, "step_size": 0.02, "steps": 3} | change
     with pytest.raises(error, match=message):
         PGD(options.pop("model"), **options)
@@ -512,7 +514,7 @@ BAD_CALLS = [
 
 
 @pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD_CALLS, ids=lambda v: None)
-def test_bad_calls(args, kwargs, error, message) -> None:  # type: ignore[no-untyped-def]
+def test_attacks_refuse_bad_images_and_labels(args, kwargs, error, message) -> None:  # type: ignore[no-untyped-def]
     model = nested_model()
     before = state(model)
     for loss in ("ce", "margin", "kl"):
@@ -521,7 +523,7 @@ def test_bad_calls(args, kwargs, error, message) -> None:  # type: ignore[no-unt
     assert state(model) == before
 
 
-def test_model_on_another_device() -> None:
+def test_attacks_refuse_a_model_on_another_device() -> None:
     with pytest.raises(ValueError, match="the model must be on x's device, cpu, got meta"):
         FGSM(small_cnn().to("meta"), eps=0.1)(X, Y)
 
@@ -558,12 +560,12 @@ class Broken(nn.Module):
         ("sqrt at zero", FloatingPointError, "not finite for 3 of 3 images"),
     ],
 )
-def test_broken_models(how: str, error: type[Exception], message: str) -> None:
+def test_attacks_refuse_models_whose_logits_are_wrong(how: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         PGD(Broken(how), eps=0.1, step_size=0.02, steps=2)(X, Y)
 
 
-def test_loss_of_a_wrong_shape() -> None:
+def test_attacks_refuse_a_loss_of_a_wrong_shape() -> None:
     with pytest.raises(ValueError, match=r"loss must return one value per image, \[3\], got \[\]"):
         PGD(
             small_cnn(),
@@ -574,6 +576,6 @@ def test_loss_of_a_wrong_shape() -> None:
         )(X, Y)
 
 
-def test_unknown_attack() -> None:
+def test_an_unknown_attack_is_refused_with_the_known_names() -> None:
     with pytest.raises(ValueError, match="unknown attack 'pgd': choose from fgsm, pgd_sat, pgd_trades, cw"):
         named_attack("pgd", small_cnn(), ThreatModel(0.1))

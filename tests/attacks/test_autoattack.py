@@ -51,7 +51,7 @@ def official(model: nn.Module, x: Tensor, y: Tensor, eps: float, classes: int, q
 
 
 @pytest.mark.parametrize(("classes", "eps"), [(4, 0.08), pytest.param(10, 0.03, marks=pytest.mark.slow)])
-def test_same_images_as_pyautoattack_gives(classes: int, eps: float) -> None:
+def test_autoattack_gives_the_images_of_pyautoattack(classes: int, eps: float) -> None:
     model = small_cnn(classes)
     x, y = batch(model, 10)
     ours = AutoAttack(model, eps=eps, classes=classes, queries=50, seed=3)
@@ -73,7 +73,7 @@ def test_same_images_as_pyautoattack_gives(classes: int, eps: float) -> None:
         (4, ["apgd_ce", "apgd_t", "fab_t", "square"]),
     ],
 )
-def test_few_classes(classes: int, names: list[str]) -> None:
+def test_autoattack_with_few_classes_runs_a_reduced_version(classes: int, names: list[str]) -> None:
     model = small_cnn(classes)
     x, y = batch(model)
     attack = AutoAttack(model, eps=0.15, classes=classes, steps=10, queries=20)
@@ -110,7 +110,7 @@ def test_named_attacks_take_their_sizes_from_the_budget() -> None:
         named_attack("aa", model, threat, suite=Suite(budget="huge"))
 
 
-def test_leaves_torchs_generator_and_tracing_alone() -> None:
+def test_autoattack_leaves_torchs_generator_and_tracing_alone() -> None:
     import sys
 
     model = small_cnn(4)
@@ -153,7 +153,7 @@ class Suspect(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["none", "randomized", "probabilities", "dynamic", "zero_gradients"])
-def test_what_the_official_code_warns_of_is_counted(how: str) -> None:
+def test_warnings_of_the_official_code_are_counted(how: str) -> None:
     model = Suspect(how)
     x, y = batch(model.inner)
     attack = AutoAttack(model, eps=0.001, classes=4, steps=3, queries=5)
@@ -196,7 +196,7 @@ def levels() -> tuple[Tensor, Tensor]:
     return x, torch.tensor([0, 0, 0, 1, 0, 1])
 
 
-def test_cascade_keeps_the_first_that_broke_an_image() -> None:
+def test_cascade_keeps_the_image_of_the_first_successful_attack() -> None:
     model = Brightness()
     members = {"up": Fixed(model, 0.03), "more": Fixed(model, 0.07), "down": Fixed(model, -0.08)}
     cascade = Cascade(model, members, eps=0.08)
@@ -221,7 +221,7 @@ def test_cascade_holds_members_to_its_ball() -> None:
     assert (x_adv.double() - x.double()).abs().max() <= 0.08 + 2.0**-24  # rounded once
 
 
-def test_cascade_refuses() -> None:
+def test_cascade_refuses_bad_members() -> None:
     model = Brightness()
     with pytest.raises(ValueError, match="members is empty"):
         Cascade(model, {}, eps=0.1)
@@ -240,7 +240,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_interrupted_cascade_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_interrupted_cascade_resumes_where_it_stopped(tmp_path: Path) -> None:
     model = small_cnn(4)
     x, y = batch(model)
     x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # strides that choose another convolution
@@ -286,7 +286,7 @@ def test_interrupted_cascade_goes_on_where_it_stopped(tmp_path: Path) -> None:
 # ---- what is kept
 
 
-def test_saved_tensors_come_back(tmp_path: Path) -> None:
+def test_saved_tensors_load_with_the_same_values(tmp_path: Path) -> None:
     saved = Saved(tmp_path, "one")
     assert saved.load("a") is None
     tensors = {"x": torch.rand(3, 2), "n": torch.arange(4)}
@@ -302,7 +302,7 @@ def test_saved_tensors_come_back(tmp_path: Path) -> None:
     assert not saved.folder.exists()
 
 
-def test_fingerprints_tell_contents_apart() -> None:
+def test_fingerprints_of_different_contents_differ() -> None:
     x = torch.arange(6.0)
     different = [digest(x), digest(x.view(2, 3)), digest(x.double()), digest(x + 1), digest(1), digest("1")]
     assert len(set(different)) == len(different)

@@ -75,7 +75,7 @@ def move(model: nn.Module, seed: int = 2) -> None:
 
 @pytest.mark.parametrize("loss", ["ce", "kl", "margin"])
 @pytest.mark.parametrize("name", ["awnet_tiny", "resnet_tiny"])
-def test_recorded_and_plain_are_the_same_bits(name: str, loss: str) -> None:
+def test_recorded_and_plain_attacks_give_the_same_bits(name: str, loss: str) -> None:
     model, recorder = net(name), Recorder()
     recorded, plain = engine(model, recorder, loss=loss), engine(model, loss=loss)
     images = batch()
@@ -96,7 +96,7 @@ def test_recorded_and_plain_are_the_same_bits(name: str, loss: str) -> None:
     )
 
 
-def test_follows_the_weights() -> None:
+def test_a_recorded_attack_follows_the_weights() -> None:
     model, recorder, images = net(), Recorder(), batch()
     attack = engine(model, recorder)
     before = attack(**images)
@@ -112,7 +112,7 @@ def test_follows_the_weights() -> None:
     assert recorder.recorded == 2
 
 
-def test_a_program_without_refresh_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_attack_without_refresh_uses_stale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = net(), batch()
     attack = engine(model, Recorder())
     attack(**images)
@@ -123,7 +123,7 @@ def test_a_program_without_refresh_would_be_seen(monkeypatch: pytest.MonkeyPatch
     assert not torch.equal(stale, engine(model)(**images))
 
 
-def test_is_recorded_anew_for_what_it_holds_fast() -> None:
+def test_an_attack_is_recorded_again_when_a_setting_changes() -> None:
     model, recorder, images = net(), Recorder(), batch()
     attack = engine(model, recorder)
     small = {k: v[:2] for k, v in images.items()}
@@ -145,7 +145,7 @@ def test_is_recorded_anew_for_what_it_holds_fast() -> None:
     assert recorder.recorded == 9
 
 
-def test_keeps_a_bounded_number_of_programs(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_number_of_recorded_attacks_is_bounded(caplog: pytest.LogCaptureFixture) -> None:
     model, recorder, images = net("resnet_tiny"), Recorder(), batch(5)
     attack = engine(model, recorder, max_graphs=2, steps=1)
     with caplog.at_level(logging.INFO, "awnet"):
@@ -157,7 +157,7 @@ def test_keeps_a_bounded_number_of_programs(caplog: pytest.LogCaptureFixture) ->
     assert sum("yet another batch shape" in r.message for r in caplog.records) == 1
 
 
-def test_the_result_is_the_callers() -> None:
+def test_the_next_call_does_not_overwrite_the_returned_images() -> None:
     model, images = net(), batch()
     attack = engine(model, Recorder())
     first = attack(**images)
@@ -211,7 +211,7 @@ def test_a_model_without_frozen_is_frozen_in_place() -> None:
     assert torch.equal(engine(converted)(**images), PGD(converted, **SIZE)(**images))
 
 
-def test_leaves_the_model_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graphed_attack_leaves_the_model_in_train_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = net().train(), batch()
     images["x"].requires_grad_()
     state = copy.deepcopy(model.state_dict())
@@ -234,7 +234,7 @@ def test_leaves_the_model_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     register_layers(MixBatchNorm2d)
 
 
-def test_a_broken_gradient_shows() -> None:
+def test_nan_gradients_give_nan_images_in_a_graphed_attack() -> None:
     model, images = net("resnet_tiny"), batch()
     with torch.no_grad():
         model.classifier.weight[0, 0] = torch.nan
@@ -242,7 +242,7 @@ def test_a_broken_gradient_shows() -> None:
     assert engine(model, Recorder())(**images).isnan().any(dim=(1, 2, 3)).all()
 
 
-def test_an_empty_batch() -> None:
+def test_a_graphed_attack_returns_an_empty_batch_for_an_empty_batch() -> None:
     assert engine(net(), Recorder())(**{k: v[:0] for k, v in batch().items()}).shape == (0, 2, 6, 5)
 
 
@@ -257,7 +257,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_nothing_waits_for_the_device(loss: str) -> None:
+def test_a_graphed_attack_does_not_synchronize_with_the_device(loss: str) -> None:
     attack, images = engine(net(), Recorder(), loss=loss), batch()
     with Reads() as reads:
         for _ in range(2):
@@ -353,7 +353,7 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_watch_sees_every_change_but_those_of_values(change: str) -> None:
+def test_a_watch_detects_every_change_except_of_values(change: str) -> None:
     model = net().train()
     model.router.register_forward_hook(lambda *a: None)
     watch = Watch(model)

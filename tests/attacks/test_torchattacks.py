@@ -66,7 +66,7 @@ def check_in_ball(x_adv: Tensor, x: Tensor, eps: float = EPS) -> None:
     assert (x_adv.double() - x.double()).abs().max() <= eps + ULP
 
 
-def test_fgsm_gives_the_same_images(
+def test_fgsm_gives_the_images_of_torchattacks(
     theirs: ModuleType, network: nn.Module, digits: tuple[Tensor, Tensor]
 ) -> None:
     x, y = digits
@@ -77,7 +77,7 @@ def test_fgsm_gives_the_same_images(
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20])
-def test_pgd_from_the_image_itself_gives_the_same_images(
+def test_pgd_without_random_start_gives_the_images_of_torchattacks(
     theirs: ModuleType, network: nn.Module, digits: tuple[Tensor, Tensor], steps: int
 ) -> None:
     x, y = digits
@@ -142,7 +142,7 @@ PARTS: list[tuple[Name, Callable[[Any, nn.Module], Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "make"), PARTS, ids=[name for name, _ in PARTS])
-def test_parts_of_autoattack_agree(
+def test_parts_of_autoattack_agree_with_torchattacks(
     theirs: ModuleType,
     network: nn.Module,
     digits: tuple[Tensor, Tensor],
@@ -160,7 +160,9 @@ def test_parts_of_autoattack_agree(
     assert abs(counts[0] - counts[1]) <= 2, counts  # the same attack from another random start
 
 
-def test_our_apgd_agrees(theirs: ModuleType, network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_apgd_agrees_with_torchattacks(
+    theirs: ModuleType, network: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
     x, y = digits
     for loss in ("ce", "dlr"):
         expected = theirs.APGD(network, eps=EPS, steps=50, loss=loss, seed=0)(x, y)
@@ -171,7 +173,9 @@ def test_our_apgd_agrees(theirs: ModuleType, network: nn.Module, digits: tuple[T
 
 
 @pytest.mark.slow
-def test_autoattack_agrees(theirs: ModuleType, network: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+def test_autoattack_agrees_with_torchattacks(
+    theirs: ModuleType, network: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
     x, y = (part[:30] for part in digits)
     expected = theirs.AutoAttack(network, eps=EPS, version="standard", n_classes=10, seed=3)(x, y)
     found = AutoAttack(network, eps=EPS, seed=3)(x, y)
@@ -190,7 +194,7 @@ def test_autoattack_agrees(theirs: ModuleType, network: nn.Module, digits: tuple
     ],
     ids=["fgsm", "pgd", "cw", "normal start"],
 )
-def test_never_outside_by_more_than_an_ulp(
+def test_no_image_leaves_the_ball_by_more_than_one_ulp(
     network: nn.Module, digits: tuple[Tensor, Tensor], make: Callable[[nn.Module], Attack]
 ) -> None:
     x, y = digits

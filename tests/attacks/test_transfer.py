@@ -38,7 +38,7 @@ def test_replayed_images_are_those_of_the_surrogate() -> None:
         assert settings["settings"]["loss"] == "margin"
 
 
-def test_second_call_reads_what_the_first_wrote(tmp_path: Path) -> None:
+def test_a_second_crafting_call_reads_the_images_of_the_first(tmp_path: Path) -> None:
     data, calls = images(), []
 
     def counted(model: torch.nn.Module) -> PGD:
@@ -69,7 +69,7 @@ def test_second_call_reads_what_the_first_wrote(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 8
 
 
-def test_interrupted_crafting_goes_on(tmp_path: Path) -> None:
+def test_interrupted_crafting_resumes(tmp_path: Path) -> None:
     data = images()
     expected = craft(Honest(), data, "pgd_sat", batch_size=10)
 
@@ -101,7 +101,7 @@ def test_a_checkpoint_is_a_surrogate(tmp_path: Path) -> None:
         craft(tmp_path / "elsewhere", data)
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+def test_replay_refuses_images_and_files_that_do_not_belong_together(tmp_path: Path) -> None:
     data = images()
     crafted = craft(Honest(), data, "fgsm", folder=tmp_path)
     x, y, index = next(data.batches(24))

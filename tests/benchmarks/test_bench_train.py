@@ -47,7 +47,9 @@ def rows_of(path: Path) -> dict[str, dict[str, str]]:
         return {row["provider"]: row for row in reader}
 
 
-def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_train_from_the_command_line_writes_verified_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = "bench train --model awnet_tiny --size 8 --batch 8 --steps 2 --attack-steps 1 --device cpu"
     assert main([*words.split(), "--threads", "1", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
@@ -122,7 +124,7 @@ def test_bench_train_has_its_own_help(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("recipe", ["mtard", "trades", "pgd_at", "standard", "hat"])
 @pytest.mark.parametrize("model", ["awnet_tiny", "resnet_tiny"])
-def test_the_plain_step_is_ours(recipe: str, model: str) -> None:
+def test_the_plain_step_equals_our_step(recipe: str, model: str) -> None:
     options = replace(SMALL, recipe=recipe, model=model, attack_steps=2)
     torch.manual_seed(0)
     setting = T.make_setting(options, torch.device("cpu"))
@@ -133,7 +135,7 @@ def test_the_plain_step_is_ours(recipe: str, model: str) -> None:
         assert T.find_fault(setting, kind, 0) == ""
 
 
-def test_a_step_that_is_wrong_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sloppy(*arguments: Any, **options: Any) -> Any:
         attack = plain_module.plain_attack(*arguments, **options)
         return lambda x, y, index: 0.5 * x + 0.5 * attack(x, y, index=index)
@@ -167,7 +169,7 @@ def test_a_second_run_adds_rows_and_another_table_is_refused(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("literal", [False, True])
-def test_the_plain_network_is_ours_in_test_mode(literal: bool) -> None:
+def test_the_plain_network_equals_ours_in_eval_mode(literal: bool) -> None:
     torch.manual_seed(0)
     basis = Backbone("basic", [1, 2], [4, 6], num_classes=3, in_channels=1)
     router = AdversarialRouter(basis.signal_widths, in_channels=1, widths=(4,), blocks=(1,))
@@ -184,7 +186,7 @@ def test_the_plain_network_is_ours_in_test_mode(literal: bool) -> None:
     assert type(model.dynamic.stem) is not type(other.dynamic.stem)
 
 
-def test_the_operations_are_those_of_the_design() -> None:
+def test_the_counted_operations_equal_those_of_the_architecture() -> None:
     # GFLOP an image at 32×32: ResNet-18 forward 1.11, AW-Net forward 2.22; a PGD step is a forward pass and
     # an input gradient, training a forward pass and a whole backward one of two images
     options = replace(SMALL, model="awnet_resnet18", size=32, attack_steps=10)
@@ -207,13 +209,13 @@ def test_the_operations_are_those_of_the_design() -> None:
         ({"device": "gpu"}, "device must be"),
     ],
 )
-def test_bad_options_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_bench_train_names_bad_options(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bench_train(replace(SMALL, out=tmp_path, **change))
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_repeats_the_run() -> None:
+def test_the_recorded_command_repeats_the_run() -> None:
     assert command_line(TrainBenchOptions(), "train", TrainBenchOptions) == "awnet bench train"
     options = replace(SMALL, providers=("awnet", "compile"), out=Path("/tmp/x"), capture="true")
     assert command_line(options, "train", TrainBenchOptions).endswith(
@@ -231,7 +233,9 @@ def test_the_clock_nests_and_starts_again() -> None:
     assert clock.read() == {}
 
 
-def test_the_literal_network_has_filters_of_each_samples_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_literal_network_convolves_each_sample_with_separate_filters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     groups: list[int] = []
 
     def watched(input: Tensor, weight: Tensor, scale: Tensor | None, **options: Any) -> Tensor:

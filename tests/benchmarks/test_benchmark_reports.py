@@ -131,7 +131,7 @@ def amx_rows() -> Iterator[results.Row]:
             yield usual | own | {"threads": "1", "rate_best": "99"}
 
 
-def verdicts(folder: Path) -> dict[str, tuple[str, str]]:
+def outcomes(folder: Path) -> dict[str, tuple[str, str]]:
     return {
         f"{v.goal.name}{' (stretch)' if v.goal.stretch else ''}": (v.figure, v.text)
         for v in goals.evaluate_goals(folder)
@@ -139,7 +139,7 @@ def verdicts(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_each_goal_is_evaluated_on_its_own_figure(measured: Path) -> None:
-    found = verdicts(measured)
+    found = outcomes(measured)
     assert len(found) == len(goals.GOALS)
     assert found == {
         "layer against the literal form": ("21×", "met"),
@@ -172,12 +172,12 @@ def test_each_goal_is_evaluated_on_its_own_figure(measured: Path) -> None:
         "training step of awnet_resnet18 against its float32 step (stretch)": ("7×", "not met"),
         **{
             f"training step of {model} against torch.compile of plain torch in bfloat16{stretch}": figure
-            for model, ratio, verdicts in (
+            for model, ratio, outcomes in (
                 ("awnet_resnet18", "3.5×", ("met", "not met")),
                 ("awnet_resnet18 width=0.5", "2.6×", ("met", "not met")),
                 ("awnet_tiny", "3.1×", ("met", "met")),
             )
-            for stretch, figure in zip(("", " (stretch)"), ((ratio, text) for text in verdicts), strict=True)
+            for stretch, figure in zip(("", " (stretch)"), ((ratio, text) for text in outcomes), strict=True)
         },
     }
 
@@ -194,9 +194,9 @@ def test_a_pgd_step_is_a_tenth_of_the_attack_of_a_training_step_where_one_was_me
 
     rewrite(batch="512")
     # half of 250 µs an image, for ten steps
-    assert verdicts(measured)["PGD step of AW-Net-18, an image (stretch)"] == ("12.5 µs", "not met")
+    assert outcomes(measured)["PGD step of AW-Net-18, an image (stretch)"] == ("12.5 µs", "not met")
     rewrite(share_attack="0.4")
-    assert verdicts(measured)["PGD step of AW-Net-18, an image (stretch)"] == ("10 µs", "met")
+    assert outcomes(measured)["PGD step of AW-Net-18, an image (stretch)"] == ("10 µs", "met")
 
 
 def test_a_figure_of_a_disturbed_row_is_marked(measured: Path) -> None:
@@ -211,12 +211,12 @@ def test_a_figure_of_a_disturbed_row_is_marked(measured: Path) -> None:
     }
 
 
-def test_the_geometric_mean_and_the_worst_shape_are_two_things(measured: Path) -> None:
+def test_a_goal_of_the_geometric_mean_differs_from_that_of_the_worst_shape(measured: Path) -> None:
     slow = next(
         r for r in gpu_rows() if (r["case"], r["mode"], r["provider"]) == ("stage3", "attack", "triton")
     )
     results.add_rows(measured / "nvidia-h200.csv", [slow | {"ms_median": "2.0"}])
-    found = verdicts(measured)
+    found = outcomes(measured)
     assert found["layer against torch.compile of it: worst shape"] == ("0.55×", "not met")
     mean = 1.1 * 0.5 ** (1 / 16)  # one of 4 stages, 2 batches, 2 modes is twice as slow
     assert found["layer against torch.compile of it (stretch)"][0] == f"{mean:.3g}×"
@@ -225,12 +225,12 @@ def test_the_geometric_mean_and_the_worst_shape_are_two_things(measured: Path) -
 def test_goals_on_a_gpu_take_replays_and_no_single_calls(measured: Path) -> None:
     path = measured / "nvidia-h200.csv"
     rows = results.read_rows(path)
-    assert verdicts(measured)["layer against plain torch (unfused)"] == ("2.2×", "met")
+    assert outcomes(measured)["layer against plain torch (unfused)"] == ("2.2×", "met")
 
     def rewrite(changed: list[results.Row]) -> dict[str, tuple[str, str]]:
         path.unlink()
         results.add_rows(path, changed)
-        return verdicts(measured)
+        return outcomes(measured)
 
     found = rewrite([row | {"timing": "eager"} for row in rows])
     for goal in ("layer against the literal form", "layer against plain torch (unfused)"):
@@ -271,7 +271,7 @@ def test_the_fastest_training_row_of_the_newest_commit_counts(measured: Path) ->
         for backend, pace, seconds in (("cuda", "5000", "10"), ("triton", "4500", "11.1"))
     ]
     results.add_rows(path, rows, results.TRAIN_COLUMNS)
-    assert verdicts(measured)["MTARD epoch, PGD-10, 50,000 images"] == ("10 s", "met")
+    assert outcomes(measured)["MTARD epoch, PGD-10, 50,000 images"] == ("10 s", "met")
 
 
 @pytest.mark.parametrize(
@@ -287,13 +287,13 @@ def test_the_fastest_training_row_of_the_newest_commit_counts(measured: Path) ->
 )
 def test_a_row_of_another_kind_measures_no_goal(changes: dict[str, str], tmp_path: Path) -> None:
     results.add_rows(tmp_path / "abacus-9.csv", [r | changes for r in cpu_rows()])
-    assert {text for _, text in verdicts(tmp_path).values()} == {"not measured"}
+    assert {text for _, text in outcomes(tmp_path).values()} == {"not measured"}
 
 
 def test_one_missing_row_leaves_a_goal_unmeasured(tmp_path: Path) -> None:
     rows = [r for r in cpu_rows() if (r["case"], r["mode"], r["provider"]) != ("stage2", "attack", "literal")]
     results.add_rows(tmp_path / "abacus-9.csv", rows)
-    found = verdicts(tmp_path)
+    found = outcomes(tmp_path)
     assert found["cpp against the literal form"] == ("", "not measured")
     assert found["cpp against plain torch (unfused)"][1] == "met"
 
@@ -316,7 +316,7 @@ def test_verify_prints_every_goal_and_the_commands_for_the_rest(
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_strict_is_about_what_was_measured_and_no_stretch_goal(measured: Path) -> None:
+def test_strict_fails_on_measured_goals_that_are_no_stretch_goals(measured: Path) -> None:
     options = goals.VerifyOptions(measured, strict=True)
     assert goals.verify(options) == 1  # the epoch
     (measured / "nvidia-h200-train.csv").unlink()
@@ -402,7 +402,7 @@ def test_figures_are_drawn_of_each_device(measured: Path, tmp_path: Path) -> Non
     assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in found.values())
 
 
-def test_without_rows_there_is_nothing_to_draw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_rows_no_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "plot", "--results", str(tmp_path), "--out", str(tmp_path / "figures")]) == 2
     assert "has no row with a time" in capsys.readouterr().err
     assert not (tmp_path / "figures").exists()

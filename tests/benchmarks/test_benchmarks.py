@@ -101,7 +101,7 @@ def test_a_wrong_ceiling_is_not_verified(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not measure_ceilings(CPU, torch.float32, 0.001, tiny=True).verified
 
 
-def test_a_second_run_adds_rows_and_one_of_the_missing_adds_what_is_missing(tmp_path: Path) -> None:
+def test_a_second_run_adds_rows_and_with_missing_only_those_that_are_missing(tmp_path: Path) -> None:
     once = options(tmp_path, providers=("static",), modes=("forward",))
     first = run(once)
     assert run(once) == first
@@ -192,7 +192,7 @@ def test_the_providers_of_a_device_are_those_that_run_there() -> None:
         (fails, {"forward", "attack", "training"}),
     ],
 )
-def test_a_wrong_provider_gets_no_time(
+def test_a_wrong_provider_is_not_timed(
     layer: object, refused_in: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = {"mine": Provider(layer)}  # type: ignore[arg-type]
@@ -239,7 +239,7 @@ def test_plain_torch_equals_the_literal_form_in_float64(case: Case, mode: Mode) 
 
 
 @pytest.mark.parametrize("case", ["stage4", "stem", "shortcut", "depthwise"])
-def test_the_static_twin_is_a_convolution_a_batch_norm_and_a_relu(case: str) -> None:
+def test_the_static_twin_equals_convolution_batch_norm_and_relu(case: str) -> None:
     layer = SMOKE[case]
     assert isinstance(layer, LayerCase)
     got = results_of(layer, providers()["static"], "training")["output"]
@@ -264,7 +264,7 @@ def test_the_attack_differentiates_the_routers_signals_but_no_parameter() -> Non
     assert "gradient of network.router.signal_heads.weight" in trained
 
 
-def test_an_attack_marks_parameters_as_frozen_but_for_the_provider_that_shows_what_that_brings() -> None:
+def test_an_attack_freezes_parameters_except_for_the_provider_that_measures_the_effect() -> None:
     problem = SMOKE["stage4"].problem(8, False, CPU, torch.float32, False, 0)
     for frozen in (True, False):
         trial = Trial(SMOKE["stage4"], problem, Provider(unfused, frozen=frozen), "attack", problem.image, 1)
@@ -325,7 +325,7 @@ def test_the_command_names_what_is_not_the_default_and_no_path() -> None:
     )
 
 
-def test_compiled_providers_run_only_where_they_are_asked_for() -> None:
+def test_compiled_providers_run_only_on_request() -> None:
     def names(**changes: object) -> set[str]:
         return {n for job in runner.make_jobs(options(Path(), **changes), CPU, {}) for n in job.providers}
 
@@ -475,7 +475,7 @@ def test_the_compiled_providers_are_verified_too(tmp_path: Path) -> None:
     assert [row for row in rows if row["verified"] != "true"] == []
 
 
-def test_batches_by_default() -> None:
+def test_default_batches_depend_on_device_and_case() -> None:
     def batches(device: str, **changes: object) -> dict[str, set[int]]:
         jobs = runner.make_jobs(replace(BenchOptions(), **changes), torch.device(device), {})  # type: ignore[arg-type]
         return {case.name: {job.batch for job in jobs if job.case is case} for case in CASES}
@@ -518,13 +518,13 @@ def test_a_subclass_of_the_options_gives_the_same_command(tmp_path: Path) -> Non
         ({"seconds": 0.0}, "seconds must be positive"),
     ],
 )
-def test_bad_options(change: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_bench_run_refuses_bad_options(change: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         run(options(tmp_path, **change))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path) -> None:
     chosen = options(tmp_path, providers=("static",), modes=("forward",))
     path = run(chosen)
     path.write_text("a,b\n1,2\n")
@@ -533,11 +533,11 @@ def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
     assert path.read_text() == "a,b\n1,2\n"
 
 
-def test_threads_and_tf32_are_put_back(tmp_path: Path) -> None:
+def test_threads_and_tf32_are_restored_after_a_run(tmp_path: Path) -> None:
     before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     run(options(tmp_path, threads=1, providers=("static",), modes=("forward",)))
     assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == before
 
 
-def test_every_backend_that_is_here_is_a_provider() -> None:
+def test_every_available_backend_is_a_provider() -> None:
     assert providers().keys() >= HERE

@@ -79,14 +79,14 @@ def steps_of(folder: Path) -> dict[str, str]:
         (("--outt", "x"), "unknown option --outt"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_arguments_of_the_script_are_named(arguments: tuple[str, ...], message: str) -> None:
     done = on_gpu(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert not Path("x").exists()
 
 
-def test_help_lists_calls_and_steps() -> None:
+def test_help_of_the_script_lists_calls_and_steps() -> None:
     text = on_gpu("--help").stdout
     for step in (*CALL_1, *CALL_2, "sanitize", "tune", "race", "ncu"):
         assert f" {step}" in text
@@ -129,7 +129,7 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(fake: dict[str, str],
     assert Path(fake["FAKE_CALLS"]).read_text().count("awnet.benchmarks.sanitize") == 2
 
 
-def test_a_call_ends_with_its_time(fake: dict[str, str], tmp_path: Path) -> None:
+def test_a_call_ends_when_its_time_is_over(fake: dict[str, str], tmp_path: Path) -> None:
     hangs = 'case "$*" in *find_spec*) ;; *) sleep 60 ;; esac'
     done = on_gpu("--out", tmp_path / "out", "--call", 1, LIMIT="2", RULES=hangs, **fake)
     ended = list(steps_of(tmp_path / "out").values())
@@ -183,7 +183,7 @@ def _runs(command: str) -> bool:
     return False
 
 
-def test_the_tests_that_it_leaves_out_exist() -> None:
+def test_the_tests_that_the_script_deselects_exist() -> None:
     script = (ROOT / "benchmarks/on_gpu.sh").read_text()
     (chosen,) = re.findall(r'-m gpu tests -k "(.*?)"', script)
     names = re.findall(r"def (test_\w+)", (ROOT / "tests/ops/test_gpu.py").read_text())

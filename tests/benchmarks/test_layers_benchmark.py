@@ -16,7 +16,9 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("provider", ["unfused", "static", "eager", "cpp"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", [case.name for case in CASES])
-def test_layer(case: str, mode: Mode, provider: str, benchmark: Any) -> None:
+def test_every_layer_case_runs_with_every_provider(
+    case: str, mode: Mode, provider: str, benchmark: Any
+) -> None:
     known = providers()
     if provider not in known:
         pytest.skip(f"{provider} is not built here")

@@ -85,7 +85,7 @@ def test_a_network_is_trained_and_evaluated_on_the_users_images(
         (["train", "--data", "test.npz"], "has no training images"),
     ],
 )
-def test_what_does_not_fit_is_one_line(
+def test_models_and_images_that_do_not_fit_are_a_one_line_error(
     words: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*words, "--device", "cpu"]) != 0

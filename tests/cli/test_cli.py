@@ -62,17 +62,17 @@ def fails(capsys, *words):
 
 
 @pytest.mark.parametrize(("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("1", 1.0), ("1e-3", 0.001)])
-def test_numbers_may_be_fractions(text, value):
+def test_numeric_options_take_fractions(text, value):
     assert number(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "8/", "/255", "8/0", "x", "1/2/3"])
-def test_other_text_is_no_number(text):
+def test_numeric_options_refuse_other_text(text):
     with pytest.raises(ValueError, match="a number or a fraction such as 8/255"):
         number(text)
 
 
-def test_options_become_python_values():
+def test_name_value_options_become_python_values():
     pairs = [
         "lr=0.05",
         "epochs=3",
@@ -94,7 +94,7 @@ def test_options_become_python_values():
 
 
 @pytest.mark.parametrize("pair", ["lr", "=3", ""])
-def test_options_need_a_name_and_a_value(pair):
+def test_name_value_options_need_a_name_and_a_value(pair):
     with pytest.raises(ValueError, match="--set takes NAME=VALUE"):
         parse_options([pair], "--set")
 
@@ -144,14 +144,14 @@ def test_help_names_every_recipe_and_data_set(capsys):
         ["data"],
     ],
 )
-def test_words_that_make_no_sense_end_with_status_2(words, capsys):
+def test_invalid_arguments_exit_with_status_2(words, capsys):
     with pytest.raises(SystemExit) as exit:
         main(words)
     assert exit.value.code == 2
     assert capsys.readouterr().err
 
 
-def test_without_words_it_prints_its_help(capsys):
+def test_without_arguments_the_help_is_printed(capsys):
     with pytest.raises(SystemExit) as exit:
         main([])
     assert exit.value.code == 0
@@ -629,11 +629,11 @@ def test_a_run_on_arrays_is_exported_and_other_commands_say_what_to_do(tmp_path,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
-def test_a_gpu_that_is_not_here_is_said_so(run, capsys):
+def test_a_missing_gpu_is_reported(run, capsys):
     assert "finds no GPU" in fails(capsys, "evaluate", run, "--device", "cuda")
 
 
-def test_damaged_weights_are_said_so(tmp_path, capsys):
+def test_damaged_weights_are_reported(tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not weights")
     assert "model.safetensors is damaged" in fails(capsys, "evaluate", file, "--data", "digits")
@@ -739,7 +739,7 @@ def test_data_info_prints_splits_threat_model_and_fingerprints(capsys):
     assert "shift by up to ±1 pixels, no flip" in out
 
 
-def test_info_as_json_and_for_people_says_what_is_here(capsys):
+def test_info_prints_the_environment_as_json_and_as_text(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["awnet"] == __version__
@@ -758,13 +758,13 @@ def test_info_as_json_and_for_people_says_what_is_here(capsys):
         assert reason in out
 
 
-def test_bench_run_takes_the_benchmarks_own_options(tmp_path, capsys):
+def test_bench_run_takes_the_options_of_the_benchmarks(tmp_path, capsys):
     words = ["bench", "run", "--smoke", "--cases", "stem", "--modes", "forward", "--providers", "eager"]
     assert main([*words, "--seconds", "0.01", "--out", str(tmp_path)]) == 0
     assert list(tmp_path.glob("*.csv"))
 
 
-def test_as_a_program(tmp_path):
+def test_the_command_runs_as_a_program(tmp_path):
     def awnet(*words):
         command = [sys.executable, "-m", "awnet", *words]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "COLUMNS": "100"}
@@ -886,7 +886,7 @@ def test_a_state_with_other_content_and_a_correct_checksum_is_a_one_line_error(
         (["state"], "give the folder of an evaluation"),
     ],
 )
-def test_a_report_that_is_not_there_says_where_reports_are(tmp_path, words, message):
+def test_a_missing_report_names_where_reports_are_stored(tmp_path, words, message):
     place = tmp_path / "evaluations" / "default"
     place.mkdir(parents=True)
     (place / "report.json").write_text("{}")

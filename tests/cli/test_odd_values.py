@@ -155,7 +155,7 @@ def test_every_odd_value_ends_in_one_line(
         ([*TRAIN, "--data-dir", "a\0b"], "'a\\x00b' is not a path: it contains a null byte"),
     ],
 )
-def test_messages_name_the_option(
+def test_error_messages_name_the_option(
     words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.chdir(folder)

@@ -95,7 +95,7 @@ def test_shuffling_is_a_permutation_that_changes_with_seed_and_epoch():
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 5, 9])
-def test_start_goes_on_exactly_where_an_epoch_stopped(start):
+def test_batches_with_start_continue_an_interrupted_epoch(start):
     data = small(20, shift=2, flip=True)
     options = {"shuffle": True, "augment": True, "seed": 4, "epoch": 2}
     whole = list(data.batches(4, **options))
@@ -152,7 +152,7 @@ def test_images_stay_in_the_file_that_they_are_mapped_from(tmp_path, monkeypatch
     assert_same_batches(data.batches(5, **SHUFFLED), mapped.batches(5, **SHUFFLED))
 
 
-def test_an_epoch_may_be_left_early(monkeypatch):
+def test_an_epoch_may_be_stopped_early(monkeypatch):
     monkeypatch.setattr(dataset, "_resident", lambda images, device: False)
     before = set(threading.enumerate())  # compilers, for one, keep threads of their own
     batches = small(20).batches(4)
@@ -162,7 +162,7 @@ def test_an_epoch_may_be_left_early(monkeypatch):
     assert not set(threading.enumerate()) - before
 
 
-def test_where_the_images_are_placed(monkeypatch):
+def test_the_memory_of_the_images_follows_the_option_and_the_device(monkeypatch):
     data = small(4)
     assert data.placed("cpu").device.type == "cpu"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * data.images.nbytes - 1, 10**9))
@@ -268,7 +268,7 @@ def test_subset_keeps_proportions_and_global_indices():
         data.subset(0)
 
 
-def test_the_fingerprint_is_of_the_content():
+def test_the_fingerprint_depends_on_the_content_only():
     data = small(5)
     print_of = data.fingerprint()
     assert re.fullmatch("[0-9a-f]{32}", print_of)
@@ -285,7 +285,7 @@ def test_the_fingerprint_is_of_the_content():
     assert len({print_of, *(other.fingerprint() for other in others)}) == 6
 
 
-def test_sizes_are_named():
+def test_a_data_set_reports_its_sizes():
     data = small(5, size=6, channels=1)
     assert (len(data), data.num_classes, data.in_channels, data.image_size) == (5, 3, 1, (6, 6))
     assert repr(data) == "Dataset('custom', 'train', 5×1×6×6, 3 classes, cpu)"
@@ -448,7 +448,7 @@ def test_bad_labels_are_refused(y, error, message):
 # ── digits, and what holds for every data set ─────────────────────────────────────────────────────────────
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones():
+def test_an_unknown_data_set_is_refused_with_the_known_names():
     assert list_datasets() == ["digits", "cifar10", "cifar100", "tiny_imagenet"]
     with pytest.raises(ValueError, match="unknown data set 'mnist'; known are digits, cifar10, cifar100"):
         load_dataset("mnist")
@@ -624,7 +624,7 @@ def test_data_dir_is_the_folder_under_any_name_or_its_parent(tmp_path):
     assert load_dataset("cifar10", renamed).test.fingerprint() == by_parent
 
 
-def test_the_working_directorys_data_is_the_default(tmp_path, monkeypatch):
+def test_the_default_folder_is_data_in_the_working_directory(tmp_path, monkeypatch):
     write_cifar10(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     assert len(load_dataset("cifar10").test) == 40
@@ -1049,7 +1049,7 @@ def test_a_download_is_unpacked_read_and_not_repeated(tmp_path, server, monkeypa
     assert len(server.asked) == 1
 
 
-def test_tiny_imagenet_comes_as_a_zip(tmp_path, server, monkeypatch):
+def test_tiny_imagenet_is_unpacked_from_a_zip(tmp_path, server, monkeypatch):
     server.serve(monkeypatch, "tiny_imagenet", zip_of(write_tiny_imagenet(tmp_path / "theirs")))
     download("tiny_imagenet", tmp_path / "mine")
     assert len(load_dataset("tiny_imagenet", tmp_path / "mine").test) == 9
@@ -1100,7 +1100,7 @@ def test_two_downloads_of_one_archive_do_not_mix(tmp_path, server, monkeypatch):
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["server knows ranges", "server does not"])
-def test_an_interrupted_download_goes_on(tmp_path, server, monkeypatch, ranges):
+def test_an_interrupted_download_resumes(tmp_path, server, monkeypatch, ranges):
     server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
     server.ranges, server.break_off_after = ranges, 1000
     mine = tmp_path / "mine"
@@ -1119,7 +1119,7 @@ def test_an_interrupted_download_goes_on(tmp_path, server, monkeypatch, ranges):
     assert len(load_dataset("cifar10", mine).test) == 40
 
 
-def test_a_part_that_is_complete_is_taken(tmp_path, server, monkeypatch):
+def test_a_complete_partial_download_is_used(tmp_path, server, monkeypatch):
     server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
     (tmp_path / "cifar-10-python.tar.gz.part").write_bytes(server.content)
     download("cifar10", tmp_path)
@@ -1161,7 +1161,7 @@ def test_an_address_of_another_kind_is_refused(tmp_path):
         download("cifar10", tmp_path, url="cifar.tar.gz")
 
 
-def test_a_mirror_is_held_to_the_publishers_checksum(tmp_path, server, monkeypatch):
+def test_a_mirror_must_match_the_publishers_checksum(tmp_path, server, monkeypatch):
     server.content = tar_of(write_cifar10(tmp_path / "theirs"))
     url = f"http://127.0.0.1:{server.http.server_port}/any"
     with pytest.raises(ValueError, match="c58f30108f718f92721af3b95e74349a"):
@@ -1252,7 +1252,7 @@ def test_an_archive_that_reaches_outside_or_is_damaged_is_refused(tmp_path, serv
 # ── real images ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_lossless_part_of_cifar10(tmp_path):
+def test_the_lossless_part_of_cifar10_is_read_as_published(tmp_path):
     if not (SAMPLES / "cifar10_lossless_part.npz").is_file():
         pytest.skip(f"no sample of CIFAR-10 in {SAMPLES}")
     command = [sys.executable, SAMPLES / "unpack_cifar10.py", tmp_path, "--images", "lossless"]
@@ -1267,7 +1267,7 @@ def test_the_lossless_part_of_cifar10(tmp_path):
     assert len(splits.validation) == round(0.02 * len(images))
 
 
-def test_a_part_of_tiny_imagenet(tmp_path):
+def test_a_part_of_tiny_imagenet_is_read_as_published(tmp_path):
     archive = SAMPLES / "tiny_imagenet_20.zip"
     if not archive.is_file():
         pytest.skip(f"no sample of Tiny-ImageNet in {SAMPLES}")

@@ -100,7 +100,7 @@ def test_a_file_of_classes_numbers_the_folders(name: str, text: str, tmp_path: P
 
 @pytest.mark.parametrize("form", ["images, labels", "x, y", "x_test, y_test", "test_images, test_labels"])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (8, 8, 3), (8, 8)])
-def test_arrays_of_a_file(form: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_arrays_of_an_npz_file_become_a_data_set(form: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, *shape), dtype=np.uint8)
     names = form.split(", ")
     np.savez(tmp_path / "d.npz", **dict(zip(names, (images, np.arange(6)[:, None]), strict=True)))

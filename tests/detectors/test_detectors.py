@@ -138,7 +138,7 @@ def test_an_embedding_leaves_the_router_out_and_names_unknown_layers() -> None:
         Embedding(model, x[:1], layers=["nothing"])
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_detectors_refuse_images_and_models_that_do_not_fit() -> None:
     plain = create_model("resnet_tiny", in_channels=1)
     x, y = torch.rand(12, 1, 8, 8), torch.zeros(12, dtype=torch.int64)
     with pytest.raises(ValueError, match="no router"):

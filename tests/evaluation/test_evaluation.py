@@ -80,7 +80,7 @@ class Routed(Linear):
 
 
 @pytest.mark.parametrize("n", [1, 17, 400])
-def test_wilson_interval_as_scipy_has_it(n: int) -> None:
+def test_wilson_interval_equals_scipys(n: int) -> None:
     for k in {0, 1, n // 3, n - 1, n}:
         expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
         assert wilson_interval(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -89,14 +89,14 @@ def test_wilson_interval_as_scipy_has_it(n: int) -> None:
 
 
 @pytest.mark.parametrize(("k", "n"), [(-1, 5), (6, 5), (0, 0)])
-def test_wilson_interval_refuses(k: int, n: int) -> None:
+def test_wilson_interval_refuses_impossible_counts(k: int, n: int) -> None:
     with pytest.raises(ValueError, match="successes"):
         wilson_interval(k, n)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 300), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31))
-def test_mcnemar_as_a_binomial_test(n: int, p: float, q: float, seed: int) -> None:
+def test_mcnemar_equals_scipys_binomial_test(n: int, p: float, q: float, seed: int) -> None:
     generator = np.random.default_rng(seed)
     a, b = generator.random(n) < p, generator.random(n) < q
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
@@ -105,7 +105,7 @@ def test_mcnemar_as_a_binomial_test(n: int, p: float, q: float, seed: int) -> No
     assert mcnemar(a, b) == mcnemar(b, a)
 
 
-def test_mcnemar_by_hand_and_at_size() -> None:
+def test_mcnemar_equals_values_by_hand_and_handles_large_counts() -> None:
     a = np.array([True] * 8 + [False] * 2)
     assert mcnemar(a, ~a) == 2 * (1 + 10 + 45) / 1024
     assert mcnemar(a, a) == 1.0
@@ -118,7 +118,7 @@ def test_mcnemar_by_hand_and_at_size() -> None:
         mcnemar(a.astype(float), a)
 
 
-def test_t_interval_as_scipy_has_it() -> None:
+def test_t_interval_equals_scipys() -> None:
     values = np.random.default_rng(3).normal(size=7)
     for level in (0.5, 0.95):
         expected = student.interval(level, 6, loc=values.mean(), scale=values.std(ddof=1) / 7**0.5)
@@ -128,7 +128,7 @@ def test_t_interval_as_scipy_has_it() -> None:
             t_interval(few)
 
 
-def test_bootstrap_interval_as_resampling_by_index() -> None:
+def test_bootstrap_interval_equals_resampling_by_index() -> None:
     generator = np.random.default_rng(3)
     values = generator.choice([-1.0, -0.5, 0.0, 0.5, 1.0], 80, p=[0.1, 0.1, 0.4, 0.3, 0.1])
     rows = generator.integers(0, 80, (20_000, 80))
@@ -159,12 +159,12 @@ def test_auc_counts_pairs_with_ties_as_half(clean: list[int], adversarial: list[
     assert auc(clean, adversarial) == pytest.approx(wins / (len(clean) * len(adversarial)), abs=1e-12)
 
 
-def test_auc_refuses_nothing() -> None:
+def test_auc_refuses_empty_scores() -> None:
     with pytest.raises(ValueError, match="non-empty scores"):
         auc([], [1.0])
 
 
-def test_w_robust_accuracy() -> None:
+def test_w_robust_accuracy_is_the_mean_of_clean_and_robust() -> None:
     assert w_robust_accuracy(0.99, 0.6) == pytest.approx(0.795)
     for clean, adversarial in ((99, 0.6), (0.9, -0.1), (float("nan"), 0.5)):
         with pytest.raises(ValueError, match="fraction"):
@@ -312,7 +312,7 @@ def test_aw_net_without_type_head_has_no_auc(tmp_path: Path) -> None:
     assert (folder / "filter_means.png").exists()
 
 
-def test_same_bits_for_the_same_seed(tmp_path: Path) -> None:
+def test_an_evaluation_repeats_bit_for_bit_with_the_same_seed(tmp_path: Path) -> None:
     model, data = awnet_tiny(), images(8)
     attacks = {"pgd": PGD(model, eps=0.1, step_size=0.05, steps=3)}
     for name in ("a", "b"):
@@ -337,7 +337,7 @@ def test_batch_size_matters_by_rounding_only() -> None:
     assert one.attacks == other.attacks
 
 
-def test_limit_takes_a_stratified_part() -> None:
+def test_limit_evaluates_a_stratified_part() -> None:
     data = images(60)
     report = evaluate(Linear(), data, ["fgsm"], limit=12)
     part = data.subset(12, seed=0)
@@ -346,7 +346,7 @@ def test_limit_takes_a_stratified_part() -> None:
     assert report.settings["limit"] == 12
 
 
-def test_own_attacks_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_attacks_of_the_caller_and_progress_are_supported(capsys: pytest.CaptureFixture[str]) -> None:
     class Darker(Attack):
         def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
             return (x - self.eps).clamp(min=0)
@@ -416,7 +416,7 @@ def test_report_json_has_the_schema(tmp_path: Path) -> None:
     assert compare(again, static) == report.compared_with["static"]
 
 
-def test_damaged_reports(tmp_path: Path) -> None:
+def test_damaged_reports_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="give the folder of an evaluation"):
         Report.load(tmp_path)
     (tmp_path / "report.json").write_text("{")
@@ -469,7 +469,7 @@ def test_comparison_refuses_other_images_and_other_settings() -> None:
     assert compare(this, evaluate(Linear(), images(), ["cw"])).attacks == {}
 
 
-def test_flags() -> None:
+def test_flags_warn_of_suspicious_results() -> None:
     report = evaluate(Linear(), images(), ["fgsm", "pgd_sat", "cw"])
     assert report.flags == flags(report) == []
     report.attacks["cw"].robust_accuracy = report.attacks["fgsm"].robust_accuracy + 0.1
@@ -489,7 +489,7 @@ def test_flags() -> None:
     assert "fgsm 0.990 to 0.600, cw 0.980 to 0.600" in flag
 
 
-def test_tables_fit_a_terminal() -> None:
+def test_tables_fit_the_width_of_a_terminal() -> None:
     data = images()
     names = ("fgsm", "pgd_sat", "pgd_trades", "cw")
     static = evaluate(Linear(1.0), data, names)
@@ -571,12 +571,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("args", "options", "error", "message"), BAD, ids=lambda v: None)
-def test_bad_arguments(args, options, error, message) -> None:  # type: ignore[no-untyped-def]
+def test_evaluate_refuses_bad_arguments(args, options, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         evaluate(*args, **options)
 
 
-def test_bad_arguments_of_accuracy() -> None:
+def test_accuracy_refuses_bad_arguments() -> None:
     with pytest.raises(FloatingPointError, match="NaN or infinite for 6 of 6 clean images"):
         accuracy(with_nan(Linear()), images(6))
     with pytest.raises(ValueError, match="unknown attack"):
@@ -596,7 +596,7 @@ def check_png(path: Path) -> None:
     assert 0.005 < (pixels != 255).any(2).mean() < 0.9  # something is drawn, and not all over
 
 
-def test_figures(tmp_path: Path) -> None:
+def test_figures_of_a_report_are_written(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     records = [
         {"epoch": e, "total": 3 / e, "type": 1 / e, "clean_accuracy": 1 - 1 / e, "lr": 1} for e in (1, 2, 3)
@@ -632,7 +632,7 @@ def test_figures(tmp_path: Path) -> None:
     "draw",
     ["training_curves", "w_robust_bars", "differences_by_training", "p_clean_histogram", "filter_means"],
 )
-def test_figures_of_nothing(draw: str, tmp_path: Path) -> None:
+def test_figures_without_data_are_an_error(draw: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing to draw|no epoch to draw"):
         getattr(analysis, draw)({}, tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

@@ -179,7 +179,7 @@ def test_an_evaluation_resumes_with_another_number_of_ranks(both: dict[str, Any]
         assert_same_evaluation(tmp_path, both["folder"] / f"begun on {ranks}")
 
 
-def test_ranks_that_cannot_go_on(both: dict[str, Any]) -> None:
+def test_ranks_with_different_models_or_images_are_refused(both: dict[str, Any]) -> None:
     first, second = both["refusals"]
     assert first == second
     assert "but rank 1 has another model, images, attacks" in first[0]
@@ -246,7 +246,9 @@ def alone(weights: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.slow
-def test_the_command_line_on_two_ranks(weights: Callable[[Path], Path], alone: Path, tmp_path: Path) -> None:
+def test_evaluate_from_the_command_line_runs_on_two_ranks(
+    weights: Callable[[Path], Path], alone: Path, tmp_path: Path
+) -> None:
     model = str(weights(tmp_path / "run"))
     found = torchrun("-m", "awnet", "evaluate", model, *OPTIONS)
     assert found.returncode == 0, found.stderr[-3000:]
@@ -266,8 +268,10 @@ def test_a_killed_rank_restarts_both(weights: Callable[[Path], Path], alone: Pat
 
 
 @pytest.mark.slow
-def test_a_lost_rank_holds_up_no_other(weights: Callable[[Path], Path], alone: Path, tmp_path: Path) -> None:
-    """Not even where no torchrun looks after them; what is there is gone on from by one process."""
+def test_a_lost_rank_does_not_block_the_others(
+    weights: Callable[[Path], Path], alone: Path, tmp_path: Path
+) -> None:
+    """Not even where no torchrun looks after them; what is there is resumed by one process."""
     model = str(weights(tmp_path / "run"))
     (tmp_path / "job.py").write_text(textwrap.dedent(KILLED))
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -32,7 +32,7 @@ def start(words: list[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, *words], env=os.environ | {"PYTHONPATH": path}, stdout=quiet)
 
 
-def test_killed_once(tmp_path: Path) -> None:
+def test_an_evaluation_killed_once_resumes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     evaluate_gated(whole)
     state = killed / "evaluations" / "default" / "state"
@@ -54,7 +54,7 @@ def test_killed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_from_the_command_line(tmp_path: Path) -> None:
+def test_an_evaluation_killed_repeatedly_from_the_command_line_resumes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model("awnet_tiny", in_channels=1)
     x = load_dataset("digits").train.images[:64].float() / 16
@@ -84,5 +84,5 @@ def test_killed_again_and_again_from_the_command_line(tmp_path: Path) -> None:
             break
         assert process.returncode == -signal.SIGKILL
         kills += 1
-    assert kills >= 1  # each but the first run goes on from what the one before had written
+    assert kills >= 1  # each run but the first resumes from what the previous one wrote
     assert_same_evaluation(tmp_path / "whole", tmp_path / "killed")

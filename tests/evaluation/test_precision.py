@@ -196,7 +196,7 @@ def test_figures_in_bfloat16_are_never_the_headline(quick: tuple[Report, Path], 
         compare(exact, report)
 
 
-def test_robustbench_export_refuses_them(tmp_path: Path) -> None:
+def test_robustbench_export_refuses_figures_in_bfloat16(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model("awnet_tiny")
     pixels = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
@@ -242,7 +242,7 @@ def test_a_model_without_frozen_copies_runs_under_autocast() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_precision_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = tmp_path / "model.safetensors"
     save_model(network(), weights)
     words = ["evaluate", str(weights), "--data", "digits", "--limit", "8", "--attacks", "fgsm"]

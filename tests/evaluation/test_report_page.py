@@ -137,7 +137,7 @@ def test_examples_are_images_that_the_last_attack_broke(report: tuple[Report, Pa
         assert 0 < distance <= found.eps + 1e-6
 
 
-def test_names_are_escaped(report: tuple[Report, Path], tmp_path: Path) -> None:
+def test_names_in_the_page_are_escaped(report: tuple[Report, Path], tmp_path: Path) -> None:
     found = replace(report[0], model="<b>&", flags=["<script>alert(1)</script>"])
     text = page(found, tmp_path)
     assert "<script>" not in text
@@ -169,7 +169,7 @@ def test_without_a_union_the_strongest_attack_is_the_headline(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1000])
-def test_a_browser_draws_it(report: tuple[Report, Path], tmp_path: Path, width: int) -> None:
+def test_a_browser_renders_the_page(report: tuple[Report, Path], tmp_path: Path, width: int) -> None:
     from PIL import Image
 
     browser = shutil.which("chromium") or shutil.which("google-chrome")

@@ -116,14 +116,14 @@ def test_a_model_that_violates_a_rule_is_an_error_that_names_it(how: str) -> Non
 
 @pytest.mark.parametrize("name", ["awnet_tiny", "resnet_tiny"])
 @pytest.mark.parametrize("training", [False, True])
-def test_our_models_keep_the_rules(name: str, training: bool) -> None:
+def test_our_models_satisfy_the_rules_of_robustbench(name: str, training: bool) -> None:
     torch.manual_seed(0)
     model = create_model(name).train(training)
     assert violations(model, images(), 10) == []
     assert model.training == training
 
 
-def test_what_is_exported_loads_again(tmp_path: Path) -> None:
+def test_an_exported_model_loads_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model("awnet_tiny", beta=2.0).eval()
     weights, info, zoo = export_robustbench(model, dataset(), None, tmp_path, Entry("Test2026Entry"))
@@ -139,7 +139,7 @@ def test_what_is_exported_loads_again(tmp_path: Path) -> None:
     assert "beta=2.0" in zoo.read_text()
 
 
-def test_robustbench_itself_loads_what_is_exported(tmp_path: Path, robustbench: ModuleType) -> None:
+def test_robustbench_loads_an_exported_model(tmp_path: Path, robustbench: ModuleType) -> None:
     torch.manual_seed(0)
     model = create_model("awnet_tiny", beta=2.0).eval()
     *_, zoo = export_robustbench(model, dataset(), None, tmp_path, Entry("Test2026Entry"))
@@ -152,7 +152,7 @@ def test_robustbench_itself_loads_what_is_exported(tmp_path: Path, robustbench: 
     assert torch.equal(loaded(images()), model(images()))
 
 
-def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leaderboards for cifar10, cifar100"):
         export_robustbench(create_model("awnet_tiny"), dataset("digits"), None, tmp_path, Entry("A"))
     with pytest.raises(ValueError, match="no config"):

@@ -77,14 +77,14 @@ class Coupled(Honest):
 
 
 @pytest.mark.parametrize("how", ["batch", "chance"])
-def test_logits_that_depend_on_more_than_the_image(how: str) -> None:
+def test_logits_that_depend_on_more_than_the_image_are_suspicious(how: str) -> None:
     torch.manual_seed(0)
     found, _ = sanity_table(Coupled(how), images(), SUITE)
     line = next(check for check in found if "logits are the same" in check.check)
     assert line.result == "suspicious"
 
 
-def test_black_box_that_wins_is_suspicious() -> None:
+def test_a_black_box_attack_that_beats_white_box_attacks_is_suspicious() -> None:
     class Steps(Masked):
         """A staircase: no gradient anywhere, but differences that queries see."""
 
@@ -106,7 +106,7 @@ def test_black_box_that_wins_is_suspicious() -> None:
 
 
 @pytest.mark.parametrize("model", [Masked(), Valley(), Gated(), HardGated()], ids=lambda m: type(m).__name__)
-def test_the_report_believes_the_union(model: nn.Module) -> None:
+def test_the_headline_of_a_report_is_the_union(model: nn.Module) -> None:
     report = smoke(model)
     assert report.attacks["pgd_sat"].robust_accuracy > 0.9
     assert report.union.robust_accuracy == 0
@@ -152,7 +152,7 @@ def test_union_starts_from_the_other_attacks() -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_report_of_a_union_on_disk(tmp_path: Path) -> None:
+def test_the_report_of_a_union_is_restored_from_disk(tmp_path: Path) -> None:
     report = smoke(Gated(), out=tmp_path, name="whole")
     folder = tmp_path / "evaluations" / "whole"
     assert not (folder / "state").exists()
@@ -249,7 +249,7 @@ def test_state_of_another_model_is_not_taken(tmp_path: Path, monkeypatch: pytest
 # ---- detection
 
 
-def test_detection_by_hand() -> None:
+def test_detection_figures_equal_values_by_hand() -> None:
     generator = np.random.default_rng(0)
     clean, attacked = generator.normal(1, 1, 60), generator.normal(0, 1, 60)
     correct = np.arange(60) < 20
@@ -274,7 +274,7 @@ def test_detection_by_hand() -> None:
     assert "successful" not in nothing["pgd"]
 
 
-def test_auc_interval_as_resampling_by_index() -> None:
+def test_auc_interval_equals_resampling_by_index() -> None:
     generator = np.random.default_rng(1)
     clean, attacked = generator.integers(0, 12, 40), generator.integers(0, 8, 30)
 
@@ -300,7 +300,7 @@ def test_roc_curve_encloses_the_auc() -> None:
     assert area == pytest.approx(auc(clean, attacked), abs=0.01)  # 100 of some 400 corners
 
 
-def test_a_router_that_knows_the_grid_is_found_out() -> None:
+def test_a_router_that_detects_the_8_bit_grid_is_flagged() -> None:
     class KnowsTheGrid(Honest):
         """Calls an image clean if its pixels are whole levels of 16."""
 

@@ -160,7 +160,7 @@ def test_a_teacher_that_is_not_there_is_an_error(
 
 
 @pytest.mark.usefixtures("union", "undrawn")
-def test_what_may_be_missing_flags_the_headline(place: Path, tmp_path: Path) -> None:
+def test_missing_teachers_flag_the_headline(place: Path, tmp_path: Path) -> None:
     _removed(place)
     report = judged(place / "mtard", allow_missing=True, out=tmp_path / "out")
     assert members(report) == transfers("clean")
@@ -253,7 +253,9 @@ def test_a_union_without_a_training_record_is_flagged(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("union", "undrawn")
-def test_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_teachers_from_the_command_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.move(place / "t", tmp_path / "new")
     words = ["evaluate", str(place / "mtard"), "--attacks", "union", "--limit", "2", "--budget", "smoke"]
     words += ["--queries", "2"]
@@ -282,7 +284,7 @@ class Ensemble(nn.Module):
 
 
 @pytest.mark.usefixtures("union")
-def test_a_model_with_two_routers_does_not_lose_the_attacks_on_them_in_silence() -> None:
+def test_a_model_with_two_routers_does_not_silently_lose_router_attacks() -> None:
     model = Ensemble()
     with pytest.raises(
         ValueError, match="two_phase, forced, softened cannot run: the model holds 2 networks"

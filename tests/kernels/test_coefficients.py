@@ -93,7 +93,7 @@ tiles = pytest.mark.parametrize("config", [SMALL, LARGE], ids=["small", "large"]
 
 @every
 @tiles
-def test_eval(k: int, s: int, has_scale: bool, config: dict) -> None:
+def test_eval_coefficients_and_gradients_equal_float64(k: int, s: int, has_scale: bool, config: dict) -> None:
     for batch, channels in SIZES:
         x = Problem(batch, channels, k, s, has_scale)
         exact = x.exact_norm(), x.exact_mix()
@@ -125,7 +125,9 @@ def test_eval(k: int, s: int, has_scale: bool, config: dict) -> None:
 
 @every
 @tiles
-def test_train(k: int, s: int, has_scale: bool, config: dict) -> None:
+def test_train_coefficients_and_gradients_equal_float64(
+    k: int, s: int, has_scale: bool, config: dict
+) -> None:
     for (batch, channels), kinds in zip(SIZES, ("clean", "adversarial", "mixed"), strict=True):
         x = Problem(batch, channels, k, s, has_scale, kinds)
         norm, mix = x.norm(), x.mix()
@@ -230,7 +232,7 @@ def test_a_row_is_untouched_by_nan_in_the_other(config: dict) -> None:
         assert torch.equal(before, after)
 
 
-def test_an_empty_batch() -> None:
+def test_coefficients_of_an_empty_batch_are_empty() -> None:
     x = Problem(0, 3, 2, 2, True)
     norm, mix = x.norm(), x.mix()
     empty = torch.empty(0, 3, device=DEVICE)

@@ -160,7 +160,7 @@ def check_statistics(
     ],
     ids=["all of it", "swap_ab, no activation", "float16, no residual, no u"],
 )
-def test_apply(
+def test_fused_apply_equals_float64(
     shape: Shape,
     dtype: torch.dtype,
     tile: conv.Tile,
@@ -191,7 +191,9 @@ def test_apply(
 
 @shapes
 @ways
-def test_statistics(shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded) -> None:
+def test_fused_statistics_equal_float64(
+    shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded
+) -> None:
     layer = Layer(shape, dtype, guarded)
     found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=tile)
     check_statistics(found, layer, dtype)
@@ -216,7 +218,9 @@ DGRADS = {
 
 @pytest.mark.parametrize("shape", DGRADS.values(), ids=DGRADS.keys())
 @ways
-def test_dgrad(shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded) -> None:
+def test_fused_dgrad_equals_float64(
+    shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded
+) -> None:
     layer = Layer(shape, dtype, guarded)
     d_input = fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=tile)
     assert d_input is not None
@@ -263,7 +267,7 @@ def test_the_same_call_gives_the_same_bits_and_other_samples_never_matter(name: 
 
 
 @pytest.mark.parametrize(("hw", "rows"), [(75, 2), (66, 2), (40, 16), (33, 16)])
-def test_combining_the_statistics_of_tiles(hw: int, rows: int, guarded: Guarded) -> None:
+def test_combined_statistics_of_tiles_equal_those_of_the_image(hw: int, rows: int, guarded: Guarded) -> None:
     values = torch.randn(3, 70, hw, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 100
     parts = values.split(rows, dim=2)
     means = torch.stack([part.mean(2) for part in parts], dim=1)
@@ -296,7 +300,9 @@ GROUPED_TILE = grouped_conv.Tile(pixels=16, channels=4, warps=4)
     [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)],
     ids=["channels_last", "nchw", "bfloat16"],
 )
-def test_grouped(shape: Shape, channels_last: bool, dtype: torch.dtype, guarded: Guarded) -> None:
+def test_grouped_convolution_equals_float64(
+    shape: Shape, channels_last: bool, dtype: torch.dtype, guarded: Guarded
+) -> None:
     layer = Layer(shape, dtype, guarded, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift)
@@ -312,7 +318,7 @@ def test_grouped(shape: Shape, channels_last: bool, dtype: torch.dtype, guarded:
     check_statistics(found, layer, dtype)
 
 
-def test_grouped_without_residual_activation_and_u(guarded: Guarded) -> None:
+def test_grouped_convolution_without_residual_activation_and_u(guarded: Guarded) -> None:
     shape = GROUPED["groups of several"]
     layer = Layer(shape, torch.float32, guarded)
     found = fused_conv.fused_apply(
@@ -325,7 +331,7 @@ def test_grouped_without_residual_activation_and_u(guarded: Guarded) -> None:
 
 @grouped_shapes
 @layouts
-def test_grouped_dgrad(shape: Shape, channels_last: bool, guarded: Guarded) -> None:
+def test_grouped_dgrad_equals_float64(shape: Shape, channels_last: bool, guarded: Guarded) -> None:
     layer = Layer(shape, torch.float32, guarded, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     d_input = fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=GROUPED_TILE)
@@ -337,7 +343,9 @@ def test_grouped_dgrad(shape: Shape, channels_last: bool, guarded: Guarded) -> N
 
 @layouts
 @pytest.mark.parametrize("how", ["channels_last", "a slice", "input and output channels swapped"])
-def test_grouped_weight_of_any_strides(how: str, channels_last: bool, guarded: Guarded) -> None:
+def test_grouped_convolution_takes_weights_of_any_strides(
+    how: str, channels_last: bool, guarded: Guarded
+) -> None:
     shape = GROUPED["groups of several"]
     layer = Layer(shape, torch.float32, guarded, channels_last)
     weight = {
@@ -379,7 +387,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("reason", "case"), REFUSED.items(), ids=REFUSED.keys())
-def test_what_it_does_not_take_it_refuses_by_name(reason: str, case: tuple[Shape, dict[str, Any]]) -> None:
+def test_fused_convolutions_refuse_unsupported_calls_by_name(
+    reason: str, case: tuple[Shape, dict[str, Any]]
+) -> None:
     shape, how = case
     layer = Layer(shape, how.get("dtype", torch.float32), Guarded(), how.get("channels_last", True))
     assert reason in str(conv.not_supported(layer.x, layer.weight, *shape.where[:3]))
@@ -389,7 +399,7 @@ def test_what_it_does_not_take_it_refuses_by_name(reason: str, case: tuple[Shape
     assert fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, force=True) is None
 
 
-def test_grouped_refusals() -> None:
+def test_grouped_convolutions_refuse_unsupported_calls() -> None:
     for shape, reason in ((Shape(1, 4, 4, (9, 9), (8, 1), groups=2), "up to 7×7"),):
         layer = Layer(shape, torch.float32, Guarded())
         assert reason in str(grouped_conv.not_supported(layer.x, layer.weight, *shape.where[:3]))
@@ -429,7 +439,7 @@ def test_the_library_convolves_unless_the_table_says_that_the_kernel_wins(guarde
     assert [x.arguments["BLOCK_M"] for x in launches] == [16, 64, 16]
 
 
-def test_the_grouped_table(guarded: Guarded) -> None:
+def test_grouped_convolutions_follow_the_devices_table(guarded: Guarded) -> None:
     shape = Shape(3, 4, 8, (3, 4), (3, 3), (2, 1), padding=(1, 1), groups=4)
     layer = Layer(shape, torch.float32, guarded, channels_last=False)
     entry = GROUPED_TILE._asdict() | {"least_batch": 3}
@@ -450,7 +460,7 @@ def test_the_grouped_table(guarded: Guarded) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_backend_asks_the_devices_table(
+def test_the_backend_reads_the_devices_table(
     groups: int, guarded: Guarded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = Shape(2, 4, 6, (3, 4), (3, 3), padding=(1, 1), groups=groups)
@@ -510,7 +520,7 @@ def test_the_race_runs_and_refuses_a_wrong_kernel(tmp_path: Path, monkeypatch: p
         convolutions.main([*usual, "--layers", "smoke"])
 
 
-def test_default_tiles(guarded: Guarded) -> None:
+def test_convolutions_with_default_tiles_equal_float64(guarded: Guarded) -> None:
     shape = Shape(2, 5, 7, (5, 4), (3, 3), padding=(1, 1))
     layer = Layer(shape, torch.float16, guarded)
     found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True)
@@ -530,7 +540,7 @@ def test_default_tiles(guarded: Guarded) -> None:
     ],
     ids=["conv", "grouped_conv"],
 )
-def test_what_is_compiled_ahead_of_time(module: Any, name: str, entry: Any) -> None:
+def test_ahead_of_time_cases_cover_every_entry_of_the_table(module: Any, name: str, entry: Any) -> None:
     assert module.key(module.read_key(name)) == name
     table = {f"{name}@some-device": entry._asdict() | {"least_batch": 1}, "apply/nchw": {"tile": 1}}
     cases = [case for case in fused_conv.cases(table) if case.name.startswith(f"{module.NAME}/")]

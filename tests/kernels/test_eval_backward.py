@@ -137,7 +137,7 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
 @example(split_case())
 @example(split_case(last=False, sums="centred", mask="from u", dtype=torch.float16))
 @example(split_case(shape=(1, 1, 1, 1), config=SPLIT))
-def test_it_equals_float64(case: Case) -> None:
+def test_eval_backward_equals_float64(case: Case) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(case, Guarded(), monkeypatch)
 
@@ -200,7 +200,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     assert sums.g1.shape == (0, 3)
 
 
-def test_one_launch_makes_everything() -> None:
+def test_one_launch_computes_all_gradients() -> None:
     u = torch.empty(4, 64, 32, 32, device="meta")
     table = torch.empty(4, 64, device="meta")
     config = {"tile": 2048, "inner": 64, "steps": 4, "warps": 8}

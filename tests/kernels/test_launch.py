@@ -102,7 +102,7 @@ def test_a_hook_sees_every_launch(triton_launches: Launches, by_triton: list[str
         assert len(by_triton) == 2
 
 
-def test_a_changed_knob_of_triton_is_heeded(
+def test_a_changed_knob_of_triton_takes_effect(
     triton_launches: Launches, by_triton: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = CALLS["float32"]()

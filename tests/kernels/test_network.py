@@ -23,7 +23,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dynamic", [0, 5, 8])
-def test_network_coefficients(dynamic: int) -> None:
+def test_network_coefficients_and_gradients_equal_float64(dynamic: int) -> None:
     widths, batch = (5, 3, 4), 6
     tables = rand(4, 2, 12, seed=0)
     tables[3].abs_().add_(0.1)
@@ -45,7 +45,7 @@ def test_network_coefficients(dynamic: int) -> None:
 
 
 @pytest.mark.parametrize("residual", [True, False])
-def test_affine_conv2d(residual: bool) -> None:
+def test_affine_conv2d_equals_the_reference(residual: bool) -> None:
     tensors = {
         "input": rand(3, 4, 6, 5, seed=0),
         "weight": rand(6, 4, 3, 3, seed=1),
@@ -64,7 +64,7 @@ def test_affine_conv2d(residual: bool) -> None:
         assert error(got, expected) < 1e-5  # sums of 108 and of 30 products
 
 
-def test_an_attack_on_a_frozen_network() -> None:
+def test_an_attack_on_a_frozen_network_equals_eager() -> None:
     torch.manual_seed(0)
     model = create_model("awnet_tiny", num_classes=3, in_channels=1, router_widths=[4])
     with torch.no_grad():

@@ -79,14 +79,14 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Guarded:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", ["none", "plain", "with a map of its own"])
 @pytest.mark.parametrize("relu", [True, False])
-def test_apply(
+def test_apply_equals_float64(
     guarded: Guarded,
     residual: str,
     relu: bool,
     dtype: torch.dtype,
     last: bool,
 ) -> None:
-    for seed, (shape, how) in enumerate(shapes(dtype)):
+    for seed, (shape, config) in enumerate(shapes(dtype)):
         u = guarded.input(tensor(shape, seed, dtype, last))
         scale, shift = (guarded.input(tensor(shape[:2], seed + 10 * i)) for i in (1, 2))
         r = None if residual == "none" else guarded.input(tensor(shape, seed + 30, dtype, last))
@@ -101,11 +101,11 @@ def test_apply(
             expected = expected + r.double() * image(r_scale) + image(r_shift)
             size = size + (r.double() * image(r_scale)).abs() + image(r_shift).abs()
         expected = expected.relu() if relu else expected
-        y = passes.apply(u, scale, shift, r, relu, how, **affine, out=guarded.output(u))
+        y = passes.apply(u, scale, shift, r, relu, config, **affine, out=guarded.output(u))
         assert_close(y, expected, size, dtype)
         # in u's own place, and with the mask of y as it is stored
         ours, mask = guarded.output(u).copy_(u), torch.empty_like(u, dtype=torch.bool)
-        again = passes.apply(ours, scale, shift, r, relu, how, **affine, out=ours, relu_mask=mask)
+        again = passes.apply(ours, scale, shift, r, relu, config, **affine, out=ours, relu_mask=mask)
         assert torch.equal(again, y)
         assert torch.equal(mask, ~(y <= 0))
     guarded.check()
@@ -114,18 +114,18 @@ def test_apply(
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
-def test_statistics(
+def test_statistics_equal_float64(
     guarded: Guarded,
     loops: None,
     mean: float,
     dtype: torch.dtype,
     last: bool,
 ) -> None:
-    for seed, (shape, how) in enumerate(shapes(dtype)):
+    for seed, (shape, config) in enumerate(shapes(dtype)):
         x = tensor(shape, seed, last=last) + mean
         u = guarded.input(x.to(dtype))
         empty = torch.empty(shape[:2], device=DEVICE)
-        got_mean, got_m2 = passes.statistics(u, how, out=(guarded.output(empty), guarded.output(empty)))
+        got_mean, got_m2 = passes.statistics(u, config, out=(guarded.output(empty), guarded.output(empty)))
         exact = u.double()
         expected = exact.mean((2, 3))
         assert_close(got_mean, expected, exact.abs().mean((2, 3)), torch.float32)
@@ -170,15 +170,17 @@ def test_statistics_of_equal_values_and_of_nan(loops: None, last: bool) -> None:
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [True, False])
-def test_reduce(guarded: Guarded, loops: None, relu: bool, dtype: torch.dtype, last: bool) -> None:
-    for seed, (shape, how) in enumerate(shapes(dtype)):
+def test_reduce_equals_float64(
+    guarded: Guarded, loops: None, relu: bool, dtype: torch.dtype, last: bool
+) -> None:
+    for seed, (shape, config) in enumerate(shapes(dtype)):
         grad, u, y = (guarded.input(tensor(shape, seed + 10 * i, dtype, last)) for i in (1, 2, 3))
         centre = guarded.input(tensor(shape[:2], seed))
         empty = torch.empty(shape[:2], device=DEVICE)
         out = guarded.output(empty), guarded.output(empty)
-        g1, gc = passes.reduce(grad, u, centre, y if relu else None, how, out=out)
+        g1, gc = passes.reduce(grad, u, centre, y if relu else None, config, out=out)
         if relu:
-            by_mask = passes.reduce(grad, u, centre, y > 0, how)
+            by_mask = passes.reduce(grad, u, centre, y > 0, config)
             assert all(torch.equal(a, b) for a, b in zip(by_mask, (g1, gc), strict=True))
         g = torch.where(y > 0, grad, 0).double() if relu else grad.double()
         along = g * (u.double() - image(centre))
@@ -193,7 +195,7 @@ def test_reduce(guarded: Guarded, loops: None, relu: bool, dtype: torch.dtype, l
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
-def test_propagate(
+def test_propagate_equals_float64(
     guarded: Guarded,
     residual: bool,
     training: bool,
@@ -201,7 +203,7 @@ def test_propagate(
     dtype: torch.dtype,
     last: bool,
 ) -> None:
-    for seed, (shape, how) in enumerate(shapes(dtype)):
+    for seed, (shape, config) in enumerate(shapes(dtype)):
         grad, u, y = (guarded.input(tensor(shape, seed + 10 * i, dtype, last)) for i in (1, 2, 3))
         tables = [guarded.input(tensor(shape[:2], seed + 10 * i)) for i in range(4)]
         centre, by_grad, by_input, constant = tables
@@ -219,10 +221,10 @@ def test_propagate(
         out = guarded.output(u), guarded.output(u) if residual else None
         about = (u, centre) if training else (None, None)
         d_u, d_residual = passes.propagate(
-            grad, *about, y if relu else None, by_grad, *rest, residual, how, out=out
+            grad, *about, y if relu else None, by_grad, *rest, residual, config, out=out
         )
         if relu:
-            by_mask = passes.propagate(grad, *about, y > 0, by_grad, *rest, residual, how)
+            by_mask = passes.propagate(grad, *about, y > 0, by_grad, *rest, residual, config)
             assert torch.equal(by_mask[0], d_u)
         assert_close(d_u, expected, size, dtype)
         if residual:
@@ -309,7 +311,7 @@ def test_an_empty_batch_launches_nothing() -> None:
     assert passes.propagate(u, u, table, u, table, None, None, False, SMALL)[0].shape == u.shape
 
 
-def test_what_the_kernels_cannot_address_is_refused() -> None:
+def test_tensors_that_the_kernels_cannot_address_are_refused() -> None:
     with pytest.raises(ValueError, match="contiguous or channels_last, got strides"):
         passes.statistics(torch.ones(2, 3, 4, 5, device=DEVICE).transpose(2, 3), SMALL)
     with pytest.raises(ValueError, match="a grid holds fewer than 2"):
@@ -324,5 +326,5 @@ def test_a_single_large_image_still_fills_a_gpu() -> None:
     assert grid.constants["BLOCK_M"] * grid.constants["BLOCK_P"] == LARGE["tile"]  # several planes a program
 
 
-def test_power_of_two() -> None:
+def test_power_of_two_is_the_least_one_not_below() -> None:
     assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1025)] == [1, 1, 2, 4, 4, 8, 2048]

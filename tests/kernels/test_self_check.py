@@ -22,7 +22,7 @@ sign_step = importlib.import_module("awnet.kernels.sign_step")
 
 
 @pytest.fixture(autouse=True)
-def own_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("AWNET_SELF_CHECK", "always")
     self_check.forget()
@@ -31,11 +31,11 @@ def own_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.mark.slow  # ninety launches in the interpreter
-def test_it_passes() -> None:
-    verdict, stored = self_check.check(triton_backend.CHECKED, DEVICE)
-    assert verdict.reason is None
+def test_the_self_check_passes_for_triton() -> None:
+    result, stored = self_check.check(triton_backend.CHECKED, DEVICE)
+    assert result.reason is None
     assert stored
-    assert verdict.cases == 41
+    assert result.cases == 41
 
 
 def wrong_statistics(u: Tensor, config: Any) -> tuple[Tensor, Tensor]:

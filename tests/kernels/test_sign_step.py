@@ -23,7 +23,7 @@ def images(shape: tuple[int, ...], last: bool = False) -> tuple[torch.Tensor, ..
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_it_is_torchs_step_bit_for_bit(grad_dtype: torch.dtype, last: bool) -> None:
+def test_sign_step_equals_torchs_bit_for_bit(grad_dtype: torch.dtype, last: bool) -> None:
     guarded = Guarded()
     x_adv, grad, x = (guarded.input(v) for v in images((2, 3, 7, 5), last))
     grad = guarded.input(grad.to(grad_dtype))
@@ -40,7 +40,7 @@ def test_it_is_torchs_step_bit_for_bit(grad_dtype: torch.dtype, last: bool) -> N
     guarded.check()
 
 
-def test_in_place_and_with_a_copy_in_another_dtype() -> None:
+def test_sign_step_works_in_place_and_writes_a_copy_in_another_dtype() -> None:
     x_adv, grad, x = images((2, 3, 4, 5))
     expected = sign_step(x_adv, grad, x, STEP, EPS, HOW)
     guarded = Guarded()
@@ -59,7 +59,7 @@ def test_a_broken_gradient_moves_nothing_as_in_torch() -> None:
     assert torch.allclose(got, 0.5 + STEP * grad.sign())
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_sign_step_refuses_tensors_that_do_not_fit() -> None:
     x = torch.rand(2, 3, 4, 5, device=DEVICE)
     with pytest.raises(ValueError, match=r"grad must have x_adv's shape \[2, 3, 4, 5\]"):
         sign_step(x, x[:1], x, STEP, EPS, HOW)

@@ -36,7 +36,7 @@ def triton_run(layer: Layer, dtype: torch.dtype = torch.float32):
 
 @few
 @given(layers())
-def test_it_equals_the_reference(layer: Layer) -> None:
+def test_the_triton_layer_equals_the_reference(layer: Layer) -> None:
     assume(not has_single_value(layer))
     layer = layer.rounded(torch.float32)
     exact = run(layer, backend="reference")
@@ -53,7 +53,7 @@ def test_it_equals_the_reference(layer: Layer) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_it_keeps_the_digits_demanded(training: bool, offset: float) -> None:
+def test_float32_keeps_the_required_digits(training: bool, offset: float) -> None:
     for seed in range(2):
         layer = example(training, seed, offset=offset, batch=8, size=[9, 8], kernel=(3, 2), padding=0)
         layer = layer.rounded(torch.float32)
@@ -66,7 +66,7 @@ def test_it_keeps_the_digits_demanded(training: bool, offset: float) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype: torch.dtype, training: bool) -> None:
+def test_low_precision_is_no_worse_than_twice_eager(dtype: torch.dtype, training: bool) -> None:
     layer = example(training, 1).rounded(dtype)
     exact, got = run(layer, backend="reference"), triton_run(layer, dtype)
     eager = run(layer.to(dtype), backend="eager")
@@ -109,7 +109,7 @@ def test_the_same_call_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(torch.equal(first.grads[n], second.grads[n]) for n in first.grads)
 
 
-def test_mix_batch_norm_and_filter_scaled_conv2d_alone() -> None:
+def test_mix_batch_norm_and_filter_scaled_conv2d_equal_the_reference() -> None:
     for training in (True, False):
         t = on_device(example(training, 5).to(torch.float32)).tensors
         kind = {"is_clean": t["is_clean"]} if training else {"p_clean": t["p_clean"]}
@@ -131,7 +131,7 @@ def test_mix_batch_norm_and_filter_scaled_conv2d_alone() -> None:
         assert error(got, expected) < 1e-5
 
 
-def test_opcheck() -> None:
+def test_the_triton_operator_passes_opcheck() -> None:
     for training in (True, False):
         layer = on_device(example(training, 7, batch=2, size=[3, 3]).to(torch.float32))
         t = layer.tensors
@@ -187,8 +187,8 @@ def test_the_fused_convolutions_within_the_layer(
         assert error(got.grads[name].cpu(), value) <= 1e-4, name
 
 
-def test_gradients_from_the_sums_of_several_ranks() -> None:
-    # what a rank hands in where others share its statistics: here its own sums twice
+def test_gradients_from_the_sums_of_several_ranks_equal_eager() -> None:
+    # what a rank hands in where others share its statistics: here its sums twice
     generator = torch.Generator().manual_seed(0)
     g1, gc, mean, m2, omega = torch.rand(5, 5, 6, generator=generator, dtype=torch.float64).unbind(1)
     weight = torch.rand(2, 6, generator=generator, dtype=torch.float64)
@@ -200,12 +200,14 @@ def test_gradients_from_the_sums_of_several_ranks() -> None:
         x = [t.to(device, dtype) for t in (g1, gc, mean, m2, omega, weight)]
         kind = is_clean.to(device)
         stats, mix = SampleStats(x[2], x[3], 9), Mix(x[4], None, kind)
-        own = passes.batch_statistics(stats, mix, 2)
-        norm = Norm(x[5], x[5], own.mean, own.var, 1e-5)
+        batch_stats = passes.batch_statistics(stats, mix, 2)
+        norm = Norm(x[5], x[5], batch_stats.mean, batch_stats.var, 1e-5)
         reduced = Reduced(x[0], x[1], x[2])
         sums = passes.train_sums(reduced, norm, mix)
         both = sums._replace(through=2 * sums.through)
-        gradients, how = passes.train_gradients(reduced, stats, norm, 2 * own.n, mix, True, both)
-        results.append([y for y in (*sums, *gradients, *how) if y is not None])
+        gradients, propagation = passes.train_gradients(
+            reduced, stats, norm, 2 * batch_stats.n, mix, True, both
+        )
+        results.append([y for y in (*sums, *gradients, *propagation) if y is not None])
     for got, expected in zip(results[1], results[0], strict=True):
         assert error(got.cpu(), expected) <= 1e-4

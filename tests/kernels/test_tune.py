@@ -29,8 +29,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def clock(run: Callable[[], object]) -> float:
     """Fastest at a tile of 512 and 8 warps, whatever the op."""
     run()
-    (how,) = run.args  # type: ignore[attr-defined]
-    return 1 + abs(how["tile"] - 512) / 512 + abs(how["warps"] - 8)
+    (config,) = run.args  # type: ignore[attr-defined]
+    return 1 + abs(config["tile"] - 512) / 512 + abs(config["warps"] - 8)
 
 
 def options(folder: Path, **changes: object) -> tuner.TuneOptions:
@@ -38,7 +38,9 @@ def options(folder: Path, **changes: object) -> tuner.TuneOptions:
     return tuner.TuneOptions(device=str(DEVICE), out=folder, **(defaults | changes))
 
 
-def test_it_finds_the_fastest_and_calls_then_find_it(tiny: None, tmp_path: Path, monkeypatch) -> None:
+def test_the_tuner_stores_the_fastest_parameters_and_calls_use_them(
+    tiny: None, tmp_path: Path, monkeypatch
+) -> None:
     path = tuner.tune(options(tmp_path), clock)
     table = launch_config.read_table(path)
     assert path.name == f"{launch_config.device_slug(DEVICE)}.json"
@@ -92,7 +94,7 @@ def test_both_forms_of_the_relu_mask_are_timed(tmp_path: Path, monkeypatch: pyte
     assert set(timed) == {3, 4}
 
 
-def test_a_second_run_goes_on_and_keeps_what_is_there(tiny: None, tmp_path: Path) -> None:
+def test_a_second_run_resumes_and_keeps_existing_entries(tiny: None, tmp_path: Path) -> None:
     first = tmp_path / "cpu.json"
     first.write_text(json.dumps({"device": "cpu", "launches": {}, "convolutions": {"conv/x": {"warps": 4}}}))
     calls = []
@@ -110,22 +112,24 @@ def test_a_second_run_goes_on_and_keeps_what_is_there(tiny: None, tmp_path: Path
     assert len(calls) == 2 * number
 
 
-def test_time_runs_out(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tuning_stops_at_its_time_limit(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tuner.tune(options(tmp_path, minutes=0.0), clock)
     assert "3 entries remain" in capsys.readouterr().out
 
 
 def test_a_wrong_result_is_never_timed() -> None:
-    wrong = tuner.Job("bad", {"tile": 512, "warps": 4}, lambda how: torch.tensor([float(how["tile"])]))
+    wrong = tuner.Job("bad", {"tile": 512, "warps": 4}, lambda config: torch.tensor([float(config["tile"])]))
     with pytest.raises(RuntimeError, match=r"bad with .* does not equal the result of the default launch"):
         tuner.search(wrong, lambda run: 1.0)
 
 
-def test_what_does_not_fit_is_passed_over() -> None:
+def test_parameters_that_exceed_the_devices_resources_are_skipped() -> None:
     from triton.runtime.errors import OutOfResources
 
-    def run(how: dict[str, int]) -> torch.Tensor:
-        if how["warps"] > 4:
+    def run(config: dict[str, int]) -> torch.Tensor:
+        if config["warps"] > 4:
             raise OutOfResources(1, 2, "registers")
         return torch.ones(1)
 
@@ -134,6 +138,6 @@ def test_what_does_not_fit_is_passed_over() -> None:
     assert (took, before) == (5, 7)
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_tuning_without_a_gpu_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tuning times Triton kernels on a CUDA device, and device is 'cpu'"):
         tuner.tune(tuner.TuneOptions(device="cpu", out=tmp_path))

@@ -46,7 +46,7 @@ def rdi_images(n: int = 6) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_rdi_takes_the_first_exit_that_is_sure() -> None:
+def test_rdi_takes_the_first_confident_exit() -> None:
     model, x, _ = rdi_images(32)
     logits = torch.stack(model.exits(x))  # [7, B, K]
     assert logits.shape == (7, 32, 10)
@@ -63,7 +63,7 @@ def test_rdi_takes_the_first_exit_that_is_sure() -> None:
     assert len(model.exits(x, last=2)) == 3
 
 
-def test_thresholds_are_as_high_as_costs_no_accuracy() -> None:
+def test_thresholds_are_the_highest_that_cost_no_accuracy() -> None:
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(60) % 3
     logits = torch.randn(4, 60, 3, generator=generator)
@@ -85,7 +85,7 @@ def test_thresholds_are_as_high_as_costs_no_accuracy() -> None:
     assert always.item() > entropy(target).max()
 
 
-def test_the_cost_of_each_exit() -> None:
+def test_the_flops_of_each_exit_equal_torchs_count() -> None:
     model = create_model("rdi_resnet38", in_channels=1, width=0.25).eval()
     ours = model.flops((9, 8))
     x = torch.rand(1, 1, 9, 8)
@@ -126,7 +126,7 @@ def test_the_max_average_attack_takes_the_most_harmful_of_one_attack_an_exit() -
     assert (x_adv - x).abs().max() <= THREAT.eps + 1e-6
 
 
-def test_the_loss_of_rdi() -> None:
+def test_the_loss_of_rdi_is_its_equation() -> None:
     model, x, y = rdi_images()
     recipe = recipe_for("rdi", "digits", adv_weight=0.25)
     x_adv = (x + 0.1).clamp(max=1)
@@ -281,7 +281,7 @@ def test_separate_net_trains_each_member_on_its_kind() -> None:
         model.eval()(x, is_clean=is_clean)
 
 
-def test_separate_trains_each_part_by_itself() -> None:
+def test_separate_net_trains_its_parts_independently() -> None:
     model = narrow("separate_net")
     recipe = recipe_for("separate", "digits", attack_steps=2, type_weight=0.5)
     batch = next(DIGITS.train.batches(12))
@@ -350,7 +350,7 @@ def test_swin_has_the_parameters_of_the_paper(name: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["advmoe_resnet18", "separate_net", "separate_net_l", "rdi_resnet38"])
-def test_their_convolutions_and_batch_norms_are_the_packages(name: str) -> None:
+def test_convolutions_and_batch_norms_of_baselines_are_the_packages(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, width=0.1)
     for module in model.modules():
@@ -368,7 +368,7 @@ def test_members_of_separate_net_are_attacked_on_their_fast_copies() -> None:
 
 
 @pytest.mark.parametrize("name", [name for _, name in OWN_RECIPES])
-def test_they_are_evaluated_like_any_network(name: str) -> None:
+def test_baselines_are_evaluated_like_any_network(name: str) -> None:
     report = evaluate(narrow(name).eval(), DIGITS.test, ["fgsm"], limit=20, batch_size=20)
     assert 0 <= report.attacks["fgsm"].robust_accuracy <= 1
     assert ("fgsm" in report.router_auc) == (name == "separate_net")
@@ -400,6 +400,6 @@ def test_the_report_tells_which_exits_were_taken(tmp_path: Path) -> None:
         ("swin_t", "Swin has no nn.BatchNorm2d"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_by_name(name: str, message: str) -> None:
+def test_baselines_that_cannot_be_converted_are_refused_by_name(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert(narrow(name), router_widths=(4,), image_size=8)

@@ -50,7 +50,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_overfits_64_images(name: str) -> None:
+def test_every_family_overfits_64_images(name: str) -> None:
     batch = next(DIGITS.train.batches(64))
     check_overfits(narrow(name), batch, lr=3e-3 if name.startswith("swin") else 1e-2)
 
@@ -74,7 +74,7 @@ def check_overfits(model: nn.Module, batch: Batch, lr: float) -> None:
         for recipe, name in [*(("pgd_at", name) for name in NARROW), *OWN_RECIPES]
     ],
 )
-def test_trains_stops_resumes_and_is_loaded(recipe_name: str, name: str, tmp_path: Path) -> None:
+def test_every_family_trains_stops_resumes_and_loads(recipe_name: str, name: str, tmp_path: Path) -> None:
     recipe = recipe_for(recipe_name, "digits", epochs=1, batch_size=16, attack_steps=1, validate_limit=2)
     settings: dict[str, Any] = {"quiet": True, "tensorboard": False}
     whole = train(recipe, narrow(name), SMALL, tmp_path / "whole", **settings)
@@ -91,7 +91,7 @@ def test_trains_stops_resumes_and_is_loaded(recipe_name: str, name: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", NARROW)
-def test_passes_autoattacks_checks(name: str) -> None:
+def test_every_family_passes_autoattacks_checks(name: str) -> None:
     model = narrow(name)
     for _ in range(2):  # running statistics other than those at the start
         model(next(DIGITS.train.batches(32)).x, **mode(model, 32))
@@ -149,7 +149,7 @@ def test_the_attack_of_training_is_a_cuda_graph(name: str, caplog: pytest.LogCap
 
 @pytest.mark.parametrize("name", CNNS)
 @pytest.mark.parametrize("size", [(1, 1), (9, 14)], ids=str)
-def test_any_size(name: str, size: tuple[int, int]) -> None:
+def test_networks_take_images_of_any_size(name: str, size: tuple[int, int]) -> None:
     assert narrow(name).eval()(torch.rand(2, 1, *size)).shape == (2, 10)
 
 

@@ -107,7 +107,7 @@ FAITHFUL = {
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=SLOW if "compiled" in case else ()) for case in FAITHFUL]
 )
-def test_a_changed_model_comes_back(case: str, tmp_path: Path) -> None:
+def test_a_changed_model_is_restored_from_its_file(case: str, tmp_path: Path) -> None:
     made = FAITHFUL[case]()
     save_model(made, tmp_path / "a.safetensors")
     again = load_model(tmp_path / "a.safetensors")
@@ -124,7 +124,7 @@ def test_a_changed_model_comes_back(case: str, tmp_path: Path) -> None:
     assert config_of(again) == config_of(inner)
 
 
-def test_a_separate_nets_settings_come_back(tmp_path: Path) -> None:
+def test_settings_of_a_separate_net_are_restored(tmp_path: Path) -> None:
     made = create_model("separate_net", in_channels=1, width=0.05)
     made.threshold = 0.25
     save_model(made.with_gate("soft"), tmp_path / "a.safetensors")
@@ -163,7 +163,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_no_file_could_hold_is_refused_before_training(case: str, tmp_path: Path) -> None:
+def test_changes_that_no_file_could_hold_are_refused_before_training(case: str, tmp_path: Path) -> None:
     change, message = REFUSED[case]
     made = model("resnet_tiny", change)
     with pytest.raises(ValueError, match=message):
@@ -175,7 +175,7 @@ def test_what_no_file_could_hold_is_refused_before_training(case: str, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_subclasses_that_cannot_be_made_again_are_refused(
+def test_subclasses_that_cannot_be_rebuilt_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="its class Needy cannot be made again by Needy"):

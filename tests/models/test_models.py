@@ -75,7 +75,7 @@ def warmed(model: nn.Module, steps: int = 2) -> nn.Module:
 
 
 @pytest.mark.parametrize(("name", "num_classes"), COUNTS)
-def test_parameter_counts_to_the_unit(name, num_classes):
+def test_parameter_counts_equal_the_documented_numbers(name, num_classes):
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes)
     assert parameter_count(model) == COUNTS[name, num_classes]
@@ -97,7 +97,7 @@ def test_counting_draws_no_random_numbers():
     assert torch.equal(first, stem)
 
 
-def test_list_models():
+def test_list_models_filters_by_pattern():
     assert list_models("awnet_resnet*") == ["awnet_resnet18", "awnet_resnet34", "awnet_resnet50"]
     assert list_models("resnet_tiny*") == ["resnet_tiny", "resnet_tiny_wide"]
     assert {name for name, _ in COUNTS} <= set(list_models())
@@ -118,14 +118,14 @@ def test_one_seed_starts_an_awnet_and_its_static_twin_alike():
 
 @pytest.mark.parametrize("name", ["awnet_tiny", "resnet_tiny", "resnet_tiny_wide"])
 @pytest.mark.parametrize(("in_channels", "size"), [(1, (8, 8)), (3, (1, 1)), (4, (33, 20))])
-def test_any_channels_classes_and_size(name, in_channels, size):
+def test_models_take_any_channels_classes_and_image_size(name, in_channels, size):
     model = create_model(name, num_classes=7, in_channels=in_channels).eval()
     assert model(torch.rand(2, in_channels, *size)).shape == (2, 7)
     assert hasattr(model, "route") == name.startswith("awnet")
 
 
 @pytest.mark.parametrize("name", ["awnet_resnet18", "awnet_resnet50", "resnet50"])
-def test_large_models_run(name):
+def test_large_models_run_forward(name):
     model = create_model(name, num_classes=3).eval()
     x = torch.rand(2, 3, 8, 8)
     assert model(x).shape == (2, 3)
@@ -229,7 +229,7 @@ def test_fixed_test_branch_is_that_branch():
         ("resnet_tiny", {"in_channels": "3"}, TypeError, "in_channels must be an integer, got '3'"),
     ],
 )
-def test_create_model_refuses(name, arguments, error, message):
+def test_create_model_refuses_bad_options(name, arguments, error, message):
     with pytest.raises(error, match=message):
         create_model(name, **arguments)
 
@@ -241,7 +241,7 @@ def test_classes_refuse_unknown_names():
         AWResNet("resnet18")
 
 
-def test_a_model_of_ones_own(tmp_path, monkeypatch):
+def test_a_registered_model_of_the_user_is_created_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(registry_module, "_REGISTRY", dict(registry_module._REGISTRY))
 
     def build(num_classes, in_channels, width=4):
@@ -261,7 +261,7 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["awnet_tiny", "resnet_tiny", "resnet_tiny_wide"])
-def test_saved_and_loaded_bit_for_bit(name, tmp_path):
+def test_a_saved_model_loads_bit_for_bit(name, tmp_path):
     model = warmed(create_model(name, num_classes=5, in_channels=1)).to(memory_format=torch.channels_last)
     save_model(model, tmp_path / "run" / "best.safetensors")
     again = load_model(tmp_path / "run")  # a run folder
@@ -422,7 +422,7 @@ def test_the_check_of_a_models_size_leaves_its_weights_as_they_were():
 @pytest.mark.parametrize(
     ("name", "options"), [("awnet_tiny", {"beta": 2.0, "router_widths": (4, 8)}), ("resnet_tiny_wide", {})]
 )
-def test_hub_folder(name, options, tmp_path):
+def test_a_hub_folder_is_written_and_loaded(name, options, tmp_path):
     model = warmed(create_model(name, num_classes=4, in_channels=1, **options))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -496,7 +496,7 @@ def test_hub_folders_without_whole_weights_are_refused_by_name(on_hub, tmp_path)
         AWResNet.from_pretrained(tmp_path)
 
 
-def test_deep_copies_are_whole():
+def test_a_deep_copy_shares_nothing_with_the_model():
     model = warmed(create_model("awnet_tiny"))
     twin = copy.deepcopy(model)
     x = torch.rand(2, 3, 8, 8)

@@ -58,7 +58,7 @@ def test_the_kind_of_a_source_follows_its_form(tmp_path: Path) -> None:
     assert source_name("path/to/file.py:function") == "path-to-file.py-function"
 
 
-def test_a_function_with_weights_and_normalization(code: str, tmp_path: Path) -> None:
+def test_a_model_function_takes_weights_and_normalization(code: str, tmp_path: Path) -> None:
     plain = awnet.load_model(code)
     assert not plain.training
     assert registry.name_of(plain) == code

@@ -18,16 +18,19 @@ CONV = "tests/kernels/test_conv.py::"
 STEP = "tests/kernels/test_sign_step.py::"
 
 NATIVE_LAYER = OPS + "test_native_layers_of_any_shape_equal_the_reference"
-NATIVE_PASSES = OPS + "test_native_passes_in_every_shape"
+NATIVE_PASSES = OPS + "test_native_passes_equal_eager_in_every_shape"
 NETWORK = "tests/nn/test_frozen.py::test_a_network_in_one_operator_equals_its_layers"
-DIRECT = "tests/ops/test_native.py::test_the_direct_convolution_and_its_gradients"
+DIRECT = "tests/ops/test_native.py::test_the_direct_convolution_and_its_gradients_equal_the_librarys"
 EAGER_LAYER = OPS + "test_eager_equals_the_reference_in_float64"
 AMX = "tests/ops/test_amx.py::"
 AMX_LAYER = AMX + "test_one_layer_is_within_the_bound_of_its_roundings"
 AMX_READERS = AMX + "test_gradients_of_all_readers_of_a_layer_are_added"
-CUDA_PASSES = CUDA + "test_every_pass_in_every_shape"
-CUDA_ALGEBRA = CUDA + "test_the_algebra_equals_plain_torch"
-EVAL, TRAIN = ALGEBRA + "test_eval", ALGEBRA + "test_train"
+CUDA_PASSES = CUDA + "test_every_pass_equals_eager_in_every_shape"
+CUDA_ALGEBRA = CUDA + "test_the_coefficients_equal_plain_torch"
+EVAL, TRAIN = (
+    ALGEBRA + "test_eval_coefficients_and_gradients_equal_float64",
+    ALGEBRA + "test_train_coefficients_and_gradients_equal_float64",
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ FAULTS = (
     fault(
         "eps left out of 1/σ", "csrc/arithmetic.h",
         "1.0f / sqrtf(var + eps)", "1.0f / sqrtf(var + 0.0f * eps)",
-        NATIVE_LAYER, OPS + "test_eps_counts_where_the_variance_is_small",
+        NATIVE_LAYER, OPS + "test_eps_matters_where_the_variance_is_small",
     ),
     fault(
         "ω instead of ω² in a branch's variance", "csrc/arithmetic.h",
@@ -85,7 +88,7 @@ FAULTS = (
     ),
     fault(
         "hw left out of the gradient of ω", "csrc/arithmetic.h",
-        "own.weight * g1 - hw * (", "own.weight * g1 - (",
+        "branch.weight * g1 - hw * (", "branch.weight * g1 - (",
         NATIVE_LAYER,
     ),
     # --- C++
@@ -117,7 +120,7 @@ FAULTS = (
     fault(
         "the mask of the ReLU dropped from the gradient", "csrc/cpu/passes.inl",
         "if (relu_mask.mask != nullptr) return masked(g, read(relu_mask.mask + i));", "",
-        OPS + "test_only_what_needs_a_gradient_gets_one[cpp]",
+        OPS + "test_only_arguments_that_require_a_gradient_get_one[cpp]",
     ),
     fault(
         "bfloat16 cut off instead of rounded", "csrc/cpu/passes.inl",
@@ -150,7 +153,7 @@ FAULTS = (
         DIRECT,
     ),
     fault(
-        "half a vector from a neighbouring row's end", "csrc/cpu/convolution.cpp",
+        "half a vector from a neighboring row's end", "csrc/cpu/convolution.cpp",
         "vectors.second = pitch;", "vectors.second = pitch - 1;",
         DIRECT,
     ),
@@ -217,7 +220,7 @@ FAULTS = (
     fault(
         "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
         "at::addcmul(sums.gc, sums.centre, sums.g1)", "sums.gc",
-        OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_alone[cpp]",
+        OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_equal_the_reference[cpp]",
     ),
     fault(
         "the gradient of the batch norm's weight returned for its bias", "csrc/autograd.cpp",
@@ -289,12 +292,12 @@ FAULTS = (
     fault(
         "the residual dropped", "kernels/passes.py",
         "        y += residual\n", "",
-        PASSES + "test_apply",
+        PASSES + "test_apply_equals_float64",
     ),
     fault(
         "wrong stride between pixels in channels_last", "kernels/passes.py",
         "start[:, None] + (pixel * channels)[None, :]", "start[:, None] + pixel[None, :]",
-        PASSES + "test_apply",
+        PASSES + "test_apply_equals_float64",
     ),
     fault(
         "NaN becomes 0 in the ReLU", "kernels/passes.py",
@@ -305,27 +308,27 @@ FAULTS = (
         "the gradient let through where the ReLU gave 0", "kernels/passes.py",
         "g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)",
         "g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) < 0, 0.0, g)",
-        PASSES + "test_reduce",
+        PASSES + "test_reduce_equals_float64",
     ),
     fault(
         "statistics that do not centre before they square", "kernels/passes.py",
         "    mean = tl.sum(x, 1) / tl.minimum(hw - first_pixel, BLOCK_P).to(tl.float32)\n", "    mean = tl.zeros([BLOCK_M], tl.float32)\n",
-        PASSES + "test_statistics",
+        PASSES + "test_statistics_equal_float64",
     ),
     fault(
         "the mask of the last pixels dropped", "kernels/passes.py",
         "in_planes[:, None] & (pixel < hw)[None, :]", "in_planes[:, None] & (pixel >= 0)[None, :]",
-        PASSES + "test_reduce",
+        PASSES + "test_reduce_equals_float64",
     ),
     fault(
         "the program with the last ticket but one adds the parts", "kernels/eval_backward.py",
         "last = ticket == splits - 1", "last = ticket == splits - 2",
-        EVAL_BACKWARD + "test_it_equals_float64",
+        EVAL_BACKWARD + "test_eval_backward_equals_float64",
     ),
     fault(
         "the second gradient of a joined output left out", "kernels/eval_backward.py",
         "g += load_values(other_grad_ptr, offsets, in_bounds)", "g += 0.0",
-        EVAL_BACKWARD + "test_it_equals_float64",
+        EVAL_BACKWARD + "test_eval_backward_equals_float64",
     ),
     fault(
         "y = 0 lets the gradient through where the mask is computed from u", "kernels/eval_backward.py",
@@ -362,37 +365,37 @@ FAULTS = (
     fault(
         "an off-by-one tap", "kernels/conv.py",
         "x_offsets = x_row[:, None] + ((i * W + j) * C_IN + depth)[None, :]", "x_offsets = x_row[:, None] + ((i * W + j + 1) * C_IN + depth)[None, :]",
-        CONV + "test_apply",
+        CONV + "test_fused_apply_equals_float64",
     ),
     fault(
         "taps not turned round in the gradient of the input", "kernels/conv.py",
         "flipped_tap = TAPS - 1 - tap", "flipped_tap = tap",
-        CONV + "test_dgrad",
+        CONV + "test_fused_dgrad_equals_float64",
     ),
     fault(
         "the scale of the tile's first sample for all that share the tile", "kernels/epilogue.py",
         "table_offsets = (sample_in_tile * C)[:, None] + channel[None, :]", "table_offsets = (sample_in_tile * 0)[:, None] + channel[None, :]",
-        CONV + "test_apply",
+        CONV + "test_fused_apply_equals_float64",
     ),
     fault(
         "the wrong group's channels", "kernels/grouped_conv.py",
         "first_in = channel // GROUP_OUT * GROUP_IN", "first_in = channel // GROUP_OUT",
-        CONV + "test_grouped",
+        CONV + "test_grouped_convolution_equals_float64",
     ),
     fault(
         "the weight of the gradient of the input not transposed", "kernels/grouped_conv.py",
         "read, written = (1, 2) if problem.dgrad else (2, 1)", "read, written = 2, 1",
-        CONV + "test_grouped_dgrad",
+        CONV + "test_grouped_dgrad_equals_float64",
     ),
     fault(
         "pixels between the strides let through in the gradient of the input", "kernels/grouped_conv.py",
         "inside & (in_y % STRIDE_H == 0) & (in_x % STRIDE_W == 0)", "inside & (in_x % STRIDE_W == 0)",
-        CONV + "test_grouped_dgrad",
+        CONV + "test_grouped_dgrad_equals_float64",
     ),
     fault(
         "the lower side of the ball dropped", "kernels/sign_step.py",
         "tl.maximum(x - eps, 0.0)", "0.0",
-        STEP + "test_it_is_torchs_step_bit_for_bit",
+        STEP + "test_sign_step_equals_torchs_bit_for_bit",
     ),
     # --- torch
     fault(
@@ -419,7 +422,7 @@ FAULTS = (
     fault(
         "the mask turned round", "awnet/ops/backends/eager.py",
         "(y <= 0).logical_not_()", "(y <= 0)",
-        OPS + "test_only_what_needs_a_gradient_gets_one[eager]",
+        OPS + "test_only_arguments_that_require_a_gradient_get_one[eager]",
     ),
     fault(
         "statistics as E[x²] − μ²", "awnet/ops/backends/eager.py",

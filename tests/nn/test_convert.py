@@ -245,7 +245,7 @@ def test_dense_network_with_two_stems():
 
 
 @pytest.mark.parametrize("name", ["resnet_tiny", "resnet18"])
-def test_our_own_static_networks(name):
+def test_static_networks_of_the_package_are_fused(name):
     original = trained(create_model(name, num_classes=5, in_channels=1), in_channels=1)
     network = convert(original, **ROUTER)
     check_same_logits(original, network, in_channels=1)
@@ -286,7 +286,7 @@ def test_plain_networks_become_dynamic(name, dynamic):
 
 
 @pytest.mark.parametrize("bn", ["mix", "dual", "one"])
-def test_options(bn):
+def test_convert_applies_its_options(bn):
     original = trained(Residual())
     network = convert(original, bn=bn, filter_scaling=False, beta=2.0, **ROUTER)
     check_same_logits(original, network)
@@ -297,7 +297,7 @@ def test_options(bn):
     )
 
 
-def test_a_router_of_the_callers():
+def test_convert_takes_a_router_of_the_caller():
     original = trained(Residual())
     router = AdversarialRouter([8, 8, 12, 12, 12, 6], widths=(4,), blocks=(1,), beta=1.0)
     network = convert(original, router=router)
@@ -390,7 +390,7 @@ def test_double_precision_and_one_channel():
     torch.testing.assert_close(network(x), original(x), rtol=1e-12, atol=1e-12)
 
 
-def test_the_size_of_images_can_matter():
+def test_the_size_of_the_example_images_can_matter():
     module = nn.Sequential(
         nn.Conv2d(2, 4, 3),
         nn.BatchNorm2d(4),
@@ -766,7 +766,7 @@ def test_a_router_larger_than_the_network_is_a_warning(caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_timm_resnet():
+def test_a_resnet_of_timm_is_converted():
     timm = optional("timm")
     original = trained(timm.create_model("resnet18", num_classes=5)).eval()
     network = convert(original, **ROUTER)
@@ -984,7 +984,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refuses_by_name(case):
+def test_convert_refuses_unsupported_modules_by_name(case):
     make, message = REFUSED[case]
     module = make()
     modes = [m.training for m in module.modules()]
@@ -993,12 +993,12 @@ def test_refuses_by_name(case):
     assert [m.training for m in module.modules()] == modes
 
 
-def test_refuses_what_is_no_module():
+def test_convert_refuses_other_objects_than_modules():
     with pytest.raises(TypeError, match=r"module must be an nn\.Module, got function"):
         convert(lambda x: x)
 
 
-def test_finds_the_number_of_channels():
+def test_convert_infers_the_number_of_channels():
     class Shifted(Branching):
         def forward(self, x):
             return self.norm(self.conv(x - 0.5)).mean((2, 3))
@@ -1008,7 +1008,7 @@ def test_finds_the_number_of_channels():
         convert(Shifted(), in_channels=2, **ROUTER)
 
 
-def test_compares_before_it_returns(monkeypatch):
+def test_convert_compares_logits_before_it_returns(monkeypatch):
     """A rewriting that changes the function is caught: here one that loses the convolution's bias."""
     keep = MixBatchNorm2d.from_batch_norm.__func__
     monkeypatch.setattr(

@@ -88,7 +88,7 @@ def test_attacks_from_several_threads_leave_the_model_as_it_was() -> None:
     assert state(model) == before
 
 
-def test_a_block_that_cannot_begin_leaves_nothing_frozen() -> None:
+def test_a_failed_frozen_block_leaves_nothing_frozen() -> None:
     class Refuses(nn.Linear):
         def train(self, mode: bool = True) -> Refuses:
             raise RuntimeError("no mode for me")
@@ -101,7 +101,7 @@ def test_a_block_that_cannot_begin_leaves_nothing_frozen() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_train_method_of_the_users_is_called_on_the_way_back() -> None:
+def test_a_train_method_of_the_user_is_called_when_the_mode_is_restored() -> None:
     class Merges(nn.Linear):
         """As LoRA layers do: its weight is another one in eval mode."""
 

@@ -80,7 +80,7 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_model_in_test_mode(case: str) -> None:
+def test_an_inference_copy_equals_the_model_in_eval_mode(case: str) -> None:
     model, x = build(case), images()
     with frozen(model):
         logits, gradient = logits_and_gradient(model, x)
@@ -96,7 +96,7 @@ def test_equals_the_model_in_test_mode(case: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_equals_the_model_on_each_backend(backend: str) -> None:
+def test_an_inference_copy_equals_the_model_on_each_backend(backend: str) -> None:
     model, x = build("dynamic shortcut"), images()
     with frozen(model):
         logits, gradient = logits_and_gradient(model, x)
@@ -106,7 +106,7 @@ def test_equals_the_model_on_each_backend(backend: str) -> None:
     assert error(slope, gradient) < 1e-4
 
 
-def test_deep_and_bottleneck_networks() -> None:
+def test_inference_copies_of_deep_and_bottleneck_networks_equal_the_model() -> None:
     torch.manual_seed(0)
     for block in ("basic", "bottleneck"):
         net = Backbone(block, (2, 1), (4, 6), num_classes=5, in_channels=2, dynamic_shortcut=True)
@@ -132,7 +132,7 @@ def test_bfloat16_is_no_worse_than_twice_autocast() -> None:
     assert error(slope, gradient) < 2 * error(low_gradient, gradient)
 
 
-def test_routes_like_the_model() -> None:
+def test_an_inference_copy_routes_like_the_model() -> None:
     for case in ("dynamic shortcut", "no type head", "no scaling", "no router"):
         model, x = build(case), images()
         still = model.inference_copy()
@@ -171,7 +171,7 @@ def test_refresh_updates_an_inference_copy(case: str) -> None:
         assert error(still(x), model(x)) < 1e-12
 
 
-def test_leaves_the_live_model_alone() -> None:
+def test_an_inference_copy_leaves_the_model_unchanged() -> None:
     model, x = build("awnet_tiny").train(), images()
     model.router.eval()
     modes = [m.training for m in model.modules()]
@@ -187,7 +187,7 @@ def test_leaves_the_live_model_alone() -> None:
     assert sum(p.numel() for p in still.parameters()) > 0
 
 
-def test_attacks_take_it_as_a_model() -> None:
+def test_attacks_take_an_inference_copy_as_a_model() -> None:
     model, x = build("awnet_tiny", torch.float32).eval(), images(torch.float32)
     y = torch.tensor([0, 1, 2])
     size = {"eps": 0.1, "step_size": 0.02, "steps": 5}
@@ -200,7 +200,7 @@ def test_attacks_take_it_as_a_model() -> None:
     )
 
 
-def test_inference_mode_and_autocast_leave_no_trace() -> None:
+def test_inference_mode_and_autocast_do_not_affect_an_inference_copy() -> None:
     model, x = build("resnet_tiny", torch.float32), images(torch.float32)
     still = model.inference_copy()
     with torch.inference_mode():
@@ -265,7 +265,9 @@ def plain(input, weight, scale, shift, residual=None, *, groups=1, activation="r
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "last"])
 @pytest.mark.parametrize(("groups", "residual", "activation"), [(1, True, "relu"), (2, False, None)])
-def test_affine_conv2d_and_its_gradients(backend, layout, groups, residual, activation) -> None:  # type: ignore[no-untyped-def]
+def test_affine_conv2d_and_its_gradients_equal_plain_torch(
+    backend, layout, groups, residual, activation
+) -> None:  # type: ignore[no-untyped-def]
     options = {"groups": groups, "activation": activation}
     single = affine_case(torch.float32, groups, residual)
     leaves = {n: t.double().requires_grad_() for n, t in single.items()}
@@ -305,7 +307,7 @@ def test_affine_conv2d_keeps_no_more_than_it_needs(backend: str) -> None:
     assert kept() == []
 
 
-def test_affine_conv2d_refuses() -> None:
+def test_affine_conv2d_refuses_bad_arguments() -> None:
     good = affine_case(torch.float32)
     for change, message in (
         ({"scale": torch.ones(3, 5)}, r"scale must have shape \[B, C_out\] = \[3, 6\], got \[3, 5\]"),
@@ -334,7 +336,7 @@ def network_case(dynamic: int) -> tuple[Tensor, tuple[int, ...], Tensor | None, 
 
 
 @pytest.mark.parametrize("dynamic", [0, 3, 7, 9])
-def test_network_coefficients_are_each_layers_own(dynamic: int) -> None:
+def test_network_coefficients_equal_those_of_each_layer(dynamic: int) -> None:
     tables, widths, omega, p = network_case(dynamic)
     found = ops.network_coefficients(tables, widths, omega, p, eps=1e-5)
     begin = 0
@@ -360,7 +362,7 @@ def test_network_coefficients_are_each_layers_own(dynamic: int) -> None:
 @pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
 @pytest.mark.parametrize("asked", ["both", "scales", "shifts"])
 @pytest.mark.parametrize("dynamic", [0, 3, 7, 9])
-def test_network_coefficients_in_one_operator(dynamic: int, asked: str) -> None:
+def test_network_coefficients_in_one_operator_equal_eager(dynamic: int, asked: str) -> None:
     tables, widths, omega, p = network_case(dynamic)
     chosen = {"both": slice(None), "scales": slice(0, None, 2), "shifts": slice(1, None, 2)}[asked]
 
@@ -386,7 +388,7 @@ def test_network_coefficients_in_one_operator(dynamic: int, asked: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
-def test_network_coefficients_refuse() -> None:
+def test_network_coefficients_refuse_bad_arguments() -> None:
     tables, widths, omega, p = network_case(7)
     call = {"tables": tables, "widths": widths, "filter_scale": omega, "p_clean": p, "eps": 1e-5}
     for change, kind, message in (

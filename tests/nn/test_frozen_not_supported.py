@@ -154,7 +154,7 @@ def digits() -> Dataset:
 
 
 @pytest.mark.parametrize("case", [case for case in CHANGED if case != "two dtypes"])
-def test_what_the_model_computes_decides(
+def test_a_changed_model_has_no_copy_and_the_report_gives_the_reason(
     case: str, digits: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     make, reason = CHANGED[case]
@@ -265,7 +265,7 @@ def test_a_copy_follows_settings_that_are_no_tensors() -> None:
     torch.testing.assert_close(copy(x), model(x))
 
 
-def test_a_copy_that_differs_is_given_up_with_a_flag(
+def test_a_copy_that_differs_is_discarded_with_a_flag(
     digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained("resnet_tiny")

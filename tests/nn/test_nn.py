@@ -61,7 +61,7 @@ def kinds(batch: int, seed: int = 0) -> torch.Tensor:
     padding_mode=st.sampled_from(["zeros", "reflect", "circular"]),
     bias=st.booleans(),
 )
-def test_filter_scaled_conv_is_a_convolution_with_own_filters_and_an_unscaled_bias(
+def test_filter_scaled_conv_equals_a_convolution_with_scaled_filters_and_an_unscaled_bias(
     batch, groups, kernel, stride, dilation, padding, padding_mode, bias
 ):
     layer = shaken(
@@ -110,7 +110,7 @@ def by_hand(norm: MixBatchNorm2d, momentum: float | None = 0.1) -> list[nn.Batch
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-def test_mix_batch_norm_trains_each_branch_on_its_own_samples(momentum):
+def test_mix_batch_norm_trains_each_branch_on_the_samples_of_its_kind(momentum):
     norm = shaken(MixBatchNorm2d(3, momentum=momentum))
     if momentum is None:  # the cumulative mean starts at the first batch, whatever stood there
         norm.running_mean.zero_()
@@ -130,7 +130,7 @@ def test_mix_batch_norm_trains_each_branch_on_its_own_samples(momentum):
         assert norm.num_batches_tracked[k] == plain.num_batches_tracked == 4
 
 
-def test_mix_batch_norm_blends_in_test_mode():
+def test_mix_batch_norm_blends_branches_in_eval_mode():
     norm = shaken(MixBatchNorm2d(3)).eval()
     adversarial, clean = (plain.eval() for plain in by_hand(norm))
     x, p = rand(4, 3, 5, 5), torch.tensor([0.0, 1.0, 0.25, 0.8], dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_dual_shares_statistics_and_separates_the_affine_map():
     assert norm.num_batches_tracked.tolist() == [1]
 
 
-def test_one_branch_is_batch_norm():
+def test_mix_batch_norm_with_one_branch_is_batch_norm():
     norm = shaken(MixBatchNorm2d(3, branches="one", momentum=None))
     (plain,) = by_hand(norm, None)
     for step in range(3):
@@ -187,7 +187,7 @@ def test_from_batch_norm_without_affine_or_statistics():
         MixBatchNorm2d.from_batch_norm(nn.BatchNorm2d(2, track_running_stats=False))
 
 
-def test_mode_decides_which_argument_is_wanted():
+def test_the_mode_decides_which_routing_argument_is_required():
     norm, x = MixBatchNorm2d(3), torch.randn(4, 3, 5, 5)
     mask, p = torch.tensor([True, False, True, False]), torch.rand(4)
     with pytest.raises(ValueError, match=r"is_clean is missing.*\.eval\(\)"):
@@ -210,7 +210,7 @@ def test_mode_decides_which_argument_is_wanted():
     assert norm.num_batches_tracked.tolist() == [0, 0]
 
 
-def test_a_failed_call_counts_no_batch():
+def test_a_failed_call_does_not_count_a_batch():
     norm = MixBatchNorm2d(3)
     with pytest.raises(ValueError, match="more than 1 value"):  # one pixel, one clean sample
         norm(torch.randn(3, 3, 1, 1), is_clean=torch.tensor([True, False, False]))
@@ -256,7 +256,7 @@ def test_aw_conv_is_conv_norm_add_relu(training, activation, bn):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)  # sums over the batch of centred terms
 
 
-def test_aw_conv_refuses_what_it_cannot_do():
+def test_aw_conv_refuses_bad_arguments():
     x = torch.randn(2, 3, 5, 5)
     with pytest.raises(ValueError, match="dynamic=True"):
         AWConv2d(3, 4, 3, dynamic=False, bn="one")(x, torch.ones(2, 4))
@@ -388,7 +388,7 @@ def test_filter_scales_stay_in_range_with_finite_gradients_when_saturated(beta):
         assert gradient.eq(0).all()
 
 
-def test_temperature_and_scale_of_p():
+def test_p_follows_temperature_and_scale():
     router = shaken(make_router())
     x = rand(4, 2, 8, 8)
     base = router(x)
@@ -402,7 +402,7 @@ def test_temperature_and_scale_of_p():
 
 
 @pytest.mark.parametrize(("test_bn", "p"), [("mix", 0.5), ("adv", 0.0), ("clean", 1.0), (None, 0.0)])
-def test_without_type_head_p_is_fixed(test_bn, p):
+def test_a_router_without_type_head_gives_a_fixed_p(test_bn, p):
     routing = make_router(type_head=False, test_bn=test_bn)(rand(3, 2, 4, 4))
     assert routing.type_logits is None
     assert routing.p_clean.tolist() == [p] * 3
@@ -440,7 +440,7 @@ def make_network(seed: int = 0, **options) -> AWNet:
     return network
 
 
-def test_network_modes():
+def test_network_checks_labels_and_routing_by_mode():
     network, x = make_network(), rand(4, 2, 6, 6)
     mask = torch.tensor([True, False, True, False])
     assert network(x, is_clean=mask).shape == (4, 5)
@@ -515,7 +515,7 @@ def test_gradients_reach_every_parameter_in_training():
     assert without == []
 
 
-def test_samples_do_not_see_each_other_in_test_mode():
+def test_samples_are_independent_in_eval_mode():
     network = make_network().float().eval()
     x = torch.rand(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
     alone = x.clone()
@@ -525,7 +525,7 @@ def test_samples_do_not_see_each_other_in_test_mode():
     assert output[[0, 1, 3]].isnan().all()
 
 
-def test_copy_and_train_again():
+def test_a_deep_copy_trains_independently():
     network, x = make_network(), rand(4, 2, 6, 6)
     twin = copy.deepcopy(network)
     network(x, is_clean=kinds(4))
@@ -561,7 +561,7 @@ def test_larger_network_compiles_through_autograd():
     compare_compiled(make_network().float(), torch.rand(4, 2, 6, 6), "aot_eager")
 
 
-def test_network_exports_in_test_mode_with_any_batch_size():
+def test_network_exports_in_eval_mode_with_any_batch_size():
     network = make_network().float().eval()
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(network, (torch.rand(4, 2, 6, 6),), dynamic_shapes={"x": {0: batch}})

@@ -86,7 +86,7 @@ print("within |", result.problem)
 """
 
 
-def test_each_rule_can_fail(tmp_path: Path) -> None:
+def test_each_rule_of_the_compiled_kernels_can_fail(tmp_path: Path) -> None:
     script = tmp_path / "broken.py"
     script.write_text(BROKEN)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -125,14 +125,14 @@ def test_ahead_rejects_bad_options(
 
 
 @pytest.mark.slow
-def test_everything_compiles_within_the_committed_figures() -> None:
+def test_every_kernel_compiles_within_the_committed_figures() -> None:
     done = ahead()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not compared" not in done.stdout
 
 
 @pytest.mark.slow
-def test_everything_compiles_under_the_oldest_triton_too(tmp_path: Path) -> None:
+def test_every_kernel_compiles_under_the_oldest_triton(tmp_path: Path) -> None:
     version = "3.6.0"
     assert version in json.loads(RESOURCES.read_text())
     installed = subprocess.run(

@@ -67,7 +67,9 @@ def same(a: object, b: object) -> bool:
 
 
 @given(layers, st.booleans(), st.booleans())
-def test_a_layer_survives_flattening(layer: LayerArgs, keep_u: bool, keep_mask: bool) -> None:
+def test_layer_args_survive_a_round_trip_through_the_flat_form(
+    layer: LayerArgs, keep_u: bool, keep_mask: bool
+) -> None:
     flat = args.flatten(layer, keep_u, keep_mask)
     again, *kept = args.unflatten(flat)
     assert same(again, layer)
@@ -75,7 +77,7 @@ def test_a_layer_survives_flattening(layer: LayerArgs, keep_u: bool, keep_mask: 
 
 
 @given(backwards)
-def test_a_backward_survives_flattening(backward: BackwardArgs) -> None:
+def test_backward_args_survive_a_round_trip_through_the_flat_form(backward: BackwardArgs) -> None:
     assert same(args.unflatten_backward(args.flatten_backward(backward)), backward)
 
 
@@ -91,7 +93,7 @@ def expected_types(flat: tuple[object, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["layer_eager", "layer_triton", "layer_native"])
-def test_the_flat_order_is_the_schemas(name: str) -> None:
+def test_the_flat_order_is_that_of_the_schemas(name: str) -> None:
     x = torch.empty(())
     norm = MixNorm(x, x, x, x)
     layer = LayerArgs(x, x, filter_scale=x, norm=norm, p_clean=x, is_clean=x, shift=x, residual=x)

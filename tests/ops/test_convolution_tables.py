@@ -105,7 +105,7 @@ def test_no_table_and_no_convolutions_in_it_are_legal(
     launch_config.forget_tables()
 
 
-def test_the_race_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_comparison_without_a_gpu_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has what it needs")
     with pytest.raises(SystemExit):
@@ -113,7 +113,7 @@ def test_the_race_says_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None
     assert "needs a CUDA device, this machine has none" in capsys.readouterr().err
 
 
-def test_layers_by_name_and_spelt() -> None:
+def test_layers_are_found_by_name_and_by_shape() -> None:
     assert convolutions.find_layer("stage 1") == convolutions.Convolution(64, 64, 32)
     assert convolutions.find_layer("512-256@7") == convolutions.Convolution(512, 256, 7)
     spelt = convolutions.find_layer("96-96@56k7s2g96")

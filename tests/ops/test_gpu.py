@@ -95,7 +95,7 @@ def errors(got: Result, want: Result) -> dict[str, float]:
 @both_layouts
 @both_modes
 @pytest.mark.parametrize("size", SIZES)
-def test_float32_keeps_the_digits_demanded(size: str, training: bool, layout, backend: str) -> None:
+def test_float32_keeps_the_required_digits(size: str, training: bool, layout, backend: str) -> None:
     layer = example(training, *SIZES[size]).rounded(torch.float32)
     if size == "one":
         layer.tensors["input"] *= 30  # the zero padding around one pixel leaves little variance
@@ -148,7 +148,7 @@ def test_layers_of_any_shape_equal_the_reference(backend: str, layer: Layer, las
 
 @each_backend
 @both_layouts
-def test_large_images_are_cut_into_parts(layout, backend: str) -> None:
+def test_large_images_split_over_blocks_equal_the_reference(layout, backend: str) -> None:
     for training in (True, False):
         layer = example(training, 5, 250, batch=4, offset=10.0).rounded(torch.float32)
         want = run(layer, backend="reference")
@@ -158,7 +158,7 @@ def test_large_images_are_cut_into_parts(layout, backend: str) -> None:
 
 
 @each_backend
-def test_views_and_foreign_strides(backend: str) -> None:
+def test_views_and_other_strides_equal_the_reference(backend: str) -> None:
     layer = on_device(example(False, 16, 9).to(torch.float32))
     plain = run(layer, backend=backend)
     tensors = dict(layer.tensors)
@@ -224,7 +224,7 @@ def test_an_empty_batch_gives_an_empty_output(backend: str) -> None:
 
 
 @each_backend
-def test_what_it_cannot_run_is_refused_by_name(backend: str) -> None:
+def test_unsupported_calls_are_refused_by_name(backend: str) -> None:
     layer = on_device(example(False, 4, 5))
     with pytest.raises(ValueError, match=f"'{backend}' cannot run this call, 'eager' can: it has no float64"):
         run(layer, backend=backend)
@@ -243,19 +243,19 @@ def test_a_call_without_a_choice_takes_a_kernel(backend: str) -> None:
 
 @only_cuda
 @each_backend
-def test_the_self_check_passes(backend: str) -> None:
+def test_the_self_check_passes_on_the_gpu(backend: str) -> None:
     if backend == "cuda" and (native.load() is not None or native.build_info()["cuda"] is False):
         pytest.skip("awnet._C has no CUDA part")
     checked = {"cuda": native.CHECKED, "triton": triton.CHECKED}[backend]
-    verdict, stored = self_check.check(checked, torch.device("cuda", 0))
-    assert verdict.reason is None
+    result, stored = self_check.check(checked, torch.device("cuda", 0))
+    assert result.reason is None
     assert stored
 
 
 @only_cuda
 @each_backend
 @both_modes
-def test_nothing_waits_for_the_device(training: bool, backend: str) -> None:
+def test_a_layer_does_not_synchronize_with_the_device(training: bool, backend: str) -> None:
     layer = on_device(example(training, 16, 9).to(torch.float32))
     run(layer, backend=backend)  # compiles, picks algorithms
     call = layer.tensors | {"input": layer.tensors["input"].requires_grad_()}
@@ -313,7 +313,7 @@ def test_an_attack_step_can_be_captured_in_a_graph(backend: str) -> None:
 
 @only_cuda
 @each_backend
-def test_the_tensors_device_counts_not_the_current_one(backend: str) -> None:
+def test_kernels_run_on_the_tensors_device_and_not_on_the_current_one(backend: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     layer = example(False, 16, 9).to(torch.float32)
@@ -328,7 +328,7 @@ def test_the_tensors_device_counts_not_the_current_one(backend: str) -> None:
 @only_cuda
 @each_backend
 @both_layouts
-def test_more_than_two_to_the_31_elements(layout, backend: str) -> None:
+def test_tensors_of_more_than_two_to_the_31_elements(layout, backend: str) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < 24 * 2**30:
         pytest.skip(f"needs 24 GiB of free GPU memory, there are {free / 2**30:.0f}")

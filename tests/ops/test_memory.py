@@ -29,7 +29,7 @@ def expected(mode: memory.Mode, item: int, relu: bool) -> int:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", memory.MODES)
-def test_a_layer_keeps_these_bytes(mode: memory.Mode, dtype: torch.dtype, backend: str) -> None:
+def test_a_layer_saves_the_documented_bytes(mode: memory.Mode, dtype: torch.dtype, backend: str) -> None:
     if backend == "cpp" and native.load() is not None:
         pytest.skip(str(native.load()))
     layer = partial(aw_conv2d, backend=backend)
@@ -61,5 +61,5 @@ def test_a_shared_storage_counts_once_and_arguments_do_not() -> None:
     assert memory.saved_bytes(lambda: (x * x)[:5] * x[:5], []) == 80  # x, and x² of which a half is saved
 
 
-def test_the_page_is_what_is_measured() -> None:
+def test_the_memory_page_equals_the_measurement() -> None:
     assert memory.PAGE.read_text(encoding="utf-8") == memory.page()

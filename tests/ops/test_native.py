@@ -71,7 +71,7 @@ def test_every_operator_has_its_kernels(name: str) -> None:
 
 @built
 @pytest.mark.parametrize("name", ON_CPU)
-def test_the_direct_convolution_is_there_on_the_cpu(name: str) -> None:
+def test_the_direct_convolution_is_available_on_the_cpu(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"awnet::{name}", "CPU")
 
 
@@ -120,7 +120,7 @@ GEOMETRIES = [
 @direct
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_the_direct_convolution_and_its_gradients(geometry, threads: int) -> None:
+def test_the_direct_convolution_and_its_gradients_equal_the_librarys(geometry, threads: int) -> None:
     channels, outputs, size, kernel, stride, padding, dilation, batch = geometry
     generator = torch.Generator().manual_seed(0)
 
@@ -300,7 +300,7 @@ def test_sums_over_a_plane_have_an_error_that_does_not_grow_with_it(dtype, size,
 
 
 @direct
-def test_sums_of_a_packed_plane_have_that_error_too() -> None:
+def test_sums_of_a_packed_plane_have_an_error_that_does_not_grow_with_it() -> None:
     grad, u = (torch.rand(1, 1, 512, 512, generator=torch.Generator().manual_seed(s)) + 1 for s in (0, 1))
     one, weight = torch.ones(1, 1), torch.ones(1, 1, 3, 3)
     place = ((1, 1), (1, 1), (1, 1))
@@ -432,7 +432,7 @@ def test_awnet_build_must_be_a_choice() -> None:
     assert "AWNET_BUILD must be one of auto, none, cpu, cuda, got 'gpu'" in done.stderr
 
 
-def test_nothing_is_built_where_nothing_is_wanted(tmp_path) -> None:
+def test_awnet_build_none_builds_nothing(tmp_path) -> None:
     command = ("build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
     done = setup("none", *command)
     assert done.returncode == 0, done.stderr
@@ -517,7 +517,7 @@ def test_no_kernel_spills_or_takes_more_registers_than_committed(build: ModuleTy
     assert all(f"| `{name}` |" in page for name in found["sm_90a"])
 
 
-def test_faults_are_found(build: ModuleType) -> None:
+def test_kernels_that_spill_or_exceed_their_registers_are_reported(build: ModuleType) -> None:
     allowed = {"sm_80": {"f": {"registers": 32, "stack": 0, "shared": 0}}}
 
     def fault(name: str, registers: int, stack: int) -> str:

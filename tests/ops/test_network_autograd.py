@@ -99,7 +99,7 @@ def test_no_gradient_is_computed_below_the_first_table_that_needs_one() -> None:
     assert sum(e.name == "aten::convolution_backward" for e in profile.events()) == 1
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_of_a_frozen_network_is_refused() -> None:
     arguments = small_network(torch.float64, torch.contiguous_format)
     leaves = leaves_of(arguments, "images")
     with pytest.raises(RuntimeError, match="first derivative only"):

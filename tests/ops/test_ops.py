@@ -119,7 +119,7 @@ def test_native_layers_of_any_shape_equal_the_reference(layer: Layer, backend: s
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_native_passes_in_every_shape(dtype: torch.dtype, training: bool, last: bool) -> None:
+def test_native_passes_equal_eager_in_every_shape(dtype: torch.dtype, training: bool, last: bool) -> None:
     # less than a vector; full vectors and a rest, more than a block of columns and of pixels; several blocks
     for channels, size in ((5, [3, 3]), (70, [9, 11]), (130, [4, 4])):
         layer = example(
@@ -158,7 +158,7 @@ def test_nan_passes_the_activation_as_in_torch(backend: str, last: bool) -> None
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
-def test_eps_counts_where_the_variance_is_small(backend: str, training: bool) -> None:
+def test_eps_matters_where_the_variance_is_small(backend: str, training: bool) -> None:
     layer = example(training, 0, batch=12).rounded(torch.float32)
     small = {"input": layer.tensors["input"] / 256, "running_var": layer.tensors["running_var"] / 65536}
     layer = Layer(layer.tensors | small, layer.options | {"eps": 1e-3})
@@ -171,7 +171,7 @@ def test_eps_counts_where_the_variance_is_small(backend: str, training: bool) ->
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
-def test_float32_keeps_the_digits_demanded(training: bool, offset: float, backend: str) -> None:
+def test_float32_keeps_the_required_digits(training: bool, offset: float, backend: str) -> None:
     for seed in range(6):
         layer = example(training, seed, offset=offset, batch=12, size=[9, 8], kernel=(3, 2), padding=0)
         layer = layer.rounded(torch.float32)
@@ -196,7 +196,7 @@ def test_the_variance_does_not_cancel_far_from_zero(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
-def test_filter_scale_gradient_where_a_branch_holds_few_samples(backend: str) -> None:
+def test_filter_scale_gradient_is_exact_where_a_branch_holds_few_samples(backend: str) -> None:
     # with one or two samples ∂ω is O(ε/σ²): a near-cancelling sum, compared in absolute error
     for batch in (1, 2):
         layer = example(
@@ -268,7 +268,7 @@ def test_a_branch_is_untouched_by_nan_in_the_other() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
-def test_gradcheck(backend: str) -> None:
+def test_eager_passes_gradcheck(backend: str) -> None:
     for training in (True, False):
         layer = example(
             training, 1, batch=4, c_out=4, size=[3, 3], activation=None
@@ -294,7 +294,7 @@ def test_gradcheck(backend: str) -> None:
     [("eager", torch.float64, 1e-12), pytest.param("cpp", torch.float32, 1e-5, marks=built)],
     ids=["eager", "cpp"],
 )
-def test_mix_batch_norm_and_filter_scaled_conv2d_alone(
+def test_mix_batch_norm_and_filter_scaled_conv2d_equal_the_reference(
     backend: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     both = (("reference", torch.float64), (backend, dtype))
@@ -323,7 +323,7 @@ def test_mix_batch_norm_and_filter_scaled_conv2d_alone(
         assert error(got, expected) < tolerance
 
 
-def test_agrees_with_torch_batch_norm_module() -> None:
+def test_one_branch_equals_torchs_batch_norm_module() -> None:
     # an oracle that shares no code with us: two nn.BatchNorm2d over the two halves
     layer = example(True, 7, scale="none", residual=False, activation=None)
     t = layer.tensors
@@ -470,7 +470,7 @@ def test_mix_batch_norm_never_writes_to_its_input() -> None:
 
 
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
-def test_gradients_that_nobody_asks_for_are_not_computed(backend: str, monkeypatch) -> None:
+def test_gradients_that_are_not_required_are_not_computed(backend: str, monkeypatch) -> None:
     # in the attack that is ∂γ, ∂β; a router's layer has neither ω nor p
     asked = []
     if backend == "eager":
@@ -493,7 +493,7 @@ def test_gradients_that_nobody_asks_for_are_not_computed(backend: str, monkeypat
 
 
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
-def test_only_what_needs_a_gradient_gets_one(backend: str) -> None:
+def test_only_arguments_that_require_a_gradient_get_one(backend: str) -> None:
     for training, scale in ((True, "random"), (False, "random"), (False, "none")):
         layer = example(training, 0, scale=scale).to(torch.float32)
         everything = run(layer, backend=backend).grads
@@ -535,7 +535,7 @@ def operator_arguments(layer: Layer) -> tuple:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
-def test_opcheck(training: bool, layout: torch.memory_format, backend: str) -> None:
+def test_the_operators_pass_opcheck(training: bool, layout: torch.memory_format, backend: str) -> None:
     layer = example(training, 0).to(torch.float32)
     for name in ("input", "residual"):
         layer.tensors[name] = layer.tensors[name].contiguous(memory_format=layout)
@@ -554,7 +554,7 @@ def compiled(function):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_a_graph_break(training: bool) -> None:
+def test_a_layer_compiles_without_a_graph_break(training: bool) -> None:
     layer = example(training, 0).to(torch.float32)
     expected = run(layer)
     torch.compiler.reset()
@@ -567,7 +567,7 @@ def test_compiles_without_a_graph_break(training: bool) -> None:
         run(layer, function=compiled(ops.aw_conv2d))
 
 
-def test_exports_in_test_mode_with_a_dynamic_batch() -> None:
+def test_a_layer_exports_in_eval_mode_with_a_dynamic_batch() -> None:
     layer = example(False, 0).to(torch.float32)
     t = layer.tensors
 
@@ -601,7 +601,7 @@ def test_autocast_is_applied_once() -> None:
             assert run(example(training, 0)).output.dtype == torch.float64  # as torch: float64 is left alone
 
 
-def test_half_precision_parameters() -> None:
+def test_half_precision_parameters_get_gradients_of_their_dtype() -> None:
     layer = example(True, 0)
     half = Layer(
         {n: x.bfloat16() if x.is_floating_point() else x for n, x in layer.tensors.items()}, layer.options
@@ -631,7 +631,7 @@ def ran_by(backend, layer: Layer) -> bool:
     return backend.not_supported(checks.layer_args(**layer.tensors, **layer.options)) is None
 
 
-def test_use_backend_and_the_environment_choose() -> None:
+def test_use_backend_and_the_environment_select_the_backend() -> None:
     layer = example(False, 0)
 
     def taken(**more: object) -> str:
@@ -724,13 +724,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_refused_in_plain_words(case: str) -> None:
+def test_aw_conv2d_refuses_bad_arguments_with_the_reason(case: str) -> None:
     change, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         ops.aw_conv2d(**(GOOD | change))
 
 
-def test_bad_input_of_the_other_functions() -> None:
+def test_other_functions_refuse_bad_arguments_with_the_reason() -> None:
     tables = [torch.ones(2, 4)] * 4
     with pytest.raises(ValueError, match="p_clean is missing"):
         ops.mix_batch_norm(X, *tables)
@@ -746,6 +746,6 @@ def test_bad_input_of_the_other_functions() -> None:
 @pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, derandomize=False)
 @given(layers(offset=0.0))
-def test_fuzz_ten_thousand_layers(layer: Layer) -> None:
+def test_ten_thousand_random_layers_equal_the_reference(layer: Layer) -> None:
     assume(not has_single_value(layer))
     assert_agrees(layer, forward=1e-9, gradient=1e-7)

@@ -30,7 +30,7 @@ X, W = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 1, 1)
 
 
 @pytest.fixture(autouse=True)
-def own_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("AWNET_SELF_CHECK", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     self_check.forget()
@@ -94,14 +94,14 @@ class Unsteady(EagerPasses):
         return mean * (1 + self.calls * 2**-23), m2
 
 
-def test_correct_kernels_pass() -> None:
-    verdict, stored = self_check.check(kernels(), CPU)
-    assert verdict.reason is None
+def test_correct_kernels_pass_the_self_check() -> None:
+    result, stored = self_check.check(kernels(), CPU)
+    assert result.reason is None
     assert stored
-    assert verdict.cases == 32
+    assert result.cases == 32
 
 
-def test_the_native_operators_pass() -> None:
+def test_the_native_operators_pass_the_self_check() -> None:
     if native.load() is not None:
         pytest.skip("awnet._C is not built")
     assert self_check.check(kernels(native.NativePasses()), CPU)[0].reason is None
@@ -124,7 +124,7 @@ def test_a_wrong_kernel_fails_with_its_name_and_case(passes: Passes, reason: str
     assert "\n" not in found
 
 
-def test_it_checks_every_method_that_all_backends_have() -> None:
+def test_the_self_check_calls_every_method_that_all_backends_have() -> None:
     called: set[str] = set()
 
     class Recorded(EagerPasses):
@@ -137,14 +137,14 @@ def test_it_checks_every_method_that_all_backends_have() -> None:
     assert called >= {name for name in vars(Passes) if not name.startswith("_")} - with_fallback
 
 
-def test_no_mode_of_the_caller_reaches_it() -> None:
+def test_no_mode_of_the_caller_reaches_the_self_check() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-            verdict, _ = self_check.check(kernels(), CPU)
+            result, _ = self_check.check(kernels(), CPU)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert verdict.reason is None
+    assert result.reason is None
 
 
 # --- the choice of the backend
@@ -204,14 +204,14 @@ def test_a_named_backend_raises_with_the_reason(
     assert reason in str(caught.value)
 
 
-def test_a_backend_that_passed_says_so(on_cpu: Callable[[Kernels], None]) -> None:
+def test_the_status_of_a_backend_that_passed_is_reported(on_cpu: Callable[[Kernels], None]) -> None:
     on_cpu(kernels())
     explained = ops.explain(ops.filter_scaled_conv2d, X, W, None, backend="triton")
     assert "self-check passed on " in str(explained)
     assert "self-check passed on " in info.collect()["self_checks"]["triton"]
 
 
-def test_awnet_info_checks_anew_on_request(
+def test_awnet_info_repeats_the_self_check_on_request(
     on_cpu: Callable[[Kernels], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     on_cpu(kernels(Wrong()))
@@ -226,7 +226,7 @@ def test_awnet_info_checks_anew_on_request(
     assert "self-check passed on " in facts["self_checks"]["triton"]
 
 
-def test_it_runs_once_and_with_the_variable_never_or_in_every_process(
+def test_the_self_check_runs_once_or_as_the_environment_variable_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runs: list[int] = []
@@ -252,7 +252,7 @@ def test_threads_that_call_at_once_check_once() -> None:
     assert len(runs) == 1
 
 
-# --- stored verdicts
+# --- stored results
 
 
 def stored_files(tmp_path: Path) -> list[Path]:
@@ -273,7 +273,7 @@ def test_a_failure_of_values_is_stored_until_a_source_changes(tmp_path: Path) ->
     assert len(stored_files(tmp_path)) == 2
 
 
-def test_renewing_ignores_the_stored_verdict_and_replaces_it(tmp_path: Path) -> None:
+def test_renewing_ignores_the_stored_result_and_replaces_it(tmp_path: Path) -> None:
     assert self_check.obstacle(kernels(Wrong()), CPU) is not None
     self_check.renew()
     assert self_check.obstacle(kernels(), CPU) is None
@@ -282,7 +282,7 @@ def test_renewing_ignores_the_stored_verdict_and_replaces_it(tmp_path: Path) -> 
     assert len(stored_files(tmp_path)) == 1
 
 
-def test_what_keeps_kernels_from_starting_is_tried_again_by_the_next_process(tmp_path: Path) -> None:
+def test_a_failure_to_start_kernels_is_tried_again_by_the_next_process(tmp_path: Path) -> None:
     assert self_check.obstacle(kernels(probe=no_compiler), CPU) is not None
     assert stored_files(tmp_path) == []
     self_check.forget()
@@ -290,7 +290,7 @@ def test_what_keeps_kernels_from_starting_is_tried_again_by_the_next_process(tmp
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"reason": null, "of another version": 1}'])
-def test_a_damaged_verdict_is_replaced(content: str, tmp_path: Path) -> None:
+def test_a_damaged_result_is_replaced(content: str, tmp_path: Path) -> None:
     assert self_check.obstacle(kernels(), CPU) is None
     (path,) = stored_files(tmp_path)
     path.write_text(content)
@@ -307,7 +307,7 @@ def test_without_a_cache_folder_every_process_checks(tmp_path: Path) -> None:
 # --- tracing, capturing, other devices
 
 
-def test_a_traced_call_takes_the_stored_verdict_and_never_checks() -> None:
+def test_a_traced_call_takes_the_stored_result_and_never_checks() -> None:
     runs: list[int] = []
     checked = kernels(Wrong(), probe=lambda device: runs.append(1))
     with pytest.warns(RuntimeWarning, match="runs unchecked on cpu"), FakeTensorMode():

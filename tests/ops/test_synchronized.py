@@ -117,7 +117,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("eager", torch.float64), ("eager", torch.float32), ("cpp", torch.float32)]
 )
-def test_two_ranks_equal_one_process(ranks: list, backend: str, dtype: torch.dtype, split: int) -> None:
+def test_statistics_and_gradients_on_two_ranks_equal_those_of_one_process(
+    ranks: list, backend: str, dtype: torch.dtype, split: int
+) -> None:
     if backend == "cpp" and native.load() is not None:
         pytest.skip(str(native.load()))
     key = f"{backend} {dtype} {split}"
@@ -142,7 +144,7 @@ def test_modules_share_statistics_and_counts(ranks: list) -> None:
             assert error(own, want) <= 1e-12
 
 
-def test_synchronize_reaches_every_norm_and_takes_it_back() -> None:
+def test_synchronize_batch_norms_sets_and_unsets_every_norm() -> None:
     model = torch.nn.Sequential(AWConv2d(3, 4, 3), torch.nn.Sequential(MixBatchNorm2d(4, branches="one")))
     for name in ("0", None):
         synchronize(model, name)

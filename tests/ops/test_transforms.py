@@ -205,7 +205,7 @@ def test_a_second_derivative_of_a_frozen_network_names_the_reference_and_works_t
 
 
 @pytest.mark.parametrize("backend", ["eager", "reference"])
-def test_network_coefficients_have_every_derivative_or_say_who_has(backend: str) -> None:
+def test_network_coefficients_have_every_derivative_or_name_the_backend_that_does(backend: str) -> None:
     tables = torch.rand(4, 2, 5, dtype=torch.float64) + 0.1
     omega, p = torch.rand(3, 2, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
 

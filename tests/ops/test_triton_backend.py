@@ -34,7 +34,7 @@ def test_triton_without_a_gpu_reports_the_reason_and_the_alternatives(
     assert f"{runs!r} can: " in message
 
 
-def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_that_is_not_installed_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "_installed", lambda: False)
     assert "Triton is not installed (pip install triton" in refusal()
 
@@ -49,7 +49,9 @@ def invented_gpu(monkeypatch: pytest.MonkeyPatch):
     triton_backend.device_obstacle.cache_clear()
 
 
-def test_with_the_input_elsewhere_or_an_old_gpu(invented_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_input_on_a_cpu_or_an_old_gpu_is_the_reason(
+    invented_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert triton_backend.obstacle(X) == "it runs on CUDA devices, and the input is on cpu"
     old = triton_backend.device_obstacle(torch.device("cuda:0"))

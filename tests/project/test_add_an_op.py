@@ -41,7 +41,7 @@ def copy(tmp_path: Path) -> Path:
     return copy
 
 
-def test_the_code_fits_the_repository(copy: Path) -> None:
+def test_the_code_of_the_page_applies_to_the_repository(copy: Path) -> None:
     assert len(re.findall(r"^```\w", TEXT, re.MULTILINE)) == len(BLOCKS) + 1  # the commands
     for check in (["check"], ["format", "--check"]):
         done = runner.run(copy, "-m", "ruff", *check, *PYTHON_FILES)
@@ -51,7 +51,7 @@ def test_the_code_fits_the_repository(copy: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the op")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_page_works(copy: Path) -> None:
+def test_the_commands_of_the_page_succeed(copy: Path) -> None:
     python = f'function python {{ {sys.executable} "$@"; }}; '
     assert len(COMMANDS) == 4
     for command, said in COMMANDS:

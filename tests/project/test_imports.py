@@ -152,7 +152,7 @@ def test_imports_are_found_in_source_text(
         ({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}}, [["d", "e"], ["a", "b", "c"]]),
     ],
 )
-def test_cycles_are_found(graph: Graph, expected: list[list[str]]) -> None:
+def test_import_cycles_are_detected(graph: Graph, expected: list[list[str]]) -> None:
     assert cycles(graph) == expected
 
 

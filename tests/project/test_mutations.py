@@ -23,7 +23,7 @@ def test_a_faults_text_occurs_once_and_its_tests_exist(fault: Fault) -> None:
         assert re.search(rf"^def {function}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
-def test_faults_have_names_of_their_own() -> None:
+def test_names_of_faults_are_unique() -> None:
     named = [(fault.file, fault.name) for fault in FAULTS]
     assert len(set(named)) == len(named)
     assert {fault for lane in runner.LANES for fault in runner.faults_of(lane)} == set(FAULTS)
@@ -65,7 +65,7 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize("case", OUTCOMES)
-def test_only_an_assertion_catches(case: str, tmp_path: Path) -> None:
+def test_only_a_failed_assertion_counts_as_caught(case: str, tmp_path: Path) -> None:
     body, caught = OUTCOMES[case]
     copy = tmp_path / "awnet"
     (copy / "tests").mkdir(parents=True)

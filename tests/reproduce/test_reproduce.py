@@ -18,7 +18,7 @@ from awnet.evaluation import Comparison, Report
 from awnet.evaluation.results import AttackDifference
 from awnet.models import load_model
 from awnet.reproduce import digits, run_digits_seeds
-from awnet.reproduce.digits import run_digits, train_all, train_network, verdict
+from awnet.reproduce.digits import conclusion, run_digits, train_all, train_network
 from awnet.reproduce.parallel import run_in_parallel
 from awnet.training import MTARD, checkpoint, read_log, recipe_for
 
@@ -66,7 +66,7 @@ def test_reproduce_trains_attacks_and_compares(
     mine = json.loads((out / "config.json").read_text())
     assert all(c["recipe"] == mine["recipe"] and c["dataset"] == mine["dataset"] for c in configs)
 
-    # again: an error, unless it is told to go on, and then the same numbers without any training
+    # again: an error, unless it resumes, and then the same numbers without any training
     with pytest.raises(FileExistsError, match="already holds a run"):
         run_digits(out, recipe=recipe, splits=splits, quiet=True)
     assert capsys.readouterr().out == ""
@@ -111,7 +111,7 @@ def test_a_folder_that_is_renamed_between_and_during_trainings_is_followed(
     assert str(new / "evaluations" / "default" / "report.html") in said
 
 
-def test_the_verdict_follows_the_interval() -> None:
+def test_the_conclusion_of_a_comparison_follows_its_interval() -> None:
     def under(difference: float, interval: tuple[float, float]) -> AttackDifference:
         return AttackDifference(0.5, 0.7, (0.6, 0.8), difference, interval, 0.04)
 
@@ -127,7 +127,7 @@ def test_the_verdict_follows_the_interval() -> None:
             "x": under(0.01, (0, 0.1)),
         },
     )
-    assert verdict(comparison) == (
+    assert conclusion(comparison) == (
         "better: A_w under FGSM (+2.0 points); worse: A_w under CW (-3.0 points); "
         "no significant difference: clean accuracy, A_w under x"
     )

@@ -47,7 +47,7 @@ def test_a_table_compares_what_the_papers_table_compares(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(EXPERIMENTS))
-def test_every_system_exists(name: str) -> None:
+def test_every_system_of_a_table_can_be_created(name: str) -> None:
     for system in EXPERIMENTS[name].systems:
         assert system.model in list_models()
         assert system.recipe in list_recipes()
@@ -163,7 +163,7 @@ def test_small_systems_are_compared_at_equal_cost(tmp_path: Path, monkeypatch: p
     assert (outcome.folder / "cifar10.png").stat().st_size > 10_000
 
 
-def test_images_are_averaged_over_squares() -> None:
+def test_shrunk_images_are_averages_over_squares() -> None:
     part = synthetic_splits("cifar10", seed=0, train=12).train
     shrunk = shrunk_options(part, 2)
     assert shrunk.images.shape == (12, 3, 16, 16)
@@ -307,7 +307,9 @@ def test_effective_filters_are_weights_times_scales(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "fig1"])
-def test_every_experiment_runs_to_its_end(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_experiment_runs_at_the_smoke_budget(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     if name == "table8" and importlib.util.find_spec("torchvision") is not None:
         importable_torchvision()  # or its Swin rows would be left out
     shared = tmp_path_factory.getbasetemp() / "experiments"  # networks are shared, as a user's are

@@ -185,7 +185,7 @@ def crash() -> None:
         (crash, MemoryError, 11),
     ],
 )
-def test_stopped_at_a_step_and_resumed(
+def test_a_run_stopped_at_a_step_resumes_with_the_same_bits(
     uninterrupted: Path, tmp_path: Path, how: Callable[[], None], raised: type[BaseException], step: int
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -206,7 +206,7 @@ def test_stopped_at_a_step_and_resumed(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_stopped_again_and_again(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_repeatedly_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
     """One step at a time, as a job on a machine that is lent for seconds."""
     run, sessions = tmp_path / "run", 0
     while True:
@@ -223,7 +223,7 @@ def test_stopped_again_and_again(uninterrupted: Path, tmp_path: Path) -> None:
     assert len(C.read_config(run)["sessions"]) == 3 * STEPS
 
 
-def test_out_of_time_and_resumed(
+def test_a_run_out_of_time_resumes_with_the_same_bits(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_at(None)
@@ -236,7 +236,7 @@ def test_out_of_time_and_resumed(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_killed_between_the_files_of_a_checkpoint(
+def test_a_run_killed_between_the_files_of_a_checkpoint_resumes(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log and the weights of the second epoch are written, its state is not."""
@@ -260,7 +260,7 @@ def test_killed_between_the_files_of_a_checkpoint(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_saved_within_a_long_epoch(
+def test_a_run_saves_within_a_long_epoch(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -297,10 +297,10 @@ def test_training_continues_while_a_checkpoint_is_written(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_a_process_that_is_told_to_stop(
+def test_sigterm_saves_and_another_process_resumes(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGTERM: the exit status says so, the message says how to go on, and another process goes on."""
+    """SIGTERM: the exit status says so, the message says how to resume, and another process resumes."""
     code = f"""
         import sys
         sys.path[:0] = {IMPORT_PATH}
@@ -391,7 +391,7 @@ def test_a_programs_own_handler_of_a_batch_systems_signal_stays(tmp_path: Path) 
     assert came == [signal.SIGUSR1]
 
 
-def test_interrupted_while_a_teacher_trains(tmp_path: Path) -> None:
+def test_a_run_interrupted_while_a_teacher_trains_resumes(tmp_path: Path) -> None:
     """The student's run has begun but has no state yet; resumed, it finishes teacher and student."""
     recipe = MTARD(epochs=1, batch_size=4, attack_steps=1, robust_teacher="pgd_at")
     student = "resnet_tiny"
@@ -579,7 +579,7 @@ def test_tensorboard_does_not_repeat_steps(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("epoch/clean_accuracy")] == [4, 8, 12]
 
 
-def test_a_log_line_cut_short_is_passed_over(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_truncated_log_line_is_skipped(uninterrupted: Path, tmp_path: Path) -> None:
     lines = (uninterrupted / "log.jsonl").read_text()
     (tmp_path / "log.jsonl").write_text(lines[:-20])
     assert len(read_log(tmp_path)) == len(lines.splitlines()) - 1
@@ -604,7 +604,7 @@ def test_a_finished_run_is_only_loaded(uninterrupted: Path, capsys: pytest.Captu
     assert len(result.history) == 3
 
 
-def test_an_existing_run_needs_a_word(uninterrupted: Path) -> None:
+def test_an_existing_run_needs_resume_or_overwrite(uninterrupted: Path) -> None:
     stop_at(1, crash)
     with pytest.raises(FileExistsError, match=r"already holds a run.*--resume.*--overwrite"):
         go(uninterrupted)
@@ -620,7 +620,7 @@ def test_a_foreign_folder_is_not_touched(tmp_path: Path, options: dict[str, bool
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_run_that_is_just_being_made_is_a_beginning(tmp_path: Path) -> None:
+def test_a_run_that_is_being_created_counts_as_a_new_run(tmp_path: Path) -> None:
     """As two processes that begin together see it, or one that was killed while it wrote its config.json."""
     other = tmp_path / "compared" / "other"
     other.mkdir(parents=True)
@@ -657,7 +657,7 @@ def test_overwriting_deletes_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert not torch.equal(C.load_state(tmp_path / "run")["model"][stem], first["model"][stem])
 
 
-def test_resume_begins_where_there_is_nothing(tmp_path: Path) -> None:
+def test_resume_starts_a_new_run_where_there_is_none(tmp_path: Path) -> None:
     stop_at(None)
     assert go(tmp_path / "run", resume=True).finished
 
@@ -691,7 +691,7 @@ def change_state(run: Path, **changes: Any) -> None:
     C.save_state(run, C.load_state(run) | changes)
 
 
-def test_a_state_made_elsewhere_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_state_of_another_environment_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the state, not by the last session: that may have ended before it had saved anything."""
     stop_at(None)
     go(tmp_path / "run", max_minutes=1e-9)
@@ -787,7 +787,7 @@ def test_a_second_process_is_refused_while_the_first_trains(uninterrupted: Path,
     assert_same_run(uninterrupted, run)
 
 
-def test_two_that_start_at_once_in_a_new_folder(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_in_a_new_folder(tmp_path: Path) -> None:
     with C.locked(tmp_path / "run"):
         with pytest.raises(BlockingIOError, match=r"another process trains in .*run: wait for it"):
             go(tmp_path / "run")
@@ -838,7 +838,7 @@ def test_out_of_memory_comes_with_advice(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-def test_the_advice_is_the_devices(tmp_path: Path) -> None:
+def test_memory_advice_depends_on_the_device(tmp_path: Path) -> None:
     with (
         pytest.raises(MemoryError) as raised,
         memory_advice(RECIPE, torch.device("cuda"), tmp_path),
@@ -888,7 +888,7 @@ DAMAGE = (
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_state_is_passed_over_for_the_one_before_it(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_state_is_skipped_for_the_previous_one(tmp_path: Path, kind: str) -> None:
     for step in (3, 5):
         C.save_state(tmp_path, {"step": step, "model": {"weight": torch.full((100, 100), float(step))}})
     newest, before = C.states(tmp_path)
@@ -934,7 +934,7 @@ def test_a_foreign_state_is_an_error_and_runs_no_code(
     assert not mark.exists()
 
 
-def test_a_state_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
+def test_a_state_of_another_version_is_not_skipped(tmp_path: Path) -> None:
     for step in (3, 5):
         C.save_state(tmp_path, {"step": step})
     write_foreign(C.states(tmp_path)[0], "a later format")
@@ -975,7 +975,7 @@ def test_a_run_whose_newest_state_is_damaged_goes_back_and_ends_the_same(
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_so_many_states_are_kept(tmp_path: Path, keep: int) -> None:
+def test_keep_bounds_the_number_of_states(tmp_path: Path, keep: int) -> None:
     stop_at(None)
     go(tmp_path / "run", keep_checkpoints=keep)
     steps = [0, 4, 8, 12][-keep:]
@@ -1028,7 +1028,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(
     assert {p.name for p in (tmp_path / "state").iterdir()} == {"step-00000001.pt", "step-00000001.pt.sha256"}
 
 
-def test_a_disk_that_is_full_for_a_while(
+def test_a_run_survives_a_disk_that_is_full_for_a_while(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The checkpoint of the second epoch cannot be written: a warning, and all is well at the end."""
@@ -1079,7 +1079,7 @@ FILL = """
 
 
 @pytest.mark.parametrize("how", ["a limit of the system", "a full file system"])
-def test_no_room_to_the_end(uninterrupted: Path, tmp_path: Path, how: str) -> None:
+def test_a_run_without_room_to_save_trains_to_its_end(uninterrupted: Path, tmp_path: Path, how: str) -> None:
     """The system refuses in earnest: the run trains to its end, says so, and its old checkpoint is whole."""
     run, tests = str(tmp_path / "disk" / "run"), IMPORT_PATH
     (tmp_path / "disk").mkdir()
@@ -1103,7 +1103,7 @@ def test_no_room_to_the_end(uninterrupted: Path, tmp_path: Path, how: str) -> No
         assert_same_run(uninterrupted, Path(run))
 
 
-def test_a_log_without_room_waits_for_it(tmp_path: Path) -> None:
+def test_log_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
     said: list[str] = []
     log = RunLog(tmp_path, tensorboard=False, warn=said.append)
     log.write({"kind": "step", "step": 1})
@@ -1126,7 +1126,7 @@ def test_a_log_without_room_waits_for_it(tmp_path: Path) -> None:
 # --- no state, no run
 
 
-def test_no_state_and_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_state_or_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         C.load_state(tmp_path)
     with pytest.raises(FileNotFoundError, match="not a run folder"):
@@ -1137,7 +1137,7 @@ def test_no_state_and_no_run(tmp_path: Path) -> None:
         C.read_config(tmp_path)
 
 
-def test_fingerprints_tell_weights_and_shapes() -> None:
+def test_fingerprints_depend_on_weights_and_shapes() -> None:
     one, two = teacher(1), teacher(1)
     assert weights_fingerprint(one) == weights_fingerprint(two)
     with torch.no_grad():
@@ -1162,9 +1162,9 @@ def newest(run: Path) -> int:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_the_same(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
     """Twenty runs, with a checkpoint being written at almost every step: SIGKILL to each at a random moment,
-    to every second one while a state is being written. All of them go on and end with the same bits."""
+    to every second one while a state is being written. All of them resume and end with the same bits."""
     stop_at(None)
     whole, steps = tmp_path / "whole", LONG.epochs * STEPS
     go(whole, LONG)

@@ -145,7 +145,7 @@ def whole_run(ranks: Ranks, folder: Path) -> Any:
 
 
 def stopped_by_one_rank(ranks: Ranks, folder: Path) -> Any:
-    """Rank 1 alone gets a signal: both save and stop at the same step, and go on together."""
+    """Rank 1 alone gets a signal: both save and stop at the same step, and resume together."""
 
     class Signals(nn.Sequential):
         passes = 0
@@ -236,14 +236,14 @@ def test_two_ranks_with_half_the_batch_train_as_one_with_all(both: dict[str, Any
 
 
 @pytest.mark.slow
-def test_twenty_steps_on_two_ranks(tmp_path: Path) -> None:
+def test_twenty_steps_on_two_ranks_equal_those_of_one(tmp_path: Path) -> None:
     one = twenty_steps(Ranks(CPU), tmp_path)
     for found in on_two_ranks([twenty_steps], tmp_path)["twenty_steps"]:
         for name in ("mtard", "pgd_at"):
             assert_close(one[name], found[name], TOLERANCE)
 
 
-def test_the_collectives(both: dict[str, Any]) -> None:
+def test_the_collectives_average_gather_and_broadcast(both: dict[str, Any]) -> None:
     for found in both["pieces"]:
         assert found["mean"][0].tolist() == [[1.75] * 3] * 2
         assert found["mean"][1].item() == 7.5
@@ -292,7 +292,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step(both: dict[str, Any]) -> No
         assert found == {"step": 3, "finished": True}  # the signal came in step 2
 
 
-def test_what_is_refused(both: dict[str, Any]) -> None:
+def test_options_that_ranks_cannot_share_are_refused(both: dict[str, Any]) -> None:
     for names in both["refusals"]:
         assert not {"a", "b", "c"} & set(names)
 
@@ -366,7 +366,7 @@ def test_a_killed_rank_restarts_both_from_the_last_checkpoint(
 
 
 @pytest.mark.slow
-def test_the_command_line_on_two_ranks(tmp_path: Path) -> None:
+def test_train_from_the_command_line_runs_on_two_ranks(tmp_path: Path) -> None:
     arguments = ["-m", "awnet", "train", "--recipe", "pgd_at", "--device", "cpu", "--epochs", "1"]
     arguments += ["--recipe-options", "attack_steps=1", "validate_limit=20", "--out", str(tmp_path / "run")]
     found = torchrun(*arguments, "--max-minutes", "1e-9")

@@ -244,7 +244,7 @@ def test_a_resumed_step_computes_the_same_bits(settings: dict[str, Any]) -> None
     assert same(everything(one), everything(two))
 
 
-def test_auto_precision_and_layout() -> None:
+def test_auto_chooses_precision_and_layout_by_device() -> None:
     cuda = torch.device("cuda")
     assert numerics(PGDAT(), CPU) == ("float32", "nchw", "float32")
     assert numerics(PGDAT(), cuda) == ("bfloat16", "channels_last", "bfloat16")
@@ -320,14 +320,14 @@ def test_channels_last_gives_what_nchw_gives() -> None:
         assert other["total"].item() == pytest.approx(one["total"].item(), rel=1e-8)
     for a, b in zip(everything(plain), everything(last), strict=True):
         assert torch.allclose(a.double(), b.double(), rtol=0, atol=1e-8)  # float64, another order of sums
-    # and a state of one layout goes on in the other
+    # and a state of one layout resumes in the other
     last.load_state_dict(copy.deepcopy(plain.state_dict()))
     momentum = last.optimizer.state[stem]["momentum_buffer"]
     assert momentum.stride() == stem.stride()
     last(data, lambda x, y, index: x)
 
 
-def test_what_is_reduced_over_ranks_decides() -> None:
+def test_a_step_is_skipped_if_any_rank_is_not_finite() -> None:
     seen: list[tuple[int, int]] = []
 
     def other_rank_is_broken(tensors: Sequence[Tensor], images: int) -> None:
@@ -341,7 +341,7 @@ def test_what_is_reduced_over_ranks_decides() -> None:
     assert same(before, everything(step))
 
 
-def test_a_captured_step_is_the_step() -> None:
+def test_a_captured_step_equals_the_step() -> None:
     recorder = Recorder()
     recipe = MTARD(epochs=2, milestones=(1,), ema_decay=0.9, clip_norm=1.0, weight_lr=0.3)
     model, teachers = dynamic(), Teachers(linear(), linear())
@@ -476,7 +476,7 @@ def test_a_teacher_without_a_frozen_copy_is_changed_itself() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["awnet_tiny", "resnet_tiny"])
-def test_on_a_gpu_a_captured_step_is_the_step(name: str) -> None:
+def test_on_a_gpu_a_captured_step_equals_the_step(name: str) -> None:
     device = torch.device("cuda")
     model = create_model(name, num_classes=K).to(device)
     teacher = create_model("resnet_tiny", num_classes=K).to(device)
@@ -687,7 +687,7 @@ def test_a_run_drops_its_graphs_before_the_process_group_ends(
     assert order[-1] == "group destroyed"
 
 
-def test_where_the_images_lie_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_the_images_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
     for memory in ("device", "host"):
         monkeypatch.setattr(dataset, "_resident", lambda images, device, memory=memory: memory == "device")

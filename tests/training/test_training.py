@@ -170,7 +170,7 @@ def type_loss(type_logits: torch.Tensor | None, n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [static_net, dynamic_net])
-def test_pgd_at_and_trades_are_their_equations(make: Any) -> None:
+def test_the_losses_of_pgd_at_and_trades_equal_their_equations(make: Any) -> None:
     net, data = make().train(), batch()
     clean, adversarial, type_logits = outputs_of(net, data)
     ce = F.cross_entropy
@@ -209,7 +209,9 @@ def test_trades_differentiates_the_clean_side_of_its_kl_too() -> None:
 
 @pytest.mark.parametrize("make", [static_net, dynamic_net])
 @pytest.mark.parametrize(("tau", "reduction", "factor"), [(1.0, "batchmean", 1), (5.0, "elementmean", 1 / K)])
-def test_mtard_is_equations_20_to_22(make: Any, tau: float, reduction: Any, factor: float) -> None:
+def test_the_mtard_loss_equals_equations_20_to_22(
+    make: Any, tau: float, reduction: Any, factor: float
+) -> None:
     net, data = make().train(), batch()
     teachers = Teachers(static_net().eval(), static_net().eval())
     clean, adversarial, type_logits = outputs_of(net, data)
@@ -231,7 +233,7 @@ def test_mtard_is_equations_20_to_22(make: Any, tau: float, reduction: Any, fact
 
 
 @pytest.mark.parametrize("make", [static_net, dynamic_net])
-def test_hat_is_its_equation(make: Any) -> None:
+def test_the_hat_loss_equals_its_equation(make: Any) -> None:
     net, data = make().double().train(), batch()
     data = data._replace(x=data.x.double())
     teacher = static_net().double().eval()
@@ -314,7 +316,7 @@ def test_mtard_weights_survive_a_zero_first_loss() -> None:
     assert weights.update(one, 3 * one)[0].item() == pytest.approx(0.5 - 0.5 * (0.5 - 0.25))
 
 
-def test_the_type_loss_has_its_flags() -> None:
+def test_the_type_loss_follows_its_flags() -> None:
     net, data = dynamic_net().train(), batch()
     plain = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions())
     without = loss_of(PGDAT, net, data, shifted, LossOptions(type_weight=0.0))
@@ -336,7 +338,7 @@ def test_a_router_without_a_type_head_has_no_type_loss() -> None:
     assert result.total.item() == pytest.approx(0.5 * (result.terms["nat"] + result.terms["adv"]).item())
 
 
-def test_the_consistency_term() -> None:
+def test_the_consistency_term_equals_its_equation() -> None:
     net, data = static_net().train(), batch()
     clean, adversarial, _ = outputs_of(net, data)
     plain = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions()).total
@@ -378,7 +380,7 @@ def test_plain_training_leaves_the_adversarial_branch_alone() -> None:
 # --- recipes
 
 
-def test_the_papers_settings() -> None:
+def test_the_default_settings_are_the_papers() -> None:
     recipe = MTARD()
     assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.router_lr) == (100, 256, 0.1, 0.01)
     assert (recipe.momentum, recipe.weight_decay, recipe.milestones) == (0.9, 2e-4, (75, 90))
@@ -463,7 +465,7 @@ def test_the_teachers_recipes_share_the_students_settings() -> None:
         {"robust_teacher": "mtard"},
     ],
 )
-def test_bad_settings_are_named(wrong: dict[str, Any]) -> None:
+def test_bad_settings_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         recipe_for("mtard", "cifar10", **wrong)
 
@@ -498,7 +500,7 @@ def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
     return seen
 
 
-def test_the_schedules() -> None:
+def test_learning_rates_follow_their_schedules() -> None:
     seen = rates(PGDAT(epochs=6, milestones=(3, 5)), steps_per_epoch=2)
     assert seen == pytest.approx([0.1] * 6 + [0.01] * 4 + [0.001] * 2)
     seen = rates(PGDAT(epochs=10, schedule="onecycle"), steps_per_epoch=3)
@@ -561,7 +563,7 @@ def quick(kind: type[Recipe] = PGDAT, **settings: Any) -> Recipe:
     return kind(**(FAST | settings))
 
 
-def test_training_on_digits_learns(tmp_path: Path) -> None:
+def test_a_short_training_on_digits_learns(tmp_path: Path) -> None:
     result = train(quick(PGDAT, epochs=15, schedule="onecycle"), static_net(), SPLITS, tmp_path, quiet=True)
     assert result.finished
     assert result.validation["clean_accuracy"] >= 0.9
@@ -570,7 +572,7 @@ def test_training_on_digits_learns(tmp_path: Path) -> None:
     assert not result.model.training
 
 
-def test_a_run_folder_holds_all_of_it(tmp_path: Path) -> None:
+def test_a_run_folder_holds_config_log_weights_and_state(tmp_path: Path) -> None:
     splits = load_dataset("digits")
     splits = Splits(splits.train.subset(40), splits.validation.subset(20), splits.test.subset(20))
     recipe = recipe_for(
@@ -703,7 +705,7 @@ def test_missing_teachers_are_trained_first_and_kept(
     assert (clean / "last.safetensors").stat().st_mtime_ns == before
 
 
-def test_what_it_prints(
+def test_train_prints_one_line_per_epoch(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(quick(), static_net(), SPLITS, tmp_path / "a", tensorboard=False)

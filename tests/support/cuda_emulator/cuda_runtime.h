@@ -72,14 +72,14 @@ inline void live() {
   }
 }
 
-// All threads of the block come here before one goes on.
+// All threads of the block come here before one continues.
 inline void block_barrier() {
   ++fibers[current]->blocks;
   fibers[current]->at_block = true;
   leave();
 }
 
-// All threads of the warp come here before one goes on.
+// All threads of the warp come here before one continues.
 inline void warp_barrier() {
   ++fibers[current]->warps;
   fibers[current]->at_warp = true;
