@@ -3,7 +3,8 @@
 ``base`` checks arguments and freezes the model; ``pgd``, ``autoattack``, ``search`` and ``adaptive`` are the
 attacks; ``registry`` names them; ``cascade`` runs several in order and decides which images are already
 broken; ``filtered`` runs an attack in low precision first; ``transfer`` and ``craft`` replay images made on
-another model; ``saved`` stores the state of an interrupted attack, with checksums.
+another model; ``stochastic`` has the rules for models with random outputs; ``saved`` stores the state of an
+interrupted attack, with checksums.
 """
 
 from awnet.attacks.autoattack import AutoAttack
@@ -14,6 +15,7 @@ from awnet.attacks.filtered import FilteredAttack
 from awnet.attacks.graphed import GraphedPGD
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.registry import Suite, list_attacks, named_attack
+from awnet.attacks.stochastic import Stochastic
 from awnet.attacks.transfer import TransferAttack, replay
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Cascade",
     "FilteredAttack",
     "GraphedPGD",
+    "Stochastic",
     "Suite",
     "TransferAttack",
     "craft",

@@ -32,7 +32,20 @@ class _Point(NamedTuple):
     broken: Tensor
 
 
-def _evaluate(objective: Objective, x_adv: Tensor, rows: Tensor) -> _Point:
+def _evaluate(objective: Objective, x_adv: Tensor, rows: Tensor, eot: int) -> _Point:
+    """Loss and gradient, averaged over ``eot`` calls; an image is broken if it is in every call."""
+    first = _evaluate_once(objective, x_adv, rows)
+    if eot == 1:
+        return first
+    loss, gradient, broken = first
+    for _ in range(eot - 1):
+        point = _evaluate_once(objective, x_adv, rows)
+        loss, gradient = loss + point.loss, gradient + point.gradient
+        broken = broken & point.broken
+    return _Point(loss / eot, gradient / eot, broken)
+
+
+def _evaluate_once(objective: Objective, x_adv: Tensor, rows: Tensor) -> _Point:
     with torch.enable_grad():
         point = x_adv.detach().requires_grad_()
         loss, broken = objective(point, rows)
@@ -53,15 +66,19 @@ def ascend(
     steps: int,
     step_size: float,
     eps: float,
+    eot: int = 1,
 ) -> Tensor:
     """``steps`` steps of steepest ascent of size ``step_size``; an image does not change once it is broken.
+
+    Each loss and gradient is the mean over ``eot`` calls of ``objective``, and an image is broken if it is in
+    every call.
 
     Returns the last points ``[B, …]``; NaN if a gradient was not finite.
     """
     result, rows = start.clone(), torch.arange(len(start), device=start.device)
     for step in range(steps):
         x_adv = result[rows]
-        point = _evaluate(objective, x_adv, rows)
+        point = _evaluate(objective, x_adv, rows, eot)
         moved = geometry.step(x_adv, point.gradient, x[rows], step_size, eps)
         moved = torch.where(per_image(point.broken), x_adv, moved)
         result[rows] = torch.where(per_image(_finite(point.gradient)), moved, torch.nan)
@@ -73,7 +90,14 @@ def ascend(
 
 
 def ascend_auto(
-    objective: Objective, start: Tensor, x: Tensor, geometry: Geometry, *, steps: int, eps: float
+    objective: Objective,
+    start: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    *,
+    steps: int,
+    eps: float,
+    eot: int = 1,
 ) -> Tensor:
     """APGD (Croce and Hein 2020, Algorithm 1): steps with momentum, whose size is halved without progress.
 
@@ -83,19 +107,19 @@ def ascend_auto(
 
     In L1 it is that of Croce and Hein 2021, with sparse steps (:class:`_Sparse`) in three stages: of 30 % of
     the steps in the ball of radius 3·eps, 30 % in that of 2·eps, and 40 % in the ball. Only the last stage
-    stops at broken images.
+    stops at broken images. ``eot`` is that of :func:`ascend`.
 
     Returns the first point that broke each image, or for images that are not broken the point with the
     highest loss ``[B, …]``; NaN if a gradient was not finite.
     """
     if not isinstance(geometry, L1):
-        return _search(objective, start, _Momentum(start, x, geometry, steps, eps), steps)
+        return _search(objective, start, _Momentum(start, x, geometry, steps, eps), steps, eot)
     counts = [math.ceil(share * steps) for _, share in RADII[:-1]]
     counts.append(max(steps - sum(counts), 0))
     for (factor, _), count in zip(RADII, counts, strict=True):
         start = geometry.project(start, x, factor * eps)
         schedule = _Sparse(start, x, geometry, count, factor * eps, first=factor == RADII[0][0])
-        start = _search(objective if factor == 1 else _not_broken(objective), start, schedule, count)
+        start = _search(objective if factor == 1 else _not_broken(objective), start, schedule, count, eot)
     return start
 
 
@@ -194,10 +218,10 @@ class _Sparse(_Schedule):
         return sparser
 
 
-def _search(objective: Objective, start: Tensor, schedule: _Schedule, steps: int) -> Tensor:
+def _search(objective: Objective, start: Tensor, schedule: _Schedule, steps: int, eot: int) -> Tensor:
     """``steps`` steps from ``start``; returns as :func:`ascend_auto`."""
     rows = torch.arange(len(start), device=start.device)
-    point = _evaluate(objective, start, rows)
+    point = _evaluate(objective, start, rows, eot)
     schedule.begin(point.loss)
     s = schedule.state
     s |= {
@@ -215,7 +239,7 @@ def _search(objective: Objective, start: Tensor, schedule: _Schedule, steps: int
     for _ in range(steps):
         moved = schedule.move(s["x"], s["gradient"])
         s["x"] = moved
-        point = _evaluate(objective, moved, rows)
+        point = _evaluate(objective, moved, rows, eot)
         finite = _finite(point.gradient)
         now = ~s["done"] & (point.broken | ~finite)
         result[rows] = torch.where(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from awnet.attacks.base import Attack, check_count
 from awnet.attacks.cascade import Cascade
+from awnet.attacks.stochastic import EOT, Stochastic, eot_passes
 from awnet.data.threat_model import Norm
 from awnet.scalars import check_integer
 
@@ -108,7 +109,7 @@ class OfficialAttack(Attack):
             attack = FABAttack_PT(predict, n_iter=self.steps, n_target_classes=targets, **shared)
             attack.targeted = True
             return attack
-        apgd = shared | {"n_iter": self.steps, "eot_iter": 1, "rho": 0.75, "logger": log}
+        apgd = shared | {"n_iter": self.steps, "eot_iter": eot_passes(self.model), "rho": 0.75, "logger": log}
         apgd["use_largereps"] = self.norm == "L1"
         if self.name == "apgd_t":
             return APGDAttack_targeted(predict, n_target_classes=targets, **apgd)
@@ -116,16 +117,20 @@ class OfficialAttack(Attack):
 
 
 class AutoAttack(Cascade):
-    """AutoAttack's standard version: APGD-CE, APGD-T, FAB-T and Square on the images that are still robust.
+    """AutoAttack's standard or rand version, each attack on the images that are still robust.
 
-    Returns the same images as ``pyautoattack.AutoAttack`` for each batch. With 3 classes APGD-DLR replaces
-    APGD-T, whose loss needs 4; with 2 classes APGD-T is left out. ``outcome.notes`` counts the warnings of
-    the official code: ``randomized``, ``probabilities`` and ``dynamic``, in batches, and ``zero_gradients``,
-    in images.
+    ``"standard"``: APGD-CE, APGD-T, FAB-T and Square. With 3 classes APGD-DLR replaces APGD-T, whose loss
+    needs 4; with 2 classes APGD-T is left out. ``"rand"``, for a :class:`Stochastic` model: APGD-CE and, with
+    at least 3 classes, APGD-DLR, both with gradients averaged over ``model.eot`` forward passes. Returns the
+    same images as ``pyautoattack.AutoAttack`` for each batch. ``outcome.notes`` counts the warnings of the
+    official code: ``randomized``, ``probabilities`` and ``dynamic``, in batches, and ``zero_gradients``, in
+    images.
 
     Args:
         classes: K of the model.
         steps, targets, queries: other values than the standard ones give a different, weaker attack.
+        version: None takes ``"rand"`` for a :class:`Stochastic` model and ``"standard"`` for any other.
+            With ``"rand"`` a model that is not :class:`Stochastic` is treated as one.
     """
 
     def __init__(
@@ -139,10 +144,18 @@ class AutoAttack(Cascade):
         targets: int = TARGETS,
         queries: int = QUERIES,
         seed: int = 0,
+        version: Literal["standard", "rand"] | None = None,
     ) -> None:
+        if version not in ("standard", "rand", None):
+            raise ValueError(f"version must be 'standard', 'rand' or None, got {version!r}")
+        if version == "rand" and not isinstance(model, Stochastic):
+            model = Stochastic(model, seed=seed)
+        self.version = version or ("rand" if isinstance(model, Stochastic) else "standard")
         classes, targets = check_integer("classes", classes, 2), check_integer("targets", targets, 0)
         second: tuple[Name, ...] = () if classes == 2 else ("apgd_dlr",) if classes == 3 else ("apgd_t",)
         names: tuple[Name, ...] = ("apgd_ce", *second, "fab_t", "square")
+        if self.version == "rand":
+            names = ("apgd_ce",) if classes == 2 else ("apgd_ce", "apgd_dlr")
         targets = min(targets, classes - 1)
         members: Mapping[str, Attack] = {
             name: OfficialAttack(
@@ -151,11 +164,15 @@ class AutoAttack(Cascade):
             for name in names
         }
         super().__init__(model, members, eps=eps, norm=norm, seed=seed)
-        self.standard = (steps, queries) == (STEPS, QUERIES) and targets == min(TARGETS, classes - 1)
+        if self.version == "rand":
+            self.standard = steps == STEPS and eot_passes(model) == EOT
+        else:
+            self.standard = (steps, queries) == (STEPS, QUERIES) and targets == min(TARGETS, classes - 1)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return super().settings | {"version": "standard" if self.standard else "reduced"}
+        reduced = "reduced" if self.version == "standard" else "reduced rand"
+        return super().settings | {"version": self.version if self.standard else reduced}
 
     def examine(self, x: Tensor, y: Tensor, largest_label: int) -> Counter[str]:
         """The official code's checks for randomized, dynamic and probability outputs, on this batch."""
@@ -165,7 +182,8 @@ class AutoAttack(Cascade):
             return self.logits(images, largest_label)
 
         log = _Log()
-        checks.check_randomized(predict, x, y, bs=len(x), logger=log)
+        if self.version != "rand":
+            checks.check_randomized(predict, x, y, bs=len(x), logger=log)
         checks.check_range_output(predict, x, logger=log)
         # the official check counts calls in a table of its module, and removes a debugger's trace function
         tracing = sys.gettrace()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awnet.attacks.norms import geometry
+from awnet.attacks.stochastic import Stochastic, eot_passes, seeded
 from awnet.data.checks import check_images, check_labels
 from awnet.data.threat_model import Norm, check_norm
 from awnet.defaults import standard_defaults
@@ -100,7 +102,8 @@ class Attack(ABC):
     def settings(self) -> dict[str, Any]:
         """The parameters of the attack, for reports: plain values, JSON-ready; no norm means L-infinity."""
         norm = {} if self.norm == "Linf" else {"norm": self.norm}
-        return {"attack": type(self).__name__, "eps": self.eps, "seed": self.seed} | norm
+        eot = {"eot": self.model.eot} if isinstance(self.model, Stochastic) else {}
+        return {"attack": type(self).__name__, "eps": self.eps, "seed": self.seed} | norm | eot
 
     @abstractmethod
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
@@ -149,7 +152,12 @@ class Attack(ABC):
         if len(x) == 0:
             return x.detach().clone()
         # inference tensors cannot enter a graph, so they are copied outside inference mode
-        with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            frozen(self.model),
+            seeded(self.model, type(self).__name__, index),
+        ):
             x_adv = self.perturb(x.detach().clone(), y.clone(), index.clone(), int(y.max()))
         if not bool(torch.isfinite(x_adv).all()):
             broken = int((~torch.isfinite(x_adv)).flatten(1).any(1).sum())
@@ -174,3 +182,31 @@ class Attack(ABC):
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """``x_adv`` moved into the ball around ``x``; images in the ball, up to rounding, do not change."""
         return self.geometry.confine(x_adv, x, self.eps)
+
+    def decision(self, x: Tensor, largest_label: int) -> Tensor:
+        """Values ``[B, K]`` of which the largest is the predicted class, without gradient.
+
+        They are the logits, or for a :class:`Stochastic` model the logarithm of the mean probabilities.
+        """
+        with torch.no_grad():
+            if isinstance(self.model, Stochastic):
+                return self.model.classify(lambda: self.logits(x, largest_label))[0]
+            return self.logits(x, largest_label)
+
+    def gradient(self, loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The gradient of ``loss(x)``, a function of images that returns ``[B]``, summed over the images.
+
+        For a :class:`Stochastic` model it is the mean over ``eot`` evaluations of ``loss``.
+        """
+        passes, total = eot_passes(self.model), None
+        for _ in range(passes):
+            point = x.detach().requires_grad_(True)
+            value = loss(point)
+            if value.shape != (len(x),):
+                raise ValueError(f"loss must return one value per image, [{len(x)}], got {list(value.shape)}")
+            if not value.requires_grad:
+                raise ValueError("the loss has no gradient with respect to x: does the model detach it?")
+            (gradient,) = torch.autograd.grad(value.sum(), point)
+            total = gradient if total is None else total + gradient
+        assert total is not None
+        return total if passes == 1 else total / passes

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from awnet.attacks.base import Attack, check_ball
 from awnet.attacks.pgd import margin
 from awnet.attacks.saved import Saved, digest
+from awnet.attacks.stochastic import seeded
 from awnet.data.threat_model import Norm
 
 #: in ``Outcome.broken_by``: still classified correctly, and misclassified before any attack
@@ -111,14 +112,16 @@ class Cascade(Attack):
                 break
             if self.announce is not None:
                 self.announce(member_name)
-            images = member.perturb(x[rows], y[rows], index[rows], largest_label).detach()
+            with seeded(self.model, member_name, index[rows]):
+                images = member.perturb(x[rows], y[rows], index[rows], largest_label).detach()
             if not bool(images.isfinite().all()):
                 raise FloatingPointError(
                     f"{member_name} computed a gradient that is not finite: look for NaN in the model's "
                     "weights and outputs"
                 )
             images = self.project(images, x[rows])
-            correct, margins = self._classify(images, y[rows], largest_label)
+            with seeded(self.model, f"after {member_name}", index[rows]):
+                correct, margins = self._classify(images, y[rows], largest_label)
             better = (margins < smallest_margin[rows]) | ~correct
             x_adv[rows[better]], smallest_margin[rows[better]] = images[better], margins[better]
             broken_by[rows[~correct]] = number
@@ -136,6 +139,5 @@ class Cascade(Attack):
 
     def _classify(self, x: Tensor, y: Tensor, largest_label: int) -> tuple[Tensor, Tensor]:
         """Whether each image is classified correctly, bool ``[B]``, and its margin ``[B]``."""
-        with torch.no_grad():
-            logits = self.logits(x, largest_label)
-        return logits.argmax(1) == y, margin(logits, y)
+        values = self.decision(x, largest_label)
+        return values.argmax(1) == y, margin(values, y)

@@ -53,8 +53,7 @@ class FilteredAttack(Attack):
         return x_adv
 
     def _correct(self, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
-        with torch.no_grad():
-            return self.logits(x, largest_label).argmax(1) == y
+        return self.decision(x, largest_label).argmax(1) == y
 
 
 def filtered(attack: Attack, first: Attack, precision: str = "bfloat16") -> Attack:

@@ -15,6 +15,7 @@ from torch import Tensor
 from awnet._version import __version__
 from awnet.attacks.base import Attack
 from awnet.attacks.saved import digest
+from awnet.attacks.stochastic import decision, seeded
 from awnet.data.dataset import Dataset
 from awnet.files import written_atomically
 from awnet.models.registry import config_of
@@ -50,8 +51,8 @@ def attack_dataset(attack: Attack, dataset: Dataset, batch_size: int) -> Adversa
     batches, predictions = [], []
     for x, y, index in dataset.batches(batch_size):
         x_adv = attack(x, y, index=index)
-        with torch.no_grad():
-            predictions.append(model(x_adv).argmax(1).cpu())
+        with torch.no_grad(), seeded(model, "prediction", index):
+            predictions.append(decision(model, x_adv).argmax(1).cpu())
         batches.append(x_adv.cpu())
     x_adv, labels, index = torch.cat(batches), dataset.labels.cpu(), dataset.index.cpu()
     provenance = {

@@ -121,13 +121,7 @@ class PGD(Attack):
         broken = torch.zeros_like(x)
         for _ in range(self.steps):
             assert objective is not None
-            image = image.detach().requires_grad_(True)
-            loss = objective(image)  # [B]
-            if loss.shape != y.shape:
-                raise ValueError(f"loss must return one value per image, [{len(x)}], got {list(loss.shape)}")
-            if not loss.requires_grad:
-                raise ValueError("the loss has no gradient with respect to x: does the model detach it?")
-            (gradient,) = torch.autograd.grad(loss.sum(), image)
+            gradient = self.gradient(objective, image)
             copy = None if dtype == x.dtype else torch.empty_like(image)
             x_adv = self.geometry.step(x_adv, gradient, x, self.step_size, self.eps, cast=copy)
             image = x_adv if copy is None else copy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from awnet.attacks.autoattack import QUERIES, STEPS, TARGETS, AutoAttack, Name, 
 from awnet.attacks.base import Attack
 from awnet.attacks.cascade import Cascade
 from awnet.attacks.pgd import CW, FGSM, PGD
+from awnet.attacks.stochastic import EOT, Stochastic
 from awnet.attacks.transfer import TransferAttack
 from awnet.data.threat_model import ThreatModel
 from awnet.nn import has_router
@@ -44,12 +45,14 @@ class Budget:
     """Target classes of the targeted attacks."""
     queries: int = QUERIES
     """Queries of Square."""
+    eot: int = EOT
+    """Forward passes per gradient of a stochastic model."""
     lambdas: tuple[float, ...] = adaptive.LAMBDAS
 
 
 BUDGETS: dict[str, Budget] = {
-    "smoke": Budget(steps=20, restarts=2, targets=3, queries=200, lambdas=(0.0, 1.0, -1.0)),
-    "short": Budget(steps=30, restarts=1, targets=3, queries=300, lambdas=(0.0, 1.0, -1.0)),
+    "smoke": Budget(steps=20, restarts=2, targets=3, queries=200, eot=2, lambdas=(0.0, 1.0, -1.0)),
+    "short": Budget(steps=30, restarts=1, targets=3, queries=300, eot=5, lambdas=(0.0, 1.0, -1.0)),
     "standard": Budget(),
 }
 
@@ -88,7 +91,7 @@ def _official(name: Name) -> _Make:
     )
 
 
-def _official_sizes(suite: Suite) -> dict[str, int]:
+def _official_sizes(suite: Suite) -> dict[str, Any]:
     sizes = suite.sizes
     queries = sizes.queries if suite.queries is None else suite.queries
     return {"steps": sizes.steps, "targets": min(sizes.targets, suite.classes - 1), "queries": queries}
@@ -166,6 +169,14 @@ _ATTACKS: dict[str, _Make] = {
     ),
     "aa": lambda model, threat, seed, suite: AutoAttack(
         model, eps=threat.eps, norm=threat.norm, classes=suite.classes, seed=seed, **_official_sizes(suite)
+    ),
+    "aa_rand": lambda model, threat, seed, suite: AutoAttack(
+        model if isinstance(model, Stochastic) else Stochastic(model, eot=suite.sizes.eot, seed=seed),
+        eps=threat.eps,
+        norm=threat.norm,
+        classes=suite.classes,
+        seed=seed,
+        **_official_sizes(suite),
     ),
     "apgd_ce": _official("apgd_ce"),
     "apgd_t": _official("apgd_t"),

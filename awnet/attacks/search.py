@@ -13,6 +13,7 @@ from awnet import rng
 from awnet.attacks.ascent import Objective, ascend, ascend_auto
 from awnet.attacks.base import Attack, check_count, check_size
 from awnet.attacks.pgd import margin
+from awnet.attacks.stochastic import eot_passes
 from awnet.data.threat_model import Norm
 
 
@@ -83,16 +84,16 @@ class Search(Attack):
         )
 
     def maximize(self, objective: Objective, x: Tensor, start: Tensor, steps: int) -> Tensor:
+        shared: dict[str, Any] = {"steps": steps, "eps": self.eps, "eot": eot_passes(self.model)}
         if self.optimizer == "auto":
-            return ascend_auto(objective, start, x, self.geometry, steps=steps, eps=self.eps)
-        return ascend(objective, start, x, self.geometry, steps=steps, step_size=self.step_size, eps=self.eps)
+            return ascend_auto(objective, start, x, self.geometry, **shared)
+        return ascend(objective, start, x, self.geometry, step_size=self.step_size, **shared)
 
     def start(self, number: int, x: Tensor, index: Tensor) -> Tensor:
         return self.geometry.start(rng.key("search start", self.seed, number), x, index, self.eps)
 
     def _correct(self, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
-        with torch.no_grad():
-            return self.logits(x, largest_label).argmax(1) == y
+        return self.decision(x, largest_label).argmax(1) == y
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:

@@ -36,6 +36,10 @@ class Evaluate(RunOptions):
     filter: Maybe[Literal["bfloat16"]] = None
     """bfloat16 runs each attack in bfloat16 first, and in float32 on the images that survive. All images are
     classified in float32. It saves time if bfloat16 is fast and the robust accuracy is low."""
+    eot: Maybe[int] = None
+    """Forward passes over which attacks average the gradient of a stochastic model (expectation over
+    transformation). Default: the budget's, 20 for standard. A model is stochastic if two forward passes of
+    the same images differ; more than 1 treats any model as stochastic."""
     name: str = "default"
     """Name of the evaluation; it is written to RUN/evaluations/NAME."""
     out: Maybe[Path] = None
@@ -86,6 +90,7 @@ class Evaluate(RunOptions):
                 queries=self.queries,
                 precision=self.precision,
                 filter=self.filter,
+                eot=self.eot,
                 teachers=self.teachers,
                 surrogates=surrogates,
                 allow_missing=self.allow_missing,

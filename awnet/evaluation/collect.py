@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks import Attack, Cascade, Suite, frozen
+from awnet.attacks import Attack, Cascade, Stochastic, Suite, frozen
 from awnet.attacks.base import check_ball
 from awnet.attacks.saved import Saved
+from awnet.attacks.stochastic import seeded
 from awnet.data.dataset import Batch, Dataset
 from awnet.evaluation.detection import CONTROLS, SIGN
 from awnet.evaluation.progress import Advance
@@ -83,7 +84,8 @@ class Collected:
                 images = _attacked(plan.chosen[kind], kind, number, batch, saved, self.notes[kind], advance)
             # copied into x's strides, which choose a convolution's algorithm and so its rounding
             images = torch.empty_like(x).copy_(images)
-            values, scales = _observe(model, images, y, logits=kind not in CONTROLS)
+            with seeded(model, kind, index):
+                values, scales = _observe(model, images, y, logits=kind not in CONTROLS)
             if kind == CLEAN:
                 worst = WorstCase(x, values["correct"], plan.order)
             elif kind in plan.chosen:
@@ -102,7 +104,8 @@ class Collected:
             self.outcomes[kind].add(values, scales)
             if plan.has_type_head and kind in plan.attacked:
                 rounded = (images * dataset.max_value).round() / dataset.max_value
-                self.outcomes[f"{kind}_rounded"].add(*_observe(model, rounded, y, logits=False))
+                with seeded(model, f"{kind} rounded", index):
+                    self.outcomes[f"{kind}_rounded"].add(*_observe(model, rounded, y, logits=False))
             advance(kind, 1)
 
     def add_sanity_table(self, plan: Plan, suite: Suite, batch_size: int, saved: Saved | None) -> None:
@@ -207,10 +210,17 @@ class Outcomes:
 def _observe(
     model: nn.Module, x: Tensor, y: Tensor, *, logits: bool
 ) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
-    """One forward pass: per-sample values ``[B]``, and the filter scales of a router."""
+    """One forward pass: per-sample values ``[B]``, and the filter scales of a router.
+
+    Of a stochastic model, ``passes`` forward passes; the routing is that of the first.
+    """
     values: dict[str, Tensor] = {}
     steering = Steering()
-    if logits:
+    if logits and isinstance(model, Stochastic):
+        output, votes = model.classify(lambda: observe(model, x, steering))
+        del steering.routings[1:]
+        values["pass_share"] = votes.gather(1, y[:, None])[:, 0].float()
+    elif logits:
         output = observe(model, x, steering)
     elif has_router(model):
         steering.routings.append(route(model, x))

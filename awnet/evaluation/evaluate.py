@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from awnet.attacks import Attack, Suite, frozen, list_attacks, named_attack
+from awnet.attacks import Attack, Stochastic, Suite, frozen, list_attacks, named_attack
 from awnet.attacks.base import check_values, device_of
 from awnet.attacks.filtered import filtered
 from awnet.attacks.probe import first_logits
 from awnet.attacks.registry import TRANSFERRED, BudgetName
 from awnet.attacks.saved import Saved
+from awnet.attacks.stochastic import decision, seeded
 from awnet.data.dataset import Dataset
 from awnet.defaults import standard_defaults
 from awnet.devices import resolve_device
@@ -27,6 +28,7 @@ from awnet.evaluation.compare import compare
 from awnet.evaluation.detection import CONTROLS
 from awnet.evaluation.precision import COPY, DESCRIPTIONS, PrecisionName, in_bfloat16, prepare
 from awnet.evaluation.progress import progress_bar
+from awnet.evaluation.randomness import Examined, examine, unaware
 from awnet.evaluation.report import Report, check_name
 from awnet.evaluation.resume import check_same_key, evaluation_lock, prepare_state, state_folder, state_key
 from awnet.evaluation.summarize import build_report, check_finite
@@ -55,6 +57,7 @@ def evaluate(
     queries: int | None = None,
     precision: PrecisionName = "float32",
     filter: Literal["bfloat16"] | None = None,
+    eot: int | None = None,
     teacher: nn.Module | None = None,
     teachers: Sequence[Source] | Mapping[str, Source] | None = None,
     surrogates: Mapping[str, nn.Module] | None = None,
@@ -98,6 +101,11 @@ def evaluate(
         filter: ``"bfloat16"`` runs each named attack on a bfloat16 copy first and in float32 on the images
             that survive (:class:`awnet.attacks.FilteredAttack`). All images are classified in float32. It
             saves time if the robust accuracy is low and bfloat16 is fast.
+        eot: forward passes per gradient of a stochastic model, one whose logits for the same images differ
+            between two forward passes; None takes the budget's, 20 for the standard one. Such a model is
+            evaluated as a :class:`awnet.attacks.Stochastic`: its random numbers are seeded for each batch,
+            AutoAttack is its rand version, and the predicted class is that of the largest mean probability
+            over 20 forward passes. The report says so. More than 1 evaluates any model in this way.
         teacher: the robust teacher, for ``adaptive_paper``; None takes the run's. It is checked as in
             ``teachers`` if the run recorded one.
         teachers: the run's teachers, if they are no longer where the run's record says: modules, run folders
@@ -133,12 +141,21 @@ def evaluate(
     batch_size, seed = check_integer("batch_size", batch_size, 1), check_integer("seed", seed)
     limit = None if limit is None else check_integer("limit", limit, 1)
     queries = None if queries is None else check_integer("queries", queries, 0)
+    eot = None if eot is None else check_integer("eot", eot, 1)
     out = None if out is None else expanded(out)
     _check_filter(filter, precision, attacks)
     dataset, classes = _check_fit(model, dataset, batch_size, device)
-    prepared = prepare(model, precision, next(dataset.batches(min(batch_size, REFERENCE))).x)
+    first_images = next(dataset.batches(min(batch_size, REFERENCE))).x
+    prepared = prepare(model, precision, first_images)
     low = None if filter is None else in_bfloat16(model, copied=prepared.runs_on == COPY)
     computes = _precision(prepared.module, dataset, precision)
+    if prepared.runs_on == COPY and eot in (None, 1):
+        examined = Examined(prepared.module, {}, [])  # inference copies are deterministic
+    else:
+        examined = examine(prepared.module, first_images, eot=eot, budget=budget, seed=seed)
+    module = examined.module
+    if low is not None and isinstance(module, Stochastic):
+        low = Stochastic(low, eot=module.eot, passes=module.passes, seed=module.seed)
     if limit is not None:
         dataset = dataset.subset(limit, seed=0)
     other_reports = dict(compared_with or {})
@@ -149,7 +166,7 @@ def evaluate(
     needed = _attacks_with_teacher(attacks, sanity)
     run_teachers = find_teachers(run, dataset.device, teachers, teacher) if needed else Teachers()
     surrogates = {name.replace(" ", "_"): module for name, module in (surrogates or {}).items()}
-    missing = _missing_attacks(prepared.module, run_teachers, needed, surrogates, allow_missing)
+    missing = _missing_attacks(module, run_teachers, needed, surrogates, allow_missing)
     ranks = ranks or Ranks(dataset.device)
     selected_on = _selected_on(run) if selected_on is None else selected_on
     with evaluation_lock(out, name, ranks) as run_folder:
@@ -162,11 +179,11 @@ def evaluate(
             | surrogates,
             reference=next(dataset.batches(REFERENCE)).x,
         )
-        chosen = _choose_attacks(attacks, prepared.module, dataset, seed, suite)
+        chosen = _choose_attacks(attacks, module, dataset, seed, suite)
         if low is not None:
             first = _choose_attacks(attacks, low, dataset, seed, suite)
             chosen = {name: filtered(attack, first[name]) for name, attack in chosen.items()}
-        plan = Plan(prepared.module, dataset, chosen, seed)
+        plan = Plan(module, dataset, chosen, seed)
         saved = None
         if run_folder is not None or ranks.size > 1:
             runs_on = f"{precision} {prepared.runs_on}"
@@ -179,7 +196,7 @@ def evaluate(
         batches = -(-len(dataset) // batch_size)
         share = range(ranks.rank, batches, ranks.size)
         with (
-            frozen(prepared.module),
+            frozen(module),
             nullcontext() if low is None else frozen(low),
             torch.no_grad(),
             progress_bar(progress and ranks.rank == 0, len(share) * len(plan.kinds)) as advance,
@@ -203,11 +220,18 @@ def evaluate(
                 "precision": computes,
                 "class_names": list(dataset.classes),
                 "runs_on": prepared.runs_on,
+                **({"stochastic": dict(examined.settings)} if examined.settings else {}),
             }
             merged = Collected.merged(plan, shares)
             report = build_report(plan, model, merged, settings, selected_on, missing)
             if prepared.flag is not None:
                 report.flags.append(prepared.flag)
+            report.flags += examined.flags
+            if examined.settings and unaware(chosen):
+                report.flags.append(
+                    f"{', '.join(unaware(chosen))} neither averages gradients over the model's random passes "
+                    "nor seeds them: build the attack on awnet.attacks.Stochastic(model)"
+                )
             no_teachers = teacher is None and not run_teachers.models and not surrogates
             no_record = no_teachers and not run_teachers.recorded
             if plan.union is not None and no_record and (run is not None or config_of(model) is not None):
@@ -272,7 +296,9 @@ def _correct(
     correct, finite = [], []
     with frozen(model), torch.no_grad():
         for x, y, index in dataset.batches(batch_size):
-            logits = model(x if attack is None else attack(x, y, index=index))
+            images = x if attack is None else attack(x, y, index=index)
+            with seeded(model, "classify", index):
+                logits = decision(model, images)
             correct.append(logits.argmax(1) == y)
             finite.append(logits.isfinite().all(1))
     check_finite(torch.cat(finite).cpu().numpy(), CLEAN if attack is None else "adversarial")

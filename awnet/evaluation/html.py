@@ -200,6 +200,8 @@ def _attacks(report: Results) -> str:
         return ""
     paper = {name: _paper_row(report, name) for name in results}
     in_paper = any(row is not None for row in paper.values())
+    # the mean accuracy of a single forward pass of a stochastic model
+    one_pass = report.settings.get("stochastic", {}).get("single_pass_accuracy", {})
     rows = []
     for name, result in results.items():
         cells = [
@@ -207,11 +209,13 @@ def _attacks(report: Results) -> str:
             _with_interval(result.robust_accuracy, result.interval_95),
             _with_interval(result.w_robust_accuracy, result.w_interval_95),
         ]
+        if one_pass:
+            cells.append(_percent(one_pass.get(name)))
         if in_paper:
             row = paper[name]
             cells += ["–", "–"] if row is None else [f"{row.adversarial:.2f}", f"{row.w_robust:.2f}"]
         rows.append(cells)
-    headings = ["attack", "robust, A_adv", "W-Robust, A_w"]
+    headings = ["attack", "robust, A_adv", "W-Robust, A_w"] + ["one forward pass"] * bool(one_pass)
     caption = ""
     if in_paper:
         clean = next(row.clean for row in paper.values() if row is not None)

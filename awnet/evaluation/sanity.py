@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from awnet import rng
 from awnet.attacks import PGD, Attack, Suite, TransferAttack, frozen, named_attack
+from awnet.attacks.stochastic import decision, seeded
 from awnet.data.dataset import Dataset
 from awnet.nn import has_router, route
 from awnet.precision import full_precision
@@ -63,7 +64,7 @@ def sanity_table(
     """
     effort = EFFORTS[suite.budget]
     data = dataset.subset(min(effort.images, len(dataset)), seed=0)
-    with frozen(model):
+    with frozen(model), seeded(model, "sanity", data.index):
         return _Table(model, data, suite, effort, seed, batch_size).run()
 
 
@@ -149,7 +150,7 @@ class _Table:
         for x, y, index in self.data.batches(self.batch_size):
             images = x if attack is None else attack(x, y, index=index)
             with torch.no_grad():
-                logits = self.model(images).float()
+                logits = decision(self.model, images).float()
             right.append(logits.argmax(1) == y)
             losses.append(F.cross_entropy(logits, y, reduction="none"))
         return torch.cat(right).cpu(), float(torch.cat(losses).double().mean())
@@ -159,7 +160,7 @@ class _Table:
         for x, y, index in self.data.batches(self.batch_size):
             noise = rng.uniform(key, index, x.shape[1:]).mul_(2).sub_(1)
             with torch.no_grad():
-                logits = self.model(torch.add(x, noise, alpha=self.eps).clamp_(0, 1))
+                logits = decision(self.model, torch.add(x, noise, alpha=self.eps).clamp_(0, 1))
             right.append(logits.argmax(1) == y)
         return torch.cat(right).cpu()
 

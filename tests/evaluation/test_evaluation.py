@@ -203,7 +203,9 @@ def test_one_forward_for_each_needed_quantity() -> None:
     model, data = Linear(), images(30)
     evaluate(model, data, ["fgsm", "pgd_sat"], batch_size=10)
     per_batch = 1 + (1 + 1) + (20 + 1)  # clean; fgsm's gradient and outcome; pgd's 20 and outcome
-    assert model.calls == 3 * per_batch + 2  # and one image: do model and data fit, what does it compute in
+    assert (
+        model.calls == 3 * per_batch + 2 + 2
+    )  # one image: fit, dtype; one batch twice: is the model stochastic
     model.calls = 0
     accuracy(model, data, batch_size=10)
     assert model.calls == 3 + 1
