@@ -9,6 +9,7 @@ it.
 from awnet.evaluation.compare import compare
 from awnet.evaluation.detection import auc_interval, detection, roc_curve
 from awnet.evaluation.evaluate import accuracy, evaluate, robust_correct
+from awnet.evaluation.parts import gated_parts
 from awnet.evaluation.report import Report
 from awnet.evaluation.results import AttackDifference, AttackResult, Comparison, Results
 from awnet.evaluation.sanity import Check, sanity_table
@@ -20,7 +21,7 @@ from awnet.evaluation.statistics import (
     w_robust_accuracy,
     wilson_interval,
 )
-from awnet.evaluation.tables import comparison_table, w_robust_table
+from awnet.evaluation.tables import comparison_table, parts_table, w_robust_table
 
 __all__ = [
     "AttackDifference",
@@ -37,7 +38,9 @@ __all__ = [
     "comparison_table",
     "detection",
     "evaluate",
+    "gated_parts",
     "mcnemar",
+    "parts_table",
     "robust_correct",
     "roc_curve",
     "sanity_table",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from awnet.attacks.saved import Saved
 from awnet.attacks.stochastic import seeded
 from awnet.data.dataset import Batch, Dataset
 from awnet.evaluation.detection import CONTROLS, SIGN
+from awnet.evaluation.parts import gated_parts
 from awnet.evaluation.progress import Advance
 from awnet.evaluation.results import Array
 from awnet.evaluation.sanity import Check, sanity_table
@@ -63,6 +64,7 @@ class Collected:
         self.examples = Examples()
         self.table: list[Check] = []
         self.curves: dict[str, Any] = {}
+        self.parts: dict[str, Any] = {}
 
     def add_batch(self, plan: Plan, number: int, batch: Batch, saved: Saved | None, advance: Advance) -> None:
         """Evaluates batch ``number`` of the data set on every kind of image."""
@@ -120,6 +122,35 @@ class Collected:
         if saved is not None:
             saved.save("sanity", {}, {"table": [asdict(row) for row in self.table], "curves": self.curves})
 
+    def add_parts(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        suite: Suite,
+        batch_size: int,
+        saved: Saved | None,
+        prepare: Callable[[nn.Module], nn.Module],
+    ) -> None:
+        """Measures the parts of ``model``, or reads them from the state of an interrupted evaluation.
+
+        ``prepare`` makes the module that runs, as ``plan.model``, from a changed copy of ``model``.
+        """
+        state = None if saved is None else saved.load("parts")
+        if state is not None:
+            self.parts = state[1]
+            return
+        self.parts = gated_parts(
+            model,
+            plan.dataset,
+            suite,
+            module=plan.model,
+            prepare=prepare,
+            seed=plan.seed,
+            batch_size=batch_size,
+        )
+        if saved is not None:
+            saved.save("parts", {}, self.parts)
+
     def to_host(self) -> Collected:
         """Moves all tensors to the host, so that they can be sent to other processes; returns itself."""
         for outcomes in self.outcomes.values():
@@ -139,6 +170,7 @@ class Collected:
         for share in shares:
             merged.table += share.table
             merged.curves |= share.curves
+            merged.parts |= share.parts
         return merged
 
 

@@ -35,7 +35,7 @@ from awnet.evaluation.summarize import build_report, check_finite
 from awnet.evaluation.teachers import KINDS, Source, Teachers, find_teachers
 from awnet.files import expanded, read_json
 from awnet.models.registry import config_of
-from awnet.nn import routed_networks
+from awnet.nn import has_router, routed_networks
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
 
@@ -64,6 +64,7 @@ def evaluate(
     allow_missing: bool = False,
     run: str | Path | None = None,
     sanity: bool | None = None,
+    parts: bool | None = None,
     progress: bool = False,
     out: str | Path | None = None,
     name: str = "default",
@@ -116,6 +117,9 @@ def evaluate(
             headline; otherwise a missing teacher is an error.
         run: the run folder of the model, for its record of teachers; None takes ``out``.
         sanity: whether to compute the sanity table; None computes it with ``"union"``.
+        parts: whether to measure the parts of a network with a router (:func:`gated_parts`): about 240
+            forward and 220 backward passes of at most 200 images at the standard budget. None measures them
+            with ``"union"``, whose attacks take thousands of passes of every image.
         progress: show a progress bar, or print a line per minute if the output is not a terminal.
         out: a run folder: writes ``evaluations/<name>/`` there, and the newest report as ``report.json``. An
             interrupted evaluation resumes from ``evaluations/<name>/state`` when it is called again.
@@ -123,8 +127,8 @@ def evaluate(
         compared_with: reports of other models on the same images, by name, to add paired differences with.
         selected_on: split that selected the checkpoint; None reads it from ``config.json`` in ``out``.
         ranks: processes that share the work, from :func:`awnet.distributed.joined`; each calls this function
-            with the same arguments. Rank r of R evaluates the batches r, r + R, …; the sanity table counts as
-            one more batch.
+            with the same arguments. Rank r of R evaluates the batches r, r + R, …; the sanity table and the
+            parts count as one more batch each.
 
     Returns:
         The :class:`Report`, on every rank. It is bit-identical for the same arguments on the same machine
@@ -207,6 +211,15 @@ def evaluate(
             if with_sanity and batches % ranks.size == ranks.rank:  # it counts as one more batch
                 advance("sanity", 0)
                 collected.add_sanity_table(plan, suite, batch_size, saved)
+            with_parts = plan.union is not None and has_router(model) if parts is None else parts
+            if with_parts and (batches + 1) % ranks.size == ranks.rank:
+                advance("parts", 0)
+                example = next(dataset.batches(min(batch_size, REFERENCE))).x
+
+                def prepare_again(changed: nn.Module) -> nn.Module:
+                    return prepare(changed, precision, example).module
+
+                collected.add_parts(plan, model, suite, batch_size, saved, prepare_again)
             if ranks.size > 1:
                 advance("other ranks", 0)
             shares = ranks.gathered(collected.to_host())

@@ -11,7 +11,7 @@ from typing import Any
 
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.results import Results
-from awnet.evaluation.tables import attack_label, eps_text
+from awnet.evaluation.tables import attack_label, eps_text, parts_caption
 from awnet.files import read_json
 
 # awnet's names of the networks of Tables I, II and XI
@@ -82,6 +82,7 @@ def page(report: Results, folder: Path, place: Path | None = None) -> str:
         *_figures(folder, ("sanity.png",)),
         _detection(report),
         *_figures(folder, ("roc.png", "p_clean.png")),
+        _parts(report),
         _compared(report),
         *_figures(folder, ("filter_means.png", "training.png")),
         _settings(report),
@@ -267,6 +268,26 @@ def _detection(report: Results) -> str:
         rows,
         "Area under the ROC curve of the type logits' difference; noise of size ε is the control.",
     )
+
+
+def _parts(report: Results) -> str:
+    if not report.parts:
+        return ""
+    heading = "<h2>The network in parts</h2>"
+    if "not_applicable" in report.parts:
+        return f"{heading}<p>{escape(parts_caption(report))}.</p>"
+    rows = []
+    for row in report.parts["rows"]:
+        if row["not_applicable"] is not None:
+            reason = f'<span class="soft">not applicable: {escape(row["not_applicable"])}</span>'
+            rows.append((escape(row["part"]), "–", "–", "–", reason))
+            continue
+        robust = _with_interval(row["robust_accuracy"], row["interval_95"])
+        cells = (_percent(row["clean_accuracy"]), robust, _percent(row["changed"]), "")
+        rows.append((escape(row["part"]), *cells))
+    headings = ("part", "clean", "PGD", "changed", "")
+    caption = parts_caption(report)
+    return heading + _table(headings, rows, caption[0].upper() + caption[1:] + ".", text=(4,))
 
 
 def _compared(report: Results) -> str:

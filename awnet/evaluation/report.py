@@ -48,6 +48,7 @@ class Report(Results):
             "detection",
             "sanity",
             "curves",
+            "parts",
             "compared_with",
             "missing",
         ):

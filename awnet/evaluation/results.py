@@ -92,6 +92,9 @@ class Results:
     """Rows of the sanity table: ``check``, ``result`` (pass or suspicious), ``evidence``."""
     curves: dict[str, Any] = field(default_factory=dict)
     """The curves that the sanity table is based on, see :func:`sanity_table`."""
+    parts: dict[str, Any] = field(default_factory=dict)
+    """For a network with a router: accuracy with one part fixed, swapped or attacked alone, see
+    :func:`gated_parts`."""
     compared_with: dict[str, Comparison] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """Attacks of the union that could not run, and why: its robust accuracy may be too high."""

@@ -76,6 +76,7 @@ def build_report(
         detection=detection(per_sample, plan.attacked, seed) if plan.has_type_head else {},
         sanity=[asdict(check) for check in table],
         curves=collected.curves,
+        parts=collected.parts,
         flags=[],
         settings=settings
         | {

@@ -139,6 +139,53 @@ def comparison_table(report: Results, label: str | None = None, title: str | Non
     return table
 
 
+def parts_table(report: Results, title: str | None = None) -> Table:
+    """A row for each part of a network with a router (:func:`gated_parts`), accuracies in percent.
+
+    A part that the network lacks has the reason in its row.
+    """
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    if not report.parts:
+        raise ValueError("the report has no parts: evaluate with parts=True (--parts yes)")
+    table = Table(
+        title=Text(visible(title or f"{report.model} in parts")),
+        caption=parts_caption(report),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("")
+    for heading in ("clean", "PGD", "changed"):
+        table.add_column(heading, justify="right")
+    reasons = []
+    for row in report.parts.get("rows", []):
+        cells = ["–", "–", "–"]
+        if row["not_applicable"] is None:
+            clean, changed = (f"{100 * row[name]:.1f}" for name in ("clean_accuracy", "changed"))
+            cells = [clean, _cell(row["robust_accuracy"], row["interval_95"]), changed]
+        else:
+            reasons.append(f"{row['part']}: not applicable, {row['not_applicable']}")
+        table.add_row(Text(visible(row["part"])), *cells)
+    if reasons:
+        table.caption = Text(visible(f"{table.caption}. {'. '.join(reasons)}"))
+    return table
+
+
+def parts_caption(report: Results) -> str:
+    """What the table of the parts was measured on, and its cost."""
+    parts = report.parts
+    if "not_applicable" in parts:
+        return f"not applicable: {parts['not_applicable']}"
+    passes = parts["passes"]
+    return (
+        f"percent of {parts['images']} images; PGD: {parts['steps']} steps on the row's own variant; "
+        "changed: clean images whose prediction differs from the whole network's; cost per image: "
+        f"{passes['forward']} forward and {passes['backward']} backward passes"
+    )
+
+
 def _title(report: Results) -> str:
     marked = f", {report.settings['precision']}: no headline" if report.approximate else ""
     marked += f", incomplete: {len(report.missing)} attacks could not run" if report.missing else ""
