@@ -3,6 +3,7 @@
 from awnet.analysis.figures import (
     example_images,
     p_clean_histogram,
+    paired_differences,
     roc_curves,
     sanity_curves,
     w_robust_bars,
@@ -19,6 +20,7 @@ __all__ = [
     "example_images",
     "filter_means",
     "p_clean_histogram",
+    "paired_differences",
     "roc_curves",
     "sanity_curves",
     "training_curves",

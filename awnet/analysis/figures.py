@@ -261,3 +261,43 @@ def example_images(
             panels[row, 0].set_ylabel(
                 ("clean", f"difference\n× {0.5 / eps:.0f}", "adversarial")[row], fontsize=8.5
             )
+
+
+def paired_differences(
+    series: Mapping[str, Mapping[str, tuple[float, tuple[float, float], tuple[float, float] | None]]],
+    path: str | Path,
+    *,
+    title: str = "Difference",
+) -> None:
+    """Differences to a baseline as marks, with their intervals as lines: a row for each quantity and system.
+
+    Args:
+        series: system → quantity → (difference, interval over images, interval over trainings or None), as
+            fractions. The second interval is thin and has caps.
+        path: the PNG file.
+    """
+    quantities = list(dict.fromkeys(quantity for by_quantity in series.values() for quantity in by_quantity))
+    if not quantities:
+        raise ValueError("series holds no difference: nothing to draw")
+    step = 0.8 / len(series)
+    with figure_file(path, 7.0, 1.3 + 0.22 * len(quantities) * (1 + len(series))) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color="#333333", lw=1)
+        for number, (system, by_quantity) in enumerate(series.items()):
+            color = CYCLE[number % len(CYCLE)]
+            offset = (number - (len(series) - 1) / 2) * step
+            label: str | None = figure_text(system)
+            for quantity, (difference, images, trainings) in by_quantity.items():
+                y = quantities.index(quantity) + offset
+                axes.plot(100 * np.asarray(images), [y, y], color=color, lw=3.5, solid_capstyle="butt")
+                if trainings is not None:
+                    ends = 100 * np.abs(np.asarray(trainings) - difference)[:, None]
+                    axes.errorbar(100 * difference, y, xerr=ends, color=color, lw=1, capsize=3)
+                axes.plot(100 * difference, y, "o", ms=5, color=color, mec="#222222", label=label)
+                label = None
+        axes.set_yticks(range(len(quantities)), [figure_text(quantity) for quantity in quantities])
+        axes.invert_yaxis()
+        axes.grid(axis="x", visible=True)
+        axes.grid(axis="y", visible=False)
+        axes.set(title=figure_text(title), xlabel="points, with 95 % intervals")
+        figure.legend(loc="outside lower center", ncols=max(1, min(len(series), 2)))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from awnet.cli.options import Maybe, print_text
+from awnet.cli.options import print_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,25 +16,36 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Compare:
-    """Compare two runs: settings, training curves and evaluations, paired by image if both used the same
-    images.
+    """Compare evaluations on the same images: paired differences with intervals, a table, a figure, a page.
 
-    To compare accuracies under attack, evaluate both runs with the same attacks first."""
+    Give two or more run folders, folders of evaluations (RUN/evaluations/NAME) or report.json files.
+    Differences are to the first. Runs that differ in the seed only count as trainings of one configuration,
+    with intervals over trainings as well. Reports with other images, another eps or norm, or other settings
+    of an attack are refused with the reasons. For run folders, settings and training curves are compared too."""
 
-    a: Positional[Path]
-    """A run folder."""
-    b: Positional[Path]
-    """Another run folder. Differences are a minus b."""
+    reports: Positional[tuple[Path, ...]]
+    """Two or more reports. Differences are to the first."""
     name: str = "default"
-    """Name of the evaluation in each run."""
-    out: Maybe[Path] = None
-    """PNG file for the training curves. Default: comparison.png in the current folder."""
+    """Name of the evaluation in run folders."""
+    out: Path = Path("comparison")
+    """Folder for comparison.html, comparison.json and comparison.png; for run folders also training.png."""
 
     def run(self, console: Console) -> None:
-        from awnet.reproduce.comparison import compare_runs
+        from awnet.reproduce.comparison import compare_runs, compare_sources, is_run_folder
 
-        comparison = compare_runs(self.a, self.b, name=self.name, out=self.out or Path("comparison.png"))
-        for table in comparison.tables():
-            console.print(table)
-        for note in comparison.notes:
-            print_text(console, note)
+        if len(self.reports) > 1 and all(map(is_run_folder, self.reports)):
+            runs = compare_runs(self.reports, name=self.name, out=self.out)
+            for table in runs.tables():
+                console.print(table)
+            for note in runs.notes:
+                print_text(console, note)
+            if runs.curves is not None:
+                print_text(console, f"training curves: {runs.curves}")
+        compared = compare_sources(self.reports, name=self.name)
+        if compared is None:
+            return
+        console.print(compared.table())
+        for note in compared.notes:
+            print_text(console, f"note: {note}")
+        folder = compared.save(self.out)
+        print_text(console, f"written to {folder / 'comparison.html'}, comparison.json and comparison.png")

@@ -60,7 +60,6 @@ class ImportOption:
 
 # option → the placeholder for its value in the help, instead of its type
 _PLACEHOLDERS = {
-    "a": "RUN",
     "attack": "ATTACK",
     "attacks": "ATTACK [ATTACK ...]",
     "authors": "TEXT",
@@ -74,7 +73,6 @@ _PLACEHOLDERS = {
     "files": "FILE ...",
     "footnote": "TEXT",
     "init_from": "RUN",
-    "b": "RUN",
     "link": "URL",
     "model": "MODEL",
     "model_options": "NAME=VALUE [NAME=VALUE ...]",
@@ -82,6 +80,7 @@ _PLACEHOLDERS = {
     "providers": "PROVIDER [PROVIDER ...]",
     "recipe": "RECIPE",
     "recipe_options": "NAME=VALUE [NAME=VALUE ...]",
+    "reports": "REPORT REPORT ...",
     "results": "FOLDER",
     "runs": "RUN ...",
     "mean": "MEAN [MEAN ...]",

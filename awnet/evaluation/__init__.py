@@ -19,6 +19,7 @@ from awnet.evaluation.statistics import (
     mcnemar,
     t_interval,
     w_robust_accuracy,
+    welch_interval,
     wilson_interval,
 )
 from awnet.evaluation.tables import comparison_table, parts_table, w_robust_table
@@ -47,5 +48,6 @@ __all__ = [
     "t_interval",
     "w_robust_accuracy",
     "w_robust_table",
+    "welch_interval",
     "wilson_interval",
 ]

@@ -87,6 +87,10 @@ def page(report: Results, folder: Path, place: Path | None = None) -> str:
         *_figures(folder, ("filter_means.png", "training.png")),
         _settings(report),
     ]
+    return _document(title, parts)
+
+
+def _document(title: str, parts: Iterable[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -94,6 +98,36 @@ def page(report: Results, folder: Path, place: Path | None = None) -> str:
         + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
+
+
+def comparison_page(
+    title: str,
+    setting: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    caption: str,
+    notes: Sequence[str],
+    figure: Path,
+) -> str:
+    """The page for a comparison of several reports.
+
+    Args:
+        title, setting: the heading, and the line below it.
+        headings, rows, caption: of the table, as text; the second column is aligned left.
+        notes: what could not be compared.
+        figure: the PNG file to embed.
+    """
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    cells = [[escape(cell) for cell in row] for row in rows]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(setting)}.</p>',
+        _table(headings, cells, caption, text=(1,)),
+        _embedded(figure, "Differences in points, with 95 % intervals"),
+        f'<div class="flags"><h2>Notes</h2><ul>{items}</ul></div>' if notes else "",
+    ]
+    return _document(title, parts)
 
 
 def summary(report: Results) -> str:
@@ -334,11 +368,14 @@ def _figures(folder: Path, names: Sequence[str]) -> list[str]:
     for name in names:
         path = folder / name
         if path.is_file():
-            data = base64.b64encode(path.read_bytes()).decode("ascii")
-            caption = escape(FIGURES[name])
-            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-            parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+            parts.append(_embedded(path, FIGURES[name]))
     return parts
+
+
+def _embedded(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _settings(report: Results) -> str:

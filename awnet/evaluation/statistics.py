@@ -64,6 +64,24 @@ def t_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
     return float(array.mean() - half), float(array.mean() + half)
 
 
+def welch_interval(a: ArrayLike, b: ArrayLike, level: float = LEVEL) -> Interval:
+    """Welch's interval of the difference of two means, of ``a`` [n] minus ``b`` [m], n and m ≥ 2."""
+    from scipy.special import stdtrit
+
+    first, second = (np.asarray(values, dtype=np.float64) for values in (a, b))
+    if first.ndim != 1 or second.ndim != 1 or min(first.size, second.size) < 2:
+        raise ValueError(
+            f"a and b must be [n] with n > 1, got shapes {list(first.shape)} and {list(second.shape)}"
+        )
+    parts = [values.var(ddof=1) / values.size for values in (first, second)]
+    difference, variance = float(first.mean() - second.mean()), float(sum(parts))
+    if variance == 0:
+        return difference, difference
+    degrees = variance**2 / sum(p**2 / (v.size - 1) for p, v in zip(parts, (first, second), strict=True))
+    half = float(stdtrit(degrees, (1 + level) / 2)) * math.sqrt(variance)
+    return difference - half, difference + half
+
+
 def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     """Two-sided p of McNemar's exact test: whether ``a`` and ``b``, bool ``[n]``, are correct equally often.
 

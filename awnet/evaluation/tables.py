@@ -32,6 +32,11 @@ def eps_text(eps: float) -> str:
     return f"{levels:.0f}/255" if len(decimal) > 4 and abs(levels - round(levels)) < 1e-4 else decimal
 
 
+def threat_text(report: Results) -> str:
+    """The threat model of a report: ``L-infinity, eps 8/255``."""
+    return f"L-infinity, eps {eps_text(report.eps)}"
+
+
 def in_one_line(model: nn.Module, images: str, eps: float, trained: str | None = None) -> str:
     """One line of text: model, parameters, recipe, images, device, backend, threat model."""
     count = sum(parameter.numel() for parameter in model.parameters())

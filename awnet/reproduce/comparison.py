@@ -1,4 +1,4 @@
-"""Comparison of two run folders: settings, training, evaluations."""
+"""Comparison of run folders: settings, training and, by image, evaluations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from awnet.analysis import compared_curves
-from awnet.evaluation import Report, compare, comparison_table, w_robust_table
-from awnet.evaluation.results import Comparison
-from awnet.run_config import read_config
+from awnet.evaluation.comparison import (
+    ReportComparison,
+    compare_reports,
+    load_groups,
+    report_folder,
+    source_labels,
+)
+from awnet.files import expanded, make_folder
+from awnet.run_config import is_run, read_config
 from awnet.training.checkpoint import differences
 from awnet.training.logging import read_log
 
@@ -25,74 +31,82 @@ _APART = ("kind", "sessions", "format")  # parts of config.json that are not set
 class RunComparison:
     """What :func:`compare_runs` returns.
 
-    settings: those of ``config.json`` that differ, by name, in both runs; reports: the evaluations, by run;
-    paired: a minus b on the same images, None if the evaluations cannot be paired; curves: the figure.
+    settings: those of ``config.json`` that differ, by name, one value for each run; best: the best validation
+    of each run; curves: the figure, or None; notes: what was not compared.
     """
 
-    labels: tuple[str, str]
-    settings: dict[str, tuple[Any, Any]]
-    best: tuple[dict[str, float], dict[str, float]]
-    reports: dict[str, Report]
-    paired: Comparison | None
+    labels: tuple[str, ...]
+    settings: dict[str, tuple[Any, ...]]
+    best: tuple[dict[str, float], ...]
     curves: Path | None
-    notes: list[str]
+    notes: tuple[str, ...]
 
     def tables(self) -> list[Table]:
-        """Tables for the terminal: settings, validation, and accuracies if there are evaluations."""
-        tables = [_settings(self), _validation(self)]
-        if self.reports:
-            tables.append(w_robust_table(self.reports))
-        if self.paired is not None:
-            report = self.reports[self.labels[0]]
-            report.compared_with = {self.labels[1]: self.paired}
-            tables.append(comparison_table(report, label=self.labels[0]))
-        return tables
+        """Tables for the terminal: settings and validation."""
+        return [_settings(self), _validation(self)]
 
 
 def compare_runs(
-    a: str | Path, b: str | Path, *, name: str = "default", out: str | Path | None = None
+    folders: Sequence[str | Path], *, name: str = "default", out: str | Path | None = None
 ) -> RunComparison:
-    """Compares the runs in the folders ``a`` and ``b``.
+    """Compares settings and training curves of the runs in ``folders``.
 
     Args:
-        a, b: run folders.
-        name: name of the evaluations, ``evaluations/<name>``.
-        out: PNG file for the training curves of both runs; None for no figure.
+        folders: two or more run folders.
+        name: name of the evaluations, ``evaluations/<name>``; a run that lacks it gets a note.
+        out: folder for the training curves of all runs, ``training.png``; None for no figure.
 
     Raises:
         FileNotFoundError, ValueError: a folder is not a run.
     """
-    folders = [Path(a), Path(b)]
-    labels = _labels(folders)
-    configs = [{k: v for k, v in read_config(f).items() if k not in _APART} for f in folders]
-    logs = [_epochs(folder) for folder in folders]
+    paths = [expanded(folder) for folder in folders]
+    labels = source_labels(paths)
+    configs = [{k: v for k, v in read_config(path).items() if k not in _APART} for path in paths]
+    logs = [_epochs(path) for path in paths]
     best = [max((r for r in log if _score(r) is not None), key=_score, default={}) for log in logs]
-    notes, reports = [], {}
-    for label, folder in zip(labels, folders, strict=True):
-        if (folder / "evaluations" / name / "report.json").is_file():
-            reports[label] = Report.load(folder / "evaluations" / name)
-        else:
-            command = f"awnet evaluate {folder}" + ("" if name == "default" else f" --name {name}")
-            notes.append(f"{folder} has no evaluation {name!r}: {command}")
-    paired = None
-    if len(reports) == 2:
+    notes = []
+    for path in paths:
         try:
-            paired = compare(reports[labels[0]], reports[labels[1]])
-        except ValueError as error:
-            notes.append(f"not paired by image: {error}")
+            report_folder(path, name)
+        except FileNotFoundError as error:
+            notes.append(str(error))
     curves = None
     if out is not None and all(logs):
-        curves = Path(out)
+        curves = make_folder(expanded(out)) / "training.png"
         compared_curves(dict(zip(labels, logs, strict=True)), curves)
-        notes.append(f"training curves: {curves}")
-    return RunComparison(labels, _differing(*configs), (best[0], best[1]), reports, paired, curves, notes)
+    return RunComparison(tuple(labels), _differing(configs), tuple(best), curves, tuple(notes))
 
 
-def _labels(folders: Sequence[Path]) -> tuple[str, str]:
-    """The names of the folders, or their paths if the names are equal."""
-    names = [folder.resolve().name for folder in folders]
-    first, second = names if names[0] != names[1] else map(str, folders)
-    return (first, second) if first != second else (f"{first} (a)", f"{second} (b)")
+def compare_sources(sources: Sequence[str | Path], *, name: str = "default") -> ReportComparison | None:
+    """Compares evaluations by image, see :func:`load_groups`.
+
+    If all sources are run folders, those without the evaluation are left out; then None if fewer than two
+    have it.
+
+    Raises:
+        FileNotFoundError, ValueError: fewer than two sources, one that holds no report, or reports that
+            cannot be compared.
+    """
+    if len(sources) < 2:
+        raise ValueError(f"a comparison needs two or more reports, got {len(sources)}")
+    if all(map(is_run_folder, sources)):
+        sources = [source for source in sources if _has_report(source, name)]
+        if len(sources) < 2:
+            return None
+    return compare_reports(load_groups(sources, name))
+
+
+def is_run_folder(source: str | Path) -> bool:
+    """Whether ``source`` is the folder of a training run."""
+    return expanded(source).is_dir() and is_run(source)
+
+
+def _has_report(run: str | Path, name: str) -> bool:
+    try:
+        report_folder(run, name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _epochs(folder: Path) -> list[dict[str, Any]]:
@@ -112,10 +126,15 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {path.removeprefix("."): value}
 
 
-def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    first, second = _flat(a), _flat(b)
-    names = [name for name in {**first, **second} if list(differences(first.get(name), second.get(name), ""))]
-    return {name: (first.get(name), second.get(name)) for name in names}
+def _differing(configs: Sequence[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    flat = [_flat(config) for config in configs]
+    values = {
+        name: tuple(one.get(name) for one in flat)
+        for name in dict.fromkeys(key for one in flat for key in one)
+    }
+    return {
+        name: row for name, row in values.items() if any(list(differences(row[0], v, "")) for v in row[1:])
+    }
 
 
 def _settings(comparison: RunComparison) -> Table:
@@ -125,21 +144,19 @@ def _settings(comparison: RunComparison) -> Table:
     for name, values in comparison.settings.items():
         table.add_row(escape(name), *("–" if v is None else escape(str(v)) for v in values))
     if not comparison.settings:
-        table.add_row("none", "", "")
+        table.add_row("none", *("" for _ in comparison.labels))
     return table
 
 
 def _validation(comparison: RunComparison) -> Table:
     table = Table(title="Best validation, percent", box=SIMPLE_HEAD)
-    for heading in ("", *comparison.labels, "difference"):
+    for heading in ("", *comparison.labels):
         table.add_column(escape(heading), justify="right" if heading else "left")
-    table.add_row("epoch", *(str(best.get("epoch", "–")) for best in comparison.best), "")
+    table.add_row("epoch", *(str(best.get("epoch", "–")) for best in comparison.best))
     for name, label in (
         ("clean_accuracy", "clean"), ("robust_accuracy", "robust"), ("w_robust_accuracy", "A_w"),
     ):  # fmt: skip
         values = [best.get(name) for best in comparison.best]
-        if values != [None, None]:
-            cells = ["–" if value is None else f"{100 * value:.1f}" for value in values]
-            known = [value for value in values if value is not None]
-            table.add_row(label, *cells, f"{100 * (known[0] - known[1]):+.1f}" if len(known) == 2 else "")
+        if any(value is not None for value in values):
+            table.add_row(label, *("–" if value is None else f"{100 * value:.1f}" for value in values))
     return table

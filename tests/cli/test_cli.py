@@ -269,17 +269,16 @@ def test_compare_sets_two_runs_side_by_side(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "has no evaluation 'both': awnet evaluate" in out
     assert re.search(r"seed\s+3\s+4", out)
-    assert "paired" not in out
-    assert Path("comparison.png").stat().st_size > 10_000
+    assert "over images" not in out
+    assert Path("comparison/training.png").stat().st_size > 10_000
     assert main(["evaluate", str(other), "--attacks", "fgsm", "--limit", "40", "--name", "both"]) == 0
     capsys.readouterr()
-    assert main([*words, "--out", "curves/here.png"]) == 0
-    assert "paired by image" in capsys.readouterr().out
-    assert Path("curves/here.png").is_file()
+    assert main([*words, "--out", "there"]) == 0
+    assert "over images" in capsys.readouterr().out
+    assert Path("there/comparison.html").is_file()
     assert main(["evaluate", str(other), "--attacks", "fgsm", "--limit", "30", "--name", "both"]) == 0
-    assert main(words) == 0
-    assert "not paired by image:" in capsys.readouterr().out
-    assert "is not a run folder" in fails(capsys, "compare", run, "nowhere")
+    assert "number of images 30 and 40" in fails(capsys, *words)
+    assert "does not exist" in fails(capsys, "compare", run, "nowhere", "--name", "both")
 
 
 def test_an_evaluation_without_a_terminal_reports_progress(run, monkeypatch, capsys):

@@ -65,7 +65,7 @@ def cases() -> Iterator[list[str]]:
         yield [*ATTACK[:-1], value]
         yield [*PROGRAM[:4], value]
         yield [*BENCH[:-1], value]
-        yield ["compare", "run", value, "--out", "c.png"]
+        yield ["compare", "run", value, "--out", "c"]
         yield ["compare", "run", "run", "--out", value]
         yield ["analyze", "filters", value]
         yield [*GAP[:-1], value]
@@ -79,7 +79,7 @@ def cases() -> Iterator[list[str]]:
         yield [*ATTACK, "--attack", value]
         yield [*BENCH, "--name", value]
         yield [*BENCH, "--evaluation", value]
-        yield ["compare", "run", "run", "--name", value, "--out", "c.png"]
+        yield ["compare", "run", "run", "--name", value, "--out", "c"]
         for words in (["data", "info"], ["data", "download"], ["reproduce"], ["export"], ["analyze"], []):
             yield [*words, value]
         yield ["reproduce", "table3", "--data", value]

@@ -192,7 +192,7 @@ def test_figures_in_bfloat16_are_never_the_headline(quick: tuple[Report, Path], 
     assert 'class="card head"' in page(exact, tmp_path)
     assert not any("bfloat16" in flag for flag in exact.flags)
     assert evaluate(network(), digits(6), {}).headline() is None
-    with pytest.raises(ValueError, match="in different precisions"):
+    with pytest.raises(ValueError, match="precision float32 or wider and bfloat16"):
         compare(exact, report)
 
 
