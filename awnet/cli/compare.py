@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 class Compare:
     """Compare evaluations on the same images: paired differences with intervals, a table, a figure, a page.
 
-    Give two or more run folders, folders of evaluations (RUN/evaluations/NAME) or report.json files.
-    Differences are to the first. Runs that differ in the seed only count as trainings of one configuration,
-    with intervals over trainings as well. Reports with other images, another eps or norm, or other settings
-    of an attack are refused with the reasons. For run folders, settings and training curves are compared too."""
+    Give run folders, folders of evaluations (RUN/evaluations/NAME) or report.json files. Differences are to
+    the first. Runs that differ in the seed only count as trainings of one configuration, with intervals over
+    trainings as well. Reports with other images, another eps or norm, or other settings of an attack are
+    refused with the reasons. For run folders, settings and training curves are compared too."""
 
     reports: Positional[tuple[Path, ...]]
     """Two or more reports. Differences are to the first."""

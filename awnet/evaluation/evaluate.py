@@ -214,10 +214,12 @@ def evaluate(
             with_parts = plan.union is not None and has_router(model) if parts is None else parts
             if with_parts and (batches + 1) % ranks.size == ranks.rank:
                 advance("parts", 0)
-                example = next(dataset.batches(min(batch_size, REFERENCE))).x
 
                 def prepare_again(changed: nn.Module) -> nn.Module:
-                    return prepare(changed, precision, example).module
+                    again = prepare(changed, precision, first_images).module
+                    if not examined.settings:
+                        return again
+                    return examine(again, first_images, eot=eot, budget=budget, seed=seed).module
 
                 collected.add_parts(plan, model, suite, batch_size, saved, prepare_again)
             if ranks.size > 1:

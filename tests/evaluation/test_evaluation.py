@@ -460,7 +460,7 @@ def test_comparison_refuses_other_images_and_other_settings() -> None:
     this = evaluate(Linear(), images(), ["fgsm", "pgd_sat"])
     with pytest.raises(ValueError, match="number of images 30 and 29"):
         compare(this, evaluate(Linear(), images(29), ["fgsm"]))
-    with pytest.raises(ValueError, match="data set .* and others"):
+    with pytest.raises(ValueError, match=r"data set .* and others"):
         compare(this, evaluate(Linear(), images(name="others"), ["fgsm"]))
     with pytest.raises(ValueError, match="pgd_sat seed 1 and 0"):
         evaluate(Linear(), images(), ["pgd_sat"], seed=1, compared_with={"first": this})
