@@ -130,7 +130,7 @@ def plain_attack(
     kl = isinstance(recipe, Trades)
     step_size = recipe.attack_step_size
     if step_size is None:
-        trades = kl and recipe.name.startswith("trades")
+        trades = kl and recipe.name == "trades"
         step_size = threat_model.trades_train_step_size if trades else threat_model.train_step_size
     length = step_size
     key = rng.key("attack start", seed)

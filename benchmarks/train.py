@@ -531,7 +531,7 @@ def _line(
     recipe, device = setting.recipe, setting.device
     line = dict.fromkeys(COLUMNS, "") | machine.provenance(device)
     line |= {
-        "recipe": recipe.name,
+        "recipe": recipe.title,
         "model": options.model if options.width == 1 else f"{options.model} width={options.width:g}",
         "teachers": " ".join(_teachers(options)[: len(recipe.teachers)]),
         "data": options.data,

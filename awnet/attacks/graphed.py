@@ -37,6 +37,7 @@ class GraphedPGD:
 
     Args:
         model: maps images in [0, 1] to logits ``[B, K]``.
+        kind: class of the attack, :class:`PGD` or a subclass that starts elsewhere.
         num_classes: K; the values of labels are not checked.
         dtype: dtype of the copy's weights and images; the model's own if None.
         capture: whether model and loss can be captured, that is, never wait for the device; by default True
@@ -44,7 +45,7 @@ class GraphedPGD:
         max_graphs: number of graphs that are kept, each with the memory of a whole batch. Two are enough for
             the usual batch and the last one of an epoch.
         record: captures and replays the operations of a batch; None captures CUDA graphs on CUDA devices.
-        settings: those of :class:`PGD`. ``seed`` may be changed at any time.
+        settings: those of ``kind``. ``seed`` may be changed at any time.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class GraphedPGD:
         model: nn.Module,
         *,
         num_classes: int,
+        kind: type[PGD] = PGD,
         dtype: torch.dtype | None = None,
         capture: bool | None = None,
         max_graphs: int = 2,
         record: Record | None = None,
         **settings: Any,
     ) -> None:
-        self.pgd = PGD(model, **settings)
+        self.pgd = kind(model, **settings)
         self.model = model
         self.num_classes = check_count("num_classes", num_classes)
         self.dtype = dtype

@@ -26,9 +26,9 @@ class Train(ImportOption):
     resumes from the last checkpoint automatically. --batch-size counts the images of all GPUs together."""
 
     recipe: str = "mtard"
-    """mtard (two teachers, the paper's), trades, pgd_at or standard (clean images only). With a one-cycle
-    learning rate and fewer epochs: mtard_fast, trades_fast, pgd_at_fast, standard_fast and hat. For one
-    network each: rdi, advmoe and separate."""
+    """mtard (two teachers, the paper's), trades, pgd_at, mart, gat or standard (clean images only). With a
+    one-cycle learning rate and fewer epochs: mtard_fast, trades_fast, pgd_at_fast, standard_fast and hat. For
+    one network each: rdi, advmoe and separate."""
     model: Maybe[str] = None
     """Name of the model, see `awnet info`, or FILE.py:FUNCTION (MODULE:FUNCTION) to train what that function
     returns. Default: the recipe's own network, or awnet_tiny on digits and awnet_resnet18 elsewhere."""
@@ -68,7 +68,7 @@ class Train(ImportOption):
     """Memory format of the images. auto, the default, is channels_last on CUDA and with
     bfloat16."""
     recipe_options: Several[str] = ()
-    """Other settings of the recipe as NAME=VALUE …, such as temperature=5 milestones=75,90."""
+    """Other settings of the recipe as NAME=VALUE …, such as temperature=5 milestones=75,90 awp=0.005."""
     model_options: Several[str] = ()
     """Settings of the model as NAME=VALUE …, such as bn=one."""
     limit: Maybe[int] = None

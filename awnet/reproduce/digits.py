@@ -156,7 +156,7 @@ def _trained_and_evaluated(
         [job(clean, TEACHER, "teachers/clean", aside=True)],
     )
     say(console, f"clean teacher: validation accuracy {100 * trained[1].validation['clean_accuracy']:.1f} %")
-    say(console, f"students by {recipe.name}: {AWNET}; {' and '.join(TWINS)}{elsewhere}")
+    say(console, f"students by {recipe.title}: {AWNET}; {' and '.join(TWINS)}{elsewhere}")
     trained = run_jobs(
         [job(recipe, AWNET, "", aside=False)],
         [job(recipe, name, f"compared/{name}", aside=True) for name in TWINS],

@@ -158,7 +158,7 @@ class Runs:
         for teacher in teachers:
             self.trained(teacher, dataset)
         folder = self.run_folder(system, dataset)
-        how = f"{system.model} by {recipe.name}, {recipe.epochs} epochs"
+        how = f"{system.model} by {recipe.title}, {recipe.epochs} epochs"
         self.say(f"{system.label} on {splits.train.name}: {how}, in {folder}")
         result = train(
             recipe,
@@ -177,7 +177,7 @@ class Runs:
             dataset=dataset,
             network=_described(system.model, self._options(system)),
             parameters=sum(parameter.numel() for parameter in result.model.parameters()),
-            recipe=recipe.name,
+            recipe=recipe.title,
             epochs=recipe.epochs,
             multiply_adds=self._costs.get(system.label),
             seconds=result.history[-1]["seconds"],

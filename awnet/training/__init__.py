@@ -4,46 +4,43 @@ from awnet.training.baselines import RDI, AlternatingTrades, Separate
 from awnet.training.forward import Phase, Teachers
 from awnet.training.logging import read_log
 from awnet.training.losses import LossOptions, LossResult, MTARDWeights, Outputs
+from awnet.training.presets import PRESETS, Preset, list_recipes, recipe_for
 from awnet.training.recipes import (
+    GAT,
     HAT,
+    MART,
     MTARD,
     PGDAT,
     RECIPES,
-    MTARDFast,
-    PGDATFast,
     Recipe,
     Standard,
-    StandardFast,
     Trades,
-    TradesFast,
-    list_recipes,
-    recipe_for,
 )
 from awnet.training.step import TrainingStep
 from awnet.training.train import RunResult, train
 
 __all__ = [
+    "GAT",
     "HAT",
+    "MART",
     "MTARD",
     "PGDAT",
+    "PRESETS",
     "RDI",
     "RECIPES",
     "AlternatingTrades",
     "LossOptions",
     "LossResult",
-    "MTARDFast",
     "MTARDWeights",
     "Outputs",
-    "PGDATFast",
     "Phase",
+    "Preset",
     "Recipe",
     "RunResult",
     "Separate",
     "Standard",
-    "StandardFast",
     "Teachers",
     "Trades",
-    "TradesFast",
     "TrainingStep",
     "list_recipes",
     "read_log",

@@ -24,10 +24,12 @@ from awnet.training.losses import (
     LossResult,
     MTARDWeights,
     Outputs,
-    kl_divergence,
+    cross_entropy,
+    divergence,
     loss_result,
 )
-from awnet.training.recipes import PGDAT, RECIPES, Recipe, Trades, TrainingAttack
+from awnet.training.recipes import PGDAT, RECIPES, Recipe, Trades
+from awnet.training.training_attacks import TrainingAttack
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -52,15 +54,16 @@ def all_exits(
 
 def rdi(outputs: Tensor, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None) -> LossResult:
     """L = Σ over the exits of ½ CE(x_nat) + ½ CE(x_adv), with x_adv of the max-average attack."""
-    per_image = _cross_entropies(outputs, torch.cat([y, y])).sum(0)  # [2B]
+    per_image = _cross_entropies(outputs, torch.cat([y, y]), options.label_smoothing).sum(0)  # [2B]
     nat, adv = (half.mean() for half in per_image.split(len(y)))
     w_adv = 0.5 if options.adv_weight is None else options.adv_weight
     return loss_result((1 - w_adv) * nat + w_adv * adv, {"nat": nat, "adv": adv})
 
 
-def _cross_entropies(exits: Tensor, y: Tensor) -> Tensor:
+def _cross_entropies(exits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """CE [exits, B] of logits [exits, B, K] and labels [B]."""
-    return F.cross_entropy(exits.movedim(0, -1), y[:, None].expand(-1, len(exits)), reduction="none").T
+    labels = y[:, None].expand(-1, len(exits))
+    return F.cross_entropy(exits.movedim(0, -1), labels, reduction="none", label_smoothing=label_smoothing).T
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ class RDI(PGDAT):
     loss: ClassVar[Loss] = staticmethod(rdi)
     forward: ClassVar[Forward] = staticmethod(all_exits)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attack_kind != "pgd":
+            raise ValueError(f"attack_kind must be pgd: {self.name} has an attack of its own")
+
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
     ) -> TrainingAttack:
@@ -88,6 +96,7 @@ class RDI(PGDAT):
             network,
             num_classes,
             eps=threat_model.eps,
+            norm=threat_model.norm,
             step_size=self.attack_step_size or threat_model.train_step_size,
             steps=self.attack_steps,
             random_start="normal",
@@ -211,7 +220,8 @@ class AlternatingTrades(Trades):
     def _router_loss(
         self, outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
     ) -> LossResult:
-        nat, adv = F.cross_entropy(outputs.clean, y), kl_divergence(outputs.clean, outputs.adversarial)
+        nat = cross_entropy(outputs.clean, y, options)
+        adv = divergence(outputs.clean, outputs.adversarial, options)
         return loss_result(nat + self.router_weight * adv, {"router_nat": nat, "router_adv": adv})
 
     def usual_step_size(self, threat_model: ThreatModel) -> float:
@@ -230,7 +240,8 @@ def _expert_pass(
 def _expert_loss(
     outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
 ) -> LossResult:
-    nat, adv = F.cross_entropy(outputs.clean, y), kl_divergence(outputs.clean, outputs.adversarial)
+    nat = cross_entropy(outputs.clean, y, options)
+    adv = divergence(outputs.clean, outputs.adversarial, options)
     factor = 6.0 if options.adv_weight is None else options.adv_weight
     return loss_result(nat + factor * adv, {"nat": nat, "adv": adv})
 
@@ -284,8 +295,9 @@ def separate(
     detector          ½ CE(type(x), clean) + ½ CE(type([x_robust; x_standard]), adversarial)
     """
     n = len(y)
-    standard = F.cross_entropy(outputs.standard, y)
-    nat, adv = F.cross_entropy(outputs.clean, y), kl_divergence(outputs.clean, outputs.adversarial)
+    standard = cross_entropy(outputs.standard, y, options)
+    nat = cross_entropy(outputs.clean, y, options)
+    adv = divergence(outputs.clean, outputs.adversarial, options)
     factor = 6.0 if options.adv_weight is None else options.adv_weight
     kind = (torch.arange(3 * n, device=y.device) < n).long()
     each = F.cross_entropy(

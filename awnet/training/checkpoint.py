@@ -32,6 +32,7 @@ from torch import Tensor
 from awnet import files
 from awnet.files import expanded, is_temporary, write_json, write_text, written_atomically
 from awnet.run_config import MARK, is_run, read_config
+from awnet.training.presets import with_defaults
 
 FORMAT = 2
 KEEP = 2  # states, by default
@@ -343,7 +344,10 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what may change: where images are stored, how kernels are launched."""
+    """The configuration without what may change: where images are stored, how kernels are launched.
+
+    Settings of the recipe that an earlier version did not have get their defaults.
+    """
 
     def without(part: Any, name: str) -> Any:
         return {key: part[key] for key in part if key != name} if isinstance(part, dict) else part
@@ -352,7 +356,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     if "dataset" in config:
         config["dataset"] = without(config["dataset"], "source")
     if "recipe" in config:
-        config["recipe"] = without(config["recipe"], "capture")
+        config["recipe"] = with_defaults(without(config["recipe"], "capture"))
     teachers = config.get("teachers")
     if isinstance(teachers, dict):
         config["teachers"] = {kind: comparable(one) if isinstance(one, dict) else one

@@ -1,42 +1,45 @@
 """Recipes: how to train, one frozen dataclass per method, with the paper's settings as defaults.
 
-recipe = recipe_for("mtard", "cifar10")                  # the settings for a data set
-recipe = recipe_for("trades", "digits", epochs=30)       # with one of them changed
-MTARD(epochs=50, lr=0.05)                                # all settings given directly
+    recipe = recipe_for("mtard", "cifar10")                  # the settings for a data set
+    recipe = recipe_for("trades", "digits", epochs=30)       # with one of them changed
+    MTARD(epochs=50, lr=0.05)                                # all settings given directly
+
+Ingredients that any method can use (weight perturbation, averages, optimizers and so on) are settings.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from awnet.attacks import GraphedPGD
 from awnet.attacks.base import device_of
 from awnet.data import Dataset, ThreatModel
-from awnet.nn import Steering, has_router, observe, routers
-from awnet.precision import at_least_float32
+from awnet.nn import has_router, routers
 from awnet.scalars import is_integer, is_number, plain
 from awnet.training import losses
 from awnet.training.forward import Forward, Phase, clean_pass, distillation_pass, helper_pass, joint_pass
 from awnet.training.losses import Loss, LossOptions
+from awnet.training.optimization import OptimizerName, ScheduleName, build_optimizer, build_scheduler
+from awnet.training.training_attacks import (
+    SINGLE_STEP_KINDS,
+    Objective,
+    SingleStepAttack,
+    TrainingAttack,
+    cross_entropy,
+    guided_by,
+    kl_from_clean,
+    with_type_loss,
+)
 
 TeacherKind = Literal["clean", "robust"]
 Precision = Literal["float32", "bfloat16"]
-
-
-class TrainingAttack(Protocol):
-    """A training attack: images [B, C, H, W] and labels [B] to adversarial images."""
-
-    seed: int
-
-    def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor: ...
+AttackKind = Literal["pgd", "fgsm_rs", "n_fgsm", "bernoulli"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +48,30 @@ class Recipe:
 
     epochs, batch_size: the last batch of an epoch may be smaller.
     lr, router_lr: learning rate of the dynamic (or static) network, and of the router with its heads.
-    momentum, weight_decay: of SGD; the decay applies to every parameter.
-    schedule: ``step`` multiplies the rate by ``lr_decay`` after the epochs in ``milestones``; ``onecycle``
-        raises it to ``lr`` and lowers it to nearly 0 over the run (Smith and Topin), with constant momentum.
-    attack_steps, attack_step_size, attack_noise: of the training attack, PGD that starts at
-        x + attack_noise · N(0, 1); step size in image units, from the threat model if None (eps/4; for TRADES
-        0.007 at eps = 8/255).
+    optimizer: ``sgd`` or ``adamw``, whose first beta is ``momentum``.
+    momentum, nesterov, weight_decay: of the optimizer; the decay applies to every parameter.
+    schedule: ``step`` multiplies the rate by ``lr_decay`` after the epochs in ``milestones``; ``cosine`` and
+        ``linear`` lower it to 0 over the run; ``onecycle`` raises it to ``lr`` and lowers it to nearly 0
+        (Smith and Topin), with constant momentum.
+    warmup_epochs: in which the rate rises linearly to ``lr``; not with ``onecycle``, which has its own.
+    label_smoothing: share of the label that is spread over all classes, in every cross-entropy with labels
+        that the loss has, in [0, 1). The training attack uses the labels themselves.
+    attack_kind: ``pgd``, or an attack of one step: ``fgsm_rs`` (Wong et al., 2020: uniform noise within eps,
+        a step of 1.25 eps), ``n_fgsm`` (de Jorge et al., 2022: uniform noise within 2 eps, a step of eps, no
+        projection to the ball) or ``bernoulli`` (Sriramanan et al., 2020: noise ±eps/2, a step of eps).
+    attack_steps, attack_step_size, attack_noise: of ``pgd``, which starts at x + attack_noise · N(0, 1), in
+        the norm of the threat model; step size in that norm and in image units, from the threat model if None
+        (eps/4; for TRADES 0.007 at eps = 8/255). An attack of one step is in L-infinity and has
+        ``attack_steps=1`` and, if the step size is None, the one above.
+    attack_radius: radius of the noise of an attack of one step, in units of eps; None for the one above.
+    awp: γ of adversarial weight perturbation (Wu et al., 2020), 0 for none: the weights that the loss is
+        computed with are moved by γ times their norm, layer by layer, in the direction that increases it.
+        One extra forward and backward pass. See :mod:`awnet.training.weight_perturbation`.
+    awp_warmup: epochs without it at the start.
+    overfitting_checks: number of checks for catastrophic overfitting in each epoch, 0 for none. A check runs
+        PGD on ``overfitting_images`` held-out images; if fewer than half as many are classified correctly as
+        at the best check, the run goes back to the last good check and trains with ``rescue_steps`` steps of
+        PGD for the length of an epoch. See :mod:`awnet.training.overfitting`.
     inner_type_weight: weight of the router's type loss in the objective that this attack maximizes.
     type_weight, type_label_smoothing, adv_weight, consistency, router_passes: see ``losses.LossOptions``.
     precision: of convolutions and products; ``auto`` is bfloat16 (autocast) on CUDA and float32 elsewhere.
@@ -69,7 +90,8 @@ class Recipe:
         ``auto`` captures where both hold. If the capture fails, the step runs without it, with a warning.
     validate_every: epochs between validations (the last epoch is always validated).
     validate_limit: number of held-out images for validation, all if None.
-    log_every: steps between log lines. The host waits for the device only there.
+    log_every: steps between log lines. The host waits for the device only there, and at checks.
+    preset: the preset that the settings started from, which names the recipe; None for the method itself.
     """
 
     name: ClassVar[str]
@@ -83,14 +105,25 @@ class Recipe:
     batch_size: int = 256
     lr: float = 0.1
     router_lr: float = 0.01
+    optimizer: OptimizerName = "sgd"
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 2e-4
-    schedule: Literal["step", "onecycle"] = "step"
+    schedule: ScheduleName = "step"
+    warmup_epochs: float = 0.0
     milestones: tuple[int, ...] = (75, 90)
     lr_decay: float = 0.1
+    label_smoothing: float = 0.0
+    attack_kind: AttackKind = "pgd"
     attack_steps: int = 10
     attack_step_size: float | None = None
     attack_noise: float = 0.001
+    attack_radius: float | None = None
+    awp: float = 0.0
+    awp_warmup: int = 0
+    overfitting_checks: int = 0
+    overfitting_images: int = 256
+    rescue_steps: int = 3
     inner_type_weight: float = 0.0
     type_weight: float = 1.0
     type_label_smoothing: float = 0.0
@@ -107,31 +140,41 @@ class Recipe:
     validate_every: int = 1
     validate_limit: int | None = None
     log_every: int = 50
+    preset: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-        for name in ("epochs", "batch_size", "attack_steps", "accumulate", "validate_every", "log_every"):
+        for name in ("epochs", "batch_size", "attack_steps", "accumulate", "validate_every", "log_every",
+                     "overfitting_images", "rescue_steps"):  # fmt: skip
             _check(self, name, is_integer, lambda v: v >= 1, "an integer of at least 1")
+        for name in ("awp_warmup", "overfitting_checks"):
+            _check(self, name, is_integer, lambda v: v >= 0, "an integer of at least 0")
         if self.validate_limit is not None:
             _check(self, "validate_limit", is_integer, lambda v: v >= 1, "None or an integer of at least 1")
         for name in ("lr", "lr_decay"):
             _check(self, name, is_number, lambda v: v > 0, "a number above 0")
-        for name in ("router_lr", "weight_decay", "attack_noise", "type_weight", "consistency"):
+        for name in ("router_lr", "weight_decay", "attack_noise", "type_weight", "consistency", "awp",
+                     "warmup_epochs"):  # fmt: skip
             _check(self, name, is_number, lambda v: v >= 0, "a number of at least 0")
-        for name in ("momentum", "type_label_smoothing", "ema_decay"):
+        for name in ("momentum", "label_smoothing", "type_label_smoothing", "ema_decay"):
             _check(self, name, is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
         _check(self, "inner_type_weight", is_number, lambda v: True, "a finite number")
         _check(self, "capture", lambda v: isinstance(v, bool) or v == "auto", lambda v: True,
                "true, false or auto")  # fmt: skip
+        if not (self.preset is None or isinstance(self.preset, str)):
+            raise TypeError(f"preset must be the name of a preset or None, got {self.preset!r}")
+        _check(self, "nesterov", lambda v: isinstance(v, bool), lambda v: True, "true or false")
         if self.capture is True and self.accumulate > 1:
             raise ValueError("capture and accumulate exclude each other: leave one of them out")
-        for name in ("attack_step_size", "clip_norm"):
+        for name in ("attack_step_size", "attack_radius", "clip_norm"):
             if getattr(self, name) is not None:
                 _check(self, name, is_number, lambda v: v > 0, "None or a number above 0")
         if self.adv_weight is not None:
             _check(self, "adv_weight", is_number, lambda v: v >= 0, "None or a number of at least 0")
-        _check_choice(self, "schedule", "step", "onecycle")
+        _check_choice(self, "schedule", *get_args(ScheduleName))
+        _check_choice(self, "optimizer", *get_args(OptimizerName))
+        _check_choice(self, "attack_kind", *get_args(AttackKind))
         _check_choice(self, "router_passes", "joint", "separate")
         _check_choice(self, "precision", "auto", "float32", "bfloat16")
         _check_choice(self, "attack_precision", "auto", "float32", "bfloat16")
@@ -148,6 +191,32 @@ class Recipe:
                 f"{self.milestones!r}; one alone is written (75,), on the command line milestones=75,"
             )
         object.__setattr__(self, "milestones", tuple(milestones))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raises ValueError for settings that exclude each other."""
+        if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
+            raise ValueError("nesterov needs optimizer=sgd with a momentum above 0")
+        if self.warmup_epochs and self.schedule == "onecycle":
+            raise ValueError("warmup_epochs must be 0 with schedule=onecycle, which has a warm-up of its own")
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs must be at most epochs, {self.epochs}, got {self.warmup_epochs}")
+        if self.attack_kind != "pgd" and self.attack_steps != 1:
+            raise ValueError(f"attack_steps must be 1 with attack_kind={self.attack_kind}, which is one step")
+        if self.attack_kind == "pgd" and self.attack_radius is not None:
+            raise ValueError("attack_radius is of the attacks of one step: set attack_kind, or leave it out")
+        if (self.awp or self.overfitting_checks) and len(self.phases()) != 1:
+            name = "awp" if self.awp else "overfitting_checks"
+            raise ValueError(f"{name} must be 0: {self.name} makes {len(self.phases())} updates per batch")
+        if self.overfitting_checks and not self.needs_attack:
+            raise ValueError(f"overfitting_checks must be 0: {self.name} does not attack")
+        if self.attack_kind != "pgd" and not self.needs_attack:
+            raise ValueError(f"attack_kind must be pgd: {self.name} does not attack")
+
+    @property
+    def title(self) -> str:
+        """The name of the preset, or of the method."""
+        return self.name if self.preset is None else self.preset
 
     # The interface that training uses
 
@@ -167,32 +236,55 @@ class Recipe:
         not finite, the image and then the loss become NaN.
         """
         step_size = threat_model.train_step_size
-        return self._pgd(model, threat_model.eps, step_size, "ce", _cross_entropy, num_classes, seed)
+        return self._attack(model, threat_model, step_size, "ce", cross_entropy, num_classes, seed)
 
-    def _pgd(
+    def _attack(
         self,
         model: nn.Module,
-        eps: float,
+        threat_model: ThreatModel,
         step_size: float,
-        loss: Literal["ce", "kl"],
+        loss: Literal["ce", "kl"] | Callable[..., Any],
         objective: Objective,
         num_classes: int,
         seed: int,
     ) -> GraphedPGD:
+        """``step_size`` is that of ``pgd``; ``loss`` is ``objective`` as the argument of ``PGD``."""
+        eps = threat_model.eps
+        if self.attack_kind != "pgd" and threat_model.norm != "Linf":
+            raise ValueError(
+                f"attack_kind={self.attack_kind} attacks in Linf, not in {threat_model.norm}: use pgd"
+            )
         fools_router = bool(self.inner_type_weight) and has_router(model)
         device = device_of(model)
+        settings: dict[str, Any] = {
+            "num_classes": num_classes,
+            "dtype": None if device is None else self.attack_dtype(device),
+            "capture": True,  # no objective of a recipe waits for the device
+            "loss": with_type_loss(objective, self.inner_type_weight) if fools_router else loss,
+            "seed": seed,
+        }
+        if self.attack_kind == "pgd":
+            return GraphedPGD(
+                model,
+                eps=eps,
+                norm=threat_model.norm,
+                step_size=step_size if self.attack_step_size is None else self.attack_step_size,
+                steps=self.attack_steps,
+                random_start="normal",
+                noise_std=self.attack_noise,
+                **settings,
+            )
+        kind = SINGLE_STEP_KINDS[self.attack_kind]
+        radius = eps * (kind.radius if self.attack_radius is None else self.attack_radius)
+        step_size = eps * kind.step if self.attack_step_size is None else self.attack_step_size
         return GraphedPGD(
             model,
-            num_classes=num_classes,
-            dtype=None if device is None else self.attack_dtype(device),
-            capture=True,  # no objective of a recipe waits for the device
-            eps=eps,
-            step_size=step_size if self.attack_step_size is None else self.attack_step_size,
-            steps=self.attack_steps,
-            loss=_with_type_loss(objective, self.inner_type_weight) if fools_router else loss,
-            random_start="normal",
-            noise_std=self.attack_noise,
-            seed=seed,
+            kind=SingleStepAttack,
+            eps=eps if kind.projected else min(1.0, radius + step_size),  # a ball that holds every image
+            step_size=step_size,
+            noise=kind.noise,
+            noise_radius=min(1.0, radius),
+            **settings,
         )
 
     def attack_dtype(self, device: torch.device) -> torch.dtype | None:
@@ -208,31 +300,31 @@ class Recipe:
         )
         return training, training if self.attack_precision == "auto" else self.attack_precision
 
-    def optimizer(self, model: nn.Module) -> torch.optim.SGD:
-        """Fused SGD in two groups: the router with its heads at ``router_lr``, all else at ``lr``."""
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The fused optimizer, in two groups: router and heads at ``router_lr``, the rest at ``lr``."""
         slow = {id(p) for router in routers(model) for p in router.parameters()}
         groups = [
             {"params": [p for p in model.parameters() if id(p) not in slow], "lr": self.lr},
             {"params": [p for p in model.parameters() if id(p) in slow], "lr": self.router_lr},
         ]
-        return torch.optim.SGD(
+        return build_optimizer(
+            self.optimizer,
             [group for group in groups if group["params"]],
-            lr=self.lr,
             momentum=self.momentum,
+            nesterov=self.nesterov,
             weight_decay=self.weight_decay,
-            fused=True,
         )
 
-    def scheduler(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
+    def build_scheduler(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
         """The schedule, stepped once per optimizer step."""
-        if self.schedule == "onecycle":
-            return OneCycleLR(
-                optimizer,
-                max_lr=[group["lr"] for group in optimizer.param_groups],
-                total_steps=self.epochs * steps_per_epoch,
-                cycle_momentum=False,
-            )
-        return MultiStepLR(optimizer, [m * steps_per_epoch for m in self.milestones], gamma=self.lr_decay)
+        return build_scheduler(
+            self.schedule,
+            optimizer,
+            total=self.epochs * steps_per_epoch,
+            warmup=round(self.warmup_epochs * steps_per_epoch),
+            milestones=[milestone * steps_per_epoch for milestone in self.milestones],
+            decay=self.lr_decay,
+        )
 
     def phases(self) -> tuple[Phase, ...]:
         """The updates of one step, in order."""
@@ -245,26 +337,26 @@ class Recipe:
         """The recipe of a teacher that was not given: plain or robust training of the same length."""
         teacher = Standard if kind == "clean" else self._robust_teacher()
         shared = (
-            "epochs batch_size lr momentum weight_decay schedule milestones lr_decay attack_steps "
-            "attack_step_size attack_noise precision attack_precision layout accumulate clip_norm "
+            "epochs batch_size lr optimizer momentum nesterov weight_decay schedule warmup_epochs milestones "
+            "lr_decay attack_step_size attack_noise precision attack_precision layout accumulate clip_norm "
             "validate_every validate_limit log_every"
         )
-        return teacher(**{name: getattr(self, name) for name in shared.split()})
+        attack: dict[str, Any] = {"attack_steps": self.attack_steps} if self.attack_kind == "pgd" else {}
+        return teacher(**{name: getattr(self, name) for name in shared.split()}, **attack)
 
     def _robust_teacher(self) -> type[Recipe]:
         return Trades
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, JSON-ready, with the method's name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"name": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        """All settings, JSON-ready, with the name of the recipe."""
+        names = [field.name for field in fields(self) if field.name != "preset"]
+        values = {name: getattr(self, name) for name in names}
+        return {"name": self.title} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
 class Standard(Recipe):
     """Plain training on clean images.
-
-    label_smoothing: share of the label that is spread over all classes, in [0, 1).
 
     ``awnet train --recipe standard --data digits --model resnet_tiny``: 99.5 % of the validation images
     (seed 0). Time and accuracy on CIFAR and Tiny-ImageNet: not measured.
@@ -274,12 +366,6 @@ class Standard(Recipe):
     loss: ClassVar[Loss] = staticmethod(losses.standard)
     forward: ClassVar[Forward] = staticmethod(clean_pass)
     needs_attack: ClassVar[bool] = False
-
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "label_smoothing", is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -302,17 +388,37 @@ class PGDAT(Recipe):
 class Trades(Recipe):
     """CE(clean) + 6 KL(p_nat ‖ p_adv) + L_type; its attack maximizes the KL.
 
+    divergence, dkl_alpha, dkl_beta, dkl_symmetric: ``dkl`` replaces the KL of the loss by the decoupled KL,
+        see ``losses.decoupled_kl``; the factor, 6, multiplies it too.
+
     Time and accuracy: not measured.
     """
 
     name: ClassVar[str] = "trades"
     loss: ClassVar[Loss] = staticmethod(losses.trades)
 
+    divergence: Literal["kl", "dkl"] = "kl"
+    dkl_alpha: float = 1.0
+    dkl_beta: float = 1.0
+    dkl_symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice(self, "divergence", "kl", "dkl")
+        for name in ("dkl_alpha", "dkl_beta"):
+            _check(self, name, is_number, lambda v: v >= 0, "a number of at least 0")
+        _check(self, "dkl_symmetric", lambda v: isinstance(v, bool), lambda v: True, "true or false")
+        changed = (self.dkl_alpha, self.dkl_beta, self.dkl_symmetric) != (1.0, 1.0, False)
+        if changed and self.divergence != "dkl":
+            raise ValueError(
+                "dkl_alpha, dkl_beta and dkl_symmetric are settings of divergence=dkl: set it too"
+            )
+
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
     ) -> TrainingAttack:
         step_size = self.usual_step_size(threat_model)
-        return self._pgd(model, threat_model.eps, step_size, "kl", _kl_from_clean, num_classes, seed)
+        return self._attack(model, threat_model, step_size, "kl", kl_from_clean, num_classes, seed)
 
     def usual_step_size(self, threat_model: ThreatModel) -> float:
         """Step size of the attack in image units if ``attack_step_size`` is None."""
@@ -325,8 +431,11 @@ class MTARD(Recipe):
 
     temperature: τ, 1 on CIFAR-10, 5 on CIFAR-100 and Tiny-ImageNet.
     kl_reduction: see ``losses.LossOptions``.
-    weight_lr: η of the two adapted weights; multiplied by ``lr_decay`` at the milestones, constant under
-        ``onecycle``.
+    weight_lr: η of the two adapted weights; multiplied by ``lr_decay`` at the milestones of ``step``,
+        constant under other schedules.
+    temperature_lr: r of B-MTARD (Zhao et al., 2024), which adapts the teachers' temperatures so that their
+        entropies are equal, starting from ``temperature``; 0.001 there, 0 keeps them fixed. It changes with
+        ``weight_lr``. The student's temperature stays.
     robust_teacher: how a robust teacher is trained if none is given.
 
     ``awnet train --data digits --model awnet_tiny``, which also trains the teachers: clean 97.8 %, PGD-20
@@ -342,13 +451,19 @@ class MTARD(Recipe):
     temperature: float = 1.0
     kl_reduction: Literal["batchmean", "elementmean"] = "batchmean"
     weight_lr: float = 0.025
+    temperature_lr: float = 0.0
     robust_teacher: Literal["trades", "pgd_at"] = "trades"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self)
         _check(self, "temperature", is_number, lambda v: v > 0, "a number above 0")
-        _check(self, "weight_lr", is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        for name in ("weight_lr", "temperature_lr"):
+            _check(self, name, is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        if self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing must be 0: the loss of {self.name} has no labels, only teachers"
+            )
         _check_choice(self, "kl_reduction", "batchmean", "elementmean")
         _check_choice(self, "robust_teacher", "trades", "pgd_at")
 
@@ -357,9 +472,16 @@ class MTARD(Recipe):
 
     def weight_lr_at(self, epoch: int) -> float:
         """η during ``epoch`` (the first is 0)."""
-        if self.schedule == "onecycle":
-            return self.weight_lr
-        return self.weight_lr * self.lr_decay ** sum(epoch >= m for m in self.milestones)
+        return self.weight_lr * self._decay_at(epoch)
+
+    def temperature_lr_at(self, epoch: int) -> float:
+        """r during ``epoch`` (the first is 0)."""
+        return self.temperature_lr * self._decay_at(epoch)
+
+    def _decay_at(self, epoch: int) -> float:
+        if self.schedule != "step":
+            return 1.0
+        return self.lr_decay ** sum(epoch >= m for m in self.milestones)
 
 
 @dataclass(frozen=True)
@@ -383,7 +505,7 @@ class HAT(Trades):
     lr: float = 0.21
     router_lr: float = 0.021
     weight_decay: float = 5e-4
-    schedule: Literal["step", "onecycle"] = "onecycle"
+    schedule: ScheduleName = "onecycle"
     validate_every: int = 5
     helper_weight: float = 0.5
 
@@ -395,154 +517,49 @@ class HAT(Trades):
         return threat_model.train_step_size
 
 
-# Short runs: one cycle of the learning rate instead of many epochs at a constant one
-
-
 @dataclass(frozen=True)
-class _Fast(Recipe):
-    """The settings of the short recipes. A subclass names this class before its method."""
+class MART(Recipe):
+    """MART (Wang et al., 2020), which weights the images that the model misclassifies; see ``losses.mart``.
 
-    epochs: int = 30
-    lr: float = 0.2
-    router_lr: float = 0.02
-    weight_decay: float = 5e-4
-    schedule: Literal["step", "onecycle"] = "onecycle"
-    validate_every: int = 5
+    adv_weight: λ, 5 if None.
 
-
-@dataclass(frozen=True)
-class MTARDFast(_Fast, MTARD):
-    """MTARD in 30 epochs by OneCycle; teachers that are not given are trained in the same way.
-
-    ``awnet train --recipe mtard_fast --data cifar10 --model awnet_resnet18``.
-    Expected time and accuracy: not measured.
+    Time and accuracy: not measured.
     """
 
-    name: ClassVar[str] = "mtard_fast"
+    name: ClassVar[str] = "mart"
+    loss: ClassVar[Loss] = staticmethod(losses.mart)
 
 
 @dataclass(frozen=True)
-class TradesFast(_Fast, Trades):
-    """TRADES in 30 epochs by OneCycle.
+class GAT(Recipe):
+    """Guided adversarial training (Sriramanan et al., 2020), with an attack of one step; see ``losses.gat``.
 
-    ``awnet train --recipe trades_fast --data cifar10 --model resnet18``.
-    Expected time and accuracy: not measured.
+    The attack maximizes CE + λ ‖p_nat − p_adv‖² with the same λ; the publication sets λ to 0 in every other
+    attack and raises it near the end of training.
+
+    adv_weight: λ, 10 if None.
+
+    Time and accuracy: not measured.
     """
 
-    name: ClassVar[str] = "trades_fast"
+    name: ClassVar[str] = "gat"
+    loss: ClassVar[Loss] = staticmethod(losses.gat)
+
+    attack_kind: AttackKind = "bernoulli"
+    attack_steps: int = 1
+
+    def attack(
+        self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
+    ) -> TrainingAttack:
+        guided = guided_by(10.0 if self.adv_weight is None else self.adv_weight)
+        step_size = threat_model.train_step_size
+        loss = with_type_loss(guided, 0.0)
+        return self._attack(model, threat_model, step_size, loss, guided, num_classes, seed)
 
 
-@dataclass(frozen=True)
-class PGDATFast(_Fast, PGDAT):
-    """PGD-AT in 30 epochs by OneCycle.
-
-    ``awnet train --recipe pgd_at_fast --data cifar10 --model resnet18``.
-    Expected time and accuracy: not measured.
-    """
-
-    name: ClassVar[str] = "pgd_at_fast"
-
-
-@dataclass(frozen=True)
-class StandardFast(_Fast, Standard):
-    """A clean teacher in 18 epochs of large batches by OneCycle, meant for a minute or two on an H200.
-
-    ``awnet train --recipe standard_fast --data cifar10 --model resnet18``.
-    Expected time and accuracy: not measured.
-    """
-
-    name: ClassVar[str] = "standard_fast"
-
-    epochs: int = 18
-    batch_size: int = 512
-    lr: float = 0.4
-    router_lr: float = 0.04
-    validate_every: int = 6
-
-
-_PAPERS = (MTARD, Trades, PGDAT, Standard)
 RECIPES: dict[str, type[Recipe]] = {
-    kind.name: kind for kind in (*_PAPERS, MTARDFast, TradesFast, PGDATFast, StandardFast, HAT)
+    kind.name: kind for kind in (MTARD, Trades, PGDAT, Standard, HAT, MART, GAT)
 }
-
-# Settings per data set that differ from a recipe's defaults (the CIFAR settings of the paper's methods).
-_SETTINGS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 12, "batch_size": 64, "schedule": "onecycle", "validate_every": 3},
-}
-_PAPERS_SETTINGS: dict[str, dict[str, Any]] = {
-    "tiny_imagenet": {"epochs": 50, "batch_size": 128, "milestones": (25, 40)},
-}
-_MTARD_SETTINGS: dict[str, dict[str, Any]] = {
-    "digits": {"robust_teacher": "pgd_at"},  # a weak TRADES teacher limits its students here
-    "cifar100": {"temperature": 5.0},
-    "tiny_imagenet": {"temperature": 5.0},
-}
-
-
-def list_recipes() -> list[str]:
-    """The names that :func:`recipe_for` knows."""
-    return list(RECIPES)
-
-
-def recipe_for(name: str, dataset_name: str, **overrides: Any) -> Recipe:
-    """The recipe ``name`` with its settings for a data set, changed by ``overrides``.
-
-    An unknown data set gets the recipe's CIFAR-10 settings. Milestones scale with the number of epochs: 75
-    and 90 of 100 epochs become 7 and 9 of 10.
-    """
-    if not isinstance(name, str) or name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
-    kind = RECIPES[name]
-    known = {field.name for field in fields(kind)}
-    for key in overrides:
-        if key not in known:
-            raise ValueError(f"recipe {name!r} has no setting {key!r}; it has {', '.join(sorted(known))}")
-    settings = dict(_SETTINGS.get(dataset_name, {}))
-    if kind in _PAPERS or kind.network is not None:  # baseline networks are trained as the paper's
-        settings |= _PAPERS_SETTINGS.get(dataset_name, {})
-    if issubclass(kind, MTARD):
-        settings |= _MTARD_SETTINGS.get(dataset_name, {})
-    default, overrides = kind(**settings), {key: plain(value) for key, value in overrides.items()}
-    if "epochs" in overrides and "milestones" not in overrides and is_integer(overrides["epochs"]):
-        scale = overrides["epochs"] / default.epochs
-        settings["milestones"] = tuple(sorted({math.floor(m * scale) for m in default.milestones} - {0}))
-    return kind(**(settings | overrides))
-
-
-# The objectives that a training attack maximizes, one value per sample
-
-Objective = Callable[[nn.Module, Tensor, Tensor, Tensor], tuple[Tensor, Any]]
-
-
-def _forward(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
-    steering = Steering()
-    logits = observe(model, x, steering)
-    return logits, steering.routings[0]
-
-
-def _cross_entropy(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-    logits, routing = _forward(model, x_adv)
-    return F.cross_entropy(at_least_float32(logits), y, reduction="none"), routing
-
-
-def _kl_from_clean(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Any]:
-    with torch.no_grad():
-        log_p = F.log_softmax(at_least_float32(model(x)), dim=1)
-    logits, routing = _forward(model, x_adv)
-    return (log_p.exp() * (log_p - F.log_softmax(at_least_float32(logits), dim=1))).sum(1), routing
-
-
-def _with_type_loss(objective: Objective, weight: float) -> Callable[..., Tensor]:
-    def loss(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        value, routing = objective(model, x_adv, x, y)
-        if routing.type_logits is None:  # a router without a type head
-            return value
-        adversarial = torch.zeros(len(y), dtype=torch.int64, device=y.device)
-        return value + weight * F.cross_entropy(
-            at_least_float32(routing.type_logits), adversarial, reduction="none"
-        )
-
-    return loss
 
 
 def _check(

@@ -25,6 +25,7 @@ from awnet.run_folder import RunFolder
 from awnet.training import checkpoint
 from awnet.training.forward import Teachers
 from awnet.training.logging import Reporter, RunLog
+from awnet.training.overfitting import OverfittingGuard
 from awnet.training.recipes import Recipe
 from awnet.training.signals import Stop, StopSignals
 from awnet.training.step import TrainingStep
@@ -121,6 +122,10 @@ class Run:
             average=ranks.mean if ranks.size > 1 else None,
         )
         self.attack = recipe.attack(model, self.data.threat_model, self.data.num_classes, seed)
+        self.guard: OverfittingGuard | None = None
+        if recipe.overfitting_checks:
+            self.guard = OverfittingGuard(recipe, model, self.data, self.steps_per_epoch, seed)
+            self.guarded = splits.validation.to(self.device).subset(recipe.overfitting_images, seed=seed)
         self.validation_attack: GraphedPGD | None = None  # on CUDA, during a validation
         self.agreement = Agreement(ranks)
 
@@ -189,13 +194,17 @@ class Run:
         """
         self.training_step.close()
         self._close_validation()
-        if isinstance(self.attack, GraphedPGD):
-            self.attack.close()
+        attacks = [self.attack] if self.guard is None else [self.attack, self.guard.rescue]
+        for attack in attacks:
+            if isinstance(attack, GraphedPGD):
+                attack.close()
 
     def _train_epoch(self, signals: StopSignals, deadline: float) -> Stop:
         """Trains the remaining batches of this epoch, unless the run has to stop before."""
         recipe, epoch = self.recipe, self.epoch
         self.attack.seed = rng.key(self.seed, "training attack", epoch)
+        if self.guard is not None:
+            self.guard.rescue.seed = self.attack.seed
         self.training_step.start_epoch(epoch)
         self.reporter.start_epoch()
         since = saved = time.monotonic()
@@ -211,13 +220,18 @@ class Run:
         )
         for batch in batches:
             images = min(recipe.batch_size, len(self.data) - self.batch * recipe.batch_size)  # of all ranks
-            terms = self.training_step(batch, self.attack, len(batch.y) * self.ranks.size / images)
+            attack = self.attack
+            if self.guard is not None and self.step < self.guard.rescue_until:
+                attack = self.guard.rescue
+            terms = self.training_step(batch, attack, len(batch.y) * self.ranks.size / images)
             self.batch += 1
             self.step += 1
             self.pending.append((self.step, len(batch.y), terms))
             self.reporter.step(self.step, f"{epoch + 1}/{recipe.epochs}", images)
             if self.step % recipe.log_every == 0:
                 self._log_interval()
+            if self.guard is not None and self.guard.due(self.batch):
+                self._check_overfitting(self.guard)
             now = time.monotonic()
             if self.batch < self.steps_per_epoch:
                 due = self.writer is not None and now - saved > self.save_every and not self.writer.busy
@@ -303,14 +317,11 @@ class Run:
     @full_precision()
     def _validate(self) -> dict[str, float]:
         """The scores on the held-out images; each rank evaluates its share after all have calibrated."""
-        model, share = self.training_step.evaluated_model, self.held_out
+        model, share = self.training_step.evaluated_model, self._share(self.held_out)
         self.recipe.calibrate(model, self.calibration)
-        if self.ranks.size > 1:
-            share = share.take(torch.arange(self.ranks.rank, len(share), self.ranks.size))
 
         def fraction(correct: Callable[[], Tensor]) -> float:
-            count = int(correct().sum()) if len(share) else 0
-            return int(self.ranks.total(torch.tensor(count))) / len(self.held_out)
+            return self._fraction(correct, share, len(self.held_out))
 
         settings: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "device": self.device}
         attack: Any = named_attack("pgd_trades", model, self.held_out.threat_model, seed=self.seed)
@@ -328,6 +339,54 @@ class Run:
         finally:
             self._close_validation()  # its graphs hold the memory of whole batches
         return scores
+
+    def _share(self, data: Dataset) -> Dataset:
+        """This rank's images of ``data``."""
+        if self.ranks.size == 1:
+            return data
+        return data.take(torch.arange(self.ranks.rank, len(data), self.ranks.size))
+
+    def _fraction(self, correct: Callable[[], Tensor], share: Dataset, images: int) -> float:
+        """The fraction of correct images of all ranks, from the outcomes of this rank's ``share``."""
+        count = int(correct().sum()) if len(share) else 0
+        return int(self.ranks.total(torch.tensor(count))) / images
+
+    @full_precision()
+    def _check_overfitting(self, guard: OverfittingGuard) -> None:
+        """Measures PGD accuracy on held-out images, and goes back to the last good check after a collapse."""
+        share, step = self._share(self.guarded), self.training_step
+        attack = named_attack("pgd_sat", self.model, share.threat_model, seed=self.seed)
+        settings: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "device": self.device}
+        accuracy = self._fraction(
+            lambda: robust_correct(self.model, share, attack, **settings), share, len(self.guarded)
+        )
+
+        def snapshot() -> dict[str, Any]:
+            state = {"model": without_wrapper_names(self.model, self.model.state_dict()), **step.state_dict()}
+            return dict(checkpoint.on_host(state))
+
+        good = guard.collapsed(accuracy, self.step, snapshot)
+        if good is None:
+            return
+        self.model.load_state_dict(with_wrapper_names(self.model, good["model"]))
+        step.go_back(good)
+        self.reporter.say(
+            f"step {self.step} (epoch {self.epoch + 1}): catastrophic overfitting, PGD accuracy on "
+            f"{len(self.guarded)} held-out images fell from {100 * guard.best:.1f} % to "
+            f"{100 * accuracy:.1f} %; back to the weights of step {guard.step}, and PGD up to step "
+            f"{guard.rescue_until}"
+        )
+        self._read_pending()
+        self._write_log(
+            {
+                "kind": "rollback",
+                "epoch": self.epoch + 1,
+                "step": self.step,
+                "robust_accuracy": accuracy,
+                "best_accuracy": guard.best,
+                "to_step": guard.step,
+            }
+        )
 
     def _in_layout(self, attack: GraphedPGD) -> Callable[..., Tensor]:
         """``attack`` on images in the memory format of training, converted once for all steps."""
@@ -471,6 +530,8 @@ class Run:
             }
         )
         state["best_model"] = self.best_model
+        if self.guard is not None:
+            state["guard"] = self.guard.state_dict()
 
         def write() -> None:
             # the state last: if it says that the run is finished, all other files are complete
@@ -489,6 +550,8 @@ class Run:
         try:
             self.model.load_state_dict(with_wrapper_names(self.model, state["model"]))
             self.training_step.load_state_dict(state)
+            if self.guard is not None:
+                self.guard.load_state_dict(state["guard"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             written_by, reason = state.get("environment", {}), " ".join(str(error).split())
             raise ValueError(

@@ -19,9 +19,10 @@ from awnet.nn.copies import copied
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 from awnet.ops.running_statistics import joint_updates
 from awnet.training.forward import Phase, Teachers
-from awnet.training.losses import Averaging, MTARDWeights
+from awnet.training.losses import Averaging, MTARDWeights, TeacherTemperatures
 from awnet.training.recipes import MTARD, Precision, Recipe
 from awnet.training.teachers import TeacherModel
+from awnet.training.weight_perturbation import perturbed, perturbed_weights
 
 #: images [B, C, H, W], labels [B], ``index=`` → adversarial images
 Attack = Callable[..., Tensor]
@@ -109,17 +110,18 @@ class TrainingStep:
         if teachers is not None:
             self.teachers = Teachers(*(self._teacher(one) for one in teachers if one is not None))
         self.options = recipe.loss_options()
-        self.optimizer = recipe.optimizer(model)
-        self.scheduler = recipe.scheduler(self.optimizer, steps_per_epoch)
+        self.optimizer = recipe.build_optimizer(model)
+        self.scheduler = recipe.build_scheduler(self.optimizer, steps_per_epoch)
         self.graphed = Graphed(self._captured, record) if captures(recipe, device) else None
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._names: list[str] = []
-        adapts = isinstance(recipe, MTARD) and recipe.adv_weight is None
-        self.weights = MTARDWeights(device, average=average) if adapts else None
+        self.weights = _adapted(recipe, device, average)
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
+        self._perturbed = perturbed_weights(model) if recipe.awp else []
+        self._gamma = 0.0  # of the weight perturbation, in this epoch
         for group in self.optimizer.param_groups:
-            if group["momentum"]:
+            if group.get("momentum"):
                 for parameter in group["params"]:  # a skipped first step would leave it undefined
                     self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -130,6 +132,13 @@ class TrainingStep:
             assert isinstance(self.recipe, MTARD)
             # all micro-batches of a step change the weights as much as one batch would
             self.weights.learning_rate = self.recipe.weight_lr_at(epoch) / self.recipe.accumulate
+            if self.weights.temperatures is not None:
+                rate = self.recipe.temperature_lr_at(epoch) / self.recipe.accumulate
+                self.weights.temperatures.learning_rate = rate
+        gamma = self.recipe.awp if epoch >= self.recipe.awp_warmup else 0.0
+        if gamma != self._gamma and self.graphed is not None:
+            self.graphed.close()  # a captured step has one pass or two
+        self._gamma = gamma
 
     def close(self) -> None:
         """Drops the CUDA graphs of the step and its teachers, for example before their process group ends.
@@ -198,7 +207,20 @@ class TrainingStep:
         """Forward, loss and backward of each micro-batch, then the update; returns the terms."""
         self.optimizer.zero_grad(set_to_none=True)
         saved = _Saved(self._guarded())
-        shares, results = [], []
+        if not self._gamma:
+            terms = self._backward(phase, micro_batches, images)
+            return {**terms, **self._optimize(terms["total"], saved)}
+        attacked = list(micro_batches)  # both passes are over the same adversarial images
+        gradients, failed = self._weight_gradients(phase, attacked, images)
+        saved.restore(torch.ones_like(failed))  # only the second pass updates statistics and MTARD's weights
+        with perturbed(self._perturbed, gradients, self._gamma):
+            terms = self._backward(phase, attacked, images)
+        return {**terms, **self._optimize(terms["total"], saved, failed)}
+
+    def _losses(
+        self, phase: Phase, micro_batches: Iterable[MicroBatch], images: int
+    ) -> Iterator[tuple[Tensor, float, dict[str, Tensor]]]:
+        """For each micro-batch the loss to differentiate, its share of the batch, and the terms."""
         for batch, x_adv in micro_batches:
             share = len(batch.y) / images
             with self._autocast(), joint_updates():
@@ -206,19 +228,38 @@ class TrainingStep:
             total = result.total if share == 1 else result.total * share
             if self._over_ranks is not None:
                 total = total * self._weight.to(total.dtype)
+            yield total, share, result.terms
+
+    def _backward(self, phase: Phase, micro_batches: Iterable[MicroBatch], images: int) -> dict[str, Tensor]:
+        """Adds the gradients of all micro-batches to the parameters; returns the means of the terms."""
+        shares, results = [], []
+        for total, share, terms in self._losses(phase, micro_batches, images):
             total.backward()
             shares.append(share)
-            results.append(result.terms)
-        terms = results[0] if len(results) == 1 else _mean(results, shares)
-        return {**terms, **self._optimize(terms["total"], saved)}
+            results.append(terms)
+        return results[0] if len(results) == 1 else _mean(results, shares)
+
+    def _weight_gradients(
+        self, phase: Phase, micro_batches: Iterable[MicroBatch], images: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """The gradients of the perturbed weights, equal on all ranks, and whether one is not finite (0-d)."""
+        sums: list[Tensor | None] = [None] * len(self._perturbed)
+        for total, _, _ in self._losses(phase, micro_batches, images):
+            found = torch.autograd.grad(total, self._perturbed, allow_unused=True)
+            sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
+        pairs = zip(sums, self._perturbed, strict=True)
+        gradients = [torch.zeros_like(weight) if one is None else one for one, weight in pairs]
+        if self._over_ranks is not None:
+            self._over_ranks(gradients, 1)
+        return gradients, ~torch.nn.utils.get_total_norm(gradients).isfinite()
 
     def _guarded(self) -> list[Tensor]:
         """The tensors that the forward pass changes in place."""
         weights = [] if self.weights is None else list(self.weights.state_dict().values())
         return [*self.model.buffers(), *weights]
 
-    def _optimize(self, total: Tensor, saved: _Saved) -> dict[str, Tensor]:
-        """The step of the optimizer, or none if loss or gradient are not finite."""
+    def _optimize(self, total: Tensor, saved: _Saved, failed: Tensor | None = None) -> dict[str, Tensor]:
+        """The step of the optimizer, unless loss or gradient are not finite or ``failed`` (bool, 0-d)."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
                 parameter.grad = _like(parameter, parameter.grad)  # the fused optimizer needs one layout
@@ -227,7 +268,8 @@ class TrainingStep:
         if self._over_ranks is not None:
             self._over_ranks([*gradients, total], 1)
         norm = torch.nn.utils.get_total_norm(gradients)
-        failed = ~(norm.isfinite() & total.isfinite())
+        finite = norm.isfinite() & total.isfinite()
+        failed = ~finite if failed is None else failed | ~finite
         # the fused optimizer does nothing where found_inf is 1, and divides by grad_scale
         self.optimizer.found_inf = failed.float()  # type: ignore[attr-defined]
         if self.recipe.clip_norm is not None:
@@ -276,13 +318,22 @@ class TrainingStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, slots in self.optimizer.state.items():
-            if "momentum_buffer" in slots:
-                slots["momentum_buffer"] = _like(parameter, slots["momentum_buffer"])
+            for name, value in slots.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    slots[name] = _like(parameter, value)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.weights is not None:
             self.weights.load_state_dict(state["weights"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+    def go_back(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned, except for the schedule, which stays where it is."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.load_state_dict({**state, "scheduler": self.scheduler.state_dict()})
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.close()  # a captured step refers to the optimizer's former tensors
 
 
 class Average:
@@ -325,6 +376,16 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(with_wrapper_names(self.module, state["model"]))
         self.count.copy_(state["count"])
+
+
+def _adapted(recipe: Recipe, device: torch.device, average: Averaging | None) -> MTARDWeights | None:
+    """What ``recipe`` adapts at each step: MTARD's weights, the temperatures of its teachers."""
+    if not isinstance(recipe, MTARD) or (recipe.adv_weight is not None and not recipe.temperature_lr):
+        return None
+    temperatures = None
+    if recipe.temperature_lr:
+        temperatures = TeacherTemperatures(device, recipe.temperature, average=average)
+    return MTARDWeights(device, average=average, temperatures=temperatures)
 
 
 def _like(parameter: Tensor, values: Tensor) -> Tensor:

@@ -181,6 +181,7 @@ def train(
         BlockingIOError: another process trains in ``out``.
         ValueError: bad arguments, checkpoints that are all damaged or belong to another version's network, or
             a resumed run with another configuration.
+        RuntimeError: catastrophic overfitting came back again and again (``recipe.overfitting_checks``).
         FloatingPointError: loss or gradient were NaN or infinite in ten steps in a row. A single such step is
             skipped, reported and counted.
         MemoryError: the memory of the device or the host is full; the message says what to change.
@@ -199,9 +200,12 @@ def train(
         raise ValueError(f"select_on must be 'validation' or 'test', got {select_on!r}")
     if data_memory not in get_args(Memory):
         raise ValueError(f"data_memory must be one of {get_args(Memory)}, got {data_memory!r}")
-    for part in ("train", select_on):
+    needed = {"train", select_on} | ({"validation"} if recipe.overfitting_checks else set())
+    for part in sorted(needed):
         if not len(getattr(splits, part)):
-            raise ValueError(f"splits.{part} is empty: it is needed to train or to select a checkpoint")
+            raise ValueError(
+                f"splits.{part} is empty: it is needed to train, select a checkpoint or check for overfitting"
+            )
     if teachers is not None and not recipe.teachers:
         raise ValueError(f"recipe {recipe.name!r} takes no teachers")
     check_environment()
@@ -257,7 +261,7 @@ def train(
         place = held.enter_context(RunFolder(folder, reporter.say)) if ranks.rank == 0 else None
 
         images = f"{len(splits.train):,} training images of {splits.train.name}"
-        trained = f"recipe {recipe.name}, {recipe.epochs} epochs, {numerics(recipe, where)}, seed {seed}"
+        trained = f"recipe {recipe.title}, {recipe.epochs} epochs, {numerics(recipe, where)}, seed {seed}"
         reporter.say(in_one_line(model, images, splits.train.threat_model.eps, trained=trained))
         if recipe.teachers and given is None:
             options = {

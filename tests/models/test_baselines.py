@@ -305,7 +305,7 @@ def test_separate_net_trains_its_parts_independently() -> None:
         torch.testing.assert_close(
             ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
-    slow = recipe.optimizer(model).param_groups[1]
+    slow = recipe.build_optimizer(model).param_groups[1]
     assert slow["lr"] == 0.01
     assert len(slow["params"]) == len(list(model.router.parameters()))
     with frozen(model), pytest.raises(TypeError, match="recipe 'separate' trains a SeparateNet"):

@@ -143,7 +143,7 @@ def test_a_wrapped_network_trains_to_the_end_and_its_router_learns_at_its_own_ra
     result = train(recipe, make(), digits, f"{tmp_path}/run", quiet=True, tensorboard=False)
     assert result.finished
     assert "type" in result.history[-1]
-    assert len(recipe.optimizer(result.model).param_groups) == 2
+    assert len(recipe.build_optimizer(result.model).param_groups) == 2
 
 
 def test_two_routed_networks_are_refused_before_training(digits: Splits, tmp_path: object) -> None:
@@ -206,7 +206,7 @@ def test_attributes_of_the_users_with_names_of_ours_change_nothing(
     report = evaluate(model, digits.test.subset(4), ["fgsm", "deepsloth"])
     assert (report.model, report.router_auc) == (kind.__name__, {})
     recipe = recipe_for("pgd_at", "digits", epochs=1, attack_steps=1)
-    assert len(recipe.optimizer(model).param_groups) == 1
+    assert len(recipe.build_optimizer(model).param_groups) == 1
     if kind is Courier or own.keys() & {"config", "route", "router"}:
         assert train(recipe, model, digits, f"{tmp_path}/run", quiet=True, tensorboard=False).finished
 

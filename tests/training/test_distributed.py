@@ -21,7 +21,7 @@ from awnet.data.dataset import Batch
 from awnet.distributed import Agreement, Ranks, joined
 from awnet.models import create_model
 from awnet.nn import AdversarialRouter, AWNet, Backbone
-from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, read_log, train
+from awnet.training import MTARD, PGDAT, Recipe, Standard, Teachers, Trades, read_log, train
 from awnet.training import checkpoint as C
 from awnet.training.setup import synchronized
 from awnet.training.step import TrainingStep
@@ -84,6 +84,8 @@ def steps_in_float64(
         found[f"momentum {number}"] = own["momentum_buffer"]
     if step.weights is not None:
         found["w_nat"] = step.weights.w_nat
+        if step.weights.temperatures is not None:
+            found["temperatures"] = step.weights.temperatures.values
     return found
 
 
@@ -104,6 +106,11 @@ SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "attack_steps": 2, "mile
 
 def a_few_steps(ranks: Ranks, folder: Path) -> Any:
     recipe = MTARD(weight_lr=0.5, **SHORT)
+    return steps_in_float64(ranks, awnet_smaller, recipe, images=45, steps=3)
+
+
+def a_few_perturbed_steps(ranks: Ranks, folder: Path) -> Any:
+    recipe = MTARD(weight_lr=0.5, temperature_lr=0.1, awp=0.02, nesterov=True, **SHORT)
     return steps_in_float64(ranks, awnet_smaller, recipe, images=45, steps=3)
 
 
@@ -142,6 +149,20 @@ def whole_run(ranks: Ranks, folder: Path) -> Any:
         RECIPE, plain_net(seed=ranks.rank if ranks.size > 1 else 0), splits(), folder / "run", quiet=True
     )
     return {"weights": result.model.state_dict(), "history": result.history, "validation": result.validation}
+
+
+INGREDIENTS = Trades(
+    **{"epochs": 3, "batch_size": 8, "lr": 0.05, "log_every": 2, "attack_kind": "fgsm_rs", "attack_steps": 1},
+    **{"schedule": "cosine", "warmup_epochs": 1, "optimizer": "adamw", "ema_decay": 0.9, "clip_norm": 1.0},
+    **{"label_smoothing": 0.1, "divergence": "dkl", "dkl_alpha": 2.0, "awp": 0.01, "awp_warmup": 1},
+    **{"overfitting_checks": 2, "overfitting_images": 7},
+)
+
+
+def run_with_ingredients(ranks: Ranks, folder: Path) -> Any:
+    result = train(INGREDIENTS, plain_net(), splits(), folder / "ingredients", quiet=True)
+    guard = C.load_state(folder / "ingredients")["guard"] if ranks.rank == 0 else {}
+    return {"weights": result.model.state_dict(), "validation": result.validation, "best": guard.get("best")}
 
 
 def stopped_by_one_rank(ranks: Ranks, folder: Path) -> Any:
@@ -209,8 +230,9 @@ def refusals(ranks: Ranks, folder: Path) -> Any:
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two")
     assert begun(Ranks(CPU), folder) == 1
-    jobs: list[Callable[..., Any]] = [pieces, a_few_steps, whole_run, stopped_by_one_rank, refusals]
-    return {**on_two_ranks([*jobs, begun, gone_on], folder), "folder": folder}
+    jobs: list[Callable[..., Any]] = [pieces, a_few_steps, a_few_perturbed_steps, whole_run]
+    jobs += [stopped_by_one_rank, refusals, begun, gone_on, run_with_ingredients]
+    return {**on_two_ranks(jobs, folder), "folder": folder}
 
 
 def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: float) -> None:
@@ -233,6 +255,25 @@ def test_two_ranks_with_half_the_batch_train_as_one_with_all(both: dict[str, Any
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert_close(one, first, TOLERANCE)
     assert one["w_nat"] != 0.5
+
+
+def test_ranks_perturb_the_weights_and_balance_the_teachers_together(
+    both: dict[str, Any], tmp_path: Path
+) -> None:
+    one = a_few_perturbed_steps(Ranks(CPU), tmp_path)
+    first, second = both["a_few_perturbed_steps"]
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert_close(one, first, TOLERANCE)
+    assert one["temperatures"].tolist() != [1.0, 1.0]
+
+
+def test_a_run_with_every_ingredient_is_the_same_on_two_ranks(both: dict[str, Any], tmp_path: Path) -> None:
+    one = run_with_ingredients(Ranks(CPU), tmp_path)
+    first, second = both["run_with_ingredients"]
+    assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
+    assert_close(one["weights"], first["weights"], 1e-3)  # float32; AdamW divides by small second moments
+    assert first["validation"] == second["validation"] == one["validation"]
+    assert first["best"] == one["best"]
 
 
 @pytest.mark.slow

@@ -393,7 +393,7 @@ def test_the_default_settings_are_the_papers() -> None:
     assert (digits.epochs, digits.batch_size, digits.schedule) == (12, 64, "onecycle")
     assert list_recipes()[:4] == ["mtard", "trades", "pgd_at", "standard"]
     others = {"mtard_fast", "trades_fast", "pgd_at_fast", "standard_fast", "hat"}
-    assert set(list_recipes()[4:]) == others | {"rdi", "advmoe", "separate"}
+    assert set(list_recipes()[4:]) == others | {"rdi", "advmoe", "separate", "mart", "gat"}
 
 
 def test_the_short_recipes_keep_their_length_and_take_the_data_sets_temperature() -> None:
@@ -436,7 +436,7 @@ def test_the_teachers_recipes_share_the_students_settings() -> None:
         {"router_lr": -0.1},
         {"momentum": 1.0},
         {"weight_decay": -1e-4},
-        {"schedule": "cosine"},
+        {"schedule": "poly"},
         {"milestones": (90, 75)},
         {"milestones": (0,)},
         {"lr_decay": 0},
@@ -481,16 +481,16 @@ def test_unknown_recipes_and_settings_are_named() -> None:
 
 def test_the_router_and_its_heads_learn_at_their_own_rate() -> None:
     net = dynamic_net()
-    groups = MTARD(lr=0.2, router_lr=0.02).optimizer(net).param_groups
+    groups = MTARD(lr=0.2, router_lr=0.02).build_optimizer(net).param_groups
     assert [group["lr"] for group in groups] == [0.2, 0.02]
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in net.router.parameters()}
     assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
-    assert len(MTARD().optimizer(static_net()).param_groups) == 1
+    assert len(MTARD().build_optimizer(static_net()).param_groups) == 1
 
 
 def rates(recipe: Recipe, steps_per_epoch: int) -> list[float]:
-    optimizer = recipe.optimizer(dynamic_net())
-    scheduler = recipe.scheduler(optimizer, steps_per_epoch)
+    optimizer = recipe.build_optimizer(dynamic_net())
+    scheduler = recipe.build_scheduler(optimizer, steps_per_epoch)
     seen = []
     for _ in range(recipe.epochs * steps_per_epoch):
         seen.append(optimizer.param_groups[0]["lr"])
