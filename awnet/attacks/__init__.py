@@ -16,11 +16,13 @@ from awnet.attacks.graphed import GraphedPGD
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.registry import Suite, list_attacks, named_attack
 from awnet.attacks.stochastic import Stochastic
+from awnet.attacks.targeted import MALT, TargetedAPGD
 from awnet.attacks.transfer import TransferAttack, replay
 
 __all__ = [
     "CW",
     "FGSM",
+    "MALT",
     "PGD",
     "Attack",
     "AutoAttack",
@@ -29,6 +31,7 @@ __all__ = [
     "GraphedPGD",
     "Stochastic",
     "Suite",
+    "TargetedAPGD",
     "TransferAttack",
     "craft",
     "frozen",

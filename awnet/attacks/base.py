@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from awnet import rng
 from awnet.attacks.norms import geometry
+from awnet.attacks.saved import digest
 from awnet.attacks.stochastic import Stochastic, eot_passes, seeded
 from awnet.data.checks import check_images, check_labels
 from awnet.data.threat_model import Norm, check_norm
@@ -18,6 +20,9 @@ from awnet.defaults import standard_defaults
 from awnet.devices import check_has_values
 from awnet.nn.freezing import frozen
 from awnet.scalars import check_integer, check_number
+
+Target = Literal["random", "least_likely"] | int | Tensor
+"""The classes that a targeted attack tries to reach, see :class:`Attack`."""
 
 
 def device_of(model: nn.Module) -> torch.device | None:
@@ -76,6 +81,20 @@ def check_ball(x_adv: Tensor, x: Tensor, eps: float, norm: Norm, what: str) -> N
         raise ValueError(f"{what}: {broken} of {len(x)} are not in [0, 1] and {within}")
 
 
+def _check_target(target: Any) -> Target | None:
+    if target is None or (isinstance(target, str) and target in ("random", "least_likely")):
+        return target  # type: ignore[return-value]
+    if isinstance(target, str):
+        raise ValueError(f"target must be 'random', 'least_likely', a class or classes, got {target!r}")
+    if isinstance(target, Tensor) and target.dim() > 0:
+        if target.dtype != torch.int64 or target.dim() != 1 or len(target) == 0 or int(target.min()) < 0:
+            raise ValueError(
+                f"target must be int64 [N] of classes from 0, got {target.dtype} {list(target.shape)}"
+            )
+        return target
+    return check_integer("target", target, 0)
+
+
 class Attack(ABC):
     """An attack within a ball around each image, on a classifier from [0, 1] to logits ``[B, K]``.
 
@@ -88,22 +107,43 @@ class Attack(ABC):
         norm: ``"Linf"``, ``"L2"`` or ``"L1"``, see :class:`awnet.data.ThreatModel`.
         seed: noise is keyed by the seed and each sample's index, so that an image's noise does not depend on
             its batch.
+        target: for attacks with targeted modes, the class that each image shall be classified as; None for
+            any wrong class. ``"random"``: a wrong class, drawn by seed and index. ``"least_likely"``: the
+            wrong class with the smallest logit for ``x``. A class for all images. Or classes int64 ``[N]``
+            by index. An image whose target is its label is returned unchanged.
     """
 
-    def __init__(self, model: nn.Module, *, eps: float, norm: Norm = "Linf", seed: int = 0) -> None:
+    filterable = True
+    """Whether the attack may run in low precision first, and then only on images that are not broken."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        norm: Norm = "Linf",
+        seed: int = 0,
+        target: Target | None = None,
+    ) -> None:
         check_model(model)
         self.model = model
         self.norm = check_norm(norm)
         self.geometry = geometry(self.norm)
         self.eps = check_eps(eps, self.norm)
         self.seed = check_integer("seed", seed)
+        self.target = _check_target(target)
+        if target is not None:
+            self.filterable = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """The parameters of the attack, for reports: plain values, JSON-ready; no norm means L-infinity."""
         norm = {} if self.norm == "Linf" else {"norm": self.norm}
         eot = {"eot": self.model.eot} if isinstance(self.model, Stochastic) else {}
-        return {"attack": type(self).__name__, "eps": self.eps, "seed": self.seed} | norm | eot
+        target: dict[str, Any] = {} if self.target is None else {"target": self.target}
+        if isinstance(self.target, Tensor):
+            target = {"target": f"given, {digest(self.target)}"}
+        return {"attack": type(self).__name__, "eps": self.eps, "seed": self.seed} | norm | eot | target
 
     @abstractmethod
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
@@ -178,6 +218,37 @@ class Attack(ABC):
                 f"y must hold labels below the model's {logits.shape[1]} classes, got {largest_label}"
             )
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def goals(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
+        """The class that each image shall be classified as, int64 ``[B]``, of a targeted attack.
+
+        Arguments as for calling the attack. ``y`` where the target is the label.
+        """
+        with frozen(self.model), seeded(self.model, type(self).__name__, index):
+            return self.goal(x, y, index, int(y.max()))
+
+    def goal(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        """As :meth:`goals`, on checked arguments and a frozen model."""
+        values = self.decision(x, largest_label)
+        classes = values.shape[1]
+        if self.target == "random":
+            drawn = rng.integers(rng.key("target", self.seed), index, (), classes - 1)
+            return drawn + (drawn >= y)
+        if self.target == "least_likely":
+            return values.scatter(1, y[:, None], torch.inf).argmin(1)
+        if isinstance(self.target, Tensor):
+            if int(index.max()) >= len(self.target):
+                raise ValueError(
+                    f"target must hold a class for every image: it has {len(self.target)} classes, and an "
+                    f"image's index is {int(index.max())}"
+                )
+            goal = self.target.to(x.device)[index]
+        else:
+            assert isinstance(self.target, int)
+            goal = torch.full_like(y, self.target)
+        if int(goal.max()) >= classes:
+            raise ValueError(f"target must be below the model's {classes} classes, got {int(goal.max())}")
+        return goal
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """``x_adv`` moved into the ball around ``x``; images in the ball, up to rounding, do not change."""

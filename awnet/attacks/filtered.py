@@ -60,11 +60,14 @@ def filtered(attack: Attack, first: Attack, precision: str = "bfloat16") -> Atta
     """``attack`` with ``first``, the same attack on a copy in lower precision, as its filter.
 
     A :class:`Cascade` keeps its order, its records and its model, and each of its members is filtered. A
-    transfer attack does not run on the evaluated model and is returned unchanged.
+    transfer attack does not run on the evaluated model and is returned unchanged, and so is an attack that
+    does not end at the first misclassification.
     """
     if isinstance(attack, Cascade) and isinstance(first, Cascade):
         attack.members = {
             name: filtered(member, first.members[name], precision) for name, member in attack.members.items()
         }
         return attack
-    return attack if isinstance(attack, TransferAttack) else FilteredAttack(attack, first, precision)
+    if isinstance(attack, TransferAttack) or not attack.filterable:
+        return attack
+    return FilteredAttack(attack, first, precision)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks.base import Attack, check_count, check_size
+from awnet.attacks.base import Attack, Target, check_count, check_size
 from awnet.data.threat_model import Norm
 from awnet.nn import InferenceCopy
 
@@ -43,6 +43,8 @@ class PGD(Attack):
         noise_std: standard deviation of the ``"normal"`` start, in image units.
         seed: keys the start, together with each sample's index.
         kappa: the margin at which ``"margin"`` saturates, in units of the logits.
+        target: the classes to reach, see :class:`Attack`: the loss is then minus the cross-entropy with the
+            target, or the target's margin up to kappa. Not for ``"kl"`` and functions.
     """
 
     def __init__(
@@ -58,8 +60,9 @@ class PGD(Attack):
         noise_std: float = 0.001,
         seed: int = 0,
         kappa: float = 50.0,
+        target: Target | None = None,
     ) -> None:
-        super().__init__(model, eps=eps, norm=norm, seed=seed)
+        super().__init__(model, eps=eps, norm=norm, seed=seed, target=target)
         self.step_size = check_size("step_size", step_size)
         self.steps = check_count("steps", steps)
         self.noise_std = check_size("noise_std", noise_std)
@@ -72,6 +75,8 @@ class PGD(Attack):
             raise ValueError(
                 "random_start must be 'uniform' or 'normal' with loss 'kl': its gradient is 0 at x"
             )
+        if target is not None and loss not in ("ce", "margin"):
+            raise ValueError("target needs loss 'ce' or 'margin': no other loss has a target class")
         self.loss = loss
         self.random_start = random_start
 
@@ -91,7 +96,11 @@ class PGD(Attack):
         return settings
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        return self.ascend(self.start(x, index), x, y, largest_label)
+        if self.target is None:
+            return self.ascend(self.start(x, index), x, y, largest_label)
+        goal = self.goal(x, y, index, largest_label)
+        x_adv = self.ascend(self.start(x, index), x, goal, largest_label)
+        return torch.where((goal == y)[:, None, None, None], x, x_adv)
 
     def start_key(self) -> int:
         """The key of the noise of :meth:`start`, from the seed."""
@@ -130,10 +139,14 @@ class PGD(Attack):
         return x_adv + broken
 
     def _objective(self, x: Tensor, y: Tensor, largest_label: int) -> Callable[[Tensor], Tensor]:
-        """The loss ``[B]`` as a function of x_adv alone."""
+        """The loss ``[B]`` as a function of x_adv alone; ``y`` are the targets of a targeted attack."""
         loss = self.loss
         if not isinstance(loss, str):
             return lambda x_adv: loss(self.model, x_adv, x, y)
+        if self.target is not None and loss == "ce":
+            return lambda x_adv: -F.cross_entropy(self.logits(x_adv, largest_label), y, reduction="none")
+        if self.target is not None:
+            return lambda x_adv: margin(self.logits(x_adv, largest_label), y).clamp(max=self.kappa)
         if loss == "ce":
             return lambda x_adv: F.cross_entropy(self.logits(x_adv, largest_label), y, reduction="none")
         if loss == "margin":
@@ -169,9 +182,19 @@ class FGSM(PGD):
         norm: Norm = "Linf",
         random_start: bool = False,
         seed: int = 0,
+        target: Target | None = None,
     ) -> None:
         start: Literal["uniform"] | None = "uniform" if random_start else None
-        super().__init__(model, eps=eps, norm=norm, step_size=eps, steps=1, random_start=start, seed=seed)
+        super().__init__(
+            model,
+            eps=eps,
+            norm=norm,
+            step_size=eps,
+            steps=1,
+            random_start=start,
+            seed=seed,
+            target=target,
+        )
 
 
 class CW(PGD):
@@ -187,6 +210,7 @@ class CW(PGD):
         steps: int = 30,
         kappa: float = 50.0,
         seed: int = 0,
+        target: Target | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -197,4 +221,5 @@ class CW(PGD):
             loss="margin",
             kappa=kappa,
             seed=seed,
+            target=target,
         )

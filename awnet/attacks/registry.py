@@ -19,10 +19,11 @@ from awnet.attacks.adaptive import (
     TwoPhase,
 )
 from awnet.attacks.autoattack import QUERIES, STEPS, TARGETS, AutoAttack, Name, OfficialAttack
-from awnet.attacks.base import Attack
+from awnet.attacks.base import Attack, Target
 from awnet.attacks.cascade import Cascade
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.stochastic import EOT, Stochastic
+from awnet.attacks.targeted import MALT, TargetedAPGD
 from awnet.attacks.transfer import TransferAttack
 from awnet.data.threat_model import ThreatModel
 from awnet.nn import has_router
@@ -31,6 +32,10 @@ BudgetName = Literal["smoke", "short", "standard"]
 
 TRANSFERRED = ("pgd_sat", "cw")
 """Attacks on a surrogate whose images the union replays."""
+
+TARGETED = ("fgsm", "pgd_sat", "pgd_trades", "cw", "apgd_ce", "apgd_t")
+TARGET_MODES = ("random", "least_likely")
+"""Attacks with targeted forms, and the suffixes that choose the target; a class's number is another."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,8 @@ def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> At
     names += ["apgd_joint_ce", "apgd_joint_dlr", "apgd_joint_t"]
     if suite.teacher is not None:
         names.append("adaptive_paper")
+    if suite.classes - 1 > TARGETS:  # else AutoAttack and apgd_joint_t target the same classes
+        names.append("malt")
     names.append("deepsloth")
     members = {name: _ATTACKS[name](model, threat, seed, suite) for name in names}
     for surrogate, other in suite.surrogates.items():
@@ -181,6 +188,14 @@ _ATTACKS: dict[str, _Make] = {
     "apgd_ce": _official("apgd_ce"),
     "apgd_t": _official("apgd_t"),
     "fab_t": _official("fab_t"),
+    "malt": lambda model, threat, seed, suite: MALT(
+        model,
+        eps=threat.eps,
+        norm=threat.norm,
+        targets=suite.sizes.targets,
+        steps=suite.sizes.steps,
+        seed=seed,
+    ),
     "square": _official("square"),
     "joint": _adaptive(Joint, "steps", "lambdas"),
     "two_phase": _adaptive(TwoPhase, "steps"),
@@ -199,8 +214,49 @@ _ATTACKS: dict[str, _Make] = {
 }
 
 
+def _targeted(name: str, mode: str) -> _Make | None:
+    """The targeted form of an attack; ``mode`` is ``random``, ``least_likely`` or the number of a class."""
+    if name not in TARGETED or not (mode in TARGET_MODES or mode.isdecimal()):
+        return None
+    target: Target = int(mode) if mode.isdecimal() else mode  # type: ignore[assignment]
+
+    def make(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+        shared: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "seed": seed, "target": target}
+        if isinstance(target, int) and target >= suite.classes:
+            raise ValueError(f"{name}-{mode}: the model has {suite.classes} classes, numbered from 0")
+        if name == "fgsm":
+            return FGSM(model, **shared)
+        if name == "cw":
+            return CW(model, step_size=threat.cw_step_size, **shared)
+        if name in ("apgd_ce", "apgd_t"):
+            loss: Literal["ce", "dlr"] = "ce" if name == "apgd_ce" else "dlr"
+            return TargetedAPGD(model, loss=loss, steps=suite.sizes.steps, **shared)
+        size = threat.pgd_sat_step_size if name == "pgd_sat" else threat.pgd_trades_step_size
+        return PGD(model, step_size=size, steps=20, **shared)
+
+    return make
+
+
+def _maker(name: object) -> _Make:
+    """The function that makes the attack ``name``; ValueError if there is none."""
+    if isinstance(name, str):
+        base, _, mode = name.partition("-")
+        found = _ATTACKS.get(name) or _targeted(base, mode)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"unknown attack {name!r}: choose from {', '.join(_ATTACKS)}; or a targeted form, such as "
+        f"pgd_sat-least_likely, of {', '.join(TARGETED)} with {', '.join(TARGET_MODES)} or a class's number"
+    )
+
+
+def check_attack_name(name: object) -> None:
+    """Raises ValueError unless :func:`named_attack` knows ``name``."""
+    _maker(name)
+
+
 def list_attacks() -> tuple[str, ...]:
-    """The names that :func:`named_attack` knows."""
+    """The names that :func:`named_attack` knows, without the targeted forms."""
     return tuple(_ATTACKS)
 
 
@@ -216,7 +272,8 @@ def named_attack(
             ``"fab_t"``, ``"square"``: its parts. ``"adaptive_paper"``, ``"deepsloth"``: as in the paper.
             Further: ``"joint"``, ``"two_phase"``, ``"forced"``, ``"softened"``, ``"apgd_joint_ce"``,
             ``…_dlr``, ``…_t`` (:mod:`awnet.attacks.adaptive`), and ``"union"``: all of them that apply to the
-            model.
+            model. Targeted forms: ``"fgsm"``, ``"pgd_sat"``, ``"pgd_trades"``, ``"cw"``, ``"apgd_ce"`` and
+            ``"apgd_t"`` with ``-random``, ``-least_likely`` or ``-k`` for class k: ``"cw-random"``.
         threat_model: norm, eps and step sizes, a property of the data set. The step sizes are the same
             fractions of eps in every norm.
         seed: seed of the random starts.
@@ -225,6 +282,4 @@ def named_attack(
     Raises:
         ValueError: there is no such attack, or ``model`` or ``suite`` does not have what it needs.
     """
-    if not isinstance(name, str) or name not in _ATTACKS:
-        raise ValueError(f"unknown attack {name!r}: choose from {', '.join(_ATTACKS)}")
-    return _ATTACKS[name](model, threat_model, seed, Suite() if suite is None else suite)
+    return _maker(name)(model, threat_model, seed, Suite() if suite is None else suite)

@@ -18,7 +18,7 @@ class Attack(RunOptions):
     """Generate adversarial images against a model and save them."""
 
     attack: str = "pgd_sat"
-    """Name of the attack, see `awnet info`."""
+    """Name of the attack, see `awnet info`; targeted ones as for `awnet evaluate`: cw-random, pgd_sat-3."""
     eot: Maybe[int] = None
     """Forward passes over which the attack averages the gradient of a stochastic model. Default: 20 if two
     forward passes of the same images differ."""

@@ -25,7 +25,8 @@ class Evaluate(RunOptions):
 
     attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
     """Names of attacks, see `awnet info`. aa is AutoAttack; union is the worst case over all of them and
-    more."""
+    more. Targeted: fgsm, pgd_sat, pgd_trades, cw, apgd_ce or apgd_t, followed by -random, -least_likely or
+    the number of a class: cw-random, pgd_sat-3."""
     budget: Literal["smoke", "short", "standard"] = "standard"
     """Budget of the attacks beyond the first four. smoke takes seconds and only shows that they run. short is
     for small networks on a CPU; the standard budget may break images that it leaves robust."""
@@ -119,6 +120,15 @@ class Evaluate(RunOptions):
                 console,
                 f"{kind}: mean exit {use['mean_exit']:.2f}, {100 * share:.0f} % of the full network's FLOPs",
             )
+        for name, result in report.attacks.items():
+            success = result.target_success
+            if success.get("n"):
+                low, high = (100 * end for end in success["interval"])
+                print_text(
+                    console,
+                    f"{name}: the target is reached for {100 * success['rate']:.1f} % "
+                    f"[{low:.1f}, {high:.1f}] of {success['n']} images",
+                )
         for line in report.sanity:
             print_text(console, f"{line['result']}: {line['check']} ({line['evidence']})")
         if report.router_auc:

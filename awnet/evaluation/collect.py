@@ -93,6 +93,8 @@ class Collected:
             elif kind in plan.chosen:
                 assert worst is not None
                 worst.add(kind, images, values["correct"])
+                if plan.chosen[kind].target is not None:
+                    values["target"] = plan.chosen[kind].goals(x, y, index=index)
                 outcome = getattr(plan.chosen[kind], "outcome", None)
                 if outcome is not None:
                     values["broken_by"] = outcome.broken_by

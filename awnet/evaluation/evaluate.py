@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from awnet.attacks import Attack, Stochastic, Suite, frozen, list_attacks, named_attack
+from awnet.attacks import Attack, Stochastic, Suite, frozen, named_attack
 from awnet.attacks.base import check_values, device_of
 from awnet.attacks.filtered import filtered
 from awnet.attacks.probe import first_logits
-from awnet.attacks.registry import TRANSFERRED, BudgetName
+from awnet.attacks.registry import TRANSFERRED, BudgetName, check_attack_name
 from awnet.attacks.saved import Saved
 from awnet.attacks.stochastic import decision, seeded
 from awnet.data.dataset import Dataset
@@ -89,7 +89,7 @@ def evaluate(
     Args:
         model: images [0, 1] → logits ``[B, K]``, in train or eval mode; it is not changed.
         dataset: the images; its threat model gives eps and step sizes.
-        attacks: names that :func:`awnet.attacks.list_attacks` returns, or your own attacks by name.
+        attacks: names that :func:`awnet.attacks.named_attack` knows, or your own attacks by name.
         batch_size: images per forward pass; results depend on it only by rounding (AutoAttack's attacks also
             draw their noise per batch).
         seed: seed of the attacks' random starts, the noise and the bootstrap.
@@ -362,8 +362,7 @@ def _choose_attacks(
     if len(set(names)) < len(names):
         raise ValueError(f"attacks must be named once each, got {names}")
     for name in names:
-        if name not in list_attacks():
-            raise ValueError(f"attacks must be among {', '.join(list_attacks())}, got {name!r}")
+        check_attack_name(name)
     return {name: named_attack(name, model, dataset.threat_model, seed, suite) for name in names}
 
 

@@ -237,6 +237,7 @@ def _attacks(report: Results) -> str:
     in_paper = any(row is not None for row in paper.values())
     # the mean accuracy of a single forward pass of a stochastic model
     one_pass = report.settings.get("stochastic", {}).get("single_pass_accuracy", {})
+    targeted = any(result.target_success for result in results.values())
     rows = []
     for name, result in results.items():
         cells = [
@@ -246,11 +247,15 @@ def _attacks(report: Results) -> str:
         ]
         if one_pass:
             cells.append(_percent(one_pass.get(name)))
+        if targeted:
+            success = result.target_success
+            cells.append(_with_interval(success["rate"], success["interval"]) if success.get("n") else "–")
         if in_paper:
             row = paper[name]
             cells += ["–", "–"] if row is None else [f"{row.adversarial:.2f}", f"{row.w_robust:.2f}"]
         rows.append(cells)
     headings = ["attack", "robust, A_adv", "W-Robust, A_w"] + ["one forward pass"] * bool(one_pass)
+    headings += ["target reached"] * targeted
     caption = ""
     if in_paper:
         clean = next(row.clean for row in paper.values() if row is not None)

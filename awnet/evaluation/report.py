@@ -55,7 +55,7 @@ class Report(Results):
             if not values[name]:
                 del values[name]
         for result in (*values["attacks"].values(), values.get("union", {})):
-            for name in ("broken_first_by", "warnings"):
+            for name in ("broken_first_by", "warnings", "target_success"):
                 if not result.get(name):
                     result.pop(name, None)
         plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists

@@ -30,6 +30,9 @@ class AttackResult:
     """For an attack that consists of several: the number of images that each of them broke first."""
     warnings: dict[str, int] = field(default_factory=dict)
     """Warnings of AutoAttack's own checks, counted (see :class:`awnet.attacks.AutoAttack`)."""
+    target_success: dict[str, Any] = field(default_factory=dict)
+    """For a targeted attack: the ``rate`` of its images that are classified as their target, Wilson's
+    ``interval`` of it, and ``n``, the number of images whose target is not their label."""
 
 
 @dataclass
@@ -142,6 +145,15 @@ class Results:
         """½(clean correct) + ½(adversarial correct) of each image, ``[n]``: their mean is A_w."""
         clean, adversarial = self.per_sample["clean_correct"], self.per_sample[f"{attack}_correct"]
         return 0.5 * clean.astype(np.float64) + 0.5 * adversarial.astype(np.float64)
+
+
+def target_success(target: Array, prediction: Array, label: Array) -> dict[str, Any]:
+    """``AttackResult.target_success`` from classes ``[n]``."""
+    rows = target != label
+    n, reached = int(rows.sum()), int((prediction == target)[rows].sum())
+    if n == 0:
+        return {"rate": None, "interval": None, "n": 0}
+    return {"rate": reached / n, "interval": list(wilson_interval(reached, n)), "n": n}
 
 
 def attack_result(

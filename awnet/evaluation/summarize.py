@@ -16,7 +16,7 @@ from awnet.evaluation.filters import filter_means
 from awnet.evaluation.flags import flags
 from awnet.evaluation.randomness import single_pass_accuracies
 from awnet.evaluation.report import Report
-from awnet.evaluation.results import Array, AttackResult, attack_result
+from awnet.evaluation.results import Array, AttackResult, attack_result, target_success
 from awnet.evaluation.sanity import union_check
 from awnet.evaluation.statistics import auc, wilson_interval
 from awnet.models.rdi import has_exits
@@ -50,6 +50,9 @@ def build_report(
         outcome = attack_result(clean, per_sample[f"{kind}_correct"], settings, seed)
         if f"{kind}_broken_by" in per_sample:
             outcome.broken_first_by = _broken_first_by(per_sample[f"{kind}_broken_by"], members)
+        if f"{kind}_target" in per_sample:
+            target, prediction = per_sample[f"{kind}_target"], per_sample[f"{kind}_prediction"]
+            outcome.target_success = target_success(target, prediction, per_sample["label"])
         outcome.warnings = dict(sorted(collected.notes[kind].items()))
         return outcome
 

@@ -23,7 +23,9 @@ WIDEST = 4  # columns of attacks that fit into 80 characters; with more attacks 
 
 def attack_label(name: str) -> str:
     """The label of an attack, or of another kind of image, in tables and figures."""
-    return LABELS.get(name, name.replace("_", " "))
+    base, _, mode = name.partition("-")
+    label = LABELS.get(base, base.replace("_", " "))
+    return f"{label} to {mode.replace('_', ' ')}" if mode else label
 
 
 def eps_text(eps: float) -> str:

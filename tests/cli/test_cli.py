@@ -515,7 +515,7 @@ def test_an_error_is_one_clean_line(words, message, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--attacks", "luck"], "attacks must be among"),
+        (["--attacks", "luck"], "unknown attack"),
         (["--limit", "0"], "limit must be"),
         (["--batch-size", "0"], "batch_size must be"),
         (["--name", "a/b"], "name must be letters"),

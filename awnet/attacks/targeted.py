@@ -1,0 +1,171 @@
+"""APGD toward target classes, and MALT, which ranks the classes by their distance in a linear model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awnet import rng
+from awnet.attacks.ascent import Objective, ascend_auto
+from awnet.attacks.base import Attack, Target, check_count
+from awnet.attacks.norms import geometry
+from awnet.attacks.pgd import margin
+from awnet.attacks.search import dlr_targeted
+from awnet.attacks.stochastic import eot_passes
+from awnet.data.threat_model import Norm
+
+DUAL: dict[Norm, Norm] = {"Linf": "L1", "L2": "L2", "L1": "Linf"}
+
+
+class _Toward(Attack):
+    """APGD toward a class, from random starts that are numbered."""
+
+    steps: int
+    loss: Literal["ce", "dlr"] = "dlr"
+
+    def toward(
+        self, goal: Tensor, x: Tensor, y: Tensor, index: Tensor, number: int, *, reach: bool
+    ) -> Tensor:
+        """Moves ``x`` toward the classes ``goal`` ``[B]``, from random start ``number``.
+
+        With ``reach`` an image stops there, otherwise at any wrong class.
+        """
+
+        def objective(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            logits, label, target = self.logits(x_adv, 0), y[rows], goal[rows]
+            if self.loss == "ce":
+                value = -F.cross_entropy(logits, target, reduction="none")
+            elif logits.shape[1] >= 4:
+                value = dlr_targeted(logits, label, target)
+            else:
+                value = margin(logits, target)
+            predicted = logits.argmax(1)
+            return value, predicted == target if reach else predicted != label
+
+        return self._maximize(objective, x, index, number)
+
+    def _maximize(self, objective: Objective, x: Tensor, index: Tensor, number: int) -> Tensor:
+        start = self.geometry.start(rng.key("search start", self.seed, number), x, index, self.eps)
+        eot = eot_passes(self.model)
+        return ascend_auto(objective, start, x, self.geometry, steps=self.steps, eps=self.eps, eot=eot)
+
+
+class TargetedAPGD(_Toward):
+    """APGD that tries to make the model predict a target class, with restarts.
+
+    Args:
+        target: the classes to reach, see :class:`awnet.attacks.Attack`.
+        loss: ``"dlr"``: the targeted difference of logits ratio, or with fewer than 4 classes the target's
+            margin. ``"ce"``: minus the cross-entropy with the target.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        target: Target,
+        norm: Norm = "Linf",
+        loss: Literal["ce", "dlr"] = "dlr",
+        steps: int = 100,
+        restarts: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, eps=eps, norm=norm, seed=seed, target=target)
+        if target is None:
+            raise ValueError("target must be 'random', 'least_likely', a class or a tensor of classes")
+        if loss not in ("ce", "dlr"):
+            raise ValueError(f"loss must be 'ce' or 'dlr', got {loss!r}")
+        self.loss = loss
+        self.steps, self.restarts = check_count("steps", steps), check_count("restarts", restarts)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return super().settings | {"steps": self.steps, "restarts": self.restarts, "loss": self.loss}
+
+    def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        """As for :class:`Attack`, but synchronizes with the host after each restart."""
+        goal = self.goal(x, y, index, largest_label)
+        result, rows = x.clone(), (goal != y).nonzero()[:, 0]
+        for number in range(self.restarts):
+            if len(rows) == 0:
+                break
+            x_adv = self.toward(goal[rows], x[rows], y[rows], index[rows], number, reach=True)
+            result[rows] = x_adv
+            if not bool(x_adv.isfinite().all()):
+                break
+            rows = rows[self.decision(x_adv, largest_label).argmax(1) != goal[rows]]
+        return result
+
+
+class MALT(_Toward):
+    """Mesoscopic almost linearity targeting (Melamed et al. 2024): APGD toward the linearly closest classes.
+
+    For each of the ``candidates`` classes with the largest logits besides the label, a linear model of the
+    network at x would need a perturbation of size (z_y - z_k) / ‖∇(z_y - z_k)‖ to predict class k, in the
+    dual norm of the threat model's norm. APGD on the targeted difference of logits ratio runs toward the
+    ``targets`` classes for which that is smallest, nearest first, each on the images that are still
+    classified correctly. AutoAttack's APGD-T takes the classes with the largest logits instead; with more
+    than ``targets`` + 1 classes these are others.
+
+    Args:
+        targets: number of target classes.
+        candidates: number of classes that are ranked; one forward and backward pass each.
+        steps: steps toward each target.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eps: float,
+        norm: Norm = "Linf",
+        targets: int = 9,
+        candidates: int = 100,
+        steps: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, eps=eps, norm=norm, seed=seed)
+        self.targets, self.candidates = check_count("targets", targets), check_count("candidates", candidates)
+        self.steps = check_count("steps", steps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        sizes = {"targets": self.targets, "candidates": self.candidates, "steps": self.steps}
+        return super().settings | sizes
+
+    def ranking(self, x: Tensor, y: Tensor, largest_label: int) -> tuple[Tensor, Tensor]:
+        """The candidates ``[B, C]`` of each image, nearest first, and their linear distances ``[B, C]``."""
+        logits = self.decision(x, largest_label)
+        count = min(self.candidates, logits.shape[1] - 1)
+        classes = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
+        dual = geometry(DUAL[self.norm])
+        distances = []
+        for goal in classes.T:
+
+            def gap(images: Tensor, goal: Tensor = goal) -> Tensor:
+                z = self.logits(images, largest_label)
+                return z.gather(1, y[:, None])[:, 0] - z.gather(1, goal[:, None])[:, 0]
+
+            length = dual.size(self.gradient(gap, x))
+            value = logits.gather(1, y[:, None]) - logits.gather(1, goal[:, None])
+            distances.append(value[:, 0].double() / length.clamp(min=1e-30))
+        linear = torch.stack(distances, 1) if distances else logits.new_zeros(len(x), 0).double()
+        nearest, order = linear.sort(dim=1, stable=True)
+        return classes.gather(1, order), nearest
+
+    def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        """As for :class:`Attack`, but synchronizes with the host after each target."""
+        goals, distances = self.ranking(x, y, largest_label)
+        result = torch.where(distances.isfinite().all(1)[:, None, None, None], x, torch.nan)
+        rows = (self.decision(x, largest_label).argmax(1) == y).nonzero()[:, 0]
+        for number, goal in enumerate(goals.T[: self.targets]):
+            if len(rows) == 0 or not bool(result.isfinite().all()):
+                break
+            x_adv = self.toward(goal[rows], x[rows], y[rows], index[rows], number, reach=False)
+            result[rows] = x_adv
+            rows = rows[self.decision(x_adv, largest_label).argmax(1) == y[rows]]
+        return result
