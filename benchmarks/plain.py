@@ -117,6 +117,14 @@ class SeparatePasses(nn.Module):
         )
 
 
+def check_plain(recipe: Recipe) -> None:
+    """Raises ValueError for settings of ``recipe`` that the plain step does not have."""
+    off = {"inner_type_weight": 0.0, "attack_kind": "pgd", "awp": 0.0, "optimizer": "sgd", "ema_decay": 0.0}
+    for name, value in (off | {"temperature_lr": 0.0}).items():
+        if getattr(recipe, name, value) != value:
+            raise ValueError(f"{name} must be {value}: the step in plain torch does without")
+
+
 def plain_attack(
     recipe: Recipe,
     model: nn.Module,
@@ -125,8 +133,7 @@ def plain_attack(
     autocast: Callable[[], Any] = nullcontext,
 ) -> Any:
     """The recipe's PGD, from the same noise, with a backward pass that reaches the parameters too."""
-    if recipe.inner_type_weight:
-        raise ValueError("inner_type_weight must be 0: the plain attack leaves the router's type loss out")
+    check_plain(recipe)
     kl = isinstance(recipe, Trades)
     step_size = recipe.attack_step_size
     if step_size is None:
@@ -168,6 +175,7 @@ def plain_step(
     autocast: Callable[[], Any],
 ) -> Callable[[Any], Any]:
     """Clean and adversarial passes, backward, and torch's SGD."""
+    check_plain(recipe)
     passes, router = model, set[int]()
     if isinstance(model, AWNet):
         passes, router = SeparatePasses(model), {id(p) for p in model.router.parameters()}
@@ -180,6 +188,7 @@ def plain_step(
         [group for group in groups if group["params"]],
         lr=recipe.lr,
         momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
         weight_decay=recipe.weight_decay,
     )
 

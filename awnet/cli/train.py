@@ -27,8 +27,12 @@ class Train(ImportOption):
 
     recipe: str = "mtard"
     """mtard (two teachers, the paper's), trades, pgd_at, mart, gat or standard (clean images only). With a
-    one-cycle learning rate and fewer epochs: mtard_fast, trades_fast, pgd_at_fast, standard_fast and hat. For
-    one network each: rdi, advmoe and separate."""
+    one-cycle learning rate and fewer epochs: mtard_fast, trades_fast, pgd_at_fast, standard_fast, single_step
+    and hat. With modern ingredients: mtard_strong, trades_strong and pgd_at_strong. For one network each:
+    rdi, advmoe and separate."""
+    preset: Maybe[Literal["paper", "fast", "strong"]] = None
+    """Settings of the recipe: paper (a method's own), fast or strong; `--recipe trades --preset fast` is
+    `--recipe trades_fast`."""
     model: Maybe[str] = None
     """Name of the model, see `awnet info`, or FILE.py:FUNCTION (MODULE:FUNCTION) to train what that function
     returns. Default: the recipe's own network, or awnet_tiny on digits and awnet_resnet18 elsewhere."""
@@ -112,7 +116,7 @@ class Train(ImportOption):
                         f"{name} is given twice: as --{name.replace('_', '-')} and in --recipe-options"
                     )
                 settings[name] = value
-        recipe = recipe_for(self.recipe, self.data, **settings)
+        recipe = recipe_for(self.recipe, self.data, preset=self.preset, **settings)
         splits = load_splits(self.data, self.data_dir, self.seed, self.eps, self.image_size, self.classes)
         if len(splits.train) == 0:
             raise ValueError(
@@ -124,7 +128,7 @@ class Train(ImportOption):
             splits = splits._replace(train=splits.train.subset(limit))
         name = self.model or recipe.network or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
         label = name.rpartition(":")[2]
-        out = self.out or Path("runs") / f"{splits.train.name}-{label}-{self.recipe}-{self.seed}"
+        out = self.out or Path("runs") / f"{splits.train.name}-{label}-{recipe.title}-{self.seed}"
         options = parse_options(self.model_options, "--model-options")
         result = train(
             recipe,
@@ -178,7 +182,7 @@ def misplaced_option(words: Sequence[str]) -> str | None:
         from awnet.training.recipes import RECIPES
 
         for owner, settings in {
-            "recipe": {field.name for kind in RECIPES.values() for field in fields(kind)},
+            "recipe": {field.name for kind in RECIPES.values() for field in fields(kind)} - {"preset"},
             "model": model_options(),
         }.items():
             if name in settings:

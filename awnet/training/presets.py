@@ -39,6 +39,20 @@ _ONE_CYCLE = {
 }
 _SHORT = "30 epochs, one cycle of the learning rate (Smith and Topin, 2018), decay of Pang et al. (2021)"
 
+_STRONG = {
+    "lr": 0.1,
+    "router_lr": 0.01,
+    "weight_decay": 5e-4,
+    "nesterov": True,
+    "schedule": "cosine",
+    "ema_decay": 0.9995,
+    "validate_every": 5,
+}
+_MODERN = (
+    "weight decay of Pang et al. (2021); Nesterov and cosine of Wang et al. (2023); weight average as in "
+    "Rebuffi et al. (2021), decay 0.9995"
+)
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
@@ -51,11 +65,36 @@ PRESETS: dict[str, Preset] = {
             _ONE_CYCLE | {"epochs": 18, "batch_size": 512, "lr": 0.4, "router_lr": 0.04, "validate_every": 6},
             "a clean teacher in 18 epochs of large batches, meant for a minute or two on an H200",
         ),
+        Preset(
+            "pgd_at_strong",
+            PGDAT,
+            _STRONG | {"label_smoothing": 0.1, "awp": 0.01},
+            f"{_MODERN}; label smoothing 0.1 of Wang et al. (2023); AWP 0.01 of Wu et al. (2020)",
+        ),
+        Preset(
+            "trades_strong",
+            Trades,
+            _STRONG | {"label_smoothing": 0.1, "adv_weight": 5.0, "awp": 0.005, "awp_warmup": 10},
+            f"{_MODERN}; label smoothing 0.1 and factor 5 of Wang et al. (2023); AWP 0.005 after 10 epochs "
+            "of Wu et al. (2020)",
+        ),
+        Preset(
+            "mtard_strong",
+            MTARD,
+            _STRONG | {"temperature_lr": 0.001},
+            f"{_MODERN}; the teachers' temperatures of B-MTARD, Zhao et al. (2024)",
+        ),
+        Preset(
+            "single_step",
+            PGDAT,
+            _ONE_CYCLE | {"attack_kind": "n_fgsm", "attack_steps": 1, "overfitting_checks": 4},
+            "N-FGSM of de Jorge et al. (2022), 30 epochs, one cycle up to 0.2; clean images as in PGD-AT",
+        ),
     )
 }
 
 # Settings of ``optimizer=adamw``, for which those of SGD are far too large
-_ADAMW = {"lr": 1e-3, "router_lr": 1e-4, "weight_decay": 0.05}
+_ADAMW = {"lr": 1e-3, "router_lr": 1e-4, "weight_decay": 0.05, "nesterov": False}
 
 # Settings per data set that differ from a recipe's defaults (the CIFAR settings of the paper's methods).
 _SETTINGS: dict[str, dict[str, Any]] = {

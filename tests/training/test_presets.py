@@ -65,6 +65,7 @@ def test_the_name_of_a_preset_is_not_a_setting() -> None:
 
 
 def test_adamw_brings_its_rates_unless_they_are_given() -> None:
+    assert not recipe_for("trades_strong", "cifar10", optimizer="adamw").nesterov
     recipe = recipe_for("pgd_at", "cifar10", optimizer="adamw", router_lr=0.5)
     assert (recipe.lr, recipe.router_lr, recipe.weight_decay) == (1e-3, 0.5, 0.05)
 
@@ -97,3 +98,33 @@ def test_a_run_of_a_version_with_fewer_settings_resumes(tmp_path: Path, name: st
 def test_the_state_of_mtards_weights_without_temperatures_is_the_earlier_versions() -> None:
     assert set(MTARDWeights().state_dict()) == {"w_nat", "first"}
     assert MTARD().temperature_lr == 0
+
+
+def test_the_strong_presets_have_their_published_ingredients() -> None:
+    trades, pgd_at, mtard = (
+        recipe_for(name, "cifar10", preset="strong") for name in ("trades", "pgd_at", "mtard")
+    )
+    for recipe in (trades, pgd_at, mtard):
+        assert (recipe.ema_decay, recipe.nesterov, recipe.schedule) == (0.9995, True, "cosine")
+    assert (trades.awp, trades.awp_warmup, trades.label_smoothing, trades.adv_weight) == (0.005, 10, 0.1, 5.0)
+    assert (pgd_at.awp, pgd_at.awp_warmup, pgd_at.label_smoothing) == (0.01, 0, 0.1)
+    assert isinstance(mtard, MTARD)
+    assert mtard.temperature_lr == 0.001
+    single = recipe_for("single_step", "cifar10")
+    assert (single.attack_kind, single.attack_steps, single.overfitting_checks) == ("n_fgsm", 1, 4)
+
+
+def test_warm_ups_scale_with_the_number_of_epochs_unless_they_are_given() -> None:
+    assert recipe_for("trades_strong", "cifar10", epochs=50).awp_warmup == 5
+    assert recipe_for("trades_strong", "digits").awp_warmup == 1  # 12 epochs
+    assert recipe_for("trades_strong", "cifar10", epochs=50, awp_warmup=10).awp_warmup == 10
+    assert recipe_for("trades_strong", "digits").schedule == "cosine"
+
+
+@pytest.mark.parametrize("name", ["pgd_at_strong", "single_step"])
+def test_a_preset_trains(tmp_path: Path, name: str) -> None:
+    recipe = recipe_for(name, "mine", epochs=2, batch_size=6, attack_steps=1)
+    result = train(recipe, net(), splits(), tmp_path, quiet=True, tensorboard=False)
+    assert result.finished
+    assert result.history[-1]["skipped_steps"] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["recipe"]["name"] == name

@@ -393,6 +393,7 @@ def test_the_default_settings_are_the_papers() -> None:
     assert (digits.epochs, digits.batch_size, digits.schedule) == (12, 64, "onecycle")
     assert list_recipes()[:4] == ["mtard", "trades", "pgd_at", "standard"]
     others = {"mtard_fast", "trades_fast", "pgd_at_fast", "standard_fast", "hat"}
+    others |= {"pgd_at_strong", "trades_strong", "mtard_strong", "single_step"}
     assert set(list_recipes()[4:]) == others | {"rdi", "advmoe", "separate", "mart", "gat"}
 
 
