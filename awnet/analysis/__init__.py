@@ -1,6 +1,7 @@
 """Figures drawn from arrays, and measurements of modules."""
 
 from awnet.analysis.figures import (
+    accuracy_against_eps,
     example_images,
     p_clean_histogram,
     paired_differences,
@@ -15,6 +16,7 @@ from awnet.analysis.weight_gap import WeightGap, weight_gaps
 
 __all__ = [
     "WeightGap",
+    "accuracy_against_eps",
     "compared_curves",
     "differences_by_training",
     "example_images",

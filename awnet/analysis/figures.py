@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -177,6 +179,41 @@ def sanity_curves(
         right.minorticks_off()
         for axes in (middle, right):
             axes.set_ylim(-2, 102)
+
+
+def accuracy_against_eps(
+    curves: Mapping[str, Mapping[str, Any]],
+    path: str | Path,
+    *,
+    own_eps: float,
+    attacks: Mapping[str, Measured] | None = None,
+    title: str = "",
+) -> None:
+    """Robust accuracy against the size of the perturbation, with intervals.
+
+    Args:
+        curves: attack → ``eps``, ``accuracy``, ``low`` and ``high`` ``[k]`` each, in image units and as
+            fractions, and ``norm``.
+        path: the PNG file.
+        own_eps: the threat model's ε, which is marked.
+        attacks: robust accuracies at ``own_eps`` under other attacks, with intervals, as points.
+    """
+    with figure_file(path, 7.0, 4.0) as figure:
+        axes = figure.subplots()
+        for color, (name, curve) in zip(cycle((ADVERSARIAL, "#333333")), curves.items(), strict=False):
+            sizes = np.asarray(curve["eps"], dtype=np.float64)
+            accuracy, lower, upper = (100 * np.asarray(curve[key]) for key in ("accuracy", "low", "high"))
+            axes.step(sizes, accuracy, where="post", color=color, label=name)
+            axes.fill_between(sizes, lower, upper, step="post", color=color, alpha=0.18, lw=0)
+        for number, (name, (value, (low, high))) in enumerate((attacks or {}).items()):
+            bars = [[100 * max(value - low, 0)], [100 * max(high - value, 0)]]
+            marker = "osv^Dx+*"[number % 8]
+            axes.errorbar([own_eps], [100 * value], bars, fmt=marker, color=CLEAN, ms=5, lw=0.8, label=name)
+        axes.axvline(own_eps, color=CLEAN, lw=1.0, ls=(0, (4, 1.5)))
+        norm = next(iter(curves.values()))["norm"]
+        axes.set(title=title, xlabel=f"ε ({norm})", ylabel="robust accuracy, percent", ylim=(-2, 102))
+        axes.set_xlim(left=0)
+        axes.legend(fontsize="small", ncols=1 + len(attacks or {}) // 8)
 
 
 def roc_curves(

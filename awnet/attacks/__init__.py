@@ -12,6 +12,7 @@ from awnet.attacks.base import Attack, frozen
 from awnet.attacks.cascade import Cascade
 from awnet.attacks.craft import craft
 from awnet.attacks.filtered import FilteredAttack
+from awnet.attacks.fmn import FMN
 from awnet.attacks.graphed import GraphedPGD
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.registry import Suite, list_attacks, named_attack
@@ -22,6 +23,7 @@ from awnet.attacks.transfer import TransferAttack, replay
 __all__ = [
     "CW",
     "FGSM",
+    "FMN",
     "MALT",
     "PGD",
     "Attack",

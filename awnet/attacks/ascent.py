@@ -26,13 +26,13 @@ SPARSER = 0.95  # the best point changes less than this share of the pixels that
 SMALLEST_STEP = 0.1  # in units of the radius
 
 
-class _Point(NamedTuple):
+class Point(NamedTuple):
     loss: Tensor
     gradient: Tensor
     broken: Tensor
 
 
-def _evaluate(objective: Objective, x_adv: Tensor, rows: Tensor, eot: int) -> _Point:
+def evaluate_objective(objective: Objective, x_adv: Tensor, rows: Tensor, eot: int) -> Point:
     """Loss and gradient, averaged over ``eot`` calls; an image is broken if it is in every call."""
     first = _evaluate_once(objective, x_adv, rows)
     if eot == 1:
@@ -42,10 +42,10 @@ def _evaluate(objective: Objective, x_adv: Tensor, rows: Tensor, eot: int) -> _P
         point = _evaluate_once(objective, x_adv, rows)
         loss, gradient = loss + point.loss, gradient + point.gradient
         broken = broken & point.broken
-    return _Point(loss / eot, gradient / eot, broken)
+    return Point(loss / eot, gradient / eot, broken)
 
 
-def _evaluate_once(objective: Objective, x_adv: Tensor, rows: Tensor) -> _Point:
+def _evaluate_once(objective: Objective, x_adv: Tensor, rows: Tensor) -> Point:
     with torch.enable_grad():
         point = x_adv.detach().requires_grad_()
         loss, broken = objective(point, rows)
@@ -54,7 +54,7 @@ def _evaluate_once(objective: Objective, x_adv: Tensor, rows: Tensor) -> _Point:
         (gradient,) = torch.autograd.grad(loss.sum(), point)
     if broken is None:
         broken = torch.zeros(len(rows), dtype=torch.bool, device=x_adv.device)
-    return _Point(loss.detach(), gradient, broken)
+    return Point(loss.detach(), gradient, broken)
 
 
 def ascend(
@@ -78,7 +78,7 @@ def ascend(
     result, rows = start.clone(), torch.arange(len(start), device=start.device)
     for step in range(steps):
         x_adv = result[rows]
-        point = _evaluate(objective, x_adv, rows, eot)
+        point = evaluate_objective(objective, x_adv, rows, eot)
         moved = geometry.step(x_adv, point.gradient, x[rows], step_size, eps)
         moved = torch.where(per_image(point.broken), x_adv, moved)
         result[rows] = torch.where(per_image(_finite(point.gradient)), moved, torch.nan)
@@ -221,7 +221,7 @@ class _Sparse(_Schedule):
 def _search(objective: Objective, start: Tensor, schedule: _Schedule, steps: int, eot: int) -> Tensor:
     """``steps`` steps from ``start``; returns as :func:`ascend_auto`."""
     rows = torch.arange(len(start), device=start.device)
-    point = _evaluate(objective, start, rows, eot)
+    point = evaluate_objective(objective, start, rows, eot)
     schedule.begin(point.loss)
     s = schedule.state
     s |= {
@@ -239,7 +239,7 @@ def _search(objective: Objective, start: Tensor, schedule: _Schedule, steps: int
     for _ in range(steps):
         moved = schedule.move(s["x"], s["gradient"])
         s["x"] = moved
-        point = _evaluate(objective, moved, rows, eot)
+        point = evaluate_objective(objective, moved, rows, eot)
         finite = _finite(point.gradient)
         now = ~s["done"] & (point.broken | ~finite)
         result[rows] = torch.where(

@@ -21,6 +21,7 @@ from awnet.attacks.adaptive import (
 from awnet.attacks.autoattack import QUERIES, STEPS, TARGETS, AutoAttack, Name, OfficialAttack
 from awnet.attacks.base import Attack, Target
 from awnet.attacks.cascade import Cascade
+from awnet.attacks.fmn import FMN
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.stochastic import EOT, Stochastic
 from awnet.attacks.targeted import MALT, TargetedAPGD
@@ -50,14 +51,20 @@ class Budget:
     """Target classes of the targeted attacks."""
     queries: int = QUERIES
     """Queries of Square."""
+    fmn_steps: int = 1000
+    """Steps of FMN."""
     eot: int = EOT
     """Forward passes per gradient of a stochastic model."""
     lambdas: tuple[float, ...] = adaptive.LAMBDAS
 
 
 BUDGETS: dict[str, Budget] = {
-    "smoke": Budget(steps=20, restarts=2, targets=3, queries=200, eot=2, lambdas=(0.0, 1.0, -1.0)),
-    "short": Budget(steps=30, restarts=1, targets=3, queries=300, eot=5, lambdas=(0.0, 1.0, -1.0)),
+    "smoke": Budget(
+        steps=20, restarts=2, targets=3, queries=200, fmn_steps=30, eot=2, lambdas=(0.0, 1.0, -1.0)
+    ),
+    "short": Budget(
+        steps=30, restarts=1, targets=3, queries=300, fmn_steps=200, eot=5, lambdas=(0.0, 1.0, -1.0)
+    ),
     "standard": Budget(),
 }
 
@@ -188,6 +195,9 @@ _ATTACKS: dict[str, _Make] = {
     "apgd_ce": _official("apgd_ce"),
     "apgd_t": _official("apgd_t"),
     "fab_t": _official("fab_t"),
+    "fmn": lambda model, threat, seed, suite: FMN(
+        model, eps=threat.eps, norm=threat.norm, steps=suite.sizes.fmn_steps, seed=seed
+    ),
     "malt": lambda model, threat, seed, suite: MALT(
         model,
         eps=threat.eps,

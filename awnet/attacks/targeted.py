@@ -101,6 +101,39 @@ class TargetedAPGD(_Toward):
         return result
 
 
+def linear_ranking(
+    attack: Attack, x: Tensor, y: Tensor, candidates: int, largest_label: int
+) -> tuple[Tensor, Tensor]:
+    """Classes by the size of the perturbation that a linear model of the network at ``x`` needs for them.
+
+    That size is (z_y - z_k) / ‖∇(z_y - z_k)‖ for class k, in the dual norm of ``attack.norm``.
+
+    Args:
+        attack: whose model and norm are meant.
+        candidates: the classes with the largest logits besides the label; one forward and backward pass each.
+
+    Returns:
+        The C candidates of each image, nearest first, and their sizes in float64; both ``[B, C]``.
+    """
+    logits = attack.decision(x, largest_label)
+    count = min(candidates, logits.shape[1] - 1)
+    classes = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
+    dual = geometry(DUAL[attack.norm])
+    sizes = []
+    for goal in classes.T:
+
+        def gap(images: Tensor, goal: Tensor = goal) -> Tensor:
+            z = attack.logits(images, largest_label)
+            return z.gather(1, y[:, None])[:, 0] - z.gather(1, goal[:, None])[:, 0]
+
+        length = dual.size(attack.gradient(gap, x))
+        value = logits.gather(1, y[:, None]) - logits.gather(1, goal[:, None])
+        sizes.append(value[:, 0].double() / length.clamp(min=1e-30))
+    linear = torch.stack(sizes, 1) if sizes else logits.new_zeros(len(x), 0).double()
+    nearest, order = linear.sort(dim=1, stable=True)
+    return classes.gather(1, order), nearest
+
+
 class MALT(_Toward):
     """Mesoscopic almost linearity targeting (Melamed et al. 2024): APGD toward the linearly closest classes.
 
@@ -139,23 +172,7 @@ class MALT(_Toward):
 
     def ranking(self, x: Tensor, y: Tensor, largest_label: int) -> tuple[Tensor, Tensor]:
         """The candidates ``[B, C]`` of each image, nearest first, and their linear distances ``[B, C]``."""
-        logits = self.decision(x, largest_label)
-        count = min(self.candidates, logits.shape[1] - 1)
-        classes = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
-        dual = geometry(DUAL[self.norm])
-        distances = []
-        for goal in classes.T:
-
-            def gap(images: Tensor, goal: Tensor = goal) -> Tensor:
-                z = self.logits(images, largest_label)
-                return z.gather(1, y[:, None])[:, 0] - z.gather(1, goal[:, None])[:, 0]
-
-            length = dual.size(self.gradient(gap, x))
-            value = logits.gather(1, y[:, None]) - logits.gather(1, goal[:, None])
-            distances.append(value[:, 0].double() / length.clamp(min=1e-30))
-        linear = torch.stack(distances, 1) if distances else logits.new_zeros(len(x), 0).double()
-        nearest, order = linear.sort(dim=1, stable=True)
-        return classes.gather(1, order), nearest
+        return linear_ranking(self, x, y, self.candidates, largest_label)
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         """As for :class:`Attack`, but synchronizes with the host after each target."""

@@ -129,6 +129,10 @@ class Evaluate(RunOptions):
                     f"{name}: the target is reached for {100 * success['rate']:.1f} % "
                     f"[{low:.1f}, {high:.1f}] of {success['n']} images",
                 )
+        for name, curve in report.accuracy_by_eps.items():
+            median = "none" if curve["median"] is None else f"{curve['median']:.4g}"
+            text = f"{name}: median of the smallest {curve['norm']} perturbations: {median}"
+            print_text(console, f"{text}; report.json has the accuracy at every eps")
         for line in report.sanity:
             print_text(console, f"{line['result']}: {line['check']} ({line['evidence']})")
         if report.router_auc:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks import Attack, Cascade, Stochastic, Suite, frozen
+from awnet.attacks import FMN, Attack, Cascade, Stochastic, Suite, frozen
 from awnet.attacks.base import check_ball
 from awnet.attacks.saved import Saved
 from awnet.attacks.stochastic import seeded
@@ -83,7 +83,9 @@ class Collected:
             elif kind == CLEAN:
                 images = x
             else:
-                images = _attacked(plan.chosen[kind], kind, number, batch, saved, self.notes[kind], advance)
+                images, extra = _attacked(
+                    plan.chosen[kind], kind, number, batch, saved, self.notes[kind], advance
+                )
             # copied into x's strides, which choose a convolution's algorithm and so its rounding
             images = torch.empty_like(x).copy_(images)
             with seeded(model, kind, index):
@@ -95,6 +97,7 @@ class Collected:
                 worst.add(kind, images, values["correct"])
                 if plan.chosen[kind].target is not None:
                     values["target"] = plan.chosen[kind].goals(x, y, index=index)
+                values |= extra
                 outcome = getattr(plan.chosen[kind], "outcome", None)
                 if outcome is not None:
                     values["broken_by"] = outcome.broken_by
@@ -294,15 +297,18 @@ def _attacked(
     saved: Saved | None,
     notes: Counter[str],
     advance: Advance,
-) -> Tensor:
-    """The batch's adversarial images, computed now or by the evaluation that was interrupted."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The batch's adversarial images, computed now or by the evaluation that was interrupted.
+
+    Also further values of each image ``[B]``: ``distance``, for a minimum-norm attack.
+    """
     x, y, index = batch
     if isinstance(attack, Cascade):
         _follow(attack, saved, advance)
         x_adv = attack(x, y, index=index)
         if attack.outcome is not None:
             notes.update(attack.outcome.notes)
-        return x_adv
+        return x_adv, {}
     name = f"{number}-{kind}"
     state = None if saved is None else saved.load(name, x.device)
     if saved is not None and state is not None:
@@ -310,11 +316,13 @@ def _attacked(
         what = f"the images saved in {saved.path(name)}"
         check_ball(tensors["x_adv"], x, attack.eps, attack.norm, what)
         notes.update(attack_notes)
-        return tensors["x_adv"]
+        return tensors.pop("x_adv"), tensors
     x_adv = attack(x, y, index=index)
     check_ball(x_adv, x, attack.eps, attack.norm, f"the images of the attack {kind}")
     attack_notes = dict(getattr(attack, "notes", {}))
     notes.update(attack_notes)
+    distances = attack.distances if isinstance(attack, FMN) else None
+    extra = {} if distances is None else {"distance": distances}
     if saved is not None:
-        saved.save(name, {"x_adv": x_adv}, attack_notes)
-    return x_adv
+        saved.save(name, {"x_adv": x_adv, **extra}, attack_notes)
+    return x_adv, extra

@@ -60,6 +60,18 @@ def _draw_checks(report: Results, folder: Path) -> None:
             folder / "waterfall.png",
             title=f"{report.model}: attacks that break images first",
         )
+    if report.accuracy_by_eps:
+        analysis.accuracy_against_eps(
+            {attack_label(name): curve for name, curve in report.accuracy_by_eps.items()},
+            folder / "accuracy_by_eps.png",
+            own_eps=report.eps,
+            attacks={
+                attack_label(name): (result.robust_accuracy, result.interval_95)
+                for name, result in report.results().items()
+                if name not in report.accuracy_by_eps
+            },
+            title=f"{report.model}: robust accuracy against ε",
+        )
     if report.curves:
         steps, eps = report.curves["loss_against_steps"], report.curves["accuracy_against_eps"]
         analysis.sanity_curves(

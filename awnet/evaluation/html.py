@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.results import Results
 from awnet.evaluation.tables import attack_label, eps_text, parts_caption
@@ -27,6 +29,8 @@ _TABLES = {"cifar10": "1", "cifar100": "2", "tiny_imagenet": "11"}
 FIGURES = {
     "waterfall.png": "Accuracy after each attack; an image counts for the attack that broke it first",
     "w_robust.png": "W-Robust accuracy under each attack, with 95 % intervals",
+    "accuracy_by_eps.png": "Robust accuracy at every size of the perturbation, with 95 % intervals: the "
+    "fraction of images for which the minimum-norm attack found no smaller perturbation",
     "examples.png": "Images before and after the attack that broke them, and the magnified difference",
     "sanity.png": "Loss and accuracy against steps, accuracy against the size of the perturbation",
     "roc.png": "ROC of the router's type head",
@@ -77,7 +81,9 @@ def page(report: Results, folder: Path, place: Path | None = None) -> str:
         _cards(report),
         _flags(report.flags),
         _attacks(report),
-        *_figures(folder, ("waterfall.png", "w_robust.png", "examples.png")),
+        *_figures(folder, ("waterfall.png", "w_robust.png")),
+        _minimum_norm(report),
+        *_figures(folder, ("accuracy_by_eps.png", "examples.png")),
         _sanity(report.sanity),
         *_figures(folder, ("sanity.png",)),
         _detection(report),
@@ -266,6 +272,22 @@ def _attacks(report: Results) -> str:
             f"{report.settings.get('source', '?')}, checkpoint selected on {report.selected_on or '?'}."
         )
     return "<h2>Attacks</h2>" + _table(headings, rows, caption)
+
+
+def _minimum_norm(report: Results) -> str:
+    if not report.accuracy_by_eps:
+        return ""
+    rows = []
+    for name, curve in report.accuracy_by_eps.items():
+        values = np.asarray(curve["accuracy"])
+        at = [int(np.argmin(np.abs(np.asarray(curve["eps"]) - f * report.eps))) for f in (0.5, 1, 2)]
+        cells = [_with_interval(values[i], (curve["low"][i], curve["high"][i])) for i in at]
+        median = "–" if curve["median"] is None else f"{curve['median']:.4g}"
+        rows.append((escape(attack_label(name)), median, *cells, str(curve["not_found"])))
+    text = eps_text(report.eps)
+    return "<h2>Smallest perturbations</h2>" + _table(
+        ("attack", "median size", "robust at ε/2", f"at ε = {text}", "at 2ε", "images without"), rows
+    )
 
 
 def _sanity(lines: Sequence[dict[str, str]]) -> str:

@@ -48,6 +48,7 @@ class Report(Results):
             "detection",
             "sanity",
             "curves",
+            "accuracy_by_eps",
             "parts",
             "compared_with",
             "missing",

@@ -98,6 +98,8 @@ class Results:
     parts: dict[str, Any] = field(default_factory=dict)
     """For a network with a router: accuracy with one part fixed, swapped or attacked alone, see
     :func:`gated_parts`."""
+    accuracy_by_eps: dict[str, Any] = field(default_factory=dict)
+    """For each minimum-norm attack, the robust accuracy at every eps, see :func:`accuracy_curve`."""
     compared_with: dict[str, Comparison] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """Attacks of the union that could not run, and why: its robust accuracy may be too high."""

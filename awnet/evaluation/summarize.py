@@ -14,6 +14,7 @@ from awnet.evaluation.collect import CLEAN, UNION, Collected, Plan
 from awnet.evaluation.detection import detection
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.flags import flags
+from awnet.evaluation.minimum_norm import accuracy_curve
 from awnet.evaluation.randomness import single_pass_accuracies
 from awnet.evaluation.report import Report
 from awnet.evaluation.results import Array, AttackResult, attack_result, target_success
@@ -104,6 +105,11 @@ def build_report(
             kind: _exit_use(model, per_sample[f"{kind}_exit"], dataset.image_size)
             for kind in [CLEAN, *plan.attacked]
         }
+    report.accuracy_by_eps = {
+        kind: accuracy_curve(per_sample[f"{kind}_distance"], report.eps, attack.norm)
+        for kind, attack in plan.chosen.items()
+        if f"{kind}_distance" in per_sample
+    }
     accuracies = single_pass_accuracies(per_sample)
     if accuracies:
         report.settings["stochastic"] |= {"single_pass_accuracy": accuracies}
