@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from awnet import rng
+from awnet.data.augmentation import OperationName, check_operations, transformed
 from awnet.data.checks import check_labels
 from awnet.data.threat_model import Norm, ThreatModel
 from awnet.defaults import standard_defaults
@@ -35,14 +36,17 @@ class Augmentation:
     shift: shift by an integer number of pixels in [-shift, shift] along each axis, filled with zeros (the
         usual random crop after zero padding by ``shift``).
     flip: mirror left to right with probability ½.
+    operations: names of further ones, see :func:`awnet.data.augmentation.transformed`.
     """
 
     shift: int = 0
     flip: bool = False
+    operations: tuple[OperationName, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shift", check_integer("shift", self.shift, 0, MOST_SHIFT))
         object.__setattr__(self, "flip", check_flag("flip", self.flip))
+        object.__setattr__(self, "operations", check_operations("operations", self.operations))
 
 
 class Batch(NamedTuple):
@@ -225,6 +229,7 @@ class Dataset:
         # small tensors, for the whole epoch at once
         labels, index = self.labels.to(device), self.index.to(device)
         moves = _moves(index, self.augmentation, seed, epoch) if augment else None
+        operations = self.augmentation.operations if augment else ()
         # a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which differs from the
         # CPU's quotient in the last bit
         scale = torch.tensor(float(self.max_value), dtype=torch.float32, device=device)
@@ -232,7 +237,10 @@ class Dataset:
         for rows, pixels in zip(chunks(order.to(device)), pixels_of, strict=True):
             if moves is not None:
                 pixels = _moved(pixels, moves[rows], self.augmentation)
-            yield Batch(pixels / scale, labels[rows], index[rows])
+            x = pixels / scale
+            if operations:
+                x = transformed(x, index[rows], operations, seed=seed, epoch=epoch)
+            yield Batch(x, labels[rows], index[rows])
 
     def _pixels(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         """uint8 [B, C, H, W] on ``device`` for each chunk of row numbers."""

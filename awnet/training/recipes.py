@@ -10,7 +10,7 @@ Ingredients that any method can use (weight perturbation, averages, optimizers a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from awnet.attacks import GraphedPGD
 from awnet.attacks.base import device_of
 from awnet.data import Dataset, ThreatModel
+from awnet.data.augmentation import OperationName, check_operations
 from awnet.nn import has_router, routers
 from awnet.scalars import is_integer, is_number, plain
 from awnet.training import losses
@@ -54,6 +55,9 @@ class Recipe:
         ``linear`` lower it to 0 over the run; ``onecycle`` raises it to ``lr`` and lowers it to nearly 0
         (Smith and Topin), with constant momentum.
     warmup_epochs: in which the rate rises linearly to ``lr``; not with ``onecycle``, which has its own.
+    augment: operations on training images beside the data set's shift and flip: ``cutout``, ``resized_crop``,
+        ``idbh``, in order; see :func:`awnet.data.augmentation.transformed`. With one of the last two, which
+        move the image themselves, there is no shift.
     label_smoothing: share of the label that is spread over all classes, in every cross-entropy with labels
         that the loss has, in [0, 1). The training attack uses the labels themselves.
     attack_kind: ``pgd``, or an attack of one step: ``fgsm_rs`` (Wong et al., 2020: uniform noise within eps,
@@ -113,6 +117,7 @@ class Recipe:
     warmup_epochs: float = 0.0
     milestones: tuple[int, ...] = (75, 90)
     lr_decay: float = 0.1
+    augment: tuple[OperationName, ...] = ()
     label_smoothing: float = 0.0
     attack_kind: AttackKind = "pgd"
     attack_steps: int = 10
@@ -191,6 +196,7 @@ class Recipe:
                 f"{self.milestones!r}; one alone is written (75,), on the command line milestones=75,"
             )
         object.__setattr__(self, "milestones", tuple(milestones))
+        object.__setattr__(self, "augment", check_operations("augment", self.augment))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -325,6 +331,14 @@ class Recipe:
             milestones=[milestone * steps_per_epoch for milestone in self.milestones],
             decay=self.lr_decay,
         )
+
+    def augmented(self, data: Dataset) -> Dataset:
+        """``data`` with the operations of ``augment`` in its batches for training."""
+        if not self.augment:
+            return data
+        moves = {"resized_crop", "idbh"} & set(self.augment)
+        shift = 0 if moves else data.augmentation.shift
+        return replace(data, augmentation=replace(data.augmentation, shift=shift, operations=self.augment))
 
     def phases(self) -> tuple[Phase, ...]:
         """The updates of one step, in order."""

@@ -106,7 +106,7 @@ class Run:
         self.ranks, self.device, self.reporter = ranks, ranks.device, reporter
         self.save_every, self.keep = save_every, keep
         self.environment, self.description = environment, description
-        self.data = splits.train.placed(self.device, data_memory)
+        self.data = recipe.augmented(splits.train).placed(self.device, data_memory)
         self.held_out: Dataset = getattr(splits, select_on).to(self.device)
         self.calibration: Dataset = splits.validation.to(self.device)  # also if the test split selects
         if recipe.validate_limit is not None:

@@ -85,7 +85,7 @@ def test_a_run_of_a_version_with_fewer_settings_resumes(tmp_path: Path, name: st
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["recipe"]["name"] == name
     new = ("label_smoothing", "optimizer", "nesterov", "warmup_epochs", "attack_kind", "attack_radius", "awp")
-    new += ("awp_warmup", "overfitting_checks", "overfitting_images", "rescue_steps")
+    new += ("augment", "awp_warmup", "overfitting_checks", "overfitting_images", "rescue_steps")
     for setting in new:
         del config["recipe"][setting]
     (tmp_path / "config.json").write_text(json.dumps(config))
