@@ -27,6 +27,7 @@ AMX_LAYER = AMX + "test_one_layer_is_within_the_bound_of_its_roundings"
 AMX_READERS = AMX + "test_gradients_of_all_readers_of_a_layer_are_added"
 CUDA_PASSES = CUDA + "test_every_pass_equals_eager_in_every_shape"
 CUDA_ALGEBRA = CUDA + "test_the_coefficients_equal_plain_torch"
+SELF_CHECK = "tests/ops/test_self_check.py::test_a_wrong_kernel_fails_with_its_name_and_case"
 EVAL, TRAIN = (
     ALGEBRA + "test_eval_coefficients_and_gradients_equal_float64",
     ALGEBRA + "test_train_coefficients_and_gradients_equal_float64",
@@ -496,5 +497,20 @@ FAULTS = (
         "tiles for a handful of images", "awnet/ops/backends/amx.py",
         "len(x) >= _FEWEST_IMAGES", "len(x) >= 0",
         AMX + "test_grouped_convolutions_other_dtypes_and_the_switch_keep_the_library",
+    ),
+    fault(
+        "the self-check does not look outside the results", "awnet/ops/self_check.py",
+        "return not bands or bool((torch.cat(bands) == 255).all())", "return True",
+        SELF_CHECK,
+    ),
+    fault(
+        "the self-check passes a result that is wrong by one hundredth", "awnet/ops/self_check.py",
+        "if not error <= share * size:", "if not error <= 1e4 * share * size:",
+        SELF_CHECK,
+    ),
+    fault(
+        "the self-check takes memory that was never written for zeros", "awnet/ops/self_check.py",
+        "if not torch.equal(got.isnan(), want.isnan()):", "if got.shape != want.shape:",
+        SELF_CHECK,
     ),
 )  # fmt: skip
