@@ -160,6 +160,6 @@ def native() -> dict[str, Any]:
 setup(
     packages=packages(),
     package_dir={"": "."} if EDITABLE else FOLDERS,
-    package_data={"awnet": ["py.typed", "ops/configs/*.json", "evaluation/paper.csv"]},
+    package_data={"awnet": ["py.typed", "ops/configs/*.json", "evaluation/paper.csv", "zoo/**/*"]},
     **native(),
 )

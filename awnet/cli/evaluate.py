@@ -81,7 +81,7 @@ class Evaluate(RunOptions):
         others = {str(run): Report.load(run / "evaluations" / self.name) for run in self.compare_with}
         model, dataset = self.load(console, ranks.device)
         last = self.path == self.folder and self.checkpoint == "last"
-        out = make_folder(self.out or self.folder)
+        out = make_folder(self.out or self.results_folder)
         surrogates = {source_name(one): load_model(one, ranks.device) for one in self.surrogates}
         with RunFolder(out, lambda text: None, "evaluation") as place:  # evaluate warns
             report = evaluate(

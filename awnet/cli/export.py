@@ -42,7 +42,7 @@ class ExportRobustBench(RunOptions):
         from awnet.evaluation.robustbench import Entry, export_robustbench
 
         model, dataset = self.load(console)
-        folder = self.folder / "evaluations" / self.evaluation
+        folder = self.results_folder / "evaluations" / self.evaluation
         report = None
         try:
             report = Report.load(folder)

@@ -39,8 +39,9 @@ def load_splits(
 @dataclass(kw_only=True)
 class RunOptions(ImportOption):
     source: Positional[str]
-    """A run folder or .safetensors file; timm:NAME; FILE.py:FUNCTION or MODULE:FUNCTION, which returns an
-    nn.Module; a .pt2 file of torch.export; hub:USER/REPO; or robustbench:NAME."""
+    """A run folder or .safetensors file; zoo:NAME, a trained model of this package; timm:NAME;
+    FILE.py:FUNCTION or MODULE:FUNCTION, which returns an nn.Module; a .pt2 file of torch.export;
+    hub:USER/REPO; or robustbench:NAME."""
     builder: Annotated[str | None, arg(name="model", metavar="CODE:FUNCTION", help_behavior_hint="")] = None
     """Function without arguments, as FILE.py:FUNCTION or MODULE:FUNCTION, that builds the model of the run if
     awnet cannot: a converted network, or one of another library. The weights are loaded into it."""
@@ -83,6 +84,11 @@ class RunOptions(ImportOption):
     @property
     def path(self) -> Path:
         """The path of a run folder or ``.safetensors`` file."""
+        from awnet.models.sources import source_kind
+        from awnet.models.zoo import zoo_folder
+
+        if source_kind(self.source) == "zoo":
+            return zoo_folder(self.source.removeprefix("zoo:"))
         return expanded(self.source)
 
     @property
@@ -90,16 +96,21 @@ class RunOptions(ImportOption):
         """Whether the model is a run's or a ``.safetensors`` file, and not from another source."""
         from awnet.models.sources import source_kind
 
-        return source_kind(self.source) == "file"
+        return source_kind(self.source) in ("file", "zoo")
 
     @property
     def folder(self) -> Path:
         """The run folder; for a model from another source, the folder for its results."""
-        from awnet.models.sources import source_name
-
         if not self.is_run:
-            return Path("runs") / source_name(self.source)
+            return self.results_folder
         return self.path.parent if self.path.suffix == ".safetensors" else self.path
+
+    @property
+    def results_folder(self) -> Path:
+        """The folder in which results are stored: the run folder, or runs/MODEL."""
+        from awnet.models.sources import source_kind, source_name
+
+        return self.folder if source_kind(self.source) == "file" else Path("runs") / source_name(self.source)
 
     @property
     def loaded_from(self) -> str | Path:

@@ -5,6 +5,7 @@ from awnet.models.files import save_model
 from awnet.models.registry import create_model, list_models, register_model
 from awnet.models.resnet import ResNet, parameter_count
 from awnet.models.sources import load_model
+from awnet.models.zoo import zoo_models
 
 __all__ = [
     "AWResNet",
@@ -15,4 +16,5 @@ __all__ = [
     "parameter_count",
     "register_model",
     "save_model",
+    "zoo_models",
 ]

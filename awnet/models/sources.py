@@ -23,19 +23,20 @@ from awnet.files import expanded, read_json
 from awnet.models.files import load_model_file
 from awnet.models.registry import SOURCE, class_of
 from awnet.models.user_code import build_model
+from awnet.models.zoo import zoo_folder
 from awnet.scalars import check_integer
 
 Source = str | Path
 """A path, or a string of one of the forms of :func:`load_model`."""
 
-_PREFIXES = ("timm", "hub", "robustbench")
+_PREFIXES = ("zoo", "timm", "hub", "robustbench")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts store weights
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def source_kind(source: Source) -> str:
-    """``"file"`` (a run folder or ``.safetensors``), ``"program"`` (``.pt2``), ``"timm"``, ``"hub"``,
-    ``"robustbench"`` or ``"code"``."""
+    """``"file"`` (a run folder or ``.safetensors``), ``"program"`` (``.pt2``), ``"zoo"``, ``"timm"``,
+    ``"hub"``, ``"robustbench"`` or ``"code"``."""
     text = str(source)
     if text.endswith(".pt2"):
         return "program"
@@ -71,6 +72,7 @@ def load_model(
         source: one of
 
             - a run folder or a ``.safetensors`` file of :func:`save_model`;
+            - ``"zoo:NAME"``: a trained model of this package (:func:`awnet.models.zoo_models`);
             - ``"timm:NAME"``: a model of timm, pretrained unless ``weights`` is given. A pretrained model
               normalizes images by its own mean and std unless ``mean`` and ``std`` are given;
             - ``"FILE.py:FUNCTION"`` or ``"MODULE:FUNCTION"``: the module that the function returns;
@@ -99,6 +101,8 @@ def load_model(
     """
     kind = source_kind(source)
     name = str(source).partition(":")[2]
+    if kind == "zoo":
+        kind, source = "file", zoo_folder(name)
     if kind != "file" and model is not None:
         raise ValueError(f"model= receives the weights of a file, and {source} is none: use weights=")
     if weights is not None and kind not in ("timm", "code"):

@@ -58,6 +58,7 @@ def python(tmp_path: Path) -> Path:
 
 QUICKSTART = """
 import awnet, awnet.kernels, awnet.benchmarks
+trained = awnet.load_model("zoo:awnet_tiny_digits")
 splits = awnet.load_dataset("digits")
 splits = splits._replace(train=splits.train.subset(64), validation=splits.validation.subset(16))
 model = awnet.create_model("awnet_tiny", num_classes=10, in_channels=1)

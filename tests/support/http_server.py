@@ -1,4 +1,4 @@
-"""An HTTP server on 127.0.0.1 that serves one archive, for the tests of downloads."""
+"""HTTP servers on 127.0.0.1 that serve one archive or a folder, for the tests of downloads."""
 
 import hashlib
 import http.server
@@ -6,7 +6,9 @@ import io
 import re
 import tarfile
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 from awnet.data import downloads
 
@@ -69,3 +71,22 @@ def tar_of(folder):
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
         tar.add(folder, folder.name)
     return file.getvalue()
+
+
+class _Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def serving(folder):
+    """Serves the files of ``folder``; gives its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Silent, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

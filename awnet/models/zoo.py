@@ -1,0 +1,134 @@
+"""Trained models that belong to the package, as ``zoo:NAME``: run folders with checksums.
+
+``registry.json`` in ``awnet/zoo`` lists them. The files of a small model are in the package; those of others
+are downloaded to awnet's cache folder. In a clone, :func:`add_run` adds a run to the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from awnet.files import cache_folder, expanded, read_json
+from awnet.run_config import read_config
+
+FOLDER = Path(__file__).resolve().parent.parent / "zoo"
+WEIGHTS = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """One entry of the registry.
+
+    about: a sentence: network, data, training, accuracy.
+    files: the SHA-256 of each file of the run folder, by its path within the folder.
+    url: address of the folder that holds the files; None if they are in the package.
+    """
+
+    about: str
+    files: Mapping[str, str]
+    url: str | None = None
+
+
+def zoo_models(folder: Path = FOLDER) -> dict[str, ZooModel]:
+    """The entries of the registry in ``folder``, by name."""
+    path = folder / "registry.json"
+    return {name: ZooModel(**entry) for name, entry in read_json(path).items()} if path.is_file() else {}
+
+
+def zoo_folder(name: str, folder: Path = FOLDER) -> Path:
+    """The run folder of the model ``name``; downloads it if it is not in the package.
+
+    Raises:
+        ValueError: there is no such model, or a file has another checksum.
+        ConnectionError: a file cannot be downloaded.
+    """
+    models = zoo_models(folder)
+    if name not in models:
+        raise ValueError(f"the zoo has no model {name!r}: it has {', '.join(models) or 'none'}")
+    entry = models[name]
+    if entry.url is not None:
+        return _downloaded(name, entry, entry.url)
+    for file, checksum in entry.files.items():
+        path = folder / name / file
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: install awnet again")
+        if _sha256(path) != checksum:
+            raise ValueError(f"{path} was changed: its SHA-256 is not {checksum}; install awnet again")
+    return folder / name
+
+
+def _downloaded(name: str, entry: ZooModel, url: str) -> Path:
+    import pooch
+
+    target = cache_folder("zoo") / name
+    pooch.get_logger().setLevel("WARNING")
+    for file, checksum in entry.files.items():
+        path = target / file
+        try:
+            pooch.retrieve(f"{url}/{file}", f"sha256:{checksum}", fname=path.name, path=path.parent)
+        except OSError as error:
+            raise ConnectionError(
+                f"{url}/{file} could not be downloaded: {error}. Without a network, copy the file to {path}"
+            ) from error
+    return target
+
+
+def add_run(run: str | Path, name: str, about: str, folder: Path = FOLDER) -> Path:
+    """Copies a finished run with its report and its teachers to the package; returns the new folder.
+
+    Of the record of the sessions the last one is kept, without absolute paths. A teacher that another model
+    of the zoo has too is stored once.
+    """
+    run = expanded(run)
+    config = read_config(run, whole=True)
+    target = folder / name
+    if target.exists():
+        raise FileExistsError(f"{target} exists: remove it first")
+    target.mkdir(parents=True)
+    shutil.copyfile(run / WEIGHTS, target / WEIGHTS)
+    if (run / "report.json").is_file():
+        shutil.copyfile(run / "report.json", target / "report.json")
+    config["sessions"] = [_without_paths(run, session, target) for session in config["sessions"][-1:]]
+    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    stored = sorted(path for path in target.rglob("*") if path.is_file())
+    files = {path.relative_to(target).as_posix(): _sha256(path) for path in stored}
+    models = zoo_models(folder) | {name: ZooModel(about, files)}
+    text = json.dumps({key: asdict(models[key]) for key in sorted(models)}, indent=1, ensure_ascii=False)
+    (folder / "registry.json").write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def _without_paths(run: Path, session: dict[str, Any], target: Path) -> dict[str, Any]:
+    teachers = {}
+    for kind, source in (session.get("teachers") or {}).items():
+        places = [run / source["from_run"], *([Path(source["path"])] if source["path"] else [])]
+        found = next((path for path in places if path.exists()), None)
+        if found is None:
+            raise FileNotFoundError(f"the {kind} teacher of {run} is not in {' or '.join(map(str, places))}")
+        weights = found / WEIGHTS if found.is_dir() else found
+        others = target.parent.glob(f"*/teachers/*/{WEIGHTS}")
+        stored = next((path for path in others if _sha256(path) == _sha256(weights)), None)
+        if stored is None:
+            stored = target / "teachers" / kind / WEIGHTS
+            stored.parent.mkdir(parents=True)
+            shutil.copyfile(weights, stored)
+        relative = os.path.relpath(stored.parent, target)
+        teachers[kind] = source | {"path": None, "from_run": Path(relative).as_posix()}
+    words = str(session.get("command", "")).split()
+    command = " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
+    command = command.replace("__main__.py", "awnet", 1)
+    return {key: value for key, value in session.items() if key != "process"} | {
+        "command": command,
+        "teachers": teachers,
+    }
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
