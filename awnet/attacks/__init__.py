@@ -14,6 +14,7 @@ from awnet.attacks.craft import craft
 from awnet.attacks.filtered import FilteredAttack
 from awnet.attacks.fmn import FMN
 from awnet.attacks.graphed import GraphedPGD
+from awnet.attacks.momentum import MIFGSM
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.registry import Suite, list_attacks, named_attack
 from awnet.attacks.stochastic import Stochastic
@@ -25,6 +26,7 @@ __all__ = [
     "FGSM",
     "FMN",
     "MALT",
+    "MIFGSM",
     "PGD",
     "Attack",
     "AutoAttack",

@@ -22,6 +22,7 @@ from awnet.attacks.autoattack import QUERIES, STEPS, TARGETS, AutoAttack, Name, 
 from awnet.attacks.base import Attack, Target
 from awnet.attacks.cascade import Cascade
 from awnet.attacks.fmn import FMN
+from awnet.attacks.momentum import MIFGSM
 from awnet.attacks.pgd import CW, FGSM, PGD
 from awnet.attacks.stochastic import EOT, Stochastic
 from awnet.attacks.targeted import MALT, TargetedAPGD
@@ -33,6 +34,9 @@ BudgetName = Literal["smoke", "short", "standard"]
 
 TRANSFERRED = ("pgd_sat", "cw")
 """Attacks on a surrogate whose images the union replays."""
+
+TRANSFER = "transfer-"
+"""Before the name of an attack: its images are made on the surrogates and replayed on the model."""
 
 TARGETED = ("fgsm", "pgd_sat", "pgd_trades", "cw", "apgd_ce", "apgd_t")
 TARGET_MODES = ("random", "least_likely")
@@ -150,6 +154,30 @@ def _deepsloth(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -
     return DeepSloth(model, eps=scale * 0.03125, norm=threat.norm, step_size=scale * 0.002, seed=seed)
 
 
+def _momentum(**options: Any) -> _Make:
+    """MI-FGSM with further options."""
+    return lambda model, threat, seed, suite: MIFGSM(
+        model, eps=threat.eps, norm=threat.norm, seed=seed, **options
+    )
+
+
+def _transferred(name: str) -> _Make:
+    """The attack ``name``, made on each surrogate and replayed on the model."""
+
+    def make(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+        if not suite.surrogates:
+            raise ValueError(
+                f"{TRANSFER}{name} needs models to make its images on: give --surrogates (surrogates=)"
+            )
+        members = {
+            surrogate: TransferAttack(model, _maker(name)(other, threat, seed, suite))
+            for surrogate, other in suite.surrogates.items()
+        }
+        return Cascade(model, members, eps=threat.eps, norm=threat.norm, seed=seed)
+
+    return make
+
+
 def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
     names = ["aa", "cw", "joint"]
     if adaptive.has_type_head(model):
@@ -207,6 +235,9 @@ _ATTACKS: dict[str, _Make] = {
         seed=seed,
     ),
     "square": _official("square"),
+    "mi_fgsm": _momentum(),
+    "mi_di_ti": _momentum(diversity=0.5, kernel=None),
+    "si_ni_di_ti": _momentum(diversity=0.5, kernel=None, scales=5, nesterov=True),
     "joint": _adaptive(Joint, "steps", "lambdas"),
     "two_phase": _adaptive(TwoPhase, "steps"),
     "forced": _forced,
@@ -250,13 +281,17 @@ def _targeted(name: str, mode: str) -> _Make | None:
 def _maker(name: object) -> _Make:
     """The function that makes the attack ``name``; ValueError if there is none."""
     if isinstance(name, str):
+        if name.startswith(TRANSFER) and not name.startswith(TRANSFER * 2):
+            _maker(name.removeprefix(TRANSFER))
+            return _transferred(name.removeprefix(TRANSFER))
         base, _, mode = name.partition("-")
         found = _ATTACKS.get(name) or _targeted(base, mode)
         if found is not None:
             return found
     raise ValueError(
         f"unknown attack {name!r}: choose from {', '.join(_ATTACKS)}; or a targeted form, such as "
-        f"pgd_sat-least_likely, of {', '.join(TARGETED)} with {', '.join(TARGET_MODES)} or a class's number"
+        f"pgd_sat-least_likely, of {', '.join(TARGETED)} with {', '.join(TARGET_MODES)} or a class's number; "
+        f"or {TRANSFER}ATTACK, which replays an attack's images from --surrogates"
     )
 
 
@@ -266,7 +301,7 @@ def check_attack_name(name: object) -> None:
 
 
 def list_attacks() -> tuple[str, ...]:
-    """The names that :func:`named_attack` knows, without the targeted forms."""
+    """The names that :func:`named_attack` knows, without targeted forms and ``transfer-``."""
     return tuple(_ATTACKS)
 
 
@@ -284,6 +319,8 @@ def named_attack(
             ``…_dlr``, ``…_t`` (:mod:`awnet.attacks.adaptive`), and ``"union"``: all of them that apply to the
             model. Targeted forms: ``"fgsm"``, ``"pgd_sat"``, ``"pgd_trades"``, ``"cw"``, ``"apgd_ce"`` and
             ``"apgd_t"`` with ``-random``, ``-least_likely`` or ``-k`` for class k: ``"cw-random"``.
+            Transfer: ``"transfer-mi_di_ti"`` and the like replay the images that an attack makes on each of
+            ``suite.surrogates``. ``"mi_fgsm"``, ``"mi_di_ti"`` and ``"si_ni_di_ti"`` are made for that.
         threat_model: norm, eps and step sizes, a property of the data set. The step sizes are the same
             fractions of eps in every norm.
         seed: seed of the random starts.

@@ -26,7 +26,8 @@ class Evaluate(RunOptions):
     attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
     """Names of attacks, see `awnet info`. aa is AutoAttack; union is the worst case over all of them and
     more. Targeted: fgsm, pgd_sat, pgd_trades, cw, apgd_ce or apgd_t, followed by -random, -least_likely or
-    the number of a class: cw-random, pgd_sat-3."""
+    the number of a class: cw-random, pgd_sat-3. transfer-NAME replays the images that attack NAME makes on
+    --surrogates."""
     budget: Literal["smoke", "short", "standard"] = "standard"
     """Budget of the attacks beyond the first four. smoke takes seconds and only shows that they run. short is
     for small networks on a CPU; the standard budget may break images that it leaves robust."""
@@ -56,7 +57,7 @@ class Evaluate(RunOptions):
     """Where the teachers that the run was trained with are now, in the order clean, robust. Default: the
     paths in the run's record. Their weights must match the record."""
     surrogates: Several[str] = ()
-    """Other models, given like MODEL, whose adversarial images the union replays."""
+    """Other models, given like MODEL, whose adversarial images the union and transfer-NAME replay."""
     allow_missing: bool = False
     """Leave out attacks that need a missing teacher, and mark the report's headline as incomplete."""
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW", "aa": "AA"}
+LONGEST = 14  # characters of an attack's name above a column
 WIDEST = 4  # columns of attacks that fit into 80 characters; with more attacks they become the rows
 
 
@@ -67,7 +68,7 @@ def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> 
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # nine columns in 80 characters
     )
-    if len(names) > WIDEST:
+    if len(names) > WIDEST or any(len(LABELS.get(name, name)) > LONGEST for name in names):
         return _tall(table, reports, names)
     table.add_column("model", no_wrap=True)
     table.add_column("Clean\nA_nat", justify="right")
