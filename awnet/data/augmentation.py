@@ -15,7 +15,7 @@ from torch import Tensor
 
 from awnet import rng
 
-OperationName = Literal["cutout", "resized_crop", "idbh"]
+OperationName = Literal["cutout", "resized_crop", "idbh", "cutmix"]
 OPERATIONS: tuple[OperationName, ...] = get_args(OperationName)
 
 _CROP_AREA = (0.25, 1.0)  # of resized_crop, shares of the image
@@ -44,10 +44,57 @@ def transformed(
     idbh: as in Li and Spratling (ICLR 2023) a cropped and shifted image, one change of saturation,
         brightness, contrast or sharpness, and with probability ½ an erased rectangle of 2 to 50 %. Of the
         publication's color operations, autocontrast, equalize, shear and rotation are left out.
+
+    ``cutmix``, which needs other images, is not applied here, see :func:`mixed`.
     """
     for name in operations:
+        if name == "cutmix":
+            continue
         x = _OPERATIONS[name](x, lambda count, name=name: _drawn(seed, epoch, name, index, count))  # type: ignore[misc]
     return x
+
+
+def partners(index: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """The row of the image that is mixed into each of a data set's images, int64 [N], by its index [N]."""
+    return (rng.bits(rng.key(seed, "augmentation", "partner", epoch), index, ()) >> 1) % len(index)
+
+
+def mixed(
+    x: Tensor,
+    y: Tensor,
+    other: Tensor,
+    other_y: Tensor,
+    index: Tensor,
+    classes: int,
+    *,
+    seed: int,
+    epoch: int,
+) -> tuple[Tensor, Tensor]:
+    """CutMix (Yun et al., ICCV 2019): a box of each image is that of ``other``, and the labels are mixed.
+
+    The box has a share of the area that is uniform in [0, 1] and any center; what is outside the image is
+    cut off.
+
+    Args:
+        x, other: images [B, C, H, W].
+        y, other_y: their labels, int64 [B].
+        index: of ``x``, keys the boxes.
+        classes: K.
+
+    Returns:
+        The images, and labels float32 [B, K]: each label's share of the pixels.
+    """
+    (height, width), u = x.shape[2:], _drawn(seed, epoch, "cutmix", index, 3)
+    side = u[:, 0].sqrt()
+    rows, columns = (side * height).long(), (side * width).long()
+    top = (u[:, 1] * height).long() - rows // 2
+    left = (u[:, 2] * width).long() - columns // 2
+    box = _within(x, top, left, rows, columns)
+    share = 1 - box.sum((1, 2, 3)).to(torch.float32) / (height * width)
+    labels = torch.zeros(len(y), classes, device=x.device)
+    labels.scatter_add_(1, y[:, None], share[:, None])
+    labels.scatter_add_(1, other_y[:, None], 1 - share[:, None])
+    return torch.where(box, other, x), labels
 
 
 #: number of values → float32 [B, number] in [0, 1)

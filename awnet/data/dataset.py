@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from awnet import rng
-from awnet.data.augmentation import OperationName, check_operations, transformed
+from awnet.data.augmentation import OperationName, check_operations, mixed, partners, transformed
 from awnet.data.checks import check_labels
 from awnet.data.threat_model import Norm, ThreatModel
 from awnet.defaults import standard_defaults
@@ -36,7 +36,8 @@ class Augmentation:
     shift: shift by an integer number of pixels in [-shift, shift] along each axis, filled with zeros (the
         usual random crop after zero padding by ``shift``).
     flip: mirror left to right with probability ½.
-    operations: names of further ones, see :func:`awnet.data.augmentation.transformed`.
+    operations: names of further ones, see :func:`awnet.data.augmentation.transformed`; ``cutmix``, which
+        mixes images and labels, comes last, see :func:`awnet.data.augmentation.mixed`.
     """
 
     shift: int = 0
@@ -50,7 +51,10 @@ class Augmentation:
 
 
 class Batch(NamedTuple):
-    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B]; index: int64 [B], the global indices."""
+    """x: float32 [B, C, H, W] in [0, 1]; y: int64 [B]; index: int64 [B], the global indices.
+
+    Where images are mixed (``cutmix``) y is float32 [B, K], the share of each class.
+    """
 
     x: Tensor
     y: Tensor
@@ -233,14 +237,27 @@ class Dataset:
         # a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which differs from the
         # CPU's quotient in the last bit
         scale = torch.tensor(float(self.max_value), dtype=torch.float32, device=device)
-        pixels_of = self._pixels(chunks(order), device)
-        for rows, pixels in zip(chunks(order.to(device)), pixels_of, strict=True):
-            if moves is not None:
-                pixels = _moved(pixels, moves[rows], self.augmentation)
-            x = pixels / scale
-            if operations:
-                x = transformed(x, index[rows], operations, seed=seed, epoch=epoch)
-            yield Batch(x, labels[rows], index[rows])
+
+        def images(order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            """The rows and the images of each batch."""
+            for rows, pixels in zip(
+                chunks(order.to(device)), self._pixels(chunks(order), device), strict=True
+            ):
+                if moves is not None:
+                    pixels = _moved(pixels, moves[rows], self.augmentation)
+                x = pixels / scale
+                yield rows, transformed(x, index[rows], operations, seed=seed, epoch=epoch)
+
+        if "cutmix" not in operations:
+            for rows, x in images(order):
+                yield Batch(x, labels[rows], index[rows])
+            return
+        other_order = partners(self.index, seed=seed, epoch=epoch)[order]
+        for (rows, x), (others, other) in zip(images(order), images(other_order), strict=True):
+            x, y = mixed(
+                x, labels[rows], other, labels[others], index[rows], self.num_classes, seed=seed, epoch=epoch
+            )
+            yield Batch(x, y, index[rows])
 
     def _pixels(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         """uint8 [B, C, H, W] on ``device`` for each chunk of row numbers."""

@@ -87,6 +87,8 @@ class RDI(PGDAT):
         super().__post_init__()
         if self.attack_kind != "pgd":
             raise ValueError(f"attack_kind must be pgd: {self.name} has an attack of its own")
+        if "cutmix" in self.augment:
+            raise ValueError(f"augment must be without cutmix: {self.name} needs one label per image")
 
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int

@@ -89,7 +89,9 @@ class Outputs(NamedTuple):
 
 
 class Loss(Protocol):
-    """``outputs`` are those of the forward pass that belongs to the loss; ``y`` int64 [B] are the labels."""
+    """``outputs`` are those of the forward pass that belongs to the loss; ``y`` are the labels: int64 [B], or
+    shares [B, K] of mixed ones.
+    """
 
     def __call__(
         self, outputs: Any, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
@@ -249,7 +251,12 @@ def kl_divergence(
 
 
 def cross_entropy(logits: Tensor, y: Tensor, options: LossOptions) -> Tensor:
-    """Mean cross-entropy of logits [B, K] with labels int64 [B], smoothed by ``options.label_smoothing``."""
+    """Mean cross-entropy of logits [B, K] with labels, smoothed by ``options.label_smoothing``; 0-d.
+
+    ``y`` is int64 [B], or [B, K] with the shares of mixed labels.
+    """
+    if y.is_floating_point():
+        y = y.to(logits.dtype)
     return F.cross_entropy(logits, y, label_smoothing=options.label_smoothing)
 
 

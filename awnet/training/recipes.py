@@ -24,6 +24,7 @@ from awnet.data.augmentation import OperationName, check_operations
 from awnet.nn import has_router, routers
 from awnet.scalars import is_integer, is_number, plain
 from awnet.training import losses
+from awnet.training.checks import check, check_choice
 from awnet.training.forward import Forward, Phase, clean_pass, distillation_pass, helper_pass, joint_pass
 from awnet.training.losses import Loss, LossOptions
 from awnet.training.optimization import OptimizerName, ScheduleName, build_optimizer, build_scheduler
@@ -56,8 +57,9 @@ class Recipe:
         (Smith and Topin), with constant momentum.
     warmup_epochs: in which the rate rises linearly to ``lr``; not with ``onecycle``, which has its own.
     augment: operations on training images beside the data set's shift and flip: ``cutout``, ``resized_crop``,
-        ``idbh``, in order; see :func:`awnet.data.augmentation.transformed`. With one of the last two, which
-        move the image themselves, there is no shift.
+        ``idbh``, in order, and ``cutmix``; see :mod:`awnet.data.augmentation`. With ``resized_crop`` and
+        ``idbh``, which move the image themselves, there is no shift. With ``cutmix`` the attack takes the
+        label of the larger part.
     label_smoothing: share of the label that is spread over all classes, in every cross-entropy with labels
         that the loss has, in [0, 1). The training attack uses the labels themselves.
     attack_kind: ``pgd``, or an attack of one step: ``fgsm_rs`` (Wong et al., 2020: uniform noise within eps,
@@ -152,38 +154,38 @@ class Recipe:
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("epochs", "batch_size", "attack_steps", "accumulate", "validate_every", "log_every",
                      "overfitting_images", "rescue_steps"):  # fmt: skip
-            _check(self, name, is_integer, lambda v: v >= 1, "an integer of at least 1")
+            check(self, name, is_integer, lambda v: v >= 1, "an integer of at least 1")
         for name in ("awp_warmup", "overfitting_checks"):
-            _check(self, name, is_integer, lambda v: v >= 0, "an integer of at least 0")
+            check(self, name, is_integer, lambda v: v >= 0, "an integer of at least 0")
         if self.validate_limit is not None:
-            _check(self, "validate_limit", is_integer, lambda v: v >= 1, "None or an integer of at least 1")
+            check(self, "validate_limit", is_integer, lambda v: v >= 1, "None or an integer of at least 1")
         for name in ("lr", "lr_decay"):
-            _check(self, name, is_number, lambda v: v > 0, "a number above 0")
+            check(self, name, is_number, lambda v: v > 0, "a number above 0")
         for name in ("router_lr", "weight_decay", "attack_noise", "type_weight", "consistency", "awp",
                      "warmup_epochs"):  # fmt: skip
-            _check(self, name, is_number, lambda v: v >= 0, "a number of at least 0")
+            check(self, name, is_number, lambda v: v >= 0, "a number of at least 0")
         for name in ("momentum", "label_smoothing", "type_label_smoothing", "ema_decay"):
-            _check(self, name, is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
-        _check(self, "inner_type_weight", is_number, lambda v: True, "a finite number")
-        _check(self, "capture", lambda v: isinstance(v, bool) or v == "auto", lambda v: True,
+            check(self, name, is_number, lambda v: 0 <= v < 1, "a number in [0, 1)")
+        check(self, "inner_type_weight", is_number, lambda v: True, "a finite number")
+        check(self, "capture", lambda v: isinstance(v, bool) or v == "auto", lambda v: True,
                "true, false or auto")  # fmt: skip
         if not (self.preset is None or isinstance(self.preset, str)):
             raise TypeError(f"preset must be the name of a preset or None, got {self.preset!r}")
-        _check(self, "nesterov", lambda v: isinstance(v, bool), lambda v: True, "true or false")
+        check(self, "nesterov", lambda v: isinstance(v, bool), lambda v: True, "true or false")
         if self.capture is True and self.accumulate > 1:
             raise ValueError("capture and accumulate exclude each other: leave one of them out")
         for name in ("attack_step_size", "attack_radius", "clip_norm"):
             if getattr(self, name) is not None:
-                _check(self, name, is_number, lambda v: v > 0, "None or a number above 0")
+                check(self, name, is_number, lambda v: v > 0, "None or a number above 0")
         if self.adv_weight is not None:
-            _check(self, "adv_weight", is_number, lambda v: v >= 0, "None or a number of at least 0")
-        _check_choice(self, "schedule", *get_args(ScheduleName))
-        _check_choice(self, "optimizer", *get_args(OptimizerName))
-        _check_choice(self, "attack_kind", *get_args(AttackKind))
-        _check_choice(self, "router_passes", "joint", "separate")
-        _check_choice(self, "precision", "auto", "float32", "bfloat16")
-        _check_choice(self, "attack_precision", "auto", "float32", "bfloat16")
-        _check_choice(self, "layout", "auto", "nchw", "channels_last")
+            check(self, "adv_weight", is_number, lambda v: v >= 0, "None or a number of at least 0")
+        check_choice(self, "schedule", *get_args(ScheduleName))
+        check_choice(self, "optimizer", *get_args(OptimizerName))
+        check_choice(self, "attack_kind", *get_args(AttackKind))
+        check_choice(self, "router_passes", "joint", "separate")
+        check_choice(self, "precision", "auto", "float32", "bfloat16")
+        check_choice(self, "attack_precision", "auto", "float32", "bfloat16")
+        check_choice(self, "layout", "auto", "nchw", "channels_last")
         several = isinstance(self.milestones, Iterable) and not isinstance(self.milestones, str)
         milestones = plain(list(self.milestones)) if several else []
         if (
@@ -418,10 +420,10 @@ class Trades(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice(self, "divergence", "kl", "dkl")
+        check_choice(self, "divergence", "kl", "dkl")
         for name in ("dkl_alpha", "dkl_beta"):
-            _check(self, name, is_number, lambda v: v >= 0, "a number of at least 0")
-        _check(self, "dkl_symmetric", lambda v: isinstance(v, bool), lambda v: True, "true or false")
+            check(self, name, is_number, lambda v: v >= 0, "a number of at least 0")
+        check(self, "dkl_symmetric", lambda v: isinstance(v, bool), lambda v: True, "true or false")
         changed = (self.dkl_alpha, self.dkl_beta, self.dkl_symmetric) != (1.0, 1.0, False)
         if changed and self.divergence != "dkl":
             raise ValueError(
@@ -471,15 +473,15 @@ class MTARD(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_share(self)
-        _check(self, "temperature", is_number, lambda v: v > 0, "a number above 0")
+        check(self, "temperature", is_number, lambda v: v > 0, "a number above 0")
         for name in ("weight_lr", "temperature_lr"):
-            _check(self, name, is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+            check(self, name, is_number, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         if self.label_smoothing:
             raise ValueError(
                 f"label_smoothing must be 0: the loss of {self.name} has no labels, only teachers"
             )
-        _check_choice(self, "kl_reduction", "batchmean", "elementmean")
-        _check_choice(self, "robust_teacher", "trades", "pgd_at")
+        check_choice(self, "kl_reduction", "batchmean", "elementmean")
+        check_choice(self, "robust_teacher", "trades", "pgd_at")
 
     def _robust_teacher(self) -> type[Recipe]:
         return RECIPES[self.robust_teacher]
@@ -525,7 +527,7 @@ class HAT(Trades):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "helper_weight", is_number, lambda v: v >= 0, "a number of at least 0")
+        check(self, "helper_weight", is_number, lambda v: v >= 0, "a number of at least 0")
 
     def usual_step_size(self, threat_model: ThreatModel) -> float:
         return threat_model.train_step_size
@@ -542,6 +544,11 @@ class MART(Recipe):
 
     name: ClassVar[str] = "mart"
     loss: ClassVar[Loss] = staticmethod(losses.mart)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "cutmix" in self.augment:
+            raise ValueError("augment must be without cutmix: mart needs one label per image")
 
 
 @dataclass(frozen=True)
@@ -574,18 +581,6 @@ class GAT(Recipe):
 RECIPES: dict[str, type[Recipe]] = {
     kind.name: kind for kind in (MTARD, Trades, PGDAT, Standard, HAT, MART, GAT)
 }
-
-
-def _check(
-    recipe: Recipe, name: str, right_type: Callable[[Any], bool], holds: Callable[..., bool], expected: str
-) -> None:
-    value = getattr(recipe, name)
-    if not right_type(value) or not holds(value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-def _check_choice(recipe: Recipe, name: str, *choices: str) -> None:
-    _check(recipe, name, lambda v: isinstance(v, str), lambda v: v in choices, f"one of {choices}")
 
 
 def _check_share(recipe: Recipe) -> None:

@@ -195,7 +195,8 @@ class TrainingStep:
         if not self.recipe.needs_attack:
             return None
         with self._autocast_to(self.numerics.attack_precision):
-            return attack(batch.x, batch.y, index=batch.index)
+            y = batch.y if batch.y.dim() == 1 else batch.y.argmax(1)  # of mixed labels the largest
+            return attack(batch.x, y, index=batch.index)
 
     def _micro_batches(self, batch: Batch, attack: Attack) -> Iterator[MicroBatch]:
         """The micro-batches of ``batch``; each is attacked when it is needed, after the ones before it."""

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from awnet.data import Augmentation, from_arrays
-from awnet.data.augmentation import OPERATIONS, transformed
+from awnet.data.augmentation import OPERATIONS, mixed, partners, transformed
 from awnet.training import recipe_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N = 24
+ON_ONE_IMAGE = [name for name in OPERATIONS if name != "cutmix"]
 
 
 def images(channels: int = 3, height: int = 16, width: int = 16, low: float = 0.0) -> Tensor:
@@ -25,7 +26,7 @@ def images(channels: int = 3, height: int = 16, width: int = 16, low: float = 0.
 INDEX = 7 * torch.arange(N) + 3
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", ON_ONE_IMAGE)
 @pytest.mark.parametrize(("channels", "height", "width"), [(3, 16, 16), (1, 8, 8), (2, 9, 14), (3, 1, 1)])
 def test_shape_and_range_stay(name: Any, channels: int, height: int, width: int) -> None:
     x = images(channels, height, width)
@@ -37,7 +38,7 @@ def test_shape_and_range_stay(name: Any, channels: int, height: int, width: int)
     assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", ON_ONE_IMAGE)
 def test_an_image_has_the_same_bits_in_any_batch(name: Any) -> None:
     x = images()
     whole = transformed(x, INDEX, (name,), seed=1, epoch=2)
@@ -115,6 +116,50 @@ def test_batches_are_augmented_in_training_only_and_the_same_on_any_number_of_ra
             assert torch.equal(pixels[index.argsort()], batch.x[batch.index.argsort()])
 
 
+def test_cutmix_puts_a_box_of_another_image_and_mixes_the_labels_by_pixels() -> None:
+    x, other = images(low=0.5), 0.5 * images()
+    y, other_y = torch.arange(N) % 3, torch.arange(N) % 4
+    found, labels = mixed(x, y, other, other_y, INDEX, 4, seed=0, epoch=0)
+    from_other = found == other
+    assert torch.equal(from_other, from_other[:, :1].expand_as(from_other))
+    assert torch.equal(found[~from_other], x[~from_other])
+    share = from_other[:, 0].float().mean((1, 2))
+    torch.testing.assert_close(labels.sum(1), torch.ones(N), rtol=0, atol=1e-6)
+    for i in range(N):
+        expected = torch.zeros(4)
+        expected[y[i]] += 1 - share[i]
+        expected[other_y[i]] += share[i]
+        torch.testing.assert_close(labels[i], expected, rtol=0, atol=1e-6)
+    assert share.min() < 0.15
+    assert share.max() > 0.6
+
+
+def test_any_image_is_a_partner() -> None:
+    rows = partners(torch.arange(1000), seed=0, epoch=0)
+    assert rows.min() >= 0
+    assert rows.max() < 1000
+    assert len(rows.unique()) > 600  # 1 − 1/e of them on average
+    assert not torch.equal(rows, partners(torch.arange(1000), seed=0, epoch=1))
+
+
+def test_mixed_batches_are_the_same_on_any_number_of_ranks_and_where_images_are_stored() -> None:
+    x = torch.randint(0, 256, (22, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    plain = from_arrays(x, torch.arange(22) % 3, shift=1, flip=True)
+    data = recipe_for("trades", "mine", augment=("cutout", "cutmix")).augmented(plain)
+    settings: dict[str, Any] = {"shuffle": True, "augment": True, "seed": 1, "epoch": 2}
+    whole = list(data.batches(8, **settings))
+    assert [tuple(batch.y.shape) for batch in whole] == [(8, 3), (8, 3), (6, 3)]
+    assert all(batch.y.sum(1).sub(1).abs().max() < 1e-6 for batch in whole)
+    parts = [list(data.batches(8, part=(rank, 2), **settings)) for rank in range(2)]
+    for number, batch in enumerate(whole):
+        joined = [torch.cat([getattr(part[number], name) for part in parts]) for name in ("index", "x", "y")]
+        order, expected = joined[0].argsort(), batch.index.argsort()
+        assert torch.equal(joined[1][order], batch.x[expected])
+        assert torch.equal(joined[2][order], batch.y[expected])
+    resumed = list(data.batches(8, start=1, **settings))
+    assert all(torch.equal(a.x, b.x) for a, b in zip(resumed, whole[1:], strict=True))
+
+
 def test_operations_of_a_recipe() -> None:
     recipe = recipe_for("trades", "cifar10", augment="idbh")
     assert recipe.augment == ("idbh",)
@@ -126,7 +171,13 @@ def test_operations_of_a_recipe() -> None:
 
 @pytest.mark.parametrize("wrong", ["mixup", ("cutout", "mixup"), 3, ("cutout", 3)])
 def test_unknown_operations_are_named(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"augment must be among cutout, resized_crop, idbh, got"):
+    with pytest.raises(ValueError, match=r"augment must be among cutout, resized_crop, idbh, cutmix, got"):
         recipe_for("trades", "cifar10", augment=wrong)
     with pytest.raises(ValueError, match=r"operations must be among"):
         Augmentation(operations=wrong)
+
+
+@pytest.mark.parametrize("name", ["mart", "rdi"])
+def test_losses_of_one_label_refuse_mixed_ones(name: str) -> None:
+    with pytest.raises(ValueError, match=f"augment must be without cutmix: {name} needs one label"):
+        recipe_for(name, "cifar10", augment="cutmix")

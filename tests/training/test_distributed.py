@@ -155,7 +155,7 @@ INGREDIENTS = Trades(
     **{"epochs": 3, "batch_size": 8, "lr": 0.05, "log_every": 2, "attack_kind": "fgsm_rs", "attack_steps": 1},
     **{"schedule": "cosine", "warmup_epochs": 1, "optimizer": "adamw", "ema_decay": 0.9, "clip_norm": 1.0},
     **{"label_smoothing": 0.1, "divergence": "dkl", "dkl_alpha": 2.0, "awp": 0.01, "awp_warmup": 1},
-    **{"overfitting_checks": 2, "overfitting_images": 7, "augment": ("cutout", "resized_crop")},
+    **{"overfitting_checks": 2, "overfitting_images": 7, "augment": ("cutout", "resized_crop", "cutmix")},
 )
 
 

@@ -165,6 +165,19 @@ def test_every_cross_entropy_with_labels_is_smoothed() -> None:
         assert recipe(label_smoothing=0.2).loss_options().label_smoothing == 0.2
 
 
+def test_mixed_labels_are_shares_of_classes() -> None:
+    clean, adversarial = leaves()
+    shares = torch.rand(B, K).softmax(1)
+    expected = -(shares.double() * (clean.log_softmax(1) + adversarial.log_softmax(1))).sum(1).mean() / 2
+    found = pgd_at(outputs(clean, adversarial), shares, LossOptions())
+    assert_same_loss(found.total, expected, (clean, adversarial))
+    one_hot = F.one_hot(LABELS, K).float()
+    for loss in (pgd_at, trades, gat):
+        options = LossOptions(label_smoothing=0.1)
+        same = [loss(outputs(clean, adversarial), y, options).total for y in (LABELS, one_hot)]
+        torch.testing.assert_close(*same, **EXACT)
+
+
 def test_b_mtards_temperatures_follow_their_recurrence() -> None:
     """The loop of Zhao et al., with numbers; the teachers trade places as to which is sharper."""
     temperatures = TeacherTemperatures(learning_rate=0.3)
