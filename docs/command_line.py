@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("train", "evaluate", "attack", "compare", "reproduce", "analyze filters", "analyze weight-gap"),
     *("bench run", "bench train", "bench verify", "bench plot", "bench table", "bench tune"),
-    *("data info", "data download", "export robustbench", "export program", "info"),
+    *("data info", "data download", "export robustbench", "export program", "export onnx", "info"),
 )
 INTRODUCTION = """# Command line
 

@@ -15,7 +15,7 @@ from awnet.cli.attack import Attack
 from awnet.cli.compare import Compare
 from awnet.cli.data import Data, DataInfo, Download
 from awnet.cli.evaluate import Evaluate
-from awnet.cli.export import Export, ExportProgram, ExportRobustBench
+from awnet.cli.export import Export, ExportOnnx, ExportProgram, ExportRobustBench
 from awnet.cli.info import Info
 from awnet.cli.options import with_placeholders
 from awnet.cli.reproduce import Reproduce
@@ -38,7 +38,7 @@ _COMMANDS: dict[str, Any] = {
 # the subcommands of those commands that have any; bench has its own table
 _SUBCOMMANDS = {
     "analyze": {"filters": AnalyzeFilters, "weight-gap": AnalyzeWeightGap},
-    "export": {"robustbench": ExportRobustBench, "program": ExportProgram},
+    "export": {"robustbench": ExportRobustBench, "program": ExportProgram, "onnx": ExportOnnx},
     "data": {"download": Download, "info": DataInfo},
 }
 _ALIASES = {"analyse": "analyze"}

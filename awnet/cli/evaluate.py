@@ -53,9 +53,10 @@ class Evaluate(RunOptions):
     another source."""
     compare_with: Several[Path] = ()
     """Other runs, evaluated under the same name, to add paired differences with."""
-    teachers: Maybe[tuple[Path, ...]] = None
-    """Where the teachers that the run was trained with are now, in the order clean, robust. Default: the
-    paths in the run's record. Their weights must match the record."""
+    teachers: Maybe[tuple[str, ...]] = None
+    """The teachers that the run was trained with, in the order clean, robust, given like MODEL. Default: the
+    paths in the run's record; one that was no path must be given again. Their weights must match the
+    record."""
     surrogates: Several[str] = ()
     """Other models, given like MODEL, whose adversarial images the union and transfer-NAME replay."""
     allow_missing: bool = False

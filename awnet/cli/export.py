@@ -74,11 +74,36 @@ class ExportProgram(RunOptions):
     def run(self, console: Console) -> None:
         from awnet.models.export import export_program
 
-        if self.out.exists() and not self.overwrite:
-            raise FileExistsError(f"{self.out} exists: choose another file, or replace it with --overwrite")
+        _check_free(self.out, overwrite=self.overwrite)
         model, x = self.example(console)
         export_program(model, x, self.out, standalone=self.standalone, name=str(self.loaded_from))
         print_text(console, str(self.out))
+
+
+@dataclass(kw_only=True)
+class ExportOnnx(RunOptions):
+    """Export a model in eval mode as an ONNX file, for any batch size.
+
+    The input is `images` [batch, C, H, W] in [0, 1], the output `logits` [batch, K]. Needs
+    `pip install 'awnet[onnx]'`."""
+
+    out: Path
+    """The .onnx file to write."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+
+    def run(self, console: Console) -> None:
+        from awnet.models.export import export_onnx
+
+        _check_free(self.out, overwrite=self.overwrite)
+        model, x = self.example(console)
+        export_onnx(model, x, self.out, name=str(self.loaded_from))
+        print_text(console, str(self.out))
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another file, or replace it with --overwrite")
 
 
 @dataclass
@@ -88,6 +113,7 @@ class Export:
     command: (
         Annotated[ExportRobustBench, subcommand("robustbench")]
         | Annotated[ExportProgram, subcommand("program")]
+        | Annotated[ExportOnnx, subcommand("onnx")]
     )
 
     def run(self, console: Console) -> None:

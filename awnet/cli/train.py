@@ -51,9 +51,10 @@ class Train(ImportOption):
     """Resume the run in the run folder, if there is one. Ctrl-C saves a checkpoint."""
     overwrite: bool = False
     """Replace the run in the run folder."""
-    teachers: Maybe[tuple[Path, ...]] = None
-    """The clean and the robust teacher (for hat the clean one only): run folders or .safetensors files.
-    Without this option the recipe trains them first."""
+    teachers: Maybe[tuple[str, ...]] = None
+    """The clean and the robust teacher (for hat the clean one only): run folders, .safetensors files or any
+    other MODEL that evaluate takes, such as timm:NAME or FILE.py:FUNCTION. Without this option the recipe
+    trains them first."""
     epochs: Maybe[int] = None
     """Passes over the training images; the milestones of the learning rate are scaled. Default: the
     recipe's."""

@@ -349,9 +349,15 @@ def stratified(labels: Tensor, index: Tensor, n: int, key: int) -> tuple[Tensor,
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """(training part, validation part) of a training set: a stratified ``fraction`` is held out."""
-    n = max(1, round(len(dataset) * fraction))
-    held_out, rest = stratified(dataset.labels, dataset.index, n, rng.key(seed, "validation"))
+    rest, held_out = held_out_rows(dataset.labels, dataset.index, fraction, seed)
     return dataset.take(rest), dataset.take(held_out, split="validation")
+
+
+def held_out_rows(labels: Tensor, index: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows of the training part and of the validation part of :func:`hold_out`."""
+    n = max(1, round(len(labels) * fraction))
+    held_out, rest = stratified(labels, index, n, rng.key(seed, "validation"))
+    return rest, held_out
 
 
 @standard_defaults()

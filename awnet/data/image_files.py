@@ -21,6 +21,7 @@ from awnet.data.dataset import (
     Dataset,
     Splits,
     from_arrays,
+    held_out_rows,
     hold_out,
     looks_nhwc,
 )
@@ -53,7 +54,7 @@ def load_path(
             raise ValueError(f"image_size is for folders of images; {path} holds arrays of one size")
         parts = _load_npz(path, classes)
     elif path.is_dir():
-        parts = _load_folder(path, image_size, classes)
+        parts = _load_folder(path, image_size, classes, seed)
     else:
         raise FileNotFoundError(f"{path} is neither a folder with a folder for each class nor a .npz file")
     if "train" in parts and "validation" not in parts:
@@ -133,7 +134,10 @@ def _from_arrays(path: Path, split: str, images: Any, labels: Any) -> Dataset:
 # folders
 
 
-def _load_folder(folder: Path, image_size: int | None, classes: str | Path | None) -> dict[str, Dataset]:
+def _load_folder(
+    folder: Path, image_size: int | None, classes: str | Path | None, seed: int
+) -> dict[str, Dataset]:
+    """The parts in ``folder``; without a validation part it is held out before anything is decoded."""
     present = {
         part: next((folder / word for word in words if (folder / word).is_dir()), None)
         for part, words in _PARTS.items()
@@ -154,19 +158,25 @@ def _load_folder(folder: Path, image_size: int | None, classes: str | Path | Non
         ]
         if not files:
             raise ValueError(f"{root} holds no images of the kinds {', '.join(ENDINGS)} in its class folders")
-        images = _decoded([file for file, _ in files], image_size)
-        parts[part] = Dataset(
-            name=folder.stem,
-            split=part,
-            images=images,
-            labels=torch.tensor([label for _, label in files]),
-            index=torch.arange(len(files)),
-            classes=tuple(names),
-            max_value=255,
-            threat_model=ThreatModel(8 / 255),
-            augmentation=Augmentation(_shift(images.shape[2])),
-            source=str(folder),
-        )
+        labels, index = torch.tensor([label for _, label in files]), torch.arange(len(files))
+        rows = {part: index}
+        if part == "train" and "validation" not in roots and len(files) > 1:
+            rest, held_out = held_out_rows(labels, index, VALIDATION_FRACTION, seed)
+            rows = {"train": rest, "validation": held_out}
+        for name, of_part in rows.items():
+            images = _decoded([files[row][0] for row in of_part.tolist()], image_size)
+            parts[name] = Dataset(
+                name=folder.stem,
+                split=name,
+                images=images,
+                labels=labels[of_part],
+                index=of_part,
+                classes=tuple(names),
+                max_value=255,
+                threat_model=ThreatModel(8 / 255),
+                augmentation=Augmentation(_shift(images.shape[2])),
+                source=str(folder),
+            )
     sizes = {part: tuple(dataset.images.shape[1:]) for part, dataset in parts.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{folder}: the parts have images of different shapes, {sizes}: give image_size")

@@ -55,8 +55,7 @@ def load_dataset(
             it.
         image_size: side of the square images in pixels, for a folder: the shorter side is resized to it, and
             the center is cropped. None requires images of one size. Images of more than 1 GiB are decoded
-            once to the user's cache folder (``AWNET_CACHE``) and read from there batch by batch; a training
-            part is copied to memory if validation images must be held out of it.
+            once to the user's cache folder (``AWNET_CACHE``) and read from there batch by batch.
         classes: file that names and numbers the classes of a path: text with a name in each line, or JSON,
             such as ImageNet's ``{"0": ["n01440764", "tench"], …}``.
 

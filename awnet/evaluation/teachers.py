@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from awnet.files import expanded
-from awnet.models.files import load_model_file, weights_fingerprint
+from awnet.models.files import weights_fingerprint
+from awnet.models.sources import load_model, source_kind
 from awnet.run_config import is_run, read_config
 
 KINDS = ("clean", "robust")
@@ -45,7 +46,8 @@ def find_teachers(
 
     Args:
         run: a run folder; None, or a folder without ``config.json``, has no record.
-        given: where the teachers are now, in the order (clean, robust) or by kind: modules or paths.
+        given: the teachers, in the order (clean, robust) or by kind: modules, or sources of
+            :func:`awnet.load_model`.
         robust: the robust teacher, used if the run has one and ``given`` does not name it.
 
     Raises:
@@ -72,20 +74,25 @@ def find_teachers(
     for kind in dict.fromkeys((*kinds, *given)):
         places = [given[kind]] if kind in given else list(record.places(kind))
         try:
-            teachers.models[kind] = _first(places, record.weights(kind), device)
-        except (OSError, ValueError, ImportError) as error:
+            teachers.models[kind] = _first(places, record.weights(kind), device, record.source(kind))
+        except (OSError, ValueError, TypeError, ImportError) as error:
             teachers.missing[kind] = " ".join(str(error).split())
     return teachers
 
 
-def _first(places: Sequence[Source], weights: str | None, device: torch.device | str) -> nn.Module:
-    """The first model among ``places`` with these weights; else a ValueError that lists what is there."""
+def _first(
+    places: Sequence[Source], weights: str | None, device: torch.device | str, source: str | None = None
+) -> nn.Module:
+    """The first model among ``places`` with these weights; else a ValueError that lists what is there.
+
+    ``source`` is the recorded source if it was no path. It may name code, so it is only loaded if given.
+    """
     others = []
     for place in places:
         if isinstance(place, nn.Module):
             model, name = place, f"the given {type(place).__name__}"
-        elif expanded(place).exists():
-            model, name = load_model_file(expanded(place), device), str(place)
+        elif source_kind(place) != "file" or expanded(place).exists():
+            model, name = load_model(place, device), str(place)
         else:
             continue
         fingerprint = weights_fingerprint(model)
@@ -94,6 +101,8 @@ def _first(places: Sequence[Source], weights: str | None, device: torch.device |
         others.append(
             f"{name} has other weights (SHA-256 {fingerprint[:12]}…, recorded: {str(weights)[:12]}…)"
         )
+    if not others and source is not None and not places:
+        raise ValueError(f"it was {source}, which may be code, so it must be given again")
     raise ValueError("; ".join(others) or _nowhere(places))
 
 
@@ -134,6 +143,12 @@ class _Record:
             if isinstance(about, dict) and isinstance(about.get("weights"), str):
                 return about["weights"]
         return None
+
+    def source(self, kind: str) -> str | None:
+        """The source that the teacher was given as, if it was no path."""
+        about = self._sources.get(kind) if isinstance(self._sources, dict) else None
+        text = about.get("source") if isinstance(about, dict) else None
+        return text if isinstance(text, str) else None
 
     def places(self, kind: str) -> Iterator[Path]:
         """Where the teacher may be, the most likely place first."""

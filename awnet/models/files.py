@@ -44,32 +44,26 @@ def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor]
     """Writes weights, buffers and a description of the model to one ``.safetensors`` file, atomically.
 
     ``awnet.load_model`` restores the same model: the dtype of its weights, the current settings of its router
-    and layers, and its class (a user's subclass must be defined in that process). A model that could not be
-    restored is refused.
+    and layers, and its class (a user's subclass must be defined in that process). Any other module (a
+    converted network, one of timm, the user's own) is stored with the structure of its modules:
+    ``load_model(path, model=…)`` loads it into a module that is built in the same way, and refuses others. A
+    model of :func:`create_model` that was changed so that it could not be restored is refused.
 
     Args:
-        model: made by :func:`create_model`. Wrappers of ``torch.compile`` and data parallelism around it, or
-            in it, are ignored.
+        model: any module. Wrappers of ``torch.compile`` and data parallelism around it, or in it, are
+            ignored.
         path: ends in ``.safetensors``; an existing file is replaced.
         weights: a state dict of ``model`` to write instead of its current one.
 
     Raises:
-        ValueError: ``path`` has another suffix, ``model`` has no ``config`` that could rebuild it, or it was
-            changed in ways that a file cannot store (hooks, replaced layers, parametrized weights), which the
-            message names.
+        ValueError: ``path`` has another suffix, or a model of :func:`create_model` was changed in ways that a
+            file cannot store (hooks, replaced layers, parametrized weights), which the message names.
         OSError: the file cannot be written.
     """
     path = expanded(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
     check_has_values(model)
-    if config_of(model) is None:
-        raise ValueError(
-            f"{type(unwrapped(model)).__name__} has no config to be rebuilt from: only models from "
-            "awnet.create_model have one. Register a function that builds it (awnet.models.register_model) "
-            "and create it by that name, or save model.state_dict() and load it into a model built in the "
-            "same way"
-        )
     write_model(model, path, model.state_dict() if weights is None else weights, description_of(model))
 
 

@@ -49,6 +49,11 @@ def source_kind(source: Source) -> str:
     return "file" if is_drive or text.endswith(".safetensors") else "code"
 
 
+def expanded_source(source: Source) -> Source:
+    """``source`` with ``~`` expanded if it is a path."""
+    return expanded(source) if source_kind(source) == "file" else source
+
+
 def source_name(source: Source) -> str:
     """A name for files and tables: ``timm:resnet18`` → ``timm-resnet18``."""
     return re.sub(r"[^\w.]+", "-", str(source)).strip("-.") or "model"

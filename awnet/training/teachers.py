@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from awnet.cuda_graphs import Graphed
 from awnet.files import expanded
-from awnet.models.files import load_model_file, weights_fingerprint
+from awnet.models.files import weights_fingerprint
 from awnet.models.registry import name_of
+from awnet.models.sources import load_model, source_kind
 from awnet.nn import inference_copy, not_supported
 from awnet.nn.copies import copied
 from awnet.precision import at_least_float32
@@ -85,19 +86,19 @@ def load_teachers(teachers: Sequence[TeacherSource], recipe: Recipe, device: tor
     if isinstance(teachers, str | Path) or len(teachers) != len(recipe.teachers):
         raise ValueError(
             f"teachers of {recipe.name} must be {len(recipe.teachers)}, ({', '.join(recipe.teachers)}): "
-            "modules, run folders or .safetensors files"
+            "modules, run folders, .safetensors files or other sources of load_model"
         )
     return Teachers(*(load_teacher(teacher, device) for teacher in teachers))
 
 
 def load_teacher(teacher: TeacherSource, device: torch.device) -> nn.Module:
-    """A copy of a module, or the model of a run folder or file, in eval mode and without gradients."""
+    """A copy of a module, or the model of a source, in eval mode and without gradients."""
     if isinstance(teacher, nn.Module):
         model = copied(teacher)
     elif isinstance(teacher, str | Path):
-        model = load_model_file(teacher)
+        model = load_model(teacher)
     else:
-        raise TypeError(f"a teacher must be a module or a path, got {type(teacher).__name__}")
+        raise TypeError(f"a teacher must be a module or a source, got {type(teacher).__name__}")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -126,16 +127,19 @@ def describe_teachers(
 def describe_sources(sources: Mapping[str, TeacherSource], given: Teachers, folder: Path) -> dict[str, Any]:
     """For each kind of teacher its absolute path, its path relative to ``folder``, and its SHA-256.
 
-    Both paths of a module are None.
+    Both paths are None for a module, and for a source that is no path, which ``source`` then names.
     """
     described: dict[str, Any] = {}
     for kind, source in sources.items():
-        path = None if isinstance(source, nn.Module) else expanded(source).resolve()
+        is_path = not isinstance(source, nn.Module) and source_kind(source) == "file"
+        path = expanded(source).resolve() if is_path else None  # type: ignore[arg-type]
         described[kind] = {
             "path": None if path is None else str(path),
             "from_run": None if path is None else _relative(folder.resolve(), path),
             "weights": weights_fingerprint(getattr(given, kind)),
         }
+        if path is None and not isinstance(source, nn.Module):
+            described[kind]["source"] = str(source)
     return described
 
 

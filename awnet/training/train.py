@@ -28,6 +28,7 @@ from awnet.distributed import joined, restarts
 from awnet.evaluation.tables import in_one_line
 from awnet.files import expanded
 from awnet.models.files import description_of, weights_fingerprint
+from awnet.models.sources import expanded_source
 from awnet.nn import unwrapped
 from awnet.nn.copies import copied, own_memory
 from awnet.nn.wrappers import with_wrapper_names
@@ -159,8 +160,9 @@ def train(
         device: "cpu", "cuda", "cuda:1" and so on; by default a GPU if there is one.
         resume: resume the run in ``out``, if there is one; a finished run is only loaded.
         overwrite: delete the run in ``out`` first.
-        teachers: what ``recipe.teachers`` names, (clean, robust) for MTARD: modules, run folders or
-            .safetensors files. If None they are trained first, in ``out/teachers/clean`` and so on.
+        teachers: what ``recipe.teachers`` names, (clean, robust) for MTARD: modules, or sources of
+            :func:`awnet.load_model`. Resuming compares the SHA-256 of their weights. If None they are trained
+            first, in ``out/teachers/clean`` and so on.
         init_from: a run folder or .safetensors file of the same architecture with the initial weights.
         max_minutes: write a checkpoint and stop after so many minutes.
         checkpoint_minutes: minutes between checkpoints within an epoch; there is one after each epoch as
@@ -211,7 +213,7 @@ def train(
     check_environment()
     folder = expanded(out)
     if teachers is not None and not isinstance(teachers, str | Path):
-        teachers = [expanded(one) if isinstance(one, str | Path) else one for one in teachers]
+        teachers = [expanded_source(one) if isinstance(one, str | Path) else one for one in teachers]
     if restarts():
         resume, overwrite = True, False
     with gradients_enabled(), joined(resolve_device(device)) as ranks, ExitStack() as held:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from support.extras import optional
 
 from awnet.cli import main
 
@@ -92,3 +95,38 @@ def test_models_and_images_that_do_not_fit_are_a_one_line_error(
     printed = " ".join(capsys.readouterr().err.split())
     assert message in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("test_resnet", 32),
+        ("test_convnext", 32),
+        ("test_vit", 160),  # the size that its position embedding is for
+        ("test_efficientnet", 32),
+        ("repvgg_a0", 32),
+        ("densenet121", 32),
+    ],
+)
+def test_a_network_of_each_kind_from_timm_is_evaluated(name: str, size: int, place: Path) -> None:
+    optional("timm")
+    import timm
+
+    torch.manual_seed(0)
+    reference = timm.create_model(name, pretrained=False, num_classes=4)
+    torch.save(reference.state_dict(), "w.pt")
+    images = np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
+    np.savez("color.npz", images=images, labels=np.arange(8) % 4)
+    words = [f"timm:{name}", "--weights", "w.pt", "--num-classes", "4", "--data", "color.npz"]
+    words += ["--image-size", str(size), "--mean", "0.5", "--std", "0.25", "--device", "cpu"]
+    assert main(["evaluate", *words, "--attacks", "fgsm", "pgd_sat"]) == 0
+    folder = Path("runs") / f"timm-{name}" / "evaluations" / "default"
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["model"], report["n"]) == (f"timm:{name}", 8)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    with torch.no_grad():
+        right = reference.eval()((x - 0.5) / 0.25).argmax(1) == torch.arange(8) % 4
+    assert report["clean_accuracy"] == right.double().mean()
+    assert report["attacks"]["pgd_sat"]["robust_accuracy"] <= report["clean_accuracy"]

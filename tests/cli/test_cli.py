@@ -168,7 +168,7 @@ def test_version_prints_the_version_and_nothing_else(capsys):
 LEAVES = (
     *("train", "evaluate", "attack", "compare", "reproduce", "analyze filters", "analyze weight-gap", "info"),
     *("bench run", "bench train", "bench verify", "bench plot", "bench table", "bench tune"),
-    *("data download", "data info", "export robustbench", "export program"),
+    *("data download", "data info", "export robustbench", "export program", "export onnx"),
 )
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from awnet.data import image_files, load_dataset
+from awnet.data import Dataset, from_arrays, image_files, load_dataset
+from awnet.data.dataset import hold_out
 
 
 def picture(path: Path, value: int, size: tuple[int, int] = (6, 6)) -> None:
@@ -78,6 +79,33 @@ def test_large_folders_are_decoded_once_and_mapped(tmp_path: Path, monkeypatch: 
     assert cached.stat().st_mtime_ns == written
     picture(tmp_path / "d" / "a" / "0.png", 99)  # another file: another entry
     assert int(load_dataset(str(tmp_path / "d")).test.images[0, 0, 0, 0]) == 99
+
+
+def test_validation_images_of_a_large_folder_are_held_out_without_a_copy_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        picture(tmp_path / "d" / "train" / "ab"[number % 2] / f"{number}.png", number)
+    picture(tmp_path / "d" / "test" / "a" / "0.png", 200)
+    small = load_dataset(str(tmp_path / "d"), seed=3)
+    whole = from_arrays(
+        torch.cat([small.train.images, small.validation.images])[
+            torch.cat([small.train.index, small.validation.index]).argsort()
+        ],
+        torch.arange(30) // 15,
+        split="train",
+        eps=0.1,
+    )
+    for part, expected in zip(small, hold_out(whole, image_files.VALIDATION_FRACTION, 3), strict=False):
+        assert torch.equal(part.index, expected.index)
+        assert torch.equal(part.images, expected.images)
+        assert torch.equal(part.labels, expected.labels)
+    monkeypatch.setattr(image_files, "IN_MEMORY", 0)
+    monkeypatch.setenv("AWNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Dataset, "take", None)  # it would copy
+    large = load_dataset(str(tmp_path / "d"), seed=3)
+    assert [part.fingerprint() for part in large] == [part.fingerprint() for part in small]
+    assert len(list((tmp_path / "cache" / "images").iterdir())) == 3
 
 
 @pytest.mark.parametrize(

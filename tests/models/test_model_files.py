@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.extras import optional
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -19,6 +20,8 @@ from awnet.evaluation import accuracy, evaluate
 from awnet.evaluation.robustbench import Entry, export_robustbench
 from awnet.models import ResNet, create_model, load_model, register_model, save_model
 from awnet.models.registry import _REGISTRY, config_of
+from awnet.models.sources import Adapted
+from awnet.nn import convert
 from awnet.training import recipe_for, train
 
 SLOW = pytest.mark.slow  # torch.compile's import alone takes seconds
@@ -330,3 +333,38 @@ def test_exports_that_rebuild_by_name_refuse_what_was_changed(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"torch\.float64"):
         model("resnet_tiny").double().save_pretrained(tmp_path / "again")
     assert [entry.name for entry in tmp_path.iterdir()] == ["hub"]
+
+
+def converted() -> nn.Module:
+    torch.manual_seed(0)
+    cnn = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 10),
+    )  # fmt: skip
+    return Adapted(convert(cnn), [0.5], [0.2])
+
+
+def test_a_model_of_any_origin_is_saved_and_loaded_into_one_built_alike(tmp_path: Path) -> None:
+    model, path, x = converted(), tmp_path / "a.safetensors", torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    save_model(model, path)
+    assert torch.equal(load_model(path, model=converted())(x), model.eval()(x))
+    with pytest.raises(
+        ValueError, match=r"Adapted, which awnet cannot build.*model=my_model.*--model FILE\.py"
+    ):
+        load_model(path)
+    with pytest.raises(ValueError, match="not built as the one that was saved"):
+        load_model(path, model=Adapted(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), [0.5], [0.2]))
+
+
+def test_a_timm_model_is_saved_and_loaded(tmp_path: Path) -> None:
+    optional("timm")
+    import timm
+
+    model = convert(timm.create_model("resnet10t", num_classes=3, in_chans=1))
+    save_model(model, tmp_path / "a.safetensors")
+    again = convert(timm.create_model("resnet10t", num_classes=3, in_chans=1))
+    x = torch.rand(1, 1, 32, 32)
+    assert torch.equal(load_model(tmp_path / "a.safetensors", model=again)(x), model.eval()(x))

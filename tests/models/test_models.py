@@ -284,8 +284,6 @@ def test_wrappers_are_looked_through(tmp_path):
 
 
 def test_save_refuses_what_could_not_be_rebuilt(tmp_path):
-    with pytest.raises(ValueError, match=r"Linear has no config.*state_dict\(\)"):
-        save_model(nn.Linear(2, 2), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"path must end in \.safetensors, got .*a\.pt"):
         save_model(create_model("resnet_tiny"), tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from support.extras import optional
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from awnet.models import create_model, save_model
+from awnet.models import create_model, load_model, save_model
 from awnet.nn import (
     AdversarialRouter,
     AWConv2d,
@@ -365,8 +365,11 @@ def test_copies_and_state_survive(tmp_path):
     assert torch.equal(twin(x), network(x))
     assert torch.equal(copy.deepcopy(network)(x), network(x))
     assert torch.equal(pickle.loads(pickle.dumps(network))(x), network(x))
-    with pytest.raises(ValueError, match=r"AWNet has no config.*register_model"):
-        save_model(network, tmp_path / "a.safetensors")
+    save_model(network, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"which awnet cannot build.*model=my_model"):
+        load_model(tmp_path / "a.safetensors")
+    loaded = load_model(tmp_path / "a.safetensors", model=convert(Residual(), **ROUTER))
+    assert torch.equal(loaded(x), network(x))
 
 
 def test_tied_weights_stay_tied_and_frozen_ones_frozen():

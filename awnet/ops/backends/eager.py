@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from awnet.ops import coefficients
-from awnet.ops.args import LayerArgs
+from awnet.ops.args import LayerArgs, Saved, unflatten
 from awnet.ops.autograd import OperatorBackend, register
 from awnet.ops.backends.base import Passes, wide_dtype
+from awnet.ops.backends.reference import equations
 from awnet.ops.coefficients import Propagation
 
 
@@ -103,3 +107,17 @@ class Eager(OperatorBackend):
 
     def not_supported(self, args: LayerArgs) -> str | None:
         return None
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The layer's operator of this backend in operators of torch, for exporters; eval mode only.
+
+    A table for ``ExportedProgram.run_decompositions``.
+    """
+    return {torch.ops.awnet.layer_eager.default: _in_torch_operators}
+
+
+def _in_torch_operators(*flat: Any) -> tuple[Tensor, ...]:
+    args, _, _ = unflatten(flat)
+    y = equations(args, scale_outputs=True)
+    return (y, *(y.new_empty(0) for _ in Saved._fields[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from awnet import reference
@@ -19,13 +20,22 @@ class Reference(Backend):
         return "it does not implement process groups" if args.norm and args.norm.process_group else None
 
     def run(self, args: LayerArgs) -> Tensor:
-        return _equations(args).contiguous(memory_format=memory_format(args.input))
+        return equations(args).contiguous(memory_format=memory_format(args.input))
 
 
-def _equations(args: LayerArgs) -> Tensor:
+def equations(args: LayerArgs, *, scale_outputs: bool = False) -> Tensor:
+    """The layer by the paper's equations.
+
+    With ``scale_outputs`` the filter scales multiply the outputs of one convolution for the whole batch. That
+    is equal, since a convolution is linear in its filters, and needs no groups that depend on the batch.
+    """
     conv, norm = args.conv, args.norm
     y = args.input
-    if args.weight is not None:
+    if args.weight is not None and scale_outputs:
+        y = F.conv2d(y, args.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if args.filter_scale is not None:
+            y = y * args.filter_scale.to(y.dtype)[:, :, None, None]
+    elif args.weight is not None:
         y = reference.filter_scaled_conv2d(
             args.input,
             args.weight,
