@@ -40,7 +40,9 @@ class OfficialAttack(Attack):
         targets: target classes of the targeted attacks; at most K - 1, and in L1 at most 5 for ``"apgd_t"``.
         queries: queries of Square.
 
-    In L1, APGD has the standard version's 5 restarts (1 for ``"apgd_t"``) and decreasing radii.
+    In L1, APGD has the standard version's 5 restarts (1 for ``"apgd_t"``) and decreasing radii. On a
+    :class:`Stochastic` model it has the rand version's settings: gradients averaged over ``model.eot``
+    passes, and in L1 one restart and a constant radius.
     """
 
     def __init__(
@@ -61,7 +63,8 @@ class OfficialAttack(Attack):
         self.name = name
         self.steps, self.targets = check_count("steps", steps), check_count("targets", targets)
         self.queries = check_count("queries", queries)
-        self.restarts = L1_RESTARTS if self.norm == "L1" and name in ("apgd_ce", "apgd_dlr") else 1
+        self.large_radii = self.norm == "L1" and not isinstance(model, Stochastic)
+        self.restarts = L1_RESTARTS if self.large_radii and name in ("apgd_ce", "apgd_dlr") else 1
         if self.norm == "L1" and name == "apgd_t":
             self.targets = min(self.targets, L1_TARGETS)
         self.notes: Counter[str] = Counter()
@@ -110,7 +113,7 @@ class OfficialAttack(Attack):
             attack.targeted = True
             return attack
         apgd = shared | {"n_iter": self.steps, "eot_iter": eot_passes(self.model), "rho": 0.75, "logger": log}
-        apgd["use_largereps"] = self.norm == "L1"
+        apgd["use_largereps"] = self.large_radii
         if self.name == "apgd_t":
             return APGDAttack_targeted(predict, n_target_classes=targets, **apgd)
         return APGDAttack(predict, loss=self.name.removeprefix("apgd_"), **apgd)

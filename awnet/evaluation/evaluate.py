@@ -169,7 +169,7 @@ def evaluate(
     run = out if run is None else run
     needed = _attacks_with_teacher(attacks, sanity)
     run_teachers = find_teachers(run, dataset.device, teachers, teacher) if needed else Teachers()
-    surrogates = {name.replace(" ", "_"): module for name, module in (surrogates or {}).items()}
+    surrogates = _check_surrogates(surrogates or {}, dataset, first_images, eot, budget, seed)
     missing = _missing_attacks(module, run_teachers, needed, surrogates, allow_missing)
     ranks = ranks or Ranks(dataset.device)
     selected_on = _selected_on(run) if selected_on is None else selected_on
@@ -341,6 +341,25 @@ def _check_fit(
     dataset = dataset if target is None else dataset.to(target)
     logits = first_logits(model, next(dataset.batches(1)).x, dataset.num_classes, dataset.name)
     return dataset, logits.shape[1]
+
+
+def _check_surrogates(
+    surrogates: Mapping[str, nn.Module],
+    dataset: Dataset,
+    x: Tensor,
+    eot: int | None,
+    budget: BudgetName,
+    seed: int,
+) -> dict[str, nn.Module]:
+    """The surrogates, stochastic ones as :class:`Stochastic`; ValueError for one that does not fit."""
+    checked = {}
+    for name, module in surrogates.items():
+        try:
+            first_logits(module, x[:1], dataset.num_classes, dataset.name)
+        except ValueError as error:
+            raise ValueError(f"surrogate {name}: {error}") from error
+        checked[name.replace(" ", "_")] = examine(module, x, eot=eot, budget=budget, seed=seed).module
+    return checked
 
 
 def _choose_attacks(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from awnet.attacks import FMN, named_attack
 from awnet.attacks.norms import geometry
 from awnet.cli import main
+from awnet.data.dataset import from_arrays
 from awnet.data.threat_model import ThreatModel
-from awnet.evaluation import Report
+from awnet.evaluation import Report, evaluate
 from awnet.evaluation.minimum_norm import accuracy_curve
 from awnet.evaluation.statistics import wilson_interval
 
@@ -170,6 +171,37 @@ def test_the_curve_counts_larger_distances() -> None:
 def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FMN(Linear(), **{"eps": 0.1, **options})  # type: ignore[arg-type]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Limited(nn.Module):
+    def __init__(self, calls: int | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight, self.left = nn.Parameter(torch.randn(4, 16, generator=generator)), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise Interrupted
+        return x.flatten(1) @ self.weight.T
+
+
+def test_an_interrupted_evaluation_resumes_to_the_same_distances(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 1, 4, 4)).astype(np.uint8)
+    data = from_arrays(pixels, np.arange(12) % 4, split="test", eps=0.1)
+    options = {"attacks": ["fmn"], "budget": "smoke", "batch_size": 4}
+    whole = evaluate(Limited(), data, **options)  # type: ignore[arg-type]
+    with pytest.raises(Interrupted):
+        evaluate(Limited(calls=120), data, out=tmp_path, **options)  # type: ignore[arg-type]
+    model = Limited(calls=140)  # fewer than all three batches need
+    parts = evaluate(model, data, out=tmp_path, **options)  # type: ignore[arg-type]
+    assert np.array_equal(parts.per_sample["fmn_distance"], whole.per_sample["fmn_distance"])
+    assert parts.accuracy_by_eps == whole.accuracy_by_eps
 
 
 CODE = """

@@ -123,6 +123,16 @@ def test_train_mode_and_attacks_without_averages_are_flagged() -> None:
     assert any(flag.startswith("own neither averages gradients") for flag in report.flags)
 
 
+def test_surrogates_are_averaged_too_and_must_fit() -> None:
+    data, surrogates = images(), {"noisy one": Noisy(), "plain": Noisy(0.0)}
+    report = evaluate(Noisy(0.0), data, ["transfer-fgsm"], budget="smoke", surrogates=surrogates)
+    members = report.attacks["transfer-fgsm"].settings["members"]
+    assert members["noisy_one"]["settings"]["eot"] == 2
+    assert "eot" not in members["plain"]["settings"]
+    with pytest.raises(ValueError, match=r"surrogate wide: the model failed on images \[1, 1, 6, 6\]"):
+        evaluate(Noisy(0.0), data, ["transfer-fgsm"], surrogates={"wide": nn.Conv2d(3, 3, 1)})
+
+
 def test_the_command_line_detects_a_stochastic_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
