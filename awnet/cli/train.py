@@ -78,6 +78,11 @@ class Train(ImportOption):
     """Settings of the model as NAME=VALUE …, such as bn=one."""
     limit: Maybe[int] = None
     """Train on at most this many images, stratified by class."""
+    extra_data: Maybe[Path] = None
+    """.npz file of extra training images, generated or pseudo-labeled: image uint8 [M, H, W, C] and label
+    [M], written by numpy.savez. It is read batch by batch."""
+    extra_fraction: Number = None
+    """Share of each batch that comes from --extra-data, above 0 and at most 1. Default: 0.7."""
     init_from: Maybe[Path] = None
     """Start from the weights of this run or .safetensors file; the model must be the same."""
     eps: Number = None
@@ -102,6 +107,7 @@ class Train(ImportOption):
 
     @early_signals.noted()
     def run(self, console: Console) -> None:
+        from awnet.data import with_extra
         from awnet.distributed import is_first
         from awnet.models.user_code import is_function
         from awnet.scalars import check_integer
@@ -127,6 +133,11 @@ class Train(ImportOption):
         if self.limit is not None:
             limit = check_integer("limit", self.limit, 1)
             splits = splits._replace(train=splits.train.subset(limit))
+        if self.extra_data is not None:
+            fraction = 0.7 if self.extra_fraction is None else self.extra_fraction
+            splits = splits._replace(train=with_extra(splits.train, self.extra_data, fraction))
+        elif self.extra_fraction is not None:
+            raise ValueError("--extra-fraction needs --extra-data")
         name = self.model or recipe.network or ("awnet_tiny" if self.data == "digits" else "awnet_resnet18")
         label = name.rpartition(":")[2]
         out = self.out or Path("runs") / f"{splits.train.name}-{label}-{recipe.title}-{self.seed}"

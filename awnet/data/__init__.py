@@ -1,7 +1,7 @@
 """Data sets as uint8 tensors: splits, threat models, batches on the device, downloads with checksums."""
 
 from awnet.data.checks import check_images, check_labels
-from awnet.data.dataset import Augmentation, Batch, Dataset, Memory, Splits, from_arrays
+from awnet.data.dataset import Augmentation, Batch, Dataset, Memory, Splits, from_arrays, with_extra
 from awnet.data.downloads import download
 from awnet.data.registry import list_datasets, load_dataset
 from awnet.data.threat_model import NORMS, Norm, ThreatModel, check_norm
@@ -22,4 +22,5 @@ __all__ = [
     "from_arrays",
     "list_datasets",
     "load_dataset",
+    "with_extra",
 ]

@@ -54,9 +54,9 @@ def transformed(
     return x
 
 
-def partners(index: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """The row of the image that is mixed into each of a data set's images, int64 [N], by its index [N]."""
-    return (rng.bits(rng.key(seed, "augmentation", "partner", epoch), index, ()) >> 1) % len(index)
+def partners(index: Tensor, images: int, *, seed: int, epoch: int) -> Tensor:
+    """The rows, in a data set of ``images``, of what is mixed into the images of ``index``; int64 [N]."""
+    return (rng.bits(rng.key(seed, "augmentation", "partner", epoch), index, ()) >> 1) % images
 
 
 def mixed(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from awnet import rng
 from awnet.data.augmentation import OperationName, check_operations, mixed, partners, transformed
 from awnet.data.checks import check_labels
+from awnet.data.extra import FIRST_INDEX, ExtraImages, load_extra
 from awnet.data.threat_model import Norm, ThreatModel
 from awnet.defaults import standard_defaults
 from awnet.scalars import check_flag, check_integer, plain
@@ -70,6 +72,7 @@ class Dataset:
     index: int64 [N], each sample's global index: its position in the published order, in any split.
         Shuffling, augmentation and the noise of attacks are keyed by it.
     source: a description of where the images came from, for reports.
+    extra: images of a file that replace a share of the images in augmented batches, see :func:`with_extra`.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Dataset:
     threat_model: ThreatModel
     augmentation: Augmentation
     source: str
+    extra: ExtraImages | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
@@ -227,12 +231,19 @@ class Dataset:
         stop = len(self) - batch_size + 1 if drop_last else len(self)
         firsts = range(start * batch_size, stop, batch_size)
 
+        extra = self.extra if augment else None
+        if extra is not None:
+            order = self._with_extra_rows(order.cpu(), extra, seed, epoch)
+
         def chunks(order: Tensor) -> list[Tensor]:
             return [order[i : i + batch_size][part[0] :: part[1]] for i in firsts]
 
         # small tensors, for the whole epoch at once
         labels, index = self.labels.to(device), self.index.to(device)
-        moves = _moves(index, self.augmentation, seed, epoch) if augment else None
+        moves = _moves(index, self.augmentation, seed, epoch) if augment and extra is None else None
+        if extra is not None:
+            labels = torch.cat([labels, extra.labels.to(device)])
+            index = torch.cat([index, FIRST_INDEX + torch.arange(len(extra), device=device)])
         operations = self.augmentation.operations if augment else ()
         # a tensor on the device: CUDA multiplies by the reciprocal of a Python number, which differs from the
         # CPU's quotient in the last bit
@@ -243,8 +254,11 @@ class Dataset:
             for rows, pixels in zip(
                 chunks(order.to(device)), self._pixels(chunks(order), device), strict=True
             ):
-                if moves is not None:
-                    pixels = _moved(pixels, moves[rows], self.augmentation)
+                here = None if moves is None else moves[rows]
+                if extra is not None:  # too many images to draw for all of them
+                    here = _moves(index[rows], self.augmentation, seed, epoch)
+                if here is not None:
+                    pixels = _moved(pixels, here, self.augmentation)
                 x = pixels / scale
                 yield rows, transformed(x, index[rows], operations, seed=seed, epoch=epoch)
 
@@ -252,18 +266,42 @@ class Dataset:
             for rows, x in images(order):
                 yield Batch(x, labels[rows], index[rows])
             return
-        other_order = partners(self.index, seed=seed, epoch=epoch)[order]
+        keys = self.index.to(order.device)[order.clamp(max=len(self) - 1)]
+        keys = torch.where(order < len(self), keys, FIRST_INDEX + order - len(self))
+        other_order = partners(keys, len(self), seed=seed, epoch=epoch)
         for (rows, x), (others, other) in zip(images(order), images(other_order), strict=True):
             x, y = mixed(
                 x, labels[rows], other, labels[others], index[rows], self.num_classes, seed=seed, epoch=epoch
             )
             yield Batch(x, y, index[rows])
 
+    def _with_extra_rows(self, order: Tensor, extra: ExtraImages, seed: int, epoch: int) -> Tensor:
+        """The rows of an epoch; those of extra images follow the data set's own, from ``len(self)``."""
+        is_extra = extra.is_extra(len(order))
+        number = int(is_extra.sum())
+        mixed_order = order.clone()
+        mixed_order[~is_extra] = order[: len(order) - number]
+        mixed_order[is_extra] = len(self) + extra.drawn(number, seed, epoch)
+        return mixed_order
+
     def _pixels(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """uint8 [B, C, H, W] on ``device`` for each chunk of row numbers."""
-        if _resident(self.images, device):
-            yield from (self.images[rows] for rows in chunks)
+        """uint8 [B, C, H, W] on ``device`` for each chunk of row numbers, also those of extra images."""
+        extra, size = self.extra, len(self)
+        if extra is None or not any((rows >= size).any() for rows in chunks):
+            yield from self._own_pixels(chunks, device)
             return
+        own = [rows[rows < size] for rows in chunks]
+        others = [rows[rows >= size] - size for rows in chunks]
+        sources = self._own_pixels(own, device), _prefetched(extra.pixels, others, device)
+        for rows, one, other in zip(chunks, *sources, strict=True):
+            pixels = one.new_empty(len(rows), *one.shape[1:])
+            for part, here in ((one, rows < size), (other, rows >= size)):
+                pixels[here.nonzero()[:, 0].to(device)] = part
+            yield pixels
+
+    def _own_pixels(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        if _resident(self.images, device):
+            return (self.images[rows.to(self.images.device)] for rows in chunks)
 
         def gather(rows: Tensor) -> Tensor:
             shape = (len(rows), *self.images.shape[1:])
@@ -271,13 +309,20 @@ class Dataset:
             staged = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             return torch.index_select(self.images, 0, rows, out=staged)
 
-        with ThreadPoolExecutor(1) as pool:
-            pending = [pool.submit(gather, rows) for rows in chunks[:1]]
-            for number in range(len(chunks)):
-                staged = pending.pop().result()
-                if number + 1 < len(chunks):
-                    pending.append(pool.submit(gather, chunks[number + 1]))
-                yield staged.to(device, non_blocking=True)
+        return _prefetched(gather, chunks, device)
+
+
+def _prefetched(
+    gather: Callable[[Tensor], Tensor], chunks: Sequence[Tensor], device: torch.device
+) -> Iterator[Tensor]:
+    """``gather(rows)`` of each chunk, on ``device``; a thread gathers the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = [pool.submit(gather, rows) for rows in chunks[:1]]
+        for number in range(len(chunks)):
+            staged = pending.pop().result()
+            if number + 1 < len(chunks):
+                pending.append(pool.submit(gather, chunks[number + 1]))
+            yield staged.to(device, non_blocking=True)
 
 
 def _resident(images: Tensor, device: torch.device) -> bool:
@@ -345,6 +390,28 @@ def stratified(labels: Tensor, index: Tensor, n: int, key: int) -> tuple[Tensor,
     chosen = torch.zeros(len(label), dtype=torch.bool)
     chosen[grouped] = rank < floor[label[grouped]]
     return chosen.nonzero()[:, 0].to(labels.device), (~chosen).nonzero()[:, 0].to(labels.device)
+
+
+def with_extra(dataset: Dataset, path: str | Path, fraction: float = 0.7) -> Dataset:
+    """``dataset`` whose augmented batches take a share ``fraction`` of their images from a file.
+
+    The file is an ``.npz`` of ``numpy.savez`` with ``image`` uint8 [M, H, W, C] (or [M, C, H, W]), in the
+    data set's levels, and ``label`` [M], as Wang et al. (ICML 2023) release generated images. It is mapped,
+    not read. An epoch has ``len(dataset)`` images as before, drawn without replacement from both; fewer extra
+    images than an epoch takes are an error.
+    """
+    channels, height, width = dataset.images.shape[1:]
+    extra = load_extra(path, fraction, (channels, height, width), dataset.num_classes)
+    if (largest := extra.sample().max()) > dataset.max_value:
+        raise ValueError(
+            f"{extra.source} has pixels up to {largest}, those of {dataset.name} go up to {dataset.max_value}"
+        )
+    if (needed := extra.count(len(dataset))) > len(extra):
+        raise ValueError(
+            f"{extra.source} has {len(extra):,} images, fewer than the {needed:,} that an epoch takes: lower "
+            f"extra_fraction, {fraction:g}"
+        )
+    return replace(dataset, extra=extra)
 
 
 def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

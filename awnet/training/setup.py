@@ -135,6 +135,7 @@ def describe_splits(splits: Splits) -> dict[str, Any]:
         "source": train.source,
         "eps": train.threat_model.eps,
         "augmentation": {"shift": train.augmentation.shift, "flip": train.augmentation.flip},
+        "extra": None if train.extra is None else train.extra.describe(),
         "sizes": {name: len(part) for name, part in splits._asdict().items()},
         "fingerprints": {name: part.fingerprint() for name, part in splits._asdict().items()},
     }

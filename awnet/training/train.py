@@ -263,6 +263,10 @@ def train(
         place = held.enter_context(RunFolder(folder, reporter.say)) if ranks.rank == 0 else None
 
         images = f"{len(splits.train):,} training images of {splits.train.name}"
+        if (extra := splits.train.extra) is not None:
+            images += (
+                f", {100 * extra.fraction:g} % of each batch from {len(extra):,} images of {extra.source}"
+            )
         trained = f"recipe {recipe.title}, {recipe.epochs} epochs, {numerics(recipe, where)}, seed {seed}"
         reporter.say(in_one_line(model, images, splits.train.threat_model.eps, trained=trained))
         if recipe.teachers and given is None:

@@ -135,11 +135,11 @@ def test_cutmix_puts_a_box_of_another_image_and_mixes_the_labels_by_pixels() -> 
 
 
 def test_any_image_is_a_partner() -> None:
-    rows = partners(torch.arange(1000), seed=0, epoch=0)
+    rows = partners(torch.arange(1000), 1000, seed=0, epoch=0)
     assert rows.min() >= 0
     assert rows.max() < 1000
     assert len(rows.unique()) > 600  # 1 − 1/e of them on average
-    assert not torch.equal(rows, partners(torch.arange(1000), seed=0, epoch=1))
+    assert not torch.equal(rows, partners(torch.arange(1000), 1000, seed=0, epoch=1))
 
 
 def test_mixed_batches_are_the_same_on_any_number_of_ranks_and_where_images_are_stored() -> None:
