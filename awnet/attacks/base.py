@@ -147,7 +147,7 @@ class Attack(ABC):
 
     @abstractmethod
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        """The attack, on checked arguments and a frozen model; does not synchronize with the host.
+        """The attack, on checked arguments and a frozen model.
 
         ``largest_label`` is ``y.max()`` as a Python number. Call the model through :meth:`logits`, which
         compares it with K. If a gradient is not finite the result must be NaN.

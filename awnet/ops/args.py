@@ -3,7 +3,7 @@
 :class:`LayerArgs` describes one call of y = act(conv(input, weight) · scale + shift + residual); every
 backend takes it. The operators of ``torch.library`` take flat arguments: ``FORWARD_SCHEMA`` and
 ``BACKWARD_SCHEMA`` name them, and ``flatten``, ``unflatten``, ``flatten_backward`` and ``unflatten_backward``
-convert, here and nowhere else in Python (``csrc/layer.cpp`` reads the same schemas).
+convert, here and nowhere else in Python (``csrc/autograd.cpp`` reads the same schemas).
 """
 
 from __future__ import annotations

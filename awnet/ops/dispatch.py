@@ -24,8 +24,8 @@ from awnet.ops.backends.reference import Reference
 from awnet.ops.backends.triton import Triton
 from awnet.ops.transforms import transform
 
-# In order of preference. Outside a CUDA graph cuda ran single layers 1.3 to 4.2 times as fast as triton, in
-# the median 2.6 times, in the 62 rows of benchmarks/results/nvidia-h200.csv. Frozen networks: select_network.
+# In order of preference. In the 62 rows of benchmarks/results/nvidia-h200.csv, outside a CUDA graph, cuda ran
+# single layers 1.3 to 4.2 times (median 2.6) as fast as triton. Frozen networks: select_network.
 BACKENDS: tuple[Backend, ...] = (Cuda(), Triton(), Cpp(), Eager(), Reference())
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
@@ -36,7 +36,7 @@ def _named(name: object, source: str) -> Backend:
     if not isinstance(name, str):
         raise TypeError(f"{source} must be a backend's name or None, got {type(name).__name__}")
     if name not in _BY_NAME:
-        raise ValueError(f"{source} names no backend: {name!r}; there are {', '.join(_BY_NAME)}")
+        raise ValueError(f"{source}: unknown backend {name!r}; available are {', '.join(_BY_NAME)}")
     return _BY_NAME[name]
 
 
@@ -77,7 +77,7 @@ def _reason(backend: Backend, args: LayerArgs, transformed: str | None) -> str |
 def select(args: LayerArgs, backend: str | None) -> Backend:
     """The backend that runs ``args``.
 
-    Raises ValueError where no backend supports the call, or the named one is unknown or does not support it.
+    Raises ValueError if no backend supports the call, or the named one is unknown or does not support it.
     """
     transformed = transform(args.tensors())
     source = "backend"
@@ -97,17 +97,17 @@ def select(args: LayerArgs, backend: str | None) -> Backend:
     reason = _reason(chosen, args, transformed)
     if reason is not None:
         able = [one.name for one in BACKENDS if _reason(one, args, transformed) is None]
-        others = f"{able[0]!r} can" if able else "no other can"
-        raise ValueError(f"{source} {chosen.name!r} cannot run this call, {others}: {reason}")
+        others = f"{able[0]!r} can run it" if able else "no other backend can run it"
+        raise ValueError(f"{source} {chosen.name!r} cannot run this call: {reason}; {others}")
     return chosen
 
 
 def select_network(args: LayerArgs, backend: str | None) -> Backend:
     """The backend that runs a frozen network with layers like ``args``; raises as :func:`select`.
 
-    Where no backend is named, ``triton`` comes before ``cuda``. Attacks replay frozen networks as CUDA
-    graphs, in which the host's time, where cuda was better, does not count.
-    benchmarks/results/nvidia-h200-train.csv was measured so; cuda in a graph is not measured.
+    If no backend is requested, ``triton`` comes before ``cuda``. Attacks replay frozen networks as CUDA
+    graphs, in which the time of the host does not matter, and the advantage of cuda was time of the host.
+    benchmarks/results/nvidia-h200-train.csv was measured with triton; cuda in a graph was not measured.
     """
     chosen = select(args, backend)
     if chosen.name == "cuda" and backend is None and chosen_backend() is None:
@@ -119,7 +119,7 @@ def select_network(args: LayerArgs, backend: str | None) -> Backend:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that would run a call, and for each other one, in order of preference, why it would not.
+    """The backend that would run a call, and for each other backend the reason why it is not used.
 
     ``amx`` is set for bfloat16 calls on the ``cpp`` backend: whether a frozen network of such layers runs on
     AMX tiles, or why not.
@@ -128,7 +128,7 @@ class Explanation:
     backend: str
     others: dict[str, str]
     amx: str | None = None
-    self_check: str | None = None  # its result for the backend, where it has one
+    self_check: str | None = None  # the result of the backend's self-check, if there is one
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: runs this call ({_BY_NAME[self.backend].summary})"]
@@ -136,7 +136,7 @@ class Explanation:
             lines.append(self.self_check)
         if self.amx is not None:
             lines.append(f"in a frozen network: {self.amx}")
-        lines += [f"{name}: not taken, {reason}" for name, reason in self.others.items()]
+        lines += [f"{name}: not used, {reason}" for name, reason in self.others.items()]
         return "\n".join(lines)
 
 
@@ -148,7 +148,7 @@ def explain_call(args: LayerArgs, backend: str | None) -> Explanation:
         if candidate is not taken:
             reason = _reason(candidate, args, transformed)
             others[candidate.name] = reason or (
-                "another one was named"
+                "another backend was requested"
                 if BACKENDS.index(candidate) < BACKENDS.index(taken)
                 else f"it could run it, but {taken.name} is preferred"
             )
@@ -163,7 +163,7 @@ def _on_tiles(args: LayerArgs) -> str | None:
     if obstacle is not None:
         return f"not on AMX tiles, {obstacle}"
     if args.conv.groups != 1:
-        return "not on AMX tiles, which run no grouped convolutions"
+        return "not on AMX tiles, which do not support grouped convolutions"
     return "on AMX tiles" + (" (emulated)" if amx.mode() == "emulate" else "")
 
 

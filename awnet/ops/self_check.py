@@ -4,7 +4,7 @@ It runs once per backend and kind of device, at the first call that could take t
 compiled, launched and read back; then every pass and every coefficient function is compared with ``eager`` in
 float64 on the same device: both layouts, three dtypes, shapes that are vectorized, ragged and split, with
 masks, residuals, NaN and in place. Each case runs twice with equal bits, between guard bands. A backend that
-fails is not taken, and the reason is given.
+fails is not used, and the reason is given.
 
 The result is stored in the user's cache folder, under a hash of everything that it depends on. A
 kernel that cannot be compiled or launched at all is tried again by the next process. Calls that torch.compile

@@ -78,7 +78,7 @@ def test_a_named_backend_runs_the_call_or_raises_with_its_reason() -> None:
         if reason is None:
             assert select(args, backend.name) is backend
         else:
-            with pytest.raises(ValueError, match="cannot run this call, 'eager' can") as error:
+            with pytest.raises(ValueError, match=r"cannot run this call: .*; 'eager' can run it") as error:
                 select(args, backend.name)
             assert reason in str(error.value)
 

@@ -226,7 +226,9 @@ def test_an_empty_batch_gives_an_empty_output(backend: str) -> None:
 @each_backend
 def test_unsupported_calls_are_refused_by_name(backend: str) -> None:
     layer = on_device(example(False, 4, 5))
-    with pytest.raises(ValueError, match=f"'{backend}' cannot run this call, 'eager' can: it has no float64"):
+    with pytest.raises(
+        ValueError, match=f"'{backend}' cannot run this call: it has no float64.*'eager' can run it"
+    ):
         run(layer, backend=backend)
 
 

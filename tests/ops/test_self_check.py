@@ -1,4 +1,4 @@
-"""The self-check: a backend whose kernels fail is not taken, and says why. With real kernels: tests/kernels/."""
+"""The self-check: a backend whose kernels fail is not used, and says why. With real kernels: tests/kernels/."""
 
 from __future__ import annotations
 
