@@ -176,7 +176,9 @@ def main() -> int:
     committed = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
     if "--update" in sys.argv[1:]:
         committed[version] = measured
-        RESOURCES.write_text(json.dumps(committed, indent=1) + "\n")
+        # one line per kernel
+        text = re.sub(r"{\s+(\"registers.*),\s+(.*),\s+(.*)\s+}", r"{\1, \2, \3}", json.dumps(committed, indent=1))
+        RESOURCES.write_text(text + "\n")
         PAGE.write_text(page)
     wrong = faults(measured, committed.get(version, {}))
     print("\n".join(wrong), file=sys.stderr)
