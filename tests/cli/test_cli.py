@@ -769,9 +769,9 @@ def test_the_command_runs_as_a_program(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "COLUMNS": "100"}
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
 
-    good = awnet("data", "info", "digits")
+    good = awnet("--version")  # without the seconds that importing torch takes
     assert good.returncode == 0
-    assert "threat model: L-infinity" in good.stdout
+    assert good.stdout == f"awnet {__version__}\n"
     bad = awnet("evaluate", "nowhere")
     assert bad.returncode == 2
     assert bad.stdout == ""

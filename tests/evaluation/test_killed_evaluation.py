@@ -13,19 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.killed_evaluation import assert_same_evaluation, evaluate_gated
+from support.processes import start
 
 from awnet.data import load_dataset
 from awnet.models import create_model, save_model
 
-EVALUATE = """
-import sys, torch
-torch.set_num_threads(int(sys.argv[2]))
-from support.killed_evaluation import evaluate_gated
-evaluate_gated(sys.argv[1])
-"""
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def start(words: list[str]) -> subprocess.Popen[bytes]:
+def run_python(words: list[str]) -> subprocess.Popen[bytes]:
     """This Python with ``words``, which finds the tests' own modules."""
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
     quiet = subprocess.DEVNULL
@@ -36,17 +32,16 @@ def test_an_evaluation_killed_once_resumes(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     evaluate_gated(whole)
     state = killed / "evaluations" / "default" / "state"
-    process = start(["-c", EVALUATE, str(killed), str(torch.get_num_threads())])
+    process = start(evaluate_gated, killed)
     try:
         while not list(state.glob("*/*.safetensors")):  # the kill falls between two writes, or within one
-            assert process.poll() is None, "it ended before it could be killed"
+            assert process.is_alive(), "it ended before it could be killed"
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert state.is_dir()
     assert not (killed / "report.json").exists()
     evaluate_gated(killed)
@@ -69,12 +64,12 @@ def test_an_evaluation_killed_repeatedly_from_the_command_line_resumes(tmp_path:
         words += ["--queries", "20", "--attacks", "pgd_sat", "aa", "union"]
         return ["-m", "awnet", "evaluate", str(tmp_path / name / "model.safetensors"), *words]
 
-    assert start(command("whole")).wait() == 0
+    assert run_python(command("whole")).wait() == 0
     kills = 0
     state = tmp_path / "killed" / "evaluations" / "default" / "state"
     for attempt in range(5):
         before = len(list(state.glob("*/*.safetensors")))
-        process = start(command("killed"))
+        process = run_python(command("killed"))
         if attempt < 4:
             while process.poll() is None and len(list(state.glob("*/*.safetensors"))) <= before:
                 time.sleep(0.02)

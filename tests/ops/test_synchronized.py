@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from support.processes import start
 from support.random_layers import DIFFERENTIABLE, Layer, build, error
 from torch import Tensor
 
@@ -109,7 +109,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("torch has no gloo")
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(rank, (str(folder),), nprocs=2, start_method="spawn")
+    processes = [start(rank, number, str(folder), output=folder / f"{number}.txt") for number in range(2)]
+    for number, process in enumerate(processes):
+        process.join()
+        assert process.exitcode == 0, (folder / f"{number}.txt").read_text()
     return [torch.load(folder / f"{number}.pt") for number in range(2)]
 
 

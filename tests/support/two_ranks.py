@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from awnet.distributed import joined
+
+from .processes import start
 
 
 def free_port() -> int:
@@ -23,7 +24,6 @@ def free_port() -> int:
 
 
 def _work(rank: int, size: int, port: int, jobs: list[Callable[..., Any]], folder: Path) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined(torch.device("cpu")) as ranks:
@@ -33,7 +33,11 @@ def _work(rank: int, size: int, port: int, jobs: list[Callable[..., Any]], folde
 
 
 def on_two_ranks(jobs: list[Callable[..., Any]], folder: Path) -> dict[str, list[Any]]:
-    mp.spawn(_work, (2, free_port(), jobs, folder), nprocs=2)
+    port = free_port()
+    ranks = [start(_work, rank, 2, port, jobs, folder, output=folder / f"{rank}.txt") for rank in range(2)]
+    for rank, process in enumerate(ranks):
+        process.join()
+        assert process.exitcode == 0, (folder / f"{rank}.txt").read_text()
     return {
         job.__name__: [torch.load(folder / f"{job.__name__}-{rank}.pt") for rank in range(2)] for job in jobs
     }

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from support.processes import context, start
 from torch import nn
 
 from awnet import early_signals, files
@@ -297,23 +298,21 @@ def test_training_continues_while_a_checkpoint_is_written(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
+def train_until_sigterm(run: Path) -> None:
+    stop_at(2, terminate)
+    go(run, quiet=False)
+
+
 def test_sigterm_saves_and_another_process_resumes(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGTERM: the exit status says so, the message says how to resume, and another process resumes."""
-    code = f"""
-        import sys
-        sys.path[:0] = {IMPORT_PATH}
-        import torch, test_checkpoint as t
-        torch.set_num_threads(1)
-        t.stop_at(2, t.terminate)
-        t.go(t.Path({str(tmp_path / "run")!r}), quiet=False)
-        """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    stopped = subprocess.run(command, capture_output=True, text=True)
-    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-    assert "finishing the step" in stopped.stdout
-    assert "with --resume" in stopped.stdout
+    stopped = start(train_until_sigterm, tmp_path / "run", output=tmp_path / "printed.txt")
+    stopped.join()
+    printed = (tmp_path / "printed.txt").read_text()
+    assert stopped.exitcode == 128 + signal.SIGTERM, printed
+    assert "finishing the step" in printed
+    assert "with --resume" in printed
     stop_at(None)
     assert go(tmp_path / "run", resume=True, quiet=False).finished
     assert "after step 2" in capsys.readouterr().out
@@ -748,28 +747,23 @@ def test_an_outdated_state_is_an_error_that_names_its_version(tmp_path: Path, pa
 
 # --- two processes, one folder
 
-TRAINS = """
-    import sys
-    sys.path[:0] = {tests}
-    import test_checkpoint as t
-    t.torch.set_num_threads(1)
 
-    t.stop_at(2, lambda: (print("under way", flush=True), sys.stdin.readline()))
-    t.go(t.Path({run!r}), quiet=True)
-    """
+def train_and_wait(run: Path, reached: Event) -> None:
+    def wait() -> None:
+        reached.set()
+        time.sleep(1000)
+
+    stop_at(2, wait)
+    go(run)
 
 
 def test_a_second_process_is_refused_while_the_first_trains(uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code = textwrap.dedent(TRAINS).format(tests=IMPORT_PATH, run=str(run))
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "under way\n"
-        while not C.states(run):  # its first state is written in the background
-            assert first.poll() is None
-            time.sleep(0.01)
+    reached = context.Event()
+    first = start(train_and_wait, run, reached)
+    try:
+        while not reached.wait(0.01) or not C.states(run):  # its first state is written in the background
+            assert first.is_alive()
         before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
         for options in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(
@@ -781,7 +775,9 @@ def test_a_second_process_is_refused_while_the_first_trains(uninterrupted: Path,
         with pytest.raises(FileExistsError, match="already holds a run"):
             go(run)
         assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    finally:
         first.kill()  # which leaves no lock behind
+        first.join()
     stop_at(None)
     assert go(run, resume=True).finished
     assert_same_run(uninterrupted, run)
@@ -1052,55 +1048,59 @@ def test_a_run_survives_a_disk_that_is_full_for_a_while(
     assert_same_run(uninterrupted, tmp_path / "run")
 
 
-FULL = """
-    import resource, sys
-    sys.path[:0] = {tests}
-    import torch, test_checkpoint as t
-    torch.set_num_threads(1)
-    t.stop_at(None)
-    t.go(t.Path({run!r}), max_minutes=1e-9, quiet=True)  # a run with a whole checkpoint of its first step
-    {fill}
+def train_without_room(run: Path, limit: bool) -> None:
+    """Resumes a run with a whole checkpoint of its first step, where no further one can be written."""
+    stop_at(None)
+    go(run, max_minutes=1e-9)
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # EFBIG, from the system itself
+    else:
+        free = os.statvfs(run).f_bavail * os.statvfs(run).f_bsize
+        (run.parent / "ballast").write_bytes(bytes(free - 8192))
     try:
-        t.go(t.Path({run!r}), resume=True, quiet=False)
+        go(run, resume=True, quiet=False)
     except OSError as error:
         print("at the end:", error)
-    state = t.C.load_state({run!r})
-    print("state of step", state["step"])
-    print("left behind:", [path.name for path in t.Path({run!r}).rglob("*.tmp")])
-    """
+    print("state of step", C.load_state(run)["step"])
+    print("left behind:", [path.name for path in run.rglob("*.tmp")])
 
-LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # EFBIG, from the system itself"
-FILL = """
-    with open(t.Path({run!r}).parent / "ballast", "wb") as file:  # all but 8 KiB of what there is
-        import os
-        free = os.statvfs(t.Path({run!r})).f_bavail * os.statvfs(t.Path({run!r})).f_bsize
-        file.write(bytes(free - 8192))
-    """
+
+FULL = """
+import sys
+sys.path[:0] = {path}
+import test_checkpoint as t
+t.torch.set_num_threads(1)
+t.train_without_room(t.Path({run!r}), limit=False)
+"""
 
 
 @pytest.mark.parametrize("how", ["a limit of the system", "a full file system"])
 def test_a_run_without_room_to_save_trains_to_its_end(uninterrupted: Path, tmp_path: Path, how: str) -> None:
     """The system refuses in earnest: the run trains to its end, says so, and its old checkpoint is whole."""
-    run, tests = str(tmp_path / "disk" / "run"), IMPORT_PATH
-    (tmp_path / "disk").mkdir()
-    fill = (FILL if how == "a full file system" else LIMIT).format(run=run).strip()
-    code = textwrap.dedent(FULL).format(run=run, tests=tests, fill=textwrap.dedent(fill))
-    (tmp_path / "job.py").write_text(code)
-    command = [sys.executable, str(tmp_path / "job.py")]
-    if how == "a full file system":
+    run, text = tmp_path / "disk" / "run", tmp_path / "printed.txt"
+    run.parent.mkdir()
+    if how == "a limit of the system":
+        process = start(train_without_room, run, True, output=text)
+        process.join()
+        assert process.exitcode == 0, text.read_text()
+        printed = text.read_text()
+    else:
+        (tmp_path / "job.py").write_text(FULL.format(path=IMPORT_PATH, run=str(run)))
+        command = [sys.executable, str(tmp_path / "job.py")]
         mount = f"mount -t tmpfs -o size=2m none {shlex.quote(str(tmp_path / 'disk'))}"
         if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
             pytest.skip("this system lets nobody mount a small file system")
         command = ["unshare", "-rm", "sh", "-c", f"{mount} && {shlex.join(command)}"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert "warning: a checkpoint could not be written" in found.stdout
-    assert "at the end: the checkpoint of step 12 could not be written" in found.stdout
-    assert "state of step 1\n" in found.stdout
-    assert "left behind: []" in found.stdout
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    assert "warning: a checkpoint could not be written" in printed
+    assert "at the end: the checkpoint of step 12 could not be written" in printed
+    assert "state of step 1\n" in printed
+    assert "left behind: []" in printed
     if how == "a limit of the system":  # the other disk is gone with its name space
-        assert go(Path(run), resume=True).finished
-        assert_same_run(uninterrupted, Path(run))
+        assert go(run, resume=True).finished
+        assert_same_run(uninterrupted, run)
 
 
 def test_log_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
@@ -1168,15 +1168,12 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> N
     stop_at(None)
     whole, steps = tmp_path / "whole", LONG.epochs * STEPS
     go(whole, LONG)
-    context = multiprocessing.get_context("forkserver")  # whose processes start at once, and without threads
-    context.set_forkserver_preload(["torch", "awnet.training", "pytest"])
     chance, stages, torn = random.Random(), [], 0
     for number in range(20):
         run, killed = tmp_path / f"run {number}", False
         while not killed:  # the rare one that ends before its moment comes begins anew
             shutil.rmtree(run, ignore_errors=True)
-            process = context.Process(target=in_a_process, args=(run,))
-            process.start()
+            process = start(in_a_process, run)
             after, writing = chance.randrange(-1, steps - 1), number % 2 == 1
             while process.is_alive() and newest(run) < after:
                 time.sleep(0.001)

@@ -818,7 +818,7 @@ def test_awnet_learns_digits_and_its_router_tells_attacks(tmp_path: Path) -> Non
     from awnet.evaluation import evaluate
 
     splits = load_dataset("digits")
-    recipe = recipe_for("pgd_at", "digits", epochs=5)
+    recipe = recipe_for("pgd_at", "digits", epochs=4, attack_steps=3)
     result = train(recipe, create_model("awnet_tiny", in_channels=1), splits, tmp_path, quiet=True)
     assert result.validation["clean_accuracy"] > 0.9
     report = evaluate(result.model, splits.test, ["pgd_sat"], limit=200)
