@@ -76,7 +76,8 @@ test-slow: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m slow $(TESTS)
 
 # what Windows runs: the import, and tests that need neither POSIX signals nor a compiler
-PURE := $(addprefix tests/,project/test_repository.py nn/test_nn.py nn/test_convert.py models/test_models.py \
+PURE := $(addprefix tests/,project/test_repository.py nn/test_nn.py nn/test_convert.py \
+	nn/test_convert_custom_modules.py nn/test_convert_refusals.py models/test_models.py \
 	attacks/test_attacks.py test_rng.py evaluation/test_paper_rows.py)
 test-import: $(READY)
 	$(BIN)/python -X importtime -c "import awnet" 2>/dev/null
