@@ -172,7 +172,7 @@ step_values() {
 }
 
 step_graphs() {
-  local tests=(tests/attacks/test_graphed.py tests/training/test_step.py)
+  local tests=(tests/attacks/test_graphed.py tests/training/test_step.py tests/training/test_captured_step.py)
   if on_gpu; then
     pytest -v -m gpu "${tests[@]}"
   else

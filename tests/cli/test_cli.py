@@ -1,29 +1,20 @@
-import hashlib
 import inspect
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-from support.cifar_files import write_cifar10
-from support.http_server import Server, tar_of
+from support.trained_run import TRAIN, fails
 
 from awnet import __version__
-from awnet.attacks import list_attacks, named_attack
-from awnet.cli import EXPECTED, main
+from awnet.attacks import named_attack
+from awnet.cli import main
 from awnet.cli.options import number, parse_options
-from awnet.cli.run_options import RunOptions
 from awnet.data import Splits, from_arrays, list_datasets, load_dataset
 from awnet.evaluation import Report
-from awnet.models import create_model, list_models, load_model, save_model
+from awnet.models import create_model, load_model, save_model
 from awnet.reproduce import run_digits, run_digits_seeds
 from awnet.training import list_recipes, recipe_for, train
 from awnet.training.checkpoint import locked
@@ -35,27 +26,6 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # nothing is read from or left in the working directory by accident
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("AWNET_DEBUG", raising=False)
-
-
-TRAIN = ["train", "--data", "digits", "--model", "resnet_tiny", "--epochs", "1"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a run that was trained by the command, one epoch on clean digits, eps 0.1."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    assert main([*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "3", "--out", str(folder)]) == 0
-    return folder
-
-
-def fails(capsys, *words):
-    """The one line on stderr with which a command fails."""
-    assert main([str(word) for word in words]) == 2
-    out = capsys.readouterr()
-    assert out.err.startswith("awnet: error: ")
-    assert out.err.count("\n") == 1
-    assert "Traceback" not in out.err + out.out
-    return out.err
 
 
 # ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -533,86 +503,6 @@ def test_errors_on_a_run_are_clean_too(run, words, message, capsys):
     assert message in fails(capsys, "evaluate", run, *words)
 
 
-def edits(config):
-    """(entry, value): each entry of a config.json missing, or with values of other types and sizes."""
-    entries = [(), *((name,) for name in config)]
-    entries += [(part, name) for part in ("model", "dataset", "recipe") for name in config[part]]
-    entries += [("dataset", "fingerprints", split) for split in ("train", "validation", "test")]
-    entries += [("sessions", 0), ("sessions", 0, "teachers"), ("sessions", 0, "environment")]
-    for entry in entries:
-        for value in (..., None, "", "unknown", "\0", 0, -1, 0.5, 10**400, True, [], [1], {}, {"a": [None]}):
-            yield entry, value
-
-
-def edited(config, entry, value):
-    config = json.loads(json.dumps(config))
-    if not entry:
-        return value
-    *above, last = entry
-    place = reduce(lambda inner, key: inner[key], above, config)
-    if value is ...:
-        del place[last]
-    else:
-        place[last] = value
-    return config
-
-
-def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkeypatch):
-    config = json.loads((run / "config.json").read_text())
-    model, splits = load_model(run), load_dataset("digits")
-    monkeypatch.setattr("awnet.models.load_model", lambda path, **_: model)
-    monkeypatch.setattr(
-        "awnet.cli.run_options.load_splits",
-        lambda name, data_dir, seed, eps, *_: loaded(splits, name, seed, eps),
-    )
-    (tmp_path / "best.safetensors").touch()
-    refused, unclear = 0, []
-    for entry, value in edits(config):
-        if not entry and value is ...:
-            continue
-        (tmp_path / "config.json").write_text(json.dumps(edited(config, entry, value)))
-        command = RunOptions(source=str(tmp_path))
-        try:
-            command.load(Console(quiet=True))
-        except EXPECTED as error:
-            refused += 1
-            if str(tmp_path) not in str(error) or len(str(error)) > 500:
-                unclear.append((entry, value, error))
-    assert not unclear
-    assert refused > 150
-
-
-def loaded(splits, name, seed, eps):
-    assert name == "digits"
-    assert type(seed) is int
-    assert 0 < eps <= 1
-    return splits
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is not readable as JSON"),
-        ('{"kind": "awnet run"', "is not readable as JSON"),
-        ("[" * 10**5, "is not readable as JSON"),
-        ("9" * 5000, "is not readable as JSON"),
-        ("\xff", "does not describe|is not readable"),
-        ("null", "does not describe a training run"),
-        ('{"kind": "awnet run"}', "recipe is missing"),
-        ('{"kind": "awnet run", "recipe": 3}', "recipe must be a dict, got 3"),
-    ],
-)
-@pytest.mark.parametrize("command", ["evaluate", "train"])
-def test_a_damaged_config_is_one_line(run, tmp_path, text, message, command, capsys):
-    shutil.copy(run / "best.safetensors", tmp_path)
-    (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    words = ["evaluate", tmp_path] if command == "evaluate" else ["train", "--resume", "--out", tmp_path]
-    said = fails(capsys, *words)
-    if command == "evaluate" or "must be" in message:
-        assert re.search(message, said)
-        assert str(tmp_path / "config.json") in said
-
-
 def test_a_run_on_arrays_is_exported_and_other_commands_say_what_to_do(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (24, 2, 6, 6), dtype=np.uint8)
     part = from_arrays(images, np.arange(24) % 4, name="flowers")
@@ -630,12 +520,6 @@ def test_a_run_on_arrays_is_exported_and_other_commands_say_what_to_do(tmp_path,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 def test_a_missing_gpu_is_reported(run, capsys):
     assert "finds no GPU" in fails(capsys, "evaluate", run, "--device", "cuda")
-
-
-def test_damaged_weights_are_reported(tmp_path, capsys):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00not weights")
-    assert "model.safetensors is damaged" in fails(capsys, "evaluate", file, "--data", "digits")
 
 
 @pytest.mark.parametrize("how", ["flag", "environment"])
@@ -670,34 +554,6 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         main(["data", "info", "digits"])
 
 
-def test_a_data_file_that_was_damaged_or_changed_stops_a_resumed_run(tmp_path, capsys):
-    data, out = write_cifar10(tmp_path / "data", rows=(8, 8, 8, 8, 8, 8)), tmp_path / "run"
-    train = [
-        "train",
-        "--data",
-        "cifar10",
-        "--data-dir",
-        data,
-        "--model",
-        "resnet_tiny",
-        "--recipe",
-        "standard",
-    ]
-    train = [*map(str, train), "--epochs", "1", "--batch-size", "8", "--out", str(out)]
-    assert main([*train, "--max-minutes", "1e-9"]) == 0
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    path = data / "data_batch_3"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-100])
-    assert "data_batch_3" in fails(capsys, *train, "--resume")
-    path.write_bytes(whole.replace(content := whole[5000:5004], bytes(255 - b for b in content), 1))
-    said = fails(capsys, *train, "--resume")
-    assert "another configuration: dataset.fingerprints.train was" in said
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    path.write_bytes(whole)
-    assert main([*train, "--resume"]) == 0
-
-
 def test_a_full_memory_and_a_second_process_are_one_line_each(tmp_path, capsys, monkeypatch):
     def full(self, *arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -708,173 +564,6 @@ def test_a_full_memory_and_a_second_process_are_one_line_each(tmp_path, capsys, 
         assert "Tried to allocate 2.00 GiB" in fails(capsys, *train)
     with locked(tmp_path / "run"):
         assert "another process trains in" in fails(capsys, *train, "--resume")
-
-
-# ── data, info, bench ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_data_download_prints_the_folder_or_says_what_to_do(tmp_path, capsys, monkeypatch):
-    server = Server()
-    server.serve(monkeypatch, "cifar10", tar_of(write_cifar10(tmp_path / "theirs")))
-    words = ["data", "download", "cifar10", "--data-dir", "mine"]
-    server.break_off_after = 500
-    assert "the same command resumes it" in fails(capsys, *words)
-    server.break_off_after = None
-    assert main(words) == 0
-    assert capsys.readouterr().out == "mine/cifar-10-batches-py\n"
-    assert server.asked == [None, "bytes=500-"]
-    server.close()
-    assert main(["data", "info", "cifar10", "--data-dir", "mine"]) == 0
-    assert "10: class 0, class 1" in capsys.readouterr().out
-
-
-def test_data_info_prints_splits_threat_model_and_fingerprints(capsys):
-    assert main(["data", "info", "digits", "--seed", "1"]) == 0
-    out = capsys.readouterr().out
-    for part in load_dataset("digits", seed=1):
-        assert f"{len(part):,}" in out
-        assert part.fingerprint() in out
-    assert "L-infinity, eps 0.15" in out
-    assert "shift by up to ±1 pixels, no flip" in out
-
-
-def test_info_prints_the_environment_as_json_and_as_text(capsys):
-    assert main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["awnet"] == __version__
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["models"] == list_models()
-    assert found["datasets"] == list_datasets()
-    assert found["attacks"] == list(list_attacks())
-    assert found["recipes"] == list_recipes()
-    assert "cpu" in found["devices"]
-    assert found["backends"]["eager"] is None
-    assert main(["info"]) == 0
-    out = capsys.readouterr().out
-    for name in ["awnet_resnet18", "tiny_imagenet", "pgd_trades", "mtard", __version__, *found["backends"]]:
-        assert name in out
-    for reason in filter(None, found["backends"].values()):
-        assert reason in out
-
-
-def test_bench_run_takes_the_options_of_the_benchmarks(tmp_path, capsys):
-    words = ["bench", "run", "--smoke", "--cases", "stem", "--modes", "forward", "--providers", "eager"]
-    assert main([*words, "--seconds", "0.01", "--out", str(tmp_path)]) == 0
-    assert list(tmp_path.glob("*.csv"))
-
-
-def test_the_command_runs_as_a_program(tmp_path):
-    def awnet(*words):
-        command = [sys.executable, "-m", "awnet", *words]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2]), "COLUMNS": "100"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-
-    good = awnet("--version")  # without the seconds that importing torch takes
-    assert good.returncode == 0
-    assert good.stdout == f"awnet {__version__}\n"
-    bad = awnet("evaluate", "nowhere")
-    assert bad.returncode == 2
-    assert bad.stdout == ""
-    assert bad.stderr.startswith("awnet: error: ")
-    assert bad.stderr.count("\n") == 1
-
-
-# ── ~ in paths ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_home_folder_is_expanded_in_every_path_of_a_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    run = tmp_path / "home" / "runs" / "x"
-    small = ["--recipe", "standard", "--model", "resnet_tiny", "--epochs", "1", "--batch-size", "512"]
-    assert main(["train", *small, "--out=~/runs/x"]) == 0
-    assert (run / "best.safetensors").is_file()
-    limits = ["--limit", "10", "--attack", "fgsm"]
-    assert main(["attack", "~/runs/x/best.safetensors", *limits, "--data", "digits", "--out", "~/x.npz"]) == 0
-    assert (tmp_path / "home" / "x.npz").is_file()
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    capsys.readouterr()
-    for words in (
-        ["train", *small, "--out=~nobody-here/x"],
-        ["train", *small, "--data-dir", "~nobody-here/data"],
-        ["train", "--teachers", "~nobody-here/a", "~nobody-here/b", "--out", "y"],
-        ["evaluate", "~nobody-here/x"],
-        ["data", "info", "cifar10", "--data-dir", "~nobody-here/d"],
-        ["reproduce", "digits", "--out", "~nobody-here/d"],
-        ["bench", "plot", "--out", "~nobody-here/d"],
-    ):
-        assert "the home folder of '~nobody-here' is not known" in fails(capsys, *words)
-
-
-@pytest.mark.slow
-def test_a_home_folder_is_expanded_in_every_path_of_the_python_api(tmp_path, monkeypatch):
-    from awnet import evaluate, load_model, save_model
-    from awnet.attacks.craft import craft
-    from awnet.attacks.transfer import Crafted
-    from awnet.data import load_dataset
-    from awnet.training import checkpoint, read_log, recipe_for, train
-
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    splits = load_dataset("digits")
-    recipe = recipe_for("standard", "digits", epochs=1, batch_size=512)
-    result = train(recipe, "resnet_tiny", splits, "~/run", quiet=True, tensorboard=False)
-    assert result.folder == tmp_path / "home" / "run"
-    assert checkpoint.states("~/run")
-    assert len(read_log("~/run", "epoch")) == 1
-    model = load_model("~/run")
-    save_model(model, "~/copy.safetensors")
-    assert type(load_model("~/copy.safetensors")) is type(model)
-    report = evaluate(model, splits.test, ["fgsm"], limit=10, out="~/run")
-    assert Report.load("~/run/evaluations/default").n == report.n
-    report.save("~/saved")
-    assert Report.load("~/saved").n == 10
-    images = craft("~/run", splits.test.subset(10), "fgsm", folder="~/crafted")
-    (path,) = (tmp_path / "home" / "crafted").glob("*.safetensors")
-    assert torch.equal(Crafted.load(f"~/crafted/{path.name}").x_adv, images.x_adv)
-    assert [path.name for path in tmp_path.iterdir()] == ["home"]
-    for call in (
-        lambda: train(recipe, "resnet_tiny", splits, "~nobody-here/run"),
-        lambda: load_model("~nobody-here/run"),
-        lambda: save_model(model, "~nobody-here/x.safetensors"),
-        lambda: evaluate(model, splits.test, ["fgsm"], limit=10, out="~nobody-here/run"),
-        lambda: Report.load("~nobody-here/run"),
-        lambda: load_dataset("cifar10", "~nobody-here/data"),
-    ):
-        with pytest.raises(ValueError, match="home folder of '~nobody-here' is not known"):
-            call()
-
-
-def test_the_branching_network_is_exported_for_any_batch_size(tmp_path, capsys):
-    model = create_model("rdi_resnet38", width=0.125, num_classes=10, in_channels=1).eval()
-    save_model(model, tmp_path / "rdi.safetensors")
-    assert (
-        main(["export", "program", str(tmp_path / "rdi.safetensors"), "--data", "digits", "--out", "p.pt2"])
-        == 0
-    )
-    x = torch.rand(5, 1, 8, 8)
-    assert torch.allclose(torch.export.load("p.pt2").module()(x), model(x), atol=1e-6)  # float32 rounding
-
-
-@pytest.mark.parametrize(
-    ("part", "value"),
-    [("model", None), ("model", {}), ("optimizer", {}), ("scheduler", []), ("epoch", "3"), ("step", -1),
-     ("best_model", 3), ("random", {}), ("random", [3]), ("log_bytes", 1.5), ("finished", 2), ("of_epoch", None)],
-)  # fmt: skip
-def test_a_state_with_other_content_and_a_correct_checksum_is_a_one_line_error(
-    run, tmp_path, part, value, capsys
-):
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    newest = sorted((folder / "state").glob("*.pt"))[-1]
-    state = torch.load(newest, weights_only=True) | {"finished": False, part: value}
-    torch.save(state, newest)
-    digest = hashlib.sha256(newest.read_bytes()).hexdigest()
-    newest.with_name(f"{newest.name}.sha256").write_text(f"{digest}  {newest.name}\n")
-    words = [*TRAIN, "--recipe", "standard", "--eps", "1/10", "--seed", "3", "--out", folder, "--resume"]
-    assert str(folder) in fails(capsys, *words)
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.layer_calls import LAYER_BACKENDS, NOT_BUILT, ON_CPU, built, example
 from support.random_layers import (
     DIFFERENTIABLE,
     Layer,
-    build,
     error,
     has_single_value,
     layers,
@@ -23,22 +22,13 @@ from support.random_layers import (
 
 from awnet import ops, reference
 from awnet.ops import checks
-from awnet.ops.args import flatten
-from awnet.ops.autograd import keep_flags
-from awnet.ops.backends import native
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.dispatch import BACKENDS
 
-NOT_BUILT = native.load()
-built = pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))
-ON_CPU = [b.name for b in BACKENDS if b.name not in ("reference", "triton", "cuda")]
-LAYER_BACKENDS = [pytest.param(name, marks=built if name == "cpp" else ()) for name in ON_CPU]
 RUNNING = [name for name in ON_CPU if name != "cpp" or NOT_BUILT is None]
+
+
 few = settings(max_examples=60, deadline=None)
-
-
-def example(training: bool, seed: int = 0, **changes: Any) -> Layer:
-    return build(torch.Generator().manual_seed(seed), training, **changes)
 
 
 def assert_agrees(layer: Layer, forward: float, gradient: float) -> None:
@@ -523,93 +513,6 @@ def test_a_second_derivative_names_the_reference() -> None:
                 torch.autograd.grad(first.sum(), upstream)
 
 
-# --- torch's machinery
-
-
-def operator_arguments(layer: Layer) -> tuple:
-    args = checks.layer_args(**{"filter_scale": None} | layer.tensors, **layer.options)
-    return flatten(args, *keep_flags(args))
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("backend", LAYER_BACKENDS)
-def test_the_operators_pass_opcheck(training: bool, layout: torch.memory_format, backend: str) -> None:
-    layer = example(training, 0).to(torch.float32)
-    for name in ("input", "residual"):
-        layer.tensors[name] = layer.tensors[name].contiguous(memory_format=layout)
-    operator = getattr(torch.ops.awnet, "layer_native" if backend == "cpp" else f"layer_{backend}").default
-    # training saves u and y, an attack u and a mask, a frozen router a mask alone
-    attacked = [] if training else [("input", "filter_scale", "p_clean", "residual"), ("input",)]
-    for names in (DIFFERENTIABLE, *attacked):
-        for name, x in layer.tensors.items():
-            if x.is_floating_point():
-                x.requires_grad_(name in names)
-        torch.library.opcheck(operator, operator_arguments(layer))
-
-
-def compiled(function):
-    return torch.compile(function, fullgraph=True, backend="aot_eager")
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_a_layer_compiles_without_a_graph_break(training: bool) -> None:
-    layer = example(training, 0).to(torch.float32)
-    expected = run(layer)
-    torch.compiler.reset()
-    got = run(layer, function=compiled(ops.aw_conv2d))
-    assert torch.equal(got.output, expected.output)
-    for name in expected.grads:
-        assert torch.equal(got.grads[name], expected.grads[name]), name
-    assert torch.equal(got.running["running_mean"], expected.running["running_mean"])
-    with ops.use_backend("eager"):
-        run(layer, function=compiled(ops.aw_conv2d))
-
-
-def test_a_layer_exports_in_eval_mode_with_a_dynamic_batch() -> None:
-    layer = example(False, 0).to(torch.float32)
-    t = layer.tensors
-
-    class Module(torch.nn.Module):
-        def forward(self, x, scale, p, residual):
-            tables = (t["bn_weight"], t["bn_bias"], t["running_mean"], t["running_var"])
-            return ops.aw_conv2d(
-                x, t["weight"], scale, *tables, p_clean=p, residual=residual, padding=1, groups=2
-            )
-
-    per_sample = (t["input"], t["filter_scale"], t["p_clean"], t["residual"])
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(
-        Module(), per_sample, dynamic_shapes={n: {0: batch} for n in ("x", "scale", "p", "residual")}
-    )
-    larger = tuple(torch.cat([x, x]) for x in per_sample)
-    assert torch.equal(program.module()(*larger), Module()(*larger))
-
-
-def test_autocast_is_applied_once() -> None:
-    for training in (True, False):
-        layer = example(training, 0).to(torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
-            result = run(layer)
-        assert result.output.dtype == torch.bfloat16
-        assert all(result.grads[n].dtype == x.dtype for n, x in layer.tensors.items() if n in result.grads)
-        assert result.running["running_mean"].dtype == torch.float32
-        direct = run(layer.to(torch.bfloat16))
-        assert torch.equal(result.output, direct.output)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert run(example(training, 0)).output.dtype == torch.float64  # as torch: float64 is left alone
-
-
-def test_half_precision_parameters_get_gradients_of_their_dtype() -> None:
-    layer = example(True, 0)
-    half = Layer(
-        {n: x.bfloat16() if x.is_floating_point() else x for n, x in layer.tensors.items()}, layer.options
-    )
-    result = run(half)
-    assert all(g.dtype == torch.bfloat16 for g in result.grads.values())
-    assert error(result.output, run(layer).output) < 0.05
-
-
 # --- dispatch
 
 
@@ -668,84 +571,6 @@ def test_a_named_backend_that_cannot_run_raises_with_the_reason() -> None:
         if not ran_by(backend, layer):
             with pytest.raises(ValueError, match=f"{backend.name}.*cannot run this call: .* can run it"):
                 ops.aw_conv2d(**layer.tensors, **layer.options, backend=backend.name)
-
-
-# --- bad input
-
-X, W = torch.randn(2, 4, 6, 6), torch.randn(8, 4, 3, 3)
-SCALE = torch.ones(2, 8)
-TABLES = {n: torch.ones(2, 8) for n in ("bn_weight", "bn_bias", "running_mean", "running_var")}
-GOOD = {"input": X, "weight": W, "filter_scale": SCALE, **TABLES, "p_clean": torch.ones(2), "padding": 1}
-META = torch.device("meta")
-
-BAD = {
-    "input not a tensor": ({"input": [1.0]}, TypeError, "input must be a torch.Tensor, got list"),
-    "input of three dimensions": ({"input": X[0]}, ValueError, r"input must have 4 dimensions, got shape \[4, 6, 6\]"),
-    "input of integers": ({"input": X.long()}, TypeError, "input must be float32.*got torch.int64"),
-    "input complex": ({"input": X.cfloat()}, TypeError, "got torch.complex64"),
-    "input sparse": ({"input": X.to_sparse()}, TypeError, "dense"),
-    "weight of other dtype": ({"weight": W.double()}, TypeError, "weight has dtype torch.float64, input torch.float32"),
-    "weight on another device": ({"weight": W.to(META)}, ValueError, "weight is on meta, input on cpu"),
-    "weight of three dimensions": ({"weight": W[0]}, ValueError, "weight must have 4 dimensions"),
-    "weight for other channels": ({"weight": W[:, :3]}, ValueError, r"input must have 3 channels .*, got 4"),
-    "weight empty": ({"weight": W[:0]}, ValueError, "weight must not be empty"),
-    "kernel larger than the input": ({"input": X[:, :, :1], "padding": 0}, ValueError, "too small"),
-    "groups that do not divide": ({"groups": 3}, ValueError, "groups must be at least 1 and divide"),
-    "groups zero": ({"groups": 0}, ValueError, "groups must be at least 1"),
-    "groups not an int": ({"groups": 1.0}, TypeError, "groups must be an int, got float"),
-    "stride zero": ({"stride": 0}, ValueError, "stride must be at least 1"),
-    "stride of three": ({"stride": (1, 1, 1)}, TypeError, "stride must be an int or a pair"),
-    "padding negative": ({"padding": -1}, ValueError, "padding must be at least 0"),
-    "padding by name": ({"padding": "same"}, TypeError, "padding must be an int or a pair of ints, got 'same'"),
-    "dilation zero": ({"dilation": (1, 0)}, ValueError, "dilation must be at least 1"),
-    "scale for other filters": ({"filter_scale": SCALE[:, :7]}, ValueError, r"filter_scale must have shape \[B, C_out\] = \[2, 8\], got \[2, 7\]"),
-    "scale for another batch": ({"filter_scale": SCALE[:1]}, ValueError, r"filter_scale .* got \[1, 8\]"),
-    "scale of integers": ({"filter_scale": SCALE.int()}, TypeError, "filter_scale must be a floating-point tensor"),
-    "scale not a tensor": ({"filter_scale": 1.0}, TypeError, r"filter_scale must be a torch.Tensor \[B, C_out\], got float"),
-    "scale on another device": ({"filter_scale": SCALE.to(META)}, ValueError, "filter_scale is on meta"),
-    "batch norm of three rows": ({"bn_weight": torch.ones(3, 8)}, ValueError, "bn_weight must have 1 or 2 rows"),
-    "batch norm of one dimension": ({"bn_weight": torch.ones(8)}, ValueError, r"bn_weight must have shape \[2, C\] or \[1, C\] = \[1 or 2, 8\], got \[8\]"),
-    "batch norm for other channels": ({"running_mean": torch.ones(2, 7)}, ValueError, "running_mean must have shape"),
-    "bias unlike weight": ({"bn_bias": torch.ones(1, 8)}, ValueError, "bn_weight and bn_bias must have one shape"),
-    "variance unlike mean": ({"running_var": torch.ones(1, 8)}, ValueError, "running_mean and running_var must have one shape"),
-    "p missing": ({"p_clean": None}, ValueError, "p_clean is missing"),
-    "p of another batch": ({"p_clean": torch.ones(3)}, ValueError, r"p_clean must have shape \[B\] = \[2\], got \[3\]"),
-    "p of booleans": ({"p_clean": torch.ones(2).bool()}, TypeError, "p_clean must be a floating-point tensor"),
-    "kind in testing": ({"is_clean": torch.ones(2).bool()}, ValueError, "is_clean is for train mode only"),
-    "kind missing in training": ({"training": True, "p_clean": None}, ValueError, "is_clean is missing"),
-    "p in training": ({"training": True, "is_clean": torch.ones(2).bool()}, ValueError, "p_clean is for eval mode only"),
-    "kind of floats": ({"training": True, "p_clean": None, "is_clean": torch.ones(2)}, TypeError, "is_clean must be bool"),
-    "training not a bool": ({"training": 1}, TypeError, "training must be a bool, got int"),
-    "eps zero": ({"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),
-    "momentum out of range": ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
-    "momentum None": ({"momentum": None}, TypeError, "momentum must be a number or a tensor"),
-    "momentum of other rows": ({"momentum": torch.ones(3)}, ValueError, "momentum must be a number or have one value a row"),
-    "residual of another shape": ({"residual": X}, ValueError, r"residual must have the output's shape \[2, 8, 6, 6\]"),
-    "residual of another dtype": ({"residual": torch.ones(2, 8, 6, 6).double()}, TypeError, "residual has dtype torch.float64"),
-    "activation unknown": ({"activation": "gelu"}, ValueError, 'activation must be "relu" or None, got \'gelu\''),
-    "backend unknown": ({"backend": "fastest"}, ValueError, "backend: unknown backend 'fastest'; available are cuda, triton"),
-    "backend not a name": ({"backend": 3}, TypeError, "backend must be a backend's name or None, got int"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_aw_conv2d_refuses_bad_arguments_with_the_reason(case: str) -> None:
-    change, kind, message = BAD[case]
-    with pytest.raises(kind, match=message):
-        ops.aw_conv2d(**(GOOD | change))
-
-
-def test_other_functions_refuse_bad_arguments_with_the_reason() -> None:
-    tables = [torch.ones(2, 4)] * 4
-    with pytest.raises(ValueError, match="p_clean is missing"):
-        ops.mix_batch_norm(X, *tables)
-    with pytest.raises(ValueError, match="weight must have shape"):
-        ops.mix_batch_norm(X, torch.ones(2, 5), *tables[1:], p_clean=torch.ones(2))
-    with pytest.raises(ValueError, match="at least one pixel"):
-        ops.mix_batch_norm(X[:, :, :0], *tables, p_clean=torch.ones(2))
-    with pytest.raises(ValueError, match="filter_scale must have shape"):
-        ops.filter_scaled_conv2d(X, W, torch.ones(3, 8))
-    ops.aw_conv2d(**GOOD)  # the good call that every bad one changes
 
 
 @pytest.mark.slow

@@ -160,6 +160,17 @@ def test_no_cpp_function_takes_more_than_ten_parameters() -> None:
     assert max(lengths["csrc/cpu/passes.h"]) == 10, "this test no longer finds reduce_rows"
 
 
+def test_no_python_file_is_longer_than_600_lines() -> None:
+    files = [
+        *PYTHON,
+        *(path for folder in ("tests", "examples", "docs") for path in (ROOT / folder).rglob("*.py")),
+    ]
+    lengths = {
+        str(path): path.read_text(encoding="utf-8").count("\n") for path in (*files, ROOT / "setup.py")
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 600} == {}
+
+
 def test_no_row_of_positional_nones_is_passed() -> None:
     documents = sorted((ROOT / "docs").glob("*.md"))
     sources = [*PYTHON, *(p for p in (ROOT / "csrc").rglob("*") if p.suffix in SOURCES["csrc"]), *documents]
