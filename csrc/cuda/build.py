@@ -177,7 +177,9 @@ def main() -> int:
     if "--update" in sys.argv[1:]:
         committed[version] = measured
         # one line per kernel
-        text = re.sub(r"{\s+(\"registers.*),\s+(.*),\s+(.*)\s+}", r"{\1, \2, \3}", json.dumps(committed, indent=1))
+        text = re.sub(
+            r"{\s+(\"registers.*),\s+(.*),\s+(.*)\s+}", r"{\1, \2, \3}", json.dumps(committed, indent=1)
+        )
         RESOURCES.write_text(text + "\n")
         PAGE.write_text(page)
     wrong = faults(measured, committed.get(version, {}))

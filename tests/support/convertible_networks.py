@@ -142,4 +142,4 @@ class Aliased(Branching):
 def line_of(function: Callable[..., object], text: str) -> str:
     """``file:line`` of the line of ``function`` that has ``text``."""
     lines, first = inspect.getsourcelines(function)
-    return f"{__file__}:{next(first + i for i, line in enumerate(lines) if text in line)}"
+    return f"{inspect.getfile(function)}:{next(first + i for i, line in enumerate(lines) if text in line)}"
