@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,10 +56,15 @@ ORDER = [
 ]
 
 
+STOPS: list[signal.Signals] = []  # sent in the step before
+
+
 def ruining_pass(
     model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
 ) -> Outputs:
     """In one batch of the run the loss is that of reversed logits, which one step learns."""
+    if STOPS and torch.equal(batch.index, ORDER[RUINED[1] - 1]):
+        os.kill(os.getpid(), STOPS.pop())
     outputs = joint_pass(model, batch, x_adv, options, teachers)
     if not torch.equal(batch.index, ORDER[RUINED[1]]):
         return outputs
@@ -77,6 +84,8 @@ RECIPE = Ruined(
     attack_steps=1,
     schedule="cosine",
     overfitting_checks=4,
+    overfitting_images=12,
+    validate_limit=12,
     log_every=3,
     ema_decay=0.5,
 )
@@ -105,27 +114,21 @@ def test_a_collapsed_network_goes_back_to_the_last_good_check(whole: Path, tmp_p
 
 
 def test_weights_momentum_and_average_go_back_and_the_schedule_does_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Checkpoints at every step: the one after the collapse is the one before it, in what steps change."""
-    saved: dict[int, Any] = {}
-    keep = checkpoint.save_state
-
-    def keeping(folder: Any, state: dict[str, Any], **options: Any) -> None:
-        saved[state["step"]] = state
-        keep(folder, state, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save_state", keeping)
-        ruined = 4 * RUINED[0] + RUINED[1] + 1
-        result = go(tmp_path / "run", max_minutes=1e-9)
-        capsys.readouterr()
-        while not result.finished and max(saved) <= ruined:
-            result = go(tmp_path / "run", max_minutes=1e-9, resume=True, quiet=False)
+    """Stopped before and after the collapse; and then it ends as the run that was not."""
+    folder, ruined = tmp_path / "run", 4 * RUINED[0] + RUINED[1] + 1
+    STOPS.append(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        go(folder)
+    before = checkpoint.load_state(folder)
+    capsys.readouterr()
+    go(folder, max_minutes=1e-9, resume=True, quiet=False)
     said = capsys.readouterr().out
     assert f"step {ruined} (epoch {RUINED[0] + 1}): catastrophic overfitting" in said
     assert f"back to the weights of step {ruined - 1}, and PGD up to step {ruined + 4}" in said
-    before, after = saved[ruined - 1], saved[ruined]
+    after = checkpoint.load_state(folder)
+    assert (before["step"], after["step"]) == (ruined - 1, ruined)
     for part in ("model", "average"):
         one, other = (flat(state[part]) for state in (before, after))
         assert all(torch.equal(value, other[name]) for name, value in one.items())
@@ -134,6 +137,19 @@ def test_weights_momentum_and_average_go_back_and_the_schedule_does_not(
     assert after["scheduler"]["last_epoch"] == ruined
     assert after["optimizer"]["param_groups"][0]["lr"] < before["optimizer"]["param_groups"][0]["lr"]
     assert after["guard"]["rescue_until"] == ruined + 4
+    assert go(folder, resume=True).finished
+    assert_same_end(whole, folder)
+
+
+def assert_same_end(whole: Path, folder: Path) -> None:
+    one, other = (flat(checkpoint.load_state(run)) for run in (whole, folder))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert [r["step"] for r in read_log(folder, "rollback")] == [
+        r["step"] for r in read_log(whole, "rollback")
+    ]
+    for name in ("last.safetensors", "best.safetensors"):
+        assert (whole / name).read_bytes() == (folder / name).read_bytes()
 
 
 def flat(value: Any, path: str = "") -> dict[str, Tensor]:
@@ -143,20 +159,14 @@ def flat(value: Any, path: str = "") -> dict[str, Tensor]:
     return {name: one for key, part in pairs for name, one in flat(part, f"{path}.{key}").items()}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_at_every_step_ends_the_same(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result, starts = go(folder, max_minutes=1e-9), 1
     while not result.finished:
         result, starts = go(folder, max_minutes=1e-9, resume=True), starts + 1
     assert starts >= 4 * EPOCHS - EPOCHS  # epochs end with a step of their own
-    one, other = (flat(checkpoint.load_state(run)) for run in (whole, folder))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert [r["step"] for r in read_log(folder, "rollback")] == [
-        r["step"] for r in read_log(whole, "rollback")
-    ]
-    for name in ("last.safetensors", "best.safetensors"):
-        assert (whole / name).read_bytes() == (folder / name).read_bytes()
+    assert_same_end(whole, folder)
 
 
 def guard(checks: int = 2, steps: int = 10) -> OverfittingGuard:
