@@ -276,6 +276,18 @@ def test_a_run_with_every_ingredient_is_the_same_on_two_ranks(both: dict[str, An
     assert first["best"] == one["best"]
 
 
+def test_a_run_with_every_ingredient_that_was_stopped_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = train(INGREDIENTS, plain_net(), splits(), tmp_path / "whole", quiet=True, tensorboard=False)
+    stopped = tmp_path / "stopped"
+    options: dict[str, Any] = {"quiet": True, "tensorboard": False}
+    assert not train(INGREDIENTS, plain_net(), splits(), stopped, max_minutes=1e-9, **options).finished
+    for minutes in (1e-9, None):  # after the first step, after the second one, and to the end
+        train(INGREDIENTS, plain_net(), splits(), stopped, resume=True, max_minutes=minutes, **options)
+    one, other = (C.load_state(folder) for folder in (whole.folder, stopped))
+    for part in ("model", "best_model"):
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+
+
 @pytest.mark.slow
 def test_twenty_steps_on_two_ranks_equal_those_of_one(tmp_path: Path) -> None:
     one = twenty_steps(Ranks(CPU), tmp_path)

@@ -188,7 +188,14 @@ def test_the_average_follows_its_recurrence() -> None:
     assert not any(p.requires_grad for p in average.module.parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.9, "accumulate": 2, "clip_norm": 0.5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ema_decay": 0.9, "accumulate": 2, "clip_norm": 0.5},
+        {"awp": 0.01, "temperature_lr": 0.1, "nesterov": True, "accumulate": 2, "ema_decay": 0.9},
+    ],
+)
 def test_a_resumed_step_computes_the_same_bits(settings: dict[str, Any]) -> None:
     recipe = MTARD(epochs=2, schedule="onecycle", **settings)
     teachers = Teachers(linear(), linear())
