@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW", "aa": "AA"}
+LABELS |= {"aa_rand": "AA rand", "malt": "MALT", "fmn": "FMN"}
 LONGEST = 14  # characters of an attack's name above a column
 WIDEST = 4  # columns of attacks that fit into 80 characters; with more attacks they become the rows
 
