@@ -79,8 +79,8 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_share(value: Any) -> bool:
-    return is_number(value) and 0 < value <= 1
+def _is_size(value: Any) -> bool:
+    return is_number(value) and value > 0
 
 
 def _are_texts(value: Any) -> bool:
@@ -121,7 +121,8 @@ _ENTRIES: tuple[tuple[str, Callable[[Any], bool], str, bool], ...] = (
     ("dataset", _is_dict, "a dict", True),
     ("dataset.name", _is_text, "a data set's name", True),
     ("dataset.source", _is_text, "a text", True),
-    ("dataset.eps", _is_share, "a number in (0, 1]", True),
+    ("dataset.eps", _is_size, "a number above 0", True),
+    ("dataset.norm", lambda v: v in ("Linf", "L2", "L1"), "'Linf', 'L2' or 'L1'", False),
     ("dataset.fingerprints", _are_texts, f"a text for each of {', '.join(_SPLITS)}", True),
     ("input", _are_sizes, "[channels, height, width]", False),
     ("seed", is_integer, "an integer", True),

@@ -175,7 +175,8 @@ def sanity_curves(
         right.axvline(own_eps, color=CLEAN, lw=1.2, ls=(0, (4, 1.5)))
         right.set(title="Accuracy against ε", xlabel="ε", ylabel="percent")
         right.set_xscale("symlog", linthresh=max(own_eps, 1e-6))
-        right.set_xticks([0, own_eps, 1], ["0", f"{own_eps:.3g}", "1"], minor=False)
+        largest = float(sizes.max())
+        right.set_xticks([0, own_eps, largest], ["0", f"{own_eps:.3g}", f"{largest:.3g}"], minor=False)
         right.minorticks_off()
         for axes in (middle, right):
             axes.set_ylim(-2, 102)
@@ -272,7 +273,7 @@ def example_images(
         clean, adversarial: ``[k, C, H, W]`` in [0, 1], C = 1 or 3.
         captions: (before, after) for each image, for example the predicted classes.
         path: the PNG file.
-        eps: size of the perturbation; -eps is drawn black and +eps white, per channel.
+        eps: largest change of a pixel; -eps is drawn black and +eps white, per channel.
     """
     first, second = np.asarray(clean, dtype=np.float64), np.asarray(adversarial, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 4 or first.shape[1] not in (1, 3) or not len(first):
@@ -296,7 +297,8 @@ def example_images(
                 if row != 1:
                     axes.set_xlabel(captions[column][row // 2], fontsize=8)
             panels[row, 0].set_ylabel(
-                ("clean", f"difference\n× {0.5 / eps:.0f}", "adversarial")[row], fontsize=8.5
+                ("clean", f"difference\n× {0.5 / eps:.{0 if eps < 0.5 else 1}f}", "adversarial")[row],
+                fontsize=8.5,
             )
 
 

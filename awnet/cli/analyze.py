@@ -97,6 +97,10 @@ class AnalyzeWeightGap(_Runs):
         check_integer("images", self.images, 1)
         loaded = self.load(console)
         for number, (label, (model, dataset)) in enumerate(loaded.items(), start=1):
+            if dataset.threat_model.norm != "Linf":
+                raise ValueError(
+                    f"the weight gap is defined for L-infinity, and {label} has {dataset.threat_model}"
+                )
             batch = next(dataset.subset(self.images).batches(self.images))
             folder = self.out if len(loaded) == 1 else self.out / str(number)
             print_text(console, label)

@@ -56,6 +56,6 @@ class Attack(RunOptions):
         print_text(
             console,
             f"{len(images.labels)} images of {dataset.name} {dataset.split}, {self.attack}, "
-            f"eps {dataset.threat_model.eps:.4g}: {100 * images.accuracy:.1f} % still classified correctly",
+            f"{dataset.threat_model}: {100 * images.accuracy:.1f} % still classified correctly",
         )
         print_text(console, f"written to {self.out}")

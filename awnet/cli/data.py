@@ -77,12 +77,13 @@ class DataInfo:
             table.add_row(part.split, f"{len(part):,}", per_class, part.fingerprint())
         console.print(table)
         height, width = train.image_size
-        eps = train.threat_model.eps
+        threat_model = train.threat_model
+        levels = f"{threat_model.eps * train.max_value:.4g}/{train.max_value}"
         names = ", ".join(train.classes[:10]) + (", …" if train.num_classes > 10 else "")
         for key, value in {
             "images": f"{train.in_channels}×{height}×{width}, values 0 to {train.max_value}",
             "classes": f"{train.num_classes}: {names}",
-            "threat model": f"L-infinity, eps {eps:.4g} ({eps * train.max_value:.4g}/{train.max_value})",
+            "threat model": f"{threat_model.norm_text}, eps {threat_model.eps:.4g} ({levels})",
             "augmentation": f"shift by up to ±{train.augmentation.shift} pixels"
             + (", flip left to right" if train.augmentation.flip else ", no flip"),
             "source": train.source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from awnet.cli.options import Maybe, Several, print_text
 from awnet.cli.run_options import RunOptions
@@ -14,14 +14,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from awnet.distributed import Ranks
+    from awnet.evaluation import Report
 
 
 @dataclass(kw_only=True)
 class Evaluate(RunOptions):
     """Evaluate a trained model on clean and adversarial images: table, report and figures.
 
+    With several norms, such as `--norm Linf L2 L1 --eps 8/255 0.5 12`, each is evaluated, and the worst case
+    of each image over the norms.
+
     On several GPUs or machines: `torchrun --nproc_per_node 8 -m awnet evaluate …`. Each rank takes whole
     batches, so the results equal those of one GPU."""
+
+    several_norms: ClassVar[bool] = True
 
     attacks: tuple[str, ...] = ("fgsm", "pgd_sat", "pgd_trades", "cw")
     """Names of attacks, see `awnet info`. aa is AutoAttack; union is the worst case over all of them and
@@ -72,7 +78,7 @@ class Evaluate(RunOptions):
             self._evaluate(console, ranks)
 
     def _evaluate(self, console: Console, ranks: Ranks) -> None:
-        from awnet.evaluation import Report, comparison_table, evaluate, parts_table
+        from awnet.evaluation import Report, comparison_table, evaluate, evaluate_norms
         from awnet.files import make_folder
         from awnet.models.sources import load_model, source_name
         from awnet.run_folder import RunFolder
@@ -85,61 +91,72 @@ class Evaluate(RunOptions):
         last = self.path == self.folder and self.checkpoint == "last"
         out = make_folder(self.out or self.results_folder)
         surrogates = {source_name(one): load_model(one, ranks.device) for one in self.surrogates}
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "limit": self.limit,
+            "budget": self.budget,
+            "queries": self.queries,
+            "precision": self.precision,
+            "filter": self.filter,
+            "eot": self.eot,
+            "teachers": self.teachers,
+            "surrogates": surrogates,
+            "allow_missing": self.allow_missing,
+            "parts": {"auto": None, "yes": True, "no": False}[self.parts],
+            "progress": not console.quiet,
+            "run": self.folder if self.is_run else None,
+            "out": out,
+            "name": self.name,
+            "compared_with": others,
+            "selected_on": "nothing: the last checkpoint" if last else None,
+            "ranks": ranks,
+        }
         with RunFolder(out, lambda text: None, "evaluation") as place:  # evaluate warns
-            report = evaluate(
-                model,
-                dataset,
-                self.attacks,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                limit=self.limit,
-                budget=self.budget,
-                queries=self.queries,
-                precision=self.precision,
-                filter=self.filter,
-                eot=self.eot,
-                teachers=self.teachers,
-                surrogates=surrogates,
-                allow_missing=self.allow_missing,
-                parts={"auto": None, "yes": True, "no": False}[self.parts],
-                progress=not console.quiet,
-                run=self.folder if self.is_run else None,
-                out=out,
-                name=self.name,
-                compared_with=others,
-                selected_on="nothing: the last checkpoint" if last else None,
-                ranks=ranks,
-            )
+            if len(self.threat_models) == 1:
+                report = evaluate(model, dataset, self.attacks, **options)
+                _print_report(console, report)
+            else:
+                report, parts = evaluate_norms(model, dataset, self.threat_models, self.attacks, **options)
+                for part in parts.values():
+                    _print_report(console, part)
+                console.print(report.table())
             folder = place.path
-        console.print(report.table())
-        if report.parts:
-            console.print(parts_table(report))
         if others:
             console.print(comparison_table(report))
-        for kind, use in report.exits.items():
-            share = use["mean_flops"] / use["full_flops"]
-            print_text(
-                console,
-                f"{kind}: mean exit {use['mean_exit']:.2f}, {100 * share:.0f} % of the full network's FLOPs",
-            )
-        for name, result in report.attacks.items():
-            success = result.target_success
-            if success.get("n"):
-                low, high = (100 * end for end in success["interval"])
-                print_text(
-                    console,
-                    f"{name}: the target is reached for {100 * success['rate']:.1f} % "
-                    f"[{low:.1f}, {high:.1f}] of {success['n']} images",
-                )
-        for name, curve in report.accuracy_by_eps.items():
-            median = "none" if curve["median"] is None else f"{curve['median']:.4g}"
-            text = f"{name}: median of the smallest {curve['norm']} perturbations: {median}"
-            print_text(console, f"{text}; report.json has the accuracy at every eps")
-        for line in report.sanity:
-            print_text(console, f"{line['result']}: {line['check']} ({line['evidence']})")
-        if report.router_auc:
-            values = ", ".join(f"{kind} {auc:.3f}" for kind, auc in report.router_auc.items())
-            print_text(console, f"router's AUC, clean images against: {values}")
         for flag in report.flags:
             print_text(console, f"note: {flag}")
         print_text(console, f"written to {folder / 'evaluations' / self.name}")
+
+
+def _print_report(console: Console, report: Report) -> None:
+    """The table of one norm and what goes with it, without the warnings."""
+    from awnet.evaluation import parts_table
+
+    console.print(report.table())
+    if report.parts:
+        console.print(parts_table(report))
+    for kind, use in report.exits.items():
+        share = use["mean_flops"] / use["full_flops"]
+        print_text(
+            console,
+            f"{kind}: mean exit {use['mean_exit']:.2f}, {100 * share:.0f} % of the full network's FLOPs",
+        )
+    for name, result in report.attacks.items():
+        success = result.target_success
+        if success.get("n"):
+            low, high = (100 * end for end in success["interval"])
+            print_text(
+                console,
+                f"{name}: the target is reached for {100 * success['rate']:.1f} % "
+                f"[{low:.1f}, {high:.1f}] of {success['n']} images",
+            )
+    for name, curve in report.accuracy_by_eps.items():
+        median = "none" if curve["median"] is None else f"{curve['median']:.4g}"
+        text = f"{name}: median of the smallest {curve['norm']} perturbations: {median}"
+        print_text(console, f"{text}; report.json has the accuracy at every eps")
+    for line in report.sanity:
+        print_text(console, f"{line['result']}: {line['check']} ({line['evidence']})")
+    if report.router_auc:
+        values = ", ".join(f"{kind} {auc:.3f}" for kind, auc in report.router_auc.items())
+        print_text(console, f"router's AUC, clean images against: {values}")

@@ -32,17 +32,15 @@ def number(text: str) -> float:
 # The empty hint suppresses "(default: None)"; the help text of these options names the default in words.
 Maybe = Annotated[T | None, arg(help_behavior_hint="")]
 Several = Annotated[tuple[T, ...], arg(help_behavior_hint="")]
-Number = Annotated[
-    float | None,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="NUMBER",
-        instance_from_str=lambda texts: number(texts[0]),
-        is_instance=lambda value: value is None or isinstance(value, float),
-        str_from_instance=lambda value: [str(value)],
-    ),
-    arg(help_behavior_hint=""),
-]
+_NUMBER = PrimitiveConstructorSpec[Any](
+    nargs=1,
+    metavar="NUMBER",
+    instance_from_str=lambda texts: number(texts[0]),
+    is_instance=lambda value: value is None or isinstance(value, float),
+    str_from_instance=lambda value: [str(value)],
+)
+Number = Annotated[float | None, _NUMBER, arg(help_behavior_hint="")]
+Fraction = Annotated[float, _NUMBER]
 
 
 @dataclass(kw_only=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional, arg
 
-from awnet.cli.options import ImportOption, Maybe, Number, print_text
+from awnet.cli.options import Fraction, ImportOption, Maybe, print_text
 from awnet.files import expanded
 
 if TYPE_CHECKING:
@@ -16,28 +17,38 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch import device as Device
 
-    from awnet.data import Dataset, Splits
+    from awnet.data import Dataset, ThreatModel
 
 
-def load_splits(
-    name: str,
-    data_dir: Path | None,
-    seed: int,
-    eps: float | None,
-    image_size: int | None = None,
-    classes: Path | None = None,
-) -> Splits:
-    """The splits of a data set; with ``eps`` instead of the data set's own where it is given."""
-    from awnet.data import Splits, ThreatModel, load_dataset
+def threat_models(norms: Sequence[str], eps: Sequence[float], default: ThreatModel) -> list[ThreatModel]:
+    """The threat models of ``--norm`` and ``--eps``, one for each norm; ``default`` where they are left out.
 
-    splits = load_dataset(name, data_dir, seed=seed, image_size=image_size, classes=classes)
-    if eps is None:
-        return splits
-    return Splits(*(replace(part, threat_model=ThreatModel(eps)) for part in splits))
+    Raises:
+        ValueError: a norm is unknown or given twice, or norms and eps do not fit together.
+    """
+    from awnet.data.threat_model import ThreatModel, check_norm, eps_text
+
+    names = [check_norm(norm) for norm in norms] or [default.norm]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--norm takes each norm once, got {' '.join(names)}")
+    if not eps and names != [default.norm]:
+        raise ValueError(
+            f"--norm {' '.join(names)} needs --eps, one for each norm: the eps of the data or the run, "
+            f"{eps_text(default.eps)}, is for {default.norm}"
+        )
+    sizes = list(eps) or [default.eps]
+    if len(sizes) != len(names):
+        raise ValueError(
+            f"--norm and --eps must have the same number of values, got {len(names)} ({' '.join(names)}) and "
+            f"{len(sizes)} ({' '.join(map(eps_text, sizes))})"
+        )
+    return [ThreatModel(*pair) for pair in zip(sizes, names, strict=True)]
 
 
 @dataclass(kw_only=True)
 class RunOptions(ImportOption):
+    several_norms: ClassVar[bool] = False
+
     source: Positional[str]
     """A run folder or .safetensors file; zoo:NAME, a trained model of this package; timm:NAME;
     FILE.py:FUNCTION or MODULE:FUNCTION, which returns an nn.Module; a .pt2 file of torch.export;
@@ -72,8 +83,11 @@ class RunOptions(ImportOption):
     """Which images."""
     limit: Maybe[int] = None
     """Use at most this many images, stratified by class."""
-    eps: Number = None
-    """Size of the perturbation in image units. Default: the one that the run was trained with."""
+    norm: Annotated[tuple[str, ...], arg(metavar="NORM [NORM ...]", help_behavior_hint="")] = ()
+    """Norm of the perturbation: Linf, L2 or L1. Default: the one that the run was trained with."""
+    eps: Annotated[tuple[Fraction, ...], arg(metavar="NUMBER [NUMBER ...]", help_behavior_hint="")] = ()
+    """Size of the perturbation in that norm, in image units. Default: the one that the run was trained
+    with."""
     batch_size: int = 256
     """Images per forward pass."""
     seed: int = 0
@@ -190,6 +204,7 @@ class RunOptions(ImportOption):
 
     def load(self, console: Console, target: Device | None = None) -> tuple[nn.Module, Dataset]:
         """The model on the device ``target`` (default: ``--device``), and the images on the host."""
+        from awnet.data import ThreatModel, load_dataset
         from awnet.devices import resolve_device
         from awnet.evaluation.tables import in_one_line
         from awnet.scalars import check_integer
@@ -198,7 +213,7 @@ class RunOptions(ImportOption):
             check_integer("limit", self.limit, 1)
         config = self.config()
         recorded = config.get("dataset", {})
-        name, data_dir, eps = self.data, self.data_dir, self.eps
+        name, data_dir = self.data, self.data_dir
         if name is None:
             name = self._recorded_name(config)
         same_data = bool(config) and name in (recorded["name"], recorded["source"])
@@ -208,19 +223,23 @@ class RunOptions(ImportOption):
             size = config["input"][1]  # images of this size are not changed
         if by_name and data_dir is None and Path(recorded["source"]).is_dir():
             data_dir = Path(recorded["source"])
-        if same_data and eps is None:
-            eps = recorded["eps"]
         model = self.load_model().to(target or resolve_device(self.device))
         # the run's own seed, so that the validation images are those that it did not train on
-        splits = load_splits(
+        splits = load_dataset(
             name,
             data_dir,
-            config.get("seed", 0),
-            eps,
-            size if expanded(name).is_dir() else None,
-            self.classes,
+            seed=config.get("seed", 0),
+            image_size=size if expanded(name).is_dir() else None,
+            classes=self.classes,
         )
         dataset: Dataset = getattr(splits, self.split)
+        default = dataset.threat_model
+        if same_data:
+            default = ThreatModel(recorded["eps"], recorded.get("norm", "Linf"))
+        self.threat_models = threat_models(self.norm, self.eps, default)
+        if len(self.threat_models) > 1 and not self.several_norms:
+            raise ValueError(f"--norm takes one norm here, got {' '.join(self.norm)}")
+        dataset = replace(dataset, threat_model=self.threat_models[0])
         if same_data and dataset.fingerprint() != recorded["fingerprints"][self.split]:
             print_text(console, f"note: the {self.split} images differ from those that the run recorded")
         count = len(dataset) if self.limit is None else min(self.limit, len(dataset))
@@ -230,8 +249,12 @@ class RunOptions(ImportOption):
             in_one_line(
                 model,
                 f"{count:,} {self.split} images of {dataset.name}",
-                dataset.threat_model.eps,
+                *self.threat_models,
                 trained=f"trained by {recipe}" if recipe else None,
             ),
         )
+        for threat_model in self.threat_models:
+            doubt = threat_model.implausible(dataset.pixels)
+            if doubt is not None:
+                print_text(console, f"warning: {doubt}")
         return model, dataset

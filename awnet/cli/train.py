@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from awnet import early_signals
 from awnet.cli.options import ImportOption, Maybe, Number, Several, parse_options, print_text
-from awnet.cli.run_options import load_splits
+from awnet.cli.run_options import threat_models
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,8 +87,11 @@ class Train(ImportOption):
     """Share of each batch that comes from --extra-data, above 0 and at most 1. Default: 0.7."""
     init_from: Maybe[Path] = None
     """Start from the weights of this run or .safetensors file; the model must be the same."""
+    norm: Annotated[str | None, arg(metavar="NORM", help_behavior_hint="")] = None
+    """Norm of the perturbation: Linf, L2 or L1. Default: Linf."""
     eps: Number = None
-    """Size of the perturbation in image units. Default: the data set's, 8/255 (0.15 on digits)."""
+    """Size of the perturbation in that norm, in image units. Default, for Linf only: the data set's, 8/255
+    (0.15 on digits)."""
     select_on: Literal["validation", "test"] = "validation"
     """Images that select the best checkpoint: held-out training images, or the test images (the paper's
     protocol, which gives optimistic results; the report says so)."""
@@ -107,7 +112,7 @@ class Train(ImportOption):
 
     @early_signals.noted()
     def run(self, console: Console) -> None:
-        from awnet.data import with_extra
+        from awnet.data import Splits, load_dataset, with_extra
         from awnet.distributed import is_first
         from awnet.models.user_code import is_function
         from awnet.scalars import check_integer
@@ -124,7 +129,13 @@ class Train(ImportOption):
                     )
                 settings[name] = value
         recipe = recipe_for(self.recipe, self.data, preset=self.preset, **settings)
-        splits = load_splits(self.data, self.data_dir, self.seed, self.eps, self.image_size, self.classes)
+        splits = load_dataset(
+            self.data, self.data_dir, seed=self.seed, image_size=self.image_size, classes=self.classes
+        )
+        norms = () if self.norm is None else (self.norm,)
+        sizes = () if self.eps is None else (self.eps,)
+        chosen = threat_models(norms, sizes, splits.train.threat_model)
+        splits = Splits(*(replace(part, threat_model=chosen[0]) for part in splits))
         if len(splits.train) == 0:
             raise ValueError(
                 f"{self.data} has no training images: put them in a folder train with a folder for each "

@@ -126,6 +126,11 @@ class Dataset:
         return self.images.shape[2], self.images.shape[3]
 
     @property
+    def pixels(self) -> int:
+        """C · H · W, the number of values of an image."""
+        return self.images[0].numel() if len(self) else 0
+
+    @property
     def device(self) -> torch.device:
         return self.images.device
 

@@ -26,6 +26,12 @@ def check_norm(norm: Any) -> Norm:
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
 
 
+def eps_text(eps: float) -> str:
+    """ε as text: ``8/255`` if it is a whole number of 8-bit levels, else a decimal number."""
+    decimal, levels = f"{eps:.4g}", eps * 255
+    return f"{levels:.0f}/255" if len(decimal) > 4 and abs(levels - round(levels)) < 1e-4 else decimal
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """An attack may change an image by at most ``eps`` in ``norm``, within [0, 1].
@@ -46,6 +52,15 @@ class ThreatModel:
         eps = check_number("eps", self.eps, above=0, **({"most": 1.0} if norm == "Linf" else {}))
         object.__setattr__(self, "norm", norm)
         object.__setattr__(self, "eps", eps)
+
+    def __str__(self) -> str:
+        """For readers: ``L-infinity eps 8/255``, ``L2 eps 0.5``."""
+        return f"{self.norm_text} eps {eps_text(self.eps)}"
+
+    @property
+    def norm_text(self) -> str:
+        """The norm for readers: ``L-infinity``, ``L2`` or ``L1``."""
+        return "L-infinity" if self.norm == "Linf" else self.norm
 
     @property
     def train_step_size(self) -> float:
@@ -81,4 +96,4 @@ class ThreatModel:
             reason = "is so small that it may be meant for another norm"
         else:
             return None
-        return f"eps {self.eps:.4g} in {self.norm} {reason}: usual values are {_USUAL[self.norm]}"
+        return f"eps {eps_text(self.eps)} in {self.norm} {reason}: usual values are {_USUAL[self.norm]}"

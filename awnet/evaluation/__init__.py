@@ -9,6 +9,7 @@ it.
 from awnet.evaluation.compare import compare
 from awnet.evaluation.detection import auc_interval, detection, roc_curve
 from awnet.evaluation.evaluate import accuracy, evaluate, robust_correct
+from awnet.evaluation.norms import evaluate_norms
 from awnet.evaluation.parts import gated_parts
 from awnet.evaluation.report import Report
 from awnet.evaluation.results import AttackDifference, AttackResult, Comparison, Results
@@ -39,6 +40,7 @@ __all__ = [
     "comparison_table",
     "detection",
     "evaluate",
+    "evaluate_norms",
     "gated_parts",
     "mcnemar",
     "parts_table",

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet.attacks import FMN, Attack, Cascade, Stochastic, Suite, frozen
 from awnet.attacks.base import check_ball
+from awnet.attacks.norms import geometry
 from awnet.attacks.saved import Saved
 from awnet.attacks.stochastic import seeded
 from awnet.data.dataset import Batch, Dataset
-from awnet.evaluation.detection import CONTROLS, SIGN
+from awnet.data.threat_model import ThreatModel
+from awnet.evaluation.detection import CONTROLS, UNIFORM
 from awnet.evaluation.parts import gated_parts
 from awnet.evaluation.progress import Advance
 from awnet.evaluation.results import Array
@@ -73,7 +75,7 @@ class Collected:
         worst = None
         for kind in plan.kinds:
             if kind in CONTROLS:
-                images = _with_noise(x, index, dataset.threat_model.eps, plan.seed, kind)
+                images = with_noise(x, index, dataset.threat_model, plan.seed, kind)
             elif kind == UNION:
                 assert worst is not None
                 if plan.rest is not None:
@@ -275,11 +277,13 @@ def _observe(
     return values, [] if routing is None else routing.filter_scales
 
 
-def _with_noise(x: Tensor, index: Tensor, eps: float, seed: int, kind: str) -> Tensor:
-    noise = rng.uniform(rng.key(kind.replace("_", " "), seed), index, x.shape[1:]).mul_(2).sub_(1)
-    if kind == SIGN:
-        noise = noise.sign()
-    return torch.add(x, noise, alpha=eps).clamp_(0, 1)
+def with_noise(x: Tensor, index: Tensor, threat_model: ThreatModel, seed: int, kind: str = UNIFORM) -> Tensor:
+    """Images with noise of the threat model's size: uniform in the ball, or equally large in each pixel."""
+    norm, key = geometry(threat_model.norm), rng.key(kind.replace("_", " "), seed)
+    if kind == UNIFORM:
+        return norm.uniform(key, x, index, threat_model.eps).clamp_(0, 1)
+    signs = rng.uniform(key, index, x.shape[1:]).mul_(2).sub_(1).sign()
+    return (x + norm.signs(signs, threat_model.eps)).clamp_(0, 1)
 
 
 def _follow(attack: Attack, saved: Saved | None, advance: Advance) -> None:

@@ -27,7 +27,8 @@ def differences_of(this: Results, other: Results, *, seeds: bool = False) -> lis
         ("split", this.split, other.split),
         ("number of images", this.n, other.n),
         ("eps", f"{this.eps:.6g}", f"{other.eps:.6g}"),
-        ("norm", _norm(this), _norm(other)),
+        ("norm", this.norm, other.norm),
+        ("norms", this.norms or "one", other.norms or "one"),
         ("precision", _precision(this), _precision(other)),
     ):
         if one != two:
@@ -44,10 +45,6 @@ def differences_of(this: Results, other: Results, *, seeds: bool = False) -> lis
         if name in theirs:
             reasons += _setting_differences(name, result.settings, theirs[name].settings, ignored)
     return reasons
-
-
-def _norm(report: Results) -> str:
-    return str(getattr(report, "norm", "Linf"))
 
 
 def _precision(report: Results) -> str:

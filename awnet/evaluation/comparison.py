@@ -23,7 +23,7 @@ from awnet.evaluation.statistics import (
     welch_interval,
     wilson_interval,
 )
-from awnet.evaluation.tables import attack_label, threat_text
+from awnet.evaluation.tables import attack_label
 from awnet.files import expanded, make_folder, write_json, write_text
 from awnet.run_config import is_run, read_config
 from awnet.text import visible
@@ -82,7 +82,7 @@ class ReportComparison:
     def setting(self) -> str:
         """The data and the threat model, in one line."""
         first = self.groups[0].reports[0]
-        return f"{first.n} {first.split} images of {first.dataset}, {threat_text(first)}"
+        return f"{first.n} {first.split} images of {first.dataset}, {first.threat_text}"
 
     def table(self) -> Table:
         """A row for each quantity and group, percent, differences in points."""

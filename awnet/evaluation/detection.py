@@ -14,7 +14,7 @@ Array = NDArray[Any]
 
 UNIFORM, SIGN = "uniform_noise", "sign_noise"
 CONTROLS = (UNIFORM, SIGN)
-"""Noise of size eps that is not an attack: uniform, and ±eps."""
+"""Noise of size eps that is not an attack: uniform in the ball, and of random signs (±eps in L-infinity)."""
 
 
 class Curve(NamedTuple):

@@ -30,7 +30,16 @@ from awnet.evaluation.precision import COPY, DESCRIPTIONS, PrecisionName, in_bfl
 from awnet.evaluation.progress import progress_bar
 from awnet.evaluation.randomness import Examined, examine, unaware
 from awnet.evaluation.report import Report, check_name
-from awnet.evaluation.resume import check_same_key, evaluation_lock, prepare_state, state_folder, state_key
+from awnet.evaluation.resume import (
+    check_same_key,
+    evaluation_lock,
+    load_part,
+    mark_part,
+    parts_folder,
+    prepare_state,
+    state_folder,
+    state_key,
+)
 from awnet.evaluation.summarize import build_report, check_finite
 from awnet.evaluation.teachers import KINDS, Source, Teachers, find_teachers
 from awnet.files import expanded, read_json
@@ -68,6 +77,7 @@ def evaluate(
     progress: bool = False,
     out: str | Path | None = None,
     name: str = "default",
+    part_of: str | None = None,
     compared_with: Mapping[str, Report] | None = None,
     selected_on: str | None = None,
     ranks: Ranks | None = None,
@@ -88,7 +98,7 @@ def evaluate(
 
     Args:
         model: images [0, 1] → logits ``[B, K]``, in train or eval mode; it is not changed.
-        dataset: the images; its threat model gives eps and step sizes.
+        dataset: the images; its threat model gives norm, eps and step sizes.
         attacks: names that :func:`awnet.attacks.named_attack` knows, or your own attacks by name.
         batch_size: images per forward pass; results depend on it only by rounding (AutoAttack's attacks also
             draw their noise per batch).
@@ -124,6 +134,8 @@ def evaluate(
         out: a run folder: writes ``evaluations/<name>/`` there, and the newest report as ``report.json``. An
             interrupted evaluation resumes from ``evaluations/<name>/state`` when it is called again.
         name: name of the evaluation and of its folder.
+        part_of: name of an evaluation of several parts, such as :func:`evaluate_norms`: a part that was
+            completed is loaded, until the whole is complete.
         compared_with: reports of other models on the same images, by name, to add paired differences with.
         selected_on: split that selected the checkpoint; None reads it from ``config.json`` in ``out``.
         ranks: processes that share the work, from :func:`awnet.distributed.joined`; each calls this function
@@ -188,12 +200,17 @@ def evaluate(
             first = _choose_attacks(attacks, low, dataset, seed, suite)
             chosen = {name: filtered(attack, first[name]) for name, attack in chosen.items()}
         plan = Plan(module, dataset, chosen, seed)
-        saved = None
+        saved, key = None, ""
         if run_folder is not None or ranks.size > 1:
             runs_on = f"{precision} {prepared.runs_on}"
             key = state_key(model, dataset, plan.attacks, batch_size, suite, runs_on)
             check_same_key(key, ranks)
+        mark = None if part_of is None else parts_folder(part_of) / f"{name}-{key}"
         if run_folder is not None:
+            if mark is not None:
+                complete = ranks.first(partial(load_part, run_folder, name, mark))
+                if complete is not None:
+                    return complete
             saved = Saved(state_folder(name), key, run_folder)
             ranks.first(partial(prepare_state, saved))
         collected = Collected(plan)
@@ -265,6 +282,8 @@ def evaluate(
             }
             if run_folder is not None and saved is not None:
                 run_folder.during(lambda: report.publish(run_folder.path, name))
+                if mark is not None:
+                    run_folder.during(lambda: mark_part(run_folder.path / mark))
                 saved.remove()
                 saved.folder.parent.rmdir()
             return report
@@ -376,6 +395,11 @@ def _choose_attacks(
                 raise ValueError(f"attacks must not be called {name!r}: the report uses that name itself")
             if not isinstance(attack, Attack):
                 raise TypeError(f"attacks[{name!r}] must be an Attack, got {type(attack).__name__}")
+            if attack.norm != dataset.threat_model.norm:
+                raise ValueError(
+                    f"attacks[{name!r}] is an attack in {attack.norm}, but the data set's threat model is "
+                    f"{dataset.threat_model}: use one norm, or evaluate each norm on its own"
+                )
         return dict(attacks)
     names = list(attacks)
     if len(set(names)) < len(names):

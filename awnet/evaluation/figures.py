@@ -105,8 +105,13 @@ def _draw_checks(report: Results, folder: Path) -> None:
                 for before, after in zip(examples["before"], examples["after"], strict=True)
             ],
             folder / "examples.png",
-            eps=report.eps,
+            eps=report.eps if report.norm == "Linf" else _largest_change(examples),
         )
+
+
+def _largest_change(examples: dict[str, Any]) -> float:
+    """The largest change of a pixel, in image units."""
+    return float(np.abs(examples["adversarial"].astype(np.float64) - examples["clean"]).max())
 
 
 def _class(report: Results, label: int) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from awnet.data.threat_model import eps_text
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.results import Results
-from awnet.evaluation.tables import attack_label, eps_text, parts_caption
+from awnet.evaluation.tables import attack_label, parts_caption
 from awnet.files import read_json
 
 # awnet's names of the networks of Tables I, II and XI
@@ -72,7 +73,7 @@ def page(report: Results, folder: Path, place: Path | None = None) -> str:
     """
     run, started = _run(folder if place is None else place)
     title = f"{report.model} on {report.dataset}" + (f" · {run}" if run else "")
-    where = f"{report.n} {report.split} images of {report.dataset}, L-infinity, ε = {eps_text(report.eps)}"
+    where = f"{report.n} {report.split} images of {report.dataset}, {_threat(report)}"
     chosen = f"Checkpoint selected on {report.selected_on}. " if report.selected_on else ""
     trained = f"Run {run}, trained {started}. " if run and started else ""
     parts = [
@@ -81,6 +82,7 @@ def page(report: Results, folder: Path, place: Path | None = None) -> str:
         _cards(report),
         _flags(report.flags),
         _attacks(report),
+        _norms(report, (folder if place is None else place).name),
         *_figures(folder, ("waterfall.png", "w_robust.png")),
         _minimum_norm(report),
         *_figures(folder, ("accuracy_by_eps.png", "examples.png")),
@@ -148,12 +150,16 @@ def summary(report: Results) -> str:
         for name, result in report.results().items()
     ]
     where = (
-        f"{report.model}, {report.n} {report.split} images of {report.dataset}, L-infinity, "
-        f"ε = {eps_text(report.eps)}; percent [95 %]"
+        f"{report.model}, {report.n} {report.split} images of {report.dataset}, "
+        f"{_threat(report)}; percent [95 %]"
     )
     doubts = "".join(f"<li>{escape(flag)}</li>" for flag in report.flags)
     table = _table(("attack", "accuracy", "A_w = ½ clean + ½ robust"), rows, where)
     return table + (f"<p>Doubts:</p><ul>{doubts}</ul>" if doubts else "")
+
+
+def _threat(report: Results) -> str:
+    return report.threat_text.replace(" eps ", ", ε = ")
 
 
 def _run(folder: Path) -> tuple[str, str]:
@@ -199,7 +205,7 @@ def _cards(report: Results) -> str:
     headline = None if report.approximate else report.headline()
     if headline is not None:
         kind, worst = headline
-        name = "the worst case over all attacks"
+        name = "the worst case over the norms" if report.norms else "the worst case over all attacks"
         if report.missing:
             name = (
                 f"the worst case over the attacks that could run, incomplete: {len(report.missing)} could not"
@@ -288,6 +294,12 @@ def _minimum_norm(report: Results) -> str:
     return "<h2>Smallest perturbations</h2>" + _table(
         ("attack", "median size", "robust at ε/2", f"at ε = {text}", "at 2ε", "images without"), rows
     )
+
+
+def _norms(report: Results, name: str) -> str:
+    """Links to the reports of each norm, for a report over several that is stored as evaluation ``name``."""
+    links = [f'<a href="../{escape(name)}-{norm}/report.html">{norm}</a>' for norm in report.norms]
+    return f"<p>Attacks, sanity checks and settings of each norm: {', '.join(links)}.</p>" if links else ""
 
 
 def _sanity(lines: Sequence[dict[str, str]]) -> str:
@@ -408,6 +420,8 @@ def _embedded(path: Path, caption: str) -> str:
 def _settings(report: Results) -> str:
     plain = {
         "settings": report.settings,
+        "norm": report.norm,
+        "eps": report.eps,
         "attacks": {name: result.settings for name, result in report.attacks.items()},
         "selected_on": report.selected_on,
         "environment": report.environment,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from awnet.data.threat_model import check_norm
 from awnet.evaluation import figures, html, store, tables
 from awnet.evaluation.results import AttackDifference, AttackResult, Comparison, Results
 from awnet.files import expanded, write_json, write_text
@@ -52,6 +53,7 @@ class Report(Results):
             "parts",
             "compared_with",
             "missing",
+            "norms",
         ):
             if not values[name]:
                 del values[name]
@@ -129,7 +131,7 @@ class Report(Results):
             raise ValueError(f"{path} is not readable as JSON: {error}") from error
         try:
             report = cls._from_dict(values)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is not a report of this version: {error}; evaluate again") from error
         for name in _ARRAYS:
             data = contents.get(f"{name}.npz")
@@ -179,6 +181,7 @@ class Report(Results):
 
     def _check_types(self) -> None:
         """Raises TypeError, naming the entry, if a value has another type than evaluations write."""
+        check_norm(self.norm)
         texts = {name: getattr(self, name) for name in ("model", "dataset", "split")}
         numbers = {name: getattr(self, name) for name in ("n", "eps", "clean_accuracy")}
         intervals = {"clean_interval_95": self.clean_interval_95}

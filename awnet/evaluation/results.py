@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from awnet.data.threat_model import Norm, ThreatModel
 from awnet.evaluation.statistics import Interval, bootstrap_interval, w_robust_accuracy, wilson_interval
 
 Array = NDArray[Any]
@@ -72,6 +73,11 @@ class Results:
     split: str
     n: int
     eps: float
+    norm: Norm = "Linf"
+    """Norm of the threat model; ``"Linf"`` for reports of earlier versions, which have none."""
+    norms: dict[str, float] = field(default_factory=dict)
+    """For a report over several norms: norm → eps. Its attacks are the worst cases in each norm, its union is
+    the worst case over the norms, and ``norm`` and ``eps`` are the first."""
     clean_accuracy: float
     clean_interval_95: Interval
     attacks: dict[str, AttackResult]
@@ -115,10 +121,21 @@ class Results:
         results = ", ".join(f"{name} {100 * r.robust_accuracy:.1f}" for name, r in self.results().items())
         doubts = f"; {len(self.flags)} doubt{'s' * (len(self.flags) != 1)}, see .flags" if self.flags else ""
         return (
-            f"Report({self.model} on {self.n} {self.split} images of {self.dataset}, L-infinity eps "
-            f"{self.eps:.4g}: clean {100 * self.clean_accuracy:.1f} %{', robust ' * bool(results)}{results}"
-            f"{doubts})"
+            f"Report({self.model} on {self.n} {self.split} images of {self.dataset}, {self.threat_text}: "
+            f"clean {100 * self.clean_accuracy:.1f} %{', robust ' * bool(results)}{results}{doubts})"
         )
+
+    @property
+    def threat_models(self) -> list[ThreatModel]:
+        """The threat models that the model was attacked in: one, or one for each of ``norms``."""
+        norms: dict[Any, float] = self.norms or {self.norm: self.eps}
+        return [ThreatModel(eps, norm) for norm, eps in norms.items()]
+
+    @property
+    def threat_text(self) -> str:
+        """The threat models for readers: ``L-infinity eps 8/255``, ``L2 eps 0.5 and L1 eps 12``."""
+        *rest, last = map(str, self.threat_models)
+        return f"{', '.join(rest)} and {last}" if rest else last
 
     @property
     def approximate(self) -> bool:

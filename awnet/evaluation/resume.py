@@ -17,6 +17,7 @@ from awnet.attacks import Attack, Suite
 from awnet.attacks.saved import Saved, digest, model_fingerprint
 from awnet.data.dataset import Dataset
 from awnet.distributed import Ranks
+from awnet.evaluation.report import Report
 from awnet.evaluation.store import locked
 from awnet.files import sweep
 from awnet.run_folder import RunFolder
@@ -80,6 +81,24 @@ def check_same_key(key: str, ranks: Ranks) -> None:
 def state_folder(name: str) -> Path:
     """The folder of the state, relative to the run folder."""
     return Path("evaluations", name, "state")
+
+
+def parts_folder(name: str) -> Path:
+    """The folder of the marks of completed parts, relative to the run folder, for an evaluation of parts."""
+    return state_folder(name) / "parts"
+
+
+def mark_part(mark: Path) -> None:
+    """Records that a part is complete."""
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def load_part(run_folder: RunFolder, name: str, mark: Path) -> Report | None:
+    """The report of the part ``name`` if its ``mark``, relative to the run folder, exists; else None."""
+    if not (run_folder.path / mark).is_file():
+        return None
+    return Report.load(run_folder.path / "evaluations" / name)
 
 
 def prepare_state(saved: Saved) -> None:

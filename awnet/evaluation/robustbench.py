@@ -89,6 +89,12 @@ def export_robustbench(
         raise ValueError(
             f"RobustBench has leaderboards for {', '.join(FOLDERS)} under L-infinity, not for {dataset.name}"
         )
+    norms = {dataset.threat_model.norm} | ({report.norm} if report is not None else set())
+    if norms != {"Linf"}:
+        raise ValueError(
+            "the export is for RobustBench's L-infinity leaderboards, not for "
+            f"{', '.join(sorted(norms - {'Linf'}))}"
+        )
     if report is not None and report.approximate:
         raise ValueError(
             f"the report was measured in {report.settings['precision']}: evaluate in float32, "

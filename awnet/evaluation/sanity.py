@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from awnet import rng
 from awnet.attacks import PGD, Attack, Suite, TransferAttack, frozen, named_attack
+from awnet.attacks.norms import geometry
 from awnet.attacks.stochastic import decision, seeded
 from awnet.data.dataset import Dataset
 from awnet.nn import has_router, route
@@ -93,6 +94,9 @@ class _Table:
         self.model, self.data, self.suite, self.effort = model, data, suite, effort
         self.seed, self.batch_size = seed, batch_size
         self.eps, self.tolerance = data.threat_model.eps, _tolerance(len(data))
+        white = torch.ones(1, data.pixels, dtype=torch.float64)
+        self.largest = float(geometry(data.threat_model.norm).size(white)[0])
+        """Radius of a ball that holds all images: 1 in L-infinity."""
 
     def run(self) -> tuple[list[Check], dict[str, Any]]:
         clean, _ = self._outcome(None)
@@ -102,7 +106,7 @@ class _Table:
         }
         correct = {name: outcome[0] for name, outcome in named.items()}
         steps = {n: self._outcome(self._pgd(self.eps, n)) for n in self.effort.steps}
-        sizes = sorted({min(1.0, factor * self.eps) for factor in EPS_FACTORS} | {1.0})
+        sizes = sorted({min(self.largest, factor * self.eps) for factor in EPS_FACTORS} | {self.largest})
         against_eps = {eps: self._outcome(self._pgd(eps, self.effort.eps_steps))[0] for eps in sizes}
         black_box = {"square": correct["square"]}
         for name, surrogate in self.suite.surrogates.items():
@@ -142,7 +146,9 @@ class _Table:
 
     def _pgd(self, eps: float, steps: int) -> PGD:
         """PGD with the step size of Madry et al.: any number of steps can cross the ball."""
-        return PGD(self.model, eps=eps, step_size=min(1.0, 2.5 * eps / steps), steps=steps, seed=self.seed)
+        step_size = min(self.largest, 2.5 * eps / steps)
+        norm = self.data.threat_model.norm
+        return PGD(self.model, eps=eps, norm=norm, step_size=step_size, steps=steps, seed=self.seed)
 
     def _outcome(self, attack: Attack | None) -> tuple[Tensor, float]:
         """Which images are still classified correctly, bool ``[n]`` on the CPU, and the mean CE."""
@@ -157,10 +163,10 @@ class _Table:
 
     def _noise(self) -> Tensor:
         key, right = rng.key("sanity noise", self.seed), []
+        norm = geometry(self.data.threat_model.norm)
         for x, y, index in self.data.batches(self.batch_size):
-            noise = rng.uniform(key, index, x.shape[1:]).mul_(2).sub_(1)
             with torch.no_grad():
-                logits = decision(self.model, torch.add(x, noise, alpha=self.eps).clamp_(0, 1))
+                logits = decision(self.model, norm.uniform(key, x, index, self.eps).clamp_(0, 1))
             right.append(logits.argmax(1) == y)
         return torch.cat(right).cpu()
 

@@ -62,6 +62,7 @@ def build_report(
         dataset=dataset.name,
         split=dataset.split,
         n=len(dataset),
+        norm=dataset.threat_model.norm,
         eps=dataset.threat_model.eps,
         clean_accuracy=int(clean.sum()) / len(clean),
         clean_interval_95=wilson_interval(int(clean.sum()), len(clean)),
@@ -113,7 +114,8 @@ def build_report(
     accuracies = single_pass_accuracies(per_sample)
     if accuracies:
         report.settings["stochastic"] |= {"single_pass_accuracy": accuracies}
-    report.flags = flags(report)
+    doubt = dataset.threat_model.implausible(dataset.pixels)
+    report.flags = ([] if doubt is None else [doubt]) + flags(report)
     return report
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from awnet.data.threat_model import ThreatModel
 from awnet.evaluation.results import Results
 from awnet.evaluation.statistics import Interval
 from awnet.models.registry import name_of
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW", "aa": "AA"}
-LABELS |= {"aa_rand": "AA rand", "malt": "MALT", "fmn": "FMN"}
+LABELS |= {"aa_rand": "AA rand", "malt": "MALT", "fmn": "FMN", "Linf": "L-infinity"}
 LONGEST = 14  # characters of an attack's name above a column
 WIDEST = 4  # columns of attacks that fit into 80 characters; with more attacks they become the rows
 
@@ -30,23 +31,14 @@ def attack_label(name: str) -> str:
     return f"{label} to {mode.replace('_', ' ')}" if mode else label
 
 
-def eps_text(eps: float) -> str:
-    """ε as text: ``8/255`` if it is a whole number of 8-bit levels, else a decimal number."""
-    decimal, levels = f"{eps:.4g}", eps * 255
-    return f"{levels:.0f}/255" if len(decimal) > 4 and abs(levels - round(levels)) < 1e-4 else decimal
-
-
-def threat_text(report: Results) -> str:
-    """The threat model of a report: ``L-infinity, eps 8/255``."""
-    return f"L-infinity, eps {eps_text(report.eps)}"
-
-
-def in_one_line(model: nn.Module, images: str, eps: float, trained: str | None = None) -> str:
+def in_one_line(
+    model: nn.Module, images: str, *threat_models: ThreatModel, trained: str | None = None
+) -> str:
     """One line of text: model, parameters, recipe, images, device, backend, threat model."""
     count = sum(parameter.numel() for parameter in model.parameters())
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parts = [f"{name_of(model)}, {count:,} parameters", trained, images]
-    parts += [f"{device}, backend {default_backend(device.type)}", f"L-infinity eps {eps_text(eps)}"]
+    parts += [f"{device}, backend {default_backend(device.type)}", *map(str, threat_models)]
     return "; ".join(part for part in parts if part)
 
 
@@ -69,7 +61,7 @@ def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> 
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),  # nine columns in 80 characters
     )
-    if len(names) > WIDEST or any(len(LABELS.get(name, name)) > LONGEST for name in names):
+    if len(names) > WIDEST or first.norms or any(len(LABELS.get(name, name)) > LONGEST for name in names):
         return _tall(table, reports, names)
     table.add_column("model", no_wrap=True)
     table.add_column("Clean\nA_nat", justify="right")
@@ -198,7 +190,7 @@ def parts_caption(report: Results) -> str:
 def _title(report: Results) -> str:
     marked = f", {report.settings['precision']}: no headline" if report.approximate else ""
     marked += f", incomplete: {len(report.missing)} attacks could not run" if report.missing else ""
-    return f"{report.dataset} {report.split}, {report.n} images, eps {eps_text(report.eps)}{marked}"
+    return f"{report.dataset} {report.split}, {report.n} images, {report.threat_text}{marked}"
 
 
 def _cell(value: float, interval: Interval) -> str:

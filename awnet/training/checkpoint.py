@@ -354,7 +354,8 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
 
     config = dict(config)
     if "dataset" in config:
-        config["dataset"] = without(config["dataset"], "source")
+        # runs of earlier versions recorded no norm
+        config["dataset"] = {"norm": "Linf"} | without(config["dataset"], "source")
     if "recipe" in config:
         config["recipe"] = with_defaults(without(config["recipe"], "capture"))
     teachers = config.get("teachers")

@@ -133,6 +133,7 @@ def describe_splits(splits: Splits) -> dict[str, Any]:
     return {
         "name": train.name,
         "source": train.source,
+        "norm": train.threat_model.norm,
         "eps": train.threat_model.eps,
         "augmentation": {"shift": train.augmentation.shift, "flip": train.augmentation.flip},
         "extra": None if train.extra is None else train.extra.describe(),

@@ -268,7 +268,11 @@ def train(
                 f", {100 * extra.fraction:g} % of each batch from {len(extra):,} images of {extra.source}"
             )
         trained = f"recipe {recipe.title}, {recipe.epochs} epochs, {numerics(recipe, where)}, seed {seed}"
-        reporter.say(in_one_line(model, images, splits.train.threat_model.eps, trained=trained))
+        threat_model = splits.train.threat_model
+        reporter.say(in_one_line(model, images, threat_model, trained=trained))
+        doubt = threat_model.implausible(splits.train.pixels) if recipe.needs_attack else None
+        if doubt is not None:
+            reporter.say(f"warning: {doubt}")
         if recipe.teachers and given is None:
             options = {
                 "seed": seed,

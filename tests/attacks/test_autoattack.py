@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from awnet.attacks import CW, FGSM, PGD, Attack, named_attack
 from awnet.attacks.autoattack import AutoAttack, OfficialAttack
 from awnet.attacks.cascade import ROBUST, WRONG_CLEAN, Cascade
+from awnet.attacks.norms import geometry
 from awnet.attacks.registry import Suite
 from awnet.attacks.saved import Saved, digest, model_fingerprint
-from awnet.data.threat_model import ThreatModel
+from awnet.data.threat_model import Norm, ThreatModel
 
 EPS = 0.04
 
@@ -39,13 +40,16 @@ def batch(model: nn.Module, n: int = 14) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def official(model: nn.Module, x: Tensor, y: Tensor, eps: float, classes: int, queries: int) -> Tensor:
+def official(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, classes: int, queries: int, norm: str = "Linf"
+) -> Tensor:
     """pyautoattack's own standard evaluation of the batch."""
     from pyautoattack.autoattack import AutoAttack as Official
 
-    theirs = Official(model, eps=eps, seed=3)
+    theirs = Official(model, eps=eps, norm=norm, seed=3)
     theirs.square.n_queries = queries
-    theirs.apgd_targeted.n_target_classes = theirs.fab.n_target_classes = min(9, classes - 1)
+    theirs.fab.n_target_classes = min(9, classes - 1)
+    theirs.apgd_targeted.n_target_classes = min(theirs.apgd_targeted.n_target_classes, classes - 1)
     x_adv, _ = theirs.run_standard_evaluation(x, y, batch_size=len(x))
     return x_adv
 
@@ -63,6 +67,113 @@ def test_autoattack_gives_the_images_of_pyautoattack(classes: int, eps: float) -
     with torch.no_grad():
         assert torch.equal(model(theirs).argmax(1) == y, broken == ROBUST)
         assert torch.equal(model(x_adv).argmax(1) == y, broken == ROBUST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("norm", "eps", "classes"),
+    [
+        ("L2", 0.7, 4),
+        ("L1", 2.5, 4),
+        ("L2", 0.25, 10),
+        ("L1", 1.0, 10),
+    ],
+)
+def test_same_images_as_pyautoattack_gives_in_l2_and_l1(norm: Norm, eps: float, classes: int) -> None:
+    model = small_cnn(classes)
+    x, y = batch(model, 6)
+    ours = AutoAttack(model, eps=eps, norm=norm, classes=classes, queries=20, seed=3)
+    assert ours.settings["version"] == "reduced"  # by its queries alone
+    x_adv, theirs = ours(x, y), official(model, x, y, eps, classes, 20, norm)
+    broken = ours.outcome.broken_by
+    assert 0 < (broken >= 0).sum() < len(x) - 1
+    with torch.no_grad():
+        assert torch.equal(model(theirs).argmax(1) == y, broken == ROBUST)
+        assert torch.equal(model(x_adv).argmax(1) == y, broken == ROBUST)
+    inside = geometry(norm).inside(theirs, x, eps) & (broken >= 0)
+    assert torch.equal(x_adv[inside], theirs[inside])
+    # an image that the official code leaves outside by more than rounding is projected
+    assert (x_adv - theirs)[broken >= 0].abs().max() < 1e-5
+    assert geometry(norm).inside(x_adv, x, eps).all()
+
+
+def test_the_standard_version_in_l1_has_the_official_restarts_and_targets() -> None:
+    members = AutoAttack(small_cnn(10), eps=12, norm="L1", classes=10).settings["members"]
+    assert members["apgd_ce"]["restarts"] == 5
+    assert (members["apgd_t"]["targets"], members["fab_t"]["targets"]) == (5, 9)
+    assert "restarts" not in members["apgd_t"]
+    in_l2 = AutoAttack(small_cnn(10), eps=0.5, norm="L2", classes=10).settings["members"]
+    assert "restarts" not in in_l2["apgd_ce"]
+    assert in_l2["apgd_t"]["targets"] == 9
+
+
+class Counted:
+    """Counts the images that pass forward and backward through a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forward = self.backward = 0
+        self.handles = [
+            model.register_forward_hook(self._forward),
+            model.register_full_backward_hook(self._backward),
+        ]
+
+    def _forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.forward += len(args[0])
+
+    def _backward(self, module: nn.Module, grad_input: tuple[Tensor], grad_output: tuple[Tensor]) -> None:
+        self.backward += len(grad_output[0])
+
+    def taken(self) -> tuple[int, int]:
+        """The numbers since the last call."""
+        counts = self.forward, self.backward
+        self.forward = self.backward = 0
+        return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+def test_an_evaluation_costs_at_most_five_percent_more_passes_than_pyautoattack(norm: Norm) -> None:
+    """The standard version but for 500 of 5,000 queries: fewer queries make an overhead weigh more."""
+    from awnet.data import from_arrays
+    from awnet.evaluation import evaluate
+
+    eps = {"Linf": 0.03, "L2": 0.25, "L1": 1.0}[norm]
+    model = small_cnn(10)
+    x, y = batch(model)
+    pixels = (255 * x).round().to(torch.uint8)
+    data = from_arrays(pixels, y, eps=eps, norm=norm, classes=[str(k) for k in range(10)])
+    x = next(data.batches(len(y))).x
+    counted = Counted(model)
+    official(model, x, y, eps, 10, 500, norm)
+    theirs = counted.taken()
+    report = evaluate(model, data, ["aa"], queries=500, batch_size=len(y), sanity=False, seed=3)
+    ours = counted.taken()
+    assert 0 < report.attacks["aa"].robust_accuracy < 1
+    for mine, bare in zip(ours, theirs, strict=True):
+        assert bare < mine + 1  # the evaluation does not skip a part of the attack
+        assert mine <= 1.05 * bare, (ours, theirs)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_a_union_costs_what_its_members_cost_on_the_images_that_are_left(norm: Norm) -> None:
+    model = small_cnn(4)
+    x, y = batch(model)
+    threat = ThreatModel({"Linf": 0.08, "L2": 0.7}[norm], norm)
+    union = named_attack("union", model, threat, suite=Suite(classes=4, budget="smoke", queries=50))
+    counted, index = Counted(model), torch.arange(len(x))
+    union(x, y)
+    together = counted.taken()
+    left = model(x).argmax(1) == y
+    assert union.outcome.broken_by.max() > 0
+    for member in union.members.values():
+        if not left.any():
+            break
+        rows = left.nonzero()[:, 0]
+        images = member(x[rows], y[rows], index=index[rows])
+        left[rows] = model(images).argmax(1) == y[rows]
+    alone = counted.taken()
+    assert together[1] == alone[1]
+    assert together[0] <= alone[0]
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,7 @@ def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkey
     model, splits = load_model(run), load_dataset("digits")
     monkeypatch.setattr("awnet.models.load_model", lambda path, **_: model)
     monkeypatch.setattr(
-        "awnet.cli.run_options.load_splits",
-        lambda name, data_dir, seed, eps, *_: loaded(splits, name, seed, eps),
+        "awnet.data.load_dataset", lambda name, data_dir, seed, **_: loaded(splits, name, seed)
     )
     (tmp_path / "best.safetensors").touch()
     refused, unclear = 0, []
@@ -74,10 +73,9 @@ def test_a_changed_config_is_read_or_refused_with_its_path(run, tmp_path, monkey
     assert refused > 150
 
 
-def loaded(splits, name, seed, eps):
+def loaded(splits, name, seed):
     assert name == "digits"
     assert type(seed) is int
-    assert 0 < eps <= 1
     return splits
 
 

@@ -287,7 +287,7 @@ def test_report_json_has_the_schema(tmp_path: Path) -> None:
     found = json.loads((folder / "report.json").read_text())
     assert found == json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
     assert " ".join(found) == (
-        "model dataset split n eps clean_accuracy clean_interval_95 attacks router_auc flags settings environment "
+        "model dataset split n eps norm clean_accuracy clean_interval_95 attacks router_auc flags settings environment "
         "selected_on detection compared_with"
     )
     assert found["selected_on"] == "test"

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from awnet.data import load_dataset
+from awnet.data.threat_model import eps_text
 from awnet.evaluation import Report, evaluate
 from awnet.evaluation.flags import flags
 from awnet.evaluation.html import page
-from awnet.evaluation.tables import eps_text
 from awnet.files import write_json
 from awnet.models import create_model
 

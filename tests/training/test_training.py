@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,48 @@ def test_the_training_attack_is_pgd_in_the_ball_and_leaves_the_model_alone() -> 
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     other = MTARD().attack(net, threat, K, seed=6)(data.x, data.y, index=data.index)
     assert not torch.equal(x_adv, other)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("L2", 0.6), ("L1", 2.0)])
+@pytest.mark.parametrize("kind", [PGDAT, Trades, MTARD])
+def test_the_training_attack_is_pgd_of_the_data_sets_norm(kind: type[Recipe], norm: Any, eps: float) -> None:
+    net, data, threat = dynamic_net(), batch(), ThreatModel(eps, norm)
+    x_adv = kind().attack(net, threat, K, seed=5)(data.x, data.y, index=data.index)
+    loss, step = ("kl", threat.trades_train_step_size) if kind is Trades else ("ce", eps / 4)
+    same = PGD(net, eps=eps, norm=norm, step_size=step, steps=10, loss=loss, random_start="normal", seed=5)
+    # the inference copy rounds gradients in another order, and here their values count, not only their signs
+    assert torch.allclose(x_adv, same(data.x, data.y, index=data.index), atol=1e-4)
+    size = (x_adv - data.x).double().flatten(1).norm(p={"L2": 2, "L1": 1}[norm], dim=1)
+    assert (size <= eps * (1 + 1e-12)).all()  # rounded toward the clean image
+    assert (size > 0.5 * eps).all()
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+
+
+def test_a_run_in_l2_resumes_in_l2_with_the_same_bits(tmp_path: Path) -> None:
+    splits = Splits(*(replace(part, threat_model=ThreatModel(0.6, "L2")) for part in SPLITS))
+    torch.manual_seed(0)
+    whole = train(PGDAT(**FAST), static_net(), splits, tmp_path / "whole", quiet=True, tensorboard=False)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (config["dataset"]["norm"], config["dataset"]["eps"]) == ("L2", 0.6)
+    torch.manual_seed(0)
+    options = {"quiet": True, "tensorboard": False}
+    train(PGDAT(**FAST), static_net(), splits, tmp_path / "run", max_minutes=1e-9, **options)
+    other = Splits(*(replace(part, threat_model=ThreatModel(0.6, "L1")) for part in SPLITS))
+    with pytest.raises(ValueError, match=r"dataset\.norm was 'L2', is now 'L1'"):
+        train(PGDAT(**FAST), static_net(), other, tmp_path / "run", resume=True, **options)
+    resumed = train(PGDAT(**FAST), static_net(), splits, tmp_path / "run", resume=True, **options)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_run_of_an_earlier_version_without_a_norm_resumes_in_l_infinity(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"quiet": True, "tensorboard": False}
+    train(PGDAT(**FAST), static_net(), SPLITS, tmp_path, max_minutes=1e-9, **options)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dataset"].pop("norm") == "Linf"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert train(PGDAT(**FAST), static_net(), SPLITS, tmp_path, resume=True, **options).finished
 
 
 def test_the_attack_of_trades_raises_the_kl() -> None:
