@@ -27,7 +27,7 @@ help:
 	@echo "make lint       ruff, mypy, import rules, clang-format     make format  the same, fixed in place"
 	@echo "make docs       build the documentation into site/ (installs mkdocs into .venv-docs, nothing else)"
 	@echo "make dist       build the sdist and the pure Python wheel into dist/"
-	@echo "make bench      benchmark on this CPU, judge the goals     make bench-pytest  the same by pytest-benchmark"
+	@echo "make bench      benchmark on this CPU, check the goals     make bench-pytest  the same by pytest-benchmark"
 	@echo "make mutations  put faults into the code, one after another, and check that a test catches each"
 	@echo "make sanitize   run the native tests on a build with GCC's address and undefined-behavior sanitizers"
 	@echo "make gpu        on a GPU machine: check, benchmark, test, train, 12 minutes (benchmarks/on_gpu.sh --help); OUT=folder"

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from support.launch_path import Launches, launch_path
 
-# the same examples each time, so that a change is judged and not the dice; the slow fuzz draws anew
+# the same examples each time, so that a failure is due to a change and not to the draw; the slow fuzz draws new ones
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.load_profile("same")
 

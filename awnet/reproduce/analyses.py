@@ -72,7 +72,7 @@ def alike(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
         groups.setdefault(key, {})[label] = model
     named: dict[str, dict[str, nn.Module]] = {}
     for group in groups.values():
-        name = " and ".join(dict.fromkeys(_name(model) for model in group.values()))
+        name = " and ".join(dict.fromkeys(name_of(model) for model in group.values()))
         number = sum(known.split(", kind")[0] == name for known in named)  # with other widths
         named[f"{name}, kind {number + 1}" if number else name] = group
     return named
@@ -133,10 +133,6 @@ def effective_filters(
 def _weight_means(model: nn.Module, layers: int) -> dict[str, NDArray[np.float64]]:
     means = list(filter_means(model).items())[:layers]
     return {key.removeprefix("weights/"): values for key, values in means}
-
-
-def _name(model: nn.Module) -> str:
-    return name_of(model)
 
 
 def _write(

@@ -158,8 +158,8 @@ class Runs:
         for teacher in teachers:
             self.trained(teacher, dataset)
         folder = self.run_folder(system, dataset)
-        how = f"{system.model} by {recipe.title}, {recipe.epochs} epochs"
-        self.say(f"{system.label} on {splits.train.name}: {how}, in {folder}")
+        description = f"{system.model} by {recipe.title}, {recipe.epochs} epochs"
+        self.say(f"{system.label} on {splits.train.name}: {description}, in {folder}")
         result = train(
             recipe,
             self.build_network(system, splits.train),

@@ -88,22 +88,24 @@ class Mortal(FGSM):
         return super().perturb(x, y, index, largest_label)
 
 
-def judge(out: Path, ranks: Ranks, last: int = 100) -> dict[str, Any]:
+def evaluate_in_batches(out: Path, ranks: Ranks, last: int = 100) -> dict[str, Any]:
     """Five batches; also how many of them this rank attacked."""
     attack = Mortal(last)
     report = evaluate(Honest(), images(10), {"mortal": attack}, batch_size=2, out=out, ranks=ranks)
     return {**plain(report), "calls": attack.calls}
 
 
-def begun(ranks: Ranks, folder: Path) -> Any:
+def started(ranks: Ranks, folder: Path) -> Any:
     """Three of the five batches are done; on two ranks 0 and 2 by rank 0, and 1 by rank 1."""
     with pytest.raises(InterruptedError):
-        judge(folder / f"begun on {ranks.size}", ranks, last=[[4], [3, 2]][ranks.size - 1][ranks.rank])
+        evaluate_in_batches(
+            folder / f"started on {ranks.size}", ranks, last=[[4], [3, 2]][ranks.size - 1][ranks.rank]
+        )
     ranks.gathered(None)
 
 
-def gone_on(ranks: Ranks, folder: Path) -> Any:
-    return judge(folder / f"begun on {3 - ranks.size}", ranks)
+def resumed(ranks: Ranks, folder: Path) -> Any:
+    return evaluate_in_batches(folder / f"started on {3 - ranks.size}", ranks)
 
 
 class Undefined(Honest):
@@ -133,8 +135,8 @@ def refusals(ranks: Ranks, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two")
-    begun(Ranks(CPU), folder)
-    jobs = [everything, filters, one_batch, begun, gone_on, refusals]
+    started(Ranks(CPU), folder)
+    jobs = [everything, filters, one_batch, started, resumed, refusals]
     return {**on_two_ranks(jobs, folder), "folder": folder}
 
 
@@ -166,17 +168,17 @@ def test_two_ranks_give_the_report_of_one(
 
 
 def test_an_evaluation_resumes_with_another_number_of_ranks(both: dict[str, Any], tmp_path: Path) -> None:
-    whole = judge(tmp_path, Ranks(CPU))
+    whole = evaluate_in_batches(tmp_path, Ranks(CPU))
     assert whole["calls"] == 5
     assert len(whole["examples"]["label"]) == 8  # of ten
-    for found in both["gone_on"]:
+    for found in both["resumed"]:
         assert_same(whole, found)
         assert found["calls"] == 1  # three of five were done
-    found = gone_on(Ranks(CPU), both["folder"])
+    found = resumed(Ranks(CPU), both["folder"])
     assert_same(whole, found)
     assert found["calls"] == 2
     for ranks in (1, 2):
-        assert_same_evaluation(tmp_path, both["folder"] / f"begun on {ranks}")
+        assert_same_evaluation(tmp_path, both["folder"] / f"started on {ranks}")
 
 
 def test_ranks_with_different_models_or_images_are_refused(both: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def twenty_steps(ranks: Ranks, folder: Path) -> Any:
     return {r.name: steps_in_float64(ranks, awnet_tiny, r, images=179, steps=20) for r in recipes}
 
 
-def pieces(ranks: Ranks, folder: Path) -> Any:
+def collectives(ranks: Ranks, folder: Path) -> Any:
     """The collectives themselves."""
     tensors = [torch.full((2, 3), 1.0 + ranks.rank), torch.tensor(10.0 * ranks.rank, dtype=torch.float64)]
     ranks.mean(tensors, 1 + 2 * ranks.rank)  # weights ¼ and ¾ on two ranks
@@ -191,16 +191,16 @@ def stopped_by_one_rank(ranks: Ranks, folder: Path) -> Any:
     return {"step": step, "finished": result.finished}
 
 
-def begun(ranks: Ranks, folder: Path) -> Any:
+def started(ranks: Ranks, folder: Path) -> Any:
     """A run like ``whole_run``, left after its first steps, in the middle of an epoch."""
-    out = folder / f"begun on {ranks.size}"
+    out = folder / f"started on {ranks.size}"
     assert not train(RECIPE, plain_net(), splits(), out, quiet=True, max_minutes=1e-9).finished
     return C.load_state(out)["batch"]
 
 
-def gone_on(ranks: Ranks, folder: Path) -> Any:
-    """The run that another number of ranks has begun."""
-    out = folder / f"begun on {3 - ranks.size}"
+def resumed(ranks: Ranks, folder: Path) -> Any:
+    """The run that another number of ranks has started."""
+    out = folder / f"started on {3 - ranks.size}"
     result = train(RECIPE, plain_net(seed=9), splits(), out, quiet=True, resume=True)
     assert result.finished
     return {"weights": result.model.state_dict(), "history": result.history}
@@ -229,9 +229,9 @@ def refusals(ranks: Ranks, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two")
-    assert begun(Ranks(CPU), folder) == 1
-    jobs: list[Callable[..., Any]] = [pieces, a_few_steps, a_few_perturbed_steps, whole_run]
-    jobs += [stopped_by_one_rank, refusals, begun, gone_on, run_with_ingredients]
+    assert started(Ranks(CPU), folder) == 1
+    jobs: list[Callable[..., Any]] = [collectives, a_few_steps, a_few_perturbed_steps, whole_run]
+    jobs += [stopped_by_one_rank, refusals, started, resumed, run_with_ingredients]
     return {**on_two_ranks(jobs, folder), "folder": folder}
 
 
@@ -297,7 +297,7 @@ def test_twenty_steps_on_two_ranks_equal_those_of_one(tmp_path: Path) -> None:
 
 
 def test_the_collectives_average_gather_and_broadcast(both: dict[str, Any]) -> None:
-    for found in both["pieces"]:
+    for found in both["collectives"]:
         assert found["mean"][0].tolist() == [[1.75] * 3] * 2
         assert found["mean"][1].item() == 7.5
         assert found["first"] == 0
@@ -326,15 +326,15 @@ def test_a_whole_run_on_two_ranks_is_that_of_one(both: dict[str, Any], tmp_path:
 def test_a_run_resumes_with_another_number_of_ranks(both: dict[str, Any]) -> None:
     """Order, augmentation and noise are the images', so it is the same run up to rounding: float32, 1e-4."""
     whole = both["whole_run"][0]
-    assert both["begun"] == [2, 2]
-    more, fewer = both["gone_on"][0], gone_on(Ranks(CPU), both["folder"])
+    assert both["started"] == [2, 2]
+    more, fewer = both["resumed"][0], resumed(Ranks(CPU), both["folder"])
     for found in (more, fewer):
         assert_close(whole["weights"], found["weights"], 1e-4)
         for ours, theirs in zip(whole["history"], found["history"], strict=True):
             for name in ("total", "nat", "adv", "clean_accuracy", "robust_accuracy", "lr"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
     for before, now in ((1, 2), (2, 1)):
-        run = both["folder"] / f"begun on {before}"
+        run = both["folder"] / f"started on {before}"
         sessions = C.read_config(run)["sessions"]
         assert [one["environment"]["ranks"] for one in sessions] == [before, now]
         assert [record["step"] for record in read_log(run, "step")] == [2, 4, 6, 8]
