@@ -1,4 +1,4 @@
-"""Small networks and batches for the tests of training."""
+"""Small networks, batches and runs for the tests of training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from awnet.data import Splits, from_arrays
 from awnet.data.dataset import Batch
 from awnet.nn import AdversarialRouter, AWNet, Backbone
+from awnet.training import PGDAT, Recipe
 
 K = 3  # classes
 
@@ -42,3 +44,31 @@ def images(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def batch(n: int = 10) -> Batch:
     x, y = images(n, seed=7)
     return Batch(x / 255, y, torch.arange(n))
+
+
+def small_splits() -> Splits:
+    parts = []
+    for i, (name, n) in enumerate((("train", 44), ("validation", 12), ("test", 15))):
+        x, y = images(n, seed=i)
+        parts.append(from_arrays(x, y, name="stripes", split=name, eps=0.05, flip=True))
+    return Splits(*parts)
+
+
+SPLITS = small_splits()
+
+
+FAST: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 16,
+    "attack_steps": 2,
+    "log_every": 2,
+    "milestones": (1,),
+    "lr": 0.05,
+}
+
+
+# --- the loop
+
+
+def quick(kind: type[Recipe] = PGDAT, **settings: Any) -> Recipe:
+    return kind(**(FAST | settings))

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_training import K, batch, dynamic_net, images, static_net
+from support.small_training import FAST, SPLITS, K, batch, dynamic_net, quick, small_splits, static_net
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from awnet.attacks import PGD
-from awnet.data import Splits, ThreatModel, from_arrays, load_dataset
+from awnet.data import Splits, ThreatModel, load_dataset
 from awnet.models import create_model, load_model
 from awnet.models.files import weights_fingerprint
 from awnet.nn import AdversarialRouter, AWNet, Backbone
@@ -36,7 +35,6 @@ from awnet.training import (
     train,
 )
 from awnet.training.losses import kl_divergence
-from awnet.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,27 +42,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-def small_splits() -> Splits:
-    parts = []
-    for i, (name, n) in enumerate((("train", 44), ("validation", 12), ("test", 15))):
-        x, y = images(n, seed=i)
-        parts.append(from_arrays(x, y, name="stripes", split=name, eps=0.05, flip=True))
-    return Splits(*parts)
-
-
-SPLITS = small_splits()
-
-
-FAST: dict[str, Any] = {
-    "epochs": 2,
-    "batch_size": 16,
-    "attack_steps": 2,
-    "log_every": 2,
-    "milestones": (1,),
-    "lr": 0.05,
-}
 
 
 # --- recipes
@@ -287,13 +264,6 @@ def test_an_inner_attack_may_fool_the_router_too(kind: type[Recipe]) -> None:
     assert found[100.0] > found[0.0]
     without = dynamic_net(type_head=False)
     kind(inner_type_weight=1.0).attack(without, threat, K, seed=0)(data.x, data.y, index=data.index)
-
-
-# --- the loop
-
-
-def quick(kind: type[Recipe] = PGDAT, **settings: Any) -> Recipe:
-    return kind(**(FAST | settings))
 
 
 def test_a_short_training_on_digits_learns(tmp_path: Path) -> None:
@@ -555,62 +525,3 @@ def test_awnet_learns_digits_and_its_router_tells_attacks(tmp_path: Path) -> Non
     assert result.validation["clean_accuracy"] > 0.9
     report = evaluate(result.model, splits.test, ["pgd_sat"], limit=200)
     assert report.router_auc["pgd_sat"] > 0.9
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: scalars read, sizes that depend on values, and copies
-    to the CPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = function.overloadpacket.__name__
-        to_host = kwargs.get("device") == torch.device("cpu") and name == "_to_copy"
-        if to_host or name in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"):
-            self.found.append(name)
-        return function(*args, **kwargs)
-
-
-@pytest.mark.parametrize("name", ["mtard", "trades", "pgd_at", "standard"])
-def test_the_host_never_waits_within_an_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """From the second step to the one before the epoch's end: the first may set things up."""
-    reads, python = HostReads(), []
-    for method in ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"):
-        usual = getattr(torch.Tensor, method)
-
-        def counted(self: torch.Tensor, *args: Any, _usual: Any = usual, _name: str = method) -> Any:
-            if active:
-                python.append(_name)
-            return _usual(self, *args)
-
-        monkeypatch.setattr(torch.Tensor, method, counted)
-    active: list[int] = []
-    step = TrainingStep.__call__
-    calls = 0
-
-    def watched(self: TrainingStep, *args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            active.append(1)
-            reads.__enter__()
-        terms = step(self, *args)
-        if calls == 6:
-            reads.__exit__(None, None, None)
-            active.clear()
-        return terms
-
-    monkeypatch.setattr(TrainingStep, "__call__", watched)
-    recipe = quick(RECIPES[name], epochs=1, batch_size=6, log_every=100)  # eight steps
-    teachers = (static_net(), static_net()) if name == "mtard" else None
-    train(recipe, dynamic_net(), SPLITS, tmp_path, teachers=teachers, quiet=True, tensorboard=False)
-    assert calls == 8
-    assert reads.found == python == []
-    with reads:
-        assert torch.ones(1).item() == 1  # it does see a read
-    assert reads.found == ["_local_scalar_dense"]
