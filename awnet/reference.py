@@ -143,7 +143,10 @@ def aw_conv2d(
     residual: Tensor | None = None,
     activation: str | None = "relu",
 ) -> Tensor:
-    """σ(F(ψ) + residual) with F(ψ) = BN_mix(Ŵ * ψ), Eq. 15: one half of the block of Eq. 16."""
+    """σ(F(ψ) + residual) with F(ψ) = BN_mix(Ŵ * ψ), Eq. 15: one half of the block of Eq. 16.
+
+    The paper's σ is the ReLU; ``activated`` lists the others.
+    """
     scaled = filter_scaled_conv2d(
         input, weight, filter_scale, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
@@ -161,4 +164,21 @@ def aw_conv2d(
     )
     if residual is not None:
         output = output + residual  # Eq. 16
-    return torch.relu(output) if activation == "relu" else output
+    return activated(output, activation)
+
+
+def activated(z: Tensor, activation: str | None) -> Tensor:
+    """The activation by its name; None is the identity.
+
+    ``"relu"``: max(z, 0). ``"silu"``: z / (1 + exp(−z)). ``"gelu"``: z Φ(z) with the distribution function Φ
+    of the normal distribution, not its approximation by tanh. ``"leaky_relu"``: z where z > 0, else z / 100.
+    """
+    if activation == "relu":
+        return torch.relu(z)
+    if activation == "silu":
+        return F.silu(z)
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, 0.01)
+    return z

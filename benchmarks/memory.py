@@ -139,6 +139,23 @@ def page() -> str:
     for (mode, name), (kept, plain) in totals.items():
         title = "image alone" if mode == "input alone" else mode
         lines.append(f"- {title}, {name}: {kept / plain:.2f} of `unfused`")
+    lines += [
+        "",
+        "SiLU, GELU and leaky ReLU save their slope act'(z), an image of y's dtype, in the place of y or the",
+        "mask, since neither gives z back. y itself is the next layer's, as before. Bytes per element of",
+        "such a layer with ω, 64@32²:",
+        "",
+        "| mode | float32 | bfloat16 |",
+        "|---|---:|---:|",
+    ]
+    for mode in MODES:
+        sizes = (BATCH, *STAGES["64@32²"])
+        bytes_of = [
+            kept_by_layer(ours, mode, *sizes, dtype, activation="silu") / (BATCH * 64 * 32 * 32)
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        title = "image alone" if mode == "input alone" else mode
+        lines.append(f"| {title} | {bytes_of[0]:.2f} | {bytes_of[1]:.2f} |")
     met = all(kept <= 0.6 * plain for (mode, _), (kept, plain) in totals.items() if mode == "training")
     lines += [
         "",

@@ -70,7 +70,7 @@ class _Layer(AWConv2d, _Convolution):
         output = self.bn(self.convolved(input, filter_scale), p_clean=p_clean, is_clean=is_clean)
         if residual is not None:
             output = output + residual
-        return torch.relu(output) if self.activation == "relu" else output
+        return reference.activated(output, self.activation)
 
 
 _PLAIN: dict[type, type] = {MixBatchNorm2d: _Norm, FilterScaledConv2d: _Convolution, AWConv2d: _Layer}

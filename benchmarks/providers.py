@@ -75,7 +75,7 @@ def unfused(
         mixed = (1 - p) * norm(0, z) + p * norm(1, z)
     if residual is not None:
         mixed = mixed + residual
-    return torch.relu(mixed) if activation == "relu" else mixed
+    return reference.activated(mixed, activation)
 
 
 COMPILED = {

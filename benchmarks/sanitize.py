@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.args import Needs
+from awnet.ops.args import ACTIVATIONS, RELU, Needs
 from awnet.ops.backends import native
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.coefficients import Mix, Norm, Propagation, Reduced, SampleStats
@@ -113,12 +113,15 @@ def check_passes(check: _Checker, shapes: Sequence[tuple[int, ...]], dtypes: Seq
                 for residual in (None, other):
                     for relu, keep_mask in ((False, False), (True, False), (True, True)):
                         check("apply", u, scale, shift, residual, relu, keep_mask, False, limit=limit)
-                for relu_mask in (None, y, y > 0):
-                    check("reduce", grad, u, shift, relu_mask)
+                    for code in range(RELU + 1, len(ACTIVATIONS)):
+                        check("apply", u, scale, shift, residual, code, True, False, limit=limit)
+                for relu_mask, slope in ((None, None), (y, None), (y > 0, None), (None, y)):
+                    check("reduce", grad, u, shift, relu_mask, slope)
                     for propagation in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
                         about = (None, None) if propagation.by_input is None else (u, shift)
-                        check("propagate", grad, *about, relu_mask, propagation, False, limit=limit)
-                        check("propagate", grad, *about, relu_mask, propagation, True, limit=limit)
+                        gate = (*about, relu_mask, propagation)
+                        check("propagate", grad, *gate, False, slope, limit=limit)
+                        check("propagate", grad, *gate, True, slope, limit=limit)
 
 
 def check_algebra(check: _Checker) -> None:

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define AWNET_HD __host__ __device__ __forceinline__
@@ -13,6 +14,9 @@
 #endif
 
 namespace awnet {
+
+// The layer's activation, by its position in ACTIVATIONS of awnet/ops/args.py.
+enum Activation : int32_t { kNone = 0, kRelu = 1, kSilu = 2, kGelu = 3, kLeakyRelu = 4 };
 
 struct Affine {
   float scale, shift;

@@ -23,7 +23,7 @@ using torch::autograd::variable_list;
 
 // --- one layer, boxed: the orders below are those of the schemas in awnet/ops/args.py
 
-constexpr size_t kForwardArguments = 21, kBackwardArguments = 26, kOutputs = 8;
+constexpr size_t kForwardArguments = 21, kBackwardArguments = 27, kOutputs = 8;
 
 std::optional<MixNorm> norm_of(const MaybeTensor& weight, const MaybeTensor& bias) {
   if (!weight) return std::nullopt;
@@ -65,7 +65,7 @@ std::pair<LayerArgs, Keep> read_forward(const Stack& stack) {
   LayerArgs args;
   args.input = in.tensor();
   read_layer(in, args, true);
-  args.relu = in.flag();
+  args.activation = in.integer();
   Keep keep;
   keep.u = in.flag();
   keep.mask = in.flag();
@@ -81,6 +81,7 @@ LayerBackwardArgs read_backward(const Stack& stack) {
   read_layer(in, b.args, false);
   b.u = in.maybe_tensor();
   b.relu_mask = in.maybe_tensor();
+  b.slope = in.maybe_tensor();
   b.mean = in.tensor();
   b.m2 = in.tensor();
   b.n = in.tensor();
@@ -133,7 +134,8 @@ class Layer : public torch::autograd::Function<Layer> {
          given_or_none(args.mix.p_clean), norm.weight, norm.bias, given_or_none(args.shift),
          // the running statistics are about to be updated in place
          by_batch ? out[5] : norm.mean, by_batch ? out[6] : norm.var, given_or_none(args.mix.is_clean),
-         keep.u ? kept_u : Tensor(), args.relu ? (keep.mask ? mask : y) : Tensor(), out[3], out[4], out[7]});
+         keep.u ? kept_u : Tensor(), args.activation == kRelu ? (keep.mask ? mask : y) : Tensor(),
+         args.activation > kRelu ? mask : Tensor(), out[3], out[4], out[7]});
     ctx->saved_data["options"] = c10::ivalue::Tuple::create(std::move(options));
     ctx->saved_data["positions"] = positions;
     ctx->saved_data["channels_last"] = layout_of(y) == at::MemoryFormat::ChannelsLast;
@@ -159,7 +161,7 @@ class Layer : public torch::autograd::Function<Layer> {
     for (size_t i = 1; i < 10; ++i) stack.push_back(maybe(s[i]));
     const auto options = ctx->saved_data.at("options").toTuple();
     for (const c10::IValue& option : options->elements()) stack.push_back(option);
-    torch::jit::push(stack, maybe(s[10]), maybe(s[11]), s[12], s[13], s[14],
+    torch::jit::push(stack, maybe(s[10]), maybe(s[11]), maybe(s[12]), s[13], s[14], s[15],
                      ctx->saved_data.at("channels_last"), needs);
     // the operator's own autograd only reports that there is no second derivative
     std::optional<at::AutoDispatchBelowADInplaceOrView> guard;

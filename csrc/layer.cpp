@@ -154,12 +154,12 @@ AffineOutputs affine_forward(const AffineArgs& args, Keep keep) {
   const Tensor scale = *table(args.scale), shift = *table(args.shift);
   if (direct(x, args.weight, args.conv)) {
     const auto [y, u, mask] = cpu::convolve_apply(x, *args.weight, args.conv.window(), scale, shift,
-                                                  args.residual, args.relu, keep.u, keep.mask);
+                                                  args.residual, args.activation, keep.u, keep.mask);
     return {y, u, mask};
   }
   const Tensor u = args.weight ? convolved(x, *args.weight, args.conv) : x;
   const bool keep_u = args.weight && keep.u;  // without a weight u is the input
-  const auto [y, mask] = passes_of(x).apply(u, scale, shift, args.residual, args.relu, keep.mask,
+  const auto [y, mask] = passes_of(x).apply(u, scale, shift, args.residual, args.activation, keep.mask,
                                             args.weight.has_value() && !keep_u);
   return {y, keep_u ? u : at::empty({0}, x.options()), mask};
 }
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Reduced> eval_backward([[maybe_unused]] const AffineB
 #if defined(AWNET_CUDA)
   const bool reads_u = args.need_sums || args.shift;
   const auto out = cuda::eval_backward({grad, args.other_grad, args.d_mean, reads_u ? args.u : std::nullopt,
-                                        args.relu_mask, args.propagation.by_grad, args.shift,
+                                        args.relu_mask, args.slope, args.propagation.by_grad, args.shift,
                                         args.need_residual, args.need_sums, args.centred});
   return {out.d_u, out.d_residual, out.sums};
 #else
@@ -193,6 +193,7 @@ AffineGradients affine_backward(const AffineBackwardArgs& args) {
       cpu::convolves_back(args.input_shape, grad, *weight, args.conv.window(), args.conv.groups)) {
     cpu::BackArgs back_args{grad,    args.u,           args.centre,       args.relu_mask, args.propagation,
                             *weight, args.input_shape, args.conv.window()};
+    back_args.slope = args.slope;
     if (args.onto && args.onto->is_contiguous()) back_args.onto = args.onto;
     back_args.need_sums = args.need_sums;
     back_args.need_residual = args.need_residual;
@@ -213,11 +214,11 @@ AffineGradients affine_backward(const AffineBackwardArgs& args) {
     std::tie(d_u, d.residual, d.sums) = eval_backward(args, grad);
   } else {
     if (args.need_sums) {
-      std::tie(d.sums.g1, d.sums.gc) = passes.reduce(grad, *args.u, *args.centre, args.relu_mask);
+      std::tie(d.sums.g1, d.sums.gc) = passes.reduce(grad, *args.u, *args.centre, args.relu_mask, args.slope);
     }
     if (!args.need_input && !args.need_weight && !args.need_residual) return d;
-    std::tie(d_u, d.residual) =
-        passes.propagate(grad, args.u, args.centre, args.relu_mask, args.propagation, args.need_residual);
+    std::tie(d_u, d.residual) = passes.propagate(grad, args.u, args.centre, args.relu_mask, args.propagation,
+                                                 args.need_residual, args.slope);
   }
   if (!args.need_input && !args.need_weight && !args.need_residual) return d;
   if (!weight) {
@@ -244,7 +245,7 @@ LayerOutputs layer_forward(const LayerArgs& args, Keep keep) {
     for (Tensor* x : {&out.mean, &out.m2, &out.batch_mean, &out.batch_var, &out.n}) {
       *x = at::empty({0}, floats);
     }
-    AffineArgs affine{args.input, weight, args.conv, {}, {}, args.residual, args.relu};
+    AffineArgs affine{args.input, weight, args.conv, {}, {}, args.residual, args.activation};
     if (norm) {
       std::tie(affine.scale, affine.shift) = passes.eval_coefficients(mix, *norm, batch);
     } else {
@@ -272,7 +273,7 @@ LayerOutputs layer_forward(const LayerArgs& args, Keep keep) {
   const auto [scale, shift] = passes.train_coefficients(mix, *norm, batch);
   const bool keep_u = weight && keep.u;
   std::tie(out.y, out.mask) =
-      passes.apply(u, scale, shift, args.residual, args.relu, keep.mask, weight.has_value() && !keep_u);
+      passes.apply(u, scale, shift, args.residual, args.activation, keep.mask, weight.has_value() && !keep_u);
   out.u = keep_u ? u : at::empty({0}, args.input.options());
   return out;
 }
@@ -289,6 +290,7 @@ LayerGradients layer_backward(const LayerBackwardArgs& b) {
   const bool by_batch = norm && norm->training;
   AffineBackwardArgs affine{grad, args.input, b.input_shape, args.weight, args.conv};
   affine.relu_mask = b.relu_mask;
+  affine.slope = b.slope;
   affine.channels_last = b.channels_last;
   affine.need_input = needs.input;
   affine.need_weight = needs.weight;
@@ -303,7 +305,7 @@ LayerGradients layer_backward(const LayerBackwardArgs& b) {
   LayerGradients d;
   if (by_batch && affine.u) {
     Reduced sums{{}, {}, b.mean};
-    std::tie(sums.g1, sums.gc) = passes.reduce(grad, *affine.u, b.mean, b.relu_mask);
+    std::tie(sums.g1, sums.gc) = passes.reduce(grad, *affine.u, b.mean, b.relu_mask, b.slope);
     MaybeTensor through;
     if (!norm->process_group.empty()) {
       std::tie(d.bn_weight, d.bn_bias, through) = passes.train_sums(sums, mix, *norm);

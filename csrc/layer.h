@@ -28,7 +28,7 @@ struct LayerArgs {
   std::optional<MixNorm> norm;
   MaybeTensor shift;  // [B, C_out], only without a norm
   MaybeTensor residual;
-  bool relu = false;
+  int64_t activation = kNone;
 };
 
 // What the backward will need of the forward.
@@ -44,7 +44,7 @@ struct LayerBackwardArgs {
   Tensor grad;
   LayerArgs args;  // in train mode its norm has the statistics of the batch
   std::vector<int64_t> input_shape;
-  MaybeTensor u, relu_mask;
+  MaybeTensor u, relu_mask, slope;
   Tensor mean, m2, n;  // of a forward in train mode
   bool channels_last = false;
   Needs needs;
@@ -68,11 +68,11 @@ struct AffineArgs {
   Conv conv;
   Tensor scale, shift;  // [B, C_out]
   MaybeTensor residual;
-  bool relu = false;
+  int64_t activation = kNone;
 };
 
 struct AffineOutputs {
-  Tensor y, u, mask;
+  Tensor y, u, mask;  // mask: of a ReLU, or the slope of another activation
 };
 
 AffineOutputs affine_forward(const AffineArgs& args, Keep keep);
@@ -82,7 +82,8 @@ struct AffineBackwardArgs {
   std::vector<int64_t> input_shape;
   MaybeTensor weight;
   Conv conv;
-  MaybeTensor u, centre, relu_mask;  // u and centre, see centre_of: for the sums and in train mode
+  MaybeTensor u, centre;  // see centre_of: for the sums and in train mode
+  MaybeTensor relu_mask, slope;
   // only where `fuses`: further gradients of the output and of its mean, and a shift to compute the mask from
   // u
   MaybeTensor other_grad, d_mean, shift;

@@ -10,14 +10,16 @@
 TORCH_LIBRARY_FRAGMENT(awnet, m) {
   m.def("statistics(Tensor u) -> (Tensor mean, Tensor m2)");
   m.def(
-      "apply(Tensor u, Tensor scale, Tensor shift, Tensor? residual, bool relu, bool keep_mask) -> (Tensor "
-      "y, "
+      "apply(Tensor u, Tensor scale, Tensor shift, Tensor? residual, int activation, bool keep_mask) -> "
+      "(Tensor y, "
       "Tensor mask)");
-  m.def("reduce(Tensor grad, Tensor u, Tensor centre, Tensor? relu_mask) -> (Tensor g1, Tensor gc)");
+  m.def(
+      "reduce(Tensor grad, Tensor u, Tensor centre, Tensor? relu_mask, Tensor? slope=None) -> (Tensor g1, "
+      "Tensor gc)");
   m.def(
       "propagate(Tensor grad, Tensor? u, Tensor? centre, Tensor? relu_mask, Tensor by_grad, Tensor? "
       "by_input, "
-      "Tensor? constant, bool residual) -> (Tensor d_u, Tensor d_residual)");
+      "Tensor? constant, bool residual, Tensor? slope=None) -> (Tensor d_u, Tensor d_residual)");
   m.def(
       "eval_coefficients(Tensor? filter_scale, Tensor? p_clean, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor "
@@ -48,13 +50,15 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "dilation=1) "
       "-> bool");
   m.def(
-      "convolve_apply(Tensor input, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, bool relu, "
-      "int[2] stride, int[2] padding, int[2] dilation, bool keep_u, bool keep_mask) -> (Tensor y, Tensor u, "
+      "convolve_apply(Tensor input, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, int "
+      "activation, int[2] stride, int[2] padding, int[2] dilation, bool keep_u, bool keep_mask) -> (Tensor "
+      "y, Tensor u, "
       "Tensor mask)");
   m.def(
       "convolve_back(Tensor grad, Tensor? u, Tensor? centre, Tensor? relu_mask, Tensor scale, Tensor weight, "
       "int[] "
-      "input_shape, int[2] stride, int[2] padding, int[2] dilation, bool residual) -> (Tensor d_input, "
+      "input_shape, int[2] stride, int[2] padding, int[2] dilation, bool residual, Tensor? slope=None) -> "
+      "(Tensor d_input, "
       "Tensor "
       "d_residual, Tensor g1, Tensor gc)");
 }
@@ -69,16 +73,16 @@ using torch::CppFunction;
 // u may be overwritten where the layer has just made it, never where a caller passes it
 template <auto apply>
 std::tuple<Tensor, Tensor> not_in_place(const Tensor& u, const Tensor& scale, const Tensor& shift,
-                                        const MaybeTensor& residual, bool relu, bool keep_mask) {
-  return apply(u, scale, shift, residual, relu, keep_mask, false);
+                                        const MaybeTensor& residual, int64_t activation, bool keep_mask) {
+  return apply(u, scale, shift, residual, activation, keep_mask, false);
 }
 
 template <auto propagate>
 std::tuple<Tensor, Tensor> propagated(const Tensor& grad, const MaybeTensor& u, const MaybeTensor& centre,
                                       const MaybeTensor& relu_mask, const Tensor& by_grad,
-                                      const MaybeTensor& by_input, const MaybeTensor& constant,
-                                      bool residual) {
-  return propagate(grad, u, centre, relu_mask, {by_grad, by_input, constant}, residual);
+                                      const MaybeTensor& by_input, const MaybeTensor& constant, bool residual,
+                                      const MaybeTensor& slope) {
+  return propagate(grad, u, centre, relu_mask, {by_grad, by_input, constant}, residual, slope);
 }
 
 MixNorm read_norm(Arguments& in) {
@@ -194,10 +198,11 @@ Conv read_window(Arguments& in) {
 auto call_convolve_apply(Arguments& in) {
   const Tensor input = in.tensor(), weight = in.tensor(), scale = in.tensor(), shift = in.tensor();
   const MaybeTensor residual = in.maybe_tensor();
-  const bool relu = in.flag();
+  const int64_t activation = in.integer();
   const Conv conv = read_window(in);
   const bool keep_u = in.flag(), keep_mask = in.flag();
-  return cpu::convolve_apply(input, weight, conv.window(), scale, shift, residual, relu, keep_u, keep_mask);
+  return cpu::convolve_apply(input, weight, conv.window(), scale, shift, residual, activation, keep_u,
+                             keep_mask);
 }
 
 auto call_convolve_back(Arguments& in) {
@@ -214,6 +219,7 @@ auto call_convolve_back(Arguments& in) {
   args.window = conv.window();
   args.need_sums = args.u.has_value();
   args.need_residual = in.flag();
+  args.slope = in.maybe_tensor();
   const auto back = cpu::convolve_back(args);
   return std::make_tuple(back.d_input, back.d_residual, back.g1, back.gc);
 }
@@ -245,17 +251,18 @@ TORCH_LIBRARY_IMPL(awnet, CPU, m) {
 // What the layers call from C++, for the self-check; outputs that are not required are empty.
 namespace {
 
-std::vector<Tensor> eval_backward(const Tensor& grad, const MaybeTensor& other_grad,
-                                  const MaybeTensor& d_mean, const MaybeTensor& u,
-                                  const MaybeTensor& relu_mask, const Tensor& scale, const MaybeTensor& shift,
-                                  bool residual, bool sums, bool centred) {
-  const auto out =
-      cuda::eval_backward({grad, other_grad, d_mean, u, relu_mask, scale, shift, residual, sums, centred});
-  std::vector<Tensor> outputs{out.d_u, out.d_residual, out.sums.g1, out.sums.gc, out.sums.centre};
-  for (Tensor& x : outputs) {
-    if (!x.defined()) x = new_tensor({0}, scale.options());
-  }
-  return outputs;
+auto call_eval_backward(Arguments& in) {
+  EvalBackwardArgs args;
+  args.grad = in.tensor();
+  for (MaybeTensor* x : {&args.other_grad, &args.d_mean, &args.u, &args.relu_mask}) *x = in.maybe_tensor();
+  args.scale = in.tensor();
+  args.shift = in.maybe_tensor();
+  for (bool* flag : {&args.residual, &args.sums, &args.centred}) *flag = in.flag();
+  args.slope = in.maybe_tensor();
+  const auto out = cuda::eval_backward(args);
+  const auto given = [&](const Tensor& x) { return x.defined() ? x : new_tensor({0}, args.scale.options()); };
+  return std::make_tuple(given(out.d_u), given(out.d_residual), given(out.sums.g1), given(out.sums.gc),
+                         given(out.sums.centre));
 }
 
 }  // namespace
@@ -263,12 +270,13 @@ std::vector<Tensor> eval_backward(const Tensor& grad, const MaybeTensor& other_g
 TORCH_LIBRARY_FRAGMENT(awnet, m) {
   m.def(
       "eval_backward(Tensor grad, Tensor? other_grad, Tensor? d_mean, Tensor? u, Tensor? relu_mask, Tensor "
-      "scale, Tensor? shift, bool residual, bool sums, bool centred) -> Tensor[]");
+      "scale, Tensor? shift, bool residual, bool sums, bool centred, Tensor? slope=None) -> "
+      "(Tensor d_u, Tensor d_residual, Tensor g1, Tensor gc, Tensor centre)");
 }
 
 TORCH_LIBRARY_IMPL(awnet, CUDA, m) {
   AWNET_IMPLEMENT(cuda)
-  m.impl("eval_backward", &eval_backward);
+  m.impl("eval_backward", CppFunction::makeFromBoxedFunction<&boxed<&call_eval_backward>>());
 }
 #endif
 

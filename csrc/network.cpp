@@ -53,10 +53,10 @@ NetworkOutputs network_forward(const Tensor& x, at::TensorList scales, at::Tenso
                 " needs a scale and a shift ", Sizes(table), ", got ", scales[i].sizes(), " and ",
                 shifts[i].sizes());
     const MaybeTensor residual = s.residual < 0 ? std::nullopt : MaybeTensor(y[s.residual]);
-    const bool mask_from_u = fuses(x) && s.relu && keep_mask && keep_u && s.residual < 0;
+    const bool mask_from_u = fuses(x) && s.activation == kRelu && keep_mask && keep_u && s.residual < 0;
     const AffineOutputs layer = affine_forward(
-        {s.input < 0 ? x : y[s.input], weights[i], conv_of(s), scales[i], shifts[i], residual, s.relu},
-        {keep_u, keep_mask && s.relu && !mask_from_u});
+        {s.input < 0 ? x : y[s.input], weights[i], conv_of(s), scales[i], shifts[i], residual, s.activation},
+        {keep_u, keep_mask && s.activation != kNone && !mask_from_u});
     y[i] = layer.y;
     out.layers.push_back({weights[i], scales[i], layer.u, layer.mask, mask_from_u ? shifts[i] : Tensor(),
                           y[i].sizes().vec(), layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
@@ -108,8 +108,10 @@ NetworkGradients network_backward(const std::vector<Step>& steps, const std::vec
     if (args.need_sums && !fused) args.centre = centre_of(layer.u);
     if (mask_from_u) {
       args.shift = layer.shift.to(at::kFloat);
-    } else if (s.relu) {
+    } else if (s.activation == kRelu) {
       args.relu_mask = layer.mask;
+    } else if (s.activation != kNone) {
+      args.slope = layer.mask;
     }
     args.propagation.by_grad = layer.scale.to(at::kFloat);
     args.channels_last = layer.channels_last;

@@ -8,12 +8,15 @@
 #include <utility>
 #include <vector>
 
+#include "arithmetic.h"
+
 namespace awnet {
 
 // A layer. Numbers are of the layer that a tensor comes from, -1 for the images.
 struct Step {
   int64_t input, residual;  // a residual of -1 is none
-  bool averaged, relu;      // averaged: the mean over the output's pixels is an output of the network
+  bool averaged;            // the mean over the output's pixels is an output of the network
+  int64_t activation;
   std::array<int64_t, 2> stride, padding, dilation;
   int64_t groups;
 };
@@ -28,7 +31,7 @@ inline std::vector<Step> steps_of(at::IntArrayRef numbers, size_t layers) {
     const auto layer = static_cast<int64_t>(i);
     TORCH_CHECK(n[0] >= -1 && n[0] < layer && n[1] >= -1 && n[1] < layer, "layer ", i,
                 " may take the outputs of earlier layers only, not of ", n[0], " and ", n[1]);
-    steps.push_back({n[0], n[1], n[2] != 0, n[3] != 0, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}, n[10]});
+    steps.push_back({n[0], n[1], n[2] != 0, n[3], {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}, n[10]});
   }
   return steps;
 }
@@ -46,9 +49,9 @@ struct NetworkGradients {
 
 // What the backward needs of a layer.
 struct SavedLayer {
-  at::Tensor weight, scale, u, mask;
-  at::Tensor shift;            // where the mask is computed from u, else empty
-  std::vector<int64_t> shape;  // of its output
+  at::Tensor weight, scale, u, mask;  // mask: of a ReLU, or the slope of another activation
+  at::Tensor shift;                   // where the mask is computed from u, else empty
+  std::vector<int64_t> shape;         // of its output
   bool channels_last;
 };
 

@@ -8,6 +8,8 @@
 #include <string>
 #include <tuple>
 
+#include "arithmetic.h"
+
 namespace awnet {
 
 using at::Tensor;
@@ -61,7 +63,7 @@ struct Needs {
 // residual.
 struct EvalBackwardArgs {
   Tensor grad;
-  MaybeTensor other_grad, d_mean, u, relu_mask;
+  MaybeTensor other_grad, d_mean, u, relu_mask, slope;
   Tensor scale;
   MaybeTensor shift;
   bool residual = false, sums = false;
@@ -73,16 +75,18 @@ struct EvalBackwardOutputs {
   Reduced sums;
 };
 
-// relu_mask is y or a bool mask of where the activation passed. Outputs that are not required are empty.
+// relu_mask is y or a bool mask of where the ReLU passed; slope is the derivative of another activation.
+// apply returns y and, with keep_mask, the mask or the slope. Outputs that are not required are empty.
 #define AWNET_DECLARE_OPS                                                                                   \
   std::tuple<Tensor, Tensor> statistics(const Tensor& u);                                                   \
   std::tuple<Tensor, Tensor> apply(const Tensor& u, const Tensor& scale, const Tensor& shift,               \
-                                   const MaybeTensor& residual, bool relu, bool keep_mask, bool in_place);  \
+                                   const MaybeTensor& residual, int64_t activation, bool keep_mask,         \
+                                   bool in_place);                                                          \
   std::tuple<Tensor, Tensor> reduce(const Tensor& grad, const Tensor& u, const Tensor& centre,              \
-                                    const MaybeTensor& relu_mask);                                          \
+                                    const MaybeTensor& relu_mask, const MaybeTensor& slope);                \
   std::tuple<Tensor, Tensor> propagate(const Tensor& grad, const MaybeTensor& u, const MaybeTensor& centre, \
                                        const MaybeTensor& relu_mask, const Propagation& propagation,        \
-                                       bool residual);                                                      \
+                                       bool residual, const MaybeTensor& slope);                            \
   std::tuple<Tensor, Tensor> eval_coefficients(const Mix& mix, const MixNorm& norm, int64_t batch);         \
   std::tuple<Tensor, Tensor, Tensor, Tensor> eval_gradients(const Reduced& sums, const Mix& mix,            \
                                                             const MixNorm& norm, const Needs& needs);       \

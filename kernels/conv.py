@@ -75,7 +75,7 @@ def conv_kernel(
     weight_ptr,
     u_ptr,  # from here to m2_ptr: see finish
     y_ptr,
-    relu_mask_ptr,
+    mask_ptr,
     residual_ptr,
     scale_ptr,
     shift_ptr,
@@ -97,7 +97,7 @@ def conv_kernel(
     FLIP: tl.constexpr,  # reverses the taps, for the gradient of the input
     SPAN: tl.constexpr,
     ROWS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     SWAP_AB: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -173,7 +173,7 @@ def conv_kernel(
         batch,
         u_ptr,
         y_ptr,
-        relu_mask_ptr,
+        mask_ptr,
         residual_ptr,
         scale_ptr,
         shift_ptr,
@@ -187,7 +187,7 @@ def conv_kernel(
         BLOCK_N,
         ROWS,
         SPAN,
-        RELU,
+        ACTIVATION,
     )
 
 
@@ -209,11 +209,11 @@ def rows(problem: Problem, tile: Tile) -> int:
 
 
 def keeps_mask(problem: Problem, tile: Tile) -> bool:
-    """Whether the epilogue can write the ReLU mask: with samples that end within a tile registers run out."""
+    """Whether the epilogue can write a mask or slope: where samples end within a tile registers run out."""
     return not _spans(problem, tile)
 
 
-def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, relu: bool) -> None:
+def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, activation: int) -> None:
     """Convolves ``x`` and writes the outputs of ``epilogue``."""
     reads, writes, (taps, _) = problem.reads, problem.writes, problem.kernel
     spans, own_rows = _spans(problem, tile), rows(problem, tile)
@@ -231,7 +231,7 @@ def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilo
         C_IN=reads.channels, C_OUT=writes.channels, H=reads.height, W=reads.width,
         OH=writes.height, OW=writes.width, K=taps, STRIDE=problem.stride[0],
         PADDING=taps - 1 - problem.padding[0] if problem.dgrad else problem.padding[0],
-        FLIP=problem.dgrad, SPAN=spans, ROWS=own_rows, RELU=relu, PRECISION=problem.precision,
+        FLIP=problem.dgrad, SPAN=spans, ROWS=own_rows, ACTIVATION=activation, PRECISION=problem.precision,
         SWAP_AB=tile.swap_ab, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip

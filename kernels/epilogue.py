@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import activated
 from .launch import launch, power_of_two
 
 
@@ -77,7 +78,7 @@ class Epilogue(NamedTuple):
 
     u: Tensor | None
     y: Tensor | None = None
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # bytes of a ReLU, or the slope of another activation
     residual: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -97,7 +98,7 @@ def finish(
     batch,
     u_ptr,  # [B, C, HW] in the images' layout, or None
     y_ptr,  # the same, or None for no affine map
-    relu_mask_ptr,  # the same in bytes, or None: 1 where the ReLU passed
+    mask_ptr,  # the same, or None: of a ReLU bytes, 1 where it passed; of another activation its slope
     residual_ptr,  # the same, or None
     scale_ptr,  # [B, C] float32
     shift_ptr,
@@ -111,7 +112,7 @@ def finish(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,  # rows of one sample in a tile: BLOCK_M, or less where several samples share a tile
     SPAN: tl.constexpr,  # a sample may end within a tile and the next one begin (then no statistics)
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     channel_in_bounds = channel < C
     in_bounds = row_in_bounds[:, None] & channel_in_bounds[None, :]
@@ -140,14 +141,18 @@ def finish(
             y = acc * scale[None, :] + shift[None, :]
         if residual_ptr is not None:
             y += tl.load(residual_ptr + start + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-        if RELU:
+        if ACTIVATION > 1:
+            y, slope = activated(y, ACTIVATION)
+            if mask_ptr is not None:
+                tl.store(mask_ptr + start + offsets, slope.to(mask_ptr.dtype.element_ty), mask=in_bounds)
+        elif ACTIVATION == 1:
             y = tl.where(y < 0, 0.0, y)  # NaN passes, as in torch
         tl.store(y_ptr + start + offsets, y.to(y_ptr.dtype.element_ty), mask=in_bounds)
-        if relu_mask_ptr is not None:  # of y as stored
-            stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-            tl.store(
-                relu_mask_ptr + start + offsets, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=in_bounds
-            )
+        if ACTIVATION <= 1:  # noqa: SIM102 (two conditions of the compiler)
+            if mask_ptr is not None:  # of y as stored
+                stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+                passed = tl.where(stored <= 0, 0, 1).to(tl.uint8)
+                tl.store(mask_ptr + start + offsets, passed, mask=in_bounds)
     if mean_ptr is not None:
         SAMPLES: tl.constexpr = BLOCK_M // ROWS
         PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS

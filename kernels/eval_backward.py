@@ -54,6 +54,7 @@ def eval_backward_kernel(
     d_mean_ptr,  # [B, C], the gradient of y's mean over pixels, or None
     u_ptr,  # None where neither sums nor a mask from u are requested
     relu_mask_ptr,  # y or bytes; or None
+    slope_ptr,  # of another activation; or None
     scale_ptr,  # [B, C]
     shift_ptr,  # [B, C]: the mask is of act(u · scale + shift); or None
     num_planes,
@@ -87,6 +88,8 @@ def eval_backward_kernel(
             g += load_planes(d_mean_ptr, plane, in_planes) / hw
         if u_ptr is not None:
             u = load_values(u_ptr, offsets, in_bounds)
+        if slope_ptr is not None:
+            g *= load_values(slope_ptr, offsets, in_bounds)
         if relu_mask_ptr is not None:
             g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)
         elif shift_ptr is not None:
@@ -152,6 +155,7 @@ def eval_backward(
     shift: Tensor | None,
     config: Mapping[str, int],
     *,
+    slope: Tensor | None = None,
     residual: bool = False,
     sums: bool = False,
     centred: bool = False,
@@ -159,7 +163,8 @@ def eval_backward(
 ) -> tuple[Tensor, Tensor | None, Sums | None]:
     """∂u = g · scale, ∂residual = g, and the sums of g and g u over pixels.
 
-    g is ``grad`` + ``other_grad`` + ``d_mean`` / HW where the ReLU passed, and 0 elsewhere.
+    g is ``grad`` + ``other_grad`` + ``d_mean`` / HW where the ReLU passed, and 0 elsewhere; or that sum times
+    ``slope``.
 
     Args:
         grad, other_grad: gradients of y [B, C, H, W], of one dtype and layout; the second may be None.
@@ -171,6 +176,7 @@ def eval_backward(
         shift: contiguous float32 [B, C] where y = relu(u · scale + shift), without a residual: the mask is
             then computed from u. Otherwise None.
         config: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
+        slope: what ``apply`` writes for activations other than the ReLU, of the same layout; else None.
         residual: whether ∂residual is requested.
         sums: whether the sums are requested.
         centred: whether they are returned about a centre, which keeps more digits, else about 0.
@@ -194,7 +200,7 @@ def eval_backward(
     launch(
         eval_backward_kernel, grid.programs,
         d_u, d_residual, *((None, None, None) if result is None else result), *parts,
-        grad, other_grad, d_mean, u, as_bytes(relu_mask), scale, shift, *grid.sizes,
+        grad, other_grad, d_mean, u, as_bytes(relu_mask), slope, scale, shift, *grid.sizes,
         warps=config["warps"], BLOCK_S=block_s if split else 1,
         COMBINE_STEPS=-(-grid.splits // block_s) if split else 1, **grid.constants,
     )  # fmt: skip
@@ -230,6 +236,9 @@ def _cases_of(
         " from u": lambda: eval_backward(u, None, None, u, None, c, c, config, sums=True),
         " layer": lambda: eval_backward(u, None, None, u, u, c, None, config, sums=True, centred=True),
         " static mask": lambda: eval_backward(u, None, None, None, mask, c, None, config),
+        " join residual slope": lambda: eval_backward(
+            u, u, c, u, None, c, None, config, slope=u, residual=True, sums=True
+        ),
     }
     quick = name == "64@32²" and dtype == "bfloat16"
     for number, (options, run) in enumerate(calls.items()):

@@ -71,7 +71,7 @@ def fused_apply(
     scale: Tensor,
     shift: Tensor,
     residual: Tensor | None,
-    relu: bool,
+    activation: int,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -84,14 +84,15 @@ def fused_apply(
     force: bool = False,
     tile: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """y = act(conv(input, weight) · scale + shift + residual); u = conv(input, weight) if ``keep_u``; and the
-    bool mask of where the activation passed if ``keep_mask``.
+    """y = act(conv(input, weight) · scale + shift + residual); u = conv(input, weight) if ``keep_u``; and, if
+    ``keep_mask``, the bool mask of where the ReLU passed, or the slope of another activation.
 
     Args:
         input: [B, C_in, H, W], contiguous or channels_last; the results are laid out alike.
         weight: [C_out, C_in/groups, k_h, k_w].
         scale, shift: [B, C_out] float32.
         residual: [B, C_out, H', W'] of the input's dtype and layout, or None.
+        activation: of act, see :mod:`awnet.kernels.activations`.
         stride, padding, dilation: pairs.
         keep_u, keep_mask: whether to return u and the mask; otherwise they are empty.
         table: the cases in which our kernel is faster, with the tile of each.
@@ -116,10 +117,12 @@ def fused_apply(
         return None
     y = _result(problem, input)
     u = _result(problem, input) if keep_u else None
-    mask = torch.empty_like(y, dtype=torch.bool) if keep_mask else None
-    passed = None if mask is None else mask.view(torch.uint8)
+    mask = None
+    if keep_mask:
+        mask = torch.empty_like(y, dtype=y.dtype if activation > 1 else torch.bool)
+    passed = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
     epilogue = Epilogue(u, y, passed, residual, scale.contiguous(), shift.contiguous())
-    kernel.run(problem, tile, input, weight, epilogue, relu)
+    kernel.run(problem, tile, input, weight, epilogue, activation)
     return (
         y,
         input.new_empty(0) if u is None else u,
@@ -155,7 +158,7 @@ def fused_statistics(
     rows, pixels = kernel.rows(problem, tile), problem.output.pixels
     parts = (problem.batch, -(-pixels // rows), problem.c_out)
     mean, m2 = (new_tensor(parts, input) for _ in range(2))
-    kernel.run(problem, tile, input, weight, Epilogue(u, mean=mean, m2=m2), False)
+    kernel.run(problem, tile, input, weight, Epilogue(u, mean=mean, m2=m2), 0)
     return u, *combine(mean, m2, pixels, rows)
 
 
@@ -187,11 +190,11 @@ def fused_dgrad(
     if tile is None:
         return None
     d_input = _result(problem, d_u)
-    kernel.run(problem, tile, d_u, weight, Epilogue(d_input), False)
+    kernel.run(problem, tile, d_u, weight, Epilogue(d_input), 0)
     return d_input
 
 
-def _sample_call(problem: Problem, tile: Any) -> None:
+def _sample_call(problem: Problem, tile: Any, activation: int = 1) -> None:
     """A call of ``problem`` on the meta device with every option of the epilogue."""
 
     def image(size: Image) -> Tensor:
@@ -214,7 +217,7 @@ def _sample_call(problem: Problem, tile: Any) -> None:
     if problem.operation == "apply":
         scale = torch.empty(problem.batch, problem.c_out, device="meta")
         keep_mask = kernel_of(problem.groups).keeps_mask(problem, tile)
-        arguments: Any = (x, weight, scale, scale, other, True, *where, True, keep_mask)
+        arguments: Any = (x, weight, scale, scale, other, activation, *where, True, keep_mask)
         fused_apply(*arguments, **options)
     elif problem.operation == "statistics":
         fused_statistics(x, weight, *where, **options)
@@ -232,4 +235,7 @@ def cases(table: Table) -> Iterator[Case]:
         for name, problem, tile in calls:
             in_full = problem.dtype == torch.float32 and problem.precision == "ieee"
             call = partial(_sample_call, problem, tile)
-            yield Case(name, call, "" if in_full else "wgmma", name in kernel.QUICK)
+            instruction = "" if in_full else "wgmma"
+            yield Case(name, call, instruction, name in kernel.QUICK)
+            if name in kernel.QUICK and problem.operation == "apply":
+                yield Case(f"{name} silu", partial(_sample_call, problem, tile, 2), instruction)

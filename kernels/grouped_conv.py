@@ -68,7 +68,7 @@ def grouped_conv_kernel(
     weight_ptr,  # [KH, KW, GROUP_IN, GROUPS, GROUP_OUT] in the strides below
     u_ptr,  # from here to m2_ptr: see finish
     y_ptr,
-    relu_mask_ptr,
+    mask_ptr,
     residual_ptr,
     scale_ptr,
     shift_ptr,
@@ -97,7 +97,7 @@ def grouped_conv_kernel(
     DILATION_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -160,7 +160,7 @@ def grouped_conv_kernel(
         batch,
         u_ptr,
         y_ptr,
-        relu_mask_ptr,
+        mask_ptr,
         residual_ptr,
         scale_ptr,
         shift_ptr,
@@ -174,7 +174,7 @@ def grouped_conv_kernel(
         BLOCK_C,
         BLOCK_P,
         False,
-        RELU,
+        ACTIVATION,
     )
 
 
@@ -184,7 +184,7 @@ def rows(problem: Problem, tile: Tile) -> int:
 
 
 def keeps_mask(problem: Problem, tile: Tile) -> bool:
-    """Whether the epilogue can write the ReLU mask."""
+    """Whether the epilogue can write a mask or slope."""
     return True
 
 
@@ -200,7 +200,7 @@ def kernel_weight(problem: Problem, weight: Tensor) -> Tensor:
     return view.contiguous() if problem.channels_last else view
 
 
-def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, relu: bool) -> None:
+def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, activation: int) -> None:
     """Convolves ``x`` and writes the outputs of ``epilogue``."""
     reads, writes = problem.reads, problem.writes
     programs = (
@@ -215,7 +215,7 @@ def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilo
         STRIDE_H=problem.stride[0], STRIDE_W=problem.stride[1],
         PADDING_H=problem.padding[0], PADDING_W=problem.padding[1],
         DILATION_H=problem.dilation[0], DILATION_W=problem.dilation[1],
-        TRANSPOSED=problem.dgrad, CHANNELS_LAST=problem.channels_last, RELU=relu,
+        TRANSPOSED=problem.dgrad, CHANNELS_LAST=problem.channels_last, ACTIVATION=activation,
         BLOCK_P=tile.pixels, BLOCK_C=tile.channels, warps=tile.warps, stages=1,
     )  # fmt: skip
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import activated
 from .launch import Case, Table, launch, power_of_two
 from .tables import as_bytes
 
@@ -106,18 +108,23 @@ def store_values(ptr, offsets, values, in_bounds):
 
 
 @triton.jit
-def _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds):
-    """The gradient where the ReLU passed, else 0. The mask is y (NaN passes, as in torch) or bytes."""
+def _load_masked_grad(grad_ptr, relu_mask_ptr, slope_ptr, offsets, in_bounds):
+    """The gradient of the activation's input: of a ReLU the gradient of y where it passed, else 0.
+
+    The mask is y (NaN passes, as in torch) or bytes. Of another activation the product with its slope.
+    """
     g = load_values(grad_ptr, offsets, in_bounds)
     if relu_mask_ptr is not None:
         g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)
+    if slope_ptr is not None:
+        g *= load_values(slope_ptr, offsets, in_bounds)
     return g
 
 
 @triton.jit
 def apply_kernel(
     y_ptr,
-    relu_mask_ptr,  # bytes like y, or None
+    mask_ptr,  # of a ReLU bytes, of another activation its slope, of the shape of y; or None
     u_ptr,
     scale_ptr,  # [B, C]
     shift_ptr,
@@ -129,7 +136,7 @@ def apply_kernel(
     hw,
     splits,
     CHANNELS_LAST: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
@@ -149,12 +156,17 @@ def apply_kernel(
             shift = load_planes(residual_shift_ptr, plane, in_planes)
             residual = residual * load_planes(residual_scale_ptr, plane, in_planes) + shift
         y += residual
-    if RELU:
+    if ACTIVATION > 1:
+        y, slope = activated(y, ACTIVATION)
+        if mask_ptr is not None:
+            store_values(mask_ptr, offsets, slope, in_bounds)
+    elif ACTIVATION == 1:
         y = tl.where(y <= 0, 0.0, y)  # NaN passes, as in torch
     store_values(y_ptr, offsets, y, in_bounds)
-    if relu_mask_ptr is not None:  # of y as stored
-        stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(relu_mask_ptr + offsets, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=in_bounds)
+    if ACTIVATION <= 1:  # noqa: SIM102 (two conditions of the compiler)
+        if mask_ptr is not None:  # of y as stored
+            stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+            tl.store(mask_ptr + offsets, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=in_bounds)
 
 
 @triton.jit
@@ -233,6 +245,7 @@ def reduce_kernel(
     u_ptr,
     centre_ptr,  # [B, C]
     relu_mask_ptr,
+    slope_ptr,
     num_planes,
     channels,
     hw,
@@ -252,7 +265,7 @@ def reduce_kernel(
     for step in range(STEPS):
         begin = first_pixel + step * BLOCK_P
         offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
-        g = _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds)
+        g = _load_masked_grad(grad_ptr, relu_mask_ptr, slope_ptr, offsets, in_bounds)
         g1 += g
         gc += tl.where(in_bounds, g * (load_values(u_ptr, offsets, in_bounds) - centre), 0.0)
     tl.store(g1_ptr + split * num_planes + plane, tl.sum(g1, 1), mask=in_planes)
@@ -283,6 +296,7 @@ def propagate_kernel(
     u_ptr,  # None without by_input, like centre and constant
     centre_ptr,  # [B, C]
     relu_mask_ptr,
+    slope_ptr,
     by_grad_ptr,
     by_input_ptr,
     constant_ptr,
@@ -297,7 +311,7 @@ def propagate_kernel(
     plane, in_planes, offsets, in_bounds = _tile_of_program(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M, BLOCK_P
     )
-    g = _load_masked_grad(grad_ptr, relu_mask_ptr, offsets, in_bounds)
+    g = _load_masked_grad(grad_ptr, relu_mask_ptr, slope_ptr, offsets, in_bounds)
     d_u = g * load_planes(by_grad_ptr, plane, in_planes)
     if by_input_ptr is not None:
         centred = load_values(u_ptr, offsets, in_bounds) - load_planes(centre_ptr, plane, in_planes)
@@ -399,13 +413,14 @@ def apply(
     scale: Tensor,
     shift: Tensor,
     residual: Tensor | None,
-    relu: bool,
+    activation: int,
     config: Mapping[str, int],
     *,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
     out: Tensor | None = None,
     relu_mask: Tensor | None = None,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """y = act(u · scale + shift + r) with r = residual, or residual · residual_scale + residual_shift.
 
@@ -413,17 +428,19 @@ def apply(
         u: [B, C, H, W], contiguous or channels_last, float32, bfloat16 or float16.
         scale, shift, residual_scale, residual_shift: contiguous float32 [B, C].
         residual: of the shape, dtype and layout of ``u``, or None.
-        relu: whether act is the ReLU; otherwise it is the identity.
+        activation: of act, see :mod:`awnet.kernels.activations`.
         config: launch parameters ``tile``, ``inner``, ``warps``.
         out: the tensor to write to, which may be ``u``; a new tensor like ``u`` if None.
-        relu_mask: a bool tensor like ``u`` to write to: True where y is not <= 0.
+        relu_mask: for the ReLU, a bool tensor like ``u`` to write to: True where y is not <= 0.
+        slope: for activations other than the ReLU, a tensor like ``u`` to write act' to.
     """
     y = torch.empty_like(u) if out is None else out
     grid = launch_grid(shape_of(u), config)
     launch(
         apply_kernel, grid.programs,
-        y, as_bytes(relu_mask), u, scale, shift, residual, residual_scale, residual_shift, *grid.sizes,
-        RELU=relu, warps=config["warps"], **grid.constants,
+        y, as_bytes(relu_mask) if slope is None else slope, u, scale, shift, residual, residual_scale,
+        residual_shift, *grid.sizes,
+        ACTIVATION=activation, warps=config["warps"], **grid.constants,
     )  # fmt: skip
     return y
 
@@ -453,24 +470,26 @@ def reduce(
     relu_mask: Tensor | None,
     config: Mapping[str, int],
     *,
+    slope: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """G1 = Σ g and Gc = Σ g (u − centre) over each plane, float32 [B, C].
 
-    g is ``grad`` where the ReLU passed and 0 elsewhere.
+    g is ``grad`` where the ReLU passed and 0 elsewhere, or ``grad`` · ``slope``.
 
     Args:
         grad, u: [B, C, H, W] of one dtype and layout.
         centre: contiguous float32 [B, C].
-        relu_mask: y, or the bool mask that :func:`apply` writes, of the same layout; None without activation.
+        relu_mask: y, or the bool mask that :func:`apply` writes, of the same layout; None without a ReLU.
         config: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
+        slope: what :func:`apply` writes for other activations, of the same layout; else None.
         out: tensors to write to.
     """
     grid = launch_grid(shape_of(u), config, steps=True)
     out = (table_like(u), table_like(u)) if out is None else out
     parts = out if grid.splits == 1 else (table_like(u, grid.splits), table_like(u, grid.splits))
     launch(
-        reduce_kernel, grid.programs, *parts, grad, u, centre, as_bytes(relu_mask), *grid.sizes,
+        reduce_kernel, grid.programs, *parts, grad, u, centre, as_bytes(relu_mask), slope, *grid.sizes,
         warps=config["warps"], **grid.constants,
     )  # fmt: skip
     if grid.splits > 1:
@@ -489,12 +508,13 @@ def propagate(
     residual: bool,
     config: Mapping[str, int],
     *,
+    slope: Tensor | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """∂u = by_grad · g + by_input · (u − centre) + constant, and ∂residual = g with ``residual``.
 
     Args:
-        grad, u, relu_mask: as in :func:`reduce`.
+        grad, u, relu_mask, slope: as in :func:`reduce`.
         centre, by_grad, by_input, constant: contiguous float32 [B, C]; u, centre, by_input and constant are
             either all given or all None.
         residual: whether ∂residual is requested.
@@ -508,13 +528,15 @@ def propagate(
         out = torch.empty_like(grad), torch.empty_like(grad) if residual else None
     launch(
         propagate_kernel, grid.programs,
-        *out, grad, u, centre, as_bytes(relu_mask), by_grad, by_input, constant, *grid.sizes,
+        *out, grad, u, centre, as_bytes(relu_mask), slope, by_grad, by_input, constant, *grid.sizes,
         warps=config["warps"], **grid.constants,
     )  # fmt: skip
     return out
 
 
 # --- ahead-of-time compilation
+
+SMOOTH = {2: "silu", 3: "gelu"}  # the activations that take most registers
 
 # a stage of a ResNet-18, ImageNet's first map, one with no even size, the smallest
 SHAPES = {
@@ -556,17 +578,23 @@ def _cases_of(
         calls[" relu mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=mask)
         shortcut = {"residual_scale": c, "residual_shift": c}
         calls[" shortcut relu"] = lambda: apply(u, c, c, u, True, config, **shortcut)
+        for code, name in SMOOTH.items():
+            calls[f" residual {name} slope"] = partial(apply, u, c, c, u, code, config, slope=u)
     elif op == "statistics":
         calls[""] = lambda: statistics(u, config)
     elif op == "reduce":
         calls[" relu"] = lambda: reduce(u, u, c, u, config)
         calls[""] = lambda: reduce(u, u, c, None, config)
         calls[" mask"] = lambda: reduce(u, u, c, mask, config)
+        calls[" slope"] = lambda: reduce(u, u, c, None, config, slope=u)
     elif op == "propagate":
         calls[" training relu"] = lambda: propagate(u, u, c, u, c, c, c, True, config)
         calls[" attack mask"] = lambda: propagate(u, None, None, mask, c, None, None, False, config)
         calls[" training mask"] = lambda: propagate(u, u, c, mask, c, c, c, True, config)
+        calls[" training slope"] = lambda: propagate(u, u, c, None, c, c, c, True, config, slope=u)
     quick = name == "64@32²" and dtype == "bfloat16"
     for number, (options, run) in enumerate(calls.items()):
         if number == 0 or name == "64@32²":
-            yield Case(title + options, run, quick=quick and (number == 0 or "mask" in options))
+            yield Case(
+                title + options, run, quick=quick and (number == 0 or "mask" in options or "gelu" in options)
+            )

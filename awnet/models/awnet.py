@@ -14,7 +14,7 @@ from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter
 from awnet.nn.backbone import BlockNetwork
 from awnet.nn.inference import register_inference_copy
 from awnet.nn.inference_network import awnet_copy, check_awnet
-from awnet.nn.layers import Branches
+from awnet.nn.layers import Activation, Branches
 from awnet.nn.router import TestBN
 from awnet.scalars import check_flag, check_integers
 
@@ -64,6 +64,8 @@ class AWResNet(AWNet, WithInferenceCopy, OnHub):
         router_widths: widths of the router's stages; default those of ResNet-18 (of the network for
             ``awnet_tiny``), times ``width``.
         width: multiplies the channels of the dynamic sub-network.
+        activation: in the place of every ReLU of the dynamic sub-network, ``"silu"``, ``"gelu"`` or
+            ``"leaky_relu"`` (:class:`awnet.nn.AWConv2d`). The router has ReLUs, and MobileNet-v2 has ReLU6.
 
     Without ``filter_scaling`` and ``type_head`` there is no router: a static network with two batch norms.
     The dynamic sub-network is drawn first: under one seed it starts with the weights of its static twin.
@@ -85,6 +87,7 @@ class AWResNet(AWNet, WithInferenceCopy, OnHub):
         p_scale: float = 1.0,
         router_widths: Sequence[int] | None = None,
         width: float = 1.0,
+        activation: Activation = "relu",
     ) -> None:
         if name not in _BASES:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
@@ -107,6 +110,7 @@ class AWResNet(AWNet, WithInferenceCopy, OnHub):
             dynamic=filter_scaling,
             dynamic_shortcut=dynamic_shortcut,
             bn=bn,
+            activation=activation,
         )
         router: AdversarialRouter | FixedRouter
         if filter_scaling or type_head:
@@ -138,4 +142,5 @@ class AWResNet(AWNet, WithInferenceCopy, OnHub):
             p_scale=p_scale,
             router_widths=widths,
             width=width,
+            activation=activation,
         )

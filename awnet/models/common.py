@@ -20,6 +20,8 @@ def scaled(channels: int, width: float) -> int:
 def config(name: str, num_classes: int, in_channels: int, **options: Any) -> dict[str, Any]:
     """What :func:`~awnet.models.create_model` needs to build the same network again."""
     options = {option: plain(value) for option, value in options.items()}
+    if options.get("activation") == "relu":  # the default, which the configs of earlier versions do not name
+        del options["activation"]
     return {
         "name": name,
         "num_classes": plain(num_classes),

@@ -33,10 +33,14 @@ def _architecture(width: float) -> tuple[list[tuple[int, int, int, int]], int, i
     return stages, scaled(32, width), scaled(1280, width)
 
 
-def backbone(width: float, *, dynamic_shortcut: bool = False, **options: Any) -> MobileBackbone:
+def backbone(
+    width: float, *, dynamic_shortcut: bool = False, activation: str | None = "relu", **options: Any
+) -> MobileBackbone:
     """The network, every layer ``width`` times as wide, with :class:`MobileBackbone`'s options."""
     if dynamic_shortcut:
         raise ValueError("dynamic_shortcut must be False: MobileNet-v2 has no shortcut convolutions")
+    if activation != "relu":
+        raise ValueError(f'activation must be "relu", got {activation!r}: MobileNet-v2 has ReLU6')
     return MobileBackbone(*_architecture(width), **options)
 
 

@@ -14,6 +14,7 @@ from awnet.nn import AdversarialRouter
 from awnet.nn.backbone import Backbone, BlockKind
 from awnet.nn.inference import register_inference_copy
 from awnet.nn.inference_network import InferenceBackbone, check_backbone
+from awnet.nn.layers import Activation
 
 
 class Architecture(NamedTuple):
@@ -42,11 +43,18 @@ class ResNet(Backbone, WithInferenceCopy, OnHub):
     """A static CIFAR ResNet: the AW-Net's dynamic sub-network with plain convolutions and one batch norm.
 
     It uses the same fused layer, so a comparison with an AW-Net measures only what the router adds.
-    ``width`` multiplies the channels of every stage.
+    ``width`` multiplies the channels of every stage; ``activation`` replaces every ReLU, see
+    :class:`awnet.nn.AWConv2d`.
     """
 
     def __init__(
-        self, name: str = "resnet18", num_classes: int = 10, in_channels: int = 3, *, width: float = 1.0
+        self,
+        name: str = "resnet18",
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        width: float = 1.0,
+        activation: Activation = "relu",
     ) -> None:
         if name == "resnet_tiny_wide":
             architecture = _wide(num_classes, in_channels, width)
@@ -55,9 +63,16 @@ class ResNet(Backbone, WithInferenceCopy, OnHub):
         else:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
         super().__init__(
-            *architecture, num_classes=num_classes, in_channels=in_channels, dynamic=False, bn="one"
+            *architecture,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            dynamic=False,
+            bn="one",
+            activation=activation,
         )
-        self.config: dict[str, Any] = config(name, num_classes, in_channels, width=width)
+        self.config: dict[str, Any] = config(
+            name, num_classes, in_channels, width=width, activation=activation
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes]."""

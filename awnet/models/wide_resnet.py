@@ -10,6 +10,7 @@ from awnet.models.common import WithInferenceCopy, config, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.backbone import WideBackbone
 from awnet.nn.inference import PlainInferenceCopy, register_inference_copy
+from awnet.nn.layers import Activation
 
 # name → depth, widening factor
 _SIZES = {"wrn34_8": (34, 8), "wrn34_10": (34, 10), "wrn70_16": (70, 16)}
@@ -31,11 +32,18 @@ def backbone(name: str, width: float, **options: Any) -> WideBackbone:
 class WideResNet(WideBackbone, WithInferenceCopy, OnHub):
     """A static WideResNet of pre-activation blocks, without dropout, as in adversarial training.
 
-    ``wrn34_10`` has depth 34 and widening factor 10. ``width`` multiplies the channels of every layer.
+    ``wrn34_10`` has depth 34 and widening factor 10. ``width`` multiplies the channels of every layer;
+    ``activation`` replaces every ReLU, see :class:`awnet.nn.AWConv2d`.
     """
 
     def __init__(
-        self, name: str = "wrn34_10", num_classes: int = 10, in_channels: int = 3, *, width: float = 1.0
+        self,
+        name: str = "wrn34_10",
+        num_classes: int = 10,
+        in_channels: int = 3,
+        *,
+        width: float = 1.0,
+        activation: Activation = "relu",
     ) -> None:
         if name not in _SIZES:
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
@@ -45,8 +53,11 @@ class WideResNet(WideBackbone, WithInferenceCopy, OnHub):
             in_channels=in_channels,
             dynamic=False,
             bn="one",
+            activation=activation,
         )
-        self.config: dict[str, Any] = config(name, num_classes, in_channels, width=width)
+        self.config: dict[str, Any] = config(
+            name, num_classes, in_channels, width=width, activation=activation
+        )
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Images [B, in_channels, H, W] in [0, 1] → logits [B, num_classes]."""

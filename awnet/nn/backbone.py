@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, TypeVar, cast
 
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from awnet.nn.blocks import AWBasicBlock, AWBottleneck, AWInvertedResidual, AWPreActivationBlock, Block
-from awnet.nn.layers import AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes
+from awnet.nn.layers import Activation, AWConv2d, Branches, MixBatchNorm2d, check_image, check_sizes
 from awnet.ops import global_average
 from awnet.ops.running_statistics import with_joint_updates
+from awnet.reference import activated
 from awnet.scalars import check_integers
 
 fx.wrap("check_image")  # one node in a traced network, since it branches on shapes
@@ -126,6 +126,7 @@ class Backbone(BlockNetwork):
         dynamic: whether the blocks' 3×3 convolutions take filter scales.
         dynamic_shortcut: whether 1×1 shortcut convolutions take them too.
         bn: the branches of every batch norm, see :class:`~awnet.nn.MixBatchNorm2d`.
+        activation: in the place of every ReLU, see :class:`~awnet.nn.AWConv2d`.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Backbone(BlockNetwork):
         dynamic: bool = True,
         dynamic_shortcut: bool = False,
         bn: Branches = "mix",
+        activation: Activation = "relu",
     ) -> None:
         if block not in _BLOCKS:
             raise ValueError(f"block must be one of {list(_BLOCKS)}, got {block!r}")
@@ -150,7 +152,7 @@ class Backbone(BlockNetwork):
             )
         super().__init__(num_classes, in_channels, widths)
         make_block = _BLOCKS[block]
-        self.stem = AWConv2d(in_channels, widths[0], 3, 1, 1, dynamic=False, bn=bn)
+        self.stem = AWConv2d(in_channels, widths[0], 3, 1, 1, dynamic=False, bn=bn, activation=activation)
         self.stages = nn.ModuleList()
         channels = widths[0]
         for i, (width, count) in enumerate(zip(widths, blocks, strict=True)):
@@ -159,7 +161,13 @@ class Backbone(BlockNetwork):
                 stride = 2 if i > 0 and j == 0 else 1
                 stage.append(
                     make_block(
-                        channels, width, stride, dynamic=dynamic, dynamic_shortcut=dynamic_shortcut, bn=bn
+                        channels,
+                        width,
+                        stride,
+                        dynamic=dynamic,
+                        dynamic_shortcut=dynamic_shortcut,
+                        bn=bn,
+                        activation=activation,
                     )
                 )
                 channels = width * make_block.expansion
@@ -178,7 +186,7 @@ class WideBackbone(BlockNetwork):
     Args:
         blocks: number of blocks of each stage, n.
         stem_width, widths: channels of the stem (16) and of the stages (16·k, 32·k, 64·k).
-        num_classes, in_channels, dynamic, dynamic_shortcut, bn: as in :class:`Backbone`.
+        num_classes, in_channels, dynamic, dynamic_shortcut, bn, activation: as in :class:`Backbone`.
     """
 
     def __init__(
@@ -192,8 +200,10 @@ class WideBackbone(BlockNetwork):
         dynamic: bool = True,
         dynamic_shortcut: bool = False,
         bn: Branches = "mix",
+        activation: Activation = "relu",
     ) -> None:
         super().__init__(num_classes, in_channels, [stem_width, *widths])
+        self.activation = activation
         self.stem = nn.Conv2d(in_channels, stem_width, 3, 1, 1, bias=False)
         self.stages = nn.ModuleList()
         channels = stem_width
@@ -203,7 +213,13 @@ class WideBackbone(BlockNetwork):
                 stride = 2 if i > 0 and j == 0 else 1
                 stage.append(
                     AWPreActivationBlock(
-                        channels, width, stride, dynamic=dynamic, dynamic_shortcut=dynamic_shortcut, bn=bn
+                        channels,
+                        width,
+                        stride,
+                        dynamic=dynamic,
+                        dynamic_shortcut=dynamic_shortcut,
+                        bn=bn,
+                        activation=activation,
                     )
                 )
                 channels = width
@@ -215,7 +231,7 @@ class WideBackbone(BlockNetwork):
         return self.stem(x)
 
     def _last(self, x: Tensor, p_clean: Tensor | None, is_clean: Tensor | None) -> Tensor:
-        return F.relu(self.norm(x, p_clean=p_clean, is_clean=is_clean))
+        return activated(self.norm(x, p_clean=p_clean, is_clean=is_clean), self.activation)
 
 
 class MobileBackbone(BlockNetwork):

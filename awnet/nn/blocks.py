@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awnet.nn.layers import AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
+from awnet.nn.layers import Activation, AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
+from awnet.reference import activated
 
 X = TypeVar("X")
+
+
+class LayerOptions(TypedDict):
+    """Options that all layers of a block with an activation share."""
+
+    bn: Branches
+    activation: Activation
 
 
 def is_dynamic(layer: nn.Module) -> bool:
@@ -93,7 +100,8 @@ class AWBasicBlock(ResidualBlock):
     """Two dynamic 3×3 convolutions and a shortcut, Eq. 16: φ = relu(F₂(relu(F₁(ψ))) + shortcut(ψ)).
 
     The shortcut is the identity, or a 1×1 convolution with MixBN where the shape changes, static unless
-    ``dynamic_shortcut``. ``dynamic=False, bn="one"`` is the ordinary basic block.
+    ``dynamic_shortcut``. ``dynamic=False, bn="one"`` is the ordinary basic block. ``activation`` takes the
+    place of the ReLU, see :class:`AWConv2d`.
     """
 
     expansion = 1
@@ -107,10 +115,12 @@ class AWBasicBlock(ResidualBlock):
         dynamic: bool = True,
         dynamic_shortcut: bool = False,
         bn: Branches = "mix",
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
-        self.conv1 = AWConv2d(in_channels, width, 3, stride, 1, dynamic=dynamic, bn=bn)
-        self.conv2 = AWConv2d(width, width, 3, 1, 1, dynamic=dynamic, bn=bn)
+        options: LayerOptions = {"bn": bn, "activation": activation}
+        self.conv1 = AWConv2d(in_channels, width, 3, stride, 1, dynamic=dynamic, **options)
+        self.conv2 = AWConv2d(width, width, 3, 1, 1, dynamic=dynamic, **options)
         self.shortcut = shortcut(in_channels, width, stride, dynamic and dynamic_shortcut, bn)
 
     def convolutions(self) -> list[AWConv2d]:
@@ -134,12 +144,14 @@ class AWBottleneck(ResidualBlock):
         dynamic: bool = True,
         dynamic_shortcut: bool = False,
         bn: Branches = "mix",
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
+        options: LayerOptions = {"bn": bn, "activation": activation}
         out_channels = self.expansion * width
-        self.conv1 = AWConv2d(in_channels, width, 1, dynamic=False, bn=bn)
-        self.conv2 = AWConv2d(width, width, 3, stride, 1, dynamic=dynamic, bn=bn)
-        self.conv3 = AWConv2d(width, out_channels, 1, dynamic=False, bn=bn)
+        self.conv1 = AWConv2d(in_channels, width, 1, dynamic=False, **options)
+        self.conv2 = AWConv2d(width, width, 3, stride, 1, dynamic=dynamic, **options)
+        self.conv3 = AWConv2d(width, out_channels, 1, dynamic=False, **options)
         self.shortcut = shortcut(in_channels, out_channels, stride, dynamic and dynamic_shortcut, bn)
 
     def convolutions(self) -> list[AWConv2d]:
@@ -165,10 +177,12 @@ class AWPreActivationBlock(Block):
         dynamic: bool = True,
         dynamic_shortcut: bool = False,
         bn: Branches = "mix",
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
+        self.activation = activation
         self.norm = MixBatchNorm2d(in_channels, branches=bn)
-        self.conv1 = AWConv2d(in_channels, width, 3, stride, 1, dynamic=dynamic, bn=bn)
+        self.conv1 = AWConv2d(in_channels, width, 3, stride, 1, dynamic=dynamic, bn=bn, activation=activation)
         self.conv2 = _convolution(dynamic)(width, width, 3, 1, 1, bias=False)
         self.shortcut: nn.Conv2d | None = None
         if stride != 1 or in_channels != width:
@@ -188,7 +202,7 @@ class AWPreActivationBlock(Block):
     ) -> Tensor:
         """``input`` [B, C_in, H, W] → [B, width, H/stride, W/stride]; one ω for each of ``signal_widths``."""
         scale = self._spread(filter_scales)
-        active = F.relu(self.norm(input, p_clean=p_clean, is_clean=is_clean))
+        active = activated(self.norm(input, p_clean=p_clean, is_clean=is_clean), self.activation)
         hidden = self.conv1(active, scale[0], p_clean=p_clean, is_clean=is_clean)
         residual = input if self.shortcut is None else _convolve(self.shortcut, active, scale[2])
         return residual + _convolve(self.conv2, hidden, scale[1])

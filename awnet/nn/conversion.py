@@ -50,7 +50,7 @@ def convert(
 ) -> AWNet:
     """Turns a torch CNN into an AW-Net that starts with the same logits in eval mode.
 
-    The network is traced with torch.fx. Convolution → batch norm → (addition) → (ReLU) becomes one fused
+    The network is traced with torch.fx. Convolution → batch norm → (addition) → (activation) becomes a fused
     :class:`~awnet.nn.AWConv2d`, a convolution elsewhere a :class:`~awnet.nn.FilterScaledConv2d`, a batch norm
     elsewhere a :class:`~awnet.nn.MixBatchNorm2d`. Stem convolutions (no other before them) and 1×1
     convolutions stay static, all others become dynamic. Both branches of every batch norm start as copies

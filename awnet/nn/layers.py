@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from awnet import ops
 from awnet.ops import running_statistics
+from awnet.ops.checks import check_activation
 from awnet.ops.distributed import summed
 from awnet.scalars import check_integer
 
 Branches = Literal["mix", "dual", "one"]
-Activation = Literal["relu"] | None
+Activation = Literal["relu", "silu", "gelu", "leaky_relu"] | None
 Size2 = int | tuple[int, int]
 
 
@@ -271,7 +272,8 @@ class AWConv2d(FilterScaledConv2d):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as for
             :class:`torch.nn.Conv2d`.
         dynamic: False for a static convolution (a stem, a shortcut), which takes no ``filter_scale``.
-        activation: ``"relu"`` or None.
+        activation: ``"relu"``, ``"silu"``, ``"gelu"`` (the exact one), ``"leaky_relu"`` (negative slope
+            0.01) or None.
         bn: ``branches`` of the :class:`MixBatchNorm2d`.
         eps, momentum: of the batch norm.
     """
@@ -308,8 +310,7 @@ class AWConv2d(FilterScaledConv2d):
             device=device,
             dtype=dtype,
         )
-        if activation not in ("relu", None):
-            raise ValueError(f'activation must be "relu" or None, got {activation!r}')
+        check_activation(activation)
         self.dynamic = dynamic
         self.activation = activation
         self.bn = MixBatchNorm2d(out_channels, eps, momentum, bn, device, dtype)

@@ -11,10 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from awnet.nn.layers import AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
+from awnet.nn.layers import Activation, AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
 from awnet.nn.tracing import has_hooks
 
-_RELU: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+_FUNCTIONS: dict[Any, Activation] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+}
+_MODULES: dict[type[nn.Module], Activation] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.LeakyReLU: "leaky_relu",
+}
 _ADD: set[Any] = {torch.add, operator.add, operator.iadd, "add", "add_"}
 
 
@@ -70,12 +82,14 @@ class FusedGroup(NamedTuple):
     conv: fx.Node
     norm: fx.Node
     add: fx.Node | None
-    relu: fx.Node | None
+    last: fx.Node | None = None
+    """The node of the activation."""
+    activation: Activation = None
 
     @property
     def nodes(self) -> list[fx.Node]:
         """In the order of execution; the value of the last one is the value of the group."""
-        return [node for node in (self.conv, self.norm, self.add, self.relu) if node is not None]
+        return [node for node in (self.conv, self.norm, self.add, self.last) if node is not None]
 
 
 class Rewriter:
@@ -174,7 +188,7 @@ class Rewriter:
                 self.graph.erase_node(node)
 
     def _groups(self) -> list[FusedGroup]:
-        """Every convolution → batch norm → (addition) → (ReLU) whose inner values have no other users."""
+        """Every convolution → batch norm → (addition) → (activation) with inner values of no other users."""
         conv_of: dict[fx.Node, fx.Node] = {}  # batch norm → convolution
         for node in self.graph.nodes:
             norm_module = self._module(node)
@@ -190,20 +204,29 @@ class Rewriter:
             if norms and operands[0] is not operands[1]:
                 # of two paths the dynamic one includes the addition: a 1×1 shortcut is its residual
                 norm = next((n for n in norms if self._is_dynamic(conv_of[n])), norms[0])
-                groups[norm] = FusedGroup(conv_of[norm], norm, node, self._relu_after(node))
+                groups[norm] = FusedGroup(conv_of[norm], norm, node, *self._activation_after(node))
         for norm, conv in conv_of.items():
             if norm not in groups:
-                groups[norm] = FusedGroup(conv, norm, None, self._relu_after(norm))
+                groups[norm] = FusedGroup(conv, norm, None, *self._activation_after(norm))
         return list(groups.values())
 
-    def _relu_after(self, node: fx.Node) -> fx.Node | None:
-        """The ReLU that is the only user of ``node``, if there is one."""
+    def _activation_after(self, node: fx.Node) -> tuple[fx.Node | None, Activation]:
+        """The activation that is the only user of ``node``, and its name, if a fused layer has it."""
         if len(node.users) != 1:
-            return None
+            return None, None
         user = next(iter(node.users))
         if user.op == "call_module":
-            return user if is_exactly(self._module(user), nn.ReLU) else None
-        return user if user.target in _RELU else None
+            module = self._module(user)
+            assert module is not None
+            name = _MODULES.get(type(module)) if is_exactly(module, type(module)) else None
+            options = vars(module)
+        else:
+            name, options = _FUNCTIONS.get(user.target), _options_of(user)
+        if name == "gelu" and options.get("approximate", "none") != "none":
+            name = None
+        if name == "leaky_relu" and options.get("negative_slope", 0.01) != 0.01:
+            name = None
+        return (None, None) if name is None else (user, name)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """Both operands if the node is a plain addition of two tensors of equal shape, else nothing."""
@@ -230,7 +253,7 @@ class Rewriter:
             conv.dilation,  # type: ignore[arg-type]
             conv.groups,
             dynamic=self._is_dynamic(group.conv),
-            activation="relu" if group.relu is not None else None,
+            activation=group.activation,
             padding_mode=conv.padding_mode,
             device="meta",
         )
@@ -245,6 +268,11 @@ class Rewriter:
         call = self.graph.call_module(str(group.conv.target), (input_of(group.conv), filter_scale), kwargs)
         call.meta.update(group.nodes[-1].meta)
         group.nodes[-1].replace_all_uses_with(call)
+
+
+def _options_of(call: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of an activation, by name."""
+    return dict(zip(("input", "negative_slope", "inplace"), call.args, strict=False)) | dict(call.kwargs)
 
 
 def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:

@@ -14,6 +14,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+# An activation is a name in Python and its position in this tuple in operators and kernels. `Activation` in
+# csrc/arithmetic.h and kernels/activations.py have the same order.
+ACTIVATIONS = (None, "relu", "silu", "gelu", "leaky_relu")
+RELU = 1
+CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+
 
 @dataclass(frozen=True, slots=True)
 class Conv:
@@ -57,7 +63,12 @@ class LayerArgs:
     is_clean: Tensor | None = None  # [B] bool, train mode with two branches
     shift: Tensor | None = None  # [B, C_out], only without a norm
     residual: Tensor | None = None  # [B, C_out, H', W']
-    activation: str | None = None  # "relu" or None
+    activation: str | None = None  # one of ACTIVATIONS
+
+    @property
+    def code(self) -> int:
+        """The position of the activation in ``ACTIVATIONS``."""
+        return CODES[self.activation]
 
     @property
     def by_batch(self) -> bool:
@@ -106,7 +117,7 @@ class Saved(NamedTuple):
 
     y: Tensor  # [B, C_out, H', W']
     u: Tensor  # of y's shape, conv(input, weight); empty without a weight or without keep_u
-    mask: Tensor  # of y's shape, bool: where y is not <= 0; empty without keep_mask
+    mask: Tensor  # what the backward reads of the activation, see keep_mask; empty without it
     mean: Tensor  # [B, C_out] of u; this and the rest are empty outside train mode
     m2: Tensor  # [B, C_out]
     batch_mean: Tensor  # [S, C_out] of ω ⊙ u
@@ -129,7 +140,8 @@ class BackwardArgs:
     is_clean: Tensor | None = None
     shift: Tensor | None = None  # only its dtype is read
     u: Tensor | None = None  # conv(input, weight), or the input where there is no weight
-    relu_mask: Tensor | None = None  # y, or a bool mask; None without an activation
+    relu_mask: Tensor | None = None  # y, or a bool mask; None without a ReLU
+    slope: Tensor | None = None  # act'(z), of grad's dtype, for the other activations
     mean: Tensor  # [B, C_out] of u; this and the rest are empty outside train mode
     m2: Tensor  # [B, C_out]
     n: Tensor  # [S]
@@ -150,16 +162,17 @@ class EvalBackwardArgs(NamedTuple):
     residual: bool = False  # whether ∂residual is requested
     sums: bool = False  # whether the sums are requested
     centred: bool = False  # whether they are about a centre; otherwise gc is the gradient of the scale
+    slope: Tensor | None = None  # of an activation other than the ReLU; then there is no relu_mask
 
 
 _LAYER = """Tensor? weight, Tensor? filter_scale, Tensor? p_clean, Tensor? bn_weight, Tensor? bn_bias,
     Tensor? shift, {residual} Tensor? mean, Tensor? var, Tensor? is_clean, bool training, float eps,
     str process_group, int[2] stride, int[2] padding, int[2] dilation, int groups"""
-_FORWARD = f"""(Tensor input, {_LAYER.format(residual="Tensor? residual,")}, bool relu, bool keep_u,
+_FORWARD = f"""(Tensor input, {_LAYER.format(residual="Tensor? residual,")}, int activation, bool keep_u,
     bool keep_mask) -> (Tensor y, Tensor u, Tensor mask, Tensor mean, Tensor m2, Tensor batch_mean,
     Tensor batch_var, Tensor n)"""
 _BACKWARD = f"""(Tensor grad, Tensor? input, SymInt[] input_shape, {_LAYER.format(residual="")}, Tensor? u,
-    Tensor? relu_mask, Tensor u_mean, Tensor u_m2, Tensor n, bool channels_last, bool[8] needs)
+    Tensor? relu_mask, Tensor? slope, Tensor u_mean, Tensor u_m2, Tensor n, bool channels_last, bool[8] needs)
     -> (Tensor input, Tensor weight, Tensor filter_scale, Tensor p_clean, Tensor bn_weight, Tensor bn_bias,
     Tensor shift, Tensor residual)"""
 FORWARD_SCHEMA, BACKWARD_SCHEMA = " ".join(_FORWARD.split()), " ".join(_BACKWARD.split())
@@ -181,14 +194,14 @@ def flatten(args: LayerArgs, keep_u: bool, keep_mask: bool) -> tuple[Any, ...]:
     return (
         args.input, args.weight, args.filter_scale, args.p_clean, bn_weight, bn_bias, args.shift,
         args.residual, mean, var, args.is_clean, *options,
-        conv.stride, conv.padding, conv.dilation, conv.groups, args.activation == "relu", keep_u, keep_mask,
+        conv.stride, conv.padding, conv.dilation, conv.groups, args.code, keep_u, keep_mask,
     )  # fmt: skip
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[LayerArgs, bool, bool]:
     """The inverse of :func:`flatten`; the momentum, which is no argument of the operators, is the default."""
     (input, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, residual, mean, var, is_clean, training,
-     eps, process_group, stride, padding, dilation, groups, relu, keep_u, keep_mask) = flat  # fmt: skip
+     eps, process_group, stride, padding, dilation, groups, code, keep_u, keep_mask) = flat  # fmt: skip
     norm = None
     if bn_weight is not None:
         norm = MixNorm(bn_weight, bn_bias, mean, var, eps, training=training, process_group=process_group)
@@ -202,7 +215,7 @@ def unflatten(flat: Sequence[Any]) -> tuple[LayerArgs, bool, bool]:
         is_clean=is_clean,
         shift=shift,
         residual=residual,
-        activation="relu" if relu else None,
+        activation=ACTIVATIONS[code],
     )
     return args, keep_u, keep_mask
 
@@ -215,15 +228,15 @@ def flatten_backward(args: BackwardArgs) -> tuple[Any, ...]:
         args.grad, args.input, args.input_shape, args.weight, args.filter_scale, args.p_clean, bn_weight,
         bn_bias, args.shift, mean, var, args.is_clean, *options,
         conv.stride, conv.padding, conv.dilation, conv.groups,
-        args.u, args.relu_mask, args.mean, args.m2, args.n, args.channels_last, list(args.needs),
+        args.u, args.relu_mask, args.slope, args.mean, args.m2, args.n, args.channels_last, list(args.needs),
     )  # fmt: skip
 
 
 def unflatten_backward(flat: Sequence[Any]) -> BackwardArgs:
     """The inverse of :func:`flatten_backward`, up to the momentum."""
     (grad, input, input_shape, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, mean, var, is_clean,
-     training, eps, process_group, stride, padding, dilation, groups, u, relu_mask, u_mean, m2, n,
-     channels_last, needs) = flat  # fmt: skip
+     training, eps, process_group, stride, padding, dilation, groups, u, relu_mask, slope, u_mean, m2,
+     n, channels_last, needs) = flat  # fmt: skip
     norm = None
     if bn_weight is not None:
         norm = MixNorm(bn_weight, bn_bias, mean, var, eps, training=training, process_group=process_group)
@@ -240,6 +253,7 @@ def unflatten_backward(flat: Sequence[Any]) -> BackwardArgs:
         shift=shift,
         u=u,
         relu_mask=relu_mask,
+        slope=slope,
         mean=u_mean,
         m2=m2,
         n=n,

@@ -23,6 +23,7 @@ from awnet.ops import running_statistics
 from awnet.ops.args import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
+    RELU,
     BackwardArgs,
     Conv,
     EvalBackwardArgs,
@@ -72,15 +73,17 @@ def _check_more_than_one_value(n: Tensor) -> None:
 def keep_flags(args: LayerArgs) -> tuple[bool, bool]:
     """``keep_u`` and ``keep_mask``: whether the backward of ``args`` will need u, and a mask instead of y.
 
-    Where the weight is trained, so is the next layer's, which keeps y as its input: y takes no extra memory
-    then. Otherwise, in an attack, nothing else keeps y, and a mask takes one byte per element.
+    Of a ReLU: where the weight is trained, so is the next layer's, which keeps y as its input, and y takes no
+    extra memory. Otherwise, in an attack, nothing else keeps y, and a mask takes one byte per element. The
+    other activations keep their slope act'(z) in both cases, an image of y's dtype.
     """
     if not torch.is_grad_enabled():
         return False, False
     needs = Needs(*[x is not None and x.requires_grad for x in args.differentiable()])
     if not any(needs):
         return False, False
-    return args.by_batch or needs.coefficients, args.activation == "relu" and not needs.weight
+    keep_mask = args.code > RELU or (args.code == RELU and not needs.weight)
+    return args.by_batch or needs.coefficients, keep_mask
 
 
 def convolved(args: LayerArgs) -> Tensor:
@@ -142,7 +145,7 @@ def _train(
     norm = norm._replace(mean=batch.mean, var=batch.var)
     scale, shift = passes.train_coefficients(norm, mix, len(u))
     in_place = args.weight is not None and not keep_u
-    y, mask = passes.apply(u, scale, shift, args.residual, args.activation == "relu", keep_mask, in_place)
+    y, mask = passes.apply(u, scale, shift, args.residual, args.code, keep_mask, in_place)
     return y, u, mask, (mean, m2, *batch)
 
 
@@ -160,7 +163,7 @@ def _eval(
         return fused
     u = convolved(args)
     in_place = args.weight is not None and not keep_u
-    y, mask = passes.apply(u, scale, shift, args.residual, args.activation == "relu", keep_mask, in_place)
+    y, mask = passes.apply(u, scale, shift, args.residual, args.code, keep_mask, in_place)
     return y, u, mask
 
 
@@ -180,7 +183,9 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
         per_sample, per_branch = [u.shape[0], u.shape[1]], [args.norm.mean.shape[0], u.shape[1]]
         sizes = [per_sample, per_sample, per_branch, per_branch, per_branch[:1]]
     kept_u = torch.empty_like(u) if keep_u and args.weight is not None else u.new_empty(0)
-    mask = torch.empty_like(u, dtype=torch.bool) if keep_mask else u.new_empty(0, dtype=torch.bool)
+    mask = u.new_empty(0, dtype=torch.bool)
+    if keep_mask:
+        mask = torch.empty_like(u, dtype=torch.bool if args.code == RELU else u.dtype)
     return torch.empty_like(u), kept_u, mask, *(u.new_empty(size, dtype=wide) for size in sizes)
 
 
@@ -240,7 +245,7 @@ def _backward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
 
 def _gradients(passes: Passes, args: BackwardArgs) -> tuple[Tensor | None, ...]:
     """The gradients in the order of :class:`Needs`, each in the dtype in which it was computed."""
-    needs, u, relu_mask = args.needs, args.u, args.relu_mask
+    needs, u, relu_mask, slope = args.needs, args.u, args.relu_mask, args.slope
     grad = args.grad.contiguous(memory_format=_layout(args.channels_last))
     wide = wide_dtype(grad.dtype)
     norm, mix = _norm(args.norm, wide), _mix(args, wide)
@@ -251,12 +256,12 @@ def _gradients(passes: Passes, args: BackwardArgs) -> tuple[Tensor | None, ...]:
     if by_batch:
         if needs.coefficients or needs.images:
             assert u is not None
-            sums = Reduced(*passes.reduce(grad, u, args.mean, relu_mask), args.mean)
+            sums = Reduced(*passes.reduce(grad, u, args.mean, relu_mask, slope), args.mean)
             assert norm is not None
             grads, propagation = _train_gradients(passes, args, sums, norm, mix)
             if needs.images:
                 d_input, d_residual = passes.propagate(
-                    grad, u, args.mean, relu_mask, propagation, needs.residual
+                    grad, u, args.mean, relu_mask, propagation, needs.residual, slope
                 )
     else:
         d_input, d_residual, reduced = _eval_passes(passes, args, grad, norm, mix)
@@ -285,7 +290,7 @@ def _eval_passes(
 
     Without a norm the sums are the gradients of the shift and the scale.
     """
-    needs, u, relu_mask = args.needs, args.u, args.relu_mask
+    needs, u, relu_mask, slope = args.needs, args.u, args.relu_mask, args.slope
     wide = wide_dtype(grad.dtype)
     centred = norm is not None
     if not needs.images:
@@ -293,7 +298,7 @@ def _eval_passes(
             return None, None, None
         assert u is not None
         centre = u[:, :, 0, 0].to(wide).contiguous()  # once, for both kernels that read it
-        g1, gc = passes.reduce(grad, u, centre, relu_mask)
+        g1, gc = passes.reduce(grad, u, centre, relu_mask, slope)
         return None, None, Reduced(g1, gc, centre) if centred else Reduced(g1, gc.addcmul(centre, g1), None)
     if norm is not None:
         scale = passes.eval_coefficients(norm, mix, len(grad))[0]
@@ -302,11 +307,19 @@ def _eval_passes(
     else:
         scale = grad.new_ones(grad.shape[:2], dtype=wide)
     if not needs.coefficients:
-        d_u, d_residual = passes.propagate(grad, None, None, relu_mask, Propagation(scale), needs.residual)
+        propagation = Propagation(scale)
+        d_u, d_residual = passes.propagate(grad, None, None, relu_mask, propagation, needs.residual, slope)
         return d_u, d_residual, None
     return passes.eval_backward(
         EvalBackwardArgs(
-            grad, scale, u=u, relu_mask=relu_mask, residual=needs.residual, sums=True, centred=centred
+            grad,
+            scale,
+            u=u,
+            relu_mask=relu_mask,
+            residual=needs.residual,
+            sums=True,
+            centred=centred,
+            slope=slope,
         )
     )
 
@@ -349,8 +362,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.channels_last = memory_format(saved.y) == torch.channels_last
     ctx.norm_options = None if norm is None else (norm.eps, norm.training, norm.process_group)
     ctx.set_materialize_grads(False)
-    relu_mask = None
-    if args.activation == "relu":
+    relu_mask = slope = None
+    if args.code > RELU:
+        slope = saved.mask
+    elif args.code == RELU:
         relu_mask = saved.mask if keep_mask else saved.y
     tables: tuple[Tensor | None, ...] = (None, None, None, None)
     if norm is not None:
@@ -363,7 +378,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(
         args.input if args.weight is not None and ctx.needs_input_grad[1] else None,
         args.weight, args.filter_scale, args.p_clean, args.is_clean, args.shift, *tables, u, relu_mask,
-        saved.mean, saved.m2, saved.n,
+        slope, saved.mean, saved.m2, saved.n,
     )  # fmt: skip
 
 
@@ -372,7 +387,7 @@ def _autograd(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]
     if grads[0] is None:
         return tuple(gradients)
     (input, weight, filter_scale, p_clean, is_clean, shift, bn_weight, bn_bias, bn_mean, bn_var, u, relu_mask,
-     mean, m2, n) = ctx.saved_tensors  # fmt: skip
+     slope, mean, m2, n) = ctx.saved_tensors  # fmt: skip
     norm = None
     if ctx.norm_options is not None:
         eps, training, process_group = ctx.norm_options
@@ -392,6 +407,7 @@ def _autograd(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]
         shift=shift,
         u=u,
         relu_mask=relu_mask,
+        slope=slope,
         mean=mean,
         m2=m2,
         n=n,

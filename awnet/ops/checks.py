@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.args import Conv, LayerArgs, MixNorm
+from awnet.ops.args import ACTIVATIONS, Conv, LayerArgs, MixNorm
 from awnet.scalars import plain
 
 Size2 = int | tuple[int, int]
@@ -209,8 +209,7 @@ def _epilogue(
     residual: Tensor | None, activation: str | None, output: tuple[int, ...], input: Tensor
 ) -> Tensor | None:
     """``residual`` with autocast applied."""
-    if activation not in ("relu", None):
-        raise ValueError(f'activation must be "relu" or None, got {activation!r}')
+    check_activation(activation)
     if residual is None:
         return None
     residual = _autocast(check_image(residual, "residual"))
@@ -221,6 +220,14 @@ def _epilogue(
 
 
 # --- checks
+
+
+def check_activation(activation: object) -> None:
+    """Raises ValueError unless ``activation`` is one of ``ACTIVATIONS``."""
+    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+        return
+    names = ", ".join(f'"{name}"' for name in ACTIVATIONS if name)
+    raise ValueError(f"activation must be {names} or None, got {activation!r}")
 
 
 def check_image(x: object, name: str) -> Tensor:

@@ -162,8 +162,9 @@ def _on_tiles(args: LayerArgs) -> str | None:
     obstacle = amx.obstacle()
     if obstacle is not None:
         return f"not on AMX tiles, {obstacle}"
-    if args.conv.groups != 1:
-        return "not on AMX tiles, which do not support grouped convolutions"
+    obstacle = amx.layer_obstacle(args.conv.groups, args.activation)
+    if obstacle is not None:
+        return f"not on AMX tiles, {obstacle}"
     return "on AMX tiles" + (" (emulated)" if amx.mode() == "emulate" else "")
 
 

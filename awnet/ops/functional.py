@@ -141,7 +141,8 @@ def aw_conv2d(
         bn_weight, bn_bias, running_mean, running_var, p_clean, is_clean, training, momentum, eps,
             process_group: as in :func:`mix_batch_norm`.
         residual: ``[B, C_out, H', W']`` of ``input``'s dtype, added before the activation, or None.
-        activation: ``"relu"`` or None.
+        activation: ``"relu"``, ``"silu"``, ``"gelu"`` (the exact one, not its approximation by tanh),
+            ``"leaky_relu"`` (with negative slope 0.01) or None.
         backend: a backend's name, or None for the best that supports this call.
 
     Returns:

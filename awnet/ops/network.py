@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import dispatch, network_autograd
-from awnet.ops.args import Conv, LayerArgs, Needs
+from awnet.ops.args import CODES, Conv, LayerArgs, Needs
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.coefficients import Mix, Norm, Reduced, eval_coefficients, eval_gradients, split
@@ -72,10 +72,11 @@ def affine_network(
     numbers: list[int] = []
     for layer in layers:
         conv = layer.convolution.conv
-        numbers += [layer.input, layer.residual, layer.averaged, layer.convolution.activation == "relu"]
+        numbers += [layer.input, layer.residual, layer.averaged, CODES[layer.convolution.activation]]
         numbers += [*conv.stride, *conv.padding, *conv.dilation, conv.groups]
     means: list[Tensor]
-    if amx.runs(x, weights, [layer.convolution.conv.groups for layer in layers]):
+    groups = [layer.convolution.conv.groups for layer in layers]
+    if amx.runs(x, weights, groups, [layer.convolution.activation for layer in layers]):
         filters = (packed or amx.PackedWeights()).of(weights)
         emulate = amx.mode() == "emulate"
         means = torch.ops.awnet.network_amx(x, scales, shifts, weights, filters, numbers, emulate)

@@ -2,8 +2,8 @@
 
 Where every layer is an autograd function, autograd adds the gradients of an output that two layers read, and
 expands the gradient of a mean over pixels. Here the backward of the layer below adds them as it reads them
-(:meth:`awnet.ops.backends.base.Passes.eval_backward`). A layer without a residual whose u is saved needs no
-mask either: the backward computes it from u.
+(:meth:`awnet.ops.backends.base.Passes.eval_backward`). A layer with a ReLU and without a residual whose u is
+saved needs no mask either: the backward computes it from u.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from awnet.ops.args import Conv, EvalBackwardArgs, LayerArgs
+from awnet.ops.args import RELU, Conv, EvalBackwardArgs, LayerArgs
 from awnet.ops.autograd import convolved, input_gradient
 from awnet.ops.backends.base import Passes, memory_format, wide_dtype
 
@@ -41,7 +41,8 @@ class _Saved(NamedTuple):
     scale: Tensor
     shift: Tensor | None  # where the mask is computed from u
     u: Tensor | None  # where the gradient of scale or shift is required
-    mask: Tensor | None
+    mask: Tensor | None  # of a ReLU
+    slope: Tensor | None  # of another activation
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def _forward(
         y, u, mask, computed = _layer(passes, args, keep_u=plan.tables[i], need_mask=plan.outputs[i])
         outputs[i] = y
         saved_shift, saved_u = args.shift if computed else None, u if plan.tables[i] else None
-        tensors = _Saved(weight, args.filter_scale, saved_shift, saved_u, mask)
+        passed = (mask, None) if args.code == RELU else (None, mask)
+        tensors = _Saved(weight, args.filter_scale, saved_shift, saved_u, *passed)
         saved.append((tensors, y.shape, memory_format(y)))
         if layer.averaged:
             means.append(y.mean((2, 3)))
@@ -121,20 +123,19 @@ def _forward(
 def _layer(
     passes: Passes, args: LayerArgs, keep_u: bool, need_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-    """y, u and mask of a layer, and whether the backward computes the mask from u."""
+    """y, u and mask (or slope) of a layer, and whether the backward computes the mask from u."""
     scale, shift = args.filter_scale, args.shift
     assert scale is not None
     assert shift is not None
-    relu = args.activation == "relu"
-    need_mask = need_mask and relu
+    need_mask = need_mask and args.activation is not None
     fused = passes.fused_apply(args, scale, shift, keep_u, need_mask)
     if fused is not None:
         y, u, mask = fused
         return y, u, mask if need_mask else None, False
-    computed = need_mask and keep_u and args.residual is None
+    computed = need_mask and keep_u and args.residual is None and args.code == RELU
     u = convolved(args)
     keep_mask = need_mask and not computed
-    y, mask = passes.apply(u, scale, shift, args.residual, relu, keep_mask, in_place=not keep_u)
+    y, mask = passes.apply(u, scale, shift, args.residual, args.code, keep_mask, in_place=not keep_u)
     return y, u, mask if keep_mask else None, computed
 
 
@@ -193,6 +194,7 @@ class _Network(torch.autograd.Function):
                 ),
                 residual=need_residual,
                 sums=plan.tables[i],
+                slope=layer_saved.slope,
             )
             d_u, d_residual, sums = passes.eval_backward(args)
             if sums is not None:

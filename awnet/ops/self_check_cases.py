@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops.args import EvalBackwardArgs, Needs
+from awnet.ops.args import CODES, EvalBackwardArgs, Needs
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.coefficients import (
     Mix,
@@ -141,6 +141,11 @@ class _Images:
         propagation = Propagation(scale, self._scale(), self._table()) if by_input else Propagation(scale)
         about = (u, shift) if by_input else (None, None)
         check(label, "propagate", grad, *about, self._mask(), propagation, number % 3 != 0)
+        # an activation whose slope is stored
+        code = CODES[("silu", "gelu", "leaky_relu")[number % 3]]
+        check(label, "apply", u, scale, shift, residual, code, keep_mask, False)
+        check(label, "reduce", grad, u, shift, None, other)
+        check(label, "propagate", grad, *about, None, propagation, number % 3 != 0, other)
 
     def eval_backward(self) -> None:
         """The backward of eval mode in one kernel."""
@@ -161,6 +166,8 @@ class _Images:
             sums=sums,
             centred=number % 2 == 1,
         )
+        self.check(self.label, "eval_backward", args, limit=1e-4)
+        args = args._replace(relu_mask=None, shift=None, slope=other)
         self.check(self.label, "eval_backward", args, limit=1e-4)
 
 

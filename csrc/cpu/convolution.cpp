@@ -573,21 +573,38 @@ bool convolves_back(Sizes input_shape, const at::Tensor& grad, const at::Tensor&
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(
     const at::Tensor& input, const at::Tensor& weight_in, const Window& window, const at::Tensor& scale_in,
-    const at::Tensor& shift_in, const std::optional<at::Tensor>& residual_in, bool relu, bool keep_u,
+    const at::Tensor& shift_in, const std::optional<at::Tensor>& residual_in, int64_t activation, bool keep_u,
     bool keep_mask) {
   TORCH_CHECK(convolves(input, weight_in, window, 1), kNotTaken);
+  check_activation(activation, keep_mask);
+  const bool smooth = activation > kRelu;
   const at::Tensor weight = weight_in.contiguous();
   const Forward plan(input, weight, window);
   const at::Tensor y = new_tensor(output_shape(input, plan), input.options());
   const at::Tensor u = keep_u ? new_tensor_like(y) : new_tensor({0}, input.options());
-  const at::Tensor mask = new_tensor(keep_mask ? y.sizes() : Sizes({0}), input.options().dtype(at::kBool));
+  const at::Tensor mask =
+      new_tensor(keep_mask ? y.sizes() : Sizes({0}),
+                 smooth && keep_mask ? input.options() : input.options().dtype(at::kBool));
   const at::Tensor scale = table(scale_in, y, "scale"), shift = table(shift_in, y, "shift");
   const auto residual = checked(residual_in, [&](const at::Tensor& x) { return image(x, y, "residual"); });
+  const int64_t values = plan.out_size[0] * plan.out_size[1];
+  if (smooth) {  // of a plane as soon as it is convolved; without keep_u in the place of u
+    float *const y_p = y.data_ptr<float>(), *const u_p = keep_u ? u.data_ptr<float>() : y_p,
+                 *const slope_p = keep_mask ? mask.data_ptr<float>() : nullptr;
+    const float *const scale_p = scale.const_data_ptr<float>(), *const shift_p =
+                                                                    shift.const_data_ptr<float>();
+    convolve_each(input, plan, {.u = u_p, .plane = values}, [&](int64_t plane) {
+      const int64_t at = plane * values;
+      float32_passes().activate_plane(y_p + at, slope_p ? slope_p + at : nullptr, u_p + at,
+                                      plane_of(residual, at), values, scale_p[plane], shift_p[plane],
+                                      static_cast<Activation>(activation));
+    });
+    return {y, u, mask};
+  }
   convolve_each(input, plan,
                 {keep_u ? u.data_ptr<float>() : nullptr, y.data_ptr<float>(),
                  keep_mask ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr, plane_of(residual, 0),
-                 scale.const_data_ptr<float>(), shift.const_data_ptr<float>(),
-                 plan.out_size[0] * plan.out_size[1], relu},
+                 scale.const_data_ptr<float>(), shift.const_data_ptr<float>(), values, activation == kRelu},
                 [](int64_t) {});
   return {y, u, mask};
 }
@@ -627,8 +644,8 @@ Back convolve_back(const BackArgs& args) {
     return checked(x, [&](const at::Tensor& y) { return table(y, grad, name); });
   };
   const auto u = image_of(args.u, "u"), relu_mask = image_of(args.relu_mask, "relu_mask", true),
-             centre = table_of(args.centre, "centre"), by_input = table_of(by.by_input, "by_input"),
-             constant = table_of(by.constant, "constant");
+             slope = image_of(args.slope, "slope"), centre = table_of(args.centre, "centre"),
+             by_input = table_of(by.by_input, "by_input"), constant = table_of(by.constant, "constant");
   const at::Tensor none = new_tensor({0}, grad.options());
   const bool add = args.onto.has_value();
   TORCH_CHECK(!add || (args.onto->sizes() == args.input_shape && args.onto->is_contiguous()),
@@ -642,8 +659,9 @@ Back convolve_back(const BackArgs& args) {
                *const d_u = pointer(back.d_u), *const g1 = pointer(back.g1), *const gc = pointer(back.gc);
   const float *const g_p = grad.const_data_ptr<float>(), *const by_grad_p = by_grad.const_data_ptr<float>();
   const bool by_mask = relu_mask && relu_mask->scalar_type() == at::kBool;
-  const ReluMask<float> mask = {relu_mask && !by_mask ? relu_mask->const_data_ptr<float>() : nullptr,
-                                by_mask ? static_cast<const uint8_t*>(relu_mask->const_data_ptr()) : nullptr};
+  const Gate<float> gate = {relu_mask && !by_mask ? relu_mask->const_data_ptr<float>() : nullptr,
+                            by_mask ? static_cast<const uint8_t*>(relu_mask->const_data_ptr()) : nullptr,
+                            plane_of(slope, 0)};
   const float *const u_p = plane_of(u, 0), *const centre_p = plane_of(centre, 0),
                      *const by_input_p = plane_of(by_input, 0), *const constant_p = plane_of(constant, 0);
   const Kernels<float>& passes = float32_passes();
@@ -654,7 +672,7 @@ Back convolve_back(const BackArgs& args) {
     const PlaneGradient p{
         g_p + at,
         u_p ? u_p + at : nullptr,
-        mask.from(at),
+        gate.from(at),
         {centre_p ? centre_p[plane] : 0.0f, by_grad_p[plane], by_input_p ? by_input_p[plane] : 0.0f,
          by_input_p ? constant_p[plane] : 0.0f},
         by_input.has_value(),
@@ -663,13 +681,13 @@ Back convolve_back(const BackArgs& args) {
         first && sums ? g1 + plane : nullptr,
         first && sums ? gc + plane : nullptr,
     };
-    if (!plan.place.at.empty()) {
+    if (!plan.place.at.empty() && !gate.slope) {
       kernels().propagate(to, plan.place, p);
       return;
     }
-    if (p.g1) passes.reduce_plane(p.grad, p.u, p.relu_mask, values, p.coeffs.centre, p.g1, p.gc);
+    if (p.g1) passes.reduce_plane(p.grad, p.u, p.gate, values, p.coeffs.centre, p.g1, p.gc);
     float* const d = p.d_u ? p.d_u : spare;
-    passes.propagate_plane(d, p.d_residual, p.grad, p.through ? p.u : nullptr, p.relu_mask, values, p.coeffs);
+    passes.propagate_plane(d, p.d_residual, p.grad, p.through ? p.u : nullptr, p.gate, values, p.coeffs);
     plan.pack(to, d);
   };
   const int64_t packed = plan.packed(), scratch = plan.scratch();

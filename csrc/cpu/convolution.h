@@ -24,13 +24,12 @@ bool convolves(const at::Tensor& input, const at::Tensor& weight, const Window& 
 bool convolves_back(Sizes input_shape, const at::Tensor& grad, const at::Tensor& weight, const Window& window,
                     int64_t groups);
 
-// y = act(u * scale + shift + residual) for u = conv(input, weight); u, empty without keep_u; the mask.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(const at::Tensor& input,
-                                                              const at::Tensor& weight, const Window& window,
-                                                              const at::Tensor& scale,
-                                                              const at::Tensor& shift,
-                                                              const std::optional<at::Tensor>& residual,
-                                                              bool relu, bool keep_u, bool keep_mask);
+// y = act(u * scale + shift + residual) for u = conv(input, weight); u, empty without keep_u; the mask or
+// slope.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_apply(
+    const at::Tensor& input, const at::Tensor& weight, const Window& window, const at::Tensor& scale,
+    const at::Tensor& shift, const std::optional<at::Tensor>& residual, int64_t activation, bool keep_u,
+    bool keep_mask);
 
 // u = conv(input, weight), and its mean and m2 as `statistics` gives them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_statistics(const at::Tensor& input,
@@ -44,6 +43,7 @@ struct BackArgs {
   at::Tensor weight;
   Sizes input_shape;
   Window window;
+  std::optional<at::Tensor> slope;
   std::optional<at::Tensor> onto;  // a contiguous tensor to which the input's gradient is added in place
   bool need_sums = false, need_residual = false, need_d_u = false;
 };

@@ -91,7 +91,7 @@ AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneG
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t i = v * kWidth;
     const Vector g =
-        relu_grad(p.grad, p.relu_mask, i, [](auto* q) __attribute__((always_inline)) { return load(q); });
+        passed_grad<false>(p.grad, p.gate, i, [](auto* q) __attribute__((always_inline)) { return load(q); });
     Vector d = g * p.coeffs.by_grad;
     if (kSums || kThrough) {
       const Vector u = load(p.u + i) - p.coeffs.centre;

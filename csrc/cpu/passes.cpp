@@ -74,6 +74,10 @@ struct Shape {
     return laid_out(*x, "relu_mask", x->scalar_type() == at::kBool ? at::kBool : dtype);
   }
 
+  at::Tensor slope(const std::optional<at::Tensor>& x, at::ScalarType dtype) const {
+    return x ? laid_out(*x, "slope", dtype) : at::Tensor();
+  }
+
   at::Tensor table(const at::Tensor& x, const char* name) const {
     TORCH_CHECK(x.dim() == 2 && x.size(0) == batch && x.size(1) == channels && x.scalar_type() == at::kFloat,
                 name, " must be float32 [", batch, ", ", channels, "], got ", x.scalar_type(), " ",
@@ -138,14 +142,20 @@ T* data(const at::Tensor& x) {
 }
 
 template <class T>
-ReluMask<T> relu_mask_of(const at::Tensor& x) {
-  if (x.defined() && x.scalar_type() == at::kBool) return {nullptr, data<uint8_t>(x)};
-  return {data<T>(x), nullptr};
+Gate<T> gate_of(const at::Tensor& relu_mask, const at::Tensor& slope) {
+  if (slope.defined()) return {nullptr, nullptr, data<T>(slope)};
+  if (relu_mask.defined() && relu_mask.scalar_type() == at::kBool) return {nullptr, data<uint8_t>(relu_mask)};
+  return {data<T>(relu_mask)};
 }
 
 const float* table_data(const at::Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
 }  // namespace
+
+void check_activation(int64_t activation, bool keep_mask) {
+  TORCH_CHECK(activation >= kNone && activation <= kLeakyRelu, "there is no activation ", activation);
+  TORCH_CHECK(activation != kNone || !keep_mask, "there is no mask without an activation");
+}
 
 const char* instruction_set() {
 #if defined(__x86_64__)
@@ -193,24 +203,42 @@ std::tuple<at::Tensor, at::Tensor> statistics(const at::Tensor& u_in) {
 
 std::tuple<at::Tensor, at::Tensor> apply(const at::Tensor& u_in, const at::Tensor& scale_in,
                                          const at::Tensor& shift_in,
-                                         const std::optional<at::Tensor>& residual_in, bool relu,
+                                         const std::optional<at::Tensor>& residual_in, int64_t activation,
                                          bool keep_mask, bool in_place) {
   const Shape s(u_in);
   const at::Tensor u = u_in.contiguous(s.format);
   const at::Tensor scale = s.table(scale_in, "scale"), shift = s.table(shift_in, "shift");
-  TORCH_CHECK(relu || !keep_mask, "there is no mask without an activation");
+  check_activation(activation, keep_mask);
+  const bool relu = activation == kRelu, smooth = activation > kRelu;
   at::Tensor residual;
   if (residual_in) residual = s.laid_out(*residual_in, "residual", u.scalar_type());
   const at::Tensor y = in_place ? u : new_tensor_like(u, u.options(), s.format);
   const auto bools = u.options().dtype(at::kBool);
-  const at::Tensor mask = keep_mask ? new_tensor_like(u, bools, s.format) : new_tensor({0}, bools);
+  const at::Tensor mask =
+      keep_mask ? new_tensor_like(u, smooth ? u.options() : bools, s.format) : new_tensor({0}, bools);
   const float *scale_p = table_data(scale), *shift_p = table_data(shift);
-  uint8_t* mask_p = keep_mask ? data<uint8_t>(mask) : nullptr;
+  uint8_t* mask_p = keep_mask && relu ? data<uint8_t>(mask) : nullptr;
   for_dtype(u.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *p = data<T>(u), *r = data<T>(residual);
     T* out = data<T>(y);
-    if (s.rows()) {
+    if (smooth) {
+      const auto act = static_cast<Activation>(activation);
+      T* const slope = keep_mask ? data<T>(mask) : nullptr;
+      if (s.rows()) {
+        for_pixels(s, [&](int64_t b, int64_t first, int64_t last) {
+          const int64_t at = (b * s.pixels + first) * s.channels, row = b * s.channels;
+          kernels<T>().activate_rows(out + at, slope ? slope + at : nullptr, p + at, r ? r + at : nullptr,
+                                     last - first, s.channels, scale_p + row, shift_p + row, act);
+        });
+      } else {
+        for_planes(s, [&](int64_t i) {
+          const int64_t at = i * s.pixels;
+          kernels<T>().activate_plane(out + at, slope ? slope + at : nullptr, p + at, r ? r + at : nullptr,
+                                      s.pixels, scale_p[i], shift_p[i], act);
+        });
+      }
+    } else if (s.rows()) {
       for_pixels(s, [&](int64_t b, int64_t first, int64_t last) {
         const int64_t at = (b * s.pixels + first) * s.channels;
         kernels<T>().apply_rows(out + at, mask_p ? mask_p + at : nullptr, p + at, r ? r + at : nullptr,
@@ -230,28 +258,30 @@ std::tuple<at::Tensor, at::Tensor> apply(const at::Tensor& u_in, const at::Tenso
 
 std::tuple<at::Tensor, at::Tensor> reduce(const at::Tensor& grad_in, const at::Tensor& u_in,
                                           const at::Tensor& centre_in,
-                                          const std::optional<at::Tensor>& relu_mask_in) {
+                                          const std::optional<at::Tensor>& relu_mask_in,
+                                          const std::optional<at::Tensor>& slope_in) {
   const Shape s(u_in);
   const at::Tensor u = u_in.contiguous(s.format), grad = s.laid_out(grad_in, "grad", u.scalar_type());
   const at::Tensor centre = s.table(centre_in, "centre"),
-                   relu_mask = s.relu_mask(relu_mask_in, u.scalar_type());
+                   relu_mask = s.relu_mask(relu_mask_in, u.scalar_type()),
+                   slope = s.slope(slope_in, u.scalar_type());
   at::Tensor g1 = new_tensor_like(centre), gc = new_tensor_like(centre);
   const float* centre_p = table_data(centre);
   float *g1_p = data<float>(g1), *gc_p = data<float>(gc);
   for_dtype(u.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *g = data<T>(grad), *p = data<T>(u);
-    const ReluMask<T> mask = relu_mask_of<T>(relu_mask);
+    const Gate<T> gate = gate_of<T>(relu_mask, slope);
     if (s.rows()) {
       for_columns(s, [&](int64_t b, int64_t first, int64_t last) {
         const int64_t at = b * s.pixels * s.channels, row = b * s.channels;
-        kernels<T>().reduce_rows(g + at, p + at, mask.from(at), s.pixels, s.channels, first, last,
+        kernels<T>().reduce_rows(g + at, p + at, gate.from(at), s.pixels, s.channels, first, last,
                                  centre_p + row, g1_p + row, gc_p + row);
       });
     } else {
       for_planes(s, [&](int64_t i) {
         const int64_t at = i * s.pixels;
-        kernels<T>().reduce_plane(g + at, p + at, mask.from(at), s.pixels, centre_p[i], g1_p + i, gc_p + i);
+        kernels<T>().reduce_plane(g + at, p + at, gate.from(at), s.pixels, centre_p[i], g1_p + i, gc_p + i);
       });
     }
   });
@@ -261,11 +291,13 @@ std::tuple<at::Tensor, at::Tensor> reduce(const at::Tensor& grad_in, const at::T
 std::tuple<at::Tensor, at::Tensor> propagate(const at::Tensor& grad_in, const std::optional<at::Tensor>& u_in,
                                              const std::optional<at::Tensor>& centre_in,
                                              const std::optional<at::Tensor>& relu_mask_in,
-                                             const Propagation& propagation, bool residual) {
+                                             const Propagation& propagation, bool residual,
+                                             const std::optional<at::Tensor>& slope_in) {
   const auto &by_input_in = propagation.by_input, &constant_in = propagation.constant;
   const Shape s(grad_in);
   const at::Tensor grad = grad_in.contiguous(s.format), by_grad = s.table(propagation.by_grad, "by_grad");
-  const at::Tensor relu_mask = s.relu_mask(relu_mask_in, grad.scalar_type());
+  const at::Tensor relu_mask = s.relu_mask(relu_mask_in, grad.scalar_type()),
+                   slope = s.slope(slope_in, grad.scalar_type());
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
   at::Tensor u, centre, by_input, constant;
   if (by_input_in) {
@@ -282,21 +314,21 @@ std::tuple<at::Tensor, at::Tensor> propagate(const at::Tensor& grad_in, const st
   for_dtype(grad.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     const T *g = data<T>(grad), *p = data<T>(u);
-    const ReluMask<T> mask = relu_mask_of<T>(relu_mask);
+    const Gate<T> gate = gate_of<T>(relu_mask, slope);
     T *out = data<T>(d_u), *r = residual ? data<T>(d_residual) : nullptr;
     const auto from = [](auto* x, int64_t i) { return x ? x + i : nullptr; };
     if (s.rows()) {
       for_pixels(s, [&](int64_t b, int64_t first, int64_t last) {
         const int64_t at = (b * s.pixels + first) * s.channels, row = b * s.channels;
         kernels<T>().propagate_rows(
-            out + at, from(r, at), g + at, from(p, at), mask.from(at), last - first, s.channels,
+            out + at, from(r, at), g + at, from(p, at), gate.from(at), last - first, s.channels,
             {from(centre_p, row), grad_p + row, from(input_p, row), from(constant_p, row)});
       });
     } else {
       for_planes(s, [&](int64_t i) {
         const int64_t at = i * s.pixels;
         kernels<T>().propagate_plane(
-            out + at, from(r, at), g + at, from(p, at), mask.from(at), s.pixels,
+            out + at, from(r, at), g + at, from(p, at), gate.from(at), s.pixels,
             {p ? centre_p[i] : 0.0f, grad_p[i], p ? input_p[i] : 0.0f, p ? constant_p[i] : 0.0f});
       });
     }

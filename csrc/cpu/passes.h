@@ -8,9 +8,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "../arithmetic.h"
+
 namespace awnet::cpu {
 
 const char* instruction_set();  // of the passes: "avx512", "avx2" or "baseline"
+
+// Throws unless the number is an activation's, and one that leaves a mask if one is required.
+void check_activation(int64_t activation, bool keep_mask);
 
 struct BFloat16 {
   uint16_t bits;
@@ -19,14 +24,17 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Where the ReLU passes the gradient: where y is not <= 0, or where mask is 1, not 0. Both are null without a
-// ReLU.
+// How the activation passes the gradient. The ReLU: where y is not <= 0, or where mask is 1, not 0. Another
+// activation: times its slope. Null where absent; all are without an activation.
 template <class T>
-struct ReluMask {
-  const T* y;
-  const uint8_t* mask;
+struct Gate {
+  const T* y = nullptr;
+  const uint8_t* mask = nullptr;
+  const T* slope = nullptr;
 
-  ReluMask from(int64_t i) const { return {y ? y + i : nullptr, mask ? mask + i : nullptr}; }
+  Gate from(int64_t i) const {
+    return {y ? y + i : nullptr, mask ? mask + i : nullptr, slope ? slope + i : nullptr};
+  }
 };
 
 // d_u = by_grad * g + by_input * (u - centre) + constant: of a plane (Value is float) or of every channel of
@@ -43,20 +51,25 @@ struct Kernels {
                       float shift, bool relu);
   void (*apply_rows)(T* y, uint8_t* relu_mask, const T* u, const T* residual, int64_t pixels,
                      int64_t channels, const float* scale, const float* shift, bool relu);
+  // the same with an activation other than the ReLU, and its slope, which may be null
+  void (*activate_plane)(T* y, T* slope, const T* u, const T* residual, int64_t n, float scale, float shift,
+                         Activation activation);
+  void (*activate_rows)(T* y, T* slope, const T* u, const T* residual, int64_t pixels, int64_t channels,
+                        const float* scale, const float* shift, Activation activation);
   // mean and centred sum of squares
   void (*statistics_plane)(const T* u, int64_t n, float* mean, float* m2);
   void (*statistics_rows)(const T* u, int64_t pixels, int64_t channels, int64_t first, int64_t last,
                           float* mean, float* m2);
-  // g1 = sum g, gc = sum g (u - centre), where g = relu_mask * grad
-  void (*reduce_plane)(const T* grad, const T* u, ReluMask<T> relu_mask, int64_t n, float centre, float* g1,
+  // g1 = sum g, gc = sum g (u - centre), where g is grad as the gate passes it
+  void (*reduce_plane)(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1,
                        float* gc);
-  void (*reduce_rows)(const T* grad, const T* u, ReluMask<T> relu_mask, int64_t pixels, int64_t channels,
+  void (*reduce_rows)(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels,
                       int64_t first, int64_t last, const float* centre, float* g1, float* gc);
   // d_u by PropagateCoeffs and d_residual = g. d_residual may be null; u is null where d_u = by_grad * g
-  void (*propagate_plane)(T* d_u, T* d_residual, const T* grad, const T* u, ReluMask<T> relu_mask, int64_t n,
+  void (*propagate_plane)(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t n,
                           PropagateCoeffs<float> coeffs);
-  void (*propagate_rows)(T* d_u, T* d_residual, const T* grad, const T* u, ReluMask<T> relu_mask,
-                         int64_t pixels, int64_t channels, PropagateCoeffs<const float*> coeffs);
+  void (*propagate_rows)(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t pixels,
+                         int64_t channels, PropagateCoeffs<const float*> coeffs);
 };
 
 #define AWNET_DECLARE_KERNELS(isa)                 \
@@ -123,11 +136,11 @@ struct WinogradInput {
   const float* weights;  // [point][channel][3][row]
 };
 
-// Reduce and propagate of a plane. The sums are computed if g1 is not null. u is read for the sums and if
-// `through` is true.
+// Reduce and propagate of a plane, of a gate without a slope. The sums are computed if g1 is not null. u is
+// read for the sums and if `through` is true.
 struct PlaneGradient {
   const float *grad, *u;
-  ReluMask<float> relu_mask;
+  Gate<float> gate;
   PropagateCoeffs<float> coeffs;
   bool through;  // whether by_input and constant are used
   float *d_u, *d_residual, *g1, *gc;

@@ -1,4 +1,5 @@
-// y = act(u * scale + shift + residual), and relu_mask, 1 where y is not <= 0
+// y = act(u * scale + shift + residual), and relu_mask, 1 where y is not <= 0, or the slope of another
+// activation
 #include "elementwise.h"
 
 namespace awnet::cuda {
@@ -60,20 +61,47 @@ struct Apply {
   }
 };
 
+// Of an activation other than the ReLU.
+template <class T>
+struct Activate : Apply<T> {
+  T* slope;  // may be null
+  int32_t activation;
+
+  template <int V, class Of>
+  __device__ __forceinline__ void write(int64_t i, const typename Apply<T>::template Inputs<V>& in,
+                                        Of&& of) const {
+    float out[V], slopes[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const auto c = of(j);
+      float z = fmaf(in.u[j], c.scale[0], c.shift[0]);
+      if (this->residual != nullptr) z += in.residual[j];
+      const Activated a = activated(z, activation);
+      out[j] = a.y;
+      slopes[j] = a.slope;
+    }
+    store(this->y + i, out);
+    if (slope != nullptr) store(slope + i, slopes);
+  }
+};
+
 }  // namespace
 
-extern "C" const char* awnet_cuda_apply(const Images* images, void* y, uint8_t* relu_mask, const void* u,
+extern "C" const char* awnet_cuda_apply(const Images* images, void* y, void* mask, const void* u,
                                         const void* residual, const float* scale, const float* shift,
-                                        int32_t relu, void* stream) {
+                                        int32_t activation, void* stream) {
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
     const Apply<T> op{static_cast<T*>(y),
-                      relu_mask,
+                      activation == kRelu ? static_cast<uint8_t*>(mask) : nullptr,
                       static_cast<const T*>(u),
                       static_cast<const T*>(residual),
                       scale,
                       shift,
-                      relu != 0};
+                      activation == kRelu};
+    if (activation > kRelu) {
+      return over_images(*images, Activate<T>{op, static_cast<T*>(mask), activation}, stream);
+    }
     return over_images(*images, op, stream);
   });
 }

@@ -117,8 +117,10 @@ class Batch {
   Tensor table(const MaybeTensor& x, const char* name) { return x ? table(*x, name) : Tensor(); }
 
   Tensor new_image(const Tensor& like) { return seen(at::empty_like(like, like.options(), format_)); }
-  Tensor new_mask(const Tensor& like, bool needed) {
-    const auto options = like.options().dtype(at::kBool);
+  // Of a ReLU, or the slope of another activation; empty unless `needed`.
+  Tensor new_mask(const Tensor& like, int64_t activation, bool needed) {
+    const bool smooth = needed && activation > kRelu;
+    const auto options = smooth ? like.options() : like.options().dtype(at::kBool);
     return needed ? seen(at::empty_like(like, options, format_)) : at::empty({0}, options);
   }
   Tensor new_table(const Tensor& like) {
@@ -155,6 +157,9 @@ bool is_mask(const Tensor& x) { return x.defined() && x.scalar_type() == at::kBo
 uint8_t* mask_of(const Tensor& x) { return is_mask(x) ? static_cast<uint8_t*>(x.data_ptr()) : nullptr; }
 const void* y_of(const Tensor& x) { return x.defined() && !is_mask(x) ? x.const_data_ptr() : nullptr; }
 const void* address(const Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
+GatePointers pointers(const Tensor& relu_mask, const Tensor& slope) {
+  return {y_of(relu_mask), mask_of(relu_mask), address(slope)};
+}
 const float* entries(const Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 
 // --- batch norms
@@ -209,36 +214,41 @@ std::tuple<Tensor, Tensor> statistics(const Tensor& u_in) {
 }
 
 std::tuple<Tensor, Tensor> apply(const Tensor& u_in, const Tensor& scale_in, const Tensor& shift_in,
-                                 const MaybeTensor& residual_in, bool relu, bool keep_mask, bool in_place) {
+                                 const MaybeTensor& residual_in, int64_t activation, bool keep_mask,
+                                 bool in_place) {
   const On on(u_in);
   Batch batch(u_in, on);
   const Tensor u = batch.image(u_in, "u"), residual = batch.image(residual_in, "residual");
   const Tensor scale = batch.table(scale_in, "scale"), shift = batch.table(shift_in, "shift");
-  TORCH_CHECK(relu || !keep_mask, "there is no mask without an activation");
-  const Tensor y = in_place ? u : batch.new_image(u), relu_mask = batch.new_mask(u, keep_mask);
-  succeed(awnet_cuda_apply(batch.images(), y.data_ptr(), mask_of(relu_mask), address(u), address(residual),
-                           entries(scale), entries(shift), relu, on.stream()),
+  TORCH_CHECK(activation >= kNone && activation <= kLeakyRelu, "there is no activation ", activation);
+  TORCH_CHECK(activation != kNone || !keep_mask, "there is no mask without an activation");
+  const Tensor y = in_place ? u : batch.new_image(u), mask = batch.new_mask(u, activation, keep_mask);
+  succeed(awnet_cuda_apply(batch.images(), y.data_ptr(), keep_mask ? mask.data_ptr() : nullptr, address(u),
+                           address(residual), entries(scale), entries(shift),
+                           static_cast<int32_t>(activation), on.stream()),
           "apply");
-  return {y, relu_mask};
+  return {y, mask};
 }
 
 std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, const Tensor& centre_in,
-                                  const MaybeTensor& relu_mask_in) {
+                                  const MaybeTensor& relu_mask_in, const MaybeTensor& slope_in) {
   const On on(u_in);
   Batch batch(u_in, on);
   const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"),
-               relu_mask = batch.relu_mask(relu_mask_in);
+               relu_mask = batch.relu_mask(relu_mask_in), slope = batch.image(slope_in, "slope");
   const Tensor centre = batch.table(centre_in, "centre");
   Tensor g1 = batch.new_table(u), gc = batch.new_table(u), workspace = batch.workspace(u);
-  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), y_of(relu_mask), mask_of(relu_mask),
-                            entries(centre), data(g1), data(gc), data(workspace), on.stream()),
+  const GatePointers gate = pointers(relu_mask, slope);
+  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), &gate, entries(centre), data(g1),
+                            data(gc), data(workspace), on.stream()),
           "reduce");
   return {g1, gc};
 }
 
 std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u_in,
                                      const MaybeTensor& centre_in, const MaybeTensor& relu_mask_in,
-                                     const Propagation& propagation, bool residual) {
+                                     const Propagation& propagation, bool residual,
+                                     const MaybeTensor& slope_in) {
   const MaybeTensor &by_input_in = propagation.by_input, &constant_in = propagation.constant;
   const On on(grad_in);
   Batch batch(grad_in, on);
@@ -246,17 +256,17 @@ std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u
   TORCH_CHECK(!by_input_in || (u_in && centre_in), "by_input needs u and centre");
   const MaybeTensor none;
   const Tensor grad = batch.image(grad_in, "grad"), u = batch.image(by_input_in ? u_in : none, "u");
-  const Tensor relu_mask = batch.relu_mask(relu_mask_in),
+  const Tensor relu_mask = batch.relu_mask(relu_mask_in), slope = batch.image(slope_in, "slope"),
                by_grad = batch.table(propagation.by_grad, "by_grad");
   const Tensor centre = batch.table(by_input_in ? centre_in : none, "centre");
   const Tensor by_input = batch.table(by_input_in, "by_input"),
                constant = batch.table(constant_in, "constant");
   Tensor d_u = batch.new_image(grad);
   Tensor d_residual = residual ? batch.new_image(grad) : at::empty({0}, grad.options());
-  const PropagationPointers pointers{entries(centre), entries(by_grad), entries(by_input), entries(constant)};
+  const PropagationPointers by{entries(centre), entries(by_grad), entries(by_input), entries(constant)};
+  const GatePointers gate = pointers(relu_mask, slope);
   succeed(awnet_cuda_propagate(batch.images(), d_u.data_ptr(), residual ? d_residual.data_ptr() : nullptr,
-                               address(grad), address(u), y_of(relu_mask), mask_of(relu_mask), &pointers,
-                               on.stream()),
+                               address(grad), address(u), &gate, &by, on.stream()),
           "propagate");
   return {d_u, d_residual};
 }
@@ -265,7 +275,8 @@ EvalBackwardOutputs eval_backward(const EvalBackwardArgs& args) {
   const On on(args.grad);
   Batch batch(args.grad, on);
   const Tensor grad = batch.image(args.grad, "grad"), other = batch.image(args.other_grad, "other_grad"),
-               u = batch.image(args.u, "u"), relu_mask = batch.relu_mask(args.relu_mask);
+               u = batch.image(args.u, "u"), relu_mask = batch.relu_mask(args.relu_mask),
+               slope = batch.image(args.slope, "slope");
   const Tensor scale = batch.table(args.scale, "scale"), shift = batch.table(args.shift, "shift"),
                d_mean = batch.table(args.d_mean, "d_mean");
   TORCH_CHECK(u.defined() || !(args.sums || shift.defined()), "the sums and the mask from u need u");
@@ -276,8 +287,7 @@ EvalBackwardOutputs eval_backward(const EvalBackwardArgs& args) {
   p.grad = address(grad);
   p.other_grad = address(other);
   p.u = address(u);
-  p.y = y_of(relu_mask);
-  p.relu_mask = mask_of(relu_mask);
+  p.gate = pointers(relu_mask, slope);
   p.d_mean = entries(d_mean);
   p.scale = entries(scale);
   p.shift = entries(shift);

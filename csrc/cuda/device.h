@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../arithmetic.h"
 #include "launch.h"
@@ -97,10 +98,28 @@ __device__ __forceinline__ void store(T* to, const float (&value)[V]) {
 __device__ __forceinline__ float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
 __device__ __forceinline__ float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
-// The gradient of the ReLU's input: grad where y is not <= 0 or relu_mask is 1, else 0. At most one of y and
-// relu_mask is not null; without both it is grad.
-template <class T>
-struct ReluGrad {
+// act(z) and its derivative, of activations other than the ReLU.
+struct Activated {
+  float y, slope;
+};
+__device__ __forceinline__ Activated activated(float z, int32_t activation) {
+  if (activation == kSilu) {
+    const float s = 1.0f / (1.0f + expf(-z));
+    return {z * s, s * (1.0f + z * (1.0f - s))};
+  }
+  if (activation == kGelu) {
+    const float distribution = 0.5f * erfcf(z * -0.707106781f);
+    return {z * distribution, distribution + z * (expf(-0.5f * z * z) * 0.398942280f)};
+  }
+  const float slope = z > 0.0f ? 1.0f : 0.01f;
+  return {z * slope, slope};
+}
+
+// The gradient of the activation's input. The ReLU: grad where y is not <= 0 or relu_mask is 1, else 0; at
+// most one of y and relu_mask is not null, and without both it is grad. kSlope: another activation, whose
+// slope is in the place of y.
+template <class T, bool kSlope>
+struct PassedGrad {
   const T *grad, *y;
   const uint8_t* relu_mask;
 
@@ -114,14 +133,15 @@ struct ReluGrad {
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
     in.grad = load<V>(grad + i);
-    if (y != nullptr) in.y = load<V>(y + i);
-    if (relu_mask != nullptr) in.relu_mask = load<V>(relu_mask + i);
+    if (kSlope || y != nullptr) in.y = load<V>(y + i);
+    if (!kSlope && relu_mask != nullptr) in.relu_mask = load<V>(relu_mask + i);
     return in;
   }
 
   template <int V>
   __device__ __forceinline__ float at(const Inputs<V>& in, int j) const {
     const float g = in.grad[j];
+    if (kSlope) return g * in.y[j];
     if (y != nullptr) return masked(g, in.y[j]);
     if (relu_mask != nullptr) return masked(g, in.relu_mask[j]);
     return g;

@@ -1,6 +1,7 @@
 // The backward pass of eval mode in one kernel: d_u = g * scale, d_residual = g and the sums of g and
 // g (u - centre) over each plane. g is the sum of up to two gradients of y and of that of y's mean, where the
-// activation passed. Where a sample is cut into parts, the block with the last ticket combines them in order.
+// ReLU passed, or times the slope of another activation. Where a sample is cut into parts, the block with the
+// last ticket combines them in order.
 #include "sums.h"
 
 namespace awnet::cuda {
@@ -12,9 +13,19 @@ struct Coefficients {
   float scale[V], shift[V], d_mean[V], centre[V];
 };
 
-template <class T>
+// EvalBackwardPointers with one image for the gate: y, or where kSlope the slope.
+struct EvalOperands {
+  const void *grad, *other_grad, *u, *y;
+  const uint8_t* relu_mask;
+  const float *d_mean, *scale, *shift;
+  void *d_u, *d_residual;
+  float *g1, *gc, *centre, *workspace;
+  int32_t* tickets;
+};
+
+template <class T, bool kSlope>
 struct EvalBackward {
-  EvalBackwardPointers p;
+  EvalOperands p;
   float pixels;
 
   template <int V>
@@ -29,8 +40,8 @@ struct EvalBackward {
     in.grad = load<V>(static_cast<const T*>(p.grad) + i);
     if (p.other_grad != nullptr) in.other = load<V>(static_cast<const T*>(p.other_grad) + i);
     if (p.u != nullptr) in.u = load<V>(static_cast<const T*>(p.u) + i);
-    if (p.y != nullptr) in.y = load<V>(static_cast<const T*>(p.y) + i);
-    if (p.relu_mask != nullptr) in.relu_mask = load<V>(p.relu_mask + i);
+    if (kSlope || p.y != nullptr) in.y = load<V>(static_cast<const T*>(p.y) + i);
+    if (!kSlope && p.relu_mask != nullptr) in.relu_mask = load<V>(p.relu_mask + i);
     return in;
   }
 
@@ -63,7 +74,9 @@ struct EvalBackward {
       float g = in.grad[j];
       if (p.other_grad != nullptr) g += in.other[j];
       g += c.d_mean[k];
-      if (p.y != nullptr) {
+      if constexpr (kSlope) {
+        g *= in.y[j];
+      } else if (p.y != nullptr) {
         g = masked(g, in.y[j]);
       } else if (p.relu_mask != nullptr) {
         g = masked(g, in.relu_mask[j]);
@@ -110,8 +123,9 @@ __device__ __forceinline__ bool last_of(int32_t* tickets, int32_t parts) {
   return ticket == parts - 1;
 }
 
-template <class T, int V, bool kWide>
-__global__ void __launch_bounds__(kThreads, 3) eval_backward_planes(EvalBackward<T> op, Planes planes) {
+template <class T, int V, bool kWide, bool kSlope>
+__global__ void __launch_bounds__(kThreads, 3)
+    eval_backward_planes(EvalBackward<T, kSlope> op, Planes planes) {
   const Slice s = slice_of<V, kWide>(planes);
   int64_t entry = s.entry;
   if constexpr (kWide) entry = blockIdx.x / planes.parts;
@@ -119,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 3) eval_backward_planes(EvalBackward
   const auto c = op.template coefficients<1>(table, table * planes.vectors * V);
   float sum[1] = {}, along[1] = {};
   for (int32_t i = s.lane; i < s.count; i += s.width * kAhead) {
-    typename EvalBackward<T>::template Inputs<V> in[kAhead];
+    typename EvalBackward<T, kSlope>::template Inputs<V> in[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int32_t at = i + k * s.width;
@@ -150,9 +164,9 @@ __global__ void __launch_bounds__(kThreads, 3) eval_backward_planes(EvalBackward
   }
 }
 
-template <class T, int V>
+template <class T, int V, bool kSlope>
 __global__ void __launch_bounds__(kThreads)
-    eval_backward_rows(EvalBackward<T> op, int64_t entries, Rows rows) {
+    eval_backward_rows(EvalBackward<T, kSlope> op, int64_t entries, Rows rows) {
   const Column column = column_of<V>(rows);
   Coefficients<V> c = {};
   const int64_t sample = blockIdx.x / rows.parts;
@@ -160,7 +174,7 @@ __global__ void __launch_bounds__(kThreads)
   float sum[V] = {}, along[V] = {};
   const int32_t down = blockDim.y;
   for (int32_t pixel = column.begin; pixel < column.end; pixel += down * kAhead) {
-    typename EvalBackward<T>::template Inputs<V> in[kAhead];
+    typename EvalBackward<T, kSlope>::template Inputs<V> in[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       if (pixel + k * down < column.end) {
@@ -201,15 +215,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, int V>
-const char* launch_eval_backward(const Images& images, const EvalBackward<T>& op, void* stream) {
+template <class T, int V, bool kSlope>
+const char* launch_eval_backward(const Images& images, const EvalBackward<T, kSlope>& op, void* stream) {
   const Planes planes = planes_of(images, kThreads, kWarp);
   if (images.channels_last) {
-    return over_rows_parts(eval_backward_rows<T, V>, images, rows_of(images, kThreads, kWarp), stream, op,
-                           images.batch * images.channels);
+    return over_rows_parts(eval_backward_rows<T, V, kSlope>, images, rows_of(images, kThreads, kWarp), stream,
+                           op, images.batch * images.channels);
   }
-  return over_planes_parts(eval_backward_planes<T, V, false>, eval_backward_planes<T, V, true>, planes,
-                           stream, op);
+  return over_planes_parts(eval_backward_planes<T, V, false, kSlope>,
+                           eval_backward_planes<T, V, true, kSlope>, planes, stream, op);
 }
 
 }  // namespace
@@ -220,9 +234,17 @@ extern "C" const char* awnet_cuda_eval_backward(const Images* images, const Eval
   if (images->pixels == 0) return "sums need at least one pixel";
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
-    const EvalBackward<T> op{*pointers, static_cast<float>(images->pixels)};
-    return vector_width(*images) > 1 ? launch_eval_backward<T, kFull<T>>(*images, op, stream)
-                                     : launch_eval_backward<T, 1>(*images, op, stream);
+    const auto run = [&](auto by_slope, const void* values) {
+      const EvalBackwardPointers& p = *pointers;
+      const EvalBackward<T, decltype(by_slope)::value> op{
+          {p.grad, p.other_grad, p.u, values, p.gate.relu_mask, p.d_mean, p.scale, p.shift, p.d_u,
+           p.d_residual, p.g1, p.gc, p.centre, p.workspace, p.tickets},
+          static_cast<float>(images->pixels)};
+      return vector_width(*images) > 1 ? launch_eval_backward<T, kFull<T>>(*images, op, stream)
+                                       : launch_eval_backward<T, 1>(*images, op, stream);
+    };
+    return pointers->gate.slope != nullptr ? run(std::true_type{}, pointers->gate.slope)
+                                           : run(std::false_type{}, pointers->gate.y);
   });
 }
 

@@ -53,12 +53,19 @@ struct PropagationPointers {
   const float *centre, *by_grad, *by_input, *constant;
 };
 
+// What the activation leaves for its backward: of a ReLU y or relu_mask, of another one its slope.
+struct GatePointers {
+  const void* y;
+  const uint8_t* relu_mask;
+  const void* slope;
+};
+
 // The backward of eval mode; what is not given or not requested is null. u, g1, gc and workspace come with
 // the sums, u and shift where the mask is computed from u. Without centre gc is about 0. tickets: zeros, [B,
 // C].
 struct EvalBackwardPointers {
-  const void *grad, *other_grad, *u, *y;
-  const uint8_t* relu_mask;
+  const void *grad, *other_grad, *u;
+  GatePointers gate;
   const float *d_mean, *scale, *shift;
   void *d_u, *d_residual;
   float *g1, *gc, *centre, *workspace;
@@ -81,15 +88,14 @@ int64_t awnet_cuda_workspace(const Images* images);
 
 const char* awnet_cuda_statistics(const Images* images, const void* u, float* mean, float* m2,
                                   float* workspace, void* stream);
-// relu_mask: bytes, 1 where y is not <= 0, else 0. The backward takes y or relu_mask, or neither.
-const char* awnet_cuda_apply(const Images* images, void* y, uint8_t* relu_mask, const void* u,
-                             const void* residual, const float* scale, const float* shift, int32_t relu,
-                             void* stream);
-const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const void* y,
-                              const uint8_t* relu_mask, const float* centre, float* g1, float* gc,
-                              float* workspace, void* stream);
+// activation: an Activation of arithmetic.h. mask: of a ReLU bytes, 1 where y is not <= 0, else 0; of another
+// activation its slope, an image. The backward takes GatePointers, all null without an activation.
+const char* awnet_cuda_apply(const Images* images, void* y, void* mask, const void* u, const void* residual,
+                             const float* scale, const float* shift, int32_t activation, void* stream);
+const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const GatePointers* gate,
+                              const float* centre, float* g1, float* gc, float* workspace, void* stream);
 const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual, const void* grad,
-                                 const void* u, const void* y, const uint8_t* relu_mask,
+                                 const void* u, const GatePointers* gate,
                                  const PropagationPointers* propagation, void* stream);
 
 const char* awnet_cuda_eval_backward(const Images* images, const EvalBackwardPointers* pointers,

@@ -1,23 +1,23 @@
 // d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is the
-// gradient of the ReLU's input
+// gradient of the activation's input
 #include "elementwise.h"
 
 namespace awnet::cuda {
 namespace {
 
-template <class T>
+template <class T, bool kSlope>
 struct Propagate {
   using Value = T;
   static constexpr int kUnroll = 2;
 
   T *d_u, *d_residual;
-  ReluGrad<T> relu_grad;
+  PassedGrad<T, kSlope> passed;
   const T* u;
   PropagationPointers by;
 
   template <int V>
   struct Inputs {
-    typename ReluGrad<T>::template Inputs<V> relu_grad;
+    typename PassedGrad<T, kSlope>::template Inputs<V> passed;
     Vector<T, V> u;
   };
   template <int V>
@@ -31,7 +31,7 @@ struct Propagate {
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
-    in.relu_grad = relu_grad.template read<V>(i);
+    in.passed = passed.template read<V>(i);
     if (by.by_input != nullptr) in.u = load<V>(u + i);
     return in;
   }
@@ -54,7 +54,7 @@ struct Propagate {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const Coefficients<1> c = of(j);
-      const float g = relu_grad.at(in.relu_grad, j);
+      const float g = passed.at(in.passed, j);
       float d = g * c.by_grad[0];
       if (by.by_input != nullptr) d += (in.u[j] - c.centre[0]) * c.by_input[0] + c.constant[0];
       u_grads[j] = d;
@@ -68,17 +68,20 @@ struct Propagate {
 }  // namespace
 
 extern "C" const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual,
-                                            const void* grad, const void* u, const void* y,
-                                            const uint8_t* relu_mask, const PropagationPointers* propagation,
-                                            void* stream) {
+                                            const void* grad, const void* u, const GatePointers* gate,
+                                            const PropagationPointers* propagation, void* stream) {
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
-    const Propagate<T> op{static_cast<T*>(d_u),
-                          static_cast<T*>(d_residual),
-                          {static_cast<const T*>(grad), static_cast<const T*>(y), relu_mask},
-                          static_cast<const T*>(u),
-                          *propagation};
-    return over_images(*images, op, stream);
+    const auto run = [&](auto by_slope, const void* values) {
+      const Propagate<T, decltype(by_slope)::value> op{
+          static_cast<T*>(d_u),
+          static_cast<T*>(d_residual),
+          {static_cast<const T*>(grad), static_cast<const T*>(values), gate->relu_mask},
+          static_cast<const T*>(u),
+          *propagation};
+      return over_images(*images, op, stream);
+    };
+    return gate->slope != nullptr ? run(std::true_type{}, gate->slope) : run(std::false_type{}, gate->y);
   });
 }
 

@@ -1,26 +1,26 @@
-// g1 = sum g and gc = sum g (u - centre) over each plane, where g is the gradient of the ReLU's input.
+// g1 = sum g and gc = sum g (u - centre) over each plane, where g is the gradient of the activation's input.
 #include "sums.h"
 
 namespace awnet::cuda {
 namespace {
 
-template <class T>
+template <class T, bool kSlope>
 struct Operands {
-  ReluGrad<T> relu_grad;
+  PassedGrad<T, kSlope> passed;
   const T* u;
   const float* centre;
   float *g1, *gc;
 
   template <int V>
   struct Inputs {
-    typename ReluGrad<T>::template Inputs<V> relu_grad;
+    typename PassedGrad<T, kSlope>::template Inputs<V> passed;
     Vector<T, V> u;
   };
 
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
-    in.relu_grad = relu_grad.template read<V>(i);
+    in.passed = passed.template read<V>(i);
     in.u = load<V>(u + i);
     return in;
   }
@@ -29,21 +29,21 @@ struct Operands {
   template <int V>
   __device__ __forceinline__ void add(const Inputs<V>& in, int j, float middle, float& sum,
                                       float& along) const {
-    const float g = relu_grad.at(in.relu_grad, j);
+    const float g = passed.at(in.passed, j);
     sum += g;
     along += g * (in.u[j] - middle);
   }
 };
 
-template <class T, int V, bool kWide>
-__global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T> op, Planes planes) {
+template <class T, int V, bool kWide, bool kSlope>
+__global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T, kSlope> op, Planes planes) {
   const Slice s = slice_of<V, kWide>(planes);
   int64_t table = s.entry;  // of the centre
   if constexpr (kWide) table = blockIdx.x / planes.parts;
   const float middle = s.count > 0 ? op.centre[table] : 0.0f;
   float sum = 0.0f, along = 0.0f;
   for (int32_t i = s.lane; i < s.count; i += s.width * kAhead) {
-    typename Operands<T>::template Inputs<V> in[kAhead];
+    typename Operands<T, kSlope>::template Inputs<V> in[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int32_t at = i + k * s.width;
@@ -65,14 +65,14 @@ __global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T> op, Planes
   }
 }
 
-template <class T, int V>
-__global__ void __launch_bounds__(kThreads) reduce_rows(Operands<T> op, Rows rows) {
+template <class T, int V, bool kSlope>
+__global__ void __launch_bounds__(kThreads) reduce_rows(Operands<T, kSlope> op, Rows rows) {
   const Column c = column_of<V>(rows);
   float middle[V] = {}, sum[V] = {}, along[V] = {};
   if (c.end > 0) load_entries(op.centre + c.table, middle);
   const int32_t down = blockDim.y;
   for (int32_t pixel = c.begin; pixel < c.end; pixel += down * kAhead) {
-    typename Operands<T>::template Inputs<V> in[kAhead];
+    typename Operands<T, kSlope>::template Inputs<V> in[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       if (pixel + k * down < c.end) {
@@ -114,8 +114,8 @@ __global__ void __launch_bounds__(kThreads)
   gc[entry] = static_cast<float>(along);
 }
 
-template <class T, int V>
-const char* launch_reduce(const Images& images, Operands<T> op, float* workspace, void* stream) {
+template <class T, int V, bool kSlope>
+const char* launch_reduce(const Images& images, Operands<T, kSlope> op, float* workspace, void* stream) {
   const int64_t entries = images.batch * images.channels;
   const Planes planes = planes_of(images, kThreads, kWarp);
   const Rows rows = rows_of(images, kThreads, kWarp);
@@ -125,9 +125,10 @@ const char* launch_reduce(const Images& images, Operands<T> op, float* workspace
     op.g1 = workspace;
     op.gc = workspace + entries * parts;
   }
-  const char* error = images.channels_last ? over_rows_parts(reduce_rows<T, V>, images, rows, stream, op)
-                                           : over_planes_parts(reduce_planes<T, V, false>,
-                                                               reduce_planes<T, V, true>, planes, stream, op);
+  const char* error = images.channels_last
+                          ? over_rows_parts(reduce_rows<T, V, kSlope>, images, rows, stream, op)
+                          : over_planes_parts(reduce_planes<T, V, false, kSlope>,
+                                              reduce_planes<T, V, true, kSlope>, planes, stream, op);
   if (error != nullptr || parts == 1) return error;
   return launch(combine_sums, divided_up(entries, kThreads), 1, dim3(kThreads), stream, op.g1, op.gc, g1, gc,
                 entries, images.channels, parts);
@@ -135,20 +136,24 @@ const char* launch_reduce(const Images& images, Operands<T> op, float* workspace
 
 }  // namespace
 
-extern "C" const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const void* y,
-                                         const uint8_t* relu_mask, const float* centre, float* g1, float* gc,
+extern "C" const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u,
+                                         const GatePointers* gate, const float* centre, float* g1, float* gc,
                                          float* workspace, void* stream) {
   if (const char* reason = refusal(*images)) return reason;
   if (images->pixels == 0) return "sums need at least one pixel";
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
-    const Operands<T> op{{static_cast<const T*>(grad), static_cast<const T*>(y), relu_mask},
-                         static_cast<const T*>(u),
-                         centre,
-                         g1,
-                         gc};
-    return vector_width(*images) > 1 ? launch_reduce<T, kFull<T>>(*images, op, workspace, stream)
-                                     : launch_reduce<T, 1>(*images, op, workspace, stream);
+    const auto run = [&](auto by_slope, const void* values) {
+      const Operands<T, decltype(by_slope)::value> op{
+          {static_cast<const T*>(grad), static_cast<const T*>(values), gate->relu_mask},
+          static_cast<const T*>(u),
+          centre,
+          g1,
+          gc};
+      return vector_width(*images) > 1 ? launch_reduce<T, kFull<T>>(*images, op, workspace, stream)
+                                       : launch_reduce<T, 1>(*images, op, workspace, stream);
+    };
+    return gate->slope != nullptr ? run(std::true_type{}, gate->slope) : run(std::false_type{}, gate->y);
   });
 }
 

@@ -21,8 +21,8 @@ from support.interpreter import DEVICE, Guarded
 from torch import Tensor
 
 from awnet import reference
-from awnet.ops import launch_config
-from awnet.ops.args import Conv, LayerArgs
+from awnet.ops import activations, launch_config
+from awnet.ops.args import ACTIVATIONS, Conv, LayerArgs
 from awnet.ops.backends.triton import TritonPasses
 
 TILE = conv.Tile(16, 16, 16, warps=4, stages=2)
@@ -187,6 +187,18 @@ def test_fused_apply_equals_float64(
         assert u.is_contiguous(memory_format=torch.channels_last)
     else:
         assert u.numel() == 0
+
+
+@pytest.mark.parametrize("code", range(2, len(ACTIVATIONS)), ids=ACTIVATIONS[2:])
+def test_apply_with_an_activation_whose_slope_is_stored(code: int, guarded: Guarded) -> None:
+    shape = SHAPES["a sample is a tile"]
+    layer = Layer(shape, torch.float32, guarded)
+    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, layer.residual, code, *shape.where)
+    found = fused_conv.fused_apply(*arguments, False, True, tile=TILE)
+    assert found is not None
+    z = layer.y(True, False)
+    assert error(found[0], reference.activated(z, ACTIVATIONS[code])) < TOLERANCE[torch.float32]
+    assert error(found[2], activations.slope(z, code)) < TOLERANCE[torch.float32]
 
 
 @shapes

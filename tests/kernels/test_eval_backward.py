@@ -29,7 +29,7 @@ class Case:
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     last: bool
-    mask: str  # "none", "y", "bytes" or "from u"
+    mask: str  # "none", "y", "bytes", "from u" or "slope"
     other: bool
     mean: bool
     residual: bool
@@ -51,7 +51,7 @@ cases = st.builds(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 9), st.integers(1, 9)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     last=st.booleans(),
-    mask=st.sampled_from(["none", "y", "bytes", "from u"]),
+    mask=st.sampled_from(["none", "y", "bytes", "from u", "slope"]),
     other=st.booleans(),
     mean=st.booleans(),
     residual=st.booleans(),
@@ -86,7 +86,8 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     grad, u, y = (guarded.input(case.image(seed)) for seed in (1, 2, 3))
     other = guarded.input(case.image(4)) if case.other else None
     scale, shift, d_mean = (guarded.input(case.table(seed)) for seed in (5, 6, 7))
-    relu_mask = {"none": None, "y": y, "bytes": y > 0, "from u": None}[case.mask]
+    relu_mask = {"y": y, "bytes": y > 0}.get(case.mask)
+    slope = y if case.mask == "slope" else None
     from_u = case.mask == "from u"
     centred = case.sums == "centred"
     tables = None
@@ -97,7 +98,7 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     out = guarded.output(u), guarded.output(u) if case.residual else None, tables
     d_u, d_residual, sums = kernel.eval_backward(
         grad, other, d_mean if case.mean else None, u if from_u or tables else None, relu_mask, scale,
-        shift if from_u else None, case.config, residual=case.residual, sums=tables is not None,
+        shift if from_u else None, case.config, slope=slope, residual=case.residual, sums=tables is not None,
         centred=centred, out=out,
     )  # fmt: skip
     guarded.check()
@@ -105,12 +106,14 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     if from_u:
         passed = passes.apply(u, scale, shift, None, True, case.config) > 0
     else:
-        passed = torch.ones_like(y, dtype=torch.bool) if case.mask == "none" else y > 0
+        passed = y > 0 if case.mask in ("y", "bytes") else torch.ones_like(y, dtype=torch.bool)
     terms = [grad.double()]
     terms += [other.double()] if other is not None else []
     terms += [image(d_mean) / hw + 0 * grad.double()] if case.mean else []
     g = torch.where(passed, sum(terms), 0.0)
     size = torch.where(passed, sum(term.abs() for term in terms), 0.0)
+    if slope is not None:
+        g, size = g * slope.double(), size * slope.double().abs()
 
     def close(got: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype) -> None:
         # 4 roundings of float32 for each term of a sum, one of the stored dtype; fp16 subnormals step by 2^-24
@@ -137,6 +140,7 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
 @example(split_case())
 @example(split_case(last=False, sums="centred", mask="from u", dtype=torch.float16))
 @example(split_case(shape=(1, 1, 1, 1), config=SPLIT))
+@example(split_case(mask="slope"))
 def test_eval_backward_equals_float64(case: Case) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(case, Guarded(), monkeypatch)

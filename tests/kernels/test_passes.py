@@ -11,6 +11,10 @@ from awnet.kernels.launch import launch, power_of_two
 from support.interpreter import DEVICE, INTERPRETED, Guarded
 from torch import Tensor
 
+from awnet import reference
+from awnet.ops import activations
+from awnet.ops.args import ACTIVATIONS
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = {"tile": 64, "inner": 16, "steps": 4, "warps": 4}
 LARGE = {"tile": 2048, "inner": 128, "steps": 4, "warps": 4}
@@ -109,6 +113,40 @@ def test_apply_equals_float64(
         assert torch.equal(again, y)
         assert torch.equal(mask, ~(y <= 0))
     guarded.check()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("code", range(2, len(ACTIVATIONS)), ids=ACTIVATIONS[2:])
+def test_apply_with_an_activation_whose_slope_is_stored(
+    guarded: Guarded, code: int, dtype: torch.dtype, last: bool
+) -> None:
+    for seed, (shape, how) in enumerate(shapes(dtype)[-2:]):
+        u, r = (guarded.input(tensor(shape, seed + 30 * i, dtype, last)) for i in (0, 1))
+        scale, shift = (guarded.input(tensor(shape[:2], seed + 10 * i)) for i in (1, 2))
+        z = u.double() * image(scale) + image(shift) + r.double()
+        slope = guarded.output(u)
+        y = passes.apply(u, scale, shift, r, code, how, out=guarded.output(u), slope=slope)
+        # |act'| and |act''| are at most 1.13, and exp and erf are right to some roundings
+        size = 1 + (u.double() * image(scale)).abs() + image(shift).abs() + r.double().abs()
+        assert_close(y, reference.activated(z, ACTIVATIONS[code]), size, dtype, terms=8)
+        assert_close(slope, activations.slope(z, code), size, dtype, terms=8)
+        assert torch.equal(passes.apply(u, scale, shift, r, code, how, out=guarded.output(u)), y)
+    guarded.check()
+
+
+@pytest.mark.parametrize("code", range(2, len(ACTIVATIONS)), ids=ACTIVATIONS[2:])
+def test_activations_of_extreme_values(code: int) -> None:
+    z = torch.tensor([0.0, -0.0, 100.0, -100.0, 1e30, -1e30, float("nan"), 6.0, -6.0], device=DEVICE)
+    ones, zeros = torch.ones(1, 1, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
+    u = z.view(1, 1, 3, 3)
+    slope = torch.empty_like(u)
+    y = passes.apply(u, ones, zeros, None, code, SMALL, slope=slope)
+    for got, expected in (
+        (y, reference.activated(u.double(), ACTIVATIONS[code])),
+        (slope, activations.slope(u.double(), code)),
+    ):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
@@ -232,6 +270,28 @@ def test_propagate_equals_float64(
             assert torch.equal(d_residual.double(), g)
         else:
             assert d_residual is None
+    guarded.check()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_slope_multiplies_the_gradient(guarded: Guarded, dtype: torch.dtype, last: bool) -> None:
+    for seed, (shape, how) in enumerate(shapes(dtype)[-2:]):
+        grad, u, slope = (guarded.input(tensor(shape, seed + 10 * i, dtype, last)) for i in (1, 2, 3))
+        centre, by = (guarded.input(tensor(shape[:2], seed + 10 * i)) for i in (0, 4))
+        g = grad.double() * slope.double()
+        g1, gc = passes.reduce(grad, u, centre, None, how, slope=slope)
+        assert_close(g1, g.sum((2, 3)), g.abs().sum((2, 3)), torch.float32)
+        along = g.abs() * (u.double().abs() + image(centre).abs())
+        expected = (g * (u.double() - image(centre))).sum((2, 3))
+        assert_close(gc, expected, along.sum((2, 3)), torch.float32)
+        out = guarded.output(u), guarded.output(u)
+        d_u, d_residual = passes.propagate(
+            grad, None, None, None, by, None, None, True, how, slope=slope, out=out
+        )
+        assert_close(d_u, g * image(by), (g * image(by)).abs(), dtype)
+        assert d_residual is not None
+        assert_close(d_residual, g, g.abs(), dtype)
     guarded.check()
 
 

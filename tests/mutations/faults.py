@@ -19,6 +19,7 @@ STEP = "tests/kernels/test_sign_step.py::"
 
 NATIVE_LAYER = OPS + "test_native_layers_of_any_shape_equal_the_reference"
 NATIVE_PASSES = OPS + "test_native_passes_equal_eager_in_every_shape"
+ACTIVATIONS = "tests/ops/test_activations.py::"
 NETWORK = "tests/nn/test_frozen.py::test_a_network_in_one_operator_equals_its_layers"
 DIRECT = "tests/ops/test_native.py::test_the_direct_convolution_and_its_gradients_equal_the_librarys"
 EAGER_LAYER = OPS + "test_eager_equals_the_reference_in_float64"
@@ -120,8 +121,23 @@ FAULTS = (
     ),
     fault(
         "the mask of the ReLU dropped from the gradient", "csrc/cpu/passes.inl",
-        "if (relu_mask.mask != nullptr) return masked(g, read(relu_mask.mask + i));", "",
+        "if (gate.mask != nullptr) return masked(g, read(gate.mask + i));", "",
         OPS + "test_only_arguments_that_require_a_gradient_get_one[cpp]",
+    ),
+    fault(
+        "the slope of the SiLU without the term of its logistic function", "csrc/cpu/passes.inl",
+        "slope = s * (one + z * (one - s));", "slope = s;",
+        ACTIVATIONS + "test_values_and_slopes_of_all_sizes_in_float32",
+    ),
+    fault(
+        "a slope left out of the direct convolution's gradient", "csrc/cpu/convolution.cpp",
+        "if (!plan.place.at.empty() && !gate.slope) {", "if (!plan.place.at.empty()) {",
+        ACTIVATIONS + "test_the_direct_convolution_with_an_activation",
+    ),
+    fault(
+        "a slope left out of a frozen network's gradient", "csrc/network.cpp",
+        "args.slope = layer.mask;", "",
+        ACTIVATIONS + "test_a_frozen_network_equals_its_layers",
     ),
     fault(
         "bfloat16 cut off instead of rounded", "csrc/cpu/passes.inl",
@@ -235,6 +251,12 @@ FAULTS = (
         CUDA_PASSES,
     ),
     fault(
+        "the slope of the GELU without its density", "csrc/cuda/device.h",
+        "return {z * distribution, distribution + z * (expf(-0.5f * z * z) * 0.398942280f)};",
+        "return {z * distribution, distribution};",
+        CUDA_PASSES,
+    ),
+    fault(
         "the first value's mask for the whole vector", "csrc/cuda/device.h",
         "return masked(g, in.relu_mask[j]);", "return masked(g, in.relu_mask[0]);",
         CUDA_PASSES,
@@ -299,6 +321,16 @@ FAULTS = (
         "wrong stride between pixels in channels_last", "kernels/passes.py",
         "start[:, None] + (pixel * channels)[None, :]", "start[:, None] + pixel[None, :]",
         PASSES + "test_apply_equals_float64",
+    ),
+    fault(
+        "a wrong sign in the slope of the SiLU", "kernels/activations.py",
+        "slope = s * (1.0 + z * (1.0 - s))", "slope = s * (1.0 - z * (1.0 - s))",
+        PASSES + "test_apply_with_an_activation_whose_slope_is_stored",
+    ),
+    fault(
+        "a slope left out of the gradient", "kernels/passes.py",
+        "        g *= load_values(slope_ptr, offsets, in_bounds)\n", "        g *= 1.0\n",
+        PASSES + "test_a_slope_multiplies_the_gradient",
     ),
     fault(
         "NaN becomes 0 in the ReLU", "kernels/passes.py",
@@ -431,14 +463,19 @@ FAULTS = (
         OPS + "test_the_variance_does_not_cancel_far_from_zero[eager]",
     ),
     fault(
+        "the distribution function alone as the slope of the GELU", "awnet/ops/activations.py",
+        "return torch.special.ndtr(z) + z * density", "return torch.special.ndtr(z)",
+        EAGER_LAYER,
+    ),
+    fault(
         "∂u without the term of the input", "awnet/ops/backends/eager.py",
         "d_u.mul_(_image(by_input))", "d_u.mul_(0)",
         EAGER_LAYER,
     ),
     fault(
         "a pixel of u as centre in training, where it is the mean", "awnet/ops/autograd.py",
-        "sums = Reduced(*passes.reduce(grad, u, args.mean, relu_mask), args.mean)",
-        "sums = Reduced(*passes.reduce(grad, u, u[:, :, 0, 0].to(wide), relu_mask), u[:, :, 0, 0].to(wide))",
+        "sums = Reduced(*passes.reduce(grad, u, args.mean, relu_mask, slope), args.mean)",
+        "sums = Reduced(*passes.reduce(grad, u, u[:, :, 0, 0].to(wide), relu_mask, slope), u[:, :, 0, 0].to(wide))",
         EAGER_LAYER,
     ),
     fault(

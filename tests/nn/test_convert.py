@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.convertible_networks import ROUTER, Residual, check_same_logits, check_trains, kinds_of, trained
+from support.extras import optional
 from torch import nn
 
 from awnet.models import create_model, load_model, save_model
@@ -86,6 +87,68 @@ def test_residual_network_is_fused_wherever_it_can_be():
     originals = {p.data_ptr() for p in original.parameters()}
     assert not originals & {p.data_ptr() for p in network.parameters()}
     assert original.training
+
+
+class Activations(nn.Module):
+    """Convolution → batch norm → an activation, as module and function: those that a fused layer has, and others."""
+
+    def __init__(self):
+        super().__init__()
+        self.acts = nn.ModuleList(
+            [nn.SiLU(inplace=True), nn.GELU(), nn.LeakyReLU(), nn.GELU(approximate="tanh"), nn.LeakyReLU(0.1)]
+        )
+        self.functions = (
+            lambda x: F.silu(x, inplace=True), F.gelu, F.leaky_relu, lambda x: F.gelu(x, approximate="tanh"),
+            lambda x: F.leaky_relu(x, 0.1), lambda x: F.leaky_relu_(x, negative_slope=0.01), F.hardswish,
+        )  # fmt: skip
+        count = len(self.acts) + len(self.functions)
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(count))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(count))
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        for i, act in enumerate((*self.acts, *self.functions)):
+            y = self.norms[i](self.convs[i](x))
+            x = act(y + x if i % 2 else y)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_activations_are_fused_where_the_layer_has_them():
+    network = convert(trained(original := Activations()), **ROUTER)
+    check_same_logits(original, network)
+    fused = [
+        "silu",
+        "gelu",
+        "leaky_relu",
+        None,
+        None,
+        "silu",
+        "gelu",
+        "leaky_relu",
+        None,
+        None,
+        "leaky_relu",
+        None,
+    ]
+    expected = {f"convs.{i}": f"dynamic fused {name}" for i, name in enumerate(fused)}
+    assert kinds_of(network) == expected | {"convs.0": "static fused silu"}
+    check_trains(network)
+
+
+def test_a_small_efficientnet_of_timm_converts_with_its_silu_fused():
+    timm = optional("timm")
+    torch.manual_seed(0)
+    original = timm.create_model("test_efficientnet", num_classes=5)
+    network = convert(original.eval(), image_size=32, **ROUTER)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = original(x)
+        # float32: batch norm as one affine map rounds otherwise than torch's does
+        torch.testing.assert_close(
+            network.eval()(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+    layers = [part for part in network.dynamic.modules() if isinstance(part, AWConv2d)]
+    assert sum(layer.activation == "silu" for layer in layers) > len(layers) // 2
 
 
 def test_filter_scales_reach_their_own_convolution():

@@ -233,9 +233,9 @@ def apart(layer: AWConv2d) -> tuple[FilterScaledConv2d, MixBatchNorm2d]:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("activation", ["relu", "silu", None])
 @pytest.mark.parametrize("bn", ["mix", "dual", "one"])
-def test_aw_conv_is_conv_norm_add_relu(training, activation, bn):
+def test_aw_conv_is_conv_norm_add_activation(training, activation, bn):
     layer = shaken(AWConv2d(4, 6, 3, 2, 1, activation=activation, bn=bn, momentum=None)).train(training)
     conv, norm = apart(layer)
     x, omega, residual = rand(5, 4, 7, 7).requires_grad_(), 1 + rand(5, 6, seed=1), rand(5, 6, 4, 4, seed=2)
@@ -245,7 +245,7 @@ def test_aw_conv_is_conv_norm_add_relu(training, activation, bn):
         branch = {}
     fused = layer(x, omega, residual=residual, **branch)
     expected = norm(conv(x, omega), **branch) + residual
-    expected = expected.relu() if activation else expected
+    expected = {"relu": F.relu, "silu": F.silu, None: lambda x: x}[activation](expected)
     torch.testing.assert_close(fused, expected, **CLOSE)
     torch.testing.assert_close(layer.bn.running_var, norm.running_var, **CLOSE)
     assert torch.equal(layer.bn.num_batches_tracked, norm.num_batches_tracked)
@@ -260,8 +260,8 @@ def test_aw_conv_refuses_bad_arguments():
     x = torch.randn(2, 3, 5, 5)
     with pytest.raises(ValueError, match="dynamic=True"):
         AWConv2d(3, 4, 3, dynamic=False, bn="one")(x, torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r'activation must be "relu" or None'):
-        AWConv2d(3, 4, 3, activation="gelu")
+    with pytest.raises(ValueError, match=r'activation must be "relu", .* or None'):
+        AWConv2d(3, 4, 3, activation="tanh")
     with pytest.raises(ValueError, match="filter_scale"):
         AWConv2d(3, 4, 3, bn="one")(x, torch.ones(2, 3))
     assert "bias" not in dict(AWConv2d(3, 4, 3).named_parameters(recurse=False))

@@ -459,7 +459,7 @@ def test_explain_reports_whether_a_frozen_network_runs_on_tiles(monkeypatch: pyt
 
     monkeypatch.setenv("AWNET_AMX", "emulate")
     assert said() == "on AMX tiles (emulated)"
-    assert said(groups=2) == "not on AMX tiles, which run no grouped convolutions"
+    assert said(groups=2) == "not on AMX tiles, which do not support grouped convolutions"
     assert said(dtype=torch.float32) is None
     monkeypatch.setenv("AWNET_AMX", "0")
     text = str(ops.explain(ops.affine_conv2d, given.x, given.weights[0], *given.coefficients[0]))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awnet.ops import args
-from awnet.ops.args import BackwardArgs, Conv, LayerArgs, MixNorm, Needs
+from awnet.ops.args import ACTIVATIONS, BackwardArgs, Conv, LayerArgs, MixNorm, Needs
 
 tensors = st.builds(torch.empty, st.just(()))  # told apart by identity
 maybe = st.none() | tensors
@@ -35,7 +35,7 @@ layers = st.builds(
     is_clean=maybe,
     shift=maybe,
     residual=maybe,
-    activation=st.sampled_from([None, "relu"]),
+    activation=st.sampled_from(ACTIVATIONS),
 )
 backwards = st.builds(
     BackwardArgs,
@@ -51,6 +51,7 @@ backwards = st.builds(
     shift=maybe,
     u=maybe,
     relu_mask=maybe,
+    slope=maybe,
     mean=tensors,
     m2=tensors,
     n=tensors,
@@ -99,7 +100,7 @@ def test_the_flat_order_is_that_of_the_schemas(name: str) -> None:
     layer = LayerArgs(x, x, filter_scale=x, norm=norm, p_clean=x, is_clean=x, shift=x, residual=x)
     backward = BackwardArgs(
         grad=x, input=x, input_shape=[1, 2, 3, 4], weight=x, conv=Conv(), filter_scale=x, norm=norm, p_clean=x,
-        is_clean=x, shift=x, u=x, relu_mask=x, mean=x, m2=x, n=x, channels_last=True, needs=Needs(),
+        is_clean=x, shift=x, u=x, relu_mask=x, slope=x, mean=x, m2=x, n=x, channels_last=True, needs=Needs(),
     )  # fmt: skip
     for suffix, flat in (
         ("", args.flatten(layer, True, False)),

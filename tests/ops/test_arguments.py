@@ -68,7 +68,7 @@ BAD = {
     "momentum of other rows": ({"momentum": torch.ones(3)}, ValueError, "momentum must be a number or have one value a row"),
     "residual of another shape": ({"residual": X}, ValueError, r"residual must have the output's shape \[2, 8, 6, 6\]"),
     "residual of another dtype": ({"residual": torch.ones(2, 8, 6, 6).double()}, TypeError, "residual has dtype torch.float64"),
-    "activation unknown": ({"activation": "gelu"}, ValueError, 'activation must be "relu" or None, got \'gelu\''),
+    "activation unknown": ({"activation": "tanh"}, ValueError, 'must be "relu", "silu", "gelu", "leaky_relu" or None, got \'tanh\''),
     "backend unknown": ({"backend": "fastest"}, ValueError, "backend: unknown backend 'fastest'; available are cuda, triton"),
     "backend not a name": ({"backend": 3}, TypeError, "backend must be a backend's name or None, got int"),
 }  # fmt: skip

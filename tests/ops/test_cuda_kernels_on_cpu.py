@@ -12,7 +12,7 @@ from torch import Tensor
 
 from awnet import ops
 from awnet.ops import autograd
-from awnet.ops.args import EvalBackwardArgs, Needs
+from awnet.ops.args import ACTIVATIONS, RELU, EvalBackwardArgs, Needs
 from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.checks import layer_args
 from awnet.ops.coefficients import Mix, Norm, Propagation, Reduced, SampleStats
@@ -70,13 +70,25 @@ def everything(passes: object, operands: list[Tensor], entries: list[Tensor]) ->
             again, _ = passes.apply(ours, *arguments, True)
             assert torch.equal(again, results[name])
             assert again.data_ptr() == ours.data_ptr() or u.dtype != again.dtype
-    for mask_name, relu_mask in (("none", None), ("y", y), ("mask", y > 0)):
-        results[f"g1 {mask_name}"], results[f"gc {mask_name}"] = passes.reduce(grad, u, shift, relu_mask)
+    for code in range(RELU + 1, len(ACTIVATIONS)):
+        for residual in (None, other):
+            name = f"apply {residual is not None} {ACTIVATIONS[code]}"
+            results[name], slope = passes.apply(u, scale, shift, residual, code, True, False)
+            results[f"{name} slope"] = slope
+            again, nothing = passes.apply(u, scale, shift, residual, code, False, False)
+            assert torch.equal(again, results[name])
+            assert nothing.numel() == 0
+    masks = (("none", None, None), ("y", y, None), ("mask", y > 0, None), ("slope", None, y))
+    for mask_name, relu_mask, slope in masks:
+        sums = passes.reduce(grad, u, shift, relu_mask, slope)
+        results[f"g1 {mask_name}"], results[f"gc {mask_name}"] = sums
         for propagation in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
             for residual in (False, True):
                 name = f"propagate {mask_name} {propagation.by_input is None} {residual}"
                 about = (None, None) if propagation.by_input is None else (u, shift)
-                results[name], d_residual = passes.propagate(grad, *about, relu_mask, propagation, residual)
+                results[name], d_residual = passes.propagate(
+                    grad, *about, relu_mask, propagation, residual, slope
+                )
                 if residual:
                     results[f"{name} residual"] = d_residual
         for joined in (False, True):
@@ -85,7 +97,7 @@ def everything(passes: object, operands: list[Tensor], entries: list[Tensor]) ->
                 flags = joined, sums != "none", sums == "centred"
                 saved = None if sums == "none" else u, relu_mask, None
                 name = f"eval_backward {mask_name} {joined} {sums}"
-                args = EvalBackwardArgs(grad, *further, *saved, *flags)
+                args = EvalBackwardArgs(grad, *further, *saved, *flags, slope)
                 d_u, d_residual, found = passes.eval_backward(args)
                 results |= {name: d_u} | ({f"{name} residual": d_residual} if joined else {})
                 results |= {f"{name} {i}": x for i, x in enumerate(found or ()) if x is not None}

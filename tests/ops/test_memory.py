@@ -9,6 +9,7 @@ import torch
 from awnet.benchmarks import memory
 
 from awnet.ops import aw_conv2d
+from awnet.ops.args import ACTIVATIONS
 from awnet.ops.backends import native
 
 BACKENDS = ["eager", "cpp"]
@@ -16,13 +17,13 @@ B, C, SIZE = 6, 8, 5
 ELEMENTS = B * C * SIZE * SIZE
 
 
-def expected(mode: memory.Mode, item: int, relu: bool) -> int:
-    """The design's list: u and the mask in an attack; u, y and the statistics in training."""
+def expected(mode: memory.Mode, item: int, activation: str | None) -> int:
+    """u and the mask in an attack; u, y and the statistics in training; the slope in the place of y and mask."""
     if mode == "training":
         # mean and M2 of each sample and channel; mean and variance of each branch, and their counts
         statistics = 4 * (2 * B * C + 2 * 2 * C + 2)
-        return ELEMENTS * item * (2 if relu else 1) + statistics
-    mask = ELEMENTS if relu else 0
+        return ELEMENTS * item * (1 if activation is None else 2) + statistics
+    mask = {None: 0, "relu": ELEMENTS}.get(activation, ELEMENTS * item)
     return mask + (ELEMENTS * item if mode == "attack" else 0)
 
 
@@ -36,11 +37,11 @@ def test_a_layer_saves_the_documented_bytes(mode: memory.Mode, dtype: torch.dtyp
     devices = ["cpu", "meta"] if backend == "eager" else ["cpu"]
     for device in devices:
         for residual in (False, True):
-            for activation in ("relu", None):
+            for activation in ACTIVATIONS:
                 kept = memory.kept_by_layer(
                     layer, mode, B, C, SIZE, dtype, residual=residual, activation=activation, device=device
                 )
-                want = expected(mode, dtype.itemsize, activation == "relu")
+                want = expected(mode, dtype.itemsize, activation)
                 # the library hands an empty tensor out for what is not kept; it has no bytes
                 assert kept == want, (device, residual, activation)
 

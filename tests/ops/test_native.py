@@ -238,7 +238,7 @@ def test_sizes_beyond_the_packed_image_are_the_librarys(sizes: dict[str, object]
 def test_the_direct_convolution_checks_every_size_before_it_reads(wrong: dict[str, object]) -> None:
     arguments: dict[str, object] = {
         "input": torch.zeros(1, 8, 4, 4), "weight": torch.zeros(8, 8, 3, 3), "scale": torch.ones(1, 8),
-        "shift": torch.zeros(1, 8), "residual": None, "relu": False, "stride": (1, 1), "padding": (1, 1),
+        "shift": torch.zeros(1, 8), "residual": None, "activation": 0, "stride": (1, 1), "padding": (1, 1),
         "dilation": (1, 1), "keep_u": False, "keep_mask": False,
     }  # fmt: skip
     torch.ops.awnet.convolve_apply(**arguments)
@@ -247,13 +247,13 @@ def test_the_direct_convolution_checks_every_size_before_it_reads(wrong: dict[st
 
 
 @direct
-@pytest.mark.parametrize("wrong", ["grad", "u", "centre", "relu_mask", "scale", "input_shape"])
+@pytest.mark.parametrize("wrong", ["grad", "u", "centre", "relu_mask", "scale", "input_shape", "slope"])
 def test_the_direct_convolutions_gradient_checks_every_size_before_it_reads(wrong: str) -> None:
     image, table = torch.ones(2, 8, 4, 4), torch.ones(2, 8)
     arguments: dict[str, object] = {
         "grad": image, "u": image, "centre": table, "relu_mask": image > 0, "scale": table,
         "weight": torch.zeros(8, 8, 3, 3), "input_shape": (2, 8, 4, 4), "stride": (1, 1), "padding": (1, 1),
-        "dilation": (1, 1), "residual": True,
+        "dilation": (1, 1), "residual": True, "slope": image,
     }  # fmt: skip
     torch.ops.awnet.convolve_back(**arguments)
     given = arguments[wrong]

@@ -98,7 +98,7 @@ def test_correct_kernels_pass_the_self_check() -> None:
     result, stored = self_check.check(kernels(), CPU)
     assert result.reason is None
     assert stored
-    assert result.cases == 32
+    assert result.cases == 50
 
 
 def test_the_native_operators_pass_the_self_check() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from awnet.ops.args import EvalBackwardArgs
+from awnet.ops.args import RELU, EvalBackwardArgs
 from awnet.ops.backends.base import Passes
 from awnet.ops.coefficients import (
     BatchStats,
@@ -160,50 +160,54 @@ class CudaOnCpu(Passes):
         )
         return mean, m2
 
-    def apply(self, u, scale, shift, residual, relu, keep_mask, in_place):
+    def apply(self, u, scale, shift, residual, activation, keep_mask, in_place):
         residual, scale, shift = self._alike(residual, u), scale.contiguous(), shift.contiguous()
         y = u if in_place else self._new_image(u)
-        mask = self._new_image(u, torch.uint8) if keep_mask else None
+        smooth = activation > RELU
+        mask = self._new_image(u, u.dtype if smooth else torch.uint8) if keep_mask else None
         images = self._images(u, y, mask, residual, scale, shift)
         operands = (pointer(x) for x in (y, mask, u, residual, scale, shift))
-        self._call("apply", ctypes.byref(images), *operands, int(relu))
-        return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask.view(torch.bool)
+        self._call("apply", ctypes.byref(images), *operands, int(activation))
+        mask = u.new_empty(0, dtype=torch.uint8) if mask is None else mask
+        return y, mask if mask.dtype == u.dtype else mask.view(torch.bool)
 
-    def reduce(
-        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def reduce(self, grad, u, centre, relu_mask, slope=None):
         grad, relu_mask, centre = self._alike(grad, u), self._alike(relu_mask, u), centre.contiguous()
-        images, g1, gc = self._images(u, grad, relu_mask, centre), self._new_table(u), self._new_table(u)
+        slope = self._alike(slope, u)
+        images = self._images(u, grad, relu_mask, slope, centre)
+        g1, gc = self._new_table(u), self._new_table(u)
         workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
-        operands = (pointer(x) for x in (grad, u, *self._split_mask(relu_mask), centre, g1, gc, workspace))
-        self._call("reduce", ctypes.byref(images), *operands)
+        gate = pointers(*self._split_mask(relu_mask), slope)
+        tables = (pointer(x) for x in (centre, g1, gc, workspace))
+        self._call("reduce", ctypes.byref(images), pointer(grad), pointer(u), gate, *tables)
         return g1, gc
 
-    def propagate(self, grad, u, centre, relu_mask, propagation: Propagation, residual: bool):
-        relu_mask = self._alike(relu_mask, grad)
+    def propagate(self, grad, u, centre, relu_mask, propagation: Propagation, residual: bool, slope=None):
+        relu_mask, slope = self._alike(relu_mask, grad), self._alike(slope, grad)
         u = None if propagation.by_input is None else self._alike(u, grad)
         centre = None if propagation.by_input is None else centre.contiguous()
         d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
         by = [None if x is None else x.contiguous() for x in propagation]
-        images = self._images(grad, u, d_u, d_residual, relu_mask, centre, *by)
-        operands = (pointer(x) for x in (d_u, d_residual, grad, u, *self._split_mask(relu_mask)))
-        self._call("propagate", ctypes.byref(images), *operands, pointers(centre, *by))
+        images = self._images(grad, u, d_u, d_residual, relu_mask, slope, centre, *by)
+        operands = (pointer(x) for x in (d_u, d_residual, grad, u))
+        gate = pointers(*self._split_mask(relu_mask), slope)
+        self._call("propagate", ctypes.byref(images), *operands, gate, pointers(centre, *by))
         return d_u, d_residual
 
     def eval_backward(self, args: EvalBackwardArgs):
-        grad, scale, other_grad, d_mean, u, relu_mask, shift, residual, sums, centred = args
-        other_grad, relu_mask, u = (self._alike(x, grad) for x in (other_grad, relu_mask, u))
+        grad, scale, other_grad, d_mean, u, relu_mask, shift, residual, sums, centred, slope = args
+        other_grad, relu_mask, u, slope = (self._alike(x, grad) for x in (other_grad, relu_mask, u, slope))
         d_mean, scale, shift = (None if x is None else x.contiguous() for x in (d_mean, scale, shift))
         d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
-        images = self._images(grad, other_grad, u, relu_mask, d_u, d_residual, d_mean, scale, shift)
+        images = self._images(grad, other_grad, u, relu_mask, slope, d_u, d_residual, d_mean, scale, shift)
         g1, gc = (self._new_table(grad) if sums else None for _ in range(2))
         centre = self._new_table(grad) if sums and centred else None
         workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
         tickets = torch.zeros(grad.shape[:2], dtype=torch.int32)
         y, mask = self._split_mask(relu_mask)
         operands = pointers(
-            grad, other_grad, u, y, mask, d_mean, scale, shift, d_u, d_residual, g1, gc, centre, workspace,
-            tickets,
+            grad, other_grad, u, y, mask, slope, d_mean, scale, shift, d_u, d_residual, g1, gc, centre,
+            workspace, tickets,
         )  # fmt: skip
         self._call("eval_backward", ctypes.byref(images), operands)
         return d_u, d_residual, Reduced(g1, gc, centre) if sums else None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awnet import ops
+from awnet.ops.args import ACTIVATIONS
 
 DIFFERENTIABLE = ("input", "weight", "filter_scale", "bn_weight", "bn_bias", "p_clean", "residual")
 
@@ -87,7 +88,7 @@ def plain_torch(
     activation: str | None = "relu",
     **conv: Any,
 ) -> Tensor:
-    """The layer in plain torch: convolve, scale, two batch norms, blend, add, ReLU."""
+    """The layer in plain torch: convolve, scale, two batch norms, blend, add, activation."""
     u = F.conv2d(input, weight, None, **conv)
     if filter_scale is not None:
         u = u * filter_scale[:, :, None, None].to(u.dtype)
@@ -106,7 +107,13 @@ def plain_torch(
             y = y + p * normal
     if residual is not None:
         y = y + residual
-    return torch.relu(y) if activation == "relu" else y
+    return {
+        None: lambda: y,
+        "relu": lambda: torch.relu(y),
+        "silu": lambda: y / (1 + torch.exp(-y)),
+        "gelu": lambda: y * torch.erfc(y * -(0.5**0.5)) / 2,
+        "leaky_relu": lambda: torch.maximum(y, y / 100),
+    }[activation]()
 
 
 @st.composite
@@ -133,7 +140,7 @@ def layers(draw: st.DrawFn, training: bool | None = None, offset: float = 0.0, l
         kinds=draw(st.sampled_from(["mixed", "mixed", "all clean", "all adversarial"])),
         scale=draw(st.sampled_from(["random", "random", "some zero", "none"])),
         p=draw(st.sampled_from(["random", "zero and one"])),
-        residual=draw(st.booleans()), activation=draw(st.sampled_from(["relu", None])),
+        residual=draw(st.booleans()), activation=draw(st.sampled_from(["relu", *ACTIVATIONS])),
     )  # fmt: skip
 
 

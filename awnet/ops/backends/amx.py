@@ -60,14 +60,29 @@ def obstacle() -> str | None:
     return hardware_obstacle()
 
 
-def runs(x: Tensor, weights: Sequence[Tensor], groups: Sequence[int]) -> bool:
-    """Whether a frozen network on images ``x`` runs on tiles: enough of them, bfloat16, no groups."""
+def layer_obstacle(groups: int, activation: str | None) -> str | None:
+    """Why no frozen network with such a layer runs on AMX tiles; None where one may."""
+    if groups != 1:
+        return "which do not support grouped convolutions"
+    if activation not in ("relu", None):
+        return f"whose networks have no activation {activation!r}"
+    return None
+
+
+def runs(
+    x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], activations: Sequence[str | None] = ()
+) -> bool:
+    """Whether a frozen network on images ``x`` runs on tiles: enough of them, bfloat16, no groups.
+
+    ``activations`` of its layers: none other than the ReLU.
+    """
     return (
         x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and len(x) >= _FEWEST_IMAGES
         and all(weight.dtype == torch.bfloat16 for weight in weights)
-        and all(count == 1 for count in groups)
+        and all(layer_obstacle(count, None) is None for count in groups)
+        and all(layer_obstacle(1, activation) is None for activation in activations)
         and obstacle() is None
     )
 

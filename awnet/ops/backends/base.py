@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from awnet.ops.args import Conv, EvalBackwardArgs, LayerArgs, Needs
+from awnet.ops.args import RELU, Conv, EvalBackwardArgs, LayerArgs, Needs
 from awnet.ops.coefficients import (
     BatchStats,
     Gradients,
@@ -50,8 +50,11 @@ class Backend:
 class Passes:
     """What an operator of :mod:`awnet.ops.autograd` is assembled from. Outputs keep u's memory format.
 
-    ``relu_mask`` says where the activation passed: y itself, or a bool mask that is True where y is not <= 0
-    (so NaN passes, as in torch); None where there is no activation. g is ``grad`` where it passed, else 0.
+    ``activation`` is a position in :data:`awnet.ops.args.ACTIVATIONS`. g is the gradient of the activation's
+    input z = u · scale + shift + residual. For the ReLU it is ``grad`` where ``relu_mask`` says that the
+    gradient passes, else 0: ``relu_mask`` is y itself, or a bool mask that is True where y is not <= 0 (so
+    NaN passes, as in torch). For the other activations g = grad · ``slope`` with slope = act'(z), an image of
+    ``grad``'s dtype. Without an activation both are None, and g = grad.
     """
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,18 +67,23 @@ class Passes:
         scale: Tensor,
         shift: Tensor,
         residual: Tensor | None,
-        relu: bool,
+        activation: int,
         keep_mask: bool,
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
-        """y = act(u · scale + shift + residual) and its mask, which is empty without ``keep_mask``.
+        """y = act(u · scale + shift + residual) and its mask, or its slope, empty without ``keep_mask``.
 
         With ``in_place`` y overwrites u.
         """
         raise NotImplementedError
 
     def reduce(
-        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None
+        self,
+        grad: Tensor,
+        u: Tensor,
+        centre: Tensor,
+        relu_mask: Tensor | None,
+        slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """G1 = Σ g and Gc = Σ g (u − centre), each ``[B, C]``."""
         raise NotImplementedError
@@ -88,6 +96,7 @@ class Passes:
         relu_mask: Tensor | None,
         propagation: Propagation,
         residual: bool,
+        slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """∂u, and with ``residual`` ∂residual = g. u and centre are read only for ``by_input``."""
         raise NotImplementedError
@@ -105,16 +114,16 @@ class Passes:
             grad = grad + per_pixel[:, :, None, None].to(grad.dtype)
         if args.shift is not None:
             assert u is not None
-            relu_mask = self.apply(u, args.scale, args.shift, None, True, True, False)[1]
+            relu_mask = self.apply(u, args.scale, args.shift, None, RELU, True, False)[1]
         reduced = None
         if args.sums:
             assert u is not None
             # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
             centre = u[:, :, 0, 0].to(wide_dtype(u.dtype))
-            g1, gc = self.reduce(grad, u, centre, relu_mask)
+            g1, gc = self.reduce(grad, u, centre, relu_mask, args.slope)
             reduced = Reduced(g1, gc, centre) if args.centred else Reduced(g1, gc.addcmul(centre, g1), None)
         propagation = Propagation(args.scale)
-        d_u, d_residual = self.propagate(grad, None, None, relu_mask, propagation, args.residual)
+        d_u, d_residual = self.propagate(grad, None, None, relu_mask, propagation, args.residual, args.slope)
         return d_u, d_residual, reduced
 
     # Convolutions with the layer's work in their epilogue; None: torch's convolution and the passes run.
@@ -122,7 +131,7 @@ class Passes:
     def fused_apply(
         self, args: LayerArgs, scale: Tensor, shift: Tensor, keep_u: bool, keep_mask: bool
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """y, u (empty without ``keep_u``) and the mask of ``apply`` on u = conv(input, weight)."""
+        """y, u (empty without ``keep_u``) and the mask or slope of ``apply`` on u = conv(input, weight)."""
         return None
 
     def fused_statistics(self, args: LayerArgs) -> tuple[Tensor, Tensor, Tensor] | None:

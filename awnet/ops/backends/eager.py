@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops import coefficients
-from awnet.ops.args import LayerArgs, Saved, unflatten
+from awnet.ops import activations, coefficients
+from awnet.ops.args import RELU, LayerArgs, Saved, unflatten
 from awnet.ops.autograd import OperatorBackend, register
 from awnet.ops.backends.base import Passes, wide_dtype
 from awnet.ops.backends.reference import equations
@@ -20,7 +20,11 @@ def _image(x: Tensor) -> Tensor:
     return x[:, :, None, None]
 
 
-def _masked(grad: Tensor, relu_mask: Tensor | None) -> Tensor:
+def _masked(grad: Tensor, relu_mask: Tensor | None, slope: Tensor | None) -> Tensor:
+    """The gradient of the activation's input; of the wide dtype with a slope, else of ``grad``'s."""
+    if slope is not None:
+        wide = wide_dtype(grad.dtype)
+        return grad.to(wide) * slope.to(wide)
     if relu_mask is None:
         return grad
     if relu_mask.dtype == torch.bool:
@@ -49,7 +53,7 @@ class EagerPasses(Passes):
         scale: Tensor,
         shift: Tensor,
         residual: Tensor | None,
-        relu: bool,
+        activation: int,
         keep_mask: bool,
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -58,17 +62,28 @@ class EagerPasses(Passes):
         torch.addcmul(_image(shift), wide, _image(scale), out=y)
         if residual is not None:
             y.add_(residual)
-        if relu:
+        mask = y.new_empty(0, dtype=torch.bool)
+        if activation > RELU:
+            z = y
+            mask = activations.slope(z, activation).to(u.dtype) if keep_mask else mask
+            y = activations.activated_(z, activation)
+        elif activation == RELU:
             y.relu_()
         y = y.to(u.dtype)
-        mask = (y <= 0).logical_not_() if keep_mask else y.new_empty(0, dtype=torch.bool)
+        if activation == RELU and keep_mask:
+            mask = (y <= 0).logical_not_()
         return y, mask
 
     def reduce(
-        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None
+        self,
+        grad: Tensor,
+        u: Tensor,
+        centre: Tensor,
+        relu_mask: Tensor | None,
+        slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         wide = wide_dtype(u.dtype)
-        g = _masked(grad, relu_mask).to(wide)
+        g = _masked(grad, relu_mask, slope).to(wide)
         return g.sum((2, 3)), (u.to(wide) - _image(centre)).mul_(g).sum((2, 3))
 
     def propagate(
@@ -79,10 +94,11 @@ class EagerPasses(Passes):
         relu_mask: Tensor | None,
         propagation: Propagation,
         residual: bool,
+        slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         by_grad, by_input, constant = propagation
         wide = wide_dtype(grad.dtype)
-        g = _masked(grad, relu_mask)
+        g = _masked(grad, relu_mask, slope)
         reusable = g is not grad and g.dtype == wide and not residual and by_input is None
         d_u = g if reusable else torch.empty_like(grad, dtype=wide)
         if by_input is None or constant is None:
@@ -95,7 +111,7 @@ class EagerPasses(Passes):
             d_u.addcmul_(g.to(wide), _image(by_grad))
         if not residual:
             return d_u.to(grad.dtype), None
-        return d_u.to(grad.dtype), g.clone() if relu_mask is None else g
+        return d_u.to(grad.dtype), g.clone() if g is grad else g.to(grad.dtype)
 
 
 class Eager(OperatorBackend):

@@ -33,7 +33,7 @@ from awnet.ops.coefficients import (
 )
 
 _MARK = b"awnet-built-for-torch="
-INTERFACE = "interface=3"  # of the operators; as in csrc/module.cpp
+INTERFACE = "interface=4"  # of the operators; as in csrc/module.cpp
 REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
 
 
@@ -124,15 +124,22 @@ class NativePasses(Passes):
         scale: Tensor,
         shift: Tensor,
         residual: Tensor | None,
-        relu: bool,
+        activation: int,
         keep_mask: bool,
         in_place: bool,
     ) -> Any:
         """The operator is never in place."""
-        return torch.ops.awnet.apply(u, scale, shift, residual, relu, keep_mask)
+        return torch.ops.awnet.apply(u, scale, shift, residual, activation, keep_mask)
 
-    def reduce(self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None) -> Any:
-        return torch.ops.awnet.reduce(grad, u, centre, relu_mask)
+    def reduce(
+        self,
+        grad: Tensor,
+        u: Tensor,
+        centre: Tensor,
+        relu_mask: Tensor | None,
+        slope: Tensor | None = None,
+    ) -> Any:
+        return torch.ops.awnet.reduce(grad, u, centre, relu_mask, slope)
 
     def propagate(
         self,
@@ -142,8 +149,9 @@ class NativePasses(Passes):
         relu_mask: Tensor | None,
         propagation: Propagation,
         residual: bool,
+        slope: Tensor | None = None,
     ) -> Any:
-        return torch.ops.awnet.propagate(grad, u, centre, relu_mask, *propagation, residual)
+        return torch.ops.awnet.propagate(grad, u, centre, relu_mask, *propagation, residual, slope)
 
     def eval_coefficients(self, norm: Norm, mix: Mix, batch: int) -> Any:
         return torch.ops.awnet.eval_coefficients(*mix[:2], *norm, batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,4 +61,4 @@ def equations(args: LayerArgs, *, scale_outputs: bool = False) -> Tensor:
         y = y + args.shift.to(y.dtype)[:, :, None, None]
     if args.residual is not None:
         y = y + args.residual
-    return torch.relu(y) if args.activation == "relu" else y
+    return reference.activated(y, args.activation)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops import self_check
-from awnet.ops.args import Conv, EvalBackwardArgs, LayerArgs, Needs
+from awnet.ops.args import RELU, Conv, EvalBackwardArgs, LayerArgs, Needs
 from awnet.ops.autograd import OperatorBackend, register, register_operator
 from awnet.ops.backends.base import NO_FLOAT64, Passes, constant_in_graphs, device_obstacle
 from awnet.ops.coefficients import (
@@ -104,23 +104,28 @@ class TritonPasses(Passes):
         scale: Tensor,
         shift: Tensor,
         residual: Tensor | None,
-        relu: bool,
+        activation: int,
         keep_mask: bool,
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
         other = None if residual is None else _alike(residual, u)
         config, out = _for_images("apply", u), u if in_place else None
-        mask = torch.empty_like(u, dtype=torch.bool) if keep_mask else None
-        y = kernels("passes").apply(
-            u, _dense(scale), _dense(shift), other, relu, config, out=out, relu_mask=mask
-        )
+        smooth = activation > RELU
+        mask = torch.empty_like(u, dtype=u.dtype if smooth else torch.bool) if keep_mask else None
+        options = {"out": out, "slope" if smooth else "relu_mask": mask}
+        y = kernels("passes").apply(u, _dense(scale), _dense(shift), other, activation, config, **options)
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
 
     def reduce(
-        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None
+        self,
+        grad: Tensor,
+        u: Tensor,
+        centre: Tensor,
+        relu_mask: Tensor | None,
+        slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         config = _for_images("reduce", u)
-        return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), relu_mask, config)
+        return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), relu_mask, config, slope=slope)
 
     def propagate(
         self,
@@ -130,17 +135,19 @@ class TritonPasses(Passes):
         relu_mask: Tensor | None,
         propagation: Propagation,
         residual: bool,
+        slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         by = [_dense(x) for x in propagation]
         config = _for_images("propagate", grad)
-        return kernels("passes").propagate(grad, u, _dense(centre), relu_mask, *by, residual, config)
+        centre = _dense(centre)
+        return kernels("passes").propagate(grad, u, centre, relu_mask, *by, residual, config, slope=slope)
 
     def eval_backward(self, args: EvalBackwardArgs) -> tuple[Tensor, Tensor | None, Reduced | None]:
         grad, other = args.grad, args.other_grad
         d_u, d_residual, sums = kernels("eval_backward").eval_backward(
             grad, None if other is None else _alike(other, grad), _dense(args.d_mean), args.u, args.relu_mask,
             _dense(args.scale), _dense(args.shift), _for_images("eval_backward", grad),
-            residual=args.residual, sums=args.sums, centred=args.centred,
+            slope=args.slope, residual=args.residual, sums=args.sums, centred=args.centred,
         )  # fmt: skip
         return d_u, d_residual, None if sums is None else Reduced(*sums)
 
@@ -154,7 +161,7 @@ class TritonPasses(Passes):
             return None
         conv = args.conv
         where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        epilogue = (scale, shift, args.residual, args.activation == "relu")
+        epilogue = (scale, shift, args.residual, args.code)
         fused = kernels("fused_conv").fused_apply
         return fused(args.input, args.weight, *epilogue, *where, keep_u, keep_mask, table=table)
 

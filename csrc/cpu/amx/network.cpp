@@ -107,6 +107,8 @@ struct Plan {
       TORCH_CHECK(s.groups == 1, "layer ", i, " has ", s.groups, " groups, which tiles do not run");
       TORCH_CHECK(shape[1] == layer.inputs, "layer ", i, " takes ", shape[1], " channels, got ",
                   layer.inputs);
+      TORCH_CHECK(s.activation == awnet::kNone || s.activation == kRelu, "layer ", i,
+                  " has another activation than the ReLU, which tiles do not support");
       Geometry& g = layer.geometry;
       g.in = s.input < 0 ? size : layers[s.input].geometry.out;
       g.kernel = {shape[2], shape[3]};
@@ -133,7 +135,8 @@ struct Plan {
       layer.backward = pairs[1];
       layer.table = tables;
       tables += layer.out_blocks;
-      layer.relu_mask = keep_mask && s.relu ? std::exchange(relu_masks, relu_masks + layer.cells()) : kNone;
+      layer.relu_mask =
+          keep_mask && s.activation == kRelu ? std::exchange(relu_masks, relu_masks + layer.cells()) : kNone;
       layer.u = keep_u[i] ? std::exchange(us, us + layer.cells()) : kNone;
       layer.y = memory.allocate(layer.cells());
       layers.push_back(layer);
@@ -443,7 +446,7 @@ std::vector<Tensor> run_forward(const Plan& plan, const Kernels& kernels, const 
             s.residual < 0 ? nullptr : run.at(plan.layers[s.residual].y, layer.cells(), group) + skip,
             saved.scale + table,
             shift.data() + table,
-            s.relu};
+            s.activation == kRelu};
         kernels.apply(convolution_of(*layer.forward, input, layer.in_blocks, layer.in_pixels,
                                      forward_weights(packed[i]), layer.geometry.positions(), block,
                                      layer.outputs, chunk, chunks),
