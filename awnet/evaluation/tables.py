@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from awnet.attacks.registry import TARGET_MODES, TRANSFER
 from awnet.data.threat_model import ThreatModel
 from awnet.evaluation.results import Results
 from awnet.evaluation.statistics import Interval
@@ -26,9 +27,12 @@ WIDEST = 4  # columns of attacks that fit into 80 characters; with more attacks 
 
 def attack_label(name: str) -> str:
     """The label of an attack, or of another kind of image, in tables and figures."""
-    base, _, mode = name.partition("-")
-    label = LABELS.get(base, base.replace("_", " "))
-    return f"{label} to {mode.replace('_', ' ')}" if mode else label
+    if name.startswith(TRANSFER):
+        return f"transfer, {attack_label(name.removeprefix(TRANSFER))}"
+    base, _, mode = name.rpartition("-")
+    if base and (mode in TARGET_MODES or mode.isdecimal()):
+        return f"{attack_label(base)} to {mode.replace('_', ' ')}"
+    return LABELS.get(name, name.replace("_", " "))
 
 
 def in_one_line(

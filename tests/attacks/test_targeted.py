@@ -16,6 +16,7 @@ from awnet.cli import main
 from awnet.data.dataset import from_arrays
 from awnet.data.threat_model import ThreatModel
 from awnet.evaluation import Report, evaluate
+from awnet.evaluation.tables import attack_label
 
 CLASSES = 6
 
@@ -199,6 +200,21 @@ def test_a_filter_leaves_targeted_attacks_whole() -> None:
     assert filtered(targeted, targeted) is targeted
     plain = CW(model, eps=0.1, step_size=0.02)
     assert isinstance(filtered(plain, plain), FilteredAttack)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("cw", "CW"),
+        ("pgd_sat-least_likely", "PGD sat to least likely"),
+        ("fgsm-3", "FGSM to 3"),
+        ("transfer-mi_di_ti", "transfer, mi di ti"),
+        ("transfer-cw-random", "transfer, CW to random"),
+        ("my-attack", "my-attack"),
+    ],
+)
+def test_labels_of_targeted_and_transferred_attacks(name: str, label: str) -> None:
+    assert attack_label(name) == label
 
 
 CODE = """
