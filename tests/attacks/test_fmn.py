@@ -225,9 +225,9 @@ def test_a_report_has_the_accuracy_at_every_eps(
     labels = model(x).argmax(1)
     labels[:3] = (labels[:3] + 1) % 4
     np.savez("test.npz", images=pixels, labels=labels.numpy())
-    Path("net_of_test.py").write_text(CODE)
+    Path("net_of_fmn_test.py").write_text(CODE)
     words = [
-        "net_of_test.py:net",
+        "net_of_fmn_test.py:net",
         "--data",
         "test.npz",
         "--eps",
@@ -239,7 +239,7 @@ def test_a_report_has_the_accuracy_at_every_eps(
     ]
     assert main(["evaluate", *words, "--attacks", "fgsm", "fmn", "--budget", "short"]) == 0
     assert "fmn: median of the smallest Linf perturbations: 0." in " ".join(capsys.readouterr().out.split())
-    folder = Path("runs/net_of_test.py-net/evaluations/default")
+    folder = Path("runs/net_of_fmn_test.py-net/evaluations/default")
     report = Report.load(folder)
     curve = report.accuracy_by_eps["fmn"]
     assert json.loads((folder / "report.json").read_text())["accuracy_by_eps"]["fmn"] == curve

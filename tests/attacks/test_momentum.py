@@ -230,18 +230,18 @@ def test_the_command_line_evaluates_transfer_from_surrogates(
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 4, 4)).astype(np.uint8)
     np.savez("test.npz", images=pixels, labels=np.arange(20) % 4)
-    Path("net_of_test.py").write_text(CODE)
-    words = ["net_of_test.py:net", "--data", "test.npz", "--eps", "0.2", "--device", "cpu"]
+    Path("net_of_momentum_test.py").write_text(CODE)
+    words = ["net_of_momentum_test.py:net", "--data", "test.npz", "--eps", "0.2", "--device", "cpu"]
     attacks = ["--attacks", "mi_fgsm", "transfer-mi_di_ti", "transfer-pgd_sat"]
-    assert main(["evaluate", *words, *attacks, "--surrogates", "net_of_test.py:other"]) == 0
-    folder = Path("runs/net_of_test.py-net/evaluations/default")
+    assert main(["evaluate", *words, *attacks, "--surrogates", "net_of_momentum_test.py:other"]) == 0
+    folder = Path("runs/net_of_momentum_test.py-net/evaluations/default")
     stored = json.loads((folder / "report.json").read_text())["attacks"]
-    assert list(stored["transfer-mi_di_ti"]["settings"]["members"]) == ["net_of_test.py-other"]
+    assert list(stored["transfer-mi_di_ti"]["settings"]["members"]) == ["net_of_momentum_test.py-other"]
     assert stored["mi_fgsm"]["robust_accuracy"] <= stored["transfer-mi_di_ti"]["robust_accuracy"]
     capsys.readouterr()
     assert main(["evaluate", *words, *attacks]) != 0
     assert "give --surrogates" in capsys.readouterr().err
     out = ["--attack", "si_ni_di_ti", "--out", "images.npz"]
-    assert main(["attack", "net_of_test.py:other", *words[1:], *out]) == 0
+    assert main(["attack", "net_of_momentum_test.py:other", *words[1:], *out]) == 0
     settings = json.loads(str(np.load("images.npz")["provenance"]))["settings"]
     assert (settings["scales"], settings["nesterov"], settings["diversity"]) == (5, True, 0.5)

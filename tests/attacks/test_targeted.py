@@ -238,12 +238,12 @@ def test_the_report_has_the_success_beside_the_robust_accuracy(
     labels = model(x).argmax(1)
     labels[:3] = (labels[:3] + 1) % 4
     np.savez("test.npz", images=pixels, labels=labels.numpy())
-    Path("net_of_test.py").write_text(CODE)
-    words = ["net_of_test.py:net", "--data", "test.npz", "--eps", "0.2", "--device", "cpu"]
+    Path("net_of_targeted_test.py").write_text(CODE)
+    words = ["net_of_targeted_test.py:net", "--data", "test.npz", "--eps", "0.2", "--device", "cpu"]
     names = ["pgd_sat-least_likely", "fgsm-2", "malt"]
     assert main(["evaluate", *words, "--attacks", *names, "--budget", "smoke"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    folder = Path("runs/net_of_test.py-net/evaluations/default")
+    folder = Path("runs/net_of_targeted_test.py-net/evaluations/default")
     stored = json.loads((folder / "report.json").read_text())["attacks"]
     data = from_arrays(pixels[:, None], labels.numpy(), split="test", eps=0.2)
     for name, count in (("pgd_sat-least_likely", 30), ("fgsm-2", int((labels != 2).sum()))):

@@ -139,13 +139,13 @@ def test_the_command_line_detects_a_stochastic_model(
     monkeypatch.chdir(tmp_path)
     data = images()
     np.savez("test.npz", images=data.images[:, 0].numpy(), labels=data.labels.numpy())
-    Path("noisy_of_test.py").write_text(CODE)
-    words = ["noisy_of_test.py:Noisy", "--data", "test.npz", "--eps", "0.06", "--device", "cpu"]
+    Path("noisy_of_stochastic_test.py").write_text(CODE)
+    words = ["noisy_of_stochastic_test.py:Noisy", "--data", "test.npz", "--eps", "0.06", "--device", "cpu"]
     assert main(["evaluate", *words, "--attacks", "fgsm", "aa_rand", "--budget", "smoke", "--eot", "3"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "evaluated as a stochastic one" in printed
     assert "average their gradients over 3 passes" in printed
-    folder = Path("runs/noisy_of_test.py-Noisy/evaluations/default")
+    folder = Path("runs/noisy_of_stochastic_test.py-Noisy/evaluations/default")
     report = json.loads((folder / "report.json").read_text())
     assert report["settings"]["stochastic"]["eot"] == 3
     assert report["attacks"]["aa_rand"]["settings"]["eot"] == 3
