@@ -21,7 +21,8 @@ class Reproduce:
     what: Positional[str]
     """digits: AW-Net and two static baselines on scikit-learn's digits, a few minutes on two CPU cores.
     table1 … table11, fig1, fig3, fig4, fig5: the paper's, next to its published results. weight_gap: its
-    Section 3.2. systems: small dynamic networks of several kinds at equal training cost."""
+    Section 3.2. systems: small dynamic networks of several kinds at equal training cost. gated: gated
+    defenses on digits, their papers' attacks against the union."""
     data: Maybe[str] = None
     """For table3 only: digits runs the ablation on digits instead of CIFAR-10."""
     budget: Literal["smoke", "cpu", "gpu-30min", "paper"] = "smoke"

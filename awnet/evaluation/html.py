@@ -353,14 +353,14 @@ def _parts(report: Results) -> str:
     for row in report.parts["rows"]:
         if row["not_applicable"] is not None:
             reason = f'<span class="soft">not applicable: {escape(row["not_applicable"])}</span>'
-            rows.append((escape(row["part"]), "–", "–", "–", reason))
+            rows.append((f"{escape(row['part'])}<br>{reason}", "–", "–", "–"))
             continue
         robust = _with_interval(row["robust_accuracy"], row["interval_95"])
-        cells = (_percent(row["clean_accuracy"]), robust, _percent(row["changed"]), "")
+        cells = (_percent(row["clean_accuracy"]), robust, _percent(row["changed"]))
         rows.append((escape(row["part"]), *cells))
-    headings = ("part", "clean", "PGD", "changed", "")
+    headings = ("part", "clean", "PGD", "changed")
     caption = parts_caption(report)
-    return heading + _table(headings, rows, caption[0].upper() + caption[1:] + ".", text=(4,))
+    return heading + _table(headings, rows, caption[0].upper() + caption[1:] + ".")
 
 
 def _compared(report: Results) -> str:

@@ -1,4 +1,8 @@
-"""Separate-Net (Section 5.2.2 of the paper): a standard network, a robust one, and a detector."""
+"""Separate-Net (Section 5.2.2 of the paper): a standard network, a robust one, and a detector.
+
+``mixed_net`` is output mixing by the same parts, as in adaptive smoothing (Bai et al., "Improving the
+Accuracy-Robustness Trade-off of Classifiers via Adaptive Smoothing", 2023).
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,11 @@ from awnet.nn.inference import PlainInferenceCopy, register_inference_copy
 from awnet.nn.layers import check_is_clean
 from awnet.scalars import check_integers, check_number
 
-_ROBUST = {"separate_net": "resnet18", "separate_net_l": "resnet34"}
+_ROBUST = {"separate_net": "resnet18", "separate_net_l": "resnet34", "mixed_net": "resnet18"}
 NAMES = tuple(_ROBUST)
 _ROUTER_WIDTHS = (64, 128, 256, 512)
 
-Gate = Literal["hard", "soft", "standard", "robust"]
+Gate = Literal["hard", "soft", "standard", "robust", "mixed"]
 
 
 @register_inference_copy(PlainInferenceCopy)
@@ -36,10 +40,11 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
 
     The hard choice has no gradient for the detector. For attacks :meth:`with_gate` returns the same network
     with another gate: ``"soft"`` mixes both members' logits by ``p_clean``, ``"standard"`` and ``"robust"``
-    force a member.
+    force a member. ``"mixed"``, the gate of ``mixed_net``, mixes their probabilities: logits =
+    log(p σ(standard) + (1 - p) σ(robust)) with σ the softmax.
 
     Args:
-        name: ``separate_net`` or ``separate_net_l``.
+        name: ``separate_net``, ``separate_net_l`` or ``mixed_net``.
         num_classes, in_channels: K and C.
         width: multiplies the channels of every layer in all three networks.
         threshold: on ``p_clean``, in [0, 1].
@@ -69,7 +74,7 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
         self.robust = ResNet(_ROBUST[name], num_classes, in_channels, width=width)
         self.router = AdversarialRouter([], in_channels=in_channels, widths=widths)
         self.threshold = threshold
-        self.gate: Gate = "hard"
+        self.gate: Gate = "mixed" if name == "mixed_net" else "hard"
         self.config: dict[str, Any] = config(
             name,
             num_classes,
@@ -113,6 +118,8 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
             return self.robust(x)
         p_clean = (self.route(x) if routing is None else routing).p_clean[:, None]  # [B, 1]
         standard, robust = self.standard(x), self.robust(x)
+        if self.gate == "mixed":
+            return mixed(standard, robust, p_clean)
         if self.gate == "soft":
             return p_clean * standard + (1 - p_clean) * robust
         return torch.where(p_clean > self.threshold, standard, robust)
@@ -124,3 +131,12 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
         logits = [member(x[index]) for member, index in members if len(index)]
         order = torch.cat([clean, adversarial]).argsort()
         return torch.cat(logits)[order]
+
+
+def mixed(standard: Tensor, robust: Tensor, p_clean: Tensor) -> Tensor:
+    """log(p softmax(standard) + (1 - p) softmax(robust)) for logits [B, K] and p [B, 1].
+
+    p is kept at least 1e-6 away from 0 and 1, so that its gradient is finite.
+    """
+    p = p_clean.clamp(1e-6, 1 - 1e-6)
+    return torch.logaddexp(p.log() + standard.log_softmax(1), (1 - p).log() + robust.log_softmax(1))

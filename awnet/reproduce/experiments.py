@@ -277,6 +277,41 @@ EXPERIMENTS: dict[str, Experiment] = {
             }
         },
     ),
+    "gated": Experiment(
+        "Gated defenses re-evaluated: their papers' attacks against the union",
+        "accuracy",
+        ("digits",),
+        (
+            System("AW-Net", "awnet_tiny"),
+            System("Static twin", "resnet_tiny"),
+            System("Static, as many parameters", "resnet_tiny_wide"),
+            System("ADVMOE", "advmoe_resnet18", "advmoe", {"width": 0.125}),
+            System("RDI-ResNet-38", "rdi_resnet38", "rdi", {"width": 0.5}),
+            System("Separate-Net", "separate_net", "separate", {"width": 0.1875}),
+            System("Output mixing", "mixed_net", "separate", {"width": 0.1875}),
+        ),
+        ("fgsm", "pgd_sat", "pgd_trades", "cw", "union"),
+        notes=(
+            "The papers' attacks are FGSM, PGD of 20 steps (large and small steps) and CW; the strongest of "
+            "them is what a paper would claim. The union is the worst case, image by image, over these, "
+            "AutoAttack and the adaptive attacks that apply to the network; for Separate-Net and output "
+            "mixing also images made on the soft gate and on each member alone.",
+            "AW-Net and its static twins train by MTARD with the same teachers, the others by their own "
+            "recipes. Output mixing mixes the probabilities of Separate-Net's members by the detector's p, "
+            "as adaptive smoothing (Bai et al. 2023) does with its own networks.",
+        ),
+        changes={
+            "cpu": {
+                "about": "all training images of digits at the recipes' own settings, hours on a CPU",
+                "width": 1.0,
+                "epochs": None,
+                "settings": {},
+                "validation_limit": None,
+                "test_limit": None,
+                "attack_budget": "short",
+            }
+        },
+    ),
     "weight_gap": Experiment(
         "Section 3.2: the weight gap of Eq. 8 against ε and α_adv",
         "weight_gap",

@@ -403,6 +403,23 @@ def _trainings(runs: Runs) -> list[str]:
     return _rows([*headings, *(["multiply-adds, 10¹²"] if counted else [])], rows, 4)
 
 
+def _claims(lines: Sequence[Line]) -> list[str]:
+    """For each system the strongest single attack, the union and the difference; empty without a union."""
+    rows = []
+    adversarial = [line for line in lines if line.quantity == "adversarial" and line.ours is not None]
+    for union in (line for line in adversarial if line.attack == "union"):
+        same = (union.dataset, union.system)
+        single = [one for one in adversarial if (one.dataset, one.system) == same and one is not union]
+        if not single:
+            continue
+        claimed = min(single, key=lambda line: line.ours or 0.0)
+        gap = f"{100 * ((union.ours or 0.0) - (claimed.ours or 0.0)):+.2f}"
+        cells = [_cells(line, printed=False)[3] for line in (claimed, union)]
+        rows.append([union.system, _attack_label(claimed.attack), *cells, gap])
+    headings = ["system", "strongest attack of the papers", "claimed [95 %]", "union [95 %]", "difference"]
+    return _rows(headings, rows, 2) if rows else []
+
+
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     return [f"## {title}", "", *lines, ""] if lines else []
 
@@ -415,6 +432,7 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
         text += _section(
             f"{runs.splits(dataset).test.name}, per cent", _rows(_headings(printed), rows_of_dataset, 3)
         )
+    text += _section("Claimed by the papers' attacks, left by the union", _claims(lines))
     text += _section("Paired by image, 95 % intervals", [f"- {said}" for said in runs.differences])
     text += _section("Attacks", [f"- {said}" for said in runs.attack_settings])
     text += _section("Flags of the reports", [f"- {said}" for said in runs.flags])

@@ -266,6 +266,23 @@ def test_separate_net_takes_the_member_that_the_detector_names() -> None:
     assert torch.equal(careful(x), robust)
 
 
+def test_output_mixing_mixes_probabilities_with_a_gradient_for_the_detector() -> None:
+    torch.manual_seed(0)
+    model = create_model("mixed_net", in_channels=1, width=0.1, router_widths=(8, 16)).eval().double()
+    x = torch.rand(3, 1, 8, 8, dtype=torch.float64, requires_grad=True)
+    p = model.route(x).p_clean[:, None]
+    standard, robust = (member(x).softmax(1) for member in (model.standard, model.robust))
+    torch.testing.assert_close(model(x).softmax(1), p * standard + (1 - p) * robust)
+    for end, member in ((0.0, model.robust), (1.0, model.standard)):
+        routing = dataclasses.replace(model.route(x), p_clean=torch.full((3,), end, dtype=torch.float64))
+        torch.testing.assert_close(
+            model(x, routing=routing).softmax(1), member(x).softmax(1), atol=1e-5, rtol=0
+        )
+    (gradient,) = torch.autograd.grad(model(x)[:, 0].sum(), model.router.type_head.weight)
+    assert gradient.abs().sum() > 0
+    assert torch.equal(model.with_gate("robust")(x), model.robust(x))
+
+
 def test_separate_net_trains_each_member_on_its_kind() -> None:
     model = narrow("separate_net")
     x = torch.rand(10, 1, 8, 8)

@@ -51,6 +51,7 @@ COUNTS = {
     # mobilenet_v2 2,236,682 + resnet18 11,173,962 (resnet34 21,282,122) + router 11,168,832 + head 2 · 1025
     ("separate_net", 10): 24_581_526,
     ("separate_net_l", 10): 34_689_686,
+    ("mixed_net", 10): 24_581_526,  # the parts of separate_net
     # wrn34_10 46,160,474 + second batch norms 22,432 + router 11,168,832 + heads (2 + 11,200) · 1025
     ("awnet_wrn34_10", 10): 68_833_788,
     # mobilenet_v2 2,236,682 + second batch norms 34,112 + router 11,168,832 + heads (2 + 7,136) · 1025

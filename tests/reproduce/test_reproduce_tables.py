@@ -315,5 +315,17 @@ def test_every_experiment_runs_at_the_smoke_budget(
     shared = tmp_path_factory.getbasetemp() / "experiments"  # networks are shared, as a user's are
     outcome = reproduce(name, "smoke", out=shared, data_dir=shared, device="cpu", quiet=True)
     assert any(outcome.folder.iterdir())
+    if name == "gated":
+        text = (outcome.folder / "table.md").read_text()
+        section = text.partition("## Claimed by the papers' attacks, left by the union")[2].partition("##")[0]
+        for system in EXPERIMENTS[name].systems:
+            lines = {
+                x.attack: x for x in outcome.lines if (x.system, x.quantity) == (system.label, "adversarial")
+            }
+            union = lines.pop("union").ours
+            claimed = min(line.ours for line in lines.values())
+            assert union <= claimed
+            assert f"| {system.label} |" in section
+            assert f"| {100 * (union - claimed):+.2f} |" in section
     if EXPERIMENTS[name].table:
         assert {line.quantity for line in outcome.lines} & {"w_robust", "auc"}
