@@ -1,4 +1,4 @@
-"""Attacks of one step, written out again; the attack of GAT."""
+"""Attacks of one step, written out again; the attack of GAT; PGD in L2 and L1."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet import rng
+from awnet.attacks import PGD
 from awnet.data import ThreatModel
 from awnet.models import create_model
 from awnet.training import GAT, PGDAT, Recipe, Trades, recipe_for
@@ -155,3 +156,22 @@ def test_a_static_network_is_attacked_too(kind: type[Recipe]) -> None:
 def test_bad_settings_are_named(name: str, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe_for(name, "cifar10", **wrong)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("L2", 0.6), ("L1", 3.0)])
+@pytest.mark.parametrize("kind", [PGDAT, Trades])
+def test_the_training_attack_is_pgd_of_the_data_sets_norm(
+    kind: type[Recipe], norm: Any, eps: float, net: nn.Module
+) -> None:
+    x, y, index = images()
+    threat = ThreatModel(eps, norm)
+    x_adv = kind().attack(net, threat, K, seed=SEED)(x, y, index=index)
+    loss, step = ("kl", threat.trades_train_step_size) if kind is Trades else ("ce", eps / 4)
+    same = PGD(net, eps=eps, norm=norm, step_size=step, steps=10, loss=loss, random_start="normal", seed=SEED)
+    # the inference copy rounds gradients in another order, and here their values count, not only their signs
+    assert torch.allclose(x_adv, same(x, y, index=index), atol=1e-4)
+    size = (x_adv.double() - x.double()).flatten(1).norm(p={"L2": 2, "L1": 1}[norm], dim=1)
+    assert (size <= eps * (1 + 1e-12)).all()  # rounded toward the clean image
+    assert (size > 0.5 * eps).all()
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
