@@ -442,7 +442,7 @@ BAD = [
     ((MODEL, [images(6)]), {}, TypeError, "must be a Dataset"),
     ((MODEL, images(6).take(torch.arange(0))), {}, ValueError, "dataset is empty"),
     ((MODEL, images(6), "fgsm"), {}, TypeError, r"write \['fgsm'\]"),
-    ((MODEL, images(6), ["fgsm", "pgd"]), {}, ValueError, "must be among fgsm, pgd_sat"),
+    ((MODEL, images(6), ["fgsm", "pgd"]), {}, ValueError, "unknown attack .pgd.: choose from fgsm, pgd_sat"),
     ((MODEL, images(6), ["fgsm", "fgsm"]), {}, ValueError, "once each"),
     ((MODEL, images(6), {"mine": MODEL}), {}, TypeError, "must be an Attack"),
     ((MODEL, images(6), {"clean": FGSM(MODEL, eps=0.1)}), {}, ValueError, "must not be called 'clean'"),
