@@ -91,7 +91,8 @@ mutations: $(READY)
 # A separate build in build/sanitize, by GCC. Python and torch are not instrumented: the sanitizers' libraries are
 # preloaded, and leaks are not looked for. OPTIONS=-x stops at the first failure.
 SANITIZED := build/sanitize
-SANITIZED_TESTS := test_amx or test_frozen or test_ops and (cpp or native) \
+SANITIZED_TESTS := test_amx or test_frozen \
+	or (test_ops or test_operators or test_activations) and (cpp or native) \
 	or test_native and (direct or sizes or sums or infinite)
 sanitize: $(READY)
 	AWNET_BUILD=cpu AWNET_SANITIZE=1 $(BIN)/python setup.py -q build_ext \
@@ -100,7 +101,8 @@ sanitize: $(READY)
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
 		AWNET_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/awnet/_C*.so)" \
 		$(BIN)/python -m pytest -n 0 -p no:cacheprovider \
-		tests/ops/test_native.py tests/ops/test_amx.py tests/ops/test_ops.py tests/nn/test_frozen.py \
+		tests/ops/test_native.py tests/ops/test_amx.py tests/ops/test_ops.py tests/ops/test_operators.py \
+		tests/ops/test_activations.py tests/nn/test_frozen.py \
 		-k "($(SANITIZED_TESTS)) and not compile" $(OPTIONS)
 
 lint: $(READY)
