@@ -1,10 +1,11 @@
-"""Attacks within an L-infinity ball, on any ``nn.Module`` that maps images in [0, 1] to logits.
+"""Attacks within a ball in L-infinity, L2 or L1, on any ``nn.Module`` that maps images in [0, 1] to logits.
 
-``base`` checks arguments and freezes the model; ``pgd``, ``autoattack``, ``search`` and ``adaptive`` are the
-attacks; ``registry`` names them; ``cascade`` runs several in order and decides which images are already
-broken; ``filtered`` runs an attack in low precision first; ``transfer`` and ``craft`` replay images made on
-another model; ``stochastic`` has the rules for models with random outputs; ``saved`` stores the state of an
-interrupted attack, with checksums.
+``base`` checks arguments and freezes the model; ``norms`` has the geometry of the balls; ``pgd``,
+``autoattack``, ``search``, ``adaptive``, ``targeted``, ``fmn`` and ``momentum`` are the attacks; ``registry``
+names them; ``cascade`` runs several in order and decides which images are already broken; ``filtered`` runs
+an attack in low precision first; ``transfer`` and ``craft`` replay images made on another model;
+``stochastic`` has the rules for models with random outputs; ``saved`` stores the state of an interrupted
+attack, with checksums.
 """
 
 from awnet.attacks.autoattack import AutoAttack

@@ -315,12 +315,14 @@ def named_attack(
             steps of 0.003, scaled with eps. ``"cw"``: 30 steps of eps/4 on the margin, kappa = 50. Those with
             more than one step start uniformly in the ball. ``"aa"``: AutoAttack; ``"apgd_ce"``, ``"apgd_t"``,
             ``"fab_t"``, ``"square"``: its parts. ``"adaptive_paper"``, ``"deepsloth"``: as in the paper.
-            Further: ``"joint"``, ``"two_phase"``, ``"forced"``, ``"softened"``, ``"apgd_joint_ce"``,
-            ``…_dlr``, ``…_t`` (:mod:`awnet.attacks.adaptive`), and ``"union"``: all of them that apply to the
-            model. Targeted forms: ``"fgsm"``, ``"pgd_sat"``, ``"pgd_trades"``, ``"cw"``, ``"apgd_ce"`` and
-            ``"apgd_t"`` with ``-random``, ``-least_likely`` or ``-k`` for class k: ``"cw-random"``.
-            Transfer: ``"transfer-mi_di_ti"`` and the like replay the images that an attack makes on each of
-            ``suite.surrogates``. ``"mi_fgsm"``, ``"mi_di_ti"`` and ``"si_ni_di_ti"`` are made for that.
+            Further: ``"aa_rand"`` for stochastic models, ``"malt"``, ``"fmn"``, ``"joint"``, ``"two_phase"``,
+            ``"forced"``, ``"softened"``, ``"apgd_joint_ce"``, ``…_dlr``, ``…_t``
+            (:mod:`awnet.attacks.adaptive`), and ``"union"``: AutoAttack, CW, the adaptive attacks that apply
+            to the model, and the surrogates' images. Targeted forms: ``"fgsm"``, ``"pgd_sat"``,
+            ``"pgd_trades"``, ``"cw"``, ``"apgd_ce"`` and ``"apgd_t"`` with ``-random``, ``-least_likely`` or
+            ``-k`` for class k: ``"cw-random"``. Transfer: ``"transfer-mi_di_ti"`` and the like replay the
+            images that an attack makes on each of ``suite.surrogates``. ``"mi_fgsm"``, ``"mi_di_ti"`` and
+            ``"si_ni_di_ti"`` are made for that.
         threat_model: norm, eps and step sizes, a property of the data set. The step sizes are the same
             fractions of eps in every norm.
         seed: seed of the random starts.
