@@ -578,8 +578,8 @@ def _cases_of(
         calls[" relu mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=mask)
         shortcut = {"residual_scale": c, "residual_shift": c}
         calls[" shortcut relu"] = lambda: apply(u, c, c, u, True, config, **shortcut)
-        for code, name in SMOOTH.items():
-            calls[f" residual {name} slope"] = partial(apply, u, c, c, u, code, config, slope=u)
+        for code, smooth in SMOOTH.items():
+            calls[f" residual {smooth} slope"] = partial(apply, u, c, c, u, code, config, slope=u)
     elif op == "statistics":
         calls[""] = lambda: statistics(u, config)
     elif op == "reduce":
