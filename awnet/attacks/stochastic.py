@@ -190,10 +190,15 @@ def randomness(model: nn.Module, x: Tensor) -> Randomness:
 @contextmanager
 def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Freezes ``model`` and seeds all generators; they and the model's buffers are restored afterwards."""
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    before = [buffer.clone() for buffer in model.buffers()]
     with frozen(model), _generators_seeded(0, device):
         try:
             yield
         finally:
-            for buffer, before in zip(model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+            for buffer, values in zip(model.buffers(), before, strict=True):
+                if not _is_expanded(buffer):  # an expanded buffer cannot be written to
+                    buffer.copy_(values)
+
+
+def _is_expanded(x: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
