@@ -1,4 +1,4 @@
-"""Attacks that search the ball several times, each time for the images that are not broken yet; APGD."""
+"""Attacks of several searches, each on the images that no earlier search has broken; among them APGD."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Search(Attack):
         optimizer: ``"sign"``: steps of steepest ascent of fixed size, which in L-infinity follow the
             gradient's sign. ``"auto"``: APGD.
         step_size: step of ``"sign"``, in image units; eps/4 if None.
-        seed: keys the random starts, uniform in the ball, together with each sample's index.
+        seed: seed of the random starts, which are uniform in the ball and depend on the sample's index.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Search(Attack):
 
     @property
     def settings(self) -> dict[str, Any]:
-        # the keys are stored in reports, so their spelling stays
+        # the keys are stored in reports and must not be renamed
         size = {"step_size": self.step_size} if self.optimizer == "sign" else {}
         return super().settings | {"steps": self.steps, "optimiser": self.optimizer} | size
 
@@ -64,7 +64,7 @@ class Search(Attack):
         """The function that search ``number`` maximizes for the images ``x``."""
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        """As for :class:`Attack`, but synchronizes with the host after each search to see what it broke."""
+        """See :class:`Attack`. After each search the host waits for the device, to find the broken images."""
         result = x.clone()
         rows = self._correct(x, y, largest_label).nonzero()[:, 0]
         for number in range(self.searches(x[:1])):
@@ -114,14 +114,14 @@ APGDLoss = Literal["ce", "dlr", "dlr_targeted"]
 
 
 class APGD(Search):
-    """APGD with restarts on cross-entropy, the logits' ratio, or its targeted form.
+    """APGD with restarts on the cross-entropy, the DLR loss, or the targeted DLR loss.
 
     Unlike the official code it draws random starts per sample, and the loss may depend on more than the
-    logits (see :class:`awnet.attacks.adaptive.JointAPGD`). Restart r of ``"dlr_targeted"`` targets the class
-    with the r-th largest logit for ``x`` besides the label (from 0, modulo at most 9).
+    logits (see :class:`awnet.attacks.adaptive.JointAPGD`). Restart r of ``"dlr_targeted"`` targets, of
+    the classes other than the label, the one with the r-th largest logit for ``x`` (r modulo at most 9).
 
     Args:
-        loss: ``"dlr"`` needs 3 classes and ``"dlr_targeted"`` 4; with fewer classes they are the margin.
+        loss: ``"dlr"`` needs 3 classes and ``"dlr_targeted"`` 4; with fewer classes the margin is used.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""One training step: attack, forward, loss, backward, optimizer; the host never waits for it.
+"""One training step: attack, forward, loss, backward, optimizer; the host never waits for the device.
 
 A step whose loss or gradient is not finite leaves weights, momentum, all buffers of the model (running
-statistics too), MTARD's weights and the weight average unchanged. This is decided on the device, without the
-host. The schedule of the learning rate, the position in the data and torch's generators advance.
+statistics too), MTARD's weights and the weight average unchanged. The device decides this. The schedule of
+the learning rate, the position in the data and torch's generators still advance.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ MicroBatch = tuple[Batch, Tensor | None]
 class Numerics(NamedTuple):
     """The values of ``auto`` on a device; stored in config.json.
 
-    precision: of convolutions and products. Weights, statistics and coefficients are always float32 (or the
-        model's own dtype).
+    precision: dtype of convolutions and matrix products. Weights, statistics and coefficients are always
+        float32 (or the model's dtype).
     layout: memory format of images and convolution weights.
-    attack_precision: of the attacked network.
+    attack_precision: the same for the attacked network.
     """
 
     precision: Precision
@@ -45,7 +45,7 @@ class Numerics(NamedTuple):
 
     @property
     def precisions(self) -> str:
-        """The precision of training, and that of the attack if it differs, for people."""
+        """The precision of training, and that of the attack if it differs, as text for messages."""
         if self.attack_precision == self.precision:
             return self.precision
         return f"{self.precision} with a {self.attack_precision} attack"
@@ -64,14 +64,14 @@ def numerics(recipe: Recipe, device: torch.device) -> Numerics:
 
 
 def captures(recipe: Recipe, device: torch.device) -> bool:
-    """Resolves ``recipe.capture``: ``auto`` captures on CUDA what can be one graph, a step in one piece."""
+    """Resolves ``recipe.capture``: ``auto`` captures a step of one micro-batch and one phase on CUDA."""
     if recipe.capture == "auto":
         return device.type == "cuda" and recipe.accumulate == 1 and len(recipe.phases()) == 1
     return recipe.capture
 
 
 class TrainingStep:
-    """Trains ``model`` by ``recipe``, one batch per call.
+    """Trains ``model`` with ``recipe``, one batch per call.
 
     It holds what a step changes: ``optimizer``, ``scheduler``, MTARD's ``weights`` and the weight average.
 
@@ -79,12 +79,12 @@ class TrainingStep:
         recipe: how to train.
         model: on ``device``; trained in place, with convolution weights in the layout ``recipe.layout``.
         device: device of the model and the batches.
-        steps_per_epoch: for the schedule.
+        steps_per_epoch: number of steps per epoch, for the schedule of the learning rate.
         teachers: for a recipe that distills. Pass copies, since their precision and layout are changed.
-        average: of a distributed run: ``average(tensors, count)`` replaces tensors, in place, by their means
+        average: in a distributed run, ``average(tensors, count)`` replaces tensors in place with their means
             over the ranks, each weighted by its ``count``. It is called with the gradients and the loss
             (0-d), with equal counts, before they are checked, and with MTARD's losses.
-        record: captures the step if :func:`captures` holds; None captures CUDA graphs on a CUDA device.
+        record: captures the step, if :func:`captures` is True; None captures CUDA graphs on a CUDA device.
     """
 
     def __init__(
@@ -119,14 +119,14 @@ class TrainingStep:
         self.weights = _adapted(recipe, device, average)
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
         self._perturbed = perturbed_weights(model) if recipe.awp else []
-        self._gamma = 0.0  # of the weight perturbation, in this epoch
+        self._gamma = 0.0  # size of the weight perturbation in this epoch
         for group in self.optimizer.param_groups:
             if group.get("momentum"):
                 for parameter in group["params"]:  # a skipped first step would leave it undefined
                     self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def start_epoch(self, epoch: int) -> None:
-        """Call this before the first step of ``epoch`` (from 0), also if a run resumes within it."""
+        """Call this before the first step of ``epoch`` (from 0), also when a run resumes within an epoch."""
         self.model.train()
         if self.weights is not None:
             assert isinstance(self.recipe, MTARD)
@@ -137,7 +137,7 @@ class TrainingStep:
                 self.weights.temperatures.learning_rate = rate
         gamma = self.recipe.awp if epoch >= self.recipe.awp_warmup else 0.0
         if gamma != self._gamma and self.graphed is not None:
-            self.graphed.close()  # a captured step has one pass or two
+            self.graphed.close()  # a captured step contains a fixed number of passes
         self._gamma = gamma
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class TrainingStep:
 
     def _autocast_to(self, precision: Precision) -> torch.autocast:
         low = precision == "bfloat16"
-        # without the cache of cast weights: the attack would leave casts without gradient in it
+        # without the cache of cast weights: it would keep the casts of the attack, which have no gradient
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
 
     def __call__(self, batch: Batch, attack: Attack, weight: float = 1.0) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ class TrainingStep:
         Args:
             batch: on the device.
             attack: makes the adversarial images; it attacks the model in eval mode and restores its mode.
-            weight: of this rank's loss in the mean over ranks, its number of images over the mean number of
+            weight: factor of this rank's loss: its number of images, divided by the mean number of images of
                 the ranks. It multiplies the loss and not the gradient, since the gradient through shared
                 batch statistics contains parts of all ranks' losses.
 
@@ -199,7 +199,7 @@ class TrainingStep:
             return attack(batch.x, y, index=batch.index)
 
     def _micro_batches(self, batch: Batch, attack: Attack) -> Iterator[MicroBatch]:
-        """The micro-batches of ``batch``; each is attacked when it is needed, after the ones before it."""
+        """The micro-batches of ``batch``; each is attacked when it is consumed, after the earlier ones."""
         count = min(self.recipe.accumulate, len(batch.y))
         for part in [batch] if count == 1 else map(Batch, *(t.tensor_split(count) for t in batch)):
             yield part, self._adversarial(part, attack)
@@ -260,10 +260,12 @@ class TrainingStep:
         return [*self.model.buffers(), *weights]
 
     def _optimize(self, total: Tensor, saved: _Saved, failed: Tensor | None = None) -> dict[str, Tensor]:
-        """The step of the optimizer, unless loss or gradient are not finite or ``failed`` (bool, 0-d)."""
+        """Runs the optimizer, unless loss or gradient are not finite or ``failed`` (bool, 0-d) is set."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
-                parameter.grad = _like(parameter, parameter.grad)  # the fused optimizer needs one layout
+                parameter.grad = _like(
+                    parameter, parameter.grad
+                )  # the fused optimizer needs the strides of the parameter
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = total.clone()
         if self._over_ranks is not None:
@@ -281,7 +283,7 @@ class TrainingStep:
             self.average.update(self.model, failed)
         return {"grad_norm": norm, "skipped": failed.float()}
 
-    # The same as a CUDA graph, except for the attack, which is a separate graph
+    # The step as a CUDA graph; the attack is a separate graph
 
     def _replayed(self, batch: Batch, attack: Attack) -> dict[str, Tensor]:
         assert self.graphed is not None
@@ -329,7 +331,7 @@ class TrainingStep:
             self.average.load_state_dict(state["average"])
 
     def go_back(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned, except for the schedule, which stays where it is."""
+        """Restores what :meth:`state_dict` returned, except for the schedule, which is not changed."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.load_state_dict({**state, "scheduler": self.scheduler.state_dict()})
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -341,8 +343,8 @@ class Average:
     """The exponential moving average of a model's weights and floating-point buffers, as a model.
 
     θ̄ ← θ̄ + r (θ − θ̄) with r = max(1 − decay, 9 / (n + 9)) at the n-th step that is not skipped, so that the
-    random initial weights are soon forgotten. Integer buffers (``num_batches_tracked``) are copied. Unlike
-    torch's ``AveragedModel`` this never waits for the device.
+    random initial weights soon have no influence. Integer buffers (``num_batches_tracked``) are copied.
+    Unlike torch's ``AveragedModel`` this never waits for the device.
 
     module: the averaged model, in eval mode, without gradients.
     """
@@ -400,7 +402,7 @@ def _tensors(model: nn.Module) -> Iterable[Tensor]:
 
 
 class _Saved:
-    """Copies of tensors that will change in place, saved and restored in a few launches."""
+    """Copies of tensors that will change in place, saved and restored in a few kernel launches."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.groups: dict[torch.dtype, list[Tensor]] = {}
@@ -421,7 +423,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _of_all_phases(phases: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The terms of all phases of a step; of equal names the first phase's, ``skipped`` if any was."""
+    """The terms of all phases of a step; for equal names the first phase's; ``skipped`` is 1 if any is."""
     terms = phases[0]
     for later in phases[1:]:
         skipped = torch.maximum(terms["skipped"], later["skipped"])
