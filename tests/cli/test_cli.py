@@ -297,7 +297,7 @@ def test_evaluate_prints_a_table_and_writes_report_and_figures(run, capsys):
     assert main([str(word) for word in words]) == 0
     out = capsys.readouterr().out
     assert "PGD" in out
-    assert "digits test, 50 images, eps 0.1" in out
+    assert "digits test, 50 images, L-infinity eps 0.1" in out
     report = json.loads((run / "evaluations" / "quick" / "report.json").read_text())
     assert json.loads((run / "report.json").read_text()) == report
     assert (report["n"], report["eps"], report["selected_on"]) == (50, 0.1, "validation")

@@ -112,7 +112,7 @@ def test_a_backend_without_a_forward_mode_derivative_names_the_reference(name: s
         with forward_ad.dual_level():
             given: list[Any] = list(arguments)
             given[place] = forward_ad.make_dual(x, torch.ones_like(x))
-            with pytest.raises(ValueError, match=r"'reference' can: .*forward-mode derivative"):
+            with pytest.raises(ValueError, match=r"forward-mode derivative; 'reference' can run it"):
                 function(*given, backend=backend)
             # without a tangent the call is an ordinary one
             function(*arguments, backend=backend)
@@ -133,7 +133,7 @@ def test_torch_func_on_a_named_backend_names_the_reference(transform: str, backe
         "jacrev": lambda: torch.func.jacrev(function)(x),
         "hessian": lambda: torch.func.hessian(function)(x),
     }
-    with pytest.raises(ValueError, match=r"'reference' can: .*torch.func \(grad, "):
+    with pytest.raises(ValueError, match=r"torch.func \(grad, .*; 'reference' can run it"):
         calls[transform]()
 
 

@@ -5,8 +5,18 @@ Sample by sample, tap by tap, in any dtype; gradients by autograd through slices
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+#: by name, as the definitions say; their gradients are autograd's
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda z: z.clamp(min=0),
+    "silu": lambda z: z / (1 + (-z).exp()),
+    "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2,
+    "leaky_relu": lambda z: torch.where(z > 0, z, 0.01 * z),
+}
 
 
 def convolved(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, groups: int) -> Tensor:
@@ -104,4 +114,4 @@ def aw_conv2d(
     y = torch.stack(outputs)
     if residual is not None:
         y = y + residual  # Eq. 16
-    return y.clamp(min=0) if activation == "relu" else y
+    return y if activation is None else ACTIVATIONS[activation](y)

@@ -432,7 +432,11 @@ def test_train_prints_one_line_per_epoch(
         ({"teachers": ("a", "b")}, ValueError, "'pgd_at' takes no teachers"),
         ({"recipe": quick(MTARD), "teachers": "runs/a"}, ValueError, r"2, \(clean, robust\)"),
         ({"recipe": quick(MTARD), "teachers": (static_net(),)}, ValueError, r"2, \(clean, robust\)"),
-        ({"recipe": quick(MTARD), "teachers": (1, 2)}, TypeError, "a teacher must be a module or a path"),
+        (
+            {"recipe": quick(MTARD), "teachers": (1, 2)},
+            TypeError,
+            "a teacher must be a module or a source, got int",
+        ),
         ({"recipe": quick(MTARD), "teachers": ("/none/a", "/none/b")}, FileNotFoundError, "/none/a"),
         (
             {"splits": SPLITS._replace(validation=SPLITS.validation.take(torch.arange(0)))},
