@@ -5,8 +5,8 @@ The ResNet is also the feature extractor of the router.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor, fx, nn
 
@@ -153,27 +153,35 @@ class Backbone(BlockNetwork):
         super().__init__(num_classes, in_channels, widths)
         make_block = _BLOCKS[block]
         self.stem = AWConv2d(in_channels, widths[0], 3, 1, 1, dynamic=False, bn=bn, activation=activation)
-        self.stages = nn.ModuleList()
-        channels = widths[0]
-        for i, (width, count) in enumerate(zip(widths, blocks, strict=True)):
-            stage = nn.ModuleList()
-            for j in range(count):
-                stride = 2 if i > 0 and j == 0 else 1
-                stage.append(
-                    make_block(
-                        channels,
-                        width,
-                        stride,
-                        dynamic=dynamic,
-                        dynamic_shortcut=dynamic_shortcut,
-                        bn=bn,
-                        activation=activation,
-                    )
-                )
-                channels = width * make_block.expansion
-            self.stages.append(stage)
+        options: dict[str, Any] = {"dynamic": dynamic, "dynamic_shortcut": dynamic_shortcut}
+        options |= {"bn": bn, "activation": activation}
+        self.stages, channels = _stages(make_block, widths[0], widths, blocks, options)
         self.num_features = widths[0] + sum(width * make_block.expansion for width in widths)
         self.classifier = None if num_classes is None else nn.Linear(channels, num_classes)
+
+
+def _stages(
+    block: type[AWBasicBlock | AWBottleneck | AWPreActivationBlock],
+    channels: int,
+    widths: Sequence[int],
+    blocks: Sequence[int],
+    options: Mapping[str, Any],
+) -> tuple[nn.ModuleList, int]:
+    """The stages and their output channels; every stage but the first halves the image.
+
+    Args:
+        channels: of the input.
+        widths, blocks: of each stage.
+        options: further arguments of every block.
+    """
+    stages = nn.ModuleList()
+    for i, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+        stage = nn.ModuleList()
+        for j in range(count):
+            stage.append(block(channels, width, 2 if i > 0 and j == 0 else 1, **options))
+            channels = width * block.expansion
+        stages.append(stage)
+    return stages, channels
 
 
 class WideBackbone(BlockNetwork):
@@ -205,25 +213,10 @@ class WideBackbone(BlockNetwork):
         super().__init__(num_classes, in_channels, [stem_width, *widths])
         self.activation = activation
         self.stem = nn.Conv2d(in_channels, stem_width, 3, 1, 1, bias=False)
-        self.stages = nn.ModuleList()
-        channels = stem_width
-        for i, width in enumerate(widths):
-            stage = nn.ModuleList()
-            for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
-                stage.append(
-                    AWPreActivationBlock(
-                        channels,
-                        width,
-                        stride,
-                        dynamic=dynamic,
-                        dynamic_shortcut=dynamic_shortcut,
-                        bn=bn,
-                        activation=activation,
-                    )
-                )
-                channels = width
-            self.stages.append(stage)
+        options: dict[str, Any] = {"dynamic": dynamic, "dynamic_shortcut": dynamic_shortcut}
+        options |= {"bn": bn, "activation": activation}
+        counts = [blocks] * len(widths)
+        self.stages, channels = _stages(AWPreActivationBlock, stem_width, widths, counts, options)
         self.norm = MixBatchNorm2d(channels, branches=bn)
         self.classifier = nn.Linear(channels, num_classes)
 

@@ -168,6 +168,8 @@ class AWPreActivationBlock(Block):
     Where the shape changes, a 1×1 convolution of the activated input is the shortcut.
     """
 
+    expansion = 1
+
     def __init__(
         self,
         in_channels: int,
