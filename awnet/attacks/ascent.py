@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ def _not_broken(objective: Objective) -> Objective:
     return lambda x_adv, rows: (objective(x_adv, rows)[0], None)
 
 
-class _Schedule:
+class _Schedule(ABC):
     """The steps of a search: how to move, and how the step sizes change at checkpoints.
 
     ``state`` maps names to one value per image that is not broken yet.
@@ -138,19 +139,19 @@ class _Schedule:
     def __init__(self, x: Tensor, step_size: float) -> None:
         self.state = {"clean": x, "step": torch.full((len(x),), step_size, dtype=x.dtype, device=x.device)}
 
-    def begin(self, loss: Tensor) -> None:
+    def begin(self, loss: Tensor) -> None:  # noqa: B027  a schedule need not look at it
         """Called once with the loss of the starting points ``[B]``."""
 
+    @abstractmethod
     def move(self, x_adv: Tensor, gradient: Tensor) -> Tensor:
         """The next point."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, best: Tensor, best_loss: Tensor, raised: Tensor, since: int) -> Tensor:
         """Adapts the steps; returns which images return to their best point, bool ``[b]``.
 
         ``raised`` is the number of the last ``since`` steps that increased the loss.
         """
-        raise NotImplementedError
 
 
 class _Momentum(_Schedule):

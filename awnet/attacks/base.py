@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def check_ball(x_adv: Tensor, x: Tensor, eps: float, norm: Norm, what: str) -> N
 
 def _check_target(target: Any) -> Target | None:
     if target is None or (isinstance(target, str) and target in ("random", "least_likely")):
-        return target  # type: ignore[return-value]
+        return cast("Target | None", target)
     if isinstance(target, str):
         raise ValueError(f"target must be 'random', 'least_likely', a class or classes, got {target!r}")
     if isinstance(target, Tensor) and target.dim() > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -259,7 +259,7 @@ def _targeted(name: str, mode: str) -> _Make | None:
     """The targeted form of an attack; ``mode`` is ``random``, ``least_likely`` or the number of a class."""
     if name not in TARGETED or not (mode in TARGET_MODES or mode.isdecimal()):
         return None
-    target: Target = int(mode) if mode.isdecimal() else mode  # type: ignore[assignment]
+    target = cast("Target", int(mode) if mode.isdecimal() else mode)
 
     def make(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
         shared: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "seed": seed, "target": target}

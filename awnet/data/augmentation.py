@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -50,7 +51,7 @@ def transformed(
     for name in operations:
         if name == "cutmix":
             continue
-        x = _OPERATIONS[name](x, lambda count, name=name: _drawn(seed, epoch, name, index, count))  # type: ignore[misc]
+        x = _OPERATIONS[name](x, partial(_drawn, seed, epoch, name, index))
     return x
 
 

@@ -183,15 +183,13 @@ class _Network(torch.autograd.Function):
             grad, other_grad, d_mean = _incoming(grads.pop(i), d_mean, *ctx.shapes[i])
             need_residual = layer.residual >= 0 and plan.of(layer.residual)
             args = EvalBackwardArgs(
-                *(
-                    grad,
-                    layer_saved.scale,
-                    other_grad,
-                    d_mean,
-                    layer_saved.u,
-                    layer_saved.mask,
-                    layer_saved.shift,
-                ),
+                grad=grad,
+                scale=layer_saved.scale,
+                other_grad=other_grad,
+                d_mean=d_mean,
+                u=layer_saved.u,
+                relu_mask=layer_saved.mask,
+                shift=layer_saved.shift,
                 residual=need_residual,
                 sums=plan.tables[i],
                 slope=layer_saved.slope,

@@ -131,14 +131,17 @@ def describe_sources(sources: Mapping[str, TeacherSource], given: Teachers, fold
     """
     described: dict[str, Any] = {}
     for kind, source in sources.items():
-        is_path = not isinstance(source, nn.Module) and source_kind(source) == "file"
-        path = expanded(source).resolve() if is_path else None  # type: ignore[arg-type]
         described[kind] = {
-            "path": None if path is None else str(path),
-            "from_run": None if path is None else _relative(folder.resolve(), path),
+            "path": None,
+            "from_run": None,
             "weights": weights_fingerprint(getattr(given, kind)),
         }
-        if path is None and not isinstance(source, nn.Module):
+        if isinstance(source, nn.Module):
+            continue
+        if source_kind(source) == "file":
+            path = expanded(source).resolve()
+            described[kind] |= {"path": str(path), "from_run": _relative(folder.resolve(), path)}
+        else:
             described[kind]["source"] = str(source)
     return described
 
