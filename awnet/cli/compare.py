@@ -31,9 +31,10 @@ class Compare:
     """Folder for comparison.html, comparison.json and comparison.png; for run folders also training.png."""
 
     def run(self, console: Console) -> None:
-        from awnet.reproduce.comparison import compare_runs, compare_sources, is_run_folder
+        from awnet.reproduce.comparison import compare_runs, compare_sources
+        from awnet.run_config import is_run
 
-        if len(self.reports) > 1 and all(map(is_run_folder, self.reports)):
+        if len(self.reports) > 1 and all(map(is_run, self.reports)):
             runs = compare_runs(self.reports, name=self.name, out=self.out)
             for table in runs.tables():
                 console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -95,9 +96,9 @@ class RunOptions(ImportOption):
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 …. Default: the GPU if there is one."""
 
-    @property
+    @cached_property
     def path(self) -> Path:
-        """The path of a run folder or ``.safetensors`` file."""
+        """The path of a run folder or ``.safetensors`` file; that of a zoo model, verified once."""
         from awnet.models.sources import source_kind
         from awnet.models.zoo import zoo_folder
 

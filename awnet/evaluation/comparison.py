@@ -133,7 +133,9 @@ class ReportComparison:
             "dataset": first.dataset,
             "split": first.split,
             "n": first.n,
+            "norm": first.norm,
             "eps": first.eps,
+            "norms": first.norms,
             "baseline": self.groups[0].label,
             "groups": [
                 {

@@ -89,16 +89,11 @@ def compare_sources(sources: Sequence[str | Path], *, name: str = "default") -> 
     """
     if len(sources) < 2:
         raise ValueError(f"a comparison needs two or more reports, got {len(sources)}")
-    if all(map(is_run_folder, sources)):
+    if all(map(is_run, sources)):
         sources = [source for source in sources if _has_report(source, name)]
         if len(sources) < 2:
             return None
     return compare_reports(load_groups(sources, name))
-
-
-def is_run_folder(source: str | Path) -> bool:
-    """Whether ``source`` is the folder of a training run."""
-    return expanded(source).is_dir() and is_run(source)
 
 
 def _has_report(run: str | Path, name: str) -> bool:
