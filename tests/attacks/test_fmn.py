@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.user_network import write_user_network
 from torch import Tensor, nn
 
 from awnet.attacks import FMN, named_attack
@@ -204,28 +205,11 @@ def test_an_interrupted_evaluation_resumes_to_the_same_distances(tmp_path: Path)
     assert parts.accuracy_by_eps == whole.accuracy_by_eps
 
 
-CODE = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-"""
-
-
 def test_a_report_has_the_accuracy_at_every_eps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 4)).astype(np.uint8)
-    x = torch.from_numpy(pixels)[:, None].float() / 255
-    labels = model(x).argmax(1)
-    labels[:3] = (labels[:3] + 1) % 4
-    np.savez("test.npz", images=pixels, labels=labels.numpy())
-    Path("net_of_fmn_test.py").write_text(CODE)
+    model, _, x, labels = write_user_network("net_of_fmn_test.py")
     words = [
         "net_of_fmn_test.py:net",
         "--data",

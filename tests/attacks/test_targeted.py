@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.user_network import write_user_network
 from torch import Tensor, nn
 
 from awnet.attacks import CW, FGSM, MALT, PGD, FilteredAttack, Suite, TargetedAPGD, named_attack
@@ -217,28 +218,11 @@ def test_labels_of_targeted_and_transferred_attacks(name: str, label: str) -> No
     assert attack_label(name) == label
 
 
-CODE = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-"""
-
-
 def test_the_report_has_the_success_beside_the_robust_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 4)).astype(np.uint8)
-    x = torch.from_numpy(pixels)[:, None].float() / 255
-    labels = model(x).argmax(1)
-    labels[:3] = (labels[:3] + 1) % 4
-    np.savez("test.npz", images=pixels, labels=labels.numpy())
-    Path("net_of_targeted_test.py").write_text(CODE)
+    model, pixels, x, labels = write_user_network("net_of_targeted_test.py")
     words = ["net_of_targeted_test.py:net", "--data", "test.npz", "--eps", "0.2", "--device", "cpu"]
     names = ["pgd_sat-least_likely", "fgsm-2", "malt"]
     assert main(["evaluate", *words, "--attacks", *names, "--budget", "smoke"]) == 0

@@ -11,39 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.fake_cuda import Recorder
+from support.training_step import batch, broken, linear, made
 from torch import Tensor, nn
 
-from awnet.data.dataset import Batch
 from awnet.training import PGDAT, Recipe, recipe_for
 from awnet.training.step import TrainingStep
-
-CPU, K = torch.device("cpu"), 3
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, K))
-
-
-def batch(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
-    x = torch.rand(10, 1, 4, 4, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return Batch(x, torch.arange(10) % K, torch.arange(10))
+    return linear()
 
 
 def shifted(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
     return 0.9 * x
-
-
-def broken(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
-    return torch.full_like(x, torch.nan)
-
-
-def made(recipe: Recipe, model: nn.Module, **options: Any) -> TrainingStep:
-    step = TrainingStep(recipe, model, CPU, 5, **options)
-    step.start_epoch(0)
-    return step
 
 
 ADAMW = PGDAT(optimizer="adamw", lr=0.01, weight_decay=0.1, epochs=4, schedule="linear", warmup_epochs=1.0)
@@ -63,7 +46,7 @@ def test_a_step_equals_torchs(recipe: Recipe) -> None:
     else:
         optimizer = torch.optim.SGD(other.parameters(), momentum=0.9, nesterov=True, **settings)
     for i in range(6):
-        data = batch(i, torch.float64)
+        data = batch(seed=i, dtype=torch.float64)
         for group, ours in zip(optimizer.param_groups, step.optimizer.param_groups, strict=True):
             group["lr"] = ours["lr"]
         step(data, shifted)
@@ -88,11 +71,11 @@ def test_a_skipped_step_leaves_adamw_as_it_was(when: int) -> None:
     whole, part = (made(ADAMW, net()) for _ in range(2))
     for i in range(4):
         if i == when:
-            assert whole(batch(i), broken)["skipped"].item() == 1
+            assert whole(batch(seed=i), broken)["skipped"].item() == 1
             part.scheduler.step()
         else:
             for step in (whole, part):
-                step(batch(i), shifted)
+                step(batch(seed=i), shifted)
     for a, b in zip(everything(whole), everything(part), strict=True):
         assert torch.equal(a, b)
 
@@ -101,13 +84,13 @@ def test_a_skipped_step_leaves_adamw_as_it_was(when: int) -> None:
 def test_a_resumed_step_computes_the_same_bits(recipe: Recipe) -> None:
     one = made(recipe, net())
     for i in range(3):
-        one(batch(i), shifted)
+        one(batch(seed=i), shifted)
     two = made(recipe, net())
     two.model.load_state_dict(copy.deepcopy(one.model.state_dict()))
     two.load_state_dict(copy.deepcopy(one.state_dict()))
     for i in range(3, 6):
         for step in (one, two):
-            step(batch(i), shifted)
+            step(batch(seed=i), shifted)
     assert all(torch.equal(a, b) for a, b in zip(everything(one), everything(two), strict=True))
     assert one.optimizer.param_groups[0]["lr"] == two.optimizer.param_groups[0]["lr"]
 
@@ -118,7 +101,7 @@ def test_a_captured_step_of_adamw_is_the_step() -> None:
     captured = made(replace(ADAMW, capture=True), net(), record=recorder)
     for i in range(6):
         for step in (plain, captured):
-            step(batch(i), broken if i == 4 else shifted)
+            step(batch(seed=i), broken if i == 4 else shifted)
     assert len(recorder.recorded) == 1
     for a, b in zip(everything(plain), everything(captured), strict=True):
         # a rate that is a float32 tensor instead of a number
