@@ -122,7 +122,7 @@ def check_plain(recipe: Recipe) -> None:
     off = {"inner_type_weight": 0.0, "attack_kind": "pgd", "awp": 0.0, "optimizer": "sgd", "ema_decay": 0.0}
     for name, value in (off | {"temperature_lr": 0.0}).items():
         if getattr(recipe, name, value) != value:
-            raise ValueError(f"{name} must be {value}: the step in plain torch does without")
+            raise ValueError(f"{name} must be {value}: the step in plain torch does not have it")
 
 
 def plain_attack(

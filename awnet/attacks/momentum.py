@@ -27,7 +27,7 @@ class MIFGSM(PGD):
         step_size: length of a step; eps/steps if None.
         decay: of the accumulated gradient; 0 for I-FGSM.
         diversity: DI (Xie et al. 2019): the probability that an image is shrunk to a random size, at least
-            ``shrink`` of its own, and placed at a random position on black, before each gradient.
+            ``shrink`` of the image, and placed at a random position on black, before each gradient.
         shrink: the smallest relative size, above 0.
         kernel: TI (Dong et al. 2019): the gradient is smoothed by a Gaussian kernel of this odd width in
             pixels, with a standard deviation of a sixth of it. 1: no smoothing. None: the published 15 pixels

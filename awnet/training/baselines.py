@@ -86,7 +86,7 @@ class RDI(PGDAT):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.attack_kind != "pgd":
-            raise ValueError(f"attack_kind must be pgd: {self.name} has an attack of its own")
+            raise ValueError(f"attack_kind must be pgd: {self.name} defines its attack")
         if "cutmix" in self.augment:
             raise ValueError(f"augment must be without cutmix: {self.name} needs one label per image")
 

@@ -57,7 +57,7 @@ def build_scheduler(
             lower it to 0 at ``total``; ``onecycle`` raises it to the optimizer's rate and lowers it to nearly
             0 (Smith and Topin), with constant momentum.
         total, warmup, milestones: in steps. In the first ``warmup`` steps, n = 0, 1, …, the rate is
-            multiplied by (n + 1) / warmup instead; ``onecycle`` has a warm-up of its own.
+            multiplied by (n + 1) / warmup instead; ``onecycle`` includes a warm-up.
     """
     if name == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]

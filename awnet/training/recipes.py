@@ -56,10 +56,10 @@ class Recipe:
         ``linear`` lower it to 0 over the run; ``onecycle`` raises it to ``lr`` and lowers it to nearly 0
         (Smith and Topin), with constant momentum.
     warmup_epochs: in which the rate rises linearly to ``lr``; not with ``onecycle``, which has its own.
-    augment: operations on training images beside the data set's shift and flip: ``cutout``, ``resized_crop``,
-        ``idbh``, in order, and ``cutmix``; see :mod:`awnet.data.augmentation`. With ``resized_crop`` and
-        ``idbh``, which move the image themselves, there is no shift. With ``cutmix`` the attack takes the
-        label of the larger part.
+    augment: operations on training images in addition to the data set's shift and flip: ``cutout``,
+        ``resized_crop``, ``idbh``, in order, and ``cutmix``; see :mod:`awnet.data.augmentation`. With
+        ``resized_crop`` and ``idbh``, which move the image themselves, there is no shift. With ``cutmix``
+        the attack takes the label of the larger part.
     label_smoothing: share of the label that is spread over all classes, in every cross-entropy with labels
         that the loss has, in [0, 1). The training attack uses the labels themselves.
     attack_kind: ``pgd``, or an attack of one step: ``fgsm_rs`` (Wong et al., 2020: uniform noise within eps,
@@ -206,7 +206,7 @@ class Recipe:
         if self.nesterov and not (self.optimizer == "sgd" and self.momentum):
             raise ValueError("nesterov needs optimizer=sgd with a momentum above 0")
         if self.warmup_epochs and self.schedule == "onecycle":
-            raise ValueError("warmup_epochs must be 0 with schedule=onecycle, which has a warm-up of its own")
+            raise ValueError("warmup_epochs must be 0 with schedule=onecycle, which includes a warm-up")
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs must be at most epochs, {self.epochs}, got {self.warmup_epochs}")
         if self.attack_kind != "pgd" and self.attack_steps != 1:

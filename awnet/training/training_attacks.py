@@ -47,7 +47,7 @@ SINGLE_STEP_KINDS = {
 
 
 class SingleStepAttack(PGD):
-    """One step x + δ + step_size · sign(∂loss/∂x) from noise δ of its own radius, within eps and [0, 1].
+    """One step x + δ + step_size · sign(∂loss/∂x) from noise δ with a separate radius, within eps and [0, 1].
 
     FGSM-RS (Wong et al., ICLR 2020), N-FGSM (de Jorge et al., NeurIPS 2022) and the attack of GAT
     (Sriramanan et al., NeurIPS 2020) are this with the settings of :data:`SINGLE_STEP_KINDS`.
