@@ -150,7 +150,7 @@ def test_a_static_network_is_attacked_too(kind: type[Recipe]) -> None:
             "attack_radius must be None or a number above",
         ),
         ("standard", {"attack_kind": "n_fgsm"}, "attack_kind must be pgd: standard does not attack"),
-        ("rdi", {"attack_kind": "n_fgsm"}, "attack_kind must be pgd: rdi has an attack of its own"),
+        ("rdi", {"attack_kind": "n_fgsm"}, "attack_kind must be pgd: rdi defines its attack"),
     ],
 )
 def test_bad_settings_are_named(name: str, wrong: dict[str, Any], message: str) -> None:
