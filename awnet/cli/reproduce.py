@@ -22,7 +22,8 @@ class Reproduce:
     """digits: AW-Net and two static baselines on scikit-learn's digits, a few minutes on two CPU cores.
     table1 … table11, fig1, fig3, fig4, fig5: the paper's, next to its published results. weight_gap: its
     Section 3.2. systems: small dynamic networks of several kinds at equal training cost. gated: gated
-    defenses on digits, their papers' attacks against the union."""
+    defenses on digits, their papers' attacks against the union. recipes: ingredients of training recipes, one
+    at a time, on small images. presets: AW-Net and its static twins under each preset."""
     data: Maybe[str] = None
     """For table3 only: digits runs the ablation on digits instead of CIFAR-10."""
     budget: Literal["smoke", "cpu", "gpu-30min", "paper"] = "smoke"
@@ -41,8 +42,8 @@ class Reproduce:
     seed: int = 0
     """Seed of weights, order of images, augmentation, attacks and choice of held-out images."""
     seeds: Several[int] = ()
-    """Run digits with each of these seeds instead of --seed, and compare over the trainings. Default output
-    folder: runs/digits-seeds."""
+    """Run digits, recipes or presets with each of these seeds instead of --seed, and compare over the
+    trainings. Default: 0 1 2 for recipes and presets. Default output folder for digits: runs/digits-seeds."""
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 …. Default: the GPU if there is one."""
 
@@ -58,8 +59,6 @@ class Reproduce:
             else:
                 run_digits(self.out or Path("runs/digits"), seed=self.seed, **flags)
             return
-        if self.seeds:
-            raise ValueError(f"seeds is an option of digits; run {self.what} once per seed")
         if self.overwrite:
             raise ValueError("overwrite is an option of digits; tables share networks, so choose another out")
         reproduce(
@@ -68,5 +67,6 @@ class Reproduce:
             out=self.out or Path("runs/paper"),
             data_dir=self.data_dir,
             seed=self.seed,
+            seeds=self.seeds,
             device=self.device,
         )

@@ -24,6 +24,10 @@ class System:
     """Settings of the recipe, in addition to the budget's."""
     eps_scale: float = 1.0
     """Multiplies ε in training."""
+    baseline: str | None = None
+    """In an ablation: label of the system that it is compared with; None for the first."""
+    extra_fraction: float = 0.0
+    """Share of each training batch that is pseudo-labeled, see ``Runs.pseudo_labeled``."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,13 @@ class Experiment:
     """A table or figure.
 
     kind: ``accuracy`` (white-box attacks), ``transfer`` (made on a surrogate), ``detection`` (AUC),
-    ``filters`` (distributions of filter means), ``weight_gap`` (Section 3.2).
+    ``filters`` (distributions of filter means), ``weight_gap`` (Section 3.2), ``ablation`` (several trainings
+    of each system, compared with its baseline).
     table: the paper's rows for comparison, see ``awnet.evaluation.paper``; None if the paper prints none.
     """
 
     title: str
-    kind: Literal["accuracy", "transfer", "detection", "filters", "weight_gap"]
+    kind: Literal["accuracy", "transfer", "detection", "filters", "weight_gap", "ablation"]
     datasets: tuple[str, ...]
     systems: tuple[System, ...]
     attacks: tuple[str, ...] = ()
@@ -44,6 +49,10 @@ class Experiment:
     notes: tuple[str, ...] = ()
     equal_cost: bool = False
     """The budget's epochs apply to the first system; the others train for about as many multiply-adds."""
+    seeds: tuple[int, ...] = ()
+    """Of an ablation: the seeds of the trainings, unless others are given."""
+    teachers: Mapping[str, System] | None = None
+    """The clean and the robust teacher; None for those of the data set."""
     changes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Fields of a budget that are different here, by the name of the budget."""
 
@@ -59,6 +68,69 @@ _CNNS = (
     AWNET,
 )
 _PLAIN_AND_ROBUST = ("standard", "mtard")
+
+_CYCLE: dict[str, Any] = {"schedule": "onecycle", "weight_decay": 5e-4}
+_ONE_STEP: dict[str, Any] = {"attack_steps": 1, "attack_step_size": None}
+_SMALL_TEACHERS = {
+    "clean": System("clean teacher", "resnet_tiny", "standard", settings=_CYCLE),
+    "robust": System("robust teacher", "resnet_tiny", "pgd_at", settings=_CYCLE),
+}
+_SMALL_BUDGET: dict[str, dict[str, Any]] = {
+    "smoke": {"shrink": 2},
+    "cpu": {
+        "about": "10,000 training images of half the size, about an hour on two CPU cores with AMX",
+        "width": 1.0,
+        "epochs": 6,
+        "shrink": 2,
+        "settings": {
+            "batch_size": 64,
+            "attack_steps": 3,
+            "attack_step_size": 4 / 255,
+            "precision": "bfloat16",
+            "validate_every": 100,
+        },
+        "train_limit": 10000,
+        "test_limit": 500,
+        "attack_budget": "short",
+    },
+}
+_EQUAL_COST_NOTES = (
+    "Every system trains for about as many multiply-adds as the first, in whole epochs; the teachers' "
+    "forward passes count, their training does not.",
+    "The union is the worst case, image by image, over AutoAttack, CW and the adaptive attacks that apply.",
+    "An interval that excludes 0 is expected by chance in one of twenty rows.",
+)
+
+
+def _recipe(label: str, method: str = "pgd_at", baseline: str | None = None, **settings: Any) -> System:
+    """The small static network by a recipe, for the ablation of ingredients."""
+    options = {"activation": settings.pop("activation")} if "activation" in settings else {}
+    fraction = settings.pop("extra_fraction", 0.0)
+    schedule = {"weight_decay": 5e-4, "schedule": "cosine"} if settings.get("nesterov") else _CYCLE
+    return System(
+        label,
+        "resnet_tiny",
+        method,
+        options=options,
+        settings={**schedule, **settings},
+        baseline=baseline,
+        extra_fraction=fraction,
+    )
+
+
+def _under_preset(preset: str) -> tuple[System, ...]:
+    """AW-Net and its twins by one preset."""
+    settings = _ONE_STEP if preset == "single_step" else {}
+    networks = {
+        "AW-Net": "awnet_tiny",
+        "equal-width twin": "resnet_tiny",
+        "equal-size twin": "resnet_tiny_wide",
+    }
+    return tuple(
+        System(f"{label}, {preset}", model, preset, settings=settings, baseline=f"AW-Net, {preset}")
+        for label, model in networks.items()
+    )
+
 
 EXPERIMENTS: dict[str, Experiment] = {
     "table1": Experiment(
@@ -311,6 +383,66 @@ EXPERIMENTS: dict[str, Experiment] = {
                 "attack_budget": "short",
             }
         },
+    ),
+    "recipes": Experiment(
+        "Ingredients of training recipes, one at a time",
+        "ablation",
+        ("cifar10",),
+        (
+            _recipe("PGD-AT"),
+            _recipe("label smoothing 0.1", label_smoothing=0.1),
+            _recipe("weight perturbation (AWP) 0.01", awp=0.01),
+            _recipe("weight average 0.9995", ema_decay=0.9995),
+            _recipe("Nesterov, cosine schedule", nesterov=True),
+            _recipe("AdamW", optimizer="adamw", lr=1e-3, weight_decay=0.05),
+            _recipe("SiLU", activation="silu"),
+            _recipe("GELU", activation="gelu"),
+            _recipe("leaky ReLU", activation="leaky_relu"),
+            _recipe("Cutout", augment=("cutout",)),
+            _recipe("CutMix", augment=("cutmix",)),
+            _recipe("resized crop", augment=("resized_crop",)),
+            _recipe("IDBH", augment=("idbh",)),
+            _recipe("pseudo-labeled images, half of each batch", extra_fraction=0.5),
+            _recipe("TRADES", "trades"),
+            _recipe("TRADES with DKL", "trades", "TRADES", divergence="dkl"),
+            _recipe("MART", "mart"),
+            _recipe("FGSM-RS", attack_kind="fgsm_rs", **_ONE_STEP),
+            _recipe("N-FGSM", attack_kind="n_fgsm", **_ONE_STEP),
+            _recipe("GAT", "gat", **_ONE_STEP),
+            _recipe("MTARD", "mtard"),
+            _recipe("B-MTARD temperatures", "mtard", "MTARD", temperature_lr=0.001),
+        ),
+        ("pgd_sat", "union"),
+        notes=(
+            "The network is static, three blocks of 16, 32 and 64 channels. The baseline is PGD-AT by one "
+            "cycle of the learning rate; every row changes one thing in its baseline.",
+            "Pseudo-labeled images: the training images that the budget leaves out, labeled by the clean "
+            "teacher.",
+            *_EQUAL_COST_NOTES,
+        ),
+        equal_cost=True,
+        seeds=(0, 1, 2),
+        teachers=_SMALL_TEACHERS,
+        changes=_SMALL_BUDGET,
+    ),
+    "presets": Experiment(
+        "AW-Net and its static twins under each preset",
+        "ablation",
+        ("cifar10",),
+        tuple(
+            system
+            for preset in ("pgd_at_strong", "trades_strong", "mtard_strong", "single_step")
+            for system in _under_preset(preset)
+        ),
+        ("pgd_sat", "union"),
+        notes=(
+            "The twins have no router: one has AW-Net's widths, the other about as many parameters.",
+            *_EQUAL_COST_NOTES,
+        ),
+        equal_cost=True,
+        seeds=(0, 1, 2),
+        teachers=_SMALL_TEACHERS,
+        changes=_SMALL_BUDGET,
     ),
     "weight_gap": Experiment(
         "Section 3.2: the weight gap of Eq. 8 against ε and α_adv",

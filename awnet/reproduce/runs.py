@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
 from awnet.attacks import Attack
-from awnet.data import Dataset, Splits, ThreatModel, load_dataset
+from awnet.data import Dataset, Splits, ThreatModel, load_dataset, with_extra
+from awnet.devices import resolve_device
 from awnet.evaluation import Report, evaluate
+from awnet.files import written_atomically
 from awnet.models.registry import create_seeded_model
 from awnet.models.separate import SeparateNet
 from awnet.reproduce.experiments import Budget, System
@@ -69,9 +72,11 @@ class Runs:
         seed: int,
         device: str | torch.device | None,
         console: Console,
+        teachers: Mapping[str, System] | None = None,
     ) -> None:
         self.place, self.budget_name, self.budget = place, budget_name, budget
         self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
+        self._teachers = teachers
         self.skipped: dict[str, str] = {}
         """Systems that cannot be built here, with the reasons."""
         self.trainings: list[Training] = []
@@ -92,25 +97,33 @@ class Runs:
         """
         if name not in self._splits:
             budget = self.budget
-            try:
-                splits = load_dataset(name, self.data_dir, seed=self.seed)
-            except FileNotFoundError as error:
-                if not budget.synthetic:
-                    raise FileNotFoundError(
-                        f"{error} (only --budget smoke runs without the images, on generated ones)"
-                    ) from error
-                splits = synthetic_splits(name, self.seed)
-                self.say(f"{name} is missing: generated images are used instead, so the figures mean nothing")
             limits = (budget.train_limit, budget.validation_limit, budget.test_limit)
-            parts = (_cut(part, n) for part, n in zip(splits, limits, strict=True))
+            parts = (_cut(part, n) for part, n in zip(self._whole(name), limits, strict=True))
             self._splits[name] = Splits(*(shrunk_options(part, budget.shrink) for part in parts))
         return self._splits[name]
+
+    def _whole(self, name: str) -> Splits:
+        """The data set without the budget's limits."""
+        try:
+            return load_dataset(name, self.data_dir, seed=self.seed)
+        except FileNotFoundError as error:
+            if not self.budget.synthetic:
+                raise FileNotFoundError(
+                    f"{error} (only --budget smoke runs without the images, on generated ones)"
+                ) from error
+            self.say(f"{name} is missing: generated images are used instead, so the figures mean nothing")
+            return synthetic_splits(name, self.seed)
 
     def run_folder(self, system: System, dataset: str) -> Path:
         settings = {**system.options, **{f"recipe-{k}": v for k, v in system.settings.items()}}
         if system.eps_scale != 1:
             settings["eps-scale"] = system.eps_scale
-        words = [f"{key}={value}" for key, value in sorted(settings.items())]
+        if system.extra_fraction:
+            settings["extra-fraction"] = system.extra_fraction
+        words = [
+            f"{key}={'+'.join(map(str, value)) if isinstance(value, tuple) else value}"
+            for key, value in sorted(settings.items())
+        ]
         recipe = self._recipe_name(system.recipe)
         name = "-".join([dataset, system.model, recipe, *words, f"seed{self.seed}"])
         return self.place.path / "runs" / self.budget_name / name
@@ -135,7 +148,8 @@ class Runs:
         total = 0
         for system in systems:
             recipe = self.recipe(system, dataset)
-            cost = multiply_adds(recipe, self.build_network(system, train), train)
+            teachers = [self.build_network(one, train) for one in self.teachers(recipe, dataset)]
+            cost = multiply_adds(recipe, self.build_network(system, train), train, teachers)
             total = total or cost * recipe.epochs
             epochs = max(1, round(total / cost))
             adjusted.append(replace(system, settings={**system.settings, "epochs": epochs}))
@@ -146,15 +160,46 @@ class Runs:
             )
         return tuple(adjusted)
 
+    def teachers(self, recipe: Recipe, dataset: str) -> list[System]:
+        """The teachers that ``recipe`` needs, in its order."""
+        return [self._teachers_of(dataset)[kind] for kind in recipe.teachers]
+
+    def _teachers_of(self, dataset: str) -> Mapping[str, System]:
+        if self._teachers is not None:
+            return self._teachers
+        return _DIGITS_TEACHERS if dataset == "digits" else _TEACHERS
+
+    def pseudo_labeled(self, dataset: str) -> Path:
+        """A file of the training images that the budget leaves out, labeled by the clean teacher."""
+        path = self.place.path / "runs" / self.budget_name / f"{dataset}-pseudo-labels-seed{self.seed}.npz"
+        if path.is_file():
+            return path
+        train = self.splits(dataset).train
+        model = self.trained(self._teachers_of(dataset)["clean"], dataset).eval()
+        whole = self._whole(dataset).train
+        rest = whole.take((~torch.isin(whole.index, train.index)).nonzero()[:, 0])
+        rest = shrunk_options(rest, self.budget.shrink)
+        device = resolve_device(self.device)
+        with torch.inference_mode():
+            labels = [model(batch.x).argmax(1).cpu() for batch in rest.batches(256, device=device)]
+        images = rest.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
+        right = (torch.cat(labels) == rest.labels.cpu()).float().mean()
+        self.say(f"{len(rest):,} pseudo-labels of {dataset}, {100 * right:.1f} % of them right, in {path}")
+        with written_atomically(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, image=images, label=torch.cat(labels).numpy())
+        return path
+
     def trained(self, system: System, dataset: str) -> nn.Module:
         """The network of a system at its best checkpoint; its teachers are trained first and shared."""
         splits = self.splits(dataset)
         if system.eps_scale != 1:
             threat = ThreatModel(splits.train.threat_model.eps * system.eps_scale)
             splits = Splits(*(replace(part, threat_model=threat) for part in splits))
+        if system.extra_fraction:
+            extra = with_extra(splits.train, self.pseudo_labeled(dataset), system.extra_fraction)
+            splits = splits._replace(train=extra)
         recipe = self.recipe(system, dataset)
-        systems = _DIGITS_TEACHERS if dataset == "digits" else _TEACHERS
-        teachers = [systems[kind] for kind in recipe.teachers]
+        teachers = self.teachers(recipe, dataset)
         for teacher in teachers:
             self.trained(teacher, dataset)
         folder = self.run_folder(system, dataset)

@@ -21,14 +21,21 @@ from awnet.devices import resolve_device
 from awnet.evaluation import Report, auc, compare
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.paper import PaperRow, paper_rows
-from awnet.evaluation.results import AttackResult
-from awnet.evaluation.tables import attack_label
 from awnet.files import expanded, write_json, write_text
 from awnet.precision import full_precision
 from awnet.provenance import environment
+from awnet.reproduce.ablation import run_ablation
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.digits import conclusion, followed, say
 from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
+from awnet.reproduce.markdown import (
+    attack_settings,
+    markdown_table,
+    section,
+    statement,
+    table_label,
+    training_table,
+)
 from awnet.reproduce.runs import SURROGATE, Runs
 from awnet.terminal import safe_console
 from awnet.text import csv_text, visible
@@ -57,7 +64,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Outcome:
-    """folder: with table.md, table.csv, table.json and figures; lines: empty for a figure."""
+    """folder: with table.md, table.csv, table.json and figures; lines: empty for a figure and an ablation."""
 
     folder: Path
     lines: tuple[Line, ...]
@@ -70,6 +77,7 @@ def reproduce(
     out: str | Path = "runs/paper",
     data_dir: str | Path | None = None,
     seed: int = 0,
+    seeds: Sequence[int] = (),
     device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> Outcome:
@@ -78,8 +86,12 @@ def reproduce(
     Networks are trained under ``out/runs`` and shared with other experiments; an interrupted call is resumed.
     The table lists the paper's figure, ours and the difference, and states what ours was measured on.
 
+    Args:
+        seeds: of an ablation, the trainings of each system; by default those of the experiment. Several
+            processes can share ``out``, each with other seeds; a last call with all of them only compares.
+
     Raises:
-        ValueError: an unknown name or budget.
+        ValueError: an unknown name or budget, or ``seeds`` for an experiment of one training.
         FileNotFoundError: the folder of a data set is missing. With ``smoke`` generated images are used
             instead, and the table states this.
     """
@@ -88,19 +100,29 @@ def reproduce(
     if budget not in BUDGETS:
         raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
     experiment = EXPERIMENTS[name]
+    if seeds and experiment.kind != "ablation":
+        raise ValueError(f"seeds is an option of digits and of ablations; run {name} once per seed")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different numbers, got {list(seeds)}")
     console = safe_console(quiet=quiet)
     allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
     with followed(expanded(out), partial(say, console)) as place:
-        runs = Runs(
+        make_runs = partial(
+            Runs,
             place,
             budget,
             allowed,
             data_dir=None if data_dir is None else expanded(data_dir),
-            seed=seed,
             device=device,
             console=console,
+            teachers=experiment.teachers,
         )
+        runs = make_runs(seed=seed)
         runs.say(f"{name}: {experiment.title}; budget {budget}: {allowed.about}")
+        if experiment.kind == "ablation":
+            folder = run_ablation(name, experiment, make_runs, seeds or experiment.seeds)
+            runs.say(f"written to {folder}")
+            return Outcome(folder, ())
         if experiment.equal_cost:
             (dataset,) = experiment.datasets
             experiment = replace(experiment, systems=runs.at_equal_cost(experiment.systems, dataset))
@@ -287,7 +309,7 @@ def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
     """Records attack settings, paired differences and flags for the text of the table."""
     attacks = {name: result for report in reports.values() for name, result in report.results().items()}
     for name, result in attacks.items():
-        text = _settings(name, result, runs)
+        text = attack_settings(name, result)
         if text not in runs.attack_settings:
             runs.attack_settings.append(text)
     first = reports.get(AWNET.label)
@@ -299,67 +321,8 @@ def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
         runs.flags += [f"{label}, {dataset}: {flag}." for flag in report.flags]
 
 
-def _settings(name: str, result: AttackResult, runs: Runs) -> str:
-    settings = result.settings
-    if "members" in settings:
-        text = ", ".join(settings["members"])
-    else:
-        shown = {k: v for k, v in settings.items() if k not in ("attack", "seed", "eps")}
-        text = ", ".join(
-            f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in shown.items()
-            if isinstance(value, str | int | float)
-        )
-    return f"{_attack_label(name)}: {text or 'see report.json'}."
-
-
-def _attack_label(name: str) -> str:
-    """The name of an attack in text; empty for no attack."""
-    if name.startswith("transfer_"):
-        return f"{_attack_label(name.removeprefix('transfer_'))}, transferred"
-    return attack_label(name)
-
-
 def _fraction(per_cent: float | None) -> float | None:
     return None if per_cent is None else per_cent / 100
-
-
-def _statement(experiment: Experiment, runs: Runs) -> list[str]:
-    """What our figures were measured on, as text of the table."""
-    budget = runs.budget
-    lines = []
-    for dataset in experiment.datasets:
-        splits = runs.splits(dataset)
-        lines.append(
-            f"Data: {splits.train.name}, {len(splits.train)} training, {len(splits.validation)} validation "
-            f"and {len(splits.test)} test images ({splits.train.source}); L-infinity eps "
-            f"{splits.test.threat_model.eps:.4g}."
-        )
-    channels = "" if budget.width == 1 else f"channels × {budget.width:g}; "
-    lines += [
-        f"Budget {runs.budget_name}: {budget.about}.",
-        f"Training: {channels}seed {runs.seed}, one run of each network; the checkpoint is the best on the "
-        "validation images (the paper selected on the test images).",
-        *_budget_settings(runs),
-        *experiment.notes,
-        *(f"{system} was not measured: {reason}." for system, reason in runs.skipped.items()),
-    ]
-    if experiment.table is not None:
-        lines += [
-            f"Table {experiment.table}, {row.system}, {row.attack}: {row.note}."
-            for row in paper_rows(experiment.table)
-            if row.note
-        ]
-    return lines
-
-
-def _budget_settings(runs: Runs) -> list[str]:
-    settings = runs.budget.settings
-    if not settings:
-        return []
-    eps = "attack_step_size"  # in image units, shown in 255ths
-    texts = [f"{k.replace('_', ' ')} {f'{255 * v:.3g}/255' if k == eps else v}" for k, v in settings.items()]
-    return [f"Settings of all recipes: {', '.join(texts)}."]
 
 
 _QUANTITIES = {"clean": "A_nat", "adversarial": "A_adv", "w_robust": "A_w", "auc": "AUC"}
@@ -370,7 +333,7 @@ def _cells(line: Line, printed: bool) -> list[str]:
         return "–" if value is None else f"{100 * value:.2f}"
 
     interval = "" if line.low is None or line.high is None else f" [{show(line.low)}, {show(line.high)}]"
-    attack = _attack_label(line.attack) or "–"
+    attack = table_label(line.attack) or "–"
     cells = [line.system, attack, _QUANTITIES[line.quantity], show(line.ours) + interval]
     if printed:
         difference = "–" if line.difference is None else f"{100 * line.difference:+.2f}"
@@ -382,25 +345,6 @@ def _headings(printed: bool) -> list[str]:
     """``printed``: whether the paper has figures to compare with."""
     before = ["system", "attack", "quantity"]
     return [*before, "paper", "ours [95 %]", "difference"] if printed else [*before, "ours [95 %]"]
-
-
-def _rows(headings: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
-    """A table in Markdown; columns after the first ``text_columns`` are aligned to the right."""
-    rule = ["---"] * text_columns + ["--:"] * (len(headings) - text_columns)
-    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
-
-
-def _trainings(runs: Runs) -> list[str]:
-    counted = any(one.multiply_adds is not None for one in runs.trainings)
-    headings = ["data", "network trained", "as", "recipe", "parameters", "epochs", "minutes"]
-    rows = []
-    for one in runs.trainings:
-        cells = [one.dataset, one.label, one.network, one.recipe, f"{one.parameters:,}", str(one.epochs)]
-        cells.append(f"{one.seconds / 60:.1f}")
-        if counted:
-            cells.append("–" if one.multiply_adds is None else f"{one.multiply_adds / 1e12:.2f}")
-        rows.append(cells)
-    return _rows([*headings, *(["multiply-adds, 10¹²"] if counted else [])], rows, 4)
 
 
 def _claims(lines: Sequence[Line]) -> list[str]:
@@ -415,29 +359,27 @@ def _claims(lines: Sequence[Line]) -> list[str]:
         claimed = min(single, key=lambda line: line.ours or 0.0)
         gap = f"{100 * ((union.ours or 0.0) - (claimed.ours or 0.0)):+.2f}"
         cells = [_cells(line, printed=False)[3] for line in (claimed, union)]
-        rows.append([union.system, _attack_label(claimed.attack), *cells, gap])
+        rows.append([union.system, table_label(claimed.attack), *cells, gap])
     headings = ["system", "strongest attack of the papers", "claimed [95 %]", "union [95 %]", "difference"]
-    return _rows(headings, rows, 2) if rows else []
-
-
-def _section(title: str, lines: Sequence[str]) -> list[str]:
-    return [f"## {title}", "", *lines, ""] if lines else []
+    return markdown_table(headings, rows, 2) if rows else []
 
 
 def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> None:
-    text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in _statement(experiment, runs)), ""]
+    text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in statement(experiment, runs)), ""]
     printed = any(line.paper is not None for line in lines)
     for dataset in experiment.datasets:
         rows_of_dataset = [_cells(line, printed) for line in lines if line.dataset == dataset]
-        text += _section(
-            f"{runs.splits(dataset).test.name}, per cent", _rows(_headings(printed), rows_of_dataset, 3)
+        text += section(
+            f"{runs.splits(dataset).test.name}, per cent",
+            markdown_table(_headings(printed), rows_of_dataset, 3),
         )
-    text += _section("Claimed by the papers' attacks, left by the union", _claims(lines))
-    text += _section("Paired by image, 95 % intervals", [f"- {said}" for said in runs.differences])
-    text += _section("Attacks", [f"- {said}" for said in runs.attack_settings])
-    text += _section("Flags of the reports", [f"- {said}" for said in runs.flags])
-    text += _section(
-        "Trainings, with wall-clock minutes of a machine that may have done other work", _trainings(runs)
+    text += section("Claimed by the papers' attacks, left by the union", _claims(lines))
+    text += section("Paired by image, 95 % intervals", [f"- {said}" for said in runs.differences])
+    text += section("Attacks", [f"- {said}" for said in runs.attack_settings])
+    text += section("Flags of the reports", [f"- {said}" for said in runs.flags])
+    text += section(
+        "Trainings, with wall-clock minutes of a machine that may have done other work",
+        training_table(runs.trainings),
     )
     folder = runs.results(name)
     write_text(folder / "table.md", "\n".join(map(visible, text)))
@@ -451,7 +393,7 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
             "title": experiment.title,
             "budget": runs.budget_name,
             "seed": runs.seed,
-            "statement": _statement(experiment, runs),
+            "statement": statement(experiment, runs),
             "attacks": runs.attack_settings,
             "differences": runs.differences,
             "doubts": runs.flags,
@@ -472,7 +414,7 @@ def _rich(experiment: Experiment, lines: list[Line], runs: Runs) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.text import Text
 
-    caption = Text(visible(_statement(experiment, runs)[0]))
+    caption = Text(visible(statement(experiment, runs)[0]))
     table = Table(title=f"{experiment.title}, per cent", box=SIMPLE_HEAD, caption=caption)
     printed = any(line.paper is not None for line in lines)
     for number, heading in enumerate(_headings(printed)):
@@ -494,7 +436,7 @@ def _draw_bars(experiment: Experiment, reports: dict[str, Report], path: Path, d
     w_robust_bars(
         {
             system: {
-                _attack_label(attack): (result.w_robust_accuracy, result.w_interval_95)
+                table_label(attack): (result.w_robust_accuracy, result.w_interval_95)
                 for attack, result in report.results().items()
             }
             for system, report in reports.items()

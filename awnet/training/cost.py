@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,30 +14,39 @@ from torch.utils.flop_counter import flop_registry
 
 from awnet.data import Dataset
 from awnet.ops import use_backend
+from awnet.training.forward import Teachers
 from awnet.training.recipes import Recipe
 from awnet.training.step import TrainingStep
 
 _IMAGES = 8
 
 
-def multiply_adds(recipe: Recipe, model: nn.Module, dataset: Dataset) -> int:
+def multiply_adds(
+    recipe: Recipe, model: nn.Module, dataset: Dataset, teachers: Sequence[nn.Module] = ()
+) -> int:
     """Multiply-adds of convolutions and matrix products per image in an epoch of ``recipe``.
 
     They are counted while the reference backend trains on one small batch: the training attack, forward and
     backward passes, but not batch norms, activations, the optimizer and validation. If filters are scaled for
     each sample, that backend computes gradients of these filters also in the attack, which faster backends
-    avoid; they add up to half of the cost of an attack step. ``model`` is not changed.
+    avoid; they add up to half of the cost of an attack step. ``model`` and ``teachers`` are not changed.
+
+    Args:
+        teachers: those that the recipe needs, in its order. Their forward passes are counted, their training
+            is not.
 
     Raises:
-        ValueError: the recipe has teachers, whose training is not counted.
+        ValueError: another number of teachers than the recipe needs.
     """
-    if recipe.teachers:
-        raise ValueError(f"recipe {recipe.name!r} needs teachers: the cost of training them is not counted")
+    if len(teachers) != len(recipe.teachers):
+        raise ValueError(f"recipe {recipe.name!r} needs {len(recipe.teachers)} teachers, got {len(teachers)}")
     cpu = torch.device("cpu")
     recipe, model = replace(recipe, capture=False, precision="float32"), copy.deepcopy(model).to(cpu)
     batch = next(dataset.to(cpu).batches(_IMAGES))
     with torch.random.fork_rng([]), use_backend("reference"):
-        step = TrainingStep(recipe, model, cpu, steps_per_epoch=10)
+        # in a Sequential: an inference copy of the teacher would hide its convolutions
+        plain = [nn.Sequential(copy.deepcopy(one).to(cpu)) for one in teachers]
+        step = TrainingStep(recipe, model, cpu, 10, Teachers(*plain) if plain else None)
         attack = recipe.attack(model, dataset.threat_model, dataset.num_classes, seed=0)
         step.start_epoch(recipe.epochs - 1)  # after all warm-ups
         with _Counter() as counter:

@@ -76,7 +76,7 @@ def test_a_step_of_the_attack_costs_a_forward_pass_and_a_gradient_for_the_image(
 
 
 def test_a_recipe_with_teachers_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs teachers"):
+    with pytest.raises(ValueError, match="needs 2 teachers, got 0"):
         multiply_adds(recipe_for("mtard", "digits"), nn.Identity(), DIGITS)
 
 

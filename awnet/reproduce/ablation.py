@@ -1,0 +1,178 @@
+"""Ablations: each system trained with several seeds and compared with its baseline, paired by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from awnet.analysis import paired_differences
+from awnet.devices import resolve_device
+from awnet.evaluation import Report
+from awnet.evaluation.comparison import Group, Measured, compare_reports, quantity_label
+from awnet.evaluation.statistics import Interval
+from awnet.files import write_json, write_text
+from awnet.provenance import environment
+from awnet.reproduce.experiments import Experiment
+from awnet.reproduce.markdown import attack_settings, markdown_table, section, statement, training_table
+from awnet.reproduce.runs import Runs
+from awnet.text import csv_text, visible
+
+
+def run_ablation(
+    name: str, experiment: Experiment, make_runs: Callable[..., Runs], seeds: Sequence[int]
+) -> Path:
+    """Trains and evaluates every system with each seed, and writes the differences to its baseline.
+
+    Args:
+        make_runs: called with ``seed=``; makes the runs of one seed.
+
+    Returns:
+        The folder with ``table.md``, ``table.csv``, ``table.json`` and ``differences.png``.
+    """
+    (dataset,) = experiment.datasets
+    by_seed = [make_runs(seed=seed) for seed in seeds]
+    first = by_seed[0]
+    if experiment.equal_cost:
+        experiment = replace(experiment, systems=first.at_equal_cost(experiment.systems, dataset))
+    reports: dict[str, list[Report]] = {system.label: [] for system in experiment.systems}
+    for runs in by_seed:
+        for system in experiment.systems:
+            runs.say(f"seed {runs.seed}, {system.label}")
+            reports[system.label].append(runs.evaluated(system, dataset, experiment.attacks, name))
+    groups = {label: Group(label, tuple(several), tuple(seeds)) for label, several in reports.items()}
+    rows = _rows(experiment, groups)
+    folder = first.results(name)
+    lines = statement(experiment, first, seeds)
+    attacks = dict.fromkeys(
+        attack_settings(attack, result)
+        for several in reports.values()
+        for attack, result in several[0].results().items()
+    )
+    quantities = ["clean", *experiment.attacks]
+    text = [f"# {name}: {experiment.title}", "", *(f"- {line}" for line in lines), ""]
+    text += section("Accuracy, per cent, mean over the trainings", _accuracies(rows, experiment, quantities))
+    text += section(
+        "Difference to the baseline in points, with 95 % intervals over images, paired by image",
+        _differences(rows, experiment, quantities, "over_images"),
+    )
+    if len(seeds) > 1:
+        text += section(
+            "Difference to the baseline in points, with 95 % intervals over trainings, paired by seed",
+            _differences(rows, experiment, quantities, "over_seeds"),
+        )
+    text += section("Attacks", [f"- {attack}" for attack in attacks])
+    text += section(
+        f"Trainings of seed {first.seed}, with wall-clock minutes of a machine that may have done other work",
+        training_table(first.trainings),
+    )
+    write_text(folder / "table.md", "\n".join(map(visible, text)))
+    write_text(folder / "table.csv", csv_text(_csv_rows(rows, experiment)))
+    write_json(
+        folder / "table.json",
+        {
+            "experiment": name,
+            "title": experiment.title,
+            "budget": first.budget_name,
+            "seeds": list(seeds),
+            "statement": lines,
+            "attacks": list(attacks),
+            "rows": [asdict(row) for row in rows.values()],
+            "trainings": [asdict(training) for runs in by_seed for training in runs.trainings],
+            "environment": environment(resolve_device(first.device or "cpu")),
+        },
+    )
+    _draw(rows, experiment, quantities, folder / "differences.png")
+    for line in text:
+        first.say(line)
+    return folder
+
+
+def _baselines(experiment: Experiment) -> dict[str, str]:
+    """The label of each system's baseline, which may be the system itself."""
+    first = experiment.systems[0].label
+    return {system.label: system.baseline or first for system in experiment.systems}
+
+
+def _rows(experiment: Experiment, groups: dict[str, Group]) -> dict[tuple[str, str], Measured]:
+    """(system, quantity) → its accuracy and difference to its baseline."""
+    baselines = _baselines(experiment)
+    rows: dict[tuple[str, str], Measured] = {}
+    for baseline in dict.fromkeys(baselines.values()):
+        others = [label for label, one in baselines.items() if one == baseline and label != baseline]
+        for row in compare_reports([groups[label] for label in (baseline, *others)]).rows:
+            if row.group != baseline or baselines[baseline] == baseline:
+                rows[row.group, row.quantity] = row
+    return rows
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _points(value: float, interval: Interval | None) -> str:
+    low, high = interval or (value, value)
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _accuracies(
+    rows: dict[tuple[str, str], Measured], experiment: Experiment, quantities: Sequence[str]
+) -> list[str]:
+    headings = ["system", "epochs", *map(quantity_label, quantities)]
+    cells = [
+        [
+            system.label,
+            str(system.settings.get("epochs", "")),
+            *(_percent(rows[system.label, quantity].accuracy) for quantity in quantities),
+        ]
+        for system in experiment.systems
+    ]
+    return markdown_table(headings, cells, 1)
+
+
+def _differences(
+    rows: dict[tuple[str, str], Measured], experiment: Experiment, quantities: Sequence[str], interval: str
+) -> list[str]:
+    cells = [
+        [
+            label,
+            baseline,
+            *(
+                _points(row.difference or 0.0, getattr(row, interval))
+                for row in (rows[label, quantity] for quantity in quantities)
+            ),
+        ]
+        for label, baseline in _baselines(experiment).items()
+        if label != baseline
+    ]
+    return markdown_table(["system", "baseline", *map(quantity_label, quantities)], cells, 2)
+
+
+def _csv_rows(rows: dict[tuple[str, str], Measured], experiment: Experiment) -> list[list[object]]:
+    baselines = _baselines(experiment)
+    intervals = ("interval_95", "over_images", "over_seeds")
+    ends = [f"{interval}_{end}" for interval in intervals for end in ("low", "high")]
+    table: list[list[object]] = [["system", "baseline", "quantity", "accuracy", "difference", *ends]]
+    for row in rows.values():
+        values = [row.accuracy, row.difference]
+        for interval in intervals:
+            values += getattr(row, interval) or (None, None)
+        shown = ["" if value is None else f"{value:.6f}" for value in values]
+        table.append([row.group, baselines[row.group], row.quantity, *shown])
+    return table
+
+
+def _draw(
+    rows: dict[tuple[str, str], Measured], experiment: Experiment, quantities: Sequence[str], path: Path
+) -> None:
+    """A line for each system and quantity."""
+    compared = [label for label, baseline in _baselines(experiment).items() if label != baseline]
+    series = {
+        quantity_label(quantity): {
+            label: (row.difference, row.over_images, row.over_seeds)
+            for label in compared
+            if (row := rows[label, quantity]).difference is not None and row.over_images is not None
+        }
+        for quantity in quantities
+    }
+    paired_differences(series, path, title=f"{experiment.title}: difference to the baseline")

@@ -1,0 +1,99 @@
+"""What the Markdown pages of experiments have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from awnet.evaluation.paper import paper_rows
+from awnet.evaluation.results import AttackResult
+from awnet.evaluation.tables import attack_label
+from awnet.reproduce.experiments import Experiment
+from awnet.reproduce.runs import Runs, Training
+
+
+def attack_settings(name: str, result: AttackResult) -> str:
+    """The settings of an attack, or the members of a union, as a sentence."""
+    settings = result.settings
+    if "members" in settings:
+        text = ", ".join(settings["members"])
+    else:
+        shown = {k: v for k, v in settings.items() if k not in ("attack", "seed", "eps")}
+        text = ", ".join(
+            f"{key.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in shown.items()
+            if isinstance(value, str | int | float)
+        )
+    return f"{table_label(name)}: {text or 'see report.json'}."
+
+
+def table_label(name: str) -> str:
+    """The name of an attack in text; empty for no attack."""
+    if name.startswith("transfer_"):
+        return f"{table_label(name.removeprefix('transfer_'))}, transferred"
+    return attack_label(name)
+
+
+def statement(experiment: Experiment, runs: Runs, seeds: Sequence[int] = ()) -> list[str]:
+    """What our figures were measured on, as text; ``seeds``: of several trainings of each network."""
+    budget = runs.budget
+    lines = []
+    for dataset in experiment.datasets:
+        splits = runs.splits(dataset)
+        lines.append(
+            f"Data: {splits.train.name}, {len(splits.train)} training, {len(splits.validation)} validation "
+            f"and {len(splits.test)} test images ({splits.train.source}); L-infinity eps "
+            f"{splits.test.threat_model.eps:.4g}."
+        )
+    channels = "" if budget.width == 1 else f"channels × {budget.width:g}; "
+    trainings = f"seed {runs.seed}, one run of each network"
+    if seeds:
+        trainings = f"{len(seeds)} runs of each network, seeds {', '.join(map(str, seeds))}"
+    lines += [
+        f"Budget {runs.budget_name}: {budget.about}.",
+        f"Training: {channels}{trainings}; the checkpoint is the best on the validation images (the paper "
+        "selected on the test images).",
+        *_budget_settings(runs),
+        *experiment.notes,
+        *(f"{system} was not measured: {reason}." for system, reason in runs.skipped.items()),
+    ]
+    if experiment.table is not None:
+        lines += [
+            f"Table {experiment.table}, {row.system}, {row.attack}: {row.note}."
+            for row in paper_rows(experiment.table)
+            if row.note
+        ]
+    return lines
+
+
+def _budget_settings(runs: Runs) -> list[str]:
+    settings = runs.budget.settings
+    if not settings:
+        return []
+    eps = "attack_step_size"  # in image units, shown in 255ths
+    texts = [f"{k.replace('_', ' ')} {f'{255 * v:.3g}/255' if k == eps else v}" for k, v in settings.items()]
+    return [f"Settings of all recipes: {', '.join(texts)}."]
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
+    """A table in Markdown; columns after the first ``text_columns`` are aligned to the right."""
+    rule = ["---"] * text_columns + ["--:"] * (len(headings) - text_columns)
+    return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
+
+
+def training_table(trainings: Sequence[Training]) -> list[str]:
+    """A row for each training."""
+    counted = any(one.multiply_adds is not None for one in trainings)
+    headings = ["data", "network trained", "as", "recipe", "parameters", "epochs", "minutes"]
+    rows = []
+    for one in trainings:
+        cells = [one.dataset, one.label, one.network, one.recipe, f"{one.parameters:,}", str(one.epochs)]
+        cells.append(f"{one.seconds / 60:.1f}")
+        if counted:
+            cells.append("–" if one.multiply_adds is None else f"{one.multiply_adds / 1e12:.2f}")
+        rows.append(cells)
+    return markdown_table([*headings, *(["multiply-adds, 10¹²"] if counted else [])], rows, 4)
+
+
+def section(title: str, lines: Sequence[str]) -> list[str]:
+    """A heading with its lines; nothing without lines."""
+    return [f"## {title}", "", *lines, ""] if lines else []
