@@ -112,7 +112,7 @@ class Runs:
                     f"{error} (only --budget smoke runs without the images, on generated ones)"
                 ) from error
             self.say(f"{name} is missing: generated images are used instead, so the figures mean nothing")
-            return synthetic_splits(name, self.seed)
+            return synthetic_splits(name)  # the same images for every seed, as of a real data set
 
     def run_folder(self, system: System, dataset: str) -> Path:
         settings = {**system.options, **{f"recipe-{k}": v for k, v in system.settings.items()}}

@@ -75,7 +75,21 @@ def test_a_step_of_the_attack_costs_a_forward_pass_and_a_gradient_for_the_image(
         assert 2 * forward < step < 3 * forward
 
 
-def test_a_recipe_with_teachers_is_refused() -> None:
+def test_the_teachers_forward_passes_are_counted() -> None:
+    student, wide = (create_model(name, in_channels=1) for name in ("resnet_tiny", "resnet_tiny_wide"))
+    recipe = recipe_for("mtard", "digits")
+    forward = {}
+    for name, model in (("student", student), ("wide", wide)):
+        with use_backend("reference"), _Counter() as counter, torch.no_grad():
+            model.eval()(next(DIGITS.batches(8)).x)
+        forward[name] = counter.total / 8
+    costs = [multiply_adds(recipe, student, DIGITS, pair) for pair in ((student, student), (wide, student))]
+    assert costs[1] - costs[0] == pytest.approx(forward["wide"] - forward["student"], abs=2)
+    same_attack = multiply_adds(recipe_for("pgd_at", "digits"), student, DIGITS)  # and a pass on both images
+    assert costs[0] - same_attack == pytest.approx(2 * forward["student"], abs=2)
+
+
+def test_a_recipe_without_its_teachers_is_refused() -> None:
     with pytest.raises(ValueError, match="needs 2 teachers, got 0"):
         multiply_adds(recipe_for("mtard", "digits"), nn.Identity(), DIGITS)
 
