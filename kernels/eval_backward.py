@@ -22,18 +22,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Case, Table, launch, power_of_two
-from .passes import (
-    SHAPES,
+from .passes import SHAPES, table_like
+from .tables import as_bytes
+from .tiles import (
+    in_eights,
+    is_packed,
     launch_grid,
     load_planes,
     load_values,
+    packed_mask,
+    packed_offsets,
     planes_of_program,
     shape_of,
     store_values,
-    table_like,
     tile_offsets,
+    unpacked,
 )
-from .tables import as_bytes
 
 OP = "eval_backward"
 _COMBINE_TILE = 2048  # partial sums that the last program holds at once
@@ -53,7 +57,7 @@ def eval_backward_kernel(
     other_grad_ptr,  # or None
     d_mean_ptr,  # [B, C], the gradient of y's mean over pixels, or None
     u_ptr,  # None where neither sums nor a mask from u are requested
-    relu_mask_ptr,  # y or bytes; or None
+    relu_mask_ptr,  # y, bytes or packed bits; or None
     slope_ptr,  # of another activation; or None
     scale_ptr,  # [B, C]
     shift_ptr,  # [B, C]: the mask is of act(u · scale + shift); or None
@@ -62,6 +66,7 @@ def eval_backward_kernel(
     hw,
     splits,
     CHANNELS_LAST: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     STEPS: tl.constexpr,
@@ -90,7 +95,13 @@ def eval_backward_kernel(
             u = load_values(u_ptr, offsets, in_bounds)
         if slope_ptr is not None:
             g *= load_values(slope_ptr, offsets, in_bounds)
-        if relu_mask_ptr is not None:
+        if PACKED:
+            mask_offsets, in_mask = packed_offsets(
+                tl.program_id(0) // splits, begin, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M, BLOCK_P
+            )
+            mask = tl.load(relu_mask_ptr + mask_offsets, mask=in_mask, other=0)
+            g = tl.where(unpacked(mask, CHANNELS_LAST, BLOCK_M, BLOCK_P) == 0, 0.0, g)
+        elif relu_mask_ptr is not None:
             g = tl.where(load_values(relu_mask_ptr, offsets, in_bounds) <= 0, 0.0, g)
         elif shift_ptr is not None:
             # y as apply_kernel stored it
@@ -170,8 +181,8 @@ def eval_backward(
         grad, other_grad: gradients of y [B, C, H, W], of one dtype and layout; the second may be None.
         d_mean: contiguous float32 [B, C], the gradient of y's mean over pixels, or None.
         u: like the gradients; None where neither ``sums`` nor ``shift`` is given.
-        relu_mask: y, or the bool mask that ``apply`` writes, of the same layout; None without an activation
-            or with ``shift``.
+        relu_mask: y, or the mask that ``apply`` writes, bool or packed, of the same layout; None without an
+            activation or with ``shift``.
         scale: contiguous float32 [B, C].
         shift: contiguous float32 [B, C] where y = relu(u · scale + shift), without a residual: the mask is
             then computed from u. Otherwise None.
@@ -185,7 +196,8 @@ def eval_backward(
     Returns:
         ∂u, ∂residual or None, and :class:`Sums` or None.
     """
-    grid = launch_grid(shape_of(grad), config, steps=True)
+    packed = is_packed(relu_mask)
+    grid = launch_grid(shape_of(grad), in_eights(config) if packed else config, steps=True)
     if out is None:
         tables = Sums(table_like(grad), table_like(grad), table_like(grad) if centred else None)
         d_residual = torch.empty_like(grad) if residual else None
@@ -201,7 +213,7 @@ def eval_backward(
         eval_backward_kernel, grid.programs,
         d_u, d_residual, *((None, None, None) if result is None else result), *parts,
         grad, other_grad, d_mean, u, as_bytes(relu_mask), slope, scale, shift, *grid.sizes,
-        warps=config["warps"], BLOCK_S=block_s if split else 1,
+        warps=config["warps"], PACKED=packed, BLOCK_S=block_s if split else 1,
         COMBINE_STEPS=-(-grid.splits // block_s) if split else 1, **grid.constants,
     )  # fmt: skip
     return out
@@ -240,6 +252,12 @@ def _cases_of(
             u, u, c, u, None, c, None, config, slope=u, residual=True, sums=True
         ),
     }
+    bits = packed_mask(u)
+    if bits is not None:
+        calls[" join residual packed mask"] = lambda: eval_backward(
+            u, u, c, u, bits, c, None, config, residual=True, sums=True
+        )
+        calls[" static packed mask"] = lambda: eval_backward(u, None, None, None, bits, c, None, config)
     quick = name == "64@32²" and dtype == "bfloat16"
     for number, (options, run) in enumerate(calls.items()):
         if number == 0 or name == "64@32²":

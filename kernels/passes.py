@@ -12,7 +12,7 @@ split over several programs, each writes its partial result and a second kernel 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,62 +23,27 @@ from torch import Tensor
 from .activations import activated
 from .launch import Case, Table, launch, power_of_two
 from .tables import as_bytes
+from .tiles import (
+    Grid,
+    in_eights,
+    is_packed,
+    launch_grid,
+    load_planes,
+    load_values,
+    packed,
+    packed_mask,
+    packed_offsets,
+    planes_of_program,
+    shape_of,
+    store_values,
+    tile_of_program,
+    tile_offsets,
+)
 
 OPS = ("apply", "statistics", "reduce", "propagate")
 
 
 # --- kernels
-
-
-@triton.jit
-def planes_of(row, num_planes, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The planes of a row of tiles, which are in bounds, and the offsets of their first pixels."""
-    if CHANNELS_LAST:
-        rows_per_sample = tl.cdiv(channels, BLOCK_M)
-        sample = (row // rows_per_sample).to(tl.int64)
-        channel = (row % rows_per_sample) * BLOCK_M + tl.arange(0, BLOCK_M)
-        plane = sample * channels + channel
-        in_planes = channel < channels
-        start = sample * hw * channels + channel
-    else:
-        plane = row.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        in_planes = plane < num_planes
-        start = plane * hw
-    return plane, in_planes, start
-
-
-@triton.jit
-def tile_offsets(
-    start, in_planes, first_pixel, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """Offsets [BLOCK_M, BLOCK_P] of the pixels from ``first_pixel``, and which are in bounds."""
-    pixel = first_pixel + tl.arange(0, BLOCK_P)
-    if CHANNELS_LAST:
-        offsets = start[:, None] + (pixel * channels)[None, :]
-    else:
-        offsets = start[:, None] + pixel[None, :]
-    return offsets, in_planes[:, None] & (pixel < hw)[None, :]
-
-
-@triton.jit
-def _tile_of_program(
-    num_planes, channels, hw, splits,
-    CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """The planes of a program that computes one tile, and the offsets of the tile."""
-    pid = tl.program_id(0)
-    plane, in_planes, start = planes_of(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
-    first_pixel = (pid % splits).to(tl.int64) * BLOCK_P
-    offsets, in_bounds = tile_offsets(start, in_planes, first_pixel, channels, hw, CHANNELS_LAST, BLOCK_P)
-    return plane, in_planes, offsets, in_bounds
-
-
-@triton.jit
-def planes_of_program(num_planes, channels, hw, splits, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The planes of a program that loops over tiles, their offsets, and the index of its split."""
-    pid = tl.program_id(0)
-    plane, in_planes, start = planes_of(pid // splits, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M)
-    return plane, in_planes, start, (pid % splits).to(tl.int64)
 
 
 @triton.jit
@@ -89,22 +54,6 @@ def _parts_of_program(num_planes, splits, BLOCK_M: tl.constexpr, BLOCK_S: tl.con
     in_planes = plane < num_planes
     offsets = split[None, :] * num_planes + plane[:, None]
     return plane, in_planes, split, offsets, in_planes[:, None] & (split < splits)[None, :]
-
-
-@triton.jit
-def load_values(ptr, offsets, in_bounds):
-    return tl.load(ptr + offsets, mask=in_bounds, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_planes(ptr, plane, in_planes):
-    """One coefficient per plane, [BLOCK_M, 1]."""
-    return tl.load(ptr + plane, mask=in_planes, other=0.0)[:, None]
-
-
-@triton.jit
-def store_values(ptr, offsets, values, in_bounds):
-    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=in_bounds)
 
 
 @triton.jit
@@ -124,7 +73,7 @@ def _load_masked_grad(grad_ptr, relu_mask_ptr, slope_ptr, offsets, in_bounds):
 @triton.jit
 def apply_kernel(
     y_ptr,
-    mask_ptr,  # of a ReLU bytes, of another activation its slope, of the shape of y; or None
+    mask_ptr,  # of a ReLU bytes or packed bits, of another activation its slope, of the shape of y; or None
     u_ptr,
     scale_ptr,  # [B, C]
     shift_ptr,
@@ -137,10 +86,11 @@ def apply_kernel(
     splits,
     CHANNELS_LAST: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    plane, in_planes, offsets, in_bounds = _tile_of_program(
+    plane, in_planes, offsets, in_bounds = tile_of_program(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M, BLOCK_P
     )
     u = load_values(u_ptr, offsets, in_bounds)
@@ -166,7 +116,15 @@ def apply_kernel(
     if ACTIVATION <= 1:  # noqa: SIM102 (two conditions of the compiler)
         if mask_ptr is not None:  # of y as stored
             stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-            tl.store(mask_ptr + offsets, tl.where(stored <= 0, 0, 1).to(tl.uint8), mask=in_bounds)
+            passed = tl.where(stored <= 0, 0, 1)
+            if PACKED:
+                pid = tl.program_id(0)
+                first_pixel = (pid % splits).to(tl.int64) * BLOCK_P
+                offsets, in_bounds = packed_offsets(
+                    pid // splits, first_pixel, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M, BLOCK_P
+                )
+                passed = packed(passed, CHANNELS_LAST, BLOCK_M, BLOCK_P)
+            tl.store(mask_ptr + offsets, passed.to(tl.uint8), mask=in_bounds)
 
 
 @triton.jit
@@ -308,7 +266,7 @@ def propagate_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    plane, in_planes, offsets, in_bounds = _tile_of_program(
+    plane, in_planes, offsets, in_bounds = tile_of_program(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M, BLOCK_P
     )
     g = _load_masked_grad(grad_ptr, relu_mask_ptr, slope_ptr, offsets, in_bounds)
@@ -325,77 +283,10 @@ def propagate_kernel(
 # --- launches
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The shape and layout of a dense image tensor."""
-
-    batch: int
-    channels: int
-    hw: int
-    channels_last: bool
-
-    @property
-    def planes(self) -> int:
-        return self.batch * self.channels
-
-
-def shape_of(u: Tensor) -> Shape:
-    """The shape of ``u`` [B, C, H, W]; ValueError where it is dense in neither layout."""
-    batch, channels, height, width = u.shape
-    if not u.is_contiguous() and not u.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"u must be contiguous or channels_last, got strides {u.stride()}")
-    return Shape(batch, channels, height * width, not u.is_contiguous())
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Tiles over a shape: ``splits`` programs for each row of tiles, ``programs`` in all."""
-
-    shape: Shape
-    programs: int
-    splits: int
-    constants: dict[str, int | bool]
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """The kernels' arguments num_planes, channels, hw, splits."""
-        return self.shape.planes, self.shape.channels, self.shape.hw, self.splits
-
-
-def launch_grid(shape: Shape, config: Mapping[str, int], steps: bool = False) -> _Grid:
-    """Tiles of at most ``tile`` elements, at most ``inner`` along the contiguous axis.
-
-    With ``steps`` a program loops over up to ``config["steps"]`` tiles of pixels, fewer where too few
-    programs would be left to fill a GPU.
-    """
-    if shape.channels_last:
-        block_m = min(power_of_two(shape.channels), config["inner"], config["tile"])
-        block_p = min(power_of_two(shape.hw), config["tile"] // block_m)
-        rows = shape.batch * -(-shape.channels // block_m)
-    else:
-        block_p = min(power_of_two(shape.hw), config["inner"], config["tile"])
-        block_m = min(power_of_two(shape.planes), config["tile"] // block_p)
-        rows = -(-shape.planes // block_m)
-    tiles = -(-shape.hw // block_p)
-    constants: dict[str, int | bool] = {
-        "CHANNELS_LAST": shape.channels_last,
-        "BLOCK_M": block_m,
-        "BLOCK_P": block_p,
-    }
-    if steps:
-        per_program = min(config["steps"], power_of_two(tiles))
-        while per_program > 1 and rows * -(-tiles // per_program) < _ENOUGH_PROGRAMS:
-            per_program //= 2
-        constants["STEPS"] = per_program
-        tiles = -(-tiles // per_program)
-    return _Grid(shape, rows * tiles, tiles, constants)
-
-
-_ENOUGH_PROGRAMS = 512  # about four per multiprocessor of a large GPU
 _COMBINE_TILE = 2048  # elements of a tile of the combining kernels
 
 
-def _combine(kernel: object, grid: _Grid, *arguments: object, **constants: int) -> None:
+def _combine(kernel: object, grid: Grid, *arguments: object, **constants: int) -> None:
     block_s = power_of_two(grid.splits)
     block_m = min(power_of_two(grid.shape.planes), max(1, _COMBINE_TILE // block_s))
     programs = -(-grid.shape.planes // block_m)
@@ -431,16 +322,18 @@ def apply(
         activation: of act, see :mod:`awnet.kernels.activations`.
         config: launch parameters ``tile``, ``inner``, ``warps``.
         out: the tensor to write to, which may be ``u``; a new tensor like ``u`` if None.
-        relu_mask: for the ReLU, a bool tensor like ``u`` to write to: True where y is not <= 0.
+        relu_mask: for the ReLU, a bool tensor like ``u`` to write to, True where y is not <= 0; or the same
+            as bits, :func:`packed_mask`.
         slope: for activations other than the ReLU, a tensor like ``u`` to write act' to.
     """
     y = torch.empty_like(u) if out is None else out
-    grid = launch_grid(shape_of(u), config)
+    as_bits = is_packed(relu_mask)
+    grid = launch_grid(shape_of(u), in_eights(config) if as_bits else config)
     launch(
         apply_kernel, grid.programs,
         y, as_bytes(relu_mask) if slope is None else slope, u, scale, shift, residual, residual_scale,
         residual_shift, *grid.sizes,
-        ACTIVATION=activation, warps=config["warps"], **grid.constants,
+        ACTIVATION=activation, PACKED=as_bits, warps=config["warps"], **grid.constants,
     )  # fmt: skip
     return y
 
@@ -576,6 +469,9 @@ def _cases_of(
         calls[" residual relu"] = lambda: apply(u, c, c, u, True, config)
         calls[""] = lambda: apply(u, c, c, None, False, config)
         calls[" relu mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=mask)
+        bits = packed_mask(u)
+        if bits is not None:
+            calls[" relu packed mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=bits)
         shortcut = {"residual_scale": c, "residual_shift": c}
         calls[" shortcut relu"] = lambda: apply(u, c, c, u, True, config, **shortcut)
         for code, smooth in SMOOTH.items():

@@ -157,7 +157,7 @@ class EvalBackwardArgs(NamedTuple):
     other_grad: Tensor | None = None  # a second gradient of y, which is added
     d_mean: Tensor | None = None  # [B, C], the gradient of y's mean over pixels, added too
     u: Tensor | None = None  # needed for ``sums`` and ``shift``
-    relu_mask: Tensor | None = None  # y, or a bool mask; None without an activation or with ``shift``
+    relu_mask: Tensor | None = None  # y, or a mask of apply; None without an activation or with ``shift``
     shift: Tensor | None = None  # [B, C] where y = relu(u · scale + shift): u then gives the mask
     residual: bool = False  # whether ∂residual is requested
     sums: bool = False  # whether the sums are requested

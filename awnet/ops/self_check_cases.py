@@ -50,7 +50,7 @@ def run(check: Check, functions: Collection[str]) -> None:
     """Calls ``check(label, name, *arguments)`` for every case.
 
     ``functions`` names what the backend has besides the passes that every backend has: a kernel for
-    ``eval_backward``, the coefficients of a network, the step of an attack.
+    ``eval_backward``, masks that only it reads, the coefficients of a network, the step of an attack.
     """
     generator = torch.Generator().manual_seed(0)
     for number, (layout, dtype, shape) in enumerate(_IMAGES):
@@ -58,6 +58,8 @@ def run(check: Check, functions: Collection[str]) -> None:
         images.run()
         if "eval_backward" in functions:
             images.eval_backward()
+        if "forward_and_backward" in functions and number in (2, 3):
+            images.forward_and_backward()
     _coefficients(check, generator)
     if "network_coefficients" in functions:
         _network(check, generator)
@@ -88,6 +90,10 @@ def expected(name: str, *arguments: Any) -> Any:
         low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
         stepped = (x_adv + step_size * grad.sign()).clamp(low, high)
         return stepped, stepped
+    if name == "forward_and_backward":
+        u, scale, shift, residual, args = arguments
+        y, mask = EagerPasses().apply(u, scale, shift, residual, CODES["relu"], True, False)
+        return y, *EagerPasses().eval_backward(args._replace(relu_mask=mask))
     return getattr(EagerPasses(), name)(*arguments)
 
 
@@ -169,6 +175,12 @@ class _Images:
         self.check(self.label, "eval_backward", args, limit=1e-4)
         args = args._replace(relu_mask=None, shift=None, slope=other)
         self.check(self.label, "eval_backward", args, limit=1e-4)
+
+    def forward_and_backward(self) -> None:
+        """A frozen layer whose forward stores the mask of its ReLU for the backward."""
+        forward = self._image(), self._scale(), self._table(), self._image()
+        args = EvalBackwardArgs(self._image(), self._scale(), residual=True)
+        self.check(self.label, "forward_and_backward", *forward, args)
 
 
 def _coefficients(check: Check, generator: torch.Generator) -> None:

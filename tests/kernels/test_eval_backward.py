@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from awnet.kernels import eval_backward as kernel
-from awnet.kernels import passes
+from awnet.kernels import passes, tiles
 from awnet.kernels.launch import recorded
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -79,7 +79,7 @@ def image(table: Tensor) -> Tensor:
 
 
 def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_ENOUGH_PROGRAMS", 10**9 if case.many_programs else 1)
+    monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 10**9 if case.many_programs else 1)
     monkeypatch.setattr(kernel, "_COMBINE_TILE", 32)  # several steps there too
     plain = passes.table_like
     monkeypatch.setattr(kernel, "table_like", lambda u, splits=1: guarded.output(plain(u, splits)))
@@ -176,6 +176,65 @@ def test_the_mask_from_u_is_that_of_apply_in_every_bit(dtype: torch.dtype) -> No
         ones = torch.ones_like(u)
         _, g, _ = kernel.eval_backward(ones, None, None, u, None, scale, shift, SPLIT, residual=True)
         assert torch.equal(g, mask.to(dtype)), (a, b)
+
+
+def bits_of(packed: Tensor, like: Tensor) -> Tensor:
+    """A packed mask as a bool tensor in the layout of ``like``: bit i of byte j is element 8·j + i."""
+    bits = torch.stack([(packed >> i) & 1 for i in range(8)], 1).flatten().bool()
+    return bits.as_strided(like.shape, like.stride())
+
+
+PACKED_SHAPES = st.one_of(  # and whether in channels_last
+    st.tuples(
+        st.integers(1, 2), st.sampled_from([8, 24, 40]), st.integers(2, 4), st.integers(1, 4), st.just(True)
+    ),
+    st.tuples(
+        st.integers(1, 2), st.integers(1, 9), st.integers(1, 4), st.sampled_from([8, 16]), st.just(False)
+    ),
+)
+
+
+@settings(few, max_examples=4)
+@given(
+    PACKED_SHAPES,
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([16, 64, 256]),
+    st.sampled_from(
+        [2, 8, 32]
+    ),  # a tile has at least 8 elements along the contiguous axis, whatever is configured
+    st.booleans(),
+)
+@example((2, 24, 3, 5, True), torch.bfloat16, 64, 16, True)
+@example((3, 3, 4, 6, False), torch.float16, 16, 8, True)
+def test_a_packed_mask_gives_the_bits_of_a_bool_mask(
+    shape: tuple[int, int, int, int, bool], dtype: torch.dtype, tile: int, inner: int, sums: bool
+) -> None:
+    guarded, config = Guarded(), {"tile": tile, "inner": inner, "steps": 2, "warps": 4}
+    case = split_case(shape=shape[:4], last=shape[4], dtype=dtype)
+    images = [case.image(seed) for seed in (1, 2, 3, 4)]
+    images[0][-1, -1, -1, -1] = float("nan")
+    u, grad, other, residual = map(guarded.input, images)
+    scale, shift, d_mean = (case.table(seed) for seed in (5, 6, 7))
+    mask = torch.empty_like(u, dtype=torch.bool)
+    packed = guarded.output(tiles.packed_mask(u).view(torch.int8)).view(torch.uint8)
+    y = passes.apply(u, scale, shift, residual, True, config, relu_mask=mask)
+    again = passes.apply(u, scale, shift, residual, True, config, relu_mask=packed)
+    assert torch.equal(torch.nan_to_num(y, -1), torch.nan_to_num(again, -1))
+    assert torch.equal(bits_of(packed, u), mask)
+    options = {"residual": True, "sums": sums, "centred": True}
+    results = [
+        kernel.eval_backward(grad, other, d_mean, u if sums else None, m, scale, None, config, **options)
+        for m in (mask, packed)
+    ]
+    guarded.check()
+    flat = [[*r[:2], *(r[2] or ())] for r in results]
+    for by_bytes, by_bits in zip(*flat, strict=True):
+        assert torch.equal(torch.nan_to_num(by_bytes), torch.nan_to_num(by_bits))
+
+
+@pytest.mark.parametrize(("last", "shape"), [(True, (2, 12, 2, 4)), (False, (2, 8, 3, 5))])
+def test_no_packed_mask_where_a_row_has_no_whole_bytes(last: bool, shape: tuple[int, int, int, int]) -> None:
+    assert tiles.packed_mask(split_case(shape=shape, last=last).image(0)) is None
 
 
 def test_other_samples_filled_with_nan_change_no_bit() -> None:

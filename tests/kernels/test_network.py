@@ -85,6 +85,27 @@ def test_an_attack_on_a_frozen_network_equals_eager() -> None:
         assert same.float().mean() >= least
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(torch.float16, 1), (torch.bfloat16, 1), (torch.float32, 8)], ids=str
+)
+def test_a_frozen_network_saves_one_bit_of_mask_per_element_of_16_bit_images(
+    dtype: torch.dtype, bits: int
+) -> None:
+    layer = ops.NetworkLayer(
+        ops.AffineConvolution(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, activation="relu"),
+        -1, -1, True,
+    )  # fmt: skip
+    x = rand(2, 8, 4, 4, seed=0).to(dtype).requires_grad_()
+    weight, table = rand(8, 8, 3, 3, seed=1).to(dtype), rand(2, 8, seed=2)
+    saved: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with use_backend("triton"), hooks:
+        mean = ops.affine_network(x, [weight], [(table, table)], [layer])
+    assert mean[0].requires_grad
+    masks = [t for t in saved if t.dtype in (torch.bool, torch.uint8)]
+    assert [8 * t.numel() * t.element_size() for t in masks] == [bits * 2 * 8 * 4 * 4]
+
+
 @pytest.mark.slow  # opcheck imports seconds of test helpers
 def test_the_operators_have_correct_schemas_and_fake_kernels() -> None:
     tables = rand(4, 2, 12, seed=0).abs_().add_(0.1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from awnet.kernels import passes
+from awnet.kernels import passes, tiles
 from awnet.kernels.launch import launch, power_of_two
 from support.interpreter import DEVICE, INTERPRETED, Guarded
 from torch import Tensor
@@ -67,7 +67,7 @@ def assert_close(got: Tensor, expected: Tensor, size: Tensor, dtype: torch.dtype
 @pytest.fixture(params=["one tile a program", "many tiles a program"])
 def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many tiles a program":
-        monkeypatch.setattr(passes, "_ENOUGH_PROGRAMS", 1)
+        monkeypatch.setattr(tiles, "_ENOUGH_PROGRAMS", 1)
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_nan_passes_the_activation_as_in_torch() -> None:
 
 @triton.jit
 def _addresses_kernel(out, group, first, total, channels, pixels, LAST: tl.constexpr):
-    plane, in_planes, start = passes.planes_of(group, total, channels, pixels, LAST, 16)
+    plane, in_planes, start = tiles.planes_of(group, total, channels, pixels, LAST, 16)
     first_pixel = first + tl.zeros([], tl.int64)
     offsets, in_bounds = passes.tile_offsets(start, in_planes, first_pixel, channels, pixels, LAST, 16)
     inside = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
@@ -380,9 +380,9 @@ def test_tensors_that_the_kernels_cannot_address_are_refused() -> None:
 
 def test_a_single_large_image_still_fills_a_gpu() -> None:
     for last in (False, True):
-        grid = passes.launch_grid(passes.Shape(1, 64, 224 * 224, last), LARGE, steps=True)
+        grid = tiles.launch_grid(tiles.Shape(1, 64, 224 * 224, last), LARGE, steps=True)
         assert grid.programs >= 264  # two for each multiprocessor of an H200
-    grid = passes.launch_grid(passes.Shape(256, 512, 4, False), LARGE, steps=True)
+    grid = tiles.launch_grid(tiles.Shape(256, 512, 4, False), LARGE, steps=True)
     assert grid.constants["BLOCK_M"] * grid.constants["BLOCK_P"] == LARGE["tile"]  # several planes a program
 
 

@@ -35,7 +35,7 @@ def test_the_self_check_passes_for_triton() -> None:
     result, stored = self_check.check(triton_backend.CHECKED, DEVICE)
     assert result.reason is None
     assert stored
-    assert result.cases == 65
+    assert result.cases == 67
 
 
 def wrong_statistics(u: Tensor, config: Any) -> tuple[Tensor, Tensor]:

@@ -318,7 +318,7 @@ FAULTS = (
         PASSES + "test_apply_equals_float64",
     ),
     fault(
-        "wrong stride between pixels in channels_last", "kernels/passes.py",
+        "wrong stride between pixels in channels_last", "kernels/tiles.py",
         "start[:, None] + (pixel * channels)[None, :]", "start[:, None] + pixel[None, :]",
         PASSES + "test_apply_equals_float64",
     ),
@@ -349,7 +349,7 @@ FAULTS = (
         PASSES + "test_statistics_equal_float64",
     ),
     fault(
-        "the mask of the last pixels dropped", "kernels/passes.py",
+        "the mask of the last pixels dropped", "kernels/tiles.py",
         "in_planes[:, None] & (pixel < hw)[None, :]", "in_planes[:, None] & (pixel >= 0)[None, :]",
         PASSES + "test_reduce_equals_float64",
     ),
@@ -362,6 +362,16 @@ FAULTS = (
         "the second gradient of a joined output left out", "kernels/eval_backward.py",
         "g += load_values(other_grad_ptr, offsets, in_bounds)", "g += 0.0",
         EVAL_BACKWARD + "test_eval_backward_equals_float64",
+    ),
+    fault(
+        "the bits of a packed mask in reverse in the backward", "kernels/tiles.py",
+        "[:, None, :] >> tl.arange(0, 8)[None, :, None]) & 1", "[:, None, :] >> (7 - tl.arange(0, 8))[None, :, None]) & 1",
+        EVAL_BACKWARD + "test_a_packed_mask_gives_the_bits_of_a_bool_mask",
+    ),
+    fault(
+        "the offset of a tile of a packed mask in pixels, not bytes", "kernels/tiles.py",
+        "start, in_planes, first_pixel // 8, channels", "start, in_planes, first_pixel, channels",
+        EVAL_BACKWARD + "test_a_packed_mask_gives_the_bits_of_a_bool_mask",
     ),
     fault(
         "y = 0 lets the gradient through where the mask is computed from u", "kernels/eval_backward.py",

@@ -57,9 +57,9 @@ class Guarded:
         return torch.full((numel + 2 * _GUARD,), -77, dtype=dtype, device=DEVICE)
 
     def output(self, like: Tensor) -> Tensor:
-        """NaN everywhere, in the shape, strides, and dtype of the dense tensor ``like``."""
+        """NaN everywhere, in integers 99, in the shape, strides, and dtype of the dense tensor ``like``."""
         whole = self._between_bands(like.numel(), like.dtype)
-        inside = whole[_GUARD : _GUARD + like.numel()].fill_(float("nan"))
+        inside = whole[_GUARD : _GUARD + like.numel()].fill_(float("nan") if like.is_floating_point() else 99)
         self._made.append((whole, inside, None))
         return inside.as_strided(like.shape, like.stride())
 

@@ -77,6 +77,19 @@ class Passes:
         """
         raise NotImplementedError
 
+    def apply_frozen(
+        self,
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        activation: int,
+        keep_mask: bool,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`apply`, but its mask may have a form that only :meth:`eval_backward` here reads."""
+        return self.apply(u, scale, shift, residual, activation, keep_mask, in_place)
+
     def reduce(
         self,
         grad: Tensor,

@@ -108,10 +108,42 @@ class TritonPasses(Passes):
         keep_mask: bool,
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
+        mask = None
+        if keep_mask:
+            mask = torch.empty_like(u, dtype=u.dtype if activation > RELU else torch.bool)
+        return self._apply(u, scale, shift, residual, activation, mask, in_place)
+
+    def apply_frozen(
+        self,
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        activation: int,
+        keep_mask: bool,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The mask of a ReLU on 16-bit images has one bit per element where a kernel can write it so."""
+        mask = None
+        if keep_mask and activation == RELU and u.element_size() == 2:
+            mask = kernels("tiles").packed_mask(u)
+        if mask is None:
+            return self.apply(u, scale, shift, residual, activation, keep_mask, in_place)
+        return self._apply(u, scale, shift, residual, activation, mask, in_place)
+
+    def _apply(
+        self,
+        u: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        activation: int,
+        mask: Tensor | None,
+        in_place: bool,
+    ) -> tuple[Tensor, Tensor]:
         other = None if residual is None else _alike(residual, u)
         config, out = _for_images("apply", u), u if in_place else None
         smooth = activation > RELU
-        mask = torch.empty_like(u, dtype=u.dtype if smooth else torch.bool) if keep_mask else None
         options = {"out": out, "slope" if smooth else "relu_mask": mask}
         y = kernels("passes").apply(u, _dense(scale), _dense(shift), other, activation, config, **options)
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
@@ -374,6 +406,14 @@ def _sources() -> Iterator[Path]:
     yield Path(__file__)
 
 
+def _forward_and_backward(
+    u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, args: EvalBackwardArgs
+) -> tuple[Any, ...]:
+    """y of a frozen layer with a ReLU, and its backward with the mask that the forward stored."""
+    y, mask = PASSES.apply_frozen(u, scale, shift, residual, RELU, True, False)
+    return y, *PASSES.eval_backward(args._replace(relu_mask=mask))
+
+
 CHECKED = self_check.Kernels(
     "triton",
     PASSES,
@@ -381,6 +421,7 @@ CHECKED = self_check.Kernels(
     _sources,
     {
         "eval_backward": PASSES.eval_backward,
+        "forward_and_backward": _forward_and_backward,
         "network_coefficients": _network_coefficients,
         "network_gradients": _network_gradients,
         "sign_step": _stepped,
