@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks import FMN, Attack, Cascade, Stochastic, Suite, frozen
+from awnet.attacks import FMN, Attack, Cascade, Stochastic, frozen
 from awnet.attacks.base import check_ball
 from awnet.attacks.norms import geometry
 from awnet.attacks.saved import Saved
@@ -20,10 +18,8 @@ from awnet.attacks.stochastic import seeded
 from awnet.data.dataset import Batch, Dataset
 from awnet.data.threat_model import ThreatModel
 from awnet.evaluation.detection import CONTROLS, UNIFORM
-from awnet.evaluation.parts import gated_parts
 from awnet.evaluation.progress import Advance
 from awnet.evaluation.results import Array
-from awnet.evaluation.sanity import Check, sanity_table
 from awnet.evaluation.union import WorstCase, remaining
 from awnet.models.rdi import has_exits
 from awnet.nn import Steering, has_router, observe, route
@@ -31,6 +27,7 @@ from awnet.nn import Steering, has_router, observe, route
 T = TypeVar("T")
 
 CLEAN, UNION = "clean", "union"
+EXAMPLES = 8  # broken images in a report
 
 
 class Plan:
@@ -46,7 +43,8 @@ class Plan:
         self.has_type_head = _has_type_head(model, dataset)
         self.attacks = self.chosen | ({} if self.union is None else {UNION: self.union})
         self.attacked = list(self.attacks)
-        self.kinds = [CLEAN, *self.attacked, *(CONTROLS if self.has_type_head else ())]
+        self.controls = CONTROLS if self.has_type_head else ()
+        self.kinds = [CLEAN, *self.attacked, *self.controls]
 
 
 def _has_type_head(model: nn.Module, dataset: Dataset) -> bool:
@@ -57,193 +55,115 @@ def _has_type_head(model: nn.Module, dataset: Dataset) -> bool:
 
 
 class Collected:
-    """The outcomes that one rank, or with :meth:`merged` all ranks, collected."""
+    """The outcomes that one rank, or with :meth:`merged` all ranks, collected.
+
+    Tensors stay on the model's device until :meth:`to_host`.
+    """
 
     def __init__(self, plan: Plan) -> None:
         rounded = [f"{kind}_rounded" for kind in plan.attacked]
-        self.outcomes = {kind: Outcomes() for kind in [*plan.kinds, *rounded]}
+        self.batches: dict[str, list[dict[str, Tensor]]] = {kind: [] for kind in [*plan.kinds, *rounded]}
+        """For each kind of image the model's outputs, ``[B]`` each, batch by batch."""
+        self.scales: dict[str, list[Tensor]] = {}
+        """For each kind of image a router's filter scales, ``[C_out]`` each, summed over the images."""
         self.notes: dict[str, Counter[str]] = {kind: Counter() for kind in plan.attacked}
-        self.examples = Examples()
-        self.table: list[Check] = []
-        self.curves: dict[str, Any] = {}
+        self.examples: list[dict[str, Tensor]] = []
+        """The first images that the last attack broke, batch by batch."""
+        self.sanity: dict[str, Any] = {}
         self.parts: dict[str, Any] = {}
 
     def add_batch(self, plan: Plan, number: int, batch: Batch, saved: Saved | None, advance: Advance) -> None:
         """Evaluates batch ``number`` of the data set on every kind of image."""
-        model, dataset = plan.model, plan.dataset
+        model, levels = plan.model, plan.dataset.max_value
         x, y, index = batch
-        worst = None
-        for kind in plan.kinds:
-            if kind in CONTROLS:
-                images = with_noise(x, index, dataset.threat_model, plan.seed, kind)
-            elif kind == UNION:
-                assert worst is not None
-                if plan.rest is not None:
-                    _follow(plan.rest, saved, advance)
-                worst.attack(plan.rest, x, y, index)
-                images = worst.x_adv
-            elif kind == CLEAN:
-                images = x
-            else:
-                images, extra = _attacked(
-                    plan.chosen[kind], kind, number, batch, saved, self.notes[kind], advance
-                )
+
+        def observed(kind: str, images: Tensor) -> dict[str, Tensor]:
+            """Adds the model's outputs for ``images``; returns those of each image."""
             # copied into x's strides, which choose a convolution's algorithm and so its rounding
             images = torch.empty_like(x).copy_(images)
             with seeded(model, kind, index):
                 values, scales = _observe(model, images, y, logits=kind not in CONTROLS)
-            if kind == CLEAN:
-                worst = WorstCase(x, values["correct"], plan.order)
-            elif kind in plan.chosen:
-                assert worst is not None
-                worst.add(kind, images, values["correct"])
-                if plan.chosen[kind].target is not None:
-                    values["target"] = plan.chosen[kind].goals(x, y, index=index)
-                values |= extra
-                outcome = getattr(plan.chosen[kind], "outcome", None)
-                if outcome is not None:
-                    values["broken_by"] = outcome.broken_by
-            elif kind == UNION:
-                assert worst is not None
-                values["broken_by"] = worst.confirmed(values["correct"])
-            if kind == CLEAN:
-                before = values["prediction"]
-            elif plan.attacked and kind == plan.attacked[-1]:
-                self.examples.add(x, images, y, before, values["prediction"])
-            self.outcomes[kind].add(values, scales)
-            if plan.has_type_head and kind in plan.attacked:
-                rounded = (images * dataset.max_value).round() / dataset.max_value
+            self.batches[kind].append(values)
+            self._add_scales(kind, [scale.double().sum(0) for scale in scales])
+            if plan.has_type_head and kind in plan.attacks:
                 with seeded(model, f"{kind} rounded", index):
-                    self.outcomes[f"{kind}_rounded"].add(*_observe(model, rounded, y, logits=False))
+                    rounded, _ = _observe(model, (images * levels).round() / levels, y, logits=False)
+                self.batches[f"{kind}_rounded"].append(rounded)
             advance(kind, 1)
+            return values
 
-    def add_sanity_table(self, plan: Plan, suite: Suite, batch_size: int, saved: Saved | None) -> None:
-        """Computes the sanity table, or reads it from the state of an interrupted evaluation."""
-        state = None if saved is None else saved.load("sanity")
-        if state is not None:
-            self.table, self.curves = [Check(**row) for row in state[1]["table"]], state[1]["curves"]
-            return
-        self.table, self.curves = sanity_table(
-            plan.model, plan.dataset, suite, seed=plan.seed, batch_size=batch_size
-        )
-        if saved is not None:
-            saved.save("sanity", {}, {"table": [asdict(row) for row in self.table], "curves": self.curves})
+        values = observed(CLEAN, x)
+        worst, before = WorstCase(x, values["correct"], plan.order), values["prediction"]
+        for kind, attack in plan.chosen.items():
+            images, extra = _attacked(attack, kind, number, batch, saved, self.notes[kind], advance)
+            values = observed(kind, images)
+            worst.add(kind, images, values["correct"])
+            if attack.target is not None:
+                values["target"] = attack.goals(x, y, index=index)
+            values |= extra
+            outcome = getattr(attack, "outcome", None)
+            if outcome is not None:
+                values["broken_by"] = outcome.broken_by
+        if plan.union is not None:
+            if plan.rest is not None:
+                _follow(plan.rest, saved, advance)
+            worst.attack(plan.rest, x, y, index)
+            images = worst.x_adv
+            values = observed(UNION, images)
+            values["broken_by"] = worst.confirmed(values["correct"])
+        if plan.attacks:
+            after = values["prediction"]
+            left = EXAMPLES - sum(len(batch["label"]) for batch in self.examples)
+            rows = ((before == y) & (after != y)).nonzero()[:left, 0]
+            shown = {"clean": x, "adversarial": images, "label": y, "before": before, "after": after}
+            self.examples.append({name: value[rows].cpu() for name, value in shown.items()})
+        for kind in plan.controls:
+            observed(kind, with_noise(x, index, plan.dataset.threat_model, plan.seed, kind))
 
-    def add_parts(
-        self,
-        plan: Plan,
-        model: nn.Module,
-        suite: Suite,
-        batch_size: int,
-        saved: Saved | None,
-        prepare: Callable[[nn.Module], nn.Module],
-    ) -> None:
-        """Measures the parts of ``model``, or reads them from the state of an interrupted evaluation.
-
-        ``prepare`` makes the module that runs, as ``plan.model``, from a changed copy of ``model``.
-        """
-        state = None if saved is None else saved.load("parts")
-        if state is not None:
-            self.parts = state[1]
-            return
-        self.parts = gated_parts(
-            model,
-            plan.dataset,
-            suite,
-            module=plan.model,
-            prepare=prepare,
-            seed=plan.seed,
-            batch_size=batch_size,
-        )
-        if saved is not None:
-            saved.save("parts", {}, self.parts)
+    def _add_scales(self, kind: str, sums: Sequence[Tensor]) -> None:
+        before = self.scales.get(kind)
+        self.scales[kind] = [a + b for a, b in zip(before, sums, strict=True)] if before else [*sums]
 
     def to_host(self) -> Collected:
         """Moves all tensors to the host, so that they can be sent to other processes; returns itself."""
-        for outcomes in self.outcomes.values():
-            outcomes.to_host()
+        for batches in self.batches.values():
+            batches[:] = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
+        self.scales = {kind: [scale.cpu() for scale in scales] for kind, scales in self.scales.items()}
         return self
 
     @classmethod
     def merged(cls, plan: Plan, shares: Sequence[Collected]) -> Collected:
         """All ranks' outcomes, with the batches in the data set's order."""
         merged = cls(plan)
-        for kind in merged.outcomes:
-            merged.outcomes[kind] = Outcomes.merged([share.outcomes[kind] for share in shares])
-        for kind, notes in merged.notes.items():
-            for share in shares:
-                notes.update(share.notes[kind])
-        merged.examples.batches = _interleaved([share.examples.batches for share in shares])
+        for kind in merged.batches:
+            merged.batches[kind] = _interleaved([share.batches[kind] for share in shares])
+        merged.examples = _interleaved([share.examples for share in shares])
         for share in shares:
-            merged.table += share.table
-            merged.curves |= share.curves
+            for kind, scales in share.scales.items():
+                merged._add_scales(kind, scales)
+            for kind, notes in share.notes.items():
+                merged.notes[kind].update(notes)
+            merged.sanity |= share.sanity
             merged.parts |= share.parts
         return merged
+
+    def arrays(self, kind: str) -> dict[str, Array]:
+        """The outputs for one kind of image, ``[n]`` each; empty if there are none."""
+        return _joined(self.batches[kind])
+
+    def example_arrays(self) -> dict[str, Array]:
+        """:data:`EXAMPLES` images that the last attack broke, or fewer; empty if it broke none."""
+        examples = _joined(self.examples)
+        return {name: values[:EXAMPLES] for name, values in examples.items() if len(values)}
+
+
+def _joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Array]:
+    return {name: torch.cat([batch[name] for batch in batches]).numpy() for name in (batches or [{}])[0]}
 
 
 def _interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
     """The first item of each part, then the second of each: rank r of R has the batches r, r + R, …."""
     return [part[turn] for turn in range(len(parts[0])) for part in parts if turn < len(part)]
-
-
-class Examples:
-    """The first images that the last attack broke, for a figure; stored batch by batch."""
-
-    most = 8
-
-    def __init__(self) -> None:
-        self.batches: list[dict[str, Array]] = []
-
-    def add(self, x: Tensor, x_adv: Tensor, y: Tensor, before: Tensor, after: Tensor) -> None:
-        left = self.most - sum(len(batch["label"]) for batch in self.batches)
-        rows = ((before == y) & (after != y)).nonzero()[:left, 0]
-        values = {"clean": x, "adversarial": x_adv, "label": y, "before": before, "after": after}
-        self.batches.append({name: value[rows].cpu().numpy() for name, value in values.items()})
-
-    def arrays(self) -> dict[str, Array]:
-        if not any(len(batch["label"]) for batch in self.batches):
-            return {}
-        return {
-            name: np.concatenate([batch[name] for batch in self.batches])[: self.most]
-            for name in self.batches[0]
-        }
-
-
-class Outcomes:
-    """A model's outputs for one kind of image, batch by batch, on its device until the end."""
-
-    def __init__(self) -> None:
-        self.batches: list[dict[str, Tensor]] = []
-        self.scales: list[Tensor] = []  # [C_out] each, summed over images
-        self.count = 0
-
-    def add(self, values: dict[str, Tensor], scales: Sequence[Tensor]) -> None:
-        self.batches.append(values)
-        self._add_scales([scale.double().sum(0) for scale in scales])
-        self.count += len(next(iter(values.values())))
-
-    def _add_scales(self, sums: list[Tensor]) -> None:
-        self.scales = [a + b for a, b in zip(self.scales, sums, strict=True)] if self.scales else sums
-
-    def to_host(self) -> None:
-        self.batches = [{name: value.cpu() for name, value in batch.items()} for batch in self.batches]
-        self.scales = [scale.cpu() for scale in self.scales]
-
-    @classmethod
-    def merged(cls, parts: Sequence[Outcomes]) -> Outcomes:
-        merged = cls()
-        merged.batches = _interleaved([part.batches for part in parts])
-        for part in parts:
-            if part.scales:
-                merged._add_scales(part.scales)
-        merged.count = sum(part.count for part in parts)
-        return merged
-
-    def arrays(self) -> dict[str, Array]:
-        return {name: torch.cat([batch[name] for batch in self.batches]).numpy() for name in self.batches[0]}
-
-    def mean_scales(self) -> list[Tensor]:
-        return [scale / self.count for scale in self.scales]
 
 
 def _observe(
@@ -314,11 +234,9 @@ def _attacked(
             notes.update(attack.outcome.notes)
         return x_adv, {}
     name = f"{number}-{kind}"
-    state = None if saved is None else saved.load(name, x.device)
-    if saved is not None and state is not None:
+    if saved is not None and (state := saved.load(name, x.device)) is not None:
         tensors, attack_notes = state
-        what = f"the images saved in {saved.path(name)}"
-        check_ball(tensors["x_adv"], x, attack.eps, attack.norm, what)
+        check_ball(tensors["x_adv"], x, attack.eps, attack.norm, f"the images saved in {saved.path(name)}")
         notes.update(attack_notes)
         return tensors.pop("x_adv"), tensors
     x_adv = attack(x, y, index=index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,12 +27,14 @@ from awnet.distributed import Ranks
 from awnet.evaluation.collect import CLEAN, UNION, Collected, Plan
 from awnet.evaluation.compare import compare
 from awnet.evaluation.detection import CONTROLS
+from awnet.evaluation.parts import gated_parts
 from awnet.evaluation.precision import COPY, DESCRIPTIONS, PrecisionName, in_bfloat16, prepare
 from awnet.evaluation.progress import progress_bar
 from awnet.evaluation.randomness import Examined, examine, unaware
 from awnet.evaluation.report import Report, check_name
 from awnet.evaluation.resume import (
     check_same_key,
+    computed_once,
     evaluation_lock,
     load_part,
     mark_part,
@@ -40,6 +43,7 @@ from awnet.evaluation.resume import (
     state_folder,
     state_key,
 )
+from awnet.evaluation.sanity import sanity_table
 from awnet.evaluation.summarize import build_report, check_finite
 from awnet.evaluation.teachers import KINDS, Source, Teachers, find_teachers
 from awnet.files import expanded, read_json
@@ -227,7 +231,12 @@ def evaluate(
             with_sanity = plan.union is not None if sanity is None else sanity
             if with_sanity and batches % ranks.size == ranks.rank:  # it counts as one more batch
                 advance("sanity", 0)
-                collected.add_sanity_table(plan, suite, batch_size, saved)
+
+                def checks() -> dict[str, Any]:
+                    table, curves = sanity_table(module, dataset, suite, seed=seed, batch_size=batch_size)
+                    return {"table": [asdict(row) for row in table], "curves": curves}
+
+                collected.sanity = computed_once(saved, "sanity", checks)
             with_parts = plan.union is not None and has_router(model) if parts is None else parts
             if with_parts and (batches + 1) % ranks.size == ranks.rank:
                 advance("parts", 0)
@@ -238,7 +247,10 @@ def evaluate(
                         return again
                     return examine(again, first_images, eot=eot, budget=budget, seed=seed).module
 
-                collected.add_parts(plan, model, suite, batch_size, saved, prepare_again)
+                measure = partial(gated_parts, model, dataset, suite, module=module, prepare=prepare_again)
+                collected.parts = computed_once(
+                    saved, "parts", partial(measure, seed=seed, batch_size=batch_size)
+                )
             if ranks.size > 1:
                 advance("other ranks", 0)
             shares = ranks.gathered(collected.to_host())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,18 @@ def load_part(run_folder: RunFolder, name: str, mark: Path) -> Report | None:
     if not (run_folder.path / mark).is_file():
         return None
     return Report.load(run_folder.path / "evaluations" / name)
+
+
+def computed_once(saved: Saved | None, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """``compute()``, which JSON can write, or what an interrupted evaluation saved of it as ``name``."""
+    state = None if saved is None else saved.load(name)
+    if state is not None:
+        values: dict[str, Any] = state[1]
+        return values
+    values = compute()
+    if saved is not None:
+        saved.save(name, {}, values)
+    return values
 
 
 def prepare_state(saved: Saved) -> None:

@@ -34,16 +34,17 @@ def build_report(
     missing: dict[str, str],
 ) -> Report:
     """The report on ``model``, the user's own, whose copy ``plan.model`` may be."""
-    dataset, seed, outcomes, table = plan.dataset, plan.seed, collected.outcomes, list(collected.table)
+    dataset, seed = plan.dataset, plan.seed
     per_sample: dict[str, Array] = {
         "index": dataset.index.cpu().numpy(),
         "label": dataset.labels.cpu().numpy(),
     }
-    for kind in [kind for kind in outcomes if outcomes[kind].batches]:
-        per_sample |= {f"{kind}_{name}": values for name, values in outcomes[kind].arrays().items()}
+    for kind in collected.batches:
+        per_sample |= {f"{kind}_{name}": values for name, values in collected.arrays(kind).items()}
         check_finite(per_sample.pop(f"{kind}_finite", None), kind)
+    table = [*collected.sanity.get("table", [])]
     if plan.union is not None and "aa" in plan.chosen:
-        table.append(union_check(per_sample["aa_correct"], per_sample["union_correct"]))
+        table.append(asdict(union_check(per_sample["aa_correct"], per_sample["union_correct"])))
 
     clean = per_sample["clean_correct"]
 
@@ -79,8 +80,8 @@ def build_report(
             if plan.has_type_head and kind != CLEAN
         },
         detection=detection(per_sample, plan.attacked, seed) if plan.has_type_head else {},
-        sanity=[asdict(check) for check in table],
-        curves=collected.curves,
+        sanity=table,
+        curves=collected.sanity.get("curves", {}),
         parts=collected.parts,
         flags=[],
         settings=settings
@@ -94,11 +95,15 @@ def build_report(
         selected_on=selected_on,
         missing=missing,
         per_sample=per_sample,
-        examples=collected.examples.arrays(),
+        examples=collected.example_arrays(),
         filter_means=filter_means(
             model,
             next(dataset.batches(1)).x,
-            {kind: outcomes[kind].mean_scales() for kind in [CLEAN, *plan.attacked] if plan.has_type_head},
+            {
+                kind: [scale / len(dataset) for scale in collected.scales[kind]]
+                for kind in [CLEAN, *plan.attacked]
+                if plan.has_type_head
+            },
         ),
     )
     if has_exits(model):
