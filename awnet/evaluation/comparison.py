@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from awnet import analysis
 from awnet.evaluation import html
@@ -23,13 +26,10 @@ from awnet.evaluation.statistics import (
     welch_interval,
     wilson_interval,
 )
-from awnet.evaluation.tables import attack_label
+from awnet.evaluation.tables import attack_label, p_text
 from awnet.files import expanded, make_folder, write_json, write_text
 from awnet.run_config import is_run, read_config
 from awnet.text import visible
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,6 @@ class ReportComparison:
 
     def table(self) -> Table:
         """A row for each quantity and group, percent, differences in points."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table(title=Text(visible(self.setting)), caption=self.caption(), box=SIMPLE_HEAD)
         for number, heading in enumerate(self.headings()):
             table.add_column(heading, justify="left" if number < 2 else "right")
@@ -113,7 +109,7 @@ class ReportComparison:
                 "" if row.difference is None else f"{100 * row.difference:+.1f}",
                 _interval_text(row.over_images),
                 *([_interval_text(row.over_seeds)] if self._with_seeds() else []),
-                _p_text(row.mcnemar_p),
+                p_text(row.mcnemar_p),
             ]
             rows.append(cells)
             before = row.quantity
@@ -191,7 +187,6 @@ def compare_reports(groups: Sequence[Group], seed: int = 0) -> ReportComparison:
         ValueError: fewer than two groups, or reports that cannot be compared: other images, other ε or norm,
             another precision, an attack with other settings. The message lists all reasons.
     """
-    groups = tuple(groups)
     if len(groups) < 2:
         raise ValueError(f"a comparison needs two or more reports, got {len(groups)}")
     named = {
@@ -200,7 +195,11 @@ def compare_reports(groups: Sequence[Group], seed: int = 0) -> ReportComparison:
         for number, report in enumerate(group.reports, 1)
     }
     (first_name, first), *others = named.items()
-    reasons = [_without_outcomes(name) for name, report in named.items() if not report.per_sample]
+    reasons = [
+        f"{name} has no outcomes per image (per_sample.npz), which pairing needs"
+        for name, report in named.items()
+        if not report.per_sample
+    ]
     for name, report in others:
         reasons += [f"{name} against {first_name}: {reason}" for reason in differences_of(report, first)]
     if reasons:
@@ -220,11 +219,7 @@ def compare_reports(groups: Sequence[Group], seed: int = 0) -> ReportComparison:
     ]
     quantities = ["clean", *(name for attack in shared for name in (attack, f"{attack} A_w"))]
     rows = tuple(_measured(group, groups[0], quantity, seed) for quantity in quantities for group in groups)
-    return ReportComparison(groups, rows, tuple(notes))
-
-
-def _without_outcomes(name: str) -> str:
-    return f"{name} has no outcomes per image (per_sample.npz), which pairing needs"
+    return ReportComparison(tuple(groups), rows, tuple(notes))
 
 
 def _values(report: Report, quantity: str) -> Array:
@@ -251,11 +246,8 @@ def _measured(group: Group, baseline: Group, quantity: str, seed: int) -> Measur
     other = np.stack([_values(report, quantity) for report in baseline.reports])
     differences = values.mean(0) - other.mean(0)
     single = len(values) == len(other) == 1 and not quantity.endswith(" A_w")
-    return Measured(
-        measured.group,
-        quantity,
-        measured.accuracy,
-        interval,
+    return replace(
+        measured,
         difference=float(differences.mean()),
         over_images=bootstrap_interval(differences, seed=seed),
         over_seeds=_over_seeds(group, accuracies, baseline, other.mean(1)),
@@ -274,10 +266,6 @@ def _over_seeds(group: Group, accuracies: Array, baseline: Group, other: Array) 
 
 def _interval_text(interval: Interval | None) -> str:
     return "" if interval is None else f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
-
-
-def _p_text(p: float | None) -> str:
-    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def load_groups(sources: Sequence[str | Path], name: str = "default") -> list[Group]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from awnet.attacks.registry import TARGET_MODES, TRANSFER
@@ -15,9 +17,6 @@ from awnet.evaluation.statistics import Interval
 from awnet.models.registry import name_of
 from awnet.ops.dispatch import default_backend
 from awnet.text import visible
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 LABELS = {"fgsm": "FGSM", "pgd_sat": "PGD sat", "pgd_trades": "PGD trades", "cw": "CW", "aa": "AA"}
 LABELS |= {"aa_rand": "AA rand", "malt": "MALT", "fmn": "FMN", "Linf": "L-infinity"}
@@ -51,20 +50,11 @@ def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> 
 
     With more attacks than fit into columns the attacks are the rows.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     if not reports:
         raise ValueError("reports is empty: nothing to tabulate")
     first = next(iter(reports.values()))
     names = list(dict.fromkeys(name for report in reports.values() for name in report.results()))
-    table = Table(
-        title=Text(visible(title or _title(first))),
-        caption="percent; ± half the width of a 95 % interval",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # nine columns in 80 characters
-    )
+    table = _table(title or _title(first), "percent; ± half the width of a 95 % interval")
     if len(names) > WIDEST or first.norms or any(len(LABELS.get(name, name)) > LONGEST for name in names):
         return _tall(table, reports, names)
     table.add_column("model", no_wrap=True)
@@ -75,22 +65,15 @@ def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> 
         table.add_column(Text(f"{visible(label)}\nA_adv"), justify="right", min_width=longest)
         table.add_column("A_w", justify="right", style="bold")
     for label, report in reports.items():
-        cells = [_cell(report.clean_accuracy, report.clean_interval_95)]
-        for name in names:
-            result = report.results().get(name)
-            if result is None:
-                cells += ["–", "–"]
-                continue
-            cells.append(_cell(result.robust_accuracy, result.interval_95))
-            cells.append(_cell(result.w_robust_accuracy, result.w_interval_95))
-        table.add_row(Text(visible(label)), *cells)
+        clean = _cell(report.clean_accuracy, report.clean_interval_95)
+        table.add_row(
+            Text(visible(label)), clean, *(cell for name in names for cell in _attack_cells(report, name))
+        )
     return table
 
 
 def _tall(table: Table, reports: Mapping[str, Results], names: list[str]) -> Table:
     """A row per attack, two columns per report."""
-    from rich.text import Text
-
     table.add_column("", no_wrap=True)
     for label in reports:
         table.add_column(Text(f"{visible(label)}\nA_adv"), justify="right")
@@ -98,14 +81,7 @@ def _tall(table: Table, reports: Mapping[str, Results], names: list[str]) -> Tab
     clean = [(_cell(r.clean_accuracy, r.clean_interval_95), "") for r in reports.values()]
     table.add_row("Clean (A_nat)", *(cell for pair in clean for cell in pair))
     for name in names:
-        cells = []
-        for report in reports.values():
-            result = report.results().get(name)
-            if result is None:
-                cells += ["–", "–"]
-            else:
-                cells.append(_cell(result.robust_accuracy, result.interval_95))
-                cells.append(_cell(result.w_robust_accuracy, result.w_interval_95))
+        cells = (cell for report in reports.values() for cell in _attack_cells(report, name))
         table.add_row(Text(visible(LABELS.get(name, name))), *cells)
     return table
 
@@ -117,17 +93,11 @@ def comparison_table(report: Results, label: str | None = None, title: str | Non
     compares outcomes on clean images, and in the other rows on adversarial images (A_adv alone, whereas the
     interval is of A_w).
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     if not report.compared_with:
         raise ValueError("the report has no comparisons: evaluate with compared_with={name: report}")
-    table = Table(
-        title=Text(visible(title or f"{label or report.model} minus …, paired by image")),
-        caption=r"percentage points \[95 % interval]; p: McNemar's exact test of A_nat, of A_adv",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    table = _table(
+        title or f"{label or report.model} minus …, paired by image",
+        r"percentage points \[95 % interval]; p: McNemar's exact test of A_nat, of A_adv",
     )
     table.add_column("", no_wrap=True)
     for other in report.compared_with:
@@ -149,18 +119,9 @@ def parts_table(report: Results, title: str | None = None) -> Table:
 
     A part that the network lacks has the reason in its row.
     """
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     if not report.parts:
         raise ValueError("the report has no parts: evaluate with parts=True (--parts yes)")
-    table = Table(
-        title=Text(visible(title or f"{report.model} in parts")),
-        caption=parts_caption(report),
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    table = _table(title or f"{report.model} in parts", parts_caption(report))
     table.add_column("")
     for heading in ("clean", "PGD", "changed"):
         table.add_column(heading, justify="right")
@@ -191,6 +152,11 @@ def parts_caption(report: Results) -> str:
     )
 
 
+def _table(title: str, caption: str) -> Table:
+    # this padding fits nine columns into 80 characters
+    return Table(title=Text(visible(title)), caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
 def _title(report: Results) -> str:
     marked = f", {report.settings['precision']}: no headline" if report.approximate else ""
     marked += f", incomplete: {len(report.missing)} attacks could not run" if report.missing else ""
@@ -201,6 +167,20 @@ def _cell(value: float, interval: Interval) -> str:
     return f"{100 * value:.1f} ±{50 * (interval[1] - interval[0]):.1f}"
 
 
+def _attack_cells(report: Results, name: str) -> tuple[str, str]:
+    """A_adv and A_w under one attack."""
+    result = report.results().get(name)
+    if result is None:
+        return "–", "–"
+    robust = _cell(result.robust_accuracy, result.interval_95)
+    return robust, _cell(result.w_robust_accuracy, result.w_interval_95)
+
+
 def _difference(value: float, interval: Interval, p: float) -> str:
     low, high = (f"{100 * end:+.1f}" for end in interval)
-    return f"{100 * value:+.1f} \\[{low}, {high}]  p " + ("<0.001" if p < 0.001 else f"{p:.3f}")
+    return f"{100 * value:+.1f} \\[{low}, {high}]  p {p_text(p)}"
+
+
+def p_text(p: float | None) -> str:
+    """A p-value as text, empty if there is none."""
+    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
