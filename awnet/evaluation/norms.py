@@ -130,7 +130,6 @@ def over_norms(parts: Mapping[Norm, Report], seed: int = 0) -> Report:
         clean_interval_95=first.clean_interval_95,
         attacks=attacks,
         union=union,
-        router_auc={},
         flags=[
             flag if len(norms) == len(parts) else f"{', '.join(norms)}: {flag}"
             for flag, norms in reasons.items()

@@ -7,20 +7,18 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from awnet.data.threat_model import check_norm
 from awnet.evaluation import figures, html, store, tables
 from awnet.evaluation.results import AttackDifference, AttackResult, Comparison, Results
 from awnet.files import expanded, write_json, write_text
 from awnet.scalars import is_number
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _ARRAYS = ("per_sample", "examples", "filter_means")  # fields that are stored in .npz files
 
@@ -38,29 +36,13 @@ class Report(Results):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, JSON-ready; keys without content are left out."""
-        values = asdict(self)
-        for name in _ARRAYS:
-            del values[name]
-        for name in (
-            "selected_on",
-            "router_auc",
-            "exits",
-            "union",
-            "detection",
-            "sanity",
-            "curves",
-            "accuracy_by_eps",
-            "parts",
-            "compared_with",
-            "missing",
-            "norms",
-        ):
-            if not values[name]:
-                del values[name]
-        for result in (*values["attacks"].values(), values.get("union", {})):
-            for name in ("broken_first_by", "warnings", "target_success"):
-                if not result.get(name):
-                    result.pop(name, None)
+        values = {name: value for name, value in asdict(self).items() if name not in _ARRAYS}
+        results = [*values["attacks"].values(), values["union"] or {}]
+        for part, kind in ((values, Results), *((result, AttackResult) for result in results)):
+            for field in fields(kind):
+                optional = field.default is not MISSING or field.default_factory is not MISSING
+                if optional and not part.get(field.name):
+                    part.pop(field.name, None)
         plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists
         return plain
 
@@ -160,7 +142,6 @@ class Report(Results):
             comparison.attacks = {
                 name: AttackDifference(**_tuples(value)) for name, value in comparison.attacks.items()
             }
-        values.setdefault("router_auc", {})
         report = cls(**_tuples(values))
         report._check_types()
         return report

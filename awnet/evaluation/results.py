@@ -81,7 +81,7 @@ class Results:
     clean_accuracy: float
     clean_interval_95: Interval
     attacks: dict[str, AttackResult]
-    router_auc: dict[str, float]
+    router_auc: dict[str, float] = field(default_factory=dict)
     """AUC of the type logits, clean images against each attack, and against noise as a control."""
     flags: list[str]
     """What a reader should know before trusting the numbers."""
