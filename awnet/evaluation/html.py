@@ -13,7 +13,7 @@ import numpy as np
 
 from awnet.data.threat_model import eps_text
 from awnet.evaluation.paper import PaperRow, paper_rows
-from awnet.evaluation.results import Results
+from awnet.evaluation.results import AttackResult, Results
 from awnet.evaluation.tables import attack_label, parts_caption
 from awnet.files import read_json
 
@@ -71,18 +71,19 @@ def page(report: Results, folder: Path, place: Path | None = None) -> str:
     ``place`` is the folder where the page will be stored, if it is not ``folder``: ``RUN/evaluations/NAME``
     names the run.
     """
-    run, started = _run(folder if place is None else place)
+    place = place or folder
+    run, started = _run(place)
     title = f"{report.model} on {report.dataset}" + (f" · {run}" if run else "")
-    where = f"{report.n} {report.split} images of {report.dataset}, {_threat(report)}"
     chosen = f"Checkpoint selected on {report.selected_on}. " if report.selected_on else ""
     trained = f"Run {run}, trained {started}. " if run and started else ""
+    about = trained + chosen + _images(report)
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{escape(trained + chosen + where)}. Percent, with 95 % intervals in brackets.</p>',
+        f'<p class="soft">{escape(about)}. Percent, with 95 % intervals in brackets.</p>',
         _cards(report),
-        _flags(report.flags),
+        _flags(report.flags, "Warnings"),
         _attacks(report),
-        _norms(report, (folder if place is None else place).name),
+        _norms(report, place.name),
         *_figures(folder, ("waterfall.png", "w_robust.png")),
         _minimum_norm(report),
         *_figures(folder, ("accuracy_by_eps.png", "examples.png")),
@@ -126,40 +127,29 @@ def comparison_page(
         notes: what could not be compared.
         figure: the PNG file to embed.
     """
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     cells = [[escape(cell) for cell in row] for row in rows]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(setting)}.</p>',
         _table(headings, cells, caption, text=(1,)),
         _embedded(figure, "Differences in points, with 95 % intervals"),
-        f'<div class="flags"><h2>Notes</h2><ul>{items}</ul></div>' if notes else "",
+        _flags(notes, "Notes"),
     ]
     return _document(title, parts)
 
 
 def summary(report: Results) -> str:
     """A table of the accuracies for a notebook: an HTML fragment."""
-    rows = [("clean", _with_interval(report.clean_accuracy, report.clean_interval_95), "")]
-    rows += [
-        (
-            escape(attack_label(name)),
-            _with_interval(result.robust_accuracy, result.interval_95),
-            _with_interval(result.w_robust_accuracy, result.w_interval_95),
-        )
-        for name, result in report.results().items()
-    ]
-    where = (
-        f"{report.model}, {report.n} {report.split} images of {report.dataset}, "
-        f"{_threat(report)}; percent [95 %]"
-    )
-    doubts = "".join(f"<li>{escape(flag)}</li>" for flag in report.flags)
+    rows = [["clean", _with_interval(report.clean_accuracy, report.clean_interval_95), ""]]
+    rows += [_attack_cells(name, result) for name, result in report.results().items()]
+    where = f"{report.model}, {_images(report)}; percent [95 %]"
     table = _table(("attack", "accuracy", "A_w = ½ clean + ½ robust"), rows, where)
-    return table + (f"<p>Doubts:</p><ul>{doubts}</ul>" if doubts else "")
+    return table + (f"<p>Doubts:</p>{_list(report.flags)}" if report.flags else "")
 
 
-def _threat(report: Results) -> str:
-    return report.threat_text.replace(" eps ", ", ε = ")
+def _images(report: Results) -> str:
+    threat = report.threat_text.replace(" eps ", ", ε = ")
+    return f"{report.n} {report.split} images of {report.dataset}, {threat}"
 
 
 def _run(folder: Path) -> tuple[str, str]:
@@ -174,8 +164,8 @@ def _run(folder: Path) -> tuple[str, str]:
     return run.name, str(started)[:16].replace("T", " ")
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}"
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _with_interval(value: float, interval: Sequence[float]) -> str:
@@ -226,23 +216,28 @@ def _cards(report: Results) -> str:
     )
 
 
-def _flags(flags: Sequence[str]) -> str:
-    if not flags:
-        return ""
-    items = "".join(f"<li>{escape(flag)}</li>" for flag in flags)
-    return f'<div class="flags"><h2>Warnings</h2><ul>{items}</ul></div>'
+def _list(texts: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(text)}</li>' for text in texts)}</ul>"
+
+
+def _flags(flags: Sequence[str], heading: str) -> str:
+    return f'<div class="flags"><h2>{heading}</h2>{_list(flags)}</div>' if flags else ""
+
+
+def _attack_cells(name: str, result: AttackResult) -> list[str]:
+    robust = _with_interval(result.robust_accuracy, result.interval_95)
+    w_robust = _with_interval(result.w_robust_accuracy, result.w_interval_95)
+    return [escape(attack_label(name)), robust, w_robust]
 
 
 def _paper_row(report: Results, attack: str) -> PaperRow | None:
     table, system = _TABLES.get(report.dataset), _SYSTEMS.get(report.model)
-    if table is None or system is None:
-        return None
-    rows = [row for row in paper_rows(table) if row.system == system and row.attack == attack]
-    return rows[0] if rows else None
+    rows = () if table is None else paper_rows(table)
+    return next((row for row in rows if row.system == system and row.attack == attack), None)
 
 
 def _attacks(report: Results) -> str:
-    results = dict(report.attacks) | ({} if report.union is None else {"union": report.union})
+    results = report.results()
     if not results:
         return ""
     paper = {name: _paper_row(report, name) for name in results}
@@ -252,11 +247,7 @@ def _attacks(report: Results) -> str:
     targeted = any(result.target_success for result in results.values())
     rows = []
     for name, result in results.items():
-        cells = [
-            escape(attack_label(name)),
-            _with_interval(result.robust_accuracy, result.interval_95),
-            _with_interval(result.w_robust_accuracy, result.w_interval_95),
-        ]
+        cells = _attack_cells(name, result)
         if one_pass:
             cells.append(_percent(one_pass.get(name)))
         if targeted:
@@ -351,13 +342,12 @@ def _parts(report: Results) -> str:
         return f"{heading}<p>{escape(parts_caption(report))}.</p>"
     rows = []
     for row in report.parts["rows"]:
+        part, robust = escape(row["part"]), "–"
         if row["not_applicable"] is not None:
-            reason = f'<span class="soft">not applicable: {escape(row["not_applicable"])}</span>'
-            rows.append((f"{escape(row['part'])}<br>{reason}", "–", "–", "–"))
-            continue
-        robust = _with_interval(row["robust_accuracy"], row["interval_95"])
-        cells = (_percent(row["clean_accuracy"]), robust, _percent(row["changed"]))
-        rows.append((escape(row["part"]), *cells))
+            part += f'<br><span class="soft">not applicable: {escape(row["not_applicable"])}</span>'
+        else:
+            robust = _with_interval(row["robust_accuracy"], row["interval_95"])
+        rows.append((part, _percent(row["clean_accuracy"]), robust, _percent(row["changed"])))
     headings = ("part", "clean", "PGD", "changed")
     caption = parts_caption(report)
     return heading + _table(headings, rows, caption[0].upper() + caption[1:] + ".")
@@ -366,49 +356,25 @@ def _parts(report: Results) -> str:
 def _compared(report: Results) -> str:
     if not report.compared_with:
         return ""
+
+    def cells(difference: float, interval: Sequence[float], p: float) -> list[str]:
+        middle, low, high = (f"{100 * value:+.1f}" for value in (difference, *interval))
+        return [middle, f"[{low}, {high}]", "&lt; 0.001" if p < 0.001 else f"{p:.3f}"]
+
     rows = []
-    for other, comparison in report.compared_with.items():
-        low, high = comparison.clean_interval_95
-        rows.append(
-            (
-                escape(other),
-                "clean",
-                _signed(comparison.clean_difference),
-                f"[{_signed(low)}, {_signed(high)}]",
-                _p(comparison.clean_mcnemar_p),
-            )
-        )
-        for name, attack in comparison.attacks.items():
-            low, high = attack.interval_95
-            rows.append(
-                (
-                    "",
-                    f"A_w, {escape(attack_label(name))}",
-                    _signed(attack.difference),
-                    f"[{_signed(low)}, {_signed(high)}]",
-                    _p(attack.mcnemar_p),
-                )
-            )
+    for other, c in report.compared_with.items():
+        clean = cells(c.clean_difference, c.clean_interval_95, c.clean_mcnemar_p)
+        rows.append([escape(other), "clean", *clean])
+        for name, attack in c.attacks.items():
+            differences = cells(attack.difference, attack.interval_95, attack.mcnemar_p)
+            rows.append(["", f"A_w, {escape(attack_label(name))}", *differences])
     return "<h2>Against other networks</h2>" + _table(
         (f"{report.model} minus", "", "points", "95 %", "p (McNemar)"), rows, "Paired by image.", text=(1,)
     )
 
 
-def _signed(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def _p(value: float) -> str:
-    return "&lt; 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def _figures(folder: Path, names: Sequence[str]) -> list[str]:
-    parts = []
-    for name in names:
-        path = folder / name
-        if path.is_file():
-            parts.append(_embedded(path, FIGURES[name]))
-    return parts
+    return [_embedded(folder / name, FIGURES[name]) for name in names if (folder / name).is_file()]
 
 
 def _embedded(path: Path, caption: str) -> str:
