@@ -15,7 +15,7 @@ from rich.text import Text
 
 from awnet import analysis
 from awnet.evaluation import html
-from awnet.evaluation.comparable import differences_of
+from awnet.evaluation.compare import differences_of
 from awnet.evaluation.report import Report
 from awnet.evaluation.results import Array
 from awnet.evaluation.statistics import (

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor, nn
 
 from awnet.attacks import Attack, Cascade, Stochastic, TransferAttack
 from awnet.attacks.registry import BUDGETS, BudgetName
 from awnet.attacks.stochastic import randomness
-from awnet.evaluation.results import Array
 
 IMAGES = 64  # images of the batch that detects a stochastic model
 
@@ -78,13 +76,3 @@ def unaware(attacks: Mapping[str, Attack]) -> list[str]:
         return isinstance(attack, TransferAttack) or isinstance(attack.model, Stochastic)
 
     return [name for name, attack in attacks.items() if not aware(attack)]
-
-
-def single_pass_accuracies(per_sample: dict[str, Array]) -> dict[str, float]:
-    """The mean accuracy of one forward pass for each kind of image, from the shares ``<kind>_pass_share``."""
-    ending = "_pass_share"
-    return {
-        name.removesuffix(ending): float(np.asarray(values, np.float64).mean())
-        for name, values in per_sample.items()
-        if name.endswith(ending)
-    }

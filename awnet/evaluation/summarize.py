@@ -14,10 +14,8 @@ from awnet.evaluation.collect import CLEAN, UNION, Collected, Plan
 from awnet.evaluation.detection import detection
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.flags import flags
-from awnet.evaluation.minimum_norm import accuracy_curve
-from awnet.evaluation.randomness import single_pass_accuracies
 from awnet.evaluation.report import Report
-from awnet.evaluation.results import Array, AttackResult, attack_result, target_success
+from awnet.evaluation.results import Array, AttackResult, accuracy_curve, attack_result, target_success
 from awnet.evaluation.sanity import union_check
 from awnet.evaluation.statistics import auc, wilson_interval
 from awnet.models.rdi import has_exits
@@ -116,7 +114,11 @@ def build_report(
         for kind, attack in plan.chosen.items()
         if f"{kind}_distance" in per_sample
     }
-    accuracies = single_pass_accuracies(per_sample)
+    accuracies = {
+        name.removesuffix("_pass_share"): float(np.asarray(values, np.float64).mean())
+        for name, values in per_sample.items()
+        if name.endswith("_pass_share")
+    }
     if accuracies:
         report.settings["stochastic"] |= {"single_pass_accuracy": accuracies}
     doubt = dataset.threat_model.implausible(dataset.pixels)

@@ -17,7 +17,7 @@ from awnet.cli import main
 from awnet.data.dataset import from_arrays
 from awnet.data.threat_model import ThreatModel
 from awnet.evaluation import Report, evaluate
-from awnet.evaluation.minimum_norm import accuracy_curve
+from awnet.evaluation.results import accuracy_curve
 from awnet.evaluation.statistics import wilson_interval
 
 
