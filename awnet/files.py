@@ -185,11 +185,10 @@ def written_atomically(path: str | Path, *, parents: bool = True) -> Iterator[Pa
         temporary.touch(0o666 if existing is None else 0o600 | stat.S_IMODE(existing.st_mode))
         attributes = existing or temporary.stat()
         yield temporary
-        with open(temporary, "rb+") as file:
-            flush(file.fileno())
+        flush_path(temporary)
         _set_permissions(temporary, attributes)
         os.replace(temporary, path)
-    _flush_folder(path.parent)
+    flush_path(path.parent)
 
 
 def _set_permissions(path: Path, attributes: os.stat_result) -> None:
@@ -339,12 +338,15 @@ def flush(handle: int) -> None:
             raise
 
 
-def _flush_folder(folder: Path) -> None:
-    """Flushes a folder, so that a rename in it survives a crash of the machine."""
+def flush_path(path: Path) -> None:
+    """As ``flush``, for a file or for the entries of a folder, so that a rename survives a crash."""
+    folder = path.is_dir()
     try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows, or a folder without read permission
-        return
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except OSError:
+        if folder:  # on Windows, or without read permission
+            return
+        raise
     try:
         flush(handle)
     finally:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from awnet import files
-from awnet.files import read_json, write_json
+from awnet.files import flush_path, read_json, write_json
 
 REPORT, MANIFEST = "report.json", "manifest.json"
 _PENDING, _BUILDING, _LOCK = ".pending", ".building", ".evaluation.lock"
@@ -75,13 +75,15 @@ def replaced_together(folder: Path, known: Iterable[str]) -> Iterator[Path]:
         yield building
         names = sorted(path.name for path in building.iterdir())
         for name in names:
-            _flush(building / name)
-        write_json(building / MANIFEST, {"sha256": {name: _checksum(building / name) for name in names}})
+            flush_path(building / name)
+        write_json(
+            building / MANIFEST, {"sha256": {name: _sha256((building / name).read_bytes()) for name in names}}
+        )
         os.rename(building, folder / _PENDING)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    _flush(folder)
+    flush_path(folder)
     finish_evaluation(folder, known)
 
 
@@ -102,7 +104,7 @@ def finish_evaluation(folder: Path, known: Iterable[str]) -> None:
             if (pending / name).exists():
                 os.replace(pending / name, folder / name)
         os.replace(pending / MANIFEST, folder / MANIFEST)
-        _flush(folder)
+        flush_path(folder)
     pending.rmdir()
 
 
@@ -158,21 +160,6 @@ def _read(folder: Path, name: str) -> bytes | None:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Flushes a file, or the entries of a folder, to disk."""
-    with suppress(PermissionError):  # a folder on Windows
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            files.flush(handle)
-        finally:
-            os.close(handle)
 
 
 def link(target: Path, path: Path) -> None:
