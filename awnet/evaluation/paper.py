@@ -9,7 +9,7 @@ as printed, with a note.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -48,12 +48,7 @@ def paper_rows(table: str | None = None) -> tuple[PaperRow, ...]:
     rows = []
     for line in csv.DictReader(text.splitlines()):
         values: dict[str, Any] = {
-            field.name: line[field.name]
-            if field.name in _WORDS
-            else float(line[field.name])
-            if line[field.name]
-            else None
-            for field in fields(PaperRow)
+            name: text if name in _WORDS else float(text) if text else None for name, text in line.items()
         }
         rows.append(PaperRow(**values))
     if table is None:

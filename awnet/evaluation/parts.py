@@ -18,7 +18,7 @@ from awnet.evaluation.statistics import wilson_interval
 from awnet.nn import MixBatchNorm2d, Steering, has_router, observe, route, routed_networks, with_routing
 from awnet.nn.copies import copied
 from awnet.nn.routing import WithRouter
-from awnet.precision import full_precision
+from awnet.precision import at_least_float32, full_precision
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 """Logits [B, K] from the attacked and the clean images [B, C, H, W]."""
@@ -69,7 +69,7 @@ class _Variant:
         self.losses = losses or (self.cross_entropy,)
 
     def cross_entropy(self, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(_wide(self.logits(x_adv, x)), y, reduction="none")
+        return F.cross_entropy(at_least_float32(self.logits(x_adv, x)), y, reduction="none")
 
 
 @full_precision()
@@ -217,7 +217,7 @@ def _router_alone(module: nn.Module, *, has_type: bool) -> _Variant:
 
     def loss(x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
         routing = route(module, x_adv)
-        value = F.cross_entropy(_wide(with_routing(module, x, routing)), y, reduction="none")
+        value = F.cross_entropy(at_least_float32(with_routing(module, x, routing)), y, reduction="none")
         # a gate that thresholds p has no gradient; PGD then stays at its start
         zeros = [0 * part.flatten(1).sum(1) for part in (routing.p_clean[:, None], *routing.filter_scales)]
         return torch.stack([value, *(zero.to(value.dtype) for zero in zeros)]).sum(0)
@@ -292,7 +292,3 @@ class _Run:
         attack.loss = lambda model, x_adv, x, y: loss(x_adv, x, y)
         attack.steps = self.effort.steps
         return attack
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

@@ -17,9 +17,7 @@ from awnet.models.files import description_of
 from awnet.models.registry import config_of
 from awnet.precision import full_precision
 
-FOLDERS = {"cifar10": "cifar10", "cifar100": "cifar100"}
-"""Data sets with an L-infinity leaderboard on RobustBench: awnet's name → RobustBench's."""
-
+LEADERBOARDS = ("cifar10", "cifar100")  # data sets with one in L-infinity; RobustBench calls them the same
 _NOT_BY_NAME = ("settings", "class")  # parts of a model's description that create_model does not restore
 
 
@@ -85,10 +83,9 @@ def export_robustbench(
             model.
     """
     check_name(entry.name)
-    if dataset.name not in FOLDERS:
-        raise ValueError(
-            f"RobustBench has leaderboards for {', '.join(FOLDERS)} under L-infinity, not for {dataset.name}"
-        )
+    if dataset.name not in LEADERBOARDS:
+        names = ", ".join(LEADERBOARDS)
+        raise ValueError(f"RobustBench has leaderboards for {names} under L-infinity, not for {dataset.name}")
     norms = {dataset.threat_model.norm} | ({report.norm} if report is not None else set())
     if norms != {"Linf"}:
         raise ValueError(
@@ -114,7 +111,7 @@ def export_robustbench(
             f"the zoo entry creates the model with awnet.create_model, which would not restore its "
             f"{', '.join(changed)}"
         )
-    folder, out = FOLDERS[dataset.name], expanded(out)
+    folder, out = dataset.name, expanded(out)
     weights = out / "models" / folder / "Linf" / f"{entry.name}.pt"
     info = out / "model_info" / folder / "Linf" / f"{entry.name}.json"
     zoo = out / f"{entry.name}_zoo.py"
@@ -142,11 +139,7 @@ def export_robustbench(
             "unreliable": False,
         },
     )
-    arguments = {
-        "num_classes": config["num_classes"],
-        "in_channels": config["in_channels"],
-        **config["options"],
-    }
+    arguments = {name: config[name] for name in ("num_classes", "in_channels")} | config["options"]
     call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     write_text(
         zoo,
