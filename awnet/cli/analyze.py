@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional
 
 from awnet.cli.options import ImportOption, Maybe, print_text
 from awnet.cli.run_options import RunOptions
@@ -106,16 +106,3 @@ class AnalyzeWeightGap(_Runs):
             print_text(console, label)
             for path in measure_weight_gap(model, batch.x, batch.y, dataset.threat_model.eps, folder):
                 print_text(console, f"  {path}")
-
-
-@dataclass
-class Analyze:
-    """Plot the weights of trained networks."""
-
-    command: (
-        Annotated[AnalyzeFilters, subcommand("filters")]
-        | Annotated[AnalyzeWeightGap, subcommand("weight-gap")]
-    )
-
-    def run(self, console: Console) -> None:
-        self.command.run(console)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awnet.cli.options import Maybe, print_text
+from awnet.cli.options import Maybe, check_free, print_text
 from awnet.cli.run_options import RunOptions
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class Attack(RunOptions):
         from awnet.evaluation.randomness import IMAGES, examine
         from awnet.scalars import check_integer
 
-        if self.out.exists() and not self.overwrite:
-            raise FileExistsError(f"{self.out} exists: choose another file, or replace it with --overwrite")
+        check_free(self.out, overwrite=self.overwrite)
         model, dataset = self.load(console)
         if self.limit is not None:
             dataset = dataset.subset(self.limit)

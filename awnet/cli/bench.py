@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, make_dataclass
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import make_dataclass
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import subcommand
-
-from awnet.cli.options import with_placeholders
+from awnet.cli.options import command_group, with_placeholders
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-@dataclass
-class Bench:
-    """Benchmark this machine, and show the results."""
 
 
 # subcommand → its module in awnet.benchmarks, the class of its options, its function, its help
@@ -53,42 +44,28 @@ _SUBCOMMANDS = {
 }
 
 
-def with_subcommands(words: Sequence[str]) -> Any:
+def group(words: Sequence[str]) -> Any:
     """The class of ``awnet bench``. Loads only the subcommand in ``words``, as loading imports torch."""
-    annotated: Any = Annotated
-    commands: list[Any] = []
-    for name, (module_name, options_name, function, about) in _SUBCOMMANDS.items():
-        namespace: dict[str, Any] = {"__doc__": about}
-        bases: tuple[type, ...] = ()
-        if words[:1] == [name]:
-            module = importlib.import_module(f"awnet.benchmarks.{module_name}")
-            bases = (getattr(module, options_name),)
-            namespace["run"] = _run_method(getattr(module, function))
-        command = make_dataclass(name, [], bases=bases, namespace=namespace, kw_only=True, frozen=True)
-        commands.append(annotated[with_placeholders(command), subcommand(name)])
-    return make_dataclass(
-        "Bench",
-        [("command", reduce(or_, commands))],
-        namespace={"__doc__": Bench.__doc__, "run": lambda self, console: self.command.run(console)},
+    return command_group(
+        "Benchmark this machine, and show the results.",
+        {name: command(name, load=words[:1] == [name]) for name in _SUBCOMMANDS},
     )
 
 
-def options_of(name: str) -> Any:
-    """The class that holds the options of one subcommand."""
-    module_name, options_name, _, about = _SUBCOMMANDS[name]
-    options = getattr(importlib.import_module(f"awnet.benchmarks.{module_name}"), options_name)
-    namespace = {"__doc__": about}
-    return with_placeholders(
-        make_dataclass(name, [], bases=(options,), namespace=namespace, kw_only=True, frozen=True)
-    )
+def command(name: str, *, load: bool = True) -> Any:
+    """The class of one subcommand; without ``load`` it has no options."""
+    module_name, options, function, about = _SUBCOMMANDS[name]
+    namespace: dict[str, Any] = {"__doc__": about}
+    bases: tuple[type, ...] = ()
+    if load:
+        module = importlib.import_module(f"awnet.benchmarks.{module_name}")
+        bases, namespace["run"] = (getattr(module, options),), _run_method(getattr(module, function))
+    made = make_dataclass(name, [], bases=bases, namespace=namespace, kw_only=True, frozen=True)
+    return with_placeholders(made)
 
 
 # in the errors of torch's allocators, which have no class of their own on CPUs
 _MEMORY_ERRORS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return any(words in str(error) for words in _MEMORY_ERRORS)
 
 
 def _run_method(function: Any) -> Any:
@@ -96,7 +73,7 @@ def _run_method(function: Any) -> Any:
         try:
             status = function(self)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not any(words in str(error) for words in _MEMORY_ERRORS):
                 raise
             reason = str(error).splitlines()[0]
             raise MemoryError(f"not enough memory, use a smaller batch or size: {reason}") from error

@@ -3,43 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
-from operator import or_
-from typing import Annotated, Any
+from typing import Any
 
-from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes, subcommand
+from tyro.conf import DisallowNone, FlagCreatePairsOff, OmitArgPrefixes
 
 from awnet.cli import bench
-from awnet.cli.analyze import Analyze, AnalyzeFilters, AnalyzeWeightGap
+from awnet.cli.analyze import AnalyzeFilters, AnalyzeWeightGap
 from awnet.cli.attack import Attack
 from awnet.cli.compare import Compare
-from awnet.cli.data import Data, DataInfo, Download
+from awnet.cli.data import DataInfo, Download
 from awnet.cli.evaluate import Evaluate
-from awnet.cli.export import Export, ExportOnnx, ExportProgram, ExportRobustBench
+from awnet.cli.export import ExportOnnx, ExportProgram, ExportRobustBench
 from awnet.cli.info import Info
-from awnet.cli.options import with_placeholders
+from awnet.cli.options import command_group, subcommands, with_placeholders
 from awnet.cli.reproduce import Reproduce
 from awnet.cli.train import Train
 
 CONFIG = (DisallowNone, FlagCreatePairsOff, OmitArgPrefixes)
 
+_SUBCOMMANDS = {  # bench has its own table
+    "analyze": {"filters": AnalyzeFilters, "weight-gap": AnalyzeWeightGap},
+    "export": {"robustbench": ExportRobustBench, "program": ExportProgram, "onnx": ExportOnnx},
+    "data": {"download": Download, "info": DataInfo},
+}
 _COMMANDS: dict[str, Any] = {
     "train": Train,
     "evaluate": Evaluate,
     "attack": Attack,
     "compare": Compare,
     "reproduce": Reproduce,
-    "analyze": Analyze,
-    "bench": bench.Bench,
-    "data": Data,
-    "export": Export,
+    "analyze": command_group("Plot the weights of trained networks.", _SUBCOMMANDS["analyze"]),
+    "bench": bench.group(()),
+    "data": command_group("Download data sets, and print what they contain.", _SUBCOMMANDS["data"]),
+    "export": command_group("Export models to the formats of other tools.", _SUBCOMMANDS["export"]),
     "info": Info,
-}
-# the subcommands of those commands that have any; bench has its own table
-_SUBCOMMANDS = {
-    "analyze": {"filters": AnalyzeFilters, "weight-gap": AnalyzeWeightGap},
-    "export": {"robustbench": ExportRobustBench, "program": ExportProgram, "onnx": ExportOnnx},
-    "data": {"download": Download, "info": DataInfo},
 }
 _ALIASES = {"analyse": "analyze"}
 
@@ -53,7 +50,7 @@ def command_named(words: Sequence[str]) -> Any:
     """The class that holds the options of a command, such as ``["train"]`` or ``["bench", "run"]``."""
     command, *rest = words
     if command == "bench":
-        return bench.options_of(rest[0])
+        return bench.command(rest[0])
     return with_placeholders(_SUBCOMMANDS[command][rest[0]] if rest else _COMMANDS[command])
 
 
@@ -62,10 +59,6 @@ def command_union(words: Sequence[str]) -> Any:
 
     The options of ``awnet bench`` are loaded only if ``words`` name one of its subcommands.
     """
-    commands = dict(_COMMANDS)
-    if words[:1] == ["bench"]:
-        commands["bench"] = bench.with_subcommands(words[1:])
     for command in (*_COMMANDS.values(), *(c for group in _SUBCOMMANDS.values() for c in group.values())):
         with_placeholders(command)
-    annotated: Any = Annotated
-    return reduce(or_, (annotated[command, subcommand(name)] for name, command in commands.items()))
+    return subcommands(_COMMANDS | ({"bench": bench.group(words[1:])} if words[:1] == ["bench"] else {}))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional
 
 from awnet.cli.options import Maybe, print_text
 
@@ -89,13 +89,3 @@ class DataInfo:
             "source": train.source,
         }.items():
             print_text(console, f"{key + ':':14}{value}")
-
-
-@dataclass
-class Data:
-    """Download data sets, and print what they contain."""
-
-    command: Annotated[Download, subcommand("download")] | Annotated[DataInfo, subcommand("info")]
-
-    def run(self, console: Console) -> None:
-        self.command.run(console)

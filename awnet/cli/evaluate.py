@@ -91,23 +91,14 @@ class Evaluate(RunOptions):
         last = self.path == self.folder and self.checkpoint == "last"
         out = make_folder(self.out or self.results_folder)
         surrogates = {source_name(one): load_model(one, ranks.device) for one in self.surrogates}
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "limit": self.limit,
-            "budget": self.budget,
-            "queries": self.queries,
-            "precision": self.precision,
-            "filter": self.filter,
-            "eot": self.eot,
-            "teachers": self.teachers,
+        names = ("batch_size", "seed", "limit", "budget", "queries", "precision", "filter", "eot", "teachers")
+        options: dict[str, Any] = {name: getattr(self, name) for name in (*names, "allow_missing", "name")}
+        options |= {
             "surrogates": surrogates,
-            "allow_missing": self.allow_missing,
             "parts": {"auto": None, "yes": True, "no": False}[self.parts],
             "progress": not console.quiet,
             "run": self.folder if self.is_run else None,
             "out": out,
-            "name": self.name,
             "compared_with": others,
             "selected_on": "nothing: the last checkpoint" if last else None,
             "ranks": ranks,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from tyro.conf import subcommand
-
-from awnet.cli.options import Maybe, print_text
+from awnet.cli.options import Maybe, check_free, print_text
 from awnet.cli.run_options import RunOptions
 
 if TYPE_CHECKING:
@@ -74,7 +72,7 @@ class ExportProgram(RunOptions):
     def run(self, console: Console) -> None:
         from awnet.models.export import export_program
 
-        _check_free(self.out, overwrite=self.overwrite)
+        check_free(self.out, overwrite=self.overwrite)
         model, x = self.example(console)
         export_program(model, x, self.out, standalone=self.standalone, name=str(self.loaded_from))
         print_text(console, str(self.out))
@@ -95,26 +93,7 @@ class ExportOnnx(RunOptions):
     def run(self, console: Console) -> None:
         from awnet.models.export import export_onnx
 
-        _check_free(self.out, overwrite=self.overwrite)
+        check_free(self.out, overwrite=self.overwrite)
         model, x = self.example(console)
         export_onnx(model, x, self.out, name=str(self.loaded_from))
         print_text(console, str(self.out))
-
-
-def _check_free(path: Path, *, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another file, or replace it with --overwrite")
-
-
-@dataclass
-class Export:
-    """Export models to the formats of other tools."""
-
-    command: (
-        Annotated[ExportRobustBench, subcommand("robustbench")]
-        | Annotated[ExportProgram, subcommand("program")]
-        | Annotated[ExportOnnx, subcommand("onnx")]
-    )
-
-    def run(self, console: Console) -> None:
-        self.command.run(console)

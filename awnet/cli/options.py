@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-from tyro.conf import arg
+from tyro.conf import arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
 from awnet.files import expanded
@@ -108,6 +110,24 @@ def with_placeholders(command: Any) -> Any:
 
 
 _with_placeholders: set[Any] = set()
+
+
+def subcommands(commands: Mapping[str, Any]) -> Any:
+    """The union of classes of commands by name, for tyro to choose from."""
+    annotated: Any = Annotated
+    return reduce(or_, (annotated[command, subcommand(name)] for name, command in commands.items()))
+
+
+def command_group(about: str, commands: Mapping[str, Any]) -> Any:
+    """The class of a command that only has subcommands, by name; ``about`` is its help."""
+    namespace = {"__doc__": about, "run": lambda self, console: self.command.run(console)}
+    return make_dataclass("Group", [("command", subcommands(commands))], namespace=namespace)
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if ``path`` exists, unless it may be overwritten."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another file, or replace it with --overwrite")
 
 
 def parse_options(pairs: Sequence[str], flag: str) -> dict[str, Any]:

@@ -99,19 +99,22 @@ class RunOptions(ImportOption):
     @cached_property
     def path(self) -> Path:
         """The path of a run folder or ``.safetensors`` file; that of a zoo model, verified once."""
-        from awnet.models.sources import source_kind
         from awnet.models.zoo import zoo_folder
 
-        if source_kind(self.source) == "zoo":
+        if self._kind == "zoo":
             return zoo_folder(self.source.removeprefix("zoo:"))
         return expanded(self.source)
 
     @property
     def is_run(self) -> bool:
         """Whether the model is a run's or a ``.safetensors`` file, and not from another source."""
+        return self._kind in ("file", "zoo")
+
+    @property
+    def _kind(self) -> str:
         from awnet.models.sources import source_kind
 
-        return source_kind(self.source) in ("file", "zoo")
+        return source_kind(self.source)
 
     @property
     def folder(self) -> Path:
@@ -123,9 +126,9 @@ class RunOptions(ImportOption):
     @property
     def results_folder(self) -> Path:
         """The folder in which results are stored: the run folder, or runs/MODEL."""
-        from awnet.models.sources import source_kind, source_name
+        from awnet.models.sources import source_name
 
-        return self.folder if source_kind(self.source) == "file" else Path("runs") / source_name(self.source)
+        return self.folder if self._kind == "file" else Path("runs") / source_name(self.source)
 
     @property
     def loaded_from(self) -> str | Path:
