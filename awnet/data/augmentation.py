@@ -124,11 +124,11 @@ def _within(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor)
     return inside[:, None]
 
 
-def _gathered(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The pixels at ``row`` [B, H] and ``column`` [B, W], int64, of each image."""
-    pixel = (row[:, :, None] * x.shape[3] + column[:, None, :]).flatten(1)
-    flat = x.flatten(2)
-    return flat.gather(2, pixel[:, None].expand(-1, x.shape[1], -1)).view_as(x)
+def gathered(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """The pixels at ``row`` [B, H] and ``column`` [B, W], int64, of each image, [B, C, H, W]."""
+    pixel = row[:, :, None] * x.shape[3] + column[:, None, :]
+    values = x.flatten(2).gather(2, pixel.flatten(1)[:, None].expand(-1, x.shape[1], -1))
+    return values.unflatten(2, pixel.shape[1:])
 
 
 def _cutout(x: Tensor, draw: Draw) -> Tensor:
@@ -161,8 +161,8 @@ def _resized_crop(x: Tensor, draw: Draw) -> Tensor:
     row, next_row, down = sources(top, height, x.shape[2])
     column, next_column, right = sources(left, width, x.shape[3])
     down, right = down[:, None, :, None], right[:, None, None, :]
-    upper = (1 - right) * _gathered(x, row, column) + right * _gathered(x, row, next_column)
-    lower = (1 - right) * _gathered(x, next_row, column) + right * _gathered(x, next_row, next_column)
+    upper = (1 - right) * gathered(x, row, column) + right * gathered(x, row, next_column)
+    lower = (1 - right) * gathered(x, next_row, column) + right * gathered(x, next_row, next_column)
     return ((1 - down) * upper + down * lower).clamp(0, 1)
 
 
@@ -182,7 +182,7 @@ def _crop_shifted(x: Tensor, u: Tensor) -> Tensor:
         parts.append((source, target, size - cut_here))
     (from_row, to_row, rows), (from_column, to_column, columns) = parts
     row, column = (torch.arange(size, device=x.device) for size in (height, width))
-    moved = _gathered(
+    moved = gathered(
         x,
         (row + (from_row - to_row)[:, None]).clamp(0, height - 1),
         (column + (from_column - to_column)[:, None]).clamp(0, width - 1),

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from awnet.data.dataset import Augmentation, Dataset, Splits, hold_out
+from awnet.data.dataset import Dataset, Splits, from_arrays, hold_out
 from awnet.data.folders import find_folder
 from awnet.data.pickles import read_pickle
-from awnet.data.threat_model import ThreatModel
 
 PIXELS = 3 * 32 * 32
 VALIDATION_FRACTION = 0.02  # 1,000 of the 50,000 training images
@@ -102,18 +100,9 @@ def load_cifar(name: str, data_dir: str | Path, seed: int = 0) -> Splits:
         images = np.concatenate([images for images, _ in parts])
         if len(images) == 0:
             raise ValueError(f"{folder} holds no {split} images (in {', '.join(files)})")
-        return Dataset(
-            name=name,
-            split=split,
-            images=torch.from_numpy(images),
-            labels=torch.from_numpy(np.concatenate([labels for _, labels in parts])),
-            index=torch.arange(len(images)),
-            classes=classes,
-            max_value=255,
-            threat_model=ThreatModel(8 / 255),
-            augmentation=Augmentation(shift=4, flip=True),
-            source=str(folder),
-        )
+        labels = np.concatenate([labels for _, labels in parts])
+        about: Any = {"name": name, "split": split, "classes": classes, "source": str(folder)}
+        return from_arrays(images, labels, **about, shift=4, flip=True, layout="nchw")
 
     train, validation = hold_out(read(layout.train, "train"), VALIDATION_FRACTION, seed)
     return Splits(train, validation, read((layout.test,), "test"))

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from awnet import rng
-from awnet.data.augmentation import OperationName, check_operations, mixed, partners, transformed
+from awnet.data.augmentation import OperationName, check_operations, gathered, mixed, partners, transformed
 from awnet.data.checks import check_labels
 from awnet.data.extra import FIRST_INDEX, ExtraImages, load_extra
 from awnet.data.threat_model import Norm, ThreatModel
@@ -136,23 +137,16 @@ class Dataset:
 
     def to(self, device: str | torch.device) -> Dataset:
         """The same data set on ``device``."""
-        return replace(
-            self,
-            images=self.images.to(device),
-            labels=self.labels.to(device),
-            index=self.index.to(device),
-        )
+        return self._changed(lambda tensor: tensor.to(device))
 
     def take(self, rows: Tensor, split: str | None = None) -> Dataset:
         """The samples at ``rows``, int64 ``[M]``: rows of this data set, not global indices."""
         rows = rows.to(self.device)
-        return replace(
-            self,
-            images=self.images[rows],
-            labels=self.labels[rows],
-            index=self.index[rows],
-            split=self.split if split is None else split,
-        )
+        return self._changed(lambda tensor: tensor[rows], split=self.split if split is None else split)
+
+    def _changed(self, change: Callable[[Tensor], Tensor], **fields: Any) -> Dataset:
+        fields |= {name: change(getattr(self, name)) for name in ("images", "labels", "index")}
+        return replace(self, **fields)
 
     def subset(self, n: int, seed: int = 0) -> Dataset:
         """At most ``n`` samples, stratified by class; the same samples for the same seed."""
@@ -210,26 +204,9 @@ class Dataset:
         """
         # a larger value means the same, and its products could overflow int64
         batch_size = min(check_integer("batch_size", batch_size, 1), len(self) + 1)
-        start, seed, epoch = (
-            check_integer("start", start, 0),
-            check_integer("seed", seed),
-            check_integer("epoch", epoch),
-        )
-        target = self.device if device is None else torch.device(device)
-        return self._batches(batch_size, shuffle, augment, seed, epoch, start, drop_last, part, target)
-
-    def _batches(
-        self,
-        batch_size: int,
-        shuffle: bool,
-        augment: bool,
-        seed: int,
-        epoch: int,
-        start: int,
-        drop_last: bool,
-        part: tuple[int, int],
-        device: torch.device,
-    ) -> Iterator[Batch]:
+        start, seed = check_integer("start", start, 0), check_integer("seed", seed)
+        epoch = check_integer("epoch", epoch)
+        device = self.device if device is None else torch.device(device)
         order = torch.arange(len(self), device=self.device)
         if shuffle:
             order = rng.bits(rng.key(seed, "shuffle", epoch), self.index, ()).argsort(stable=True)
@@ -268,17 +245,16 @@ class Dataset:
                 yield rows, transformed(x, index[rows], operations, seed=seed, epoch=epoch)
 
         if "cutmix" not in operations:
-            for rows, x in images(order):
-                yield Batch(x, labels[rows], index[rows])
-            return
+            return (Batch(x, labels[rows], index[rows]) for rows, x in images(order))
         keys = self.index.to(order.device)[order.clamp(max=len(self) - 1)]
         keys = torch.where(order < len(self), keys, FIRST_INDEX + order - len(self))
         other_order = partners(keys, len(self), seed=seed, epoch=epoch)
-        for (rows, x), (others, other) in zip(images(order), images(other_order), strict=True):
-            x, y = mixed(
-                x, labels[rows], other, labels[others], index[rows], self.num_classes, seed=seed, epoch=epoch
-            )
-            yield Batch(x, y, index[rows])
+        mix = partial(mixed, classes=self.num_classes, seed=seed, epoch=epoch)
+        pairs = zip(images(order), images(other_order), strict=True)
+        return (
+            Batch(*mix(x, labels[rows], other, labels[others], index[rows]), index[rows])
+            for (rows, x), (others, other) in pairs
+        )
 
     def _with_extra_rows(self, order: Tensor, extra: ExtraImages, seed: int, epoch: int) -> Tensor:
         """The rows of an epoch; those of extra images follow the data set's own, from ``len(self)``."""
@@ -369,10 +345,7 @@ def _moved(images: Tensor, moves: Tensor, augmentation: Augmentation) -> Tensor:
     if augmentation.flip:
         column = torch.where(moves[:, 2:] == 1, width - 1 - column, column)  # [B, W]
     column = column + moves[:, 1:2]
-    padded = torch.nn.functional.pad(images, (size,) * 4)  # [B, C, H + 2·shift, W + 2·shift]
-    pixel = (row[:, :, None] * padded.shape[3] + column[:, None, :]).flatten(1)  # [B, H·W]
-    flat = padded.flatten(2)
-    return flat.gather(2, pixel[:, None, :].expand(-1, flat.shape[1], -1)).view_as(images)
+    return gathered(torch.nn.functional.pad(images, (size,) * 4), row, column)
 
 
 @standard_defaults()

@@ -96,7 +96,8 @@ def download(
     if not packed.is_file() or not hash_matches(packed, archive.checksum):
         with temporary_folder(packed) as scratch:
             os.replace(pooch.retrieve(url or archive.url, path=scratch, **options), packed)
-    _unpack(packed, folder)
+    with temporary_folder(folder) as scratch:
+        _unpack(scratch, packed, folder)
     return folder
 
 
@@ -147,13 +148,8 @@ def _too_large(url: str, part: Path, reason: str) -> ValueError:
     )
 
 
-def _unpack(archive: Path, folder: Path) -> None:
-    """Extracts the folder in ``archive`` to ``folder``, atomically."""
-    with temporary_folder(folder) as scratch:
-        _unpack_into(scratch, archive, folder)
-
-
-def _unpack_into(scratch: Path, archive: Path, folder: Path) -> None:
+def _unpack(scratch: Path, archive: Path, folder: Path) -> None:
+    """Extracts the folder in ``archive`` to ``folder``, atomically, by way of the folder ``scratch``."""
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:

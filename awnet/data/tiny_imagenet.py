@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
-from awnet.data.dataset import Augmentation, Dataset, Splits, hold_out
+from awnet.data.dataset import Dataset, Splits, from_arrays, hold_out
 from awnet.data.folders import find_folder
 from awnet.data.image_files import decode_into
-from awnet.data.threat_model import ThreatModel
 
 SIZE = 64
 VALIDATION_FRACTION = 0.02
@@ -42,18 +41,11 @@ def load_tiny_imagenet(data_dir: str | Path, seed: int = 0) -> Splits:
     def read(files: list[tuple[Path, str]], split: str) -> Dataset:
         if not files:
             raise ValueError(f"{folder} holds no {split} images of its {len(classes)} classes")
-        return Dataset(
-            name="tiny_imagenet",
-            split=split,
-            images=_decode([path for path, _ in files]),
-            labels=torch.tensor([number[wnid] for _, wnid in files]),
-            index=torch.arange(len(files)),
-            classes=classes,
-            max_value=255,
-            threat_model=ThreatModel(8 / 255),
-            augmentation=Augmentation(shift=4, flip=True),
-            source=str(folder),
-        )
+        images = np.empty((len(files), 3, SIZE, SIZE), np.uint8)
+        decode_into(images, [path for path, _ in files], _read_image)
+        labels = [number[wnid] for _, wnid in files]
+        about: Any = {"name": "tiny_imagenet", "split": split, "classes": classes, "source": str(folder)}
+        return from_arrays(images, labels, **about, shift=4, flip=True, layout="nchw")
 
     train, validation = hold_out(read(train_files, "train"), VALIDATION_FRACTION, seed)
     return Splits(train, validation, read(test_files, "test"))
@@ -135,14 +127,8 @@ def _check_equal(files: list[tuple[Path, str]], classes: tuple[str, ...], what: 
         )
 
 
-def _decode(paths: list[Path]) -> torch.Tensor:
-    """uint8 [N, 3, 64, 64]; gray images get three equal channels."""
-    images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
-    decode_into(images, paths, _read_image)
-    return torch.from_numpy(images)
-
-
 def _read_image(path: Path) -> np.ndarray:
+    """uint8 [3, 64, 64]; a gray image gets three equal channels."""
     from PIL.JpegImagePlugin import JpegImageFile
 
     try:
