@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Self
 
 import torch
@@ -108,63 +108,49 @@ class Embedding:
     Args:
         model: any network with convolutions that ends in a linear layer.
         x: an image [1, C, H, W], run once to find the order of the layers.
-        layers: names of convolutions in ``model.named_modules()``; by default five, evenly spaced from the
-            first to the last in the forward pass, without the router's.
+
+    The convolutions are five, evenly spaced from the first to the last in the forward pass, without the
+    router's.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, layers: Sequence[str] | None = None) -> None:
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model = model
         order: list[str] = []
         linear: list[nn.Linear] = []
-        handles = []
         of_routers = {id(module) for router in routers(model) for module in router.modules()}
-        for name, module in model.named_modules():
-            if id(module) in of_routers:
-                continue
-            if isinstance(module, nn.Conv2d):
-                handles.append(module.register_forward_hook(lambda *_, name=name: order.append(name)))
-            elif isinstance(module, nn.Linear):
-                handles.append(module.register_forward_hook(lambda m, *_: linear.append(m)))
-        try:
-            with torch.no_grad():
-                model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for name, module in model.named_modules():
+                if id(module) in of_routers:
+                    continue
+                if isinstance(module, nn.Conv2d):
+                    hook = module.register_forward_hook(lambda *_, name=name: order.append(name))
+                    hooks.enter_context(hook)
+                elif isinstance(module, nn.Linear):
+                    hooks.enter_context(module.register_forward_hook(lambda m, *_: linear.append(m)))
+            model(x)
         if not linear or not order:
             raise ValueError(
                 f"{type(model).__name__} must have convolutions and end in a linear layer for this detector"
             )
         self.linear = linear[-1]
-        if layers is None:
-            count = min(5, len(order))
-            positions = [round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)]
-            layers = list(dict.fromkeys(order[i] for i in positions))
-        unknown = [name for name in layers if name not in order]
-        if unknown:
-            raise ValueError(
-                f"layers has unknown names {', '.join(unknown)}; the model's convolutions are {order}"
-            )
-        self.layers = list(layers)
+        count = min(5, len(order))
+        positions = [round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)]
+        self.layers = list(dict.fromkeys(order[i] for i in positions))
 
     def __call__(self, x: Tensor, batch_size: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """Each layer's pooled outputs [N, C_l], the last linear layer's inputs [N, d], and logits [N, K]."""
         modules = dict(self.model.named_modules())
         pooled: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         features: list[Tensor] = []
-        logits: list[Tensor] = []
 
         def pool(name: str) -> object:
             return lambda module, args, output: pooled[name].append(output.mean((2, 3)).double())
 
-        handles = [modules[name].register_forward_hook(pool(name)) for name in self.layers]
-        handles.append(
-            self.linear.register_forward_pre_hook(lambda module, args: features.append(args[0].double()))
-        )
-        try:
-            with torch.no_grad():
-                logits += [self.model(part).double() for part in x.split(batch_size)]
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.no_grad():
+            for name in self.layers:
+                hooks.enter_context(modules[name].register_forward_hook(pool(name)))
+            hooks.enter_context(
+                self.linear.register_forward_pre_hook(lambda module, args: features.append(args[0].double()))
+            )
+            logits = [self.model(part).double() for part in x.split(batch_size)]
         return [torch.cat(pooled[name]) for name in self.layers], torch.cat(features), torch.cat(logits)

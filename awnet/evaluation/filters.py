@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,7 @@ def _body(model: nn.Module) -> nn.Module:
 def _scale_of_each_layer(model: nn.Module, body: nn.Module, x: Tensor) -> dict[str, int]:
     """Layer → position of its filter scale in ``Routing.filter_scales``, from one forward pass."""
     numbers: dict[str, int] = {}
-    handles = []
-    with frozen(model), torch.no_grad():
+    with ExitStack() as hooks, frozen(model), torch.no_grad():
         routing = route(model, x)
 
         def watch(name: str) -> Any:
@@ -71,14 +71,10 @@ def _scale_of_each_layer(model: nn.Module, body: nn.Module, x: Tensor) -> dict[s
 
             return hook
 
-        try:
-            for name, module in body.named_modules():
-                if isinstance(module, FilterScaledConv2d):
-                    handles.append(module.register_forward_pre_hook(watch(name), with_kwargs=True))
-            with_routing(model, x, routing)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for name, module in body.named_modules():
+            if isinstance(module, FilterScaledConv2d):
+                hooks.enter_context(module.register_forward_pre_hook(watch(name), with_kwargs=True))
+        with_routing(model, x, routing)
     return numbers
 
 
