@@ -33,24 +33,13 @@ _NAMES = {
     "create_model": "awnet.models",
     "evaluate": "awnet.evaluation",
     "explain": "awnet.ops",
+    "functional": "awnet.ops",
     "list_models": "awnet.models",
     "load_dataset": "awnet.data",
     "load_model": "awnet.models",
     "save_model": "awnet.models",
     "train": "awnet.training",
     "use_backend": "awnet.ops",
-}
-_MODULES = {
-    "analysis": "awnet.analysis",
-    "attacks": "awnet.attacks",
-    "data": "awnet.data",
-    "evaluation": "awnet.evaluation",
-    "functional": "awnet.ops.functional",
-    "models": "awnet.models",
-    "nn": "awnet.nn",
-    "ops": "awnet.ops",
-    "reference": "awnet.reference",
-    "training": "awnet.training",
 }
 
 __all__ = [
@@ -79,12 +68,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
     if name in _NAMES:
         value = getattr(importlib.import_module(_NAMES[name]), name)
         globals()[name] = value
         return value
+    if name in __all__:  # a module
+        return importlib.import_module(f"awnet.{name}")
     raise AttributeError(f"module 'awnet' has no attribute {name!r}")
 
 
