@@ -1,4 +1,4 @@
-"""Draws the figures of an evaluation from arrays into PNG files, independently of models and reports."""
+"""Draws the figures of an evaluation from arrays into the PNG file ``path``, without models or reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def w_robust_bars(
 
     Args:
         systems: system → attack → (A_w, (low, high)), fractions.
-        path: the PNG file.
         clean: A_nat of each system, a fraction, shown in the legend.
     """
     attacks = list(dict.fromkeys(attack for measured in systems.values() for attack in measured))
@@ -76,7 +75,6 @@ def p_clean_histogram(
 
     Args:
         p_clean: kind → p ``[n]`` in [0, 1]; the first kind is clean, drawn in blue.
-        path: the PNG file.
         auc: kind → area under the ROC curve against the first kind, shown next to the row.
         controls: kinds drawn in gray.
     """
@@ -120,7 +118,6 @@ def waterfall(
         n: number of images. wrong_clean: how many of them are misclassified before any attack.
         broken: attack → number of images that it was the first to break, in the order in which the attacks
             ran.
-        path: the PNG file.
     """
     if n < 1 or wrong_clean + sum(broken.values()) > n:
         raise ValueError(f"{wrong_clean} + {sum(broken.values())} broken images do not fit into n = {n}")
@@ -161,7 +158,6 @@ def sanity_curves(
     Args:
         steps, loss, accuracy: for the attack at ``own_eps``, ``[m]`` each; accuracies are fractions.
         eps, accuracy_by_eps: ``[k]`` each, in image units and as fractions.
-        path: the PNG file.
         own_eps: the threat model's ε, which is marked.
     """
     with figure_file(path, 9.0, 3.2) as figure:
@@ -195,7 +191,6 @@ def accuracy_against_eps(
     Args:
         curves: attack → ``eps``, ``accuracy``, ``low`` and ``high`` ``[k]`` each, in image units and as
             fractions, and ``norm``.
-        path: the PNG file.
         own_eps: the threat model's ε, which is marked.
         attacks: robust accuracies at ``own_eps`` under other attacks, with intervals, as points.
     """
@@ -229,7 +224,6 @@ def roc_curves(
     Args:
         curves: kind → (fraction of that kind classified as clean, fraction of clean images classified as
             clean), ``[m]`` each.
-        path: the PNG file.
         auc: kind → area under the curve, shown in the legend.
         controls: kinds drawn in gray.
     """
@@ -272,7 +266,6 @@ def example_images(
     Args:
         clean, adversarial: ``[k, C, H, W]`` in [0, 1], C = 1 or 3.
         captions: (before, after) for each image, for example the predicted classes.
-        path: the PNG file.
         eps: largest change of a pixel; -eps is drawn black and +eps white, per channel.
     """
     first, second = np.asarray(clean, dtype=np.float64), np.asarray(adversarial, dtype=np.float64)
@@ -313,7 +306,6 @@ def paired_differences(
     Args:
         series: system → quantity → (difference, interval over images, interval over trainings or None), as
             fractions. The second interval is thin and has caps.
-        path: the PNG file.
     """
     quantities = list(dict.fromkeys(quantity for by_quantity in series.values() for quantity in by_quantity))
     if not quantities:

@@ -1,4 +1,4 @@
-"""Draws the distributions of filters' mean weights, and the weight gap, into PNG files."""
+"""Draws the distributions of filters' mean weights, and the weight gap, into the PNG file ``path``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ def filter_means(
     Args:
         layers: layer → series → means ``[C_out]``, one panel per layer; series of the same name share a
             color: "clean…" is blue, "adv…" vermilion, others start with gray.
-        path: the PNG file.
     """
     if not layers:
         raise ValueError("layers is empty: nothing to draw")
@@ -85,7 +84,6 @@ def weight_gap_curves(gaps: Sequence[Any], path: str | Path, *, title: str) -> N
 
     Args:
         gaps: the result of :func:`awnet.analysis.weight_gaps`.
-        path: the PNG file.
     """
     if not gaps:
         raise ValueError("gaps is empty: nothing to draw")

@@ -1,4 +1,4 @@
-"""Draws training curves, and differences between trainings, into PNG files."""
+"""Draws training curves, and differences between trainings, into the PNG file ``path``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
     Args:
         records: the epochs' records of a run's ``log.jsonl``: ``epoch``, losses (``total``, ``nat``, ``adv``,
             ``type`` and others by name), and fractions named ``…accuracy`` in the epochs with validation.
-        path: the PNG file.
     """
     if not records:
         raise ValueError("records is empty: no epoch to draw")
@@ -36,31 +35,15 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
         left, right, *further = figure.subplots(1, 3 if norms else 2)
         colors = {"total": "#333333", "nat": CLEAN, "adv": ADVERSARIAL}
         spare = iter(CYCLE[2:] * (1 + len(losses)))
-        for name in losses:
+        means = [(left, name, colors.get(name) or next(spare), figure_text(name)) for name in losses]
+        for axes, name, color, label in [*means, *((axes, "grad_norm", "#333333", None) for axes in further)]:
             epochs, values = _column(records, name)
-            style = {"ls": "-" if name != "type" else (0, (4, 1.5))}
+            dashes = "-" if name != "type" else (0, (4, 1.5))
             marker = "o" if len(values) == 1 else None  # a line through one point is invisible
-            left.plot(
-                epochs,
-                values,
-                label=figure_text(name),
-                color=colors.get(name) or next(spare),
-                marker=marker,
-                **style,
-            )
+            axes.plot(epochs, values, label=label, color=color, marker=marker, ls=dashes)
+        _by_epoch(left, f"{figure_text(title)}: loss terms")
         for axes in further:
-            epochs, values = _column(records, "grad_norm")
-            axes.plot(epochs, values, color="#333333", marker="o" if len(values) == 1 else None)
-            axes.set(
-                title="Norm of the gradient", xlabel="epoch", ylabel="mean over the epoch", ylim=(0, None)
-            )
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        left.set(
-            title=f"{figure_text(title)}: loss terms",
-            xlabel="epoch",
-            ylabel="mean over the epoch",
-            ylim=(0, None),
-        )
+            _by_epoch(axes, "Norm of the gradient")
         styles = {
             "clean_accuracy": ("clean, $A_{nat}$", CLEAN),
             "w_robust_accuracy": ("W-Robust, $A_w$", "#333333"),
@@ -69,28 +52,25 @@ def training_curves(records: Sequence[Mapping[str, Any]], path: str | Path, titl
         for name in sorted(scores, key=lambda n: list(styles).index(n) if n in styles else len(styles)):
             epochs, values = _column(records, name)
             label, color = styles.get(name, (figure_text(name), CONTROL))
-            right.plot(
-                epochs, 100 * values, label=label, color=color, marker="o", ms=7 if len(values) == 1 else 3
-            )
+            size = 7 if len(values) == 1 else 3
+            right.plot(epochs, 100 * values, label=label, color=color, marker="o", ms=size)
         chosen = "w_robust_accuracy" if "w_robust_accuracy" in scores else "clean_accuracy"
         if chosen in scores:
             epochs, values = _column(records, chosen)
             best = len(values) - 1 - int(np.argmax(values[::-1]))  # the later one of equals
             right.plot(epochs[best], 100 * values[best], "o", ms=10, mfc="none", mec="#333333", mew=1.4)
+            inside = 0 < best < len(values) - 1 or len(values) == 1
             right.annotate(
                 f"best: epoch {epochs[best]:.0f}",
                 (epochs[best], 100 * values[best]),
                 xytext=(0, -16 if values[best] > 0.15 else 12),  # above a point next to the axis
                 textcoords="offset points",
-                ha="center"
-                if 0 < best < len(values) - 1 or len(values) == 1
-                else ("left", "right")[best > 0],
+                ha="center" if inside else ("left", "right")[best > 0],
                 fontsize=8.5,
                 color="#333333",
             )
-        right.set(title="Validation accuracy", xlabel="epoch", ylabel="percent", ylim=(0, 101))
+        _by_epoch(right, "Validation accuracy", "percent", (0, 101))
         for axes, series in ((left, losses), (right, scores)):
-            axes.xaxis.get_major_locator().set_params(integer=True)
             if series:
                 axes.legend(loc="best", ncols=2 if len(series) > 3 else 1)
         if len(records) == 1:  # the axis would have ticks at fractions of an epoch
@@ -105,7 +85,6 @@ def compared_curves(
 
     Args:
         runs: name → the epochs' records of each run's ``log.jsonl``, as for :func:`training_curves`.
-        path: the PNG file.
     """
     if not any(runs.values()):
         raise ValueError("runs is empty: no epoch to draw")
@@ -122,10 +101,9 @@ def compared_curves(
                     epochs, values = _column(records, key)
                     factor = 1 if key == "total" else 100
                     axes.plot(epochs, factor * values, ls=style, color=color, label=label, marker="o", ms=3)
-        left.set(title=f"{title}: loss", xlabel="epoch", ylabel="mean over the epoch", ylim=(0, None))
-        right.set(title="Validation accuracy", xlabel="epoch", ylabel="percent", ylim=(0, 101))
+        _by_epoch(left, f"{title}: loss")
+        _by_epoch(right, "Validation accuracy", "percent", (0, 101))
         for axes in (left, right):
-            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(loc="best")
 
 
@@ -139,7 +117,6 @@ def differences_by_training(
 
     Args:
         differences: pair of systems → attack → (one value per training, (low, high) of the mean), fractions.
-        path: the PNG file.
     """
     attacks = list(dict.fromkeys(attack for by_attack in differences.values() for attack in by_attack))
     if not attacks:
@@ -164,6 +141,13 @@ def differences_by_training(
         axes.tick_params(axis="x", length=0)
         axes.set(title=figure_text(title), ylabel="difference in points", xlim=(-0.5, len(attacks) - 0.5))
         figure.legend(loc="outside lower center", ncols=len(differences))
+
+
+def _by_epoch(
+    axes: Any, title: str, unit: str = "mean over the epoch", limits: tuple[float, float | None] = (0, None)
+) -> None:
+    axes.set(title=title, xlabel="epoch", ylabel=unit, ylim=limits)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _column(records: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[Any], NDArray[Any]]:

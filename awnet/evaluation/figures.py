@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import numpy as np
 from awnet import analysis
 from awnet.analysis.figures import Measured
 from awnet.evaluation.detection import CONTROLS, roc_curve
-from awnet.evaluation.results import Results
+from awnet.evaluation.results import AttackDifference, AttackResult, Results
 from awnet.evaluation.tables import LABELS, attack_label
 
 NAMES = {"clean": "clean", "uniform_noise": "uniform noise", "sign_noise": "sign noise", **LABELS}
 PANELS = 4
+
+
+def _name(kind: str) -> str:
+    return NAMES.get(kind, kind)
 
 
 def draw(report: Results, folder: Path, training_log: Path | None = None) -> None:
@@ -31,9 +36,9 @@ def draw(report: Results, folder: Path, training_log: Path | None = None) -> Non
     }
     if p_clean:
         analysis.p_clean_histogram(
-            {NAMES.get(kind, kind): values for kind, values in p_clean.items()},
+            {_name(kind): values for kind, values in p_clean.items()},
             folder / "p_clean.png",
-            auc={NAMES.get(kind, kind): value for kind, value in report.router_auc.items()},
+            auc={_name(kind): value for kind, value in report.router_auc.items()},
             controls=tuple(NAMES[kind] for kind in CONTROLS),
             title=f"{report.model} on {report.dataset}: the router's probability that an image is clean",
         )
@@ -87,31 +92,19 @@ def _draw_checks(report: Results, folder: Path) -> None:
     if kinds:
         scores = report.per_sample["clean_type_score"]
         analysis.roc_curves(
-            {
-                NAMES.get(kind, kind): roc_curve(scores, report.per_sample[f"{kind}_type_score"])
-                for kind in kinds
-            },
+            {_name(kind): roc_curve(scores, report.per_sample[f"{kind}_type_score"]) for kind in kinds},
             folder / "roc.png",
-            auc={NAMES.get(kind, kind): report.router_auc[kind] for kind in kinds},
+            auc={_name(kind): report.router_auc[kind] for kind in kinds},
             controls=tuple(NAMES[kind] for kind in CONTROLS),
         )
     if report.examples:
-        examples = report.examples
-        analysis.example_images(
-            examples["clean"],
-            examples["adversarial"],
-            [
-                (_class(report, before), _class(report, after))
-                for before, after in zip(examples["before"], examples["after"], strict=True)
-            ],
-            folder / "examples.png",
-            eps=report.eps if report.norm == "Linf" else _largest_change(examples),
+        clean, adversarial, before, after = (
+            report.examples[name] for name in ("clean", "adversarial", "before", "after")
         )
-
-
-def _largest_change(examples: dict[str, Any]) -> float:
-    """The largest change of a pixel, in image units."""
-    return float(np.abs(examples["adversarial"].astype(np.float64) - examples["clean"]).max())
+        largest = float(np.abs(adversarial.astype(np.float64) - clean).max())  # change of a pixel
+        captions = [(_class(report, b), _class(report, a)) for b, a in zip(before, after, strict=True)]
+        eps = report.eps if report.norm == "Linf" else largest
+        analysis.example_images(clean, adversarial, captions, folder / "examples.png", eps=eps)
 
 
 def _class(report: Results, label: int) -> str:
@@ -131,17 +124,14 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
 
 def _bars(report: Results) -> tuple[dict[str, dict[str, Measured]], dict[str, float]]:
     """A_w with intervals, and A_nat, of the report's model and the models it is compared with."""
-    measured = {name: (a.w_robust_accuracy, a.w_interval_95) for name, a in report.results().items()}
-    systems: dict[str, dict[str, Measured]] = {report.model: _named(measured)}
-    clean = {report.model: report.clean_accuracy}
-    for name, other in report.compared_with.items():
-        theirs = {attack: (a.w_robust_accuracy, a.w_interval_95) for attack, a in other.attacks.items()}
-        systems[name], clean[name] = _named(theirs), other.clean_accuracy
-    return systems, clean
-
-
-def _named(measured: dict[str, Measured]) -> dict[str, Measured]:
-    return {NAMES.get(attack, attack): value for attack, value in measured.items()}
+    attacks: dict[str, Mapping[str, AttackResult | AttackDifference]] = {report.model: report.results()}
+    attacks |= {name: other.attacks for name, other in report.compared_with.items()}
+    systems = {
+        system: {_name(attack): (a.w_robust_accuracy, a.w_interval_95) for attack, a in results.items()}
+        for system, results in attacks.items()
+    }
+    clean = {name: other.clean_accuracy for name, other in report.compared_with.items()}
+    return systems, {report.model: report.clean_accuracy} | clean
 
 
 def _layers(report: Results) -> dict[str, dict[str, Any]]:
@@ -152,7 +142,7 @@ def _layers(report: Results) -> dict[str, dict[str, Any]]:
     ]
     if attacks:
         shown = "pgd_sat" if "pgd_sat" in attacks else attacks[-1]
-        kinds[shown] = f"adversarial images ({NAMES.get(shown, shown)}), ω·weights"
+        kinds[shown] = f"adversarial images ({_name(shown)}), ω·weights"
     series: dict[str, dict[str, Any]] = {}
     for key, means in report.filter_means.items():
         kind, layer = key.split("/", 1)
