@@ -61,10 +61,10 @@ def _is_config(value: Any) -> bool:
 _MISSING: Any = object()
 
 
-def _entry(config: dict[str, Any], name: str | None) -> Any:
+def _entry(config: dict[str, Any], name: str) -> Any:
     """The value at a dotted ``name``; ``_MISSING`` if there is none."""
     value: Any = config
-    for key in name.split(".") if name else ():
+    for key in name.split("."):
         if not isinstance(value, dict) or key not in value:
             return _MISSING
         value = value[key]

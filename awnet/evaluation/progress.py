@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from awnet.terminal import safe_console
 from awnet.text import visible
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Advance = Callable[[str, int], None]
 """Called with what runs now and the number of steps that were completed since the last call."""
@@ -28,9 +27,6 @@ def progress_bar(show: bool, total: int) -> Iterator[Advance]:
     if not show:
         yield lambda kind, by: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         yield _heartbeat(console, total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks import PGD, Attack, Suite, TransferAttack, frozen, named_attack
+from awnet.attacks import PGD, Suite, TransferAttack, frozen, named_attack
 from awnet.attacks.norms import geometry
 from awnet.attacks.stochastic import decision, seeded
 from awnet.data.dataset import Dataset
@@ -150,8 +150,11 @@ class _Table:
         norm = self.data.threat_model.norm
         return PGD(self.model, eps=eps, norm=norm, step_size=step_size, steps=steps, seed=self.seed)
 
-    def _outcome(self, attack: Attack | None) -> tuple[Tensor, float]:
-        """Which images are still classified correctly, bool ``[n]`` on the CPU, and the mean CE."""
+    def _outcome(self, attack: Callable[..., Tensor] | None) -> tuple[Tensor, float]:
+        """Which images are still classified correctly, bool ``[n]`` on the CPU, and the mean CE.
+
+        ``attack(x, y, index=index)`` gives the changed images.
+        """
         right, losses = [], []
         for x, y, index in self.data.batches(self.batch_size):
             images = x if attack is None else attack(x, y, index=index)
@@ -162,13 +165,8 @@ class _Table:
         return torch.cat(right).cpu(), float(torch.cat(losses).double().mean())
 
     def _noise(self) -> Tensor:
-        key, right = rng.key("sanity noise", self.seed), []
-        norm = geometry(self.data.threat_model.norm)
-        for x, y, index in self.data.batches(self.batch_size):
-            with torch.no_grad():
-                logits = decision(self.model, norm.uniform(key, x, index, self.eps).clamp_(0, 1))
-            right.append(logits.argmax(1) == y)
-        return torch.cat(right).cpu()
+        key, norm = rng.key("sanity noise", self.seed), geometry(self.data.threat_model.norm)
+        return self._outcome(lambda x, y, index: norm.uniform(key, x, index, self.eps).clamp_(0, 1))[0]
 
     def _p_clean(self) -> np.ndarray[Any, Any] | None:
         """p_clean of clean images and of ``pgd_sat`` images; None without a type head."""

@@ -120,17 +120,15 @@ class _Record:
         self.run = run
         self.exists = run is not None and is_run(run)
         self._described: dict[str, Any] = {}
-        self._sources: Any = None
+        self._sources: dict[str, dict[str, Any]] = {}
         if run is not None and self.exists:
             config = read_config(run, whole=True)
             self._described = config["teachers"] or {}
             sessions = reversed(config["sessions"])
-            self._sources = next((one["teachers"] for one in sessions if one.get("teachers")), None)
-            if isinstance(self._sources, list):  # an earlier version: paths in order
-                self._sources = {
-                    kind: {"path": source}
-                    for kind, source in zip(self._described, self._sources, strict=False)
-                }
+            found: Any = next((one["teachers"] for one in sessions if one.get("teachers")), {})
+            if isinstance(found, list):  # an earlier version: paths in order
+                found = {kind: {"path": path} for kind, path in zip(self._described, found, strict=False)}
+            self._sources = found
         self.kinds = tuple(self._described)
 
     def inside(self, kind: str) -> Path:
@@ -138,34 +136,32 @@ class _Record:
         return self.run / "teachers" / kind
 
     def weights(self, kind: str) -> str | None:
-        for part in (self._described, self._sources):
-            about = part.get(kind) if isinstance(part, dict) else None
+        for about in (self._described.get(kind), self._sources.get(kind)):
             if isinstance(about, dict) and isinstance(about.get("weights"), str):
                 return about["weights"]
         return None
 
     def source(self, kind: str) -> str | None:
         """The source that the teacher was given as, if it was no path."""
-        about = self._sources.get(kind) if isinstance(self._sources, dict) else None
-        text = about.get("source") if isinstance(about, dict) else None
+        text = self._sources.get(kind, {}).get("source")
         return text if isinstance(text, str) else None
 
     def places(self, kind: str) -> Iterator[Path]:
         """Where the teacher may be, the most likely place first."""
         if self.run is None:
             return
-        source = self._sources.get(kind) if isinstance(self._sources, dict) else None
-        if not isinstance(source, dict):
+        source = self._sources.get(kind)
+        if source is None:
             yield self.inside(kind)
             return
         run = self.run.resolve()
-        relative, path = source.get("from_run"), source.get("path")
-        if isinstance(relative, str) and not relative.startswith(".."):  # the run may have moved
+        path, relative = source.get("path"), source.get("from_run")
+        inside = relative is not None and not relative.startswith("..")
+        if relative is not None and inside:  # the run may have moved
             yield run / relative
-        if isinstance(path, str):
-            if Path(path).is_absolute():
-                yield Path(path)
-            else:
-                yield from (folder / path for folder in (Path.cwd(), run, *run.parents))
-        if isinstance(relative, str) and relative.startswith(".."):
+        if path is not None and Path(path).is_absolute():
+            yield Path(path)
+        elif path is not None:
+            yield from (folder / path for folder in (Path.cwd(), run, *run.parents))
+        if relative is not None and not inside:
             yield run / relative
