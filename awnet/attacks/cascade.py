@@ -2,7 +2,7 @@
 
 :meth:`Cascade.perturb` decides which images are already broken: after each attack the model classifies the
 new images, and ``broken_by`` records for each image the attack that broke it first. AutoAttack and the union
-of all attacks are cascades. :class:`awnet.evaluation.union.WorstCase` does the same over the attacks of an
+of all attacks are cascades. :class:`awnet.evaluation.collect.WorstCase` does the same over the attacks of an
 evaluation.
 """
 

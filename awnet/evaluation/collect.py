@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet.attacks import FMN, Attack, Cascade, Stochastic, frozen
 from awnet.attacks.base import check_ball
+from awnet.attacks.cascade import ROBUST, WRONG_CLEAN
 from awnet.attacks.norms import geometry
 from awnet.attacks.saved import Saved
 from awnet.attacks.stochastic import seeded
@@ -20,7 +21,6 @@ from awnet.data.threat_model import ThreatModel
 from awnet.evaluation.detection import CONTROLS, UNIFORM
 from awnet.evaluation.progress import Advance
 from awnet.evaluation.results import Array
-from awnet.evaluation.union import WorstCase, remaining
 from awnet.models.rdi import has_exits
 from awnet.nn import Steering, has_router, observe, route
 
@@ -95,7 +95,7 @@ class Collected:
         values = observed(CLEAN, x)
         worst, before = WorstCase(x, values["correct"], plan.order), values["prediction"]
         for kind, attack in plan.chosen.items():
-            images, extra = _attacked(attack, kind, number, batch, saved, self.notes[kind], advance)
+            images, extra = self._attacked(attack, kind, number, batch, saved, advance)
             values = observed(kind, images)
             worst.add(kind, images, values["correct"])
             if attack.target is not None:
@@ -119,6 +119,38 @@ class Collected:
             self.examples.append({name: value[rows].cpu() for name, value in shown.items()})
         for kind in plan.controls:
             observed(kind, with_noise(x, index, plan.dataset.threat_model, plan.seed, kind))
+
+    def _attacked(
+        self, attack: Attack, kind: str, number: int, batch: Batch, saved: Saved | None, advance: Advance
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's adversarial images, computed now or by the evaluation that was interrupted.
+
+        Also further values of each image ``[B]``: ``distance``, for a minimum-norm attack.
+        """
+        x, y, index = batch
+        if isinstance(attack, Cascade):
+            _follow(attack, saved, advance)
+            x_adv = attack(x, y, index=index)
+            if attack.outcome is not None:
+                self.notes[kind].update(attack.outcome.notes)
+            return x_adv, {}
+        name = f"{number}-{kind}"
+        if saved is not None and (state := saved.load(name, x.device)) is not None:
+            tensors, attack_notes = state
+            check_ball(
+                tensors["x_adv"], x, attack.eps, attack.norm, f"the images saved in {saved.path(name)}"
+            )
+            self.notes[kind].update(attack_notes)
+            return tensors.pop("x_adv"), tensors
+        x_adv = attack(x, y, index=index)
+        check_ball(x_adv, x, attack.eps, attack.norm, f"the images of the attack {kind}")
+        attack_notes = dict(getattr(attack, "notes", {}))
+        self.notes[kind].update(attack_notes)
+        distances = attack.distances if isinstance(attack, FMN) else None
+        extra = {} if distances is None else {"distance": distances}
+        if saved is not None:
+            saved.save(name, {"x_adv": x_adv, **extra}, attack_notes)
+        return x_adv, extra
 
     def _add_scales(self, kind: str, sums: Sequence[Tensor]) -> None:
         before = self.scales.get(kind)
@@ -213,38 +245,52 @@ def _follow(attack: Attack, saved: Saved | None, advance: Advance) -> None:
         attack.announce = lambda member: advance(member, 0)
 
 
-def _attacked(
-    attack: Attack,
-    kind: str,
-    number: int,
-    batch: Batch,
-    saved: Saved | None,
-    notes: Counter[str],
-    advance: Advance,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The batch's adversarial images, computed now or by the evaluation that was interrupted.
+class WorstCase:
+    """For one batch: the first attack that broke each image, and its adversarial image.
 
-    Also further values of each image ``[B]``: ``distance``, for a minimum-norm attack.
+    Attacks are added in the order in which they ran; :meth:`attack` then runs the remaining members of the
+    union on the images that no attack has broken.
+
+    Args:
+        x, correct: the clean images and whether they are classified correctly.
+        names: names of the attacks in the order of their numbers in ``broken_by``.
     """
-    x, y, index = batch
-    if isinstance(attack, Cascade):
-        _follow(attack, saved, advance)
-        x_adv = attack(x, y, index=index)
-        if attack.outcome is not None:
-            notes.update(attack.outcome.notes)
-        return x_adv, {}
-    name = f"{number}-{kind}"
-    if saved is not None and (state := saved.load(name, x.device)) is not None:
-        tensors, attack_notes = state
-        check_ball(tensors["x_adv"], x, attack.eps, attack.norm, f"the images saved in {saved.path(name)}")
-        notes.update(attack_notes)
-        return tensors.pop("x_adv"), tensors
-    x_adv = attack(x, y, index=index)
-    check_ball(x_adv, x, attack.eps, attack.norm, f"the images of the attack {kind}")
-    attack_notes = dict(getattr(attack, "notes", {}))
-    notes.update(attack_notes)
-    distances = attack.distances if isinstance(attack, FMN) else None
-    extra = {} if distances is None else {"distance": distances}
-    if saved is not None:
-        saved.save(name, {"x_adv": x_adv, **extra}, attack_notes)
-    return x_adv, extra
+
+    def __init__(self, x: Tensor, correct: Tensor, names: list[str]) -> None:
+        self.x_adv = x.clone()
+        self.broken_by = torch.where(correct, ROBUST, WRONG_CLEAN)
+        self.names = names
+
+    def add(self, name: str, x_adv: Tensor, correct: Tensor) -> None:
+        """Adds the result of an attack on the whole batch."""
+        first = (self.broken_by == ROBUST) & ~correct
+        self.broken_by[first] = self.names.index(name)
+        self.x_adv[first] = x_adv[first]
+
+    def attack(self, rest: Cascade | None, x: Tensor, y: Tensor, index: Tensor) -> None:
+        """Attacks the images that are not broken yet with ``rest``; None if every member has run."""
+        rows = (self.broken_by == ROBUST).nonzero()[:, 0]
+        if rest is None or len(rows) == 0:
+            return
+        self.x_adv[rows] = rest(x[rows], y[rows], index=index[rows])
+        assert rest.outcome is not None
+        broken_by = rest.outcome.broken_by
+        numbers = torch.tensor([self.names.index(name) for name in rest.members], device=x.device)
+        self.broken_by[rows] = torch.where(broken_by >= 0, numbers[broken_by.clamp(min=0)], ROBUST)
+
+    def confirmed(self, correct: Tensor) -> Tensor:
+        """``broken_by``, corrected by the model's outcomes on the whole batch."""
+        again = correct & (self.broken_by >= 0)  # broken only in a smaller batch, which rounds differently
+        return torch.where(again, ROBUST, self.broken_by)
+
+
+def remaining(union: Attack, done: Mapping[str, Attack]) -> Cascade | None:
+    """The members of ``union`` that are not among the attacks in ``done``; None if there are none."""
+    if not isinstance(union, Cascade):
+        raise TypeError(f"attacks['union'] must be a Cascade, got {type(union).__name__}")
+    left = {
+        name: member
+        for name, member in union.members.items()
+        if name not in done or done[name].settings != member.settings
+    }
+    return Cascade(union.model, left, eps=union.eps, norm=union.norm, seed=union.seed) if left else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -358,8 +359,6 @@ def source_labels(paths: Sequence[Path]) -> list[str]:
 
 def _common(labels: Sequence[str], numbers: Sequence[int]) -> str:
     names = [labels[number] for number in numbers]
-    length = next(
-        (i for i, signs in enumerate(zip(*names, strict=False)) if len(set(signs)) > 1), min(map(len, names))
-    )
-    shared = names[0][:length].rstrip("-_. ")
+    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    shared = "".join(letters[0] for letters in same).rstrip("-_. ")
     return shared if len(shared) > 2 else names[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -168,11 +168,12 @@ def evaluate(
     first_images = next(dataset.batches(min(batch_size, REFERENCE))).x
     prepared = prepare(model, precision, first_images)
     low = None if filter is None else in_bfloat16(model, copied=prepared.runs_on == COPY)
+    wrapped = partial(examine, x=first_images, eot=eot, budget=budget, seed=seed)
     computes = _precision(prepared.module, dataset, precision)
     if prepared.runs_on == COPY and eot in (None, 1):
         examined = Examined(prepared.module, {}, [])  # inference copies are deterministic
     else:
-        examined = examine(prepared.module, first_images, eot=eot, budget=budget, seed=seed)
+        examined = wrapped(prepared.module)
     module = examined.module
     if low is not None and isinstance(module, Stochastic):
         low = Stochastic(low, eot=module.eot, passes=module.passes, seed=module.seed)
@@ -185,7 +186,7 @@ def evaluate(
     run = out if run is None else run
     needed = _attacks_with_teacher(attacks, sanity)
     run_teachers = find_teachers(run, dataset.device, teachers, teacher) if needed else Teachers()
-    surrogates = _check_surrogates(surrogates or {}, dataset, first_images, eot, budget, seed)
+    surrogates = _check_surrogates(surrogates or {}, dataset, first_images, wrapped)
     missing = _missing_attacks(module, run_teachers, needed, surrogates, allow_missing)
     ranks = ranks or Ranks(dataset.device)
     selected_on = _selected_on(run) if selected_on is None else selected_on
@@ -207,7 +208,7 @@ def evaluate(
         saved, key = None, ""
         if run_folder is not None or ranks.size > 1:
             runs_on = f"{precision} {prepared.runs_on}"
-            key = state_key(model, dataset, plan.attacks, batch_size, suite, runs_on)
+            key = state_key(model, plan, batch_size, suite, runs_on)
             check_same_key(key, ranks)
         mark = None if part_of is None else parts_folder(part_of) / f"{name}-{key}"
         if run_folder is not None:
@@ -245,7 +246,7 @@ def evaluate(
                     again = prepare(changed, precision, first_images).module
                     if not examined.settings:
                         return again
-                    return examine(again, first_images, eot=eot, budget=budget, seed=seed).module
+                    return wrapped(again).module
 
                 measure = partial(gated_parts, model, dataset, suite, module=module, prepare=prepare_again)
                 collected.parts = computed_once(
@@ -378,9 +379,7 @@ def _check_surrogates(
     surrogates: Mapping[str, nn.Module],
     dataset: Dataset,
     x: Tensor,
-    eot: int | None,
-    budget: BudgetName,
-    seed: int,
+    wrapped: Callable[[nn.Module], Examined],
 ) -> dict[str, nn.Module]:
     """The surrogates, stochastic ones as :class:`Stochastic`; ValueError for one that does not fit."""
     checked = {}
@@ -389,7 +388,7 @@ def _check_surrogates(
             first_logits(module, x[:1], dataset.num_classes, dataset.name)
         except ValueError as error:
             raise ValueError(f"surrogate {name}: {error}") from error
-        checked[name.replace(" ", "_")] = examine(module, x, eot=eot, budget=budget, seed=seed).module
+        checked[name.replace(" ", "_")] = wrapped(module).module
     return checked
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,32 +13,26 @@ import torch
 from torch import nn
 
 from awnet._version import __version__
-from awnet.attacks import Attack, Suite
+from awnet.attacks import Suite
 from awnet.attacks.saved import Saved, digest, model_fingerprint
-from awnet.data.dataset import Dataset
 from awnet.distributed import Ranks
+from awnet.evaluation.collect import Plan
 from awnet.evaluation.report import Report
 from awnet.evaluation.store import locked
 from awnet.files import sweep
 from awnet.run_folder import RunFolder
 
 
-def state_key(
-    model: nn.Module,
-    dataset: Dataset,
-    attacks: Mapping[str, Attack],
-    batch_size: int,
-    suite: Suite,
-    computes: str,
-) -> str:
+def state_key(model: nn.Module, plan: Plan, batch_size: int, suite: Suite, computes: str) -> str:
     """A digest of everything that determines the adversarial images; the same on every rank.
 
     ``computes`` says in which precision the evaluation runs, and whether on the model or on an inference
     copy.
     """
+    dataset = plan.dataset
     parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget, computes]
     parts += [suite.queries, {name: model_fingerprint(other) for name, other in suite.surrogates.items()}]
-    for name, attack in attacks.items():
+    for name, attack in plan.attacks.items():
         parts += [name, attack.settings, model_fingerprint(attack.model)]
     device = dataset.device  # each rank has another GPU, so the key holds the kind of device
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
