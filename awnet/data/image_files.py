@@ -238,7 +238,9 @@ def _decoded(files: list[Path], size: int | None) -> torch.Tensor:
     With ``size`` the shorter side is resized to it and the center is cropped. Many images are decoded once
     into a file in the cache folder, which is mapped into memory.
     """
-    height, width = (size, size) if size is not None else _size_of(files[0])
+    height, width = (
+        (size, size) if size is not None else _opened(files[0], lambda image: (image.height, image.width))
+    )
     shape, read = (len(files), 3, height, width), partial(_read, size=size, height=height, width=width)
     if len(files) * 3 * height * width <= IN_MEMORY:
         images = np.empty(shape, np.uint8)
@@ -264,13 +266,14 @@ def _key(files: Iterable[Path], size: int | None) -> str:
     return digest.hexdigest()
 
 
-def _size_of(file: Path) -> tuple[int, int]:
+def _opened(file: Path, use: Callable[[Any], T]) -> T:
+    """``use(image)`` of the image in ``file``."""
     from PIL import Image
 
     try:
         with Image.open(file) as image:
-            return image.height, image.width
-    except OSError as error:
+            return use(image)
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is damaged, or no image: {error}") from error
 
 
@@ -286,13 +289,7 @@ def decode_into(images: Any, files: Sequence[Path], read: Callable[[Path], np.nd
 
 
 def _read(file: Path, size: int | None, height: int, width: int) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            rgb = image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is damaged, or no image: {error}") from error
+    rgb = _opened(file, lambda image: image.convert("RGB"))
     if size is not None and rgb.size != (size, size):
         scale = size / min(rgb.size)
         rgb = rgb.resize((max(size, round(rgb.width * scale)), max(size, round(rgb.height * scale))))

@@ -64,8 +64,10 @@ class ThreatModel:
 
     @property
     def train_step_size(self) -> float:
-        """Step of the inner maximization in training: eps/4 (2/255 at 8/255)."""
+        """Step of the inner maximization in training, of pgd_sat and of CW: eps/4 (2/255 at 8/255)."""
         return self.eps / 4
+
+    pgd_sat_step_size = cw_step_size = train_step_size
 
     @property
     def trades_train_step_size(self) -> float:
@@ -73,19 +75,9 @@ class ThreatModel:
         return self.eps * 0.007 / (8 / 255)
 
     @property
-    def pgd_sat_step_size(self) -> float:
-        """eps/4 (2/255 at 8/255)."""
-        return self.eps / 4
-
-    @property
     def pgd_trades_step_size(self) -> float:
         """0.003 at 8/255."""
         return self.eps * 0.003 / (8 / 255)
-
-    @property
-    def cw_step_size(self) -> float:
-        """eps/4 (2/255 at 8/255)."""
-        return self.eps / 4
 
     def implausible(self, pixels: int) -> str | None:
         """Why eps is probably a mistake for images of ``pixels`` values; None if it is plausible."""

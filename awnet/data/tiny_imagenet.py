@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from awnet.data.dataset import Dataset, Splits, from_arrays, hold_out
-from awnet.data.folders import find_folder
+from awnet.data.downloads import find_folder
 from awnet.data.image_files import decode_into
 
 SIZE = 64
