@@ -71,12 +71,11 @@ def _entry(config: dict[str, Any], name: str) -> Any:
     return value
 
 
-def _is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+_is_dict, _is_text = _is(dict), _is(str)
 
 
 def _is_size(value: Any) -> bool:

@@ -101,16 +101,12 @@ def _first(
         others.append(
             f"{name} has other weights (SHA-256 {fingerprint[:12]}…, recorded: {str(weights)[:12]}…)"
         )
-    if not others and source is not None and not places:
+    if not places and source is not None:
         raise ValueError(f"it was {source}, which may be code, so it must be given again")
-    raise ValueError("; ".join(others) or _nowhere(places))
-
-
-def _nowhere(places: Sequence[Source]) -> str:
     if not places:
-        return "it was passed to train as a module, so it has no file"
+        raise ValueError("it was passed to train as a module, so it has no file")
     more = f" (nor do the {len(places) - 1} other places that were tried)" if len(places) > 1 else ""
-    return f"{places[0]} does not exist{more}"
+    raise ValueError("; ".join(others) or f"{places[0]} does not exist{more}")
 
 
 class _Record:

@@ -27,7 +27,7 @@ from awnet.evaluation import (
     w_robust_table,
     wilson_interval,
 )
-from awnet.evaluation.flags import flags
+from awnet.evaluation.summarize import flags
 from awnet.models import create_model
 from awnet.nn import Routing, convert
 

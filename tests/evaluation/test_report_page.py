@@ -16,8 +16,8 @@ import torch
 from awnet.data import load_dataset
 from awnet.data.threat_model import eps_text
 from awnet.evaluation import Report, evaluate
-from awnet.evaluation.flags import flags
 from awnet.evaluation.html import page
+from awnet.evaluation.summarize import flags
 from awnet.files import write_json
 from awnet.models import create_model
 
