@@ -26,18 +26,14 @@ class Download:
     """A mirror; its file must have the publisher's checksum."""
 
     def run(self, console: Console) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from rich import progress
 
         from awnet.data import download
 
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        bytes_and_speed = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+        columns = (progress.BarColumn(), *bytes_and_speed, progress.TimeRemainingColumn())
+        hidden = not console.is_terminal
+        with progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
             task = bar.add_task("", total=None)
             folder = download(
                 self.name,

@@ -77,10 +77,8 @@ class LNG(Detector):
         batch_size: int = 256,
     ) -> None:
         super().__init__(model, batch_size=batch_size)
-        self.neighbours, self.epochs = (
-            check_integer("neighbours", neighbours, 1),
-            check_integer("epochs", epochs, 0),
-        )
+        self.neighbours = check_integer("neighbours", neighbours, 1)
+        self.epochs = check_integer("epochs", epochs, 0)
         self.size, self.heads = check_integer("size", size, 1), check_integer("heads", heads, 1)
         self.lr, self.seed = check_number("lr", lr, above=0), check_integer("seed", seed)
         if self.size % self.heads:
@@ -98,12 +96,8 @@ class LNG(Detector):
         self.references = [self._latent(clean), self._latent(adversarial)]
         queries = torch.cat(self.references)
         kind = torch.cat([torch.zeros(len(clean)), torch.ones(len(adversarial))]).to(queries)
-        nodes = torch.cat(
-            [
-                self._graph_of(latent, skip_in=number)  # an image must not be its own reference
-                for number, latent in enumerate(self.references)
-            ]
-        )
+        # an image must not be its own reference
+        nodes = torch.cat([self._graph_of(one, skip_in=number) for number, one in enumerate(self.references)])
         with torch.random.fork_rng([]), torch.enable_grad():
             torch.manual_seed(rng.torch_seed(self.seed, "LNG"))
             self.graph = _Graph(queries.shape[1], self.size, self.heads).to(queries)
