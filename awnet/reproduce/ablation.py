@@ -175,4 +175,4 @@ def _draw(
         }
         for quantity in quantities
     }
-    paired_differences(series, path, title=f"{experiment.title}: difference to the baseline")
+    paired_differences(series, path, title="Difference to the baseline")
