@@ -70,6 +70,7 @@ def test_only_a_failed_assertion_counts_as_caught(case: str, tmp_path: Path) -> 
     copy = tmp_path / "awnet"
     (copy / "tests").mkdir(parents=True)
     (copy / "tests" / "mutations").symlink_to(ROOT / "tests" / "mutations")
+    (copy / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")  # or pytest looks for one above
     (copy / "value.py").write_text("value = 1\n")
     (copy / "tests" / "test_value.py").write_text(f"from value import value\n{body}\n")
     found = runner.outcome(Fault("", "value.py", "1", "0", ("tests/test_value.py",)), copy)
