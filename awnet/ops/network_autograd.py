@@ -135,7 +135,9 @@ def _layer(
     computed = need_mask and keep_u and args.residual is None and args.code == RELU
     u = convolved(args)
     keep_mask = need_mask and not computed
-    y, mask = passes.apply_frozen(u, scale, shift, args.residual, args.code, keep_mask, in_place=not keep_u)
+    y, mask = passes.apply(
+        u, scale, shift, args.residual, args.code, keep_mask, in_place=not keep_u, frozen=True
+    )
     return y, u, mask if keep_mask else None, computed
 
 

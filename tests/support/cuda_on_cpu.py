@@ -160,7 +160,7 @@ class CudaOnCpu(Passes):
         )
         return mean, m2
 
-    def apply(self, u, scale, shift, residual, activation, keep_mask, in_place):
+    def apply(self, u, scale, shift, residual, activation, keep_mask, in_place, frozen=False):
         residual, scale, shift = self._alike(residual, u), scale.contiguous(), shift.contiguous()
         y = u if in_place else self._new_image(u)
         smooth = activation > RELU

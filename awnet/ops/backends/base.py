@@ -70,25 +70,14 @@ class Passes:
         activation: int,
         keep_mask: bool,
         in_place: bool,
+        frozen: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """y = act(u · scale + shift + residual) and its mask, or its slope, empty without ``keep_mask``.
 
-        With ``in_place`` y overwrites u.
+        With ``in_place`` y overwrites u. With ``frozen`` the mask is for :meth:`eval_backward` only, and may
+        have a form that only the backend's own reads.
         """
         raise NotImplementedError
-
-    def apply_frozen(
-        self,
-        u: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        activation: int,
-        keep_mask: bool,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`apply`, but its mask may have a form that only :meth:`eval_backward` here reads."""
-        return self.apply(u, scale, shift, residual, activation, keep_mask, in_place)
 
     def reduce(
         self,

@@ -56,6 +56,7 @@ class EagerPasses(Passes):
         activation: int,
         keep_mask: bool,
         in_place: bool,
+        frozen: bool = False,
     ) -> tuple[Tensor, Tensor]:
         wide = u.to(wide_dtype(u.dtype))
         y = wide if in_place or wide is not u else torch.empty_like(wide)

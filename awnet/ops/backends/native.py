@@ -127,6 +127,7 @@ class NativePasses(Passes):
         activation: int,
         keep_mask: bool,
         in_place: bool,
+        frozen: bool = False,
     ) -> Any:
         """The operator is never in place."""
         return torch.ops.awnet.apply(u, scale, shift, residual, activation, keep_mask)

@@ -107,43 +107,16 @@ class TritonPasses(Passes):
         activation: int,
         keep_mask: bool,
         in_place: bool,
+        frozen: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        mask = None
-        if keep_mask:
-            mask = torch.empty_like(u, dtype=u.dtype if activation > RELU else torch.bool)
-        return self._apply(u, scale, shift, residual, activation, mask, in_place)
-
-    def apply_frozen(
-        self,
-        u: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        activation: int,
-        keep_mask: bool,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The mask of a ReLU on 16-bit images has one bit per element where a kernel can write it so."""
-        mask = None
-        if keep_mask and activation == RELU and u.element_size() == 2:
-            mask = kernels("tiles").packed_mask(u)
-        if mask is None:
-            return self.apply(u, scale, shift, residual, activation, keep_mask, in_place)
-        return self._apply(u, scale, shift, residual, activation, mask, in_place)
-
-    def _apply(
-        self,
-        u: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        activation: int,
-        mask: Tensor | None,
-        in_place: bool,
-    ) -> tuple[Tensor, Tensor]:
+        """With ``frozen`` the mask of a ReLU on 16-bit images has one bit per element where rows allow it."""
         other = None if residual is None else _alike(residual, u)
         config, out = _for_images("apply", u), u if in_place else None
-        smooth = activation > RELU
+        smooth, mask = activation > RELU, None
+        if keep_mask and frozen and activation == RELU and u.element_size() == 2:
+            mask = kernels("tiles").packed_mask(u)
+        if keep_mask and mask is None:
+            mask = torch.empty_like(u, dtype=u.dtype if smooth else torch.bool)
         options = {"out": out, "slope" if smooth else "relu_mask": mask}
         y = kernels("passes").apply(u, _dense(scale), _dense(shift), other, activation, config, **options)
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
@@ -410,7 +383,7 @@ def _forward_and_backward(
     u: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, args: EvalBackwardArgs
 ) -> tuple[Any, ...]:
     """y of a frozen layer with a ReLU, and its backward with the mask that the forward stored."""
-    y, mask = PASSES.apply_frozen(u, scale, shift, residual, RELU, True, False)
+    y, mask = PASSES.apply(u, scale, shift, residual, RELU, True, False, frozen=True)
     return y, *PASSES.eval_backward(args._replace(relu_mask=mask))
 
 
