@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Self
 
@@ -108,12 +109,11 @@ class Embedding:
     Args:
         model: any network with convolutions that ends in a linear layer.
         x: an image [1, C, H, W], run once to find the order of the layers.
-
-    The convolutions are five, evenly spaced from the first to the last in the forward pass, without the
-    router's.
+        layers: names of convolutions in ``model.named_modules()``; by default five, evenly spaced from the
+            first to the last in the forward pass, without the router's.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, layers: Sequence[str] | None = None) -> None:
         self.model = model
         order: list[str] = []
         linear: list[nn.Linear] = []
@@ -133,9 +133,16 @@ class Embedding:
                 f"{type(model).__name__} must have convolutions and end in a linear layer for this detector"
             )
         self.linear = linear[-1]
-        count = min(5, len(order))
-        positions = [round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)]
-        self.layers = list(dict.fromkeys(order[i] for i in positions))
+        if layers is None:
+            count = min(5, len(order))
+            positions = [round(i * (len(order) - 1) / max(count - 1, 1)) for i in range(count)]
+            layers = list(dict.fromkeys(order[i] for i in positions))
+        unknown = [name for name in layers if name not in order]
+        if unknown:
+            raise ValueError(
+                f"layers has unknown names {', '.join(unknown)}; the model's convolutions are {order}"
+            )
+        self.layers = list(layers)
 
     def __call__(self, x: Tensor, batch_size: int) -> tuple[list[Tensor], Tensor, Tensor]:
         """Each layer's pooled outputs [N, C_l], the last linear layer's inputs [N, d], and logits [N, K]."""

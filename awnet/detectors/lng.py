@@ -96,7 +96,7 @@ class LNG(Detector):
         self.references = [self._latent(clean), self._latent(adversarial)]
         queries = torch.cat(self.references)
         kind = torch.cat([torch.zeros(len(clean)), torch.ones(len(adversarial))]).to(queries)
-        # an image must not be its own reference
+        # the neighbors of an image are searched without the image itself
         nodes = torch.cat([self._graph_of(one, skip_in=number) for number, one in enumerate(self.references)])
         with torch.random.fork_rng([]), torch.enable_grad():
             torch.manual_seed(rng.torch_seed(self.seed, "LNG"))

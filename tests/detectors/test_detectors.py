@@ -124,7 +124,7 @@ def test_the_router_scores_by_the_difference_of_its_logits() -> None:
     assert model.training
 
 
-def test_an_embedding_leaves_the_router_out() -> None:
+def test_an_embedding_leaves_the_router_out_and_names_unknown_layers() -> None:
     model = create_model("awnet_tiny", in_channels=1).eval()
     x = torch.rand(3, 1, 8, 8)
     embedding = Embedding(model, x[:1])
@@ -134,6 +134,8 @@ def test_an_embedding_leaves_the_router_out() -> None:
     assert [layer.shape[0] for layer in layers] == [3] * len(layers)
     assert features.shape == (3, 64)
     assert logits.shape == (3, 10)
+    with pytest.raises(ValueError, match="the model's convolutions are"):
+        Embedding(model, x[:1], layers=["nothing"])
 
 
 def test_detectors_refuse_images_and_models_that_do_not_fit() -> None:
