@@ -108,8 +108,8 @@ class ReportComparison:
                 row.group,
                 f"{100 * row.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
                 "" if row.difference is None else f"{100 * row.difference:+.1f}",
-                _interval_text(row.over_images),
-                *([_interval_text(row.over_seeds)] if self._with_seeds() else []),
+                interval_text(row.over_images),
+                *([interval_text(row.over_seeds)] if self._with_seeds() else []),
                 p_text(row.mcnemar_p),
             ]
             rows.append(cells)
@@ -265,7 +265,8 @@ def _over_seeds(group: Group, accuracies: Array, baseline: Group, other: Array) 
     return welch_interval(accuracies, other)
 
 
-def _interval_text(interval: Interval | None) -> str:
+def interval_text(interval: Interval | None) -> str:
+    """The interval of a difference in points, empty if there is none."""
     return "" if interval is None else f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
 
 

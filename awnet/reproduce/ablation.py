@@ -7,14 +7,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from awnet.analysis import paired_differences
-from awnet.devices import resolve_device
 from awnet.evaluation import Report
-from awnet.evaluation.comparison import Group, Measured, compare_reports, quantity_label
-from awnet.evaluation.statistics import Interval
+from awnet.evaluation.comparison import Group, Measured, compare_reports, interval_text, quantity_label
 from awnet.files import write_json, write_text
-from awnet.provenance import environment
 from awnet.reproduce.experiments import Experiment
-from awnet.reproduce.markdown import attack_settings, markdown_table, section, statement, training_table
+from awnet.reproduce.markdown import (
+    attack_settings,
+    markdown_table,
+    opening,
+    record,
+    section,
+    statement,
+    training_section,
+)
 from awnet.reproduce.runs import Runs
 from awnet.text import csv_text, visible
 
@@ -50,7 +55,7 @@ def run_ablation(
         for attack, result in several[0].results().items()
     )
     quantities = ["clean", *experiment.attacks]
-    text = [f"# {name}: {experiment.title}", "", *(f"- {line}" for line in lines), ""]
+    text = opening(name, experiment, lines)
     text += section("Accuracy, per cent, mean over the trainings", _accuracies(rows, experiment, quantities))
     text += section(
         "Difference to the baseline in points, with 95 % intervals over images, paired by image",
@@ -62,29 +67,21 @@ def run_ablation(
             _differences(rows, experiment, quantities, "over_seeds"),
         )
     text += section("Attacks", [f"- {attack}" for attack in attacks])
-    text += section(
-        f"Trainings of seed {first.seed}, with wall-clock minutes of a machine that may have done other work",
-        training_table(first.trainings),
-    )
+    text += training_section(first.trainings, f"Trainings of seed {first.seed}")
     write_text(folder / "table.md", "\n".join(map(visible, text)))
     write_text(folder / "table.csv", csv_text(_csv_rows(rows, experiment)))
     write_json(
         folder / "table.json",
-        {
-            "experiment": name,
-            "title": experiment.title,
-            "budget": first.budget_name,
+        record(name, experiment, first, lines)
+        | {
             "seeds": list(seeds),
-            "statement": lines,
             "attacks": list(attacks),
             "rows": [asdict(row) for row in rows.values()],
             "trainings": [asdict(training) for runs in by_seed for training in runs.trainings],
-            "environment": environment(resolve_device(first.device or "cpu")),
         },
     )
     _draw(rows, experiment, quantities, folder / "differences.png")
-    for line in text:
-        first.say(line)
+    first.say("\n".join(text))
     return folder
 
 
@@ -106,15 +103,6 @@ def _rows(experiment: Experiment, groups: dict[str, Group]) -> dict[tuple[str, s
     return rows
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _points(value: float, interval: Interval | None) -> str:
-    low, high = interval or (value, value)
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
 def _accuracies(
     rows: dict[tuple[str, str], Measured], experiment: Experiment, quantities: Sequence[str]
 ) -> list[str]:
@@ -123,7 +111,7 @@ def _accuracies(
         [
             system.label,
             str(system.settings.get("epochs", "")),
-            *(_percent(rows[system.label, quantity].accuracy) for quantity in quantities),
+            *(f"{100 * rows[system.label, quantity].accuracy:.1f}" for quantity in quantities),
         ]
         for system in experiment.systems
     ]
@@ -133,15 +121,12 @@ def _accuracies(
 def _differences(
     rows: dict[tuple[str, str], Measured], experiment: Experiment, quantities: Sequence[str], interval: str
 ) -> list[str]:
+    def points(row: Measured) -> str:
+        assert row.difference is not None  # a system with a baseline
+        return f"{100 * row.difference:+.1f} {interval_text(getattr(row, interval))}"
+
     cells = [
-        [
-            label,
-            baseline,
-            *(
-                _points(row.difference or 0.0, getattr(row, interval))
-                for row in (rows[label, quantity] for quantity in quantities)
-            ),
-        ]
+        [label, baseline, *(points(rows[label, quantity]) for quantity in quantities)]
         for label, baseline in _baselines(experiment).items()
         if label != baseline
     ]

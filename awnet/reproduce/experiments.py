@@ -78,7 +78,7 @@ _SMALL_TEACHERS = {
 _SMALL_BUDGET: dict[str, dict[str, Any]] = {
     "smoke": {"shrink": 2},
     "cpu": {
-        "about": "10,000 training images of half the size, about an hour on two CPU cores with AMX",
+        "about": "10,000 training images of half the size, one to two hours on two CPU cores with AMX",
         "width": 1.0,
         "epochs": 6,
         "shrink": 2,
@@ -102,20 +102,19 @@ _EQUAL_COST_NOTES = (
 )
 
 
-def _recipe(label: str, method: str = "pgd_at", baseline: str | None = None, **settings: Any) -> System:
+def _recipe(
+    label: str,
+    method: str = "pgd_at",
+    baseline: str | None = None,
+    *,
+    activation: str | None = None,
+    extra_fraction: float = 0.0,
+    **settings: Any,
+) -> System:
     """The small static network by a recipe, for the ablation of ingredients."""
-    options = {"activation": settings.pop("activation")} if "activation" in settings else {}
-    fraction = settings.pop("extra_fraction", 0.0)
-    schedule = {"weight_decay": 5e-4, "schedule": "cosine"} if settings.get("nesterov") else _CYCLE
-    return System(
-        label,
-        "resnet_tiny",
-        method,
-        options=options,
-        settings={**schedule, **settings},
-        baseline=baseline,
-        extra_fraction=fraction,
-    )
+    options = {} if activation is None else {"activation": activation}
+    settings = _CYCLE | settings
+    return System(label, "resnet_tiny", method, options, settings, 1.0, baseline, extra_fraction)
 
 
 def _under_preset(preset: str) -> tuple[System, ...]:
@@ -393,7 +392,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             _recipe("label smoothing 0.1", label_smoothing=0.1),
             _recipe("weight perturbation (AWP) 0.01", awp=0.01),
             _recipe("weight average 0.9995", ema_decay=0.9995),
-            _recipe("Nesterov, cosine schedule", nesterov=True),
+            _recipe("Nesterov, cosine schedule", nesterov=True, schedule="cosine"),
             _recipe("AdamW", optimizer="adamw", lr=1e-3, weight_decay=0.05),
             _recipe("SiLU", activation="silu"),
             _recipe("GELU", activation="gelu"),

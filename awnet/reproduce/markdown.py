@@ -1,12 +1,15 @@
-"""What the Markdown pages of experiments have in common."""
+"""What the pages and JSON records of experiments have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from awnet.devices import resolve_device
 from awnet.evaluation.paper import paper_rows
 from awnet.evaluation.results import AttackResult
 from awnet.evaluation.tables import attack_label
+from awnet.provenance import environment
 from awnet.reproduce.experiments import Experiment
 from awnet.reproduce.runs import Runs, Training
 
@@ -31,6 +34,22 @@ def table_label(name: str) -> str:
     if name.startswith("transfer_"):
         return f"{table_label(name.removeprefix('transfer_'))}, transferred"
     return attack_label(name)
+
+
+def opening(name: str, experiment: Experiment, lines: Sequence[str]) -> list[str]:
+    """The title of a page, and the ``lines`` of :func:`statement`."""
+    return [f"# {name}: {experiment.title}", "", *(f"- {line}" for line in lines), ""]
+
+
+def record(name: str, experiment: Experiment, runs: Runs, lines: list[str]) -> dict[str, Any]:
+    """The entries that ``table.json`` has for every experiment; ``lines`` are those of :func:`statement`."""
+    return {
+        "experiment": name,
+        "title": experiment.title,
+        "budget": runs.budget_name,
+        "statement": lines,
+        "environment": environment(resolve_device(runs.device or "cpu")),
+    }
 
 
 def statement(experiment: Experiment, runs: Runs, seeds: Sequence[int] = ()) -> list[str]:
@@ -80,8 +99,8 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], text_
     return [f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows)]
 
 
-def training_table(trainings: Sequence[Training]) -> list[str]:
-    """A row for each training."""
+def training_section(trainings: Sequence[Training], title: str = "Trainings") -> list[str]:
+    """A table with a row for each training."""
     counted = any(one.multiply_adds is not None for one in trainings)
     headings = ["data", "network trained", "as", "recipe", "parameters", "epochs", "minutes"]
     rows = []
@@ -91,7 +110,8 @@ def training_table(trainings: Sequence[Training]) -> list[str]:
         if counted:
             cells.append("–" if one.multiply_adds is None else f"{one.multiply_adds / 1e12:.2f}")
         rows.append(cells)
-    return markdown_table([*headings, *(["multiply-adds, 10¹²"] if counted else [])], rows, 4)
+    table = markdown_table([*headings, *(["multiply-adds, 10¹²"] if counted else [])], rows, 4)
+    return section(f"{title}, with wall-clock minutes of a machine that may have done other work", table)
 
 
 def section(title: str, lines: Sequence[str]) -> list[str]:

@@ -17,13 +17,11 @@ from awnet.attacks import named_attack
 from awnet.attacks.craft import craft
 from awnet.attacks.transfer import replay
 from awnet.detectors import LNG, NNIF, Detector, RouterDetector
-from awnet.devices import resolve_device
 from awnet.evaluation import Report, auc, compare
 from awnet.evaluation.filters import filter_means
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.files import expanded, write_json, write_text
 from awnet.precision import full_precision
-from awnet.provenance import environment
 from awnet.reproduce.ablation import run_ablation
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
 from awnet.reproduce.digits import conclusion, followed, say
@@ -31,10 +29,12 @@ from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment,
 from awnet.reproduce.markdown import (
     attack_settings,
     markdown_table,
+    opening,
+    record,
     section,
     statement,
     table_label,
-    training_table,
+    training_section,
 )
 from awnet.reproduce.runs import SURROGATE, Runs
 from awnet.terminal import safe_console
@@ -91,7 +91,8 @@ def reproduce(
             processes can share ``out``, each with other seeds; a last call with all of them only compares.
 
     Raises:
-        ValueError: an unknown name or budget, or ``seeds`` for an experiment of one training.
+        ValueError: an unknown name or budget, ``seeds`` for an experiment of one training, or ``seed`` for
+            an ablation.
         FileNotFoundError: the folder of a data set is missing. With ``smoke`` generated images are used
             instead, and the table states this.
     """
@@ -102,6 +103,8 @@ def reproduce(
     experiment = EXPERIMENTS[name]
     if seeds and experiment.kind != "ablation":
         raise ValueError(f"seeds is an option of digits and of ablations; run {name} once per seed")
+    if seed and experiment.kind == "ablation":
+        raise ValueError(f"seed is not an option of {name}, which has several: give seeds")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different numbers, got {list(seeds)}")
     console = safe_console(quiet=quiet)
@@ -365,7 +368,8 @@ def _claims(lines: Sequence[Line]) -> list[str]:
 
 
 def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> None:
-    text = [f"# {name}: {experiment.title}", "", *(f"- {said}" for said in statement(experiment, runs)), ""]
+    said = statement(experiment, runs)
+    text = opening(name, experiment, said)
     printed = any(line.paper is not None for line in lines)
     for dataset in experiment.datasets:
         rows_of_dataset = [_cells(line, printed) for line in lines if line.dataset == dataset]
@@ -377,10 +381,7 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
     text += section("Paired by image, 95 % intervals", [f"- {said}" for said in runs.differences])
     text += section("Attacks", [f"- {said}" for said in runs.attack_settings])
     text += section("Flags of the reports", [f"- {said}" for said in runs.flags])
-    text += section(
-        "Trainings, with wall-clock minutes of a machine that may have done other work",
-        training_table(runs.trainings),
-    )
+    text += training_section(runs.trainings)
     folder = runs.results(name)
     write_text(folder / "table.md", "\n".join(map(visible, text)))
     names = [*(field.name for field in fields(Line)), "difference"]
@@ -388,17 +389,13 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
     write_text(folder / "table.csv", csv_text([names, *rows]))
     write_json(
         folder / "table.json",
-        {
-            "experiment": name,
-            "title": experiment.title,
-            "budget": runs.budget_name,
+        record(name, experiment, runs, said)
+        | {
             "seed": runs.seed,
-            "statement": statement(experiment, runs),
             "attacks": runs.attack_settings,
             "differences": runs.differences,
             "doubts": runs.flags,
             "trainings": [asdict(training) for training in runs.trainings],
-            "environment": environment(resolve_device(runs.device or "cpu")),
             "runs": {
                 f"{dataset}/{system.label}": str(
                     runs.run_folder(system, dataset).relative_to(runs.place.path)

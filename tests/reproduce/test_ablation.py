@@ -93,6 +93,8 @@ def test_an_ablation_compares_each_system_with_its_baseline_over_seeds(
 
     assert main([*arguments, "--seeds", "3", "3"]) == 2
     assert "seeds must be different numbers" in capsys.readouterr().err
+    assert main([*arguments, "--seed", "5"]) == 2
+    assert "seed is not an option of recipes" in capsys.readouterr().err
     assert main(["reproduce", "table1", "--seeds", "0", "1"]) == 2
     assert "run table1 once per seed" in capsys.readouterr().err
 
