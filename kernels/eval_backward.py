@@ -252,7 +252,7 @@ def _cases_of(
             u, u, c, u, None, c, None, config, slope=u, residual=True, sums=True
         ),
     }
-    bits = packed_mask(u)
+    bits = packed_mask(u) if u.element_size() == 2 else None  # frozen networks pack no others
     if bits is not None:
         calls[" join residual packed mask"] = lambda: eval_backward(
             u, u, c, u, bits, c, None, config, residual=True, sums=True

@@ -469,7 +469,7 @@ def _cases_of(
         calls[" residual relu"] = lambda: apply(u, c, c, u, True, config)
         calls[""] = lambda: apply(u, c, c, None, False, config)
         calls[" relu mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=mask)
-        bits = packed_mask(u)
+        bits = packed_mask(u) if u.element_size() == 2 else None  # frozen networks pack no others
         if bits is not None:
             calls[" relu packed mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=bits)
         shortcut = {"residual_scale": c, "residual_shift": c}
