@@ -30,8 +30,12 @@ class Download:
 
         from awnet.data import download
 
-        bytes_and_speed = (progress.DownloadColumn(), progress.TransferSpeedColumn())
-        columns = (progress.BarColumn(), *bytes_and_speed, progress.TimeRemainingColumn())
+        columns = (
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )
         hidden = not console.is_terminal
         with progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
             task = bar.add_task("", total=None)

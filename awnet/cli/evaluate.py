@@ -91,8 +91,8 @@ class Evaluate(RunOptions):
         last = self.path == self.folder and self.checkpoint == "last"
         out = make_folder(self.out or self.results_folder)
         surrogates = {source_name(one): load_model(one, ranks.device) for one in self.surrogates}
-        names = ("batch_size", "seed", "limit", "budget", "queries", "precision", "filter", "eot", "teachers")
-        options: dict[str, Any] = {name: getattr(self, name) for name in (*names, "allow_missing", "name")}
+        same = "name batch_size seed limit budget queries precision filter eot teachers allow_missing"
+        options: dict[str, Any] = {option: getattr(self, option) for option in same.split()}
         options |= {
             "surrogates": surrogates,
             "parts": {"auto": None, "yes": True, "no": False}[self.parts],

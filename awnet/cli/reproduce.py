@@ -40,7 +40,8 @@ class Reproduce:
     overwrite: bool = False
     """Replace the experiment in the output folder (digits only)."""
     seed: int = 0
-    """Seed of weights, order of images, augmentation, attacks and choice of held-out images."""
+    """Seed of weights, order of images, augmentation, attacks and choice of held-out images. Not for recipes
+    and presets, which take --seeds."""
     seeds: Several[int] = ()
     """Run digits, recipes or presets with each of these seeds instead of --seed, and compare over the
     trainings. Default: 0 1 2 for recipes and presets. Default output folder for digits: runs/digits-seeds."""

@@ -168,12 +168,12 @@ def evaluate(
     first_images = next(dataset.batches(min(batch_size, REFERENCE))).x
     prepared = prepare(model, precision, first_images)
     low = None if filter is None else in_bfloat16(model, copied=prepared.runs_on == COPY)
-    wrapped = partial(examine, x=first_images, eot=eot, budget=budget, seed=seed)
+    examine_model = partial(examine, x=first_images, eot=eot, budget=budget, seed=seed)
     computes = _precision(prepared.module, dataset, precision)
     if prepared.runs_on == COPY and eot in (None, 1):
         examined = Examined(prepared.module, {}, [])  # inference copies are deterministic
     else:
-        examined = wrapped(prepared.module)
+        examined = examine_model(prepared.module)
     module = examined.module
     if low is not None and isinstance(module, Stochastic):
         low = Stochastic(low, eot=module.eot, passes=module.passes, seed=module.seed)
@@ -186,7 +186,7 @@ def evaluate(
     run = out if run is None else run
     needed = _attacks_with_teacher(attacks, sanity)
     run_teachers = find_teachers(run, dataset.device, teachers, teacher) if needed else Teachers()
-    surrogates = _check_surrogates(surrogates or {}, dataset, first_images, wrapped)
+    surrogates = _check_surrogates(surrogates or {}, dataset, first_images, examine_model)
     missing = _missing_attacks(module, run_teachers, needed, surrogates, allow_missing)
     ranks = ranks or Ranks(dataset.device)
     selected_on = _selected_on(run) if selected_on is None else selected_on
@@ -246,7 +246,7 @@ def evaluate(
                     again = prepare(changed, precision, first_images).module
                     if not examined.settings:
                         return again
-                    return wrapped(again).module
+                    return examine_model(again).module
 
                 measure = partial(gated_parts, model, dataset, suite, module=module, prepare=prepare_again)
                 collected.parts = computed_once(
@@ -379,7 +379,7 @@ def _check_surrogates(
     surrogates: Mapping[str, nn.Module],
     dataset: Dataset,
     x: Tensor,
-    wrapped: Callable[[nn.Module], Examined],
+    examine_model: Callable[[nn.Module], Examined],
 ) -> dict[str, nn.Module]:
     """The surrogates, stochastic ones as :class:`Stochastic`; ValueError for one that does not fit."""
     checked = {}
@@ -388,7 +388,7 @@ def _check_surrogates(
             first_logits(module, x[:1], dataset.num_classes, dataset.name)
         except ValueError as error:
             raise ValueError(f"surrogate {name}: {error}") from error
-        checked[name.replace(" ", "_")] = wrapped(module).module
+        checked[name.replace(" ", "_")] = examine_model(module).module
     return checked
 
 
