@@ -46,25 +46,26 @@ struct EvalGradients {
   float bias[2];
 };
 
-// From g1 = sum g and gc = sum g (u - centre). The sums are moved to each branch's mean, so that no large
+// From g1 = sum g and gc = sum g (u - center). The sums are moved to each branch's mean, so that no large
 // ones cancel.
-AWNET_HD EvalGradients eval_gradients(float g1, float gc, float centre, float filter_scale, float p,
+AWNET_HD EvalGradients eval_gradients(float g1, float gc, float center, float filter_scale, float p,
                                       Branch adversarial, Branch clean) {
   const float q = 1.0f - p;
-  const float about[2] = {filter_scale * gc + (filter_scale * centre - adversarial.mean) * g1,
-                          filter_scale * gc + (filter_scale * centre - clean.mean) * g1};
+  const float centered[2] = {filter_scale * gc + (filter_scale * center - adversarial.mean) * g1,
+                             filter_scale * gc + (filter_scale * center - clean.mean) * g1};
   EvalGradients d;
-  d.filter_scale = (gc + centre * g1) * (q * adversarial.gain() + p * clean.gain());
-  d.p = (clean.gain() * about[1] + clean.bias * g1) - (adversarial.gain() * about[0] + adversarial.bias * g1);
-  d.weight[0] = q * about[0] * adversarial.inv_std;
-  d.weight[1] = p * about[1] * clean.inv_std;
+  d.filter_scale = (gc + center * g1) * (q * adversarial.gain() + p * clean.gain());
+  d.p = (clean.gain() * centered[1] + clean.bias * g1) -
+        (adversarial.gain() * centered[0] + adversarial.bias * g1);
+  d.weight[0] = q * centered[0] * adversarial.inv_std;
+  d.weight[1] = p * centered[1] * clean.inv_std;
   d.bias[0] = q * g1;
   d.bias[1] = p * g1;
   return d;
 }
 
-// Train mode: one sample's share of its branch's centred sum of squares, by Chan's update.
-AWNET_HD float spread(float mean, float m2, float hw, float filter_scale, float branch_mean) {
+// Train mode: one sample's share of its branch's centered sum of squares, by Chan's update.
+AWNET_HD float sample_m2(float mean, float m2, float hw, float filter_scale, float branch_mean) {
   const float d = filter_scale * mean - branch_mean;
   return filter_scale * filter_scale * m2 + hw * d * d;
 }
@@ -74,7 +75,7 @@ AWNET_HD Affine train_coefficients(float filter_scale, Branch branch) {
 }
 
 // sum_hw g * normalized, from gc = sum g (u - mean).
-AWNET_HD float along(float g1, float gc, float mean, float filter_scale, Branch branch) {
+AWNET_HD float grad_dot_normalized(float g1, float gc, float mean, float filter_scale, Branch branch) {
   return (filter_scale * gc + (filter_scale * mean - branch.mean) * g1) * branch.inv_std;
 }
 
@@ -83,8 +84,8 @@ struct TrainGradients {
   float by_grad, by_input, constant;  // d_u = by_grad g + by_input (u - mean) + constant
 };
 
-// through_mean = sum weight g1 / N and through_var = sum weight along * inv_std / N, over all samples that
-// share the statistics.
+// through_mean = sum weight g1 / N and through_var = sum weight grad_dot_normalized inv_std / N, over all
+// samples that share the statistics.
 AWNET_HD TrainGradients train_gradients(float g1, float gc, float mean, float m2, float hw,
                                         float filter_scale, Branch branch, float through_mean,
                                         float through_var) {

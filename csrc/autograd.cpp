@@ -25,68 +25,41 @@ using torch::autograd::variable_list;
 
 constexpr size_t kForwardArguments = 21, kBackwardArguments = 27, kOutputs = 8;
 
-std::optional<MixNorm> norm_of(const MaybeTensor& weight, const MaybeTensor& bias) {
-  if (!weight) return std::nullopt;
-  MixNorm norm;
-  norm.weight = *weight;
-  norm.bias = *bias;
-  return norm;
-}
-
 // weight to process_group and the convolution's geometry; `residual`: whether there is one in between
 void read_layer(Arguments& in, LayerArgs& args, bool residual) {
-  args.weight = in.maybe_tensor();
-  args.mix.filter_scale = in.maybe_tensor();
-  args.mix.p_clean = in.maybe_tensor();
-  const MaybeTensor bn_weight = in.maybe_tensor(), bn_bias = in.maybe_tensor();
-  args.norm = norm_of(bn_weight, bn_bias);
-  args.shift = in.maybe_tensor();
-  if (residual) args.residual = in.maybe_tensor();
-  const MaybeTensor mean = in.maybe_tensor(), var = in.maybe_tensor();
-  args.mix.is_clean = in.maybe_tensor();
-  const bool training = in.flag();
-  const double eps = in.real();
-  const std::string process_group = in.text();
-  if (args.norm) {
-    args.norm->mean = *mean;
-    args.norm->var = *var;
-    args.norm->training = training;
-    args.norm->eps = eps;
-    args.norm->process_group = process_group;
-  }
-  args.conv.stride = in.pair();
-  args.conv.padding = in.pair();
-  args.conv.dilation = in.pair();
-  args.conv.groups = in.integer();
+  MaybeTensor bn_weight, bn_bias, mean, var;
+  MixNorm norm;
+  in.read(args.weight, args.mix.filter_scale, args.mix.p_clean, bn_weight, bn_bias, args.shift);
+  if (residual) in.read(args.residual);
+  in.read(mean, var, args.mix.is_clean, norm.training, norm.eps, norm.process_group, args.conv,
+          args.conv.groups);
+  if (!bn_weight) return;
+  norm.weight = *bn_weight;
+  norm.bias = *bn_bias;
+  norm.mean = *mean;
+  norm.var = *var;
+  args.norm = norm;
 }
 
 std::pair<LayerArgs, Keep> read_forward(const Stack& stack) {
   Arguments in(stack, kForwardArguments);
   LayerArgs args;
-  args.input = in.tensor();
-  read_layer(in, args, true);
-  args.activation = in.integer();
   Keep keep;
-  keep.u = in.flag();
-  keep.mask = in.flag();
+  in.read(args.input);
+  read_layer(in, args, true);
+  in.read(args.activation, keep.u, keep.mask);
   return {args, keep};
 }
 
 LayerBackwardArgs read_backward(const Stack& stack) {
   Arguments in(stack, kBackwardArguments);
   LayerBackwardArgs b;
-  b.grad = in.tensor();
-  if (const MaybeTensor input = in.maybe_tensor()) b.args.input = *input;
-  b.input_shape = in.integers();
+  MaybeTensor input;
+  c10::List<bool> needs;
+  in.read(b.grad, input, b.input_shape);
+  if (input) b.args.input = *input;
   read_layer(in, b.args, false);
-  b.u = in.maybe_tensor();
-  b.relu_mask = in.maybe_tensor();
-  b.slope = in.maybe_tensor();
-  b.mean = in.tensor();
-  b.m2 = in.tensor();
-  b.n = in.tensor();
-  b.channels_last = in.flag();
-  const auto needs = in.next().toBoolList();
+  in.read(b.u, b.relu_mask, b.slope, b.mean, b.m2, b.n, b.channels_last, needs);
   b.needs = {needs[0], needs[1], needs[2], needs[3], needs[4], needs[5], needs[6], needs[7]};
   return b;
 }
@@ -110,7 +83,7 @@ class Layer : public torch::autograd::Function<Layer> {
  public:
   // `tensors` are the differentiable arguments that are present, `positions` their places in LayerGradients;
   // the operator's arguments are on the stack.
-  static variable_list forward(AutogradContext* ctx, at::TensorList /*tensors*/,
+  static variable_list forward(AutogradContext* ctx, TensorList /*tensors*/,
                                const std::vector<int64_t>& positions, const LayerArgs& args, Keep keep,
                                const c10::OperatorHandle& op, Stack* stack) {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -123,17 +96,17 @@ class Layer : public torch::autograd::Function<Layer> {
     for (const c10::IValue& value : results) out.push_back(value.toTensor());
     torch::jit::drop(*stack, kOutputs);
     const Tensor &y = out[0], &u = out[1], &mask = out[2];
-    const bool by_batch = args.norm && args.norm->training;
-    const auto given_or_none = [](const MaybeTensor& x) { return x ? *x : Tensor(); };
+    const bool batch_stats = args.norm && args.norm->training;
+    const auto or_undefined = [](const MaybeTensor& x) { return x.value_or(Tensor()); };
     // without a weight the input is u itself; with one, its values serve the weight's gradient only
     const bool keep_input = args.weight && args.weight->requires_grad();
     const Tensor kept_u = args.weight ? u : args.input;
     const MixNorm norm = args.norm.value_or(MixNorm());
     ctx->save_for_backward(
-        {keep_input ? args.input : Tensor(), given_or_none(args.weight), given_or_none(args.mix.filter_scale),
-         given_or_none(args.mix.p_clean), norm.weight, norm.bias, given_or_none(args.shift),
+        {keep_input ? args.input : Tensor(), or_undefined(args.weight), or_undefined(args.mix.filter_scale),
+         or_undefined(args.mix.p_clean), norm.weight, norm.bias, or_undefined(args.shift),
          // the running statistics are about to be updated in place
-         by_batch ? out[5] : norm.mean, by_batch ? out[6] : norm.var, given_or_none(args.mix.is_clean),
+         batch_stats ? out[5] : norm.mean, batch_stats ? out[6] : norm.var, or_undefined(args.mix.is_clean),
          keep.u ? kept_u : Tensor(), args.activation == kRelu ? (keep.mask ? mask : y) : Tensor(),
          args.activation > kRelu ? mask : Tensor(), out[3], out[4], out[7]});
     ctx->saved_data["options"] = c10::ivalue::Tuple::create(std::move(options));
@@ -176,32 +149,40 @@ class Layer : public torch::autograd::Function<Layer> {
 
 void layer_autograd(const c10::OperatorHandle& op, Stack* stack) {
   const auto [args, keep] = read_forward(*stack);
-  const auto& norm = args.norm;
-  const std::array<MaybeTensor, kOutputs> arguments = {
-      args.input,
-      args.weight,
-      args.mix.filter_scale,
-      args.mix.p_clean,
-      norm ? MaybeTensor(norm->weight) : std::nullopt,
-      norm ? MaybeTensor(norm->bias) : std::nullopt,
-      args.shift,
-      args.residual,
-  };
+  const auto arguments = torch::jit::last(*stack, kForwardArguments);
   variable_list tensors;
   std::vector<int64_t> positions;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    if (!arguments[i]) continue;
-    tensors.push_back(*arguments[i]);
+  for (size_t i = 0; i < kOutputs; ++i) {  // the schema starts with the arguments that have a gradient
+    if (arguments[i].isNone()) continue;
+    tensors.push_back(arguments[i].toTensor());
     positions.push_back(static_cast<int64_t>(i));
   }
-  const variable_list out = Layer::apply(at::TensorList(tensors), positions, args, keep, op, stack);
+  const variable_list out = Layer::apply(TensorList(tensors), positions, args, keep, op, stack);
   for (const Tensor& x : out) stack->emplace_back(x);
 }
 
 // --- frozen networks
 
+// A C++ value among the saved data of an autograd function.
+template <class T>
+struct Saved : torch::CustomClassHolder {
+  T value;
+
+  explicit Saved(T from) : value(std::move(from)) {}
+  static void save(AutogradContext* ctx, T value) {
+    ctx->saved_data["value"] = c10::IValue::make_capsule(c10::make_intrusive<Saved>(std::move(value)));
+  }
+  static const T& load(const AutogradContext* ctx) {
+    return static_cast<const Saved*>(ctx->saved_data.at("value").toCapsule().get())->value;
+  }
+};
+
+void check_first_derivative(const char* what, const char* instead) {
+  TORCH_CHECK(!at::GradMode::is_enabled(), what, " a first derivative only; for a second one run ", instead);
+}
+
 // The gradients of a network's autograd function, whose `others` last arguments have none.
-variable_list flat(const NetworkGradients& d, size_t others) {
+variable_list flatten(const NetworkGradients& d, size_t others) {
   variable_list result{d.x};
   result.insert(result.end(), d.scales.begin(), d.scales.end());
   result.insert(result.end(), d.shifts.begin(), d.shifts.end());
@@ -218,66 +199,59 @@ NetworkNeeds needs_of(const AutogradContext& ctx, size_t layers) {
   return needs;
 }
 
+struct SavedNetwork {
+  std::vector<Step> steps;
+  std::vector<SavedLayer> layers;  // whose tensors autograd saves
+  std::vector<int64_t> images;
+};
+
+std::array<Tensor*, 5> tensors_of(SavedLayer& layer) {
+  return {&layer.weight, &layer.scale, &layer.u, &layer.mask, &layer.shift};
+}
+
 class Network : public torch::autograd::Function<Network> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList scales,
-                               at::TensorList shifts, const std::vector<Tensor>& weights,
-                               const std::vector<int64_t>& numbers) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, TensorList scales, TensorList shifts,
+                               const std::vector<Tensor>& weights, const std::vector<int64_t>& numbers) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto requires_grad = [](const Tensor& table) { return table.requires_grad(); };
     const bool tables = std::any_of(scales.begin(), scales.end(), requires_grad) ||
                         std::any_of(shifts.begin(), shifts.end(), requires_grad);
-    const NetworkOutputs out = network_forward(x, scales, shifts, weights, steps_of(numbers, weights.size()),
-                                               tables, tables || x.requires_grad());
+    const auto steps = steps_of(numbers, weights.size());
+    NetworkOutputs out =
+        network_forward(x, scales, shifts, weights, steps, tables, tables || x.requires_grad());
     variable_list saved;
-    std::vector<int64_t> shapes, channels_last;
-    for (const SavedLayer& layer : out.layers) {
-      saved.insert(saved.end(), {layer.weight, layer.scale, layer.u, layer.mask, layer.shift});
-      shapes.insert(shapes.end(), layer.shape.begin(), layer.shape.end());
-      channels_last.push_back(layer.channels_last);
+    for (SavedLayer& layer : out.layers) {
+      for (Tensor* tensor : tensors_of(layer)) saved.push_back(std::exchange(*tensor, Tensor()));
     }
     ctx->save_for_backward(saved);
-    ctx->saved_data["numbers"] = numbers;
-    ctx->saved_data["images"] = x.sizes().vec();
-    ctx->saved_data["shapes"] = shapes;
-    ctx->saved_data["channels_last"] = channels_last;
+    Saved<SavedNetwork>::save(ctx, {steps, out.layers, x.sizes().vec()});
     ctx->set_materialize_grads(false);
     return out.means;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "a frozen network has a first derivative only; for a second one run it inside `with "
-                "awnet.use_backend('reference')`");
+    check_first_derivative("a frozen network has", "it inside `with awnet.use_backend('reference')`");
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
-    const auto shapes = ctx->saved_data["shapes"].toIntVector();
-    const auto channels_last = ctx->saved_data["channels_last"].toIntVector();
-    const size_t count = channels_last.size();
-    std::vector<SavedLayer> layers;
-    for (size_t i = 0; i < count; ++i) {
-      const Tensor* const of = saved.data() + 5 * i;
-      layers.push_back({of[0],
-                        of[1],
-                        of[2],
-                        of[3],
-                        of[4],
-                        {shapes.begin() + 4 * i, shapes.begin() + 4 * i + 4},
-                        channels_last[i] != 0});
+    const SavedNetwork& network = Saved<SavedNetwork>::load(ctx);
+    std::vector<SavedLayer> layers = network.layers;
+    size_t next = 0;
+    for (SavedLayer& layer : layers) {
+      for (Tensor* tensor : tensors_of(layer)) *tensor = saved[next++];
     }
-    const auto steps = steps_of(ctx->saved_data["numbers"].toIntVector(), count);
-    const auto images = ctx->saved_data["images"].toIntVector();
-    return flat(network_backward(steps, layers, images, grads, needs_of(*ctx, count)), 2);
+    return flatten(
+        network_backward(network.steps, layers, network.images, grads, needs_of(*ctx, layers.size())), 2);
   }
 };
 
-std::vector<Tensor> network_native(const Tensor& x, at::TensorList scales, at::TensorList shifts,
-                                   at::TensorList weights, Sizes numbers) {
+std::vector<Tensor> network_native(const Tensor& x, TensorList scales, TensorList shifts, TensorList weights,
+                                   Sizes numbers) {
   return network_forward(x, scales, shifts, weights, steps_of(numbers, weights.size()), false, false).means;
 }
 
-std::vector<Tensor> network_autograd(const Tensor& x, at::TensorList scales, at::TensorList shifts,
-                                     at::TensorList weights, Sizes numbers) {
+std::vector<Tensor> network_autograd(const Tensor& x, TensorList scales, TensorList shifts,
+                                     TensorList weights, Sizes numbers) {
   return Network::apply(x, scales, shifts, weights.vec(), numbers.vec());
 }
 
@@ -294,9 +268,8 @@ class Coefficients : public torch::autograd::Function<Coefficients> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "a frozen network's coefficients have a first derivative only; for a second one run it "
-                "inside `with awnet.use_backend('reference')`");
+    check_first_derivative("a frozen network's coefficients have",
+                           "it inside `with awnet.use_backend('reference')`");
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
     const auto [d_filter_scale, d_p_clean] = network_coefficients_backward(
@@ -319,86 +292,51 @@ std::vector<Tensor> coefficients_autograd(const MaybeTensor& filter_scale, const
 
 class AmxNetwork : public torch::autograd::Function<AmxNetwork> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, at::TensorList scales,
-                               at::TensorList shifts, const std::vector<Tensor>& weights,
-                               const std::vector<Tensor>& packed, const std::vector<int64_t>& numbers,
-                               bool emulate) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, TensorList scales, TensorList shifts,
+                               const std::vector<Tensor>& weights, const std::vector<Tensor>& packed,
+                               const std::vector<int64_t>& numbers, bool emulate) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const size_t count = weights.size();
-    amx::NetworkArgs args{x.sizes().vec(), amx::shapes_of(weights), steps_of(numbers, count), {}, false,
-                          emulate};
-    TORCH_CHECK(scales.size() == count && shifts.size() == count, "expected a scale and a shift for each of ",
-                count, " layers, got ", scales.size(), " and ", shifts.size());
-    bool tables = false;
-    std::vector<int64_t> shapes;
-    for (size_t i = 0; i < count; ++i) {
-      args.keep_u.push_back(scales[i].requires_grad() || shifts[i].requires_grad());
-      tables = tables || args.keep_u[i];
-      shapes.insert(shapes.end(), args.shapes[i].begin(), args.shapes[i].end());
-      shapes.push_back(args.keep_u[i]);
+    amx::NetworkArgs args = amx::network_args(x, scales, shifts, weights, packed, numbers, emulate);
+    args.keep_mask = x.requires_grad();
+    for (size_t i = 0; i < weights.size(); ++i) {
+      args.keep_u[i] = scales[i].requires_grad() || shifts[i].requires_grad();
+      args.keep_mask = args.keep_mask || args.keep_u[i];
     }
-    args.keep_mask = tables || x.requires_grad();
     const amx::Outputs outputs = amx::network_forward(args, x, scales, shifts, packed);
     variable_list tensors = packed;
     tensors.push_back(outputs.saved);
     ctx->save_for_backward(tensors);
-    ctx->saved_data["numbers"] = numbers;
-    ctx->saved_data["shapes"] = shapes;
-    ctx->saved_data["images"] = args.images;
-    ctx->saved_data["channels_last"] = x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-    ctx->saved_data["emulate"] = emulate;
+    Saved<amx::NetworkArgs>::save(ctx, args);
     ctx->set_materialize_grads(false);
     return outputs.means;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "a frozen network has a first derivative only; for a second one run the network itself");
+    check_first_derivative("a frozen network has", "the network itself");
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list packed = ctx->get_saved_variables();
     const Tensor saved = packed.back();
     packed.pop_back();
-    const size_t count = packed.size();
-    const auto shapes = ctx->saved_data["shapes"].toIntVector();
-    amx::NetworkArgs args{ctx->saved_data["images"].toIntVector(),
-                          {},
-                          steps_of(ctx->saved_data["numbers"].toIntVector(), count),
-                          {},
-                          true,
-                          ctx->saved_data["emulate"].toBool()};
-    for (size_t i = 0; i < count; ++i) {
-      args.shapes.emplace_back(shapes.begin() + 5 * i, shapes.begin() + 5 * i + 4);
-      args.keep_u.push_back(shapes[5 * i + 4] != 0);
-    }
-    const bool channels_last = ctx->saved_data["channels_last"].toBool();
-    const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    return flat(amx::network_backward(args, packed, saved, grads, needs_of(*ctx, count), format), 4);
+    const auto& args = Saved<amx::NetworkArgs>::load(ctx);
+    return flatten(amx::network_backward(args, packed, saved, grads, needs_of(*ctx, packed.size())), 4);
   }
 };
 
-std::vector<Tensor> amx_forward(const Tensor& x, at::TensorList scales, at::TensorList shifts,
-                                at::TensorList weights, at::TensorList packed, at::IntArrayRef numbers,
-                                bool emulate) {
-  const amx::NetworkArgs args{x.sizes().vec(),
-                              amx::shapes_of(weights),
-                              steps_of(numbers, weights.size()),
-                              std::vector<bool>(weights.size()),
-                              false,
-                              emulate};
+std::vector<Tensor> amx_forward(const Tensor& x, TensorList scales, TensorList shifts, TensorList weights,
+                                TensorList packed, Sizes numbers, bool emulate) {
+  const auto args = amx::network_args(x, scales, shifts, weights, packed, numbers, emulate);
   return amx::network_forward(args, x, scales, shifts, packed).means;
 }
 
-std::vector<Tensor> amx_autograd(const Tensor& x, at::TensorList scales, at::TensorList shifts,
-                                 at::TensorList weights, at::TensorList packed, at::IntArrayRef numbers,
-                                 bool emulate) {
+std::vector<Tensor> amx_autograd(const Tensor& x, TensorList scales, TensorList shifts, TensorList weights,
+                                 TensorList packed, Sizes numbers, bool emulate) {
   return AmxNetwork::apply(x, scales, shifts, weights.vec(), packed.vec(), numbers.vec(), emulate);
 }
 
 std::vector<Tensor> amx_convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                             at::IntArrayRef stride, at::IntArrayRef padding,
-                                             at::IntArrayRef dilation, bool need_input, bool need_weight) {
+                                             const Conv& conv, bool need_input, bool need_weight) {
   const auto [d_input, d_weight] =
-      amx::convolution_backward(grad, input, weight, {stride, padding, dilation}, need_input, need_weight);
+      amx::convolution_backward(grad, input, weight, conv, need_input, need_weight);
   std::vector<Tensor> grads;
   if (need_input) grads.push_back(d_input);
   if (need_weight) grads.push_back(d_weight);
@@ -436,11 +374,8 @@ TORCH_LIBRARY_IMPL(awnet, CPU, m) {
   m.impl("network_coefficients_native", &coefficients_native);
   m.impl("network_amx", &amx_forward);
   m.impl("amx_pack_weight", &amx::pack_weight);
-  m.impl("amx_convolution",
-         [](const Tensor& input, const Tensor& weight, Sizes stride, Sizes padding, Sizes dilation) {
-           return amx::convolution(input, weight, {stride, padding, dilation});
-         });
-  m.impl("amx_convolution_backward", &amx_convolution_backward);
+  m.impl("amx_convolution", boxed_function<&amx::convolution>());
+  m.impl("amx_convolution_backward", boxed_function<&amx_convolution_backward>());
 }
 
 #if defined(AWNET_CUDA)

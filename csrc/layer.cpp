@@ -20,28 +20,18 @@ namespace amx = cpu::amx;
 
 namespace {
 
-#define AWNET_FIELDS(space)                                                                             \
-  &space::statistics, &space::apply, &space::reduce, &space::propagate, &space::eval_coefficients,      \
-      &space::eval_gradients, &space::batch_statistics, &space::train_coefficients, &space::train_sums, \
-      &space::train_gradients
-
 struct Passes {
-  decltype(&cpu::statistics) statistics;
-  decltype(&cpu::apply) apply;
-  decltype(&cpu::reduce) reduce;
-  decltype(&cpu::propagate) propagate;
-  decltype(&cpu::eval_coefficients) eval_coefficients;
-  decltype(&cpu::eval_gradients) eval_gradients;
-  decltype(&cpu::batch_statistics) batch_statistics;
-  decltype(&cpu::train_coefficients) train_coefficients;
-  decltype(&cpu::train_sums) train_sums;
-  decltype(&cpu::train_gradients) train_gradients;
+#define AWNET_FIELD(op) decltype(&cpu::op) op;
+  AWNET_FOR_EACH_OP(AWNET_FIELD)
 };
 
+#define AWNET_ON_CPU(op) &cpu::op,
+#define AWNET_ON_CUDA(op) &cuda::op,
+
 const Passes& passes_of(const Tensor& x) {
-  static const Passes on_cpu{AWNET_FIELDS(cpu)};
+  static const Passes on_cpu = {AWNET_FOR_EACH_OP(AWNET_ON_CPU)};
 #if defined(AWNET_CUDA)
-  static const Passes on_cuda{AWNET_FIELDS(cuda)};
+  static const Passes on_cuda = {AWNET_FOR_EACH_OP(AWNET_ON_CUDA)};
   if (x.is_cuda()) return on_cuda;
 #endif
   TORCH_CHECK(x.is_cpu(), "this build of awnet has no native kernels for ", x.device());
@@ -51,16 +41,18 @@ const Passes& passes_of(const Tensor& x) {
 MaybeTensor table(const MaybeTensor& x) {
   return x ? MaybeTensor(x->to(at::kFloat).contiguous()) : std::nullopt;
 }
-MaybeTensor dense(const MaybeTensor& x) { return x ? MaybeTensor(x->contiguous()) : std::nullopt; }
 
 // The [B, C] inputs in the dtype and layout that the passes take.
-Mix widened(const Mix& mix) { return {table(mix.filter_scale), table(mix.p_clean), dense(mix.is_clean)}; }
+Mix to_tables(const Mix& mix) {
+  return {table(mix.filter_scale), table(mix.p_clean),
+          mix.is_clean ? MaybeTensor(mix.is_clean->contiguous()) : std::nullopt};
+}
 
-std::optional<MixNorm> widened(const std::optional<MixNorm>& norm) {
-  if (!norm) return std::nullopt;
-  MixNorm wide = *norm;
-  for (Tensor* x : {&wide.weight, &wide.bias, &wide.mean, &wide.var}) *x = *table(*x);
-  return wide;
+std::optional<MixNorm> to_tables(std::optional<MixNorm> norm) {
+  if (norm) {
+    for (Tensor* x : {&norm->weight, &norm->bias, &norm->mean, &norm->var}) *x = *table(*x);
+  }
+  return norm;
 }
 
 // Collectives over the ranks of a process group; awnet/ops/distributed.py registers them.
@@ -97,22 +89,21 @@ bool fuses([[maybe_unused]] const Tensor& x) {
 #endif
 }
 
-Tensor AffineGradients::scale() const {
-  return sums.centre.defined() ? at::addcmul(sums.gc, sums.centre, sums.g1) : sums.gc;
+Tensor scale_gradient(const Reduced& sums) {
+  return sums.center.defined() ? at::addcmul(sums.gc, sums.center, sums.g1) : sums.gc;
 }
 
-Tensor centre_of(const Tensor& u) {
-  // any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
+Tensor center_of(const Tensor& u) {
+  // any center is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
   return u.select(3, 0).select(2, 0).to(at::kFloat).contiguous();
 }
 
 namespace {
 
-Tensor convolved(const Tensor& x, const Tensor& weight, const Conv& conv) {
+Tensor convolve(const Tensor& x, const Tensor& weight, const Conv& conv) {
   const auto layout = layout_of(x);
-  const cpu::Window window = conv.window();
-  if (amx::takes(amx::Pass::kForward, x, weight, {}, window, conv.groups)) {
-    return amx::convolution(x, weight, window).contiguous(layout);
+  if (amx::takes(amx::Pass::kForward, x, weight, {}, conv)) {
+    return amx::convolution(x, weight, conv).contiguous(layout);
   }
   return at::convolution(x, weight, std::nullopt, conv.stride, conv.padding, conv.dilation, false, {0, 0},
                          conv.groups)
@@ -120,19 +111,17 @@ Tensor convolved(const Tensor& x, const Tensor& weight, const Conv& conv) {
 }
 
 bool direct(const Tensor& x, const MaybeTensor& weight, const Conv& conv) {
-  return weight && x.is_cpu() && cpu::convolves(x, *weight, conv.window(), conv.groups);
+  return weight && x.is_cpu() && cpu::convolves(x, *weight, conv);
 }
 
 // The gradients of the convolution's input and weight. The first needs only the shape of `input`.
 std::pair<Tensor, Tensor> convolution_gradients(const Tensor& d_u, const Tensor& input, const Tensor& weight,
                                                 const Conv& conv, bool need_input, bool need_weight) {
-  const cpu::Window window = conv.window();
-  const bool input_on_tiles =
-      need_input && amx::takes(amx::Pass::kInputGradient, input, weight, d_u, window, conv.groups);
+  const bool input_on_tiles = need_input && amx::takes(amx::Pass::kInputGradient, input, weight, d_u, conv);
   const bool weight_on_tiles =
-      need_weight && amx::takes(amx::Pass::kWeightGradient, input, weight, d_u, window, conv.groups);
+      need_weight && amx::takes(amx::Pass::kWeightGradient, input, weight, d_u, conv);
   auto [d_input, d_weight] =
-      amx::convolution_backward(d_u, input, weight, window, input_on_tiles, weight_on_tiles);
+      amx::convolution_backward(d_u, input, weight, conv, input_on_tiles, weight_on_tiles);
   const std::array<bool, 3> rest = {need_input && !input_on_tiles, need_weight && !weight_on_tiles, false};
   if (rest[0] || rest[1]) {
     const auto grads = at::convolution_backward(d_u, input, weight, std::nullopt, conv.stride, conv.padding,
@@ -149,15 +138,14 @@ std::pair<Tensor, Tensor> convolution_gradients(const Tensor& d_u, const Tensor&
 
 }  // namespace
 
-AffineOutputs affine_forward(const AffineArgs& args, Keep keep) {
+std::tuple<Tensor, Tensor, Tensor> affine_forward(const AffineArgs& args, Keep keep) {
   const Tensor x = args.input.contiguous(layout_of(args.input));
   const Tensor scale = *table(args.scale), shift = *table(args.shift);
   if (direct(x, args.weight, args.conv)) {
-    const auto [y, u, mask] = cpu::convolve_apply(x, *args.weight, args.conv.window(), scale, shift,
-                                                  args.residual, args.activation, keep.u, keep.mask);
-    return {y, u, mask};
+    return cpu::convolve_apply({x, args.weight, args.conv, scale, shift, args.residual, args.activation},
+                               keep);
   }
-  const Tensor u = args.weight ? convolved(x, *args.weight, args.conv) : x;
+  const Tensor u = args.weight ? convolve(x, *args.weight, args.conv) : x;
   const bool keep_u = args.weight && keep.u;  // without a weight u is the input
   const auto [y, mask] = passes_of(x).apply(u, scale, shift, args.residual, args.activation, keep.mask,
                                             args.weight.has_value() && !keep_u);
@@ -167,13 +155,12 @@ AffineOutputs affine_forward(const AffineArgs& args, Keep keep) {
 namespace {
 
 // d_u, d_residual and the sums.
-std::tuple<Tensor, Tensor, Reduced> eval_backward([[maybe_unused]] const AffineBackwardArgs& args,
-                                                  [[maybe_unused]] const Tensor& grad) {
+std::tuple<Tensor, Tensor, Reduced> eval_backward([[maybe_unused]] const AffineBackwardArgs& args) {
 #if defined(AWNET_CUDA)
   const bool reads_u = args.need_sums || args.shift;
-  const auto out = cuda::eval_backward({grad, args.other_grad, args.d_mean, reads_u ? args.u : std::nullopt,
-                                        args.relu_mask, args.slope, args.propagation.by_grad, args.shift,
-                                        args.need_residual, args.need_sums, args.centred});
+  const auto out = cuda::eval_backward(
+      {args.grad, args.other_grad, args.d_mean, reads_u ? args.u : std::nullopt, args.relu_mask, args.slope,
+       args.propagation.by_grad, args.shift, args.need_residual, args.need_sums, args.centered});
   return {out.d_u, out.d_residual, out.sums};
 #else
   TORCH_CHECK(false, "this build of awnet has no CUDA kernels");
@@ -182,63 +169,53 @@ std::tuple<Tensor, Tensor, Reduced> eval_backward([[maybe_unused]] const AffineB
 
 }  // namespace
 
-AffineGradients affine_backward(const AffineBackwardArgs& args) {
+std::tuple<Tensor, Tensor, Tensor, Reduced> affine_backward(AffineBackwardArgs args) {
   const Passes& passes = passes_of(args.grad);
   const auto layout = args.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const Tensor grad = args.grad.contiguous(layout);
-  const MaybeTensor& weight = args.weight;
-  AffineGradients d;
-  if (args.centre) d.sums.centre = *args.centre;
+  const Tensor& grad = args.grad = args.grad.contiguous(layout);
+  const MaybeTensor &weight = args.weight, add_to = args.add_to;
+  Tensor d_input, d_weight, d_residual, d_u;
+  Reduced sums;
   if (weight && args.need_input && grad.is_cpu() &&
-      cpu::convolves_back(args.input_shape, grad, *weight, args.conv.window(), args.conv.groups)) {
-    cpu::BackArgs back_args{grad,    args.u,           args.centre,       args.relu_mask, args.propagation,
-                            *weight, args.input_shape, args.conv.window()};
-    back_args.slope = args.slope;
-    if (args.onto && args.onto->is_contiguous()) back_args.onto = args.onto;
-    back_args.need_sums = args.need_sums;
-    back_args.need_residual = args.need_residual;
-    back_args.need_d_u = args.need_weight;
-    const cpu::Back back = cpu::convolve_back(back_args);
-    d.input = back.d_input;
-    d.residual = back.d_residual;
-    d.sums.g1 = back.g1;
-    d.sums.gc = back.gc;
+      cpu::convolves_backward(args.input_shape, grad, *weight, args.conv)) {
+    if (add_to && !add_to->is_contiguous()) args.add_to.reset();
+    std::tie(d_input, d_residual, d_u, sums) = cpu::convolve_backward(args);
     if (args.need_weight) {
-      d.weight = convolution_gradients(back.d_u, args.input, *weight, args.conv, false, true).second;
+      d_weight = convolution_gradients(d_u, args.input, *weight, args.conv, false, true).second;
     }
-    if (args.onto && !back_args.onto) d.input = args.onto->add_(d.input);
-    return d;
+    if (add_to && !args.add_to) d_input = add_to->add_(d_input);
+    return {d_input, d_weight, d_residual, sums};
   }
-  Tensor d_u;
   if (fuses(grad) && !args.propagation.by_input) {
-    std::tie(d_u, d.residual, d.sums) = eval_backward(args, grad);
+    std::tie(d_u, d_residual, sums) = eval_backward(args);
   } else {
     if (args.need_sums) {
-      std::tie(d.sums.g1, d.sums.gc) = passes.reduce(grad, *args.u, *args.centre, args.relu_mask, args.slope);
+      std::tie(sums.g1, sums.gc) = passes.reduce(grad, *args.u, *args.center, args.relu_mask, args.slope);
+      sums.center = *args.center;
     }
-    if (!args.need_input && !args.need_weight && !args.need_residual) return d;
-    std::tie(d_u, d.residual) = passes.propagate(grad, args.u, args.centre, args.relu_mask, args.propagation,
-                                                 args.need_residual, args.slope);
+    if (args.need_input || args.need_weight || args.need_residual) {
+      std::tie(d_u, d_residual) = passes.propagate(grad, args.u, args.center, args.relu_mask,
+                                                   args.propagation, args.need_residual, args.slope);
+    }
   }
-  if (!args.need_input && !args.need_weight && !args.need_residual) return d;
   if (!weight) {
-    d.input = d_u;
+    d_input = d_u;
   } else if (args.need_input || args.need_weight) {
     const Tensor input =
         args.input.defined() ? args.input : at::empty(args.input_shape, grad.options(), layout);
-    std::tie(d.input, d.weight) =
+    std::tie(d_input, d_weight) =
         convolution_gradients(d_u, input, *weight, args.conv, args.need_input, args.need_weight);
   }
-  if (args.onto && args.need_input) d.input = args.onto->add_(d.input);
-  return d;
+  if (add_to && args.need_input) d_input = add_to->add_(d_input);
+  return {d_input, d_weight, d_residual, sums};
 }
 
 LayerOutputs layer_forward(const LayerArgs& args, Keep keep) {
   const Passes& passes = passes_of(args.input);
   const auto floats = args.input.options().dtype(at::kFloat);
   const MaybeTensor& weight = args.weight;
-  const Mix mix = widened(args.mix);
-  auto norm = widened(args.norm);
+  const Mix mix = to_tables(args.mix);
+  auto norm = to_tables(args.norm);
   const int64_t batch = args.input.size(0), channels = weight ? weight->size(0) : args.input.size(1);
   LayerOutputs out;
   if (!norm || !norm->training) {
@@ -252,17 +229,14 @@ LayerOutputs layer_forward(const LayerArgs& args, Keep keep) {
       affine.scale = mix.filter_scale ? *mix.filter_scale : at::ones({batch, channels}, floats);
       affine.shift = args.shift ? *args.shift : at::zeros({batch, channels}, floats);
     }
-    const AffineOutputs result = affine_forward(affine, keep);
-    out.y = result.y;
-    out.u = result.u;
-    out.mask = result.mask;
+    std::tie(out.y, out.u, out.mask) = affine_forward(affine, keep);
     return out;
   }
   Tensor u = args.input.contiguous(layout_of(args.input));
   if (direct(u, weight, args.conv)) {
-    std::tie(u, out.mean, out.m2) = cpu::convolve_statistics(u, *weight, args.conv.window());
+    std::tie(u, out.mean, out.m2) = cpu::convolve_statistics(u, *weight, args.conv);
   } else {
-    if (weight) u = convolved(u, *weight, args.conv);
+    if (weight) u = convolve(u, *weight, args.conv);
     std::tie(out.mean, out.m2) = passes.statistics(u);
   }
   auto stats = passes.batch_statistics({out.mean, out.m2, u.size(2) * u.size(3)}, mix, norm->mean.size(0));
@@ -285,9 +259,9 @@ LayerGradients layer_backward(const LayerBackwardArgs& b) {
   const auto layout = b.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   const Tensor grad = b.grad.contiguous(layout);
   const int64_t batch = grad.size(0), channels = grad.size(1);
-  const Mix mix = widened(args.mix);
-  const auto norm = widened(args.norm);
-  const bool by_batch = norm && norm->training;
+  const Mix mix = to_tables(args.mix);
+  const auto norm = to_tables(args.norm);
+  const bool batch_stats = norm && norm->training;
   AffineBackwardArgs affine{grad, args.input, b.input_shape, args.weight, args.conv};
   affine.relu_mask = b.relu_mask;
   affine.slope = b.slope;
@@ -295,15 +269,15 @@ LayerGradients layer_backward(const LayerBackwardArgs& b) {
   affine.need_input = needs.input;
   affine.need_weight = needs.weight;
   affine.need_residual = needs.residual;
-  affine.need_sums = !by_batch && needs.coefficients();
-  affine.centred = norm.has_value();
-  if (needs.coefficients() || (by_batch && needs.images())) {
+  affine.need_sums = !batch_stats && needs.coefficients();
+  affine.centered = norm.has_value();
+  if (needs.coefficients() || (batch_stats && needs.images())) {
     TORCH_CHECK(b.u.has_value(), "the forward was called with keep_u=False, and this backward needs u");
     affine.u = b.u->contiguous(layout);
-    if (by_batch || !fuses(grad)) affine.centre = by_batch ? b.mean : centre_of(*affine.u);
+    if (batch_stats || !fuses(grad)) affine.center = batch_stats ? b.mean : center_of(*affine.u);
   }
   LayerGradients d;
-  if (by_batch && affine.u) {
+  if (batch_stats && affine.u) {
     Reduced sums{{}, {}, b.mean};
     std::tie(sums.g1, sums.gc) = passes.reduce(grad, *affine.u, b.mean, b.relu_mask, b.slope);
     MaybeTensor through;
@@ -327,31 +301,29 @@ LayerGradients layer_backward(const LayerBackwardArgs& b) {
                                      : at::ones({batch, channels}, grad.options().dtype(at::kFloat));
   }
   if (needs.images() || affine.need_sums) {
-    const AffineGradients images = affine_backward(affine);
-    d.input = images.input;
-    d.weight = images.weight;
-    d.residual = images.residual;
+    Reduced sums;
+    std::tie(d.input, d.weight, d.residual, sums) = affine_backward(affine);
     if (affine.need_sums && norm) {
       std::tie(d.filter_scale, d.p_clean, d.bn_weight, d.bn_bias) =
-          passes.eval_gradients(images.sums, mix, *norm, needs);
+          passes.eval_gradients(sums, mix, *norm, needs);
     } else if (affine.need_sums) {
-      d.filter_scale = images.scale();
-      d.shift = images.sums.g1;
+      d.filter_scale = scale_gradient(sums);
+      d.shift = sums.g1;
     }
   }
-  const auto dtype = grad.scalar_type();
-  const auto finish = [&](bool need, Tensor& value, at::ScalarType dtype) {
+  // in the dtype of the argument; empty where not required
+  const auto finish = [&](bool need, Tensor& value, const MaybeTensor& argument) {
+    const auto dtype = argument ? argument->scalar_type() : grad.scalar_type();
     value = need && value.defined() ? value.to(dtype) : at::empty({0}, grad.options());
   };
-  const auto dtype_of = [&](const MaybeTensor& x) { return x ? x->scalar_type() : dtype; };
-  finish(needs.input, d.input, dtype);
-  finish(needs.weight, d.weight, dtype);
-  finish(needs.filter_scale, d.filter_scale, dtype_of(args.mix.filter_scale));
-  finish(needs.p_clean, d.p_clean, dtype_of(args.mix.p_clean));
-  finish(needs.bn_weight, d.bn_weight, args.norm ? args.norm->weight.scalar_type() : dtype);
-  finish(needs.bn_bias, d.bn_bias, args.norm ? args.norm->bias.scalar_type() : dtype);
-  finish(needs.shift, d.shift, dtype_of(args.shift));
-  finish(needs.residual, d.residual, dtype);
+  finish(needs.input, d.input, grad);
+  finish(needs.weight, d.weight, grad);
+  finish(needs.filter_scale, d.filter_scale, args.mix.filter_scale);
+  finish(needs.p_clean, d.p_clean, args.mix.p_clean);
+  finish(needs.bn_weight, d.bn_weight, args.norm ? args.norm->weight : grad);
+  finish(needs.bn_bias, d.bn_bias, args.norm ? args.norm->bias : grad);
+  finish(needs.shift, d.shift, args.shift);
+  finish(needs.residual, d.residual, grad);
   return d;
 }
 

@@ -16,26 +16,17 @@
 namespace awnet {
 namespace {
 
-Conv conv_of(const Step& s) { return {s.stride, s.padding, s.dilation, s.groups}; }
-
-void add(Tensor& total, const Tensor& part) {
-  if (total.defined()) {
-    total.add_(part);
-  } else {
-    total = part;
-  }
-}
+void add(Tensor& total, const Tensor& part) { total = total.defined() ? total.add_(part) : part; }
 
 // The gradient of images from that of their means.
-Tensor spread(const Tensor& d_mean, Sizes shape) {
+Tensor mean_backward(const Tensor& d_mean, Sizes shape) {
   return at::div(d_mean, shape[2] * shape[3]).unsqueeze(-1).unsqueeze(-1).expand(shape);
 }
 
 }  // namespace
 
-NetworkOutputs network_forward(const Tensor& x, at::TensorList scales, at::TensorList shifts,
-                               at::TensorList weights, const std::vector<Step>& steps, bool keep_u,
-                               bool keep_mask) {
+NetworkOutputs network_forward(const Tensor& x, TensorList scales, TensorList shifts, TensorList weights,
+                               const std::vector<Step>& steps, bool keep_u, bool keep_mask) {
   const size_t count = steps.size();
   TORCH_CHECK(scales.size() == count && shifts.size() == count, "expected a scale and a shift for each of ",
               count, " layers, got ", scales.size(), " and ", shifts.size());
@@ -54,12 +45,14 @@ NetworkOutputs network_forward(const Tensor& x, at::TensorList scales, at::Tenso
                 shifts[i].sizes());
     const MaybeTensor residual = s.residual < 0 ? std::nullopt : MaybeTensor(y[s.residual]);
     const bool mask_from_u = fuses(x) && s.activation == kRelu && keep_mask && keep_u && s.residual < 0;
-    const AffineOutputs layer = affine_forward(
-        {s.input < 0 ? x : y[s.input], weights[i], conv_of(s), scales[i], shifts[i], residual, s.activation},
+    SavedLayer layer{weights[i], scales[i]};
+    std::tie(y[i], layer.u, layer.mask) = affine_forward(
+        {s.input < 0 ? x : y[s.input], weights[i], s.conv, scales[i], shifts[i], residual, s.activation},
         {keep_u, keep_mask && s.activation != kNone && !mask_from_u});
-    y[i] = layer.y;
-    out.layers.push_back({weights[i], scales[i], layer.u, layer.mask, mask_from_u ? shifts[i] : Tensor(),
-                          y[i].sizes().vec(), layout_of(y[i]) == at::MemoryFormat::ChannelsLast});
+    if (mask_from_u) layer.shift = shifts[i];
+    layer.shape = y[i].sizes().vec();
+    layer.channels_last = layout_of(y[i]) == at::MemoryFormat::ChannelsLast;
+    out.layers.push_back(std::move(layer));
     if (s.averaged) out.means.push_back(at::mean(y[i], {2, 3}));
     for (const int64_t source : {s.input, s.residual}) {
       if (source >= 0 && last[source] == i) y[source] = Tensor();
@@ -69,7 +62,7 @@ NetworkOutputs network_forward(const Tensor& x, at::TensorList scales, at::Tenso
 }
 
 NetworkGradients network_backward(const std::vector<Step>& steps, const std::vector<SavedLayer>& layers,
-                                  Sizes images, at::TensorList d_means, const NetworkNeeds& needs) {
+                                  Sizes images, TensorList d_means, const NetworkNeeds& needs) {
   const size_t count = steps.size();
   NetworkGradients result{Tensor(), std::vector<Tensor>(count), std::vector<Tensor>(count)};
   // of the layers' outputs; where `fuses`, the layer itself adds a second one
@@ -90,12 +83,12 @@ NetworkGradients network_backward(const std::vector<Step>& steps, const std::vec
       if (d[i].defined() && fuses(d[i])) {
         d_mean = d_means[means].to(at::kFloat);
       } else {
-        add(d[i], spread(d_means[means], layer.shape));
+        add(d[i], mean_backward(d_means[means], layer.shape));
       }
     }
     if (!d[i].defined()) continue;
     const Sizes input_shape = s.input < 0 ? images : Sizes(layers[s.input].shape);
-    AffineBackwardArgs args{d[i], {}, input_shape.vec(), layer.weight, conv_of(s)};
+    AffineBackwardArgs args{d[i], {}, input_shape.vec(), layer.weight, s.conv};
     args.d_mean = d_mean;
     if (second[i].defined()) args.other_grad = second[i];
     d[i] = second[i] = Tensor();
@@ -103,9 +96,9 @@ NetworkGradients network_backward(const std::vector<Step>& steps, const std::vec
     args.need_residual = s.residual >= 0;
     args.need_sums = needs.scales[i] || needs.shifts[i];
     const bool fused = fuses(args.grad), mask_from_u = layer.shift.defined();
-    args.centred = false;
+    args.centered = false;
     if (args.need_sums || mask_from_u) args.u = layer.u;
-    if (args.need_sums && !fused) args.centre = centre_of(layer.u);
+    if (args.need_sums && !fused) args.center = center_of(layer.u);
     if (mask_from_u) {
       args.shift = layer.shift.to(at::kFloat);
     } else if (s.activation == kRelu) {
@@ -117,16 +110,17 @@ NetworkGradients network_backward(const std::vector<Step>& steps, const std::vec
     args.channels_last = layer.channels_last;
     const bool joins = fused && s.input >= 0;  // the layer below adds the gradients
     Tensor& d_input = s.input < 0 ? result.x : d[s.input];
-    if (args.need_input && !joins && d_input.defined()) args.onto = d_input;
-    const AffineGradients grads = affine_backward(args);
-    if (joins && args.need_input) {
-      collect(s.input, grads.input);
-    } else if (args.need_input) {
-      d_input = grads.input;
+    if (args.need_input && !joins && d_input.defined()) args.add_to = d_input;
+    const bool need_input = args.need_input;
+    const auto [d_x, d_weight, d_residual, sums] = affine_backward(std::move(args));
+    if (joins && need_input) {
+      collect(s.input, d_x);
+    } else if (need_input) {
+      d_input = d_x;
     }
-    if (s.residual >= 0) collect(s.residual, grads.residual);
-    if (needs.scales[i]) result.scales[i] = grads.scale();
-    if (needs.shifts[i]) result.shifts[i] = grads.sums.g1;
+    if (s.residual >= 0) collect(s.residual, d_residual);
+    if (needs.scales[i]) result.scales[i] = scale_gradient(sums);
+    if (needs.shifts[i]) result.shifts[i] = sums.g1;
   }
   return result;
 }
@@ -177,7 +171,7 @@ std::vector<Tensor> network_coefficients(const CoefficientArgs& args) {
   return outputs;
 }
 
-std::pair<Tensor, Tensor> network_coefficients_backward(const CoefficientArgs& args, at::TensorList grads) {
+std::pair<Tensor, Tensor> network_coefficients_backward(const CoefficientArgs& args, TensorList grads) {
   const int64_t batch = args.p_clean.size(0);
   std::vector<Tensor> d_scales, d_shifts;
   for (size_t i = 0; i < args.widths.size(); ++i) {
@@ -187,7 +181,7 @@ std::pair<Tensor, Tensor> network_coefficients_backward(const CoefficientArgs& a
     d_scales.push_back(given(grads[2 * i]));
     d_shifts.push_back(given(grads[2 * i + 1]));
   }
-  // around a centre of 0 the sums are the gradients of shift and scale
+  // around a center of 0 the sums are the gradients of shift and scale
   const Reduced sums{at::cat(d_shifts, 1), at::cat(d_scales, 1),
                      at::zeros({batch, args.tables.size(2)}, args.tables.options())};
   Needs needs;

@@ -4,18 +4,27 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "arithmetic.h"
 
 namespace awnet {
 
 using at::Tensor;
+using at::TensorList;
 using MaybeTensor = std::optional<Tensor>;
+using Sizes = at::IntArrayRef;
 
 // The records below have the names and fields of those in awnet/ops/args.py and awnet/ops/coefficients.py.
+
+struct Conv {
+  std::array<int64_t, 2> stride{1, 1}, padding{0, 0}, dilation{1, 1};
+  int64_t groups = 1;
+};
 
 // Per-sample inputs of the coefficients, float32 and contiguous (is_clean: bool).
 struct Mix {
@@ -38,15 +47,48 @@ struct SampleStats {
   int64_t hw = 0;
 };
 
-// g1 = sum g and gc = sum g (u - centre), each [B, C].
+// g1 = sum g and gc = sum g (u - center), each [B, C].
 struct Reduced {
-  Tensor g1, gc, centre;
+  Tensor g1, gc, center;
 };
 
-// d_u = by_grad g + by_input (u - centre) + constant, each [B, C].
+// d_u = by_grad g + by_input (u - center) + constant, each [B, C].
 struct Propagation {
   Tensor by_grad;
   MaybeTensor by_input, constant;
+};
+
+// What the backward will need of the forward.
+struct Keep {
+  bool u = false, mask = false;
+};
+
+// y = act(u * scale + shift + residual) for u = conv(input, weight), or u = input without a weight: a layer
+// in eval mode, or a layer of a frozen network.
+struct AffineArgs {
+  Tensor input;
+  MaybeTensor weight;
+  Conv conv;
+  Tensor scale, shift;  // [B, C_out]
+  MaybeTensor residual;
+  int64_t activation = kNone;
+};
+
+struct AffineBackwardArgs {
+  Tensor grad, input;  // input: undefined unless the weight's gradient is required
+  std::vector<int64_t> input_shape;
+  MaybeTensor weight;
+  Conv conv;
+  MaybeTensor u, center;  // see center_of: for the sums and in train mode
+  MaybeTensor relu_mask, slope;
+  // only where `fuses`: gradients of the output and of its mean to add to grad, and the shift, with which the
+  // mask is computed from u
+  MaybeTensor other_grad, d_mean, shift;
+  Propagation propagation;  // by_grad is the scale; the rest is for train mode
+  MaybeTensor add_to;       // a gradient of the input, to which this one is added in place
+  bool channels_last = false;
+  bool need_sums = false, need_input = false, need_weight = false, need_residual = false;
+  bool centered = true;  // where `fuses`: whether the sums have a center
 };
 
 // For which arguments a gradient is required.
@@ -58,16 +100,16 @@ struct Needs {
   bool images() const { return input || weight || residual; }
 };
 
-// The backward of eval mode: g = grad + other_grad + d_mean / pixels where the activation passed, d_u = g
-// scale, d_residual = g, and the sums. With `shift` the activation is that of u scale + shift, without a
-// residual.
+// The backward of eval mode: d = grad + other_grad + d_mean / pixels, g the gradient of the activation's
+// input, d_u = g scale, d_residual = g, and the sums. With `shift` the ReLU's mask is computed from
+// u scale + shift.
 struct EvalBackwardArgs {
   Tensor grad;
   MaybeTensor other_grad, d_mean, u, relu_mask, slope;
   Tensor scale;
   MaybeTensor shift;
   bool residual = false, sums = false;
-  bool centred = false;  // otherwise gc is the gradient of the scale, and there is no centre
+  bool centered = false;  // otherwise gc is the gradient of the scale, and there is no center
 };
 
 struct EvalBackwardOutputs {
@@ -75,16 +117,16 @@ struct EvalBackwardOutputs {
   Reduced sums;
 };
 
-// relu_mask is y or a bool mask of where the ReLU passed; slope is the derivative of another activation.
+// relu_mask is y or a bool mask, true where y is not <= 0; slope is the derivative of another activation.
 // apply returns y and, with keep_mask, the mask or the slope. Outputs that are not required are empty.
 #define AWNET_DECLARE_OPS                                                                                   \
   std::tuple<Tensor, Tensor> statistics(const Tensor& u);                                                   \
   std::tuple<Tensor, Tensor> apply(const Tensor& u, const Tensor& scale, const Tensor& shift,               \
                                    const MaybeTensor& residual, int64_t activation, bool keep_mask,         \
                                    bool in_place);                                                          \
-  std::tuple<Tensor, Tensor> reduce(const Tensor& grad, const Tensor& u, const Tensor& centre,              \
+  std::tuple<Tensor, Tensor> reduce(const Tensor& grad, const Tensor& u, const Tensor& center,              \
                                     const MaybeTensor& relu_mask, const MaybeTensor& slope);                \
-  std::tuple<Tensor, Tensor> propagate(const Tensor& grad, const MaybeTensor& u, const MaybeTensor& centre, \
+  std::tuple<Tensor, Tensor> propagate(const Tensor& grad, const MaybeTensor& u, const MaybeTensor& center, \
                                        const MaybeTensor& relu_mask, const Propagation& propagation,        \
                                        bool residual, const MaybeTensor& slope);                            \
   std::tuple<Tensor, Tensor> eval_coefficients(const Mix& mix, const MixNorm& norm, int64_t batch);         \
@@ -98,10 +140,13 @@ struct EvalBackwardOutputs {
       const Reduced& sums, const SampleStats& stats, const Mix& mix, const MixNorm& norm, const Tensor& n,  \
       bool need_filter_scale, const MaybeTensor& through);
 
+#define AWNET_FOR_EACH_OP(use)                                                                     \
+  use(statistics) use(apply) use(reduce) use(propagate) use(eval_coefficients) use(eval_gradients) \
+      use(batch_statistics) use(train_coefficients) use(train_sums) use(train_gradients)
+
 namespace cpu {
 AWNET_DECLARE_OPS
-const char* instruction_set();  // "avx512", "avx2" or "baseline"
-}  // namespace cpu
+}
 
 // where the CUDA part is built, see setup.py
 namespace cuda {

@@ -1,6 +1,5 @@
-// The heart of the direct convolution, in vectors of 16 floats. Included after passes.inl, whose Vector and
-// load it uses. A vector is 16 values in a row or, in halves, two times 8, the second `second` values
-// further.
+// The kernels of the direct convolution, in vectors of 16 floats. Included after passes.inl, whose Vector and
+// load it uses. A vector is 16 consecutive values or two halves of 8, the second one at offset `second`.
 
 using Indices = int32_t __attribute__((vector_size(64)));
 
@@ -24,15 +23,15 @@ AWNET_INLINE void finish(const ConvolveOutput to, int64_t row, int64_t i, Vector
   if (to.y == nullptr) return;
   Vector y = u * to.scale[row] + to.shift[row];
   if (to.residual != nullptr) y += load(to.residual + i);
-  if (to.relu) y = rectified(y);
+  if (to.relu) y = relu(y);
   store(to.y + i, y);
   if (to.relu_mask != nullptr) store(to.relu_mask + i, y);
 }
 
-// sums[r][v] = sum over c, t of weights[c][t][r] * in[v][c * step + offsets[t]]
+// sums[r][v] = sum over c, t of weights[c][t][r] * in[v][c * step + taps[t]]
 template <int kRows, int kVectors, bool kHalves>
 AWNET_INLINE void accumulate(Vector (&sums)[kRows][kVectors], const float* (&in)[kVectors], int64_t second,
-                             int64_t channels, int64_t step, const int64_t* offsets, int64_t taps,
+                             int64_t channels, int64_t step, const int64_t* taps, int64_t tap_count,
                              const float* weights) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -41,10 +40,10 @@ AWNET_INLINE void accumulate(Vector (&sums)[kRows][kVectors], const float* (&in)
   }
   for (int64_t c = 0; c < channels; ++c) {
 #pragma GCC unroll 1  // taps side by side would need more registers than there are
-    for (int64_t t = 0; t < taps; ++t, weights += kRows) {
+    for (int64_t t = 0; t < tap_count; ++t, weights += kRows) {
       Vector x[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) x[v] = load_at<kHalves>(in[v] + offsets[t], second);
+      for (int v = 0; v < kVectors; ++v) x[v] = load_at<kHalves>(in[v] + taps[t], second);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const float w = weights[r];
@@ -60,9 +59,9 @@ template <int kRows, int kVectors, bool kHalves>
 AWNET_INLINE void convolve_tile(const ConvolveOutput to, int64_t first, const ConvolveInput& from) {
   Vector sums[kRows][kVectors];
   const float* in[kVectors];
-  for (int v = 0; v < kVectors; ++v) in[v] = from.image + from.at[first + v];
-  accumulate<kRows, kVectors, kHalves>(sums, in, from.second, from.channels, from.plane, from.offsets,
-                                       from.taps, from.weights);
+  for (int v = 0; v < kVectors; ++v) in[v] = from.image + from.vectors[first + v];
+  accumulate<kRows, kVectors, kHalves>(sums, in, from.second, from.channels, from.plane, from.taps,
+                                       from.tap_count, from.weights);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -73,9 +72,9 @@ AWNET_INLINE void convolve_tile(const ConvolveOutput to, int64_t first, const Co
 template <int kRows, bool kHalves>
 AWNET_INLINE void convolve_vectors(const ConvolveOutput& to, const ConvolveInput& from) {
   int64_t v = 0;
-  for (; from.vectors - v == 3 || from.vectors - v > 4; v += 3) convolve_tile<kRows, 3, kHalves>(to, v, from);
-  for (; from.vectors - v >= 2; v += 2) convolve_tile<kRows, 2, kHalves>(to, v, from);
-  if (v < from.vectors) convolve_tile<kRows, 1, kHalves>(to, v, from);
+  for (; from.count - v == 3 || from.count - v > 4; v += 3) convolve_tile<kRows, 3, kHalves>(to, v, from);
+  for (; from.count - v >= 2; v += 2) convolve_tile<kRows, 2, kHalves>(to, v, from);
+  if (v < from.count) convolve_tile<kRows, 1, kHalves>(to, v, from);
 }
 
 template <int kRows>
@@ -83,31 +82,33 @@ static void convolve_rows(const ConvolveOutput& to, const ConvolveInput& from) {
   from.second == kHalf ? convolve_vectors<kRows, false>(to, from) : convolve_vectors<kRows, true>(to, from);
 }
 
-template <bool kSums, bool kThrough, bool kHalves>
-AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneGradient p) {
-  const int64_t vectors = static_cast<int64_t>(where.at.size());
+template <bool kSums, bool kAffine, bool kHalves>
+AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const BackwardArgs<float> p) {
+  const int64_t vectors = static_cast<int64_t>(where.offsets.size());
+  const float by_grad = *p.by_grad, center = kSums || kAffine ? *p.center : 0.0f,
+              by_input = kAffine ? *p.by_input : 0.0f, constant = kAffine ? *p.constant : 0.0f;
   double totals[2] = {0.0, 0.0};
-  Sum sum, along;
+  Sum sum, products;
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t i = v * kWidth;
-    const Vector g =
-        passed_grad<false>(p.grad, p.gate, i, [](auto* q) __attribute__((always_inline)) { return load(q); });
-    Vector d = g * p.coeffs.by_grad;
-    if (kSums || kThrough) {
-      const Vector u = load(p.u + i) - p.coeffs.centre;
+    const Vector g = activation_backward<false>(
+        p.grad, p.activation, i, [](auto* q) __attribute__((always_inline)) { return load(q); });
+    Vector d = g * by_grad;
+    if (kSums || kAffine) {
+      const Vector u = load(p.u + i) - center;
       if (kSums) {
         sum += g;
-        along += g * u;
+        products += g * u;
       }
-      if (kThrough) d += u * p.coeffs.by_input + p.coeffs.constant;
+      if (kAffine) d += u * by_input + constant;
     }
-    store_at<kHalves>(to + where.at[v], where.second, d);
+    store_at<kHalves>(to + where.offsets[v], where.second, d);
     if (p.d_u != nullptr) store(p.d_u + i, d);
     if (p.d_residual != nullptr) store(p.d_residual + i, g);
     if (kSums && (v % kBlock == kBlock - 1 || v == vectors - 1)) {
       totals[0] += sum.total();
-      totals[1] += along.total();
-      sum = along = Sum();
+      totals[1] += products.total();
+      sum = products = Sum();
     }
   }
   if (kSums) {
@@ -117,26 +118,26 @@ AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const PlaneG
 }
 
 template <bool kHalves>
-AWNET_INLINE void propagate_kind(float* to, const Vectors& where, const PlaneGradient& p) {
+AWNET_INLINE void propagate_packed(float* to, const Vectors& where, const BackwardArgs<float>& p) {
   if (p.g1 != nullptr) {
-    p.through ? propagate_packed<true, true, kHalves>(to, where, p)
-              : propagate_packed<true, false, kHalves>(to, where, p);
+    p.by_input ? propagate_packed<true, true, kHalves>(to, where, p)
+               : propagate_packed<true, false, kHalves>(to, where, p);
   } else {
-    p.through ? propagate_packed<false, true, kHalves>(to, where, p)
-              : propagate_packed<false, false, kHalves>(to, where, p);
+    p.by_input ? propagate_packed<false, true, kHalves>(to, where, p)
+               : propagate_packed<false, false, kHalves>(to, where, p);
   }
 }
 
-static void propagate(float* to, const Vectors& where, const PlaneGradient& p) {
-  where.second == kHalf ? propagate_kind<false>(to, where, p) : propagate_kind<true>(to, where, p);
+static void propagate(float* to, const Vectors& where, const BackwardArgs<float>& p) {
+  where.second == kHalf ? propagate_packed<false>(to, where, p) : propagate_packed<true>(to, where, p);
 }
 
 static void scatter(float* to, const Vectors& where, const float* from) {
-  const int64_t count = static_cast<int64_t>(where.at.size());
+  const int64_t count = static_cast<int64_t>(where.offsets.size());
   for (int64_t v = 0; v < count; ++v) {
     const Vector x = load(from + v * kWidth);
-    where.second == kHalf ? store_at<false>(to + where.at[v], 0, x)
-                          : store_at<true>(to + where.at[v], where.second, x);
+    where.second == kHalf ? store_at<false>(to + where.offsets[v], 0, x)
+                          : store_at<true>(to + where.offsets[v], where.second, x);
   }
 }
 

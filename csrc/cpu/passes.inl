@@ -139,7 +139,7 @@ AWNET_INLINE void for_values(int64_t n, Body body) {
   }
 }
 
-AWNET_INLINE float total_of(Vector v) {
+AWNET_INLINE float horizontal_sum(Vector v) {
   using Quarter = float __attribute__((vector_size(16)));
   Quarter q[4];
   __builtin_memcpy(q, &v, sizeof(v));
@@ -155,7 +155,7 @@ struct Sum {
   __attribute__((always_inline)) void operator+=(Vector v) { lanes += v; }
   __attribute__((always_inline)) void operator+=(float v) { rest += v; }
   __attribute__((always_inline)) void operator+=(const Sum& other) { lanes += other.lanes; }
-  __attribute__((always_inline)) double total() const { return double{total_of(lanes)} + rest; }
+  __attribute__((always_inline)) double total() const { return double{horizontal_sum(lanes)} + rest; }
 };
 
 // totals[s] = the sum over [0, n) of what body(offset, read, sums) adds to sums[s]; `read` as in for_values.
@@ -201,18 +201,19 @@ AWNET_INLINE void sum_blocks(int64_t pixels, Value (&totals)[kSums], Block block
 }
 
 // As torch's ReLU: NaN passes.
-AWNET_INLINE Vector rectified(Vector v) { return v <= 0.0f ? Vector{} : v; }
-AWNET_INLINE Vector masked(Vector grad, Vector y) { return y <= 0.0f ? Vector{} : grad; }
-AWNET_INLINE float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
-AWNET_INLINE float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
+AWNET_INLINE Vector relu(Vector v) { return v <= 0.0f ? Vector{} : v; }
+AWNET_INLINE Vector relu_backward(Vector grad, Vector y) { return y <= 0.0f ? Vector{} : grad; }
+AWNET_INLINE float relu(float v) { return v <= 0.0f ? 0.0f : v; }
+AWNET_INLINE float relu_backward(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
-// The gradient of the activation's input at value i; `read` as in for_values. kSlope: the gate is a slope.
+// The gradient of the activation's input at value i; `read` as in for_values. kSlope: the activation is saved
+// as its slope.
 template <bool kSlope, class T, class Read>
-AWNET_INLINE auto passed_grad(const T* grad, Gate<T> gate, int64_t i, Read read) {
+AWNET_INLINE auto activation_backward(const T* grad, SavedActivation<T> saved, int64_t i, Read read) {
   const auto g = read(grad + i);
-  if constexpr (kSlope) return g * read(gate.slope + i);
-  if (gate.y != nullptr) return masked(g, read(gate.y + i));
-  if (gate.mask != nullptr) return masked(g, read(gate.mask + i));
+  if constexpr (kSlope) return g * read(saved.slope + i);
+  if (saved.y != nullptr) return relu_backward(g, read(saved.y + i));
+  if (saved.mask != nullptr) return relu_backward(g, read(saved.mask + i));
   return g;
 }
 
@@ -265,91 +266,78 @@ static inline void activate(float& z, float& slope, Activation activation) {
   slope = slopes[0];
 }
 
-template <class T, bool kResidual, bool kRelu>
-AWNET_INLINE void apply_values(T* y, uint8_t* relu_mask, const T* u, const T* r, int64_t n, float scale,
-                               float shift) {
-  for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-    auto v = read(u + i) * scale + shift;
-    if (kResidual) v += read(r + i);
-    write(y + i, kRelu ? rectified(v) : v);
-    if (kRelu && relu_mask != nullptr) write(relu_mask + i, read(y + i));  // of y as it is stored
-  });
-}
-
-template <class T>
-void apply_plane(T* y, uint8_t* relu_mask, const T* u, const T* r, int64_t n, float scale, float shift,
-                 bool relu) {
-  if (r != nullptr) {
-    relu ? apply_values<T, true, true>(y, relu_mask, u, r, n, scale, shift)
-         : apply_values<T, true, false>(y, relu_mask, u, r, n, scale, shift);
+// Writes act(v) to value i of y, and the mask or slope if there is one. kKind: the activation, or kSilu for
+// all that have a slope.
+template <Activation kKind, class T, class Value, class Read, class Write>
+AWNET_INLINE void write_activation(ApplyArgs<T> a, int64_t i, Value v, Read read, Write write) {
+  if constexpr (kKind == kSilu) {
+    Value slope;
+    activate(v, slope, a.activation);
+    write(a.y + i, v);
+    if (a.slope != nullptr) write(a.slope + i, slope);
   } else {
-    relu ? apply_values<T, false, true>(y, relu_mask, u, r, n, scale, shift)
-         : apply_values<T, false, false>(y, relu_mask, u, r, n, scale, shift);
+    write(a.y + i, kKind == kRelu ? relu(v) : v);
+    if (kKind == kRelu && a.relu_mask != nullptr)
+      write(a.relu_mask + i, read(a.y + i));  // of y as it is stored
   }
 }
 
-template <class T>
-void apply_rows(T* y, uint8_t* relu_mask, const T* u, const T* r, int64_t pixels, int64_t channels,
-                const float* scale, const float* shift, bool relu) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    const int64_t row = pixel * channels;
-    for_values(channels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-      auto v = read(u + row + i) * read(scale + i) + read(shift + i);
-      if (r != nullptr) v += read(r + row + i);
-      write(y + row + i, relu ? rectified(v) : v);
-      if (relu_mask != nullptr) write(relu_mask + row + i, read(y + row + i));
-    });
-  }
-}
-
-template <class T>
-void activate_plane(T* y, T* slope, const T* u, const T* r, int64_t n, float scale, float shift,
-                    Activation activation) {
+template <Activation kKind, bool kResidual, class T>
+AWNET_INLINE void apply_plane(ApplyArgs<T> a, int64_t plane, int64_t n) {
+  const float scale = a.scale[plane], shift = a.shift[plane];
+  const int64_t first = plane * n;
   for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-    auto v = read(u + i) * scale + shift;
-    if (r != nullptr) v += read(r + i);
-    decltype(v) by;
-    activate(v, by, activation);
-    write(y + i, v);
-    if (slope != nullptr) write(slope + i, by);
+    auto v = read(a.u + first + i) * scale + shift;
+    if (kResidual) v += read(a.residual + first + i);
+    write_activation<kKind>(a, first + i, v, read, write);
   });
 }
 
-template <class T>
-void activate_rows(T* y, T* slope, const T* u, const T* r, int64_t pixels, int64_t channels,
-                   const float* scale, const float* shift, Activation activation) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    const int64_t row = pixel * channels;
-    for_values(channels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-      auto v = read(u + row + i) * read(scale + i) + read(shift + i);
-      if (r != nullptr) v += read(r + row + i);
-      decltype(v) by;
-      activate(v, by, activation);
-      write(y + row + i, v);
-      if (slope != nullptr) write(slope + row + i, by);
+template <Activation kKind, class T>
+AWNET_INLINE void apply_nchw(ApplyArgs<T> a, Extent e) {
+  for (int64_t plane = e.first; plane < e.last; ++plane) {
+    a.residual != nullptr ? apply_plane<kKind, true>(a, plane, e.pixels)
+                          : apply_plane<kKind, false>(a, plane, e.pixels);
+  }
+}
+
+template <Activation kKind, class T>
+AWNET_INLINE void apply_channels_last(ApplyArgs<T> a, Extent e) {
+  for (int64_t pixel = 0; pixel < e.pixels; ++pixel) {
+    const int64_t row = pixel * e.channels;
+    for_values(e.channels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+      auto v = read(a.u + row + i) * read(a.scale + i) + read(a.shift + i);
+      if (a.residual != nullptr) v += read(a.residual + row + i);
+      write_activation<kKind>(a, row + i, v, read, write);
     });
   }
 }
 
 template <class T>
-void statistics_plane(const T* u, int64_t n, float* mean, float* m2) {
-  double sum[1], squares[1];
-  sum_values(n, sum,
-             [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) { sums[0] += read(u + i); });
-  const float centre = static_cast<float>(sum[0] / static_cast<double>(n));
-  sum_values(n, squares, [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) {
-    const auto d = read(u + i) - centre;
-    sums[0] += d * d;
-  });
-  *mean = centre;
-  *m2 = static_cast<float>(squares[0]);
+void statistics_nchw(const StatisticsArgs<T>& a, Extent e) {
+  const int64_t n = e.pixels;
+  for (int64_t plane = e.first; plane < e.last; ++plane) {
+    const T* const u = a.u + plane * n;
+    double sum[1], squares[1];
+    sum_values(n, sum, [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) {
+      sums[0] += read(u + i);
+    });
+    const float center = static_cast<float>(sum[0] / static_cast<double>(n));
+    sum_values(n, squares, [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) {
+      const auto d = read(u + i) - center;
+      sums[0] += d * d;
+    });
+    a.mean[plane] = center;
+    a.m2[plane] = static_cast<float>(squares[0]);
+  }
 }
 
 template <class T>
-void statistics_rows(const T* u, int64_t pixels, int64_t channels, int64_t first, int64_t last, float* mean,
-                     float* m2) {
-  for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-    const T* column = u + first + i;
+void statistics_channels_last(const StatisticsArgs<T>& args, Extent e) {
+  const StatisticsArgs<T> a = args;
+  const int64_t pixels = e.pixels, channels = e.channels, first = e.first;
+  for_values(e.last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+    const T* column = a.u + first + i;
     using Value = decltype(read(column));
     Value sum[1], squares[1];
     sum_blocks(pixels, sum, [=](int64_t from, int64_t to, Value* parts) __attribute__((always_inline)) {
@@ -357,119 +345,116 @@ void statistics_rows(const T* u, int64_t pixels, int64_t channels, int64_t first
       for (int64_t pixel = from; pixel < to; ++pixel) part += read(column + pixel * channels);
       parts[0] = part;
     });
-    const Value centre = sum[0] / static_cast<float>(pixels);
+    const Value center = sum[0] / static_cast<float>(pixels);
     sum_blocks(pixels, squares, [=](int64_t from, int64_t to, Value* parts) __attribute__((always_inline)) {
       Value part = {};
       for (int64_t pixel = from; pixel < to; ++pixel) {
-        const Value d = read(column + pixel * channels) - centre;
+        const Value d = read(column + pixel * channels) - center;
         part += d * d;
       }
       parts[0] = part;
     });
-    write(mean + first + i, centre);
-    write(m2 + first + i, squares[0]);
+    write(a.mean + first + i, center);
+    write(a.m2 + first + i, squares[0]);
   });
 }
 
-template <class T, bool kSlope>
-AWNET_INLINE void reduce_plane_by(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1,
-                                  float* gc) {
-  double totals[2];
-  sum_values(n, totals, [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) {
-    const auto g = passed_grad<kSlope>(grad, gate, i, read);
-    sums[0] += g;
-    sums[1] += g * (read(u + i) - centre);
-  });
-  *g1 = static_cast<float>(totals[0]);
-  *gc = static_cast<float>(totals[1]);
+template <bool kSlope, class T>
+AWNET_INLINE void reduce_nchw(BackwardArgs<T> a, Extent e) {
+  for (int64_t plane = e.first; plane < e.last; ++plane) {
+    const int64_t first = plane * e.pixels;
+    const T *const grad = a.grad + first, *const u = a.u + first;
+    const SavedActivation<T> saved = a.activation.from(first);
+    const float center = a.center[plane];
+    double totals[2];
+    sum_values(e.pixels, totals, [=](int64_t i, auto read, Sum* sums) __attribute__((always_inline)) {
+      const auto g = activation_backward<kSlope>(grad, saved, i, read);
+      sums[0] += g;
+      sums[1] += g * (read(u + i) - center);
+    });
+    a.g1[plane] = static_cast<float>(totals[0]);
+    a.gc[plane] = static_cast<float>(totals[1]);
+  }
 }
 
-template <class T>
-void reduce_plane(const T* grad, const T* u, Gate<T> gate, int64_t n, float centre, float* g1, float* gc) {
-  gate.slope ? reduce_plane_by<T, true>(grad, u, gate, n, centre, g1, gc)
-             : reduce_plane_by<T, false>(grad, u, gate, n, centre, g1, gc);
-}
-
-template <class T, bool kSlope>
-AWNET_INLINE void reduce_rows_by(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels,
-                                 int64_t first, int64_t last, const float* centre, float* g1, float* gc) {
-  for_values(last - first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-    const int64_t column = first + i;
-    const auto middle = read(centre + column);
-    using Value = decltype(read(grad));
+template <bool kSlope, class T>
+AWNET_INLINE void reduce_channels_last(BackwardArgs<T> a, Extent e) {
+  const int64_t channels = e.channels;
+  for_values(e.last - e.first, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+    const int64_t column = e.first + i;
+    const auto center = read(a.center + column);
+    using Value = decltype(read(a.grad));
     Value sums[2];
-    sum_blocks(pixels, sums, [=](int64_t from, int64_t to, Value* parts) __attribute__((always_inline)) {
-      Value sum = {}, along = {};
-      for (int64_t at = from * channels + column; at < to * channels + column; at += channels) {
-        const auto g = passed_grad<kSlope>(grad, gate, at, read);
+    sum_blocks(e.pixels, sums, [=](int64_t from, int64_t to, Value* parts) __attribute__((always_inline)) {
+      Value sum = {}, products = {};
+      for (int64_t j = from * channels + column; j < to * channels + column; j += channels) {
+        const auto g = activation_backward<kSlope>(a.grad, a.activation, j, read);
         sum += g;
-        along += g * (read(u + at) - middle);
+        products += g * (read(a.u + j) - center);
       }
       parts[0] = sum;
-      parts[1] = along;
+      parts[1] = products;
     });
-    write(g1 + column, sums[0]);
-    write(gc + column, sums[1]);
+    write(a.g1 + column, sums[0]);
+    write(a.gc + column, sums[1]);
   });
 }
 
-template <class T>
-void reduce_rows(const T* grad, const T* u, Gate<T> gate, int64_t pixels, int64_t channels, int64_t first,
-                 int64_t last, const float* centre, float* g1, float* gc) {
-  gate.slope ? reduce_rows_by<T, true>(grad, u, gate, pixels, channels, first, last, centre, g1, gc)
-             : reduce_rows_by<T, false>(grad, u, gate, pixels, channels, first, last, centre, g1, gc);
-}
-
-template <class T, bool kSlope>
-AWNET_INLINE void propagate_plane_by(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate,
-                                     int64_t n, PropagateCoeffs<float> coeffs) {
-  for_values(n, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-    const auto g = passed_grad<kSlope>(grad, gate, i, read);
-    auto d = g * coeffs.by_grad;
-    if (u != nullptr) d += (read(u + i) - coeffs.centre) * coeffs.by_input + coeffs.constant;
-    write(d_u + i, d);
-    if (d_residual != nullptr) write(d_residual + i, g);
-  });
-}
-
-template <class T>
-void propagate_plane(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t n,
-                     PropagateCoeffs<float> coeffs) {
-  gate.slope ? propagate_plane_by<T, true>(d_u, d_residual, grad, u, gate, n, coeffs)
-             : propagate_plane_by<T, false>(d_u, d_residual, grad, u, gate, n, coeffs);
-}
-
-template <class T, bool kSlope>
-AWNET_INLINE void propagate_rows_by(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate,
-                                    int64_t pixels, int64_t channels, PropagateCoeffs<const float*> coeffs) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-    const int64_t row = pixel * channels;
-    for_values(channels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
-      const auto g = passed_grad<kSlope>(grad, gate, row + i, read);
-      auto d = g * read(coeffs.by_grad + i);
-      if (u != nullptr) {
-        d += (read(u + row + i) - read(coeffs.centre + i)) * read(coeffs.by_input + i) +
-             read(coeffs.constant + i);
-      }
-      write(d_u + row + i, d);
-      if (d_residual != nullptr) write(d_residual + row + i, g);
+template <bool kSlope, class T>
+AWNET_INLINE void propagate_nchw(BackwardArgs<T> a, Extent e) {
+  for (int64_t plane = e.first; plane < e.last; ++plane) {
+    const int64_t first = plane * e.pixels;
+    const bool affine = a.by_input != nullptr;
+    const float by_grad = a.by_grad[plane], center = affine ? a.center[plane] : 0.0f,
+                by_input = affine ? a.by_input[plane] : 0.0f, constant = affine ? a.constant[plane] : 0.0f;
+    for_values(e.pixels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+      const auto g = activation_backward<kSlope>(a.grad, a.activation, first + i, read);
+      auto d = g * by_grad;
+      if (affine) d += (read(a.u + first + i) - center) * by_input + constant;
+      write(a.d_u + first + i, d);
+      if (a.d_residual != nullptr) write(a.d_residual + first + i, g);
     });
   }
 }
 
-template <class T>
-void propagate_rows(T* d_u, T* d_residual, const T* grad, const T* u, Gate<T> gate, int64_t pixels,
-                    int64_t channels, PropagateCoeffs<const float*> coeffs) {
-  gate.slope ? propagate_rows_by<T, true>(d_u, d_residual, grad, u, gate, pixels, channels, coeffs)
-             : propagate_rows_by<T, false>(d_u, d_residual, grad, u, gate, pixels, channels, coeffs);
+template <bool kSlope, class T>
+AWNET_INLINE void propagate_channels_last(BackwardArgs<T> a, Extent e) {
+  for (int64_t pixel = 0; pixel < e.pixels; ++pixel) {
+    const int64_t row = pixel * e.channels;
+    for_values(e.channels, [=](int64_t i, auto read, auto write) __attribute__((always_inline)) {
+      const auto g = activation_backward<kSlope>(a.grad, a.activation, row + i, read);
+      auto d = g * read(a.by_grad + i);
+      if (a.by_input != nullptr) {
+        d += (read(a.u + row + i) - read(a.center + i)) * read(a.by_input + i) + read(a.constant + i);
+      }
+      write(a.d_u + row + i, d);
+      if (a.d_residual != nullptr) write(a.d_residual + row + i, g);
+    });
+  }
+}
+
+// A kernel for one of the kinds of activation.
+template <class T, auto none, auto relu, auto other>
+void for_kind(const ApplyArgs<T>& a, Extent e) {
+  a.activation == kNone ? none(a, e) : a.activation == kRelu ? relu(a, e) : other(a, e);
+}
+
+// A kernel without a slope, or the one with a slope if there is one.
+template <class T, auto without, auto with>
+void for_slope(const BackwardArgs<T>& a, Extent e) {
+  a.activation.slope != nullptr ? with(a, e) : without(a, e);
 }
 
 template <class T>
-constexpr Kernels<T> table() {
-  return {apply_plane<T>,     apply_rows<T>,   activate_plane<T>, activate_rows<T>,   statistics_plane<T>,
-          statistics_rows<T>, reduce_plane<T>, reduce_rows<T>,    propagate_plane<T>, propagate_rows<T>};
+constexpr Layouts<T> layouts() {
+  return {{for_kind<T, apply_nchw<kNone, T>, apply_nchw<kRelu, T>, apply_nchw<kSilu, T>>, statistics_nchw<T>,
+           for_slope<T, reduce_nchw<false, T>, reduce_nchw<true, T>>,
+           for_slope<T, propagate_nchw<false, T>, propagate_nchw<true, T>>},
+          {for_kind<T, apply_channels_last<kNone, T>, apply_channels_last<kRelu, T>,
+                    apply_channels_last<kSilu, T>>,
+           statistics_channels_last<T>,
+           for_slope<T, reduce_channels_last<false, T>, reduce_channels_last<true, T>>,
+           for_slope<T, propagate_channels_last<false, T>, propagate_channels_last<true, T>>}};
 }
 
-extern const Kernels<float> float32_kernels = table<float>();
-extern const Kernels<BFloat16> bfloat16_kernels = table<BFloat16>();
-extern const Kernels<Float16> float16_kernels = table<Float16>();
+extern const Dtypes kernels = {layouts<float>(), layouts<BFloat16>(), layouts<Float16>()};

@@ -1,8 +1,7 @@
-// The direct convolution by Winograd's F(4, 3), down the columns: WinogradInput in passes.h. Included after
-// convolution.inl.
+// Winograd's F(4, 3) along the columns: WinogradInput in passes.h. Included after convolution.inl.
 //
-// Four rows y of outputs read six rows d. Polynomials at the points 0, 1, -1, 2, -2 and infinity give the six
-// combinations of d, those of the filter's rows, and how y is put together from their products' sums.
+// Four output rows y depend on six input rows d. Input, filter and output transform evaluate and interpolate
+// polynomials at the points 0, 1, -1, 2, -2 and infinity; even and odd are the parts at 1 and 2.
 
 template <int kVectors, bool kHalves>
 AWNET_INLINE void winograd_tile(const ConvolveOutput to, int64_t first, const WinogradInput& from) {
@@ -12,7 +11,7 @@ AWNET_INLINE void winograd_tile(const ConvolveOutput to, int64_t first, const Wi
   for (int p = 0; p < kPoints; ++p) {
     Vector sums[kRows][kVectors];
     const float* in[kVectors];
-    for (int v = 0; v < kVectors; ++v) in[v] = from.values + p * from.point + from.at[first + v];
+    for (int v = 0; v < kVectors; ++v) in[v] = from.values + p * from.point + from.vectors[first + v];
     accumulate<kRows, kVectors, kHalves>(sums, in, from.second, from.channels, from.lanes, columns, 3,
                                          from.weights + p * from.channels * 3 * kRows);
 #pragma GCC unroll 8
@@ -28,9 +27,10 @@ AWNET_INLINE void winograd_tile(const ConvolveOutput to, int64_t first, const Wi
     const int64_t step = kHalves ? kWidth : from.width;
     for (int r = 0; r < kRows; ++r) {
       const auto m = [&](int p) __attribute__((always_inline)) { return points[p][v][r]; };
-      const Vector even = m(1) + m(2), odd = m(1) - m(2), far = m(3) + m(4), wide = m(3) - m(4);
-      Vector y[kBand] = {m(0) + even + far, odd + 2.0f * wide, even + 4.0f * far, odd + 8.0f * wide + m(5)};
-      if constexpr (kHalves) {  // each of two bands: put the rows of one together
+      const Vector even1 = m(1) + m(2), odd1 = m(1) - m(2), even2 = m(3) + m(4), odd2 = m(3) - m(4);
+      Vector y[kBand] = {m(0) + even1 + even2, odd1 + 2.0f * odd2, even1 + 4.0f * even2,
+                         odd1 + 8.0f * odd2 + m(5)};
+      if constexpr (kHalves) {  // each y is of two bands: collect the rows of one band
         const __m512 a = (__m512)y[0], b = (__m512)y[1], c = (__m512)y[2], d = (__m512)y[3];
         y[0] = (Vector)_mm512_shuffle_f32x4(a, b, 0x44);
         y[1] = (Vector)_mm512_shuffle_f32x4(c, d, 0x44);
@@ -46,26 +46,27 @@ AWNET_INLINE void winograd_tile(const ConvolveOutput to, int64_t first, const Wi
 template <bool kHalves>
 AWNET_INLINE void winograd_vectors(const ConvolveOutput& to, const WinogradInput& from) {
   int64_t v = 0;
-  for (; from.vectors - v == 3 || from.vectors - v > 4; v += 3) winograd_tile<3, kHalves>(to, v, from);
-  for (; from.vectors - v >= 2; v += 2) winograd_tile<2, kHalves>(to, v, from);
-  if (v < from.vectors) winograd_tile<1, kHalves>(to, v, from);
+  for (; from.count - v == 3 || from.count - v > 4; v += 3) winograd_tile<3, kHalves>(to, v, from);
+  for (; from.count - v >= 2; v += 2) winograd_tile<2, kHalves>(to, v, from);
+  if (v < from.count) winograd_tile<1, kHalves>(to, v, from);
 }
 
 static void winograd(const ConvolveOutput& to, const WinogradInput& from) {
   from.second == kHalf ? winograd_vectors<false>(to, from) : winograd_vectors<true>(to, from);
 }
 
-static void winograd_rows(float* to, int64_t point, const float* from, int64_t pitch, int64_t columns) {
+static void winograd_input_transform(float* to, int64_t point, const float* from, int64_t pitch,
+                                     int64_t columns) {
   for (int64_t j = 0; j < columns; j += kWidth) {
     const auto d = [&](int i) __attribute__((always_inline)) { return load(from + i * pitch + j); };
     const Vector d1 = d(1), d2 = d(2), d3 = d(3), d4 = d(4);
-    const Vector even = d4 - 4.0f * d2, odd = d3 - 4.0f * d1, far = d4 - d2, wide = 2.0f * (d3 - d1);
+    const Vector even1 = d4 - 4.0f * d2, odd1 = d3 - 4.0f * d1, even2 = d4 - d2, odd2 = 2.0f * (d3 - d1);
     float* const out = to + j;
     store(out, 4.0f * d(0) - 5.0f * d2 + d4);
-    store(out + point, even + odd);
-    store(out + 2 * point, even - odd);
-    store(out + 3 * point, far + wide);
-    store(out + 4 * point, far - wide);
+    store(out + point, even1 + odd1);
+    store(out + 2 * point, even1 - odd1);
+    store(out + 3 * point, even2 + odd2);
+    store(out + 4 * point, even2 - odd2);
     store(out + 5 * point, 4.0f * d1 - 5.0f * d3 + d(5));
   }
 }
@@ -93,16 +94,16 @@ AWNET_INLINE void transpose_filters(__m256* taps, const float* from, int64_t str
                            from[5 * stride], from[6 * stride], from[7 * stride]);
 }
 
-static void winograd_weights(float* to, int64_t point, const float* from, int64_t stride,
-                             const int64_t* taps) {
+static void winograd_filter_transform(float* to, int64_t point, const float* from, int64_t stride,
+                                      const int64_t* taps) {
   static_assert(kConvolveRows == 8);
   __m256 tap[9];
   transpose_filters(tap, from, stride);
   for (int j = 0; j < 3; ++j, to += kConvolveRows) {
     const __m256 g0 = tap[taps[j]], g1 = tap[taps[3 + j]], g2 = tap[taps[6 + j]];
-    const __m256 even = (g0 + g2) * (-1.0f / 6), odd = g1 * (-1.0f / 6);
-    const __m256 far = g0 * (1.0f / 24) + g2 * (1.0f / 6), wide = g1 * (1.0f / 12);
-    const __m256 all[kPoints] = {g0 * 0.25f, even + odd, even - odd, far + wide, far - wide, g2};
+    const __m256 even1 = (g0 + g2) * (-1.0f / 6), odd1 = g1 * (-1.0f / 6);
+    const __m256 even2 = g0 * (1.0f / 24) + g2 * (1.0f / 6), odd2 = g1 * (1.0f / 12);
+    const __m256 all[kPoints] = {g0 * 0.25f, even1 + odd1, even1 - odd1, even2 + odd2, even2 - odd2, g2};
     for (int p = 0; p < kPoints; ++p) _mm256_storeu_ps(to + p * point, all[p]);
   }
 }

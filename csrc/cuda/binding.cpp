@@ -157,7 +157,7 @@ bool is_mask(const Tensor& x) { return x.defined() && x.scalar_type() == at::kBo
 uint8_t* mask_of(const Tensor& x) { return is_mask(x) ? static_cast<uint8_t*>(x.data_ptr()) : nullptr; }
 const void* y_of(const Tensor& x) { return x.defined() && !is_mask(x) ? x.const_data_ptr() : nullptr; }
 const void* address(const Tensor& x) { return x.defined() ? x.const_data_ptr() : nullptr; }
-GatePointers pointers(const Tensor& relu_mask, const Tensor& slope) {
+SavedActivationPointers pointers(const Tensor& relu_mask, const Tensor& slope) {
   return {y_of(relu_mask), mask_of(relu_mask), address(slope)};
 }
 const float* entries(const Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
@@ -193,7 +193,7 @@ MixPointers pointers(const On& on, const Mix& mix, Table table) {
 
 SumsPointers pointers(const On& on, const Reduced& sums, Table table) {
   return {on.floats(sums.g1, table, "g1"), on.floats(sums.gc, table, "gc"),
-          on.floats(sums.centre, table, "centre")};
+          on.floats(sums.center, table, "centre")};
 }
 
 StatsPointers pointers(const On& on, const SampleStats& stats, Table table) {
@@ -230,43 +230,43 @@ std::tuple<Tensor, Tensor> apply(const Tensor& u_in, const Tensor& scale_in, con
   return {y, mask};
 }
 
-std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, const Tensor& centre_in,
+std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, const Tensor& center_in,
                                   const MaybeTensor& relu_mask_in, const MaybeTensor& slope_in) {
   const On on(u_in);
   Batch batch(u_in, on);
   const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"),
                relu_mask = batch.relu_mask(relu_mask_in), slope = batch.image(slope_in, "slope");
-  const Tensor centre = batch.table(centre_in, "centre");
+  const Tensor center = batch.table(center_in, "centre");
   Tensor g1 = batch.new_table(u), gc = batch.new_table(u), workspace = batch.workspace(u);
-  const GatePointers gate = pointers(relu_mask, slope);
-  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), &gate, entries(centre), data(g1),
+  const SavedActivationPointers saved = pointers(relu_mask, slope);
+  succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), &saved, entries(center), data(g1),
                             data(gc), data(workspace), on.stream()),
           "reduce");
   return {g1, gc};
 }
 
 std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u_in,
-                                     const MaybeTensor& centre_in, const MaybeTensor& relu_mask_in,
+                                     const MaybeTensor& center_in, const MaybeTensor& relu_mask_in,
                                      const Propagation& propagation, bool residual,
                                      const MaybeTensor& slope_in) {
   const MaybeTensor &by_input_in = propagation.by_input, &constant_in = propagation.constant;
   const On on(grad_in);
   Batch batch(grad_in, on);
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
-  TORCH_CHECK(!by_input_in || (u_in && centre_in), "by_input needs u and centre");
+  TORCH_CHECK(!by_input_in || (u_in && center_in), "by_input needs u and centre");
   const MaybeTensor none;
   const Tensor grad = batch.image(grad_in, "grad"), u = batch.image(by_input_in ? u_in : none, "u");
   const Tensor relu_mask = batch.relu_mask(relu_mask_in), slope = batch.image(slope_in, "slope"),
                by_grad = batch.table(propagation.by_grad, "by_grad");
-  const Tensor centre = batch.table(by_input_in ? centre_in : none, "centre");
+  const Tensor center = batch.table(by_input_in ? center_in : none, "centre");
   const Tensor by_input = batch.table(by_input_in, "by_input"),
                constant = batch.table(constant_in, "constant");
   Tensor d_u = batch.new_image(grad);
   Tensor d_residual = residual ? batch.new_image(grad) : at::empty({0}, grad.options());
-  const PropagationPointers by{entries(centre), entries(by_grad), entries(by_input), entries(constant)};
-  const GatePointers gate = pointers(relu_mask, slope);
+  const PropagationPointers by{entries(center), entries(by_grad), entries(by_input), entries(constant)};
+  const SavedActivationPointers saved = pointers(relu_mask, slope);
   succeed(awnet_cuda_propagate(batch.images(), d_u.data_ptr(), residual ? d_residual.data_ptr() : nullptr,
-                               address(grad), address(u), &gate, &by, on.stream()),
+                               address(grad), address(u), &saved, &by, on.stream()),
           "propagate");
   return {d_u, d_residual};
 }
@@ -287,7 +287,7 @@ EvalBackwardOutputs eval_backward(const EvalBackwardArgs& args) {
   p.grad = address(grad);
   p.other_grad = address(other);
   p.u = address(u);
-  p.gate = pointers(relu_mask, slope);
+  p.saved = pointers(relu_mask, slope);
   p.d_mean = entries(d_mean);
   p.scale = entries(scale);
   p.shift = entries(shift);
@@ -299,9 +299,9 @@ EvalBackwardOutputs eval_backward(const EvalBackwardArgs& args) {
     out.sums.gc = batch.new_table(grad);
     p.g1 = data(out.sums.g1);
     p.gc = data(out.sums.gc);
-    if (args.centred) {
-      out.sums.centre = batch.new_table(grad);
-      p.centre = data(out.sums.centre);
+    if (args.centered) {
+      out.sums.center = batch.new_table(grad);
+      p.center = data(out.sums.center);
     }
     workspace = batch.workspace(grad);
     p.workspace = data(workspace);

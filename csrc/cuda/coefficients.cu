@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
 __device__ __forceinline__ EvalGradients eval_gradients_at(const SumsPointers& sums, const MixPointers& mix,
                                                            int64_t i, float p, Branch adversarial,
                                                            Branch clean) {
-  return eval_gradients(sums.g1[i], sums.gc[i], sums.centre[i], filter_scale_at(mix, i), p, adversarial,
+  return eval_gradients(sums.g1[i], sums.gc[i], sums.center[i], filter_scale_at(mix, i), p, adversarial,
                         clean);
 }
 
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kAcross* kDown)
     const int row = stat_rows == 2 ? branch_of(mix, b) : 0;
     const int64_t i = b * channels + c;
     const float square =
-        spread(stats.mean[i], stats.m2[i], hw, filter_scale_at(mix, i), row == 0 ? mu[0] : mu[1]);
+        sample_m2(stats.mean[i], stats.m2[i], hw, filter_scale_at(mix, i), row == 0 ? mu[0] : mu[1]);
     squares[0] += row == 0 ? square : 0.0f;
     squares[1] += row == 1 ? square : 0.0f;
   }
@@ -196,8 +196,8 @@ __device__ __forceinline__ Through train_sums_of(const Tables& tables, const Sum
     for (int64_t b = threadIdx.y; b < tables.batch; b += kDown) {
       const int k = branch_of(mix, b);
       const int64_t i = b * channels + c;
-      const float a = along(sums.g1[i], sums.gc[i], sums.centre[i], filter_scale_at(mix, i),
-                            k == 0 ? branch[0] : branch[1]);
+      const float a = grad_dot_normalized(sums.g1[i], sums.gc[i], sums.center[i], filter_scale_at(mix, i),
+                                          k == 0 ? branch[0] : branch[1]);
       sum[0] += k == 0 ? sums.g1[i] : 0.0f;
       sum[1] += k == 1 ? sums.g1[i] : 0.0f;
       sum[2] += k == 0 ? a : 0.0f;

@@ -119,7 +119,7 @@ __device__ __forceinline__ Activated activated(float z, int32_t activation) {
 // most one of y and relu_mask is not null, and without both it is grad. kSlope: another activation, whose
 // slope is in the place of y.
 template <class T, bool kSlope>
-struct PassedGrad {
+struct ActivationBackward {
   const T *grad, *y;
   const uint8_t* relu_mask;
 

@@ -1,7 +1,7 @@
 // The backward pass of eval mode in one kernel: d_u = g * scale, d_residual = g and the sums of g and
-// g (u - centre) over each plane. g is the sum of up to two gradients of y and of that of y's mean, where the
-// ReLU passed, or times the slope of another activation. Where a sample is cut into parts, the block with the
-// last ticket combines them in order.
+// g (u - center) over each plane. g is the sum of up to two gradients of y and of that of y's mean, where the
+// ReLU is active, or times the slope of another activation. Where a sample is cut into parts, the block with
+// the last ticket combines them in order.
 #include "sums.h"
 
 namespace awnet::cuda {
@@ -10,16 +10,16 @@ namespace {
 // What belongs to V planes.
 template <int V>
 struct Coefficients {
-  float scale[V], shift[V], d_mean[V], centre[V];
+  float scale[V], shift[V], d_mean[V], center[V];
 };
 
-// EvalBackwardPointers with one image for the gate: y, or where kSlope the slope.
+// EvalBackwardPointers with one image for the saved activation: y, or where kSlope the slope.
 struct EvalOperands {
   const void *grad, *other_grad, *u, *y;
   const uint8_t* relu_mask;
   const float *d_mean, *scale, *shift;
   void *d_u, *d_residual;
-  float *g1, *gc, *centre, *workspace;
+  float *g1, *gc, *center, *workspace;
   int32_t* tickets;
 };
 
@@ -55,10 +55,10 @@ struct EvalBackward {
 #pragma unroll
     for (int j = 0; j < V; ++j) c.d_mean[j] /= pixels;
     if (p.g1 != nullptr) {
-      // any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
+      // any center is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
       const Vector<T, V> u = load<V>(static_cast<const T*>(p.u) + first);
 #pragma unroll
-      for (int j = 0; j < V; ++j) c.centre[j] = u[j];
+      for (int j = 0; j < V; ++j) c.center[j] = u[j];
     }
     return c;
   }
@@ -67,7 +67,7 @@ struct EvalBackward {
   template <int V, bool kShared, int N>
   __device__ __forceinline__ void write(int64_t i, const Inputs<V>& in, const Coefficients<N>& c,
                                         float (&sum)[N], float (&along)[N]) const {
-    float d_u[V], passed[V];
+    float d_u[V], act_grad[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const int k = kShared ? 0 : j;
@@ -83,32 +83,32 @@ struct EvalBackward {
       } else if (p.shift != nullptr) {  // y as apply stored it
         g = masked(g, static_cast<float>(rounded<T>(fmaf(in.u[j], c.scale[k], c.shift[k]))));
       }
-      passed[j] = g;
+      act_grad[j] = g;
       d_u[j] = g * c.scale[k];
       if (p.g1 != nullptr) {
         sum[k] += g;
-        along[k] += g * (in.u[j] - c.centre[k]);
+        along[k] += g * (in.u[j] - c.center[k]);
       }
     }
     store(static_cast<T*>(p.d_u) + i, d_u);
-    if (p.d_residual != nullptr) store(static_cast<T*>(p.d_residual) + i, passed);
+    if (p.d_residual != nullptr) store(static_cast<T*>(p.d_residual) + i, act_grad);
   }
 
-  __device__ __forceinline__ void finish(int64_t entry, float sum, float along, float centre) const {
+  __device__ __forceinline__ void finish(int64_t entry, float sum, float along, float center) const {
     p.g1[entry] = sum;
-    p.gc[entry] = p.centre != nullptr ? along : fmaf(centre, sum, along);
-    if (p.centre != nullptr) p.centre[entry] = centre;
+    p.gc[entry] = p.center != nullptr ? along : fmaf(center, sum, along);
+    if (p.center != nullptr) p.center[entry] = center;
   }
 
   // In double, so that the error does not grow with the number of parts; part i is at from + i * stride.
   __device__ __forceinline__ void combine(int64_t entry, int64_t from, int64_t stride, int32_t parts,
-                                          float centre, const float* alongs) const {
+                                          float center, const float* alongs) const {
     double sum = 0.0, along = 0.0;
     for (int32_t part = 0; part < parts; ++part, from += stride) {
       sum += __ldcg(p.workspace + from);  // past the first cache, which may hold what was there before
       along += __ldcg(alongs + from);
     }
-    finish(entry, static_cast<float>(sum), static_cast<float>(along), centre);
+    finish(entry, static_cast<float>(sum), static_cast<float>(along), center);
   }
 };
 
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   sum[0] = group_sum<kWide>(sum[0], s.width);
   along[0] = group_sum<kWide>(along[0], s.width);
   if (planes.parts == 1) {
-    if (s.lane == 0 && s.count > 0) op.finish(entry, sum[0], along[0], c.centre[0]);
+    if (s.lane == 0 && s.count > 0) op.finish(entry, sum[0], along[0], c.center[0]);
     return;
   }
   if constexpr (kWide) {
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     if (!last_of(op.p.tickets + entry, planes.parts)) return;
     const int64_t from = entry / planes.channels * planes.parts * planes.channels + entry % planes.channels;
-    if (s.lane == 0) op.combine(entry, from, planes.channels, planes.parts, c.centre[0], alongs);
+    if (s.lane == 0) op.combine(entry, from, planes.channels, planes.parts, c.center[0], alongs);
   }
 }
 
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads)
   if (rows.parts == 1) {
     if (!writes) return;
 #pragma unroll
-    for (int j = 0; j < V; ++j) op.finish(column.entry + j, sum[j], along[j], c.centre[j]);
+    for (int j = 0; j < V; ++j) op.finish(column.entry + j, sum[j], along[j], c.center[j]);
     return;
   }
   float* const alongs = op.p.workspace + entries * rows.parts;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t from = sample * rows.parts * rows.channels + column.table - sample * rows.channels;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    op.combine(column.table + j, from + j, rows.channels, rows.parts, c.centre[j], alongs);
+    op.combine(column.table + j, from + j, rows.channels, rows.parts, c.center[j], alongs);
   }
 }
 
@@ -237,14 +237,14 @@ extern "C" const char* awnet_cuda_eval_backward(const Images* images, const Eval
     const auto run = [&](auto by_slope, const void* values) {
       const EvalBackwardPointers& p = *pointers;
       const EvalBackward<T, decltype(by_slope)::value> op{
-          {p.grad, p.other_grad, p.u, values, p.gate.relu_mask, p.d_mean, p.scale, p.shift, p.d_u,
-           p.d_residual, p.g1, p.gc, p.centre, p.workspace, p.tickets},
+          {p.grad, p.other_grad, p.u, values, p.saved.relu_mask, p.d_mean, p.scale, p.shift, p.d_u,
+           p.d_residual, p.g1, p.gc, p.center, p.workspace, p.tickets},
           static_cast<float>(images->pixels)};
       return vector_width(*images) > 1 ? launch_eval_backward<T, kFull<T>>(*images, op, stream)
                                        : launch_eval_backward<T, 1>(*images, op, stream);
     };
-    return pointers->gate.slope != nullptr ? run(std::true_type{}, pointers->gate.slope)
-                                           : run(std::false_type{}, pointers->gate.y);
+    return pointers->saved.slope != nullptr ? run(std::true_type{}, pointers->saved.slope)
+                                            : run(std::false_type{}, pointers->saved.y);
   });
 }
 

@@ -37,38 +37,38 @@ struct MixPointers {
   const bool* is_clean;
 };
 
-// Of u over a sample's hw pixels, [B, C]: the mean and the centred sum of squares.
+// Of u over a sample's hw pixels, [B, C]: the mean and the centered sum of squares.
 struct StatsPointers {
   const float *mean, *m2;
   int64_t hw;
 };
 
-// g1 = sum g and gc = sum g (u - centre), [B, C].
+// g1 = sum g and gc = sum g (u - center), [B, C].
 struct SumsPointers {
-  const float *g1, *gc, *centre;
+  const float *g1, *gc, *center;
 };
 
-// d_u = by_grad g + by_input (u - centre) + constant, [B, C]; all but by_grad may be null.
+// d_u = by_grad g + by_input (u - center) + constant, [B, C]; all but by_grad may be null.
 struct PropagationPointers {
-  const float *centre, *by_grad, *by_input, *constant;
+  const float *center, *by_grad, *by_input, *constant;
 };
 
 // What the activation leaves for its backward: of a ReLU y or relu_mask, of another one its slope.
-struct GatePointers {
+struct SavedActivationPointers {
   const void* y;
   const uint8_t* relu_mask;
   const void* slope;
 };
 
 // The backward of eval mode; what is not given or not requested is null. u, g1, gc and workspace come with
-// the sums, u and shift where the mask is computed from u. Without centre gc is about 0. tickets: zeros, [B,
+// the sums, u and shift where the mask is computed from u. Without center gc is about 0. tickets: zeros, [B,
 // C].
 struct EvalBackwardPointers {
   const void *grad, *other_grad, *u;
-  GatePointers gate;
+  SavedActivationPointers saved;
   const float *d_mean, *scale, *shift;
   void *d_u, *d_residual;
-  float *g1, *gc, *centre, *workspace;
+  float *g1, *gc, *center, *workspace;
   int32_t* tickets;
 };
 
@@ -89,13 +89,14 @@ int64_t awnet_cuda_workspace(const Images* images);
 const char* awnet_cuda_statistics(const Images* images, const void* u, float* mean, float* m2,
                                   float* workspace, void* stream);
 // activation: an Activation of arithmetic.h. mask: of a ReLU bytes, 1 where y is not <= 0, else 0; of another
-// activation its slope, an image. The backward takes GatePointers, all null without an activation.
+// activation its slope, an image. The backward takes SavedActivationPointers, all null without an activation.
 const char* awnet_cuda_apply(const Images* images, void* y, void* mask, const void* u, const void* residual,
                              const float* scale, const float* shift, int32_t activation, void* stream);
-const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u, const GatePointers* gate,
-                              const float* centre, float* g1, float* gc, float* workspace, void* stream);
+const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u,
+                              const SavedActivationPointers* saved, const float* center, float* g1, float* gc,
+                              float* workspace, void* stream);
 const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual, const void* grad,
-                                 const void* u, const GatePointers* gate,
+                                 const void* u, const SavedActivationPointers* saved,
                                  const PropagationPointers* propagation, void* stream);
 
 const char* awnet_cuda_eval_backward(const Images* images, const EvalBackwardPointers* pointers,
@@ -113,7 +114,7 @@ const char* awnet_cuda_batch_statistics(int64_t batch, int64_t channels, int32_t
                                         float* batch_var, float* n, void* stream);
 const char* awnet_cuda_train_coefficients(const NormPointers* norm, int64_t batch, int64_t channels,
                                           const MixPointers* mix, float* scale, float* shift, void* stream);
-// The centre of the sums is the mean of u; norm->mean and norm->var are the batch's, and norm->bias is not
+// The center of the sums is the mean of u; norm->mean and norm->var are the batch's, and norm->bias is not
 // used. through: [2, stat_rows, channels].
 const char* awnet_cuda_train_sums(const NormPointers* norm, int64_t batch, int64_t channels,
                                   const SumsPointers* sums, const MixPointers* mix, float* d_weight,

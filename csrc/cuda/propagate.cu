@@ -1,4 +1,4 @@
-// d_u = by_grad * g + by_input * (u - centre) + constant and d_residual = g, where g is the
+// d_u = by_grad * g + by_input * (u - center) + constant and d_residual = g, where g is the
 // gradient of the activation's input
 #include "elementwise.h"
 
@@ -11,27 +11,27 @@ struct Propagate {
   static constexpr int kUnroll = 2;
 
   T *d_u, *d_residual;
-  PassedGrad<T, kSlope> passed;
+  ActivationBackward<T, kSlope> activation;
   const T* u;
   PropagationPointers by;
 
   template <int V>
   struct Inputs {
-    typename PassedGrad<T, kSlope>::template Inputs<V> passed;
+    typename ActivationBackward<T, kSlope>::template Inputs<V> activation;
     Vector<T, V> u;
   };
   template <int V>
   struct Coefficients {
-    float by_grad[V], centre[V], by_input[V], constant[V];
+    float by_grad[V], center[V], by_input[V], constant[V];
     __device__ __forceinline__ Coefficients<1> at(int j) const {
-      return {{by_grad[j]}, {centre[j]}, {by_input[j]}, {constant[j]}};
+      return {{by_grad[j]}, {center[j]}, {by_input[j]}, {constant[j]}};
     }
   };
 
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
-    in.passed = passed.template read<V>(i);
+    in.activation = activation.template read<V>(i);
     if (by.by_input != nullptr) in.u = load<V>(u + i);
     return in;
   }
@@ -41,7 +41,7 @@ struct Propagate {
     Coefficients<V> c = {};
     load_entries(by.by_grad + entry, c.by_grad);
     if (by.by_input != nullptr) {
-      load_entries(by.centre + entry, c.centre);
+      load_entries(by.center + entry, c.center);
       load_entries(by.by_input + entry, c.by_input);
       load_entries(by.constant + entry, c.constant);
     }
@@ -54,9 +54,9 @@ struct Propagate {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       const Coefficients<1> c = of(j);
-      const float g = passed.at(in.passed, j);
+      const float g = activation.at(in.activation, j);
       float d = g * c.by_grad[0];
-      if (by.by_input != nullptr) d += (in.u[j] - c.centre[0]) * c.by_input[0] + c.constant[0];
+      if (by.by_input != nullptr) d += (in.u[j] - c.center[0]) * c.by_input[0] + c.constant[0];
       u_grads[j] = d;
       residual_grads[j] = g;
     }
@@ -68,7 +68,8 @@ struct Propagate {
 }  // namespace
 
 extern "C" const char* awnet_cuda_propagate(const Images* images, void* d_u, void* d_residual,
-                                            const void* grad, const void* u, const GatePointers* gate,
+                                            const void* grad, const void* u,
+                                            const SavedActivationPointers* saved,
                                             const PropagationPointers* propagation, void* stream) {
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
@@ -76,12 +77,12 @@ extern "C" const char* awnet_cuda_propagate(const Images* images, void* d_u, voi
       const Propagate<T, decltype(by_slope)::value> op{
           static_cast<T*>(d_u),
           static_cast<T*>(d_residual),
-          {static_cast<const T*>(grad), static_cast<const T*>(values), gate->relu_mask},
+          {static_cast<const T*>(grad), static_cast<const T*>(values), saved->relu_mask},
           static_cast<const T*>(u),
           *propagation};
       return over_images(*images, op, stream);
     };
-    return gate->slope != nullptr ? run(std::true_type{}, gate->slope) : run(std::false_type{}, gate->y);
+    return saved->slope != nullptr ? run(std::true_type{}, saved->slope) : run(std::false_type{}, saved->y);
   });
 }
 

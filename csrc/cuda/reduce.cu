@@ -1,4 +1,4 @@
-// g1 = sum g and gc = sum g (u - centre) over each plane, where g is the gradient of the activation's input.
+// g1 = sum g and gc = sum g (u - center) over each plane, where g is the gradient of the activation's input.
 #include "sums.h"
 
 namespace awnet::cuda {
@@ -6,21 +6,21 @@ namespace {
 
 template <class T, bool kSlope>
 struct Operands {
-  PassedGrad<T, kSlope> passed;
+  ActivationBackward<T, kSlope> activation;
   const T* u;
-  const float* centre;
+  const float* center;
   float *g1, *gc;
 
   template <int V>
   struct Inputs {
-    typename PassedGrad<T, kSlope>::template Inputs<V> passed;
+    typename ActivationBackward<T, kSlope>::template Inputs<V> activation;
     Vector<T, V> u;
   };
 
   template <int V>
   __device__ __forceinline__ Inputs<V> read(int64_t i) const {
     Inputs<V> in;
-    in.passed = passed.template read<V>(i);
+    in.activation = activation.template read<V>(i);
     in.u = load<V>(u + i);
     return in;
   }
@@ -29,7 +29,7 @@ struct Operands {
   template <int V>
   __device__ __forceinline__ void add(const Inputs<V>& in, int j, float middle, float& sum,
                                       float& along) const {
-    const float g = passed.at(in.passed, j);
+    const float g = activation.at(in.activation, j);
     sum += g;
     along += g * (in.u[j] - middle);
   }
@@ -38,9 +38,9 @@ struct Operands {
 template <class T, int V, bool kWide, bool kSlope>
 __global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T, kSlope> op, Planes planes) {
   const Slice s = slice_of<V, kWide>(planes);
-  int64_t table = s.entry;  // of the centre
+  int64_t table = s.entry;  // of the center
   if constexpr (kWide) table = blockIdx.x / planes.parts;
-  const float middle = s.count > 0 ? op.centre[table] : 0.0f;
+  const float middle = s.count > 0 ? op.center[table] : 0.0f;
   float sum = 0.0f, along = 0.0f;
   for (int32_t i = s.lane; i < s.count; i += s.width * kAhead) {
     typename Operands<T, kSlope>::template Inputs<V> in[kAhead];
@@ -69,7 +69,7 @@ template <class T, int V, bool kSlope>
 __global__ void __launch_bounds__(kThreads) reduce_rows(Operands<T, kSlope> op, Rows rows) {
   const Column c = column_of<V>(rows);
   float middle[V] = {}, sum[V] = {}, along[V] = {};
-  if (c.end > 0) load_entries(op.centre + c.table, middle);
+  if (c.end > 0) load_entries(op.center + c.table, middle);
   const int32_t down = blockDim.y;
   for (int32_t pixel = c.begin; pixel < c.end; pixel += down * kAhead) {
     typename Operands<T, kSlope>::template Inputs<V> in[kAhead];
@@ -137,23 +137,23 @@ const char* launch_reduce(const Images& images, Operands<T, kSlope> op, float* w
 }  // namespace
 
 extern "C" const char* awnet_cuda_reduce(const Images* images, const void* grad, const void* u,
-                                         const GatePointers* gate, const float* centre, float* g1, float* gc,
-                                         float* workspace, void* stream) {
+                                         const SavedActivationPointers* saved, const float* center, float* g1,
+                                         float* gc, float* workspace, void* stream) {
   if (const char* reason = refusal(*images)) return reason;
   if (images->pixels == 0) return "sums need at least one pixel";
   return for_dtype(*images, [&](auto tag) {
     using T = decltype(tag);
     const auto run = [&](auto by_slope, const void* values) {
       const Operands<T, decltype(by_slope)::value> op{
-          {static_cast<const T*>(grad), static_cast<const T*>(values), gate->relu_mask},
+          {static_cast<const T*>(grad), static_cast<const T*>(values), saved->relu_mask},
           static_cast<const T*>(u),
-          centre,
+          center,
           g1,
           gc};
       return vector_width(*images) > 1 ? launch_reduce<T, kFull<T>>(*images, op, workspace, stream)
                                        : launch_reduce<T, 1>(*images, op, workspace, stream);
     };
-    return gate->slope != nullptr ? run(std::true_type{}, gate->slope) : run(std::false_type{}, gate->y);
+    return saved->slope != nullptr ? run(std::true_type{}, saved->slope) : run(std::false_type{}, saved->y);
   });
 }
 

@@ -1,4 +1,4 @@
-// Each plane's mean and centred sum of squares: two passes over values held in registers, then two over the
+// Each plane's mean and centered sum of squares: two passes over values held in registers, then two over the
 // parts of a large image. Never E[x^2] - mean^2.
 #include "sums.h"
 
@@ -23,21 +23,21 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < V; ++j) sum += values[k][j];
     }
   }
-  const float centre = group_sum<kWide>(sum, s.width) / (static_cast<float>(s.count) * V);
+  const float center = group_sum<kWide>(sum, s.width) / (static_cast<float>(s.count) * V);
   float squares = 0.0f;
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {
     if (s.lane + k * s.width < s.count) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float d = values[k][j] - centre;
+        const float d = values[k][j] - center;
         squares += d * d;
       }
     }
   }
   squares = group_sum<kWide>(squares, s.width);
   if (s.lane == 0 && s.count > 0) {
-    mean[s.entry] = centre;
+    mean[s.entry] = center;
     m2[s.entry] = squares;
   }
 }
@@ -61,15 +61,15 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(const T* u, float* m
     }
   }
   column_sums(sum);
-  float centre[V], squares[V] = {};
+  float center[V], squares[V] = {};
 #pragma unroll
-  for (int j = 0; j < V; ++j) centre[j] = sum[j] / static_cast<float>(c.pixels);
+  for (int j = 0; j < V; ++j) center[j] = sum[j] / static_cast<float>(c.pixels);
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {
     if (c.begin + k * down < c.end) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const float d = values[k][j] - centre[j];
+        const float d = values[k][j] - center[j];
         squares[j] += d * d;
       }
     }
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) statistics_rows(const T* u, float* m
   if (threadIdx.y == 0 && c.end > 0) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      mean[c.entry + j] = centre[j];
+      mean[c.entry + j] = center[j];
       m2[c.entry + j] = squares[j];
     }
   }
@@ -105,14 +105,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = entry / p.channels * p.parts * p.channels + entry % p.channels;
   double total = 0.0;
   for (int32_t part = 0; part < p.parts; ++part) total += p.count(part) * means[first + part * p.channels];
-  const double centre = total / static_cast<double>(p.pixels);
+  const double center = total / static_cast<double>(p.pixels);
   double sum = 0.0;
   for (int32_t part = 0; part < p.parts; ++part) {
     const int64_t from = first + part * p.channels;
-    const double d = means[from] - centre;
+    const double d = means[from] - center;
     sum += squares[from] + p.count(part) * d * d;
   }
-  mean[entry] = static_cast<float>(centre);
+  mean[entry] = static_cast<float>(center);
   m2[entry] = static_cast<float>(sum);
 }
 

@@ -80,7 +80,7 @@ FAULTS = (
     ),
     fault(
         "β left out of the gradient of p", "csrc/arithmetic.h",
-        "clean.gain() * about[1] + clean.bias * g1", "clean.gain() * about[1]",
+        "clean.gain() * centered[1] + clean.bias * g1", "clean.gain() * centered[1]",
         NATIVE_LAYER,
     ),
     fault(
@@ -96,7 +96,7 @@ FAULTS = (
     # --- C++
     fault(
         "sum over the batch missing in ∂γ", "csrc/cpu/coefficients.cpp",
-        "table[2 + row] += a;", "table[2 + row] = a;",
+        "table[2 + row] += product;", "table[2 + row] = product;",
         NATIVE_LAYER,
     ),
     fault(
@@ -116,12 +116,12 @@ FAULTS = (
     ),
     fault(
         "NaN becomes 0 in a vector's ReLU", "csrc/cpu/passes.inl",
-        "rectified(Vector v) { return v <= 0.0f ? Vector{} : v; }", "rectified(Vector v) { return v > 0.0f ? v : Vector{}; }",
+        "relu(Vector v) { return v <= 0.0f ? Vector{} : v; }", "relu(Vector v) { return v > 0.0f ? v : Vector{}; }",
         OPS + "test_nan_passes_the_activation_as_in_torch",
     ),
     fault(
         "the mask of the ReLU dropped from the gradient", "csrc/cpu/passes.inl",
-        "if (gate.mask != nullptr) return masked(g, read(gate.mask + i));", "",
+        "if (saved.mask != nullptr) return relu_backward(g, read(saved.mask + i));", "",
         OPS + "test_only_arguments_that_require_a_gradient_get_one[cpp]",
     ),
     fault(
@@ -131,7 +131,7 @@ FAULTS = (
     ),
     fault(
         "a slope left out of the direct convolution's gradient", "csrc/cpu/convolution.cpp",
-        "if (!plan.place.at.empty() && !gate.slope) {", "if (!plan.place.at.empty()) {",
+        "if (!plan.input.offsets.empty() && !p.activation.slope)", "if (!plan.input.offsets.empty())",
         ACTIVATIONS + "test_the_direct_convolution_with_an_activation",
     ),
     fault(
@@ -151,7 +151,7 @@ FAULTS = (
     ),
     fault(
         "padding left out of the direct convolution's gradient", "csrc/cpu/convolution.cpp",
-        "return begin + window.padding[d] - k", "return begin - k",
+        "return begin + conv.padding[d] - k", "return begin - k",
         DIRECT,
     ),
     fault(
@@ -181,12 +181,12 @@ FAULTS = (
     ),
     fault(
         "centre left out of a packed plane's sums", "csrc/cpu/convolution.inl",
-        "load(p.u + i) - p.coeffs.centre", "load(p.u + i)",
+        "load(p.u + i) - center", "load(p.u + i)",
         DIRECT,
     ),
     fault(
         "a wrong sign in one of Winograd's combinations", "csrc/cpu/winograd.inl",
-        "store(out + 4 * point, far - wide);", "store(out + 4 * point, far + wide);",
+        "store(out + 4 * point, even2 - odd2);", "store(out + 4 * point, even2 + odd2);",
         DIRECT,
     ),
     fault(
@@ -211,17 +211,17 @@ FAULTS = (
     ),
     fault(
         "a block's residual without its gradient", "csrc/network.cpp",
-        "if (s.residual >= 0) collect(s.residual, grads.residual);", "",
+        "if (s.residual >= 0) collect(s.residual, d_residual);", "",
         NETWORK,
     ),
     fault(
         "of a layer that two others take, the gradient of one", "csrc/network.cpp",
-        "if (args.need_input && !joins && d_input.defined()) args.onto = d_input;", "",
+        "if (args.need_input && !joins && d_input.defined()) args.add_to = d_input;", "",
         NETWORK,
     ),
     fault(
         "every sample of a channels_last batch by the first one's scale", "csrc/cpu/passes.cpp",
-        "s.channels, scale_p + b * s.channels,", "s.channels, scale_p,",
+        "args.from(begin * channels, b * channels)", "args.from(begin * channels, 0)",
         NATIVE_PASSES,
     ),
     fault(
@@ -231,12 +231,12 @@ FAULTS = (
     ),
     fault(
         "a pixel of u as centre in training, where it is the mean", "csrc/layer.cpp",
-        "by_batch ? b.mean :", "false ? b.mean :",
+        "batch_stats ? b.mean :", "false ? b.mean :",
         NATIVE_LAYER,
     ),
     fault(
         "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
-        "at::addcmul(sums.gc, sums.centre, sums.g1)", "sums.gc",
+        "at::addcmul(sums.gc, sums.center, sums.g1)", "sums.gc",
         OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_equal_the_reference[cpp]",
     ),
     fault(
@@ -527,12 +527,12 @@ FAULTS = (
     ),
     fault(
         "of a residual with two readers, the gradient of one", "csrc/cpu/amx/network.cpp",
-        "step.add_to_residual = d[residual] != kNone;", "step.add_to_residual = false;",
+        "step.add_to_residual = d[residual] != kAbsent;", "step.add_to_residual = false;",
         AMX_READERS,
     ),
     fault(
         "a layer's memory taken before its last reader", "csrc/cpu/amx/network.cpp",
-        "if (s.input >= 0 && last[s.input] == i)", "if (s.input >= 0)",
+        "if (source >= 0 && last_reader[source] == i)", "if (source >= 0)",
         AMX_READERS,
     ),
     fault(

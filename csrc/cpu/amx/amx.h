@@ -2,9 +2,7 @@
 // layout.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include "../convolution.h"
+#include "../../ops.h"
 #include "tiles.h"
 
 namespace awnet::cpu::amx {
@@ -17,13 +15,13 @@ const Kernels* kernels_for_layers();
 
 // Bytes from a pool, to which they return with the tensor. Mapping the pages of the tens of megabytes that a
 // batch needs takes as long as a layer; a pool's pages are mapped already.
-at::Tensor pooled_memory(int64_t bytes);
+Tensor pooled_memory(int64_t bytes);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // bfloat16 filters [C_out, C_in, kh, kw] in the order that the forward convolution reads, then in that of the
 // backward.
-at::Tensor pack_weight(const at::Tensor& weight);
+Tensor pack_weight(const Tensor& weight);
 
 // The operations per second of tile products on all threads together, measured for `seconds`.
 double peak(double seconds);
@@ -33,14 +31,12 @@ enum class Pass { kForward, kInputGradient, kWeightGradient };
 
 // Whether tiles support such a pass (16 images or more, whole blocks of channels, no groups) and were
 // measured to be faster. `grad` is the output's, for the backward passes.
-bool takes(Pass pass, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& grad,
-           const Window& window, int64_t groups);
+bool takes(Pass pass, const Tensor& input, const Tensor& weight, const Tensor& grad, const Conv& conv);
 
-at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const Window& window);
+Tensor convolution(const Tensor& input, const Tensor& weight, const Conv& conv);
 
 // The gradients of input and weight; undefined where not required. The first needs only the shape of `input`.
-std::pair<at::Tensor, at::Tensor> convolution_backward(const at::Tensor& grad, const at::Tensor& input,
-                                                       const at::Tensor& weight, const Window& window,
-                                                       bool need_input, bool need_weight);
+std::pair<Tensor, Tensor> convolution_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                               const Conv& conv, bool need_input, bool need_weight);
 
 }  // namespace awnet::cpu::amx

@@ -1,4 +1,6 @@
 // The kernels on plain loops: what tests run where there is no AMX (AWNET_AMX=emulate).
+#include <c10/util/BFloat16.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -7,12 +9,7 @@
 namespace awnet::cpu::amx::emulated {
 namespace {
 
-float wide(Bits bits) {
-  const uint32_t word = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &word, sizeof value);
-  return value;
-}
+using c10::detail::f32_from_bits;
 
 Bits narrow(float value) {  // to nearest, ties to even
   uint32_t word;
@@ -48,10 +45,11 @@ struct Tiles {
     Tile* const t = tiles();
     for (int row = 0; row < 16; ++row) {
       for (int pair = 0; pair < 16; ++pair) {
-        const float even = wide(t[a].values[row][2 * pair]), odd = wide(t[a].values[row][2 * pair + 1]);
+        const float even = f32_from_bits(t[a].values[row][2 * pair]),
+                    odd = f32_from_bits(t[a].values[row][2 * pair + 1]);
         for (int column = 0; column < 16; ++column) {
-          t[sum].sums[row][column] += even * wide(t[b].values[pair][2 * column]);
-          t[sum].sums[row][column] += odd * wide(t[b].values[pair][2 * column + 1]);
+          t[sum].sums[row][column] += even * f32_from_bits(t[b].values[pair][2 * column]);
+          t[sum].sums[row][column] += odd * f32_from_bits(t[b].values[pair][2 * column + 1]);
         }
       }
     }
@@ -78,7 +76,7 @@ struct Row {
     return each([&](int i) { return from[i]; });
   }
   static Row load(const Bits* from) {
-    return each([&](int i) { return wide(from[i]); });
+    return each([&](int i) { return f32_from_bits(from[i]); });
   }
   void store(float* to) const { std::copy_n(values, kChannels, to); }
   void store(Bits* to) const { std::transform(values, values + kChannels, to, narrow); }
@@ -121,7 +119,6 @@ void release() {}
 
 }  // namespace
 
-extern const Kernels kernels = {configure,       release,   apply,     propagate,   finish,
-                                weight_gradient, pair_rows, transpose, pair_columns};
+extern const Kernels kernels = table();
 
 }  // namespace awnet::cpu::amx::emulated

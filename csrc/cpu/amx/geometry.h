@@ -5,8 +5,11 @@
 #include <array>
 #include <cstdint>
 #include <numeric>
+#include <optional>
+#include <tuple>
 #include <vector>
 
+#include "../../ops.h"
 #include "tiles.h"
 
 namespace awnet::cpu::amx {
@@ -35,64 +38,71 @@ struct Pairs {
   }
 };
 
-struct Geometry {
-  std::array<int64_t, 2> in, out, kernel, stride, padding, dilation;
+using Size = std::array<int64_t, 2>;  // height and width
 
-  bool operator<(const Geometry& other) const { return all() < other.all(); }
-  std::array<std::array<int64_t, 2>, 6> all() const { return {in, out, kernel, stride, padding, dilation}; }
-  // Computes `out`. False where the filter is larger than the padded image, or a size is so large that the
-  // number of a pixel would not fit into 32 bits.
-  bool set_out() {
-    constexpr int64_t kMost = int64_t{1} << 20;
+struct Geometry {
+  Size in, kernel;
+  Conv conv;
+  Size out;
+
+  // None where the filter is larger than the padded image, or a size is so large that the number of a pixel
+  // would not fit into 32 bits.
+  static std::optional<Geometry> of(Size in, Size kernel, const Conv& conv) {
+    constexpr int64_t kMax = int64_t{1} << 20;
+    Geometry g{in, kernel, conv, {}};
     for (int d = 0; d < 2; ++d) {
-      if (std::max({in[d], kernel[d], stride[d], padding[d], dilation[d]}) > kMost) return false;
-      const int64_t left = in[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1;
-      if (left < 0 || padding[d] < 0 || stride[d] < 1 || dilation[d] < 1) return false;
-      out[d] = left / stride[d] + 1;
+      const int64_t stride = conv.stride[d], padding = conv.padding[d], dilation = conv.dilation[d];
+      if (std::max({in[d], kernel[d], stride, padding, dilation}) > kMax) return std::nullopt;
+      const int64_t room = in[d] + 2 * padding - dilation * (kernel[d] - 1) - 1;
+      if (room < 0 || padding < 0 || stride < 1 || dilation < 1) return std::nullopt;
+      g.out[d] = room / stride + 1;
     }
-    return std::max(in[0] * in[1], out[0] * out[1]) <= INT32_MAX;
+    return std::max(in[0] * in[1], g.out[0] * g.out[1]) <= INT32_MAX ? std::optional(g) : std::nullopt;
   }
+
+  auto sizes() const { return std::tie(in, kernel, conv.stride, conv.padding, conv.dilation); }
+  bool operator<(const Geometry& other) const { return sizes() < other.sizes(); }
   int32_t positions() const { return static_cast<int32_t>(kernel[0] * kernel[1]); }
 
   Pairs forward() const {
     std::vector<int32_t> order(out[0] * out[1]);
     std::iota(order.begin(), order.end(), 0);
     return Pairs(order, positions(), [this](int32_t pixel, int32_t position) {
-      int64_t at[2];
+      const Size index = unravel(pixel, out), tap = unravel(position, kernel);
+      Size source;
       for (int d = 0; d < 2; ++d) {
-        const int64_t index = d == 0 ? pixel / out[1] : pixel % out[1];
-        const int64_t tap = d == 0 ? position / kernel[1] : position % kernel[1];
-        at[d] = index * stride[d] - padding[d] + tap * dilation[d];
-        if (at[d] < 0 || at[d] >= in[d]) return int32_t{-1};
+        source[d] = index[d] * conv.stride[d] - conv.padding[d] + tap[d] * conv.dilation[d];
+        if (source[d] < 0 || source[d] >= in[d]) return int32_t{-1};
       }
-      return static_cast<int32_t>(at[0] * in[1] + at[1]);
+      return ravel(source, in);
     });
   }
 
   // The pixels of one phase of the stride have the same taps, so they are paired.
   Pairs backward() const {
     std::vector<int32_t> order;
-    for (int64_t top = 0; top < std::min(stride[0], in[0]); ++top) {
-      for (int64_t left = 0; left < std::min(stride[1], in[1]); ++left) {
-        for (int64_t y = top; y < in[0]; y += stride[0]) {
-          for (int64_t x = left; x < in[1]; x += stride[1]) {
-            order.push_back(static_cast<int32_t>(y * in[1] + x));
-          }
+    for (int64_t top = 0; top < std::min(conv.stride[0], in[0]); ++top) {
+      for (int64_t left = 0; left < std::min(conv.stride[1], in[1]); ++left) {
+        for (int64_t y = top; y < in[0]; y += conv.stride[0]) {
+          for (int64_t x = left; x < in[1]; x += conv.stride[1]) order.push_back(ravel({y, x}, in));
         }
       }
     }
     return Pairs(order, positions(), [this](int32_t pixel, int32_t position) {
-      int64_t at[2];
+      const Size index = unravel(pixel, in), tap = unravel(position, kernel);
+      Size source;
       for (int d = 0; d < 2; ++d) {
-        const int64_t index = d == 0 ? pixel / in[1] : pixel % in[1];
-        const int64_t tap = d == 0 ? position / kernel[1] : position % kernel[1];
-        const int64_t reached = index + padding[d] - tap * dilation[d];
-        if (reached < 0 || reached % stride[d] != 0 || reached / stride[d] >= out[d]) return int32_t{-1};
-        at[d] = reached / stride[d];
+        const int64_t distance = index[d] + conv.padding[d] - tap[d] * conv.dilation[d];
+        source[d] = distance / conv.stride[d];
+        if (distance < 0 || distance % conv.stride[d] != 0 || source[d] >= out[d]) return int32_t{-1};
       }
-      return static_cast<int32_t>(at[0] * out[1] + at[1]);
+      return ravel(source, out);
     });
   }
+
+ private:
+  static Size unravel(int32_t index, Size size) { return {index / size[1], index % size[1]}; }
+  static int32_t ravel(Size index, Size size) { return static_cast<int32_t>(index[0] * size[1] + index[1]); }
 };
 
 }  // namespace awnet::cpu::amx

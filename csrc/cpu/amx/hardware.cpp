@@ -121,8 +121,7 @@ void release() { asm volatile("tilerelease"); }
 
 }  // namespace
 
-extern const Kernels kernels = {configure,       release,   apply,     propagate,   finish,
-                                weight_gradient, pair_rows, transpose, pair_columns};
+extern const Kernels kernels = table();
 
 }  // namespace awnet::cpu::amx::hardware
 

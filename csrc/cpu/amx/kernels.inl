@@ -177,3 +177,7 @@ void pair_columns(Bits* to, const Bits* const rows[kChannels]) {
   Words::transpose(to, rows);
   Words::transpose(to + kCell, rows + 16);
 }
+
+constexpr Kernels table() {
+  return {configure, release, apply, propagate, finish, weight_gradient, pair_rows, transpose, pair_columns};
+}

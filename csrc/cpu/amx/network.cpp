@@ -19,18 +19,16 @@
 namespace awnet::cpu::amx {
 namespace {
 
-using at::Tensor;
-
 // Plans the use of memory that layers share, in cells of one group.
 class Allocator {
  public:
   int64_t allocate(int64_t size) {
-    int64_t at = 0;
+    int64_t offset = 0;
     auto next = blocks_.begin();
-    for (; next != blocks_.end() && next->first < at + size; ++next) at = next->first + next->second;
-    blocks_.emplace_hint(next, at, size);
-    peak_ = std::max(peak_, at + size);
-    return at;
+    for (; next != blocks_.end() && next->first < offset + size; ++next) offset = next->first + next->second;
+    blocks_.emplace_hint(next, offset, size);
+    peak_ = std::max(peak_, offset + size);
+    return offset;
   }
   void release(int64_t offset) { blocks_.erase(offset); }
   int64_t peak() const { return peak_; }
@@ -40,116 +38,128 @@ class Allocator {
   int64_t peak_ = 0;
 };
 
-constexpr int64_t kNone = -1;
+constexpr int64_t kAbsent = -1;
+
+// The images of one group in a layer's input or output.
+struct Images {
+  int64_t channels;
+  Size size;
+
+  int64_t blocks() const { return ceil_div(channels, kChannels); }
+  int64_t pixels() const { return size[0] * size[1]; }
+  int64_t cells() const { return blocks() * pixels(); }
+};
 
 struct Layer {
   Step step;
   Geometry geometry;
-  int64_t inputs, outputs;        // channels
-  int64_t in_blocks, out_blocks;  // of kChannels
-  int64_t in_pixels, out_pixels;
+  Images in, out;
   std::shared_ptr<const Pairs> forward, backward;
   int64_t y;             // offset of its output
   int64_t table;         // its first block among those of all layers
-  int64_t relu_mask, u;  // its first saved cell among those of all layers; kNone if it is not saved
-
-  int64_t cells() const { return out_blocks * out_pixels; }
+  int64_t relu_mask, u;  // its first saved cell among those of all layers; kAbsent if it is not saved
+  int64_t first_reader;  // the first layer that reads its output
 };
 
-// One convolution or `finish` of a backward pass. Offsets are of cells, kNone if there are none.
+// A chunk of a convolution's outputs in one block.
+Convolution convolution_of(const Pairs& pairs, const Images& from, const Images& to, const Bits* input,
+                           const Bits* weights, int64_t positions, int64_t block, int64_t chunk,
+                           int64_t chunks) {
+  return {input,
+          from.blocks(),
+          from.pixels(),
+          pairs.taps.data(),
+          pairs.begin.data(),
+          pairs.pixels(),
+          chunk * pairs.count() / chunks,
+          (chunk + 1) * pairs.count() / chunks,
+          weights + block * from.blocks() * positions * 2 * kCell,
+          positions,
+          to.channels - block * kChannels <= kChannels / 2};
+}
+
+// One convolution or `finish` of a backward pass. Offsets are of cells, kAbsent if there are none.
 struct BackwardStep {
   bool convolves;
-  int64_t source;  // the layer whose d_u, at `d_u`, is convolved
-  int64_t d_u;
+  size_t source;          // the layer whose d_u is convolved
+  int64_t d_u = kAbsent;  // its offset
   // what is done with the sum: the fields of Propagate
-  int64_t target;  // a layer; kNone for the images
-  int64_t before, total, to_d_u, to_residual;
-  bool add_to_residual, has_d_mean;
+  int64_t target = kAbsent;  // a layer; kAbsent for the images
+  int64_t before = kAbsent, total = kAbsent, to_d_u = kAbsent, to_residual = kAbsent;
+  bool add_to_residual = false, has_d_mean = false;
 };
 
 struct BackwardPlan {
   std::vector<BackwardStep> steps;
-  int64_t memory, d_x;  // cells of a group, the offset of the images' gradient
+  int64_t memory, d_x = kAbsent;  // cells of a group, the offset of the images' gradient
 };
 
 struct Plan {
   std::vector<Layer> layers;
-  int64_t batch, groups, channels, in_pixels, in_blocks;
-  std::array<int64_t, 2> size;
+  int64_t batch, groups;
+  Images images;
   int64_t x;  // offset of the images
-  int64_t memory_cells, tables, relu_masks = 0, us = 0;
+  int64_t memory_cells, tables = 0, relu_masks = 0, us = 0;
 
-  Plan(at::IntArrayRef images, const std::vector<std::vector<int64_t>>& shapes,
-       const std::vector<Step>& steps, const std::vector<bool>& keep_u, bool keep_mask) {
-    batch = images[0];
-    channels = images[1];
-    size = {images[2], images[3]};
-    groups = ceil_div(batch, kImages);
-    in_pixels = size[0] * size[1];
-    in_blocks = ceil_div(channels, kChannels);
+  explicit Plan(const NetworkArgs& args)
+      : batch(args.images[0]),
+        groups(ceil_div(batch, kImages)),
+        images{args.images[1], {args.images[2], args.images[3]}} {
+    const auto count = static_cast<int64_t>(args.steps.size());
     std::map<Geometry, std::array<std::shared_ptr<const Pairs>, 2>> pairs_of;
     Allocator memory;
-    x = memory.allocate(in_blocks * in_pixels);
-    tables = 0;
-    std::vector<size_t> last(steps.size());
-    size_t last_of_x = 0;
-    for (size_t i = 0; i < steps.size(); ++i) {
-      (steps[i].input < 0 ? last_of_x : last[steps[i].input]) = i;
-      if (steps[i].residual >= 0) last[steps[i].residual] = i;
+    x = memory.allocate(images.cells());
+    std::vector<int64_t> last_reader(count);  // the layer itself if there is no reader
+    std::iota(last_reader.begin(), last_reader.end(), 0);
+    int64_t last_reader_of_x = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Step& s = args.steps[i];
+      (s.input < 0 ? last_reader_of_x : last_reader[s.input]) = i;
+      if (s.residual >= 0) last_reader[s.residual] = i;
     }
-    for (size_t i = 0; i < steps.size(); ++i) {
-      const Step& s = steps[i];
-      const auto& shape = shapes[i];
+    for (int64_t i = 0; i < count; ++i) {
+      const Step& s = args.steps[i];
+      const auto& shape = args.shapes[i];
       Layer layer;
       layer.step = s;
-      layer.inputs = s.input < 0 ? channels : layers[s.input].outputs;
-      layer.outputs = shape[0];
-      TORCH_CHECK(s.groups == 1, "layer ", i, " has ", s.groups, " groups, which tiles do not run");
-      TORCH_CHECK(shape[1] == layer.inputs, "layer ", i, " takes ", shape[1], " channels, got ",
-                  layer.inputs);
-      TORCH_CHECK(s.activation == awnet::kNone || s.activation == kRelu, "layer ", i,
+      layer.in = s.input < 0 ? images : layers[s.input].out;
+      TORCH_CHECK(s.conv.groups == 1, "layer ", i, " has ", s.conv.groups, " groups, which tiles do not run");
+      TORCH_CHECK(shape[1] == layer.in.channels, "layer ", i, " takes ", shape[1], " channels, got ",
+                  layer.in.channels);
+      TORCH_CHECK(s.activation == kNone || s.activation == kRelu, "layer ", i,
                   " has another activation than the ReLU, which tiles do not support");
-      Geometry& g = layer.geometry;
-      g.in = s.input < 0 ? size : layers[s.input].geometry.out;
-      g.kernel = {shape[2], shape[3]};
-      g.stride = s.stride;
-      g.padding = s.padding;
-      g.dilation = s.dilation;
-      TORCH_CHECK(g.set_out(), "layer ", i,
+      const auto geometry = Geometry::of(layer.in.size, {shape[2], shape[3]}, s.conv);
+      TORCH_CHECK(geometry, "layer ", i,
                   ": the filter is larger than the padded image, or a size is too large for tiles");
-      layer.in_blocks = ceil_div(layer.inputs, kChannels);
-      layer.out_blocks = ceil_div(layer.outputs, kChannels);
-      layer.in_pixels = g.in[0] * g.in[1];
-      layer.out_pixels = g.out[0] * g.out[1];
+      layer.geometry = *geometry;
+      layer.out = {shape[0], geometry->out};
+      for (const int64_t source : {s.input, s.residual}) {
+        if (source >= 0) layers[source].first_reader = std::min(layers[source].first_reader, i);
+      }
       if (s.residual >= 0) {
-        const Layer& other = layers[s.residual];
-        TORCH_CHECK(other.outputs == layer.outputs && other.geometry.out == g.out, "layer ", i,
+        const Images& other = layers[s.residual].out;
+        TORCH_CHECK(other.channels == layer.out.channels && other.size == layer.out.size, "layer ", i,
                     " adds a residual of another shape");
       }
-      auto& pairs = pairs_of[g];
-      if (!pairs[0]) {
-        pairs[0] = std::make_shared<const Pairs>(g.forward());
-        pairs[1] = std::make_shared<const Pairs>(g.backward());
+      auto& [forward, backward] = pairs_of[*geometry];
+      if (!forward) {
+        forward = std::make_shared<const Pairs>(geometry->forward());
+        backward = std::make_shared<const Pairs>(geometry->backward());
       }
-      layer.forward = pairs[0];
-      layer.backward = pairs[1];
-      layer.table = tables;
-      tables += layer.out_blocks;
+      layer.forward = forward;
+      layer.backward = backward;
+      layer.first_reader = count;
+      layer.table = std::exchange(tables, tables + layer.out.blocks());
+      const int64_t cells = layer.out.cells();
       layer.relu_mask =
-          keep_mask && s.activation == kRelu ? std::exchange(relu_masks, relu_masks + layer.cells()) : kNone;
-      layer.u = keep_u[i] ? std::exchange(us, us + layer.cells()) : kNone;
-      layer.y = memory.allocate(layer.cells());
+          args.keep_mask && s.activation == kRelu ? std::exchange(relu_masks, relu_masks + cells) : kAbsent;
+      layer.u = args.keep_u[i] ? std::exchange(us, us + cells) : kAbsent;
+      layer.y = memory.allocate(cells);
       layers.push_back(layer);
-      if (s.input >= 0 && last[s.input] == i) memory.release(layers[s.input].y);
-      if (s.residual >= 0 && s.residual != s.input && last[s.residual] == i)
-        memory.release(layers[s.residual].y);
-      if (s.input < 0 && last_of_x == i) memory.release(x);
-      const bool unused =
-          std::none_of(steps.begin() + static_cast<int64_t>(i) + 1, steps.end(), [&](const Step& other) {
-            const auto layer_number = static_cast<int64_t>(i);
-            return other.input == layer_number || other.residual == layer_number;
-          });
-      if (unused) memory.release(layer.y);
+      for (const int64_t source : {s.input, s.residual, i}) {
+        if (source >= 0 && last_reader[source] == i) memory.release(layers[source].y);
+      }
+      if (last_reader_of_x == i) memory.release(x);
     }
     memory_cells = memory.peak();
   }
@@ -159,56 +169,44 @@ struct Plan {
     const size_t count = layers.size();
     Allocator memory;
     BackwardPlan plan;
-    std::vector<int64_t> d(count, kNone), d_u(count, kNone);
-    int64_t d_x = kNone;
+    std::vector<int64_t> d(count, kAbsent), d_u(count, kAbsent);
     // the gradient of layer j's output is complete in this step
     const auto complete = [&](BackwardStep& step, int64_t j) {
       step.target = j;
       step.before = d[j];
       step.has_d_mean = has_d_mean[j];
-      step.to_d_u = d_u[j] = memory.allocate(layers[j].cells());
+      step.to_d_u = d_u[j] = memory.allocate(layers[j].out.cells());
       const int64_t residual = layers[j].step.residual;
-      if (residual < 0) return;
-      step.add_to_residual = d[residual] != kNone;
-      if (!step.add_to_residual) d[residual] = memory.allocate(layers[residual].cells());
-      step.to_residual = d[residual];
-    };
-    const auto start = [&](bool convolves, size_t source) {
-      return BackwardStep{
-          convolves, static_cast<int64_t>(source), kNone, kNone, kNone, kNone, kNone, kNone, false, false};
+      if (residual >= 0) {
+        step.add_to_residual = d[residual] != kAbsent;
+        if (!step.add_to_residual) d[residual] = memory.allocate(layers[residual].out.cells());
+        step.to_residual = d[residual];
+      }
+      plan.steps.push_back(step);
+      if (step.before != kAbsent) memory.release(step.before);
     };
     for (size_t i = count; i-- > 0;) {
-      const int64_t j = layers[i].step.input;
-      if (d_u[i] == kNone) {
-        if (d[i] == kNone && !has_d_mean[i]) continue;
-        BackwardStep step = start(false, i);
+      const Layer& layer = layers[i];
+      const int64_t j = layer.step.input;
+      if (d_u[i] == kAbsent) {
+        if (d[i] == kAbsent && !has_d_mean[i]) continue;
+        BackwardStep step{false, i};
         complete(step, static_cast<int64_t>(i));
-        plan.steps.push_back(step);
-        if (d[i] != kNone) memory.release(d[i]);
       }
-      if (j >= 0 || need_x) {
-        BackwardStep step = start(true, i);
-        step.d_u = d_u[i];
-        const bool last = j >= 0 && std::none_of(layers.begin(), layers.begin() + static_cast<int64_t>(i),
-                                                 [&](const Layer& other) {
-                                                   return other.step.input == j || other.step.residual == j;
-                                                 });
-        if (last) {
-          complete(step, j);
-          if (step.before != kNone) memory.release(step.before);
-        } else {
-          int64_t& total = j < 0 ? d_x : d[j];
-          step.target = j;
-          step.before = total;
-          if (total == kNone) total = memory.allocate(layers[i].in_blocks * layers[i].in_pixels);
-          step.total = total;
-        }
+      BackwardStep step{true, i, d_u[i]};
+      if (j >= 0 && layers[j].first_reader == static_cast<int64_t>(i)) {
+        complete(step, j);
+      } else if (j >= 0 || need_x) {
+        int64_t& total = j < 0 ? plan.d_x : d[j];
+        step.target = j;
+        step.before = total;
+        if (total == kAbsent) total = memory.allocate(layer.in.cells());
+        step.total = total;
         plan.steps.push_back(step);
       }
       memory.release(d_u[i]);
     }
     plan.memory = memory.peak();
-    plan.d_x = d_x;
     return plan;
   }
 
@@ -223,35 +221,40 @@ struct Plan {
   }
 };
 
-// [B, C] float32 as [group][block][16][32], times `factor`.
-void pack_table(float* to, const Tensor& table, double factor = 1) {
+// body(index in the table [group][block][16][32], index in a [B, C] table)
+template <class Body>
+void for_entries(const Tensor& table, Body body) {
   const int64_t batch = table.size(0), channels = table.size(1), blocks = ceil_div(channels, kChannels);
-  const Tensor dense = table.to(at::kFloat).contiguous();
-  const float* const from = dense.const_data_ptr<float>();
-  const auto by = static_cast<float>(factor);
-  std::fill_n(to, ceil_div(batch, kImages) * blocks * kCell, 0.0f);
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t c = 0; c < channels; ++c) {
-      to[((b / kImages * blocks + c / kChannels) * kImages + b % kImages) * kChannels + c % kChannels] =
-          from[b * channels + c] * by;
+      body(((b / kImages * blocks + c / kChannels) * kImages + b % kImages) * kChannels + c % kChannels,
+           b * channels + c);
     }
   }
 }
 
+int64_t table_size(const Tensor& table) {
+  return ceil_div(table.size(0), kImages) * ceil_div(table.size(1), kChannels) * kCell;
+}
+
+// [B, C] float32 as [group][block][16][32], times `factor`.
+void pack_table(float* to, const Tensor& table, double factor = 1) {
+  const Tensor dense = table.to(at::kFloat).contiguous();
+  const float* const from = dense.const_data_ptr<float>();
+  std::fill_n(to, table_size(table), 0.0f);
+  for_entries(table,
+              [&, by = static_cast<float>(factor)](int64_t packed, int64_t i) { to[packed] = from[i] * by; });
+}
+
 // The inverse, for the sum over `chunks` such tables.
 void unpack_table(const Tensor& table, const float* from, int64_t chunks) {
-  const int64_t batch = table.size(0), channels = table.size(1), blocks = ceil_div(channels, kChannels);
-  const int64_t size = ceil_div(batch, kImages) * blocks * kCell;
-  float* to = table.data_ptr<float>();
-  for (int64_t b = 0; b < batch; ++b) {
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t at =
-          ((b / kImages * blocks + c / kChannels) * kImages + b % kImages) * kChannels + c % kChannels;
-      float sum = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += from[chunk * size + at];
-      *to++ = sum;
-    }
-  }
+  const int64_t size = table_size(table);
+  float* const to = table.data_ptr<float>();
+  for_entries(table, [&](int64_t packed, int64_t i) {
+    float sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += from[chunk * size + packed];
+    to[i] = sum;
+  });
 }
 
 // A range of groups that one thread runs, or all groups, which all threads run.
@@ -284,8 +287,20 @@ struct Run {
     });
   }
 
-  Bits* at(int64_t offset, int64_t cells_of_group, int64_t group) const {
-    return cells + (offset * groups + group * cells_of_group) * kCell;
+  // The cells of a block of images at `offset`.
+  Bits* at(int64_t offset, const Images& images, int64_t group, int64_t block = 0) const {
+    return cells + (offset * groups + group * images.cells() + block * images.pixels()) * kCell;
+  }
+
+  // body(place in a cell, image, channel) for the images of a group and the channels of a block
+  template <class Body>
+  void each_value(const Images& images, int64_t group, int64_t block, Body body) const {
+    const int64_t image = (first + group) * kImages, channel = block * kChannels;
+    for (int64_t b = 0; b < std::min(kImages, plan.batch - image); ++b) {
+      for (int64_t c = 0; c < std::min(kChannels, images.channels - channel); ++c) {
+        body(b * kChannels + c, image + b, channel + c);
+      }
+    }
   }
 };
 
@@ -300,70 +315,44 @@ void for_groups(const Plan& plan, const Kernels& kernels, Body body) {
   });
 }
 
-void copy_images(const Run& run, const Tensor& x) {
-  const Plan& plan = run.plan;
-  const auto* const from = static_cast<const Bits*>(x.const_data_ptr());
-  const at::IntArrayRef step = x.strides();
-  run.each(plan.in_blocks, 1, [&](int64_t group, int64_t block, int64_t) {
-    Bits* to = run.at(plan.x, plan.in_blocks * plan.in_pixels, group) + block * plan.in_pixels * kCell;
-    std::fill_n(to, plan.in_pixels * kCell, 0);
-    const int64_t begin = (run.first + group) * kImages, count = std::min(kImages, plan.batch - begin);
-    const int64_t channel = block * kChannels, channels = std::min(kChannels, plan.channels - channel);
-    for (int64_t b = 0; b < count; ++b) {
-      for (int64_t c = 0; c < channels; ++c) {
-        const Bits* const plane = from + (begin + b) * step[0] + (channel + c) * step[1];
-        for (int64_t p = 0; p < plan.in_pixels; ++p) {
-          to[p * kCell + b * kChannels + c] = plane[p / plan.size[1] * step[2] + p % plan.size[1] * step[3]];
-        }
-      }
+// copy(value in the cells at `offset`, value of the images) for all values; `strides` are those of the
+// images. Where the images are const, the cells are written: those of no image or channel become 0.
+template <class Pointer, class Copy>
+void copy_images(const Run& run, int64_t offset, Pointer data, Sizes strides, Copy copy) {
+  const Images& images = run.plan.images;
+  run.each(images.blocks(), 1, [&](int64_t group, int64_t block, int64_t) {
+    Bits* const cells = run.at(offset, images, group, block);
+    if constexpr (std::is_const_v<std::remove_pointer_t<Pointer>>) {
+      std::fill_n(cells, images.pixels() * kCell, 0);
     }
+    run.each_value(images, group, block, [&](int64_t place, int64_t image, int64_t channel) {
+      const Pointer plane = data + image * strides[0] + channel * strides[1];
+      for (int64_t p = 0; p < images.pixels(); ++p) {
+        copy(cells[p * kCell + place],
+             plane[p / images.size[1] * strides[2] + p % images.size[1] * strides[3]]);
+      }
+    });
   });
 }
-
-void copy_image_gradients(const Run& run, const Tensor& d_x, int64_t offset) {
-  const Plan& plan = run.plan;
-  auto* const to = static_cast<Bits*>(d_x.mutable_data_ptr());
-  const at::IntArrayRef step = d_x.strides();
-  run.each(plan.in_blocks, 1, [&](int64_t group, int64_t block, int64_t) {
-    const Bits* from =
-        run.at(offset, plan.in_blocks * plan.in_pixels, group) + block * plan.in_pixels * kCell;
-    const int64_t begin = (run.first + group) * kImages, count = std::min(kImages, plan.batch - begin);
-    const int64_t channel = block * kChannels, channels = std::min(kChannels, plan.channels - channel);
-    for (int64_t b = 0; b < count; ++b) {
-      for (int64_t c = 0; c < channels; ++c) {
-        Bits* const plane = to + (begin + b) * step[0] + (channel + c) * step[1];
-        for (int64_t p = 0; p < plan.in_pixels; ++p) {
-          plane[p / plan.size[1] * step[2] + p % plan.size[1] * step[3]] =
-              from[p * kCell + b * kChannels + c];
-        }
-      }
-    }
-  });
-}
-
-float wide(Bits bits) { return c10::detail::f32_from_bits(bits); }
 
 void average(const Run& run, const Layer& layer, const Tensor& mean) {
   auto* const to = mean.data_ptr<at::BFloat16>();
-  run.each(layer.out_blocks, 1, [&](int64_t group, int64_t block, int64_t) {
-    const Bits* from = run.at(layer.y, layer.cells(), group) + block * layer.out_pixels * kCell;
+  const Images& images = layer.out;
+  run.each(images.blocks(), 1, [&](int64_t group, int64_t block, int64_t) {
+    const Bits* from = run.at(layer.y, images, group, block);
     std::vector<float> sums(kCell);
-    for (int64_t p = 0; p < layer.out_pixels; ++p, from += kCell) {
-      for (int64_t i = 0; i < kCell; ++i) sums[i] += wide(from[i]);
+    for (int64_t p = 0; p < images.pixels(); ++p, from += kCell) {
+      for (int64_t i = 0; i < kCell; ++i) sums[i] += c10::detail::f32_from_bits(from[i]);
     }
-    const int64_t begin = (run.first + group) * kImages, count = std::min(kImages, run.plan.batch - begin);
-    const int64_t channel = block * kChannels, channels = std::min(kChannels, layer.outputs - channel);
-    for (int64_t b = 0; b < count; ++b) {
-      for (int64_t c = 0; c < channels; ++c) {
-        to[(begin + b) * layer.outputs + channel + c] =
-            sums[b * kChannels + c] / static_cast<float>(layer.out_pixels);
-      }
-    }
+    run.each_value(images, group, block, [&](int64_t place, int64_t image, int64_t channel) {
+      to[image * images.channels + channel] = sums[place] / static_cast<float>(images.pixels());
+    });
   });
 }
 
 // What the forward saves for the backward, one after the other in one piece of memory.
 struct Saved {
+  const Plan& plan;
   Tensor memory;
   uint32_t* relu_mask;
   float* scale;
@@ -372,50 +361,30 @@ struct Saved {
   static int64_t bytes(const Plan& plan) {
     return plan.groups * (plan.relu_masks * kCell / 8 + plan.tables * kCell * 4 + plan.us * kCell * 2);
   }
-  Saved(const Plan& plan, Tensor bytes) : memory(std::move(bytes)) {
+  Saved(const Plan& plan, Tensor bytes) : plan(plan), memory(std::move(bytes)) {
     auto* const base = static_cast<uint8_t*>(memory.mutable_data_ptr());
     relu_mask = reinterpret_cast<uint32_t*>(base);
     scale = reinterpret_cast<float*>(base + plan.groups * plan.relu_masks * kCell / 8);
     u = reinterpret_cast<Bits*>(scale + plan.groups * plan.tables * kCell);
   }
   // of a layer, its group and block
-  uint32_t* relu_mask_of(const Plan& plan, const Layer& layer, int64_t group, int64_t block) const {
-    if (layer.relu_mask == kNone) return nullptr;
-    return relu_mask +
-           (layer.relu_mask * plan.groups + group * layer.cells() + block * layer.out_pixels) * kImages;
+  uint32_t* relu_mask_of(const Layer& layer, int64_t group, int64_t block) const {
+    if (layer.relu_mask == kAbsent) return nullptr;
+    return relu_mask + cell(layer.relu_mask, layer, group, block) * kImages;
   }
-  Bits* u_of(const Plan& plan, const Layer& layer, int64_t group, int64_t block) const {
-    if (layer.u == kNone) return nullptr;
-    return u + (layer.u * plan.groups + group * layer.cells() + block * layer.out_pixels) * kCell;
+  Bits* u_of(const Layer& layer, int64_t group, int64_t block) const {
+    return layer.u == kAbsent ? nullptr : u + cell(layer.u, layer, group, block) * kCell;
   }
-  float* scales_of(const Plan& plan, const Layer& layer) const {
-    return scale + layer.table * plan.groups * kCell;
+  float* scales_of(const Layer& layer) const { return scale + layer.table * plan.groups * kCell; }
+
+ private:
+  int64_t cell(int64_t first, const Layer& layer, int64_t group, int64_t block) const {
+    return first * plan.groups + group * layer.out.cells() + block * layer.out.pixels();
   }
 };
 
-Convolution convolution_of(const Pairs& pairs, const Bits* input, int64_t blocks, int64_t plane,
-                           const Bits* weights, int64_t positions, int64_t block, int64_t channels,
-                           int64_t chunk, int64_t chunks) {
-  return {input,
-          blocks,
-          plane,
-          pairs.taps.data(),
-          pairs.begin.data(),
-          pairs.pixels(),
-          chunk * pairs.count() / chunks,
-          (chunk + 1) * pairs.count() / chunks,
-          weights + block * blocks * positions * 2 * kCell,
-          positions,
-          channels - block * kChannels <= kChannels / 2};
-}
-
-const Bits* forward_weights(const Tensor& packed) {
-  return static_cast<const Bits*>(packed.const_data_ptr());
-}
-const Bits* backward_weights(const Tensor& packed) { return forward_weights(packed) + packed.size(1); }
-
-std::vector<Tensor> run_forward(const Plan& plan, const Kernels& kernels, const Tensor& x,
-                                at::TensorList shifts, at::TensorList packed, const Saved& saved) {
+std::vector<Tensor> run_forward(const Plan& plan, const Kernels& kernels, const Tensor& x, TensorList shifts,
+                                TensorList packed, const Saved& saved) {
   std::vector<Tensor> means;
   std::vector<Tensor> mean_of(plan.layers.size());
   std::vector<float> shift(plan.groups * plan.tables * kCell);
@@ -423,33 +392,33 @@ std::vector<Tensor> run_forward(const Plan& plan, const Kernels& kernels, const 
     const Layer& layer = plan.layers[i];
     pack_table(shift.data() + layer.table * plan.groups * kCell, shifts[i]);
     if (layer.step.averaged) {
-      means.push_back(mean_of[i] =
-                          new_tensor({plan.batch, layer.outputs}, x.options().memory_format(std::nullopt)));
+      means.push_back(
+          mean_of[i] = new_tensor({plan.batch, layer.out.channels}, x.options().memory_format(std::nullopt)));
     }
   }
   for_groups(plan, kernels, [&](int64_t first, int64_t groups, bool shared) {
     const Run run(plan, kernels, first, groups, shared, plan.memory_cells);
-    copy_images(run, x);
+    copy_images(run, plan.x, static_cast<const Bits*>(x.const_data_ptr()), x.strides(),
+                [](Bits& cell, Bits value) { cell = value; });
     for (size_t i = 0; i < plan.layers.size(); ++i) {
       const Layer& layer = plan.layers[i];
       const Step& s = layer.step;
-      const int64_t chunks = plan.chunks(layer.out_blocks);
-      run.each(layer.out_blocks, chunks, [&](int64_t group, int64_t block, int64_t chunk) {
-        const Bits* const input =
-            run.at(s.input < 0 ? plan.x : plan.layers[s.input].y, layer.in_blocks * layer.in_pixels, group);
-        const int64_t all = first + group, skip = block * layer.out_pixels * kCell;
-        const int64_t table = (layer.table * plan.groups + all * layer.out_blocks + block) * kCell;
-        const Apply to = {
-            run.at(layer.y, layer.cells(), group) + skip,
-            saved.u_of(plan, layer, all, block),
-            saved.relu_mask_of(plan, layer, all, block),
-            s.residual < 0 ? nullptr : run.at(plan.layers[s.residual].y, layer.cells(), group) + skip,
-            saved.scale + table,
-            shift.data() + table,
-            s.activation == kRelu};
-        kernels.apply(convolution_of(*layer.forward, input, layer.in_blocks, layer.in_pixels,
-                                     forward_weights(packed[i]), layer.geometry.positions(), block,
-                                     layer.outputs, chunk, chunks),
+      const Images& out = layer.out;
+      const int64_t chunks = plan.chunks(out.blocks());
+      const auto* const weights = static_cast<const Bits*>(packed[i].const_data_ptr());
+      run.each(out.blocks(), chunks, [&](int64_t group, int64_t block, int64_t chunk) {
+        const int64_t all = first + group;
+        const int64_t table = (layer.table * plan.groups + all * out.blocks() + block) * kCell;
+        const Bits* const input = run.at(s.input < 0 ? plan.x : plan.layers[s.input].y, layer.in, group);
+        const Apply to = {run.at(layer.y, out, group, block),
+                          saved.u_of(layer, all, block),
+                          saved.relu_mask_of(layer, all, block),
+                          s.residual < 0 ? nullptr : run.at(plan.layers[s.residual].y, out, group, block),
+                          saved.scale + table,
+                          shift.data() + table,
+                          s.activation == kRelu};
+        kernels.apply(convolution_of(*layer.forward, layer.in, out, input, weights,
+                                     layer.geometry.positions(), block, chunk, chunks),
                       to);
       });
       if (s.averaged) average(run, layer, mean_of[i]);
@@ -464,21 +433,23 @@ struct Sums {
   std::vector<float> g1, g2;
 };
 
-void run_backward(const Plan& plan, const BackwardPlan& backward, const Kernels& kernels, const Saved& saved,
-                  at::TensorList packed, const std::vector<std::vector<float>>& d_means,
-                  std::vector<Sums>& sums, const Tensor& d_x) {
+void run_backward(const BackwardPlan& backward, const Kernels& kernels, const Saved& saved, TensorList packed,
+                  const std::vector<std::vector<float>>& d_means, std::vector<Sums>& sums,
+                  const Tensor& d_x) {
+  const Plan& plan = saved.plan;
   for_groups(plan, kernels, [&](int64_t first, int64_t groups, bool shared) {
     const Run run(plan, kernels, first, groups, shared, backward.memory);
     for (const BackwardStep& step : backward.steps) {
       const Layer& source = plan.layers[step.source];
       const Layer* const target = step.target < 0 ? nullptr : &plan.layers[step.target];
-      const int64_t blocks = target ? target->out_blocks : plan.in_blocks;
-      const int64_t pixels = target ? target->out_pixels : plan.in_pixels;
-      const int64_t chunks = plan.chunks(blocks);
+      const Images& images = target ? target->out : plan.images;
+      const int64_t blocks = images.blocks(), pixels = images.pixels(), chunks = plan.chunks(blocks);
+      const Tensor& filters = packed[step.source];
+      const auto* const weights = static_cast<const Bits*>(filters.const_data_ptr()) + filters.size(1);
       run.each(blocks, chunks, [&](int64_t group, int64_t block, int64_t chunk) {
         const int64_t all = first + group;
         const auto at = [&](int64_t offset) {
-          return offset == kNone ? nullptr : run.at(offset, blocks * pixels, group) + block * pixels * kCell;
+          return offset == kAbsent ? nullptr : run.at(offset, images, group, block);
         };
         Propagate to = {};
         to.before = at(step.before);
@@ -486,15 +457,15 @@ void run_backward(const Plan& plan, const BackwardPlan& backward, const Kernels&
         if (!to.total) {
           const int64_t table = (all * blocks + block) * kCell;
           to.d_mean = step.has_d_mean ? d_means[step.target].data() + table : nullptr;
-          to.relu_mask = saved.relu_mask_of(plan, *target, all, block);
-          to.scale = saved.scales_of(plan, *target) + table;
+          to.relu_mask = saved.relu_mask_of(*target, all, block);
+          to.scale = saved.scales_of(*target) + table;
           to.d_u = at(step.to_d_u);
           to.d_residual = at(step.to_residual);
           to.add_to_residual = step.add_to_residual;
           Sums& of_target = sums[step.target];
           if (of_target.chunks > 0) {
             const int64_t offset = chunk * plan.groups * blocks * kCell + table;
-            to.u = saved.u_of(plan, *target, all, block);
+            to.u = saved.u_of(*target, all, block);
             to.g1 = of_target.g1.data() + offset;
             to.g2 = of_target.g2.data() + offset;
           }
@@ -503,74 +474,61 @@ void run_backward(const Plan& plan, const BackwardPlan& backward, const Kernels&
           return kernels.finish(to, chunk * pixels / chunks, (chunk + 1) * pixels / chunks);
         }
         kernels.propagate(
-            convolution_of(*source.backward, run.at(step.d_u, source.cells(), group), source.out_blocks,
-                           source.out_pixels, backward_weights(packed[step.source]),
-                           source.geometry.positions(), block, source.inputs, chunk, chunks),
+            convolution_of(*source.backward, source.out, source.in, run.at(step.d_u, source.out, group),
+                           weights, source.geometry.positions(), block, chunk, chunks),
             to);
       });
     }
-    if (d_x.defined()) copy_image_gradients(run, d_x, backward.d_x);
+    if (d_x.defined()) {
+      copy_images(run, backward.d_x, static_cast<Bits*>(d_x.mutable_data_ptr()), d_x.strides(),
+                  [](Bits cell, Bits& value) { value = cell; });
+    }
   });
 }
 
-void check(const Tensor& x, at::TensorList scales, at::TensorList shifts, at::TensorList packed,
-           const std::vector<std::vector<int64_t>>& shapes) {
-  const size_t count = shapes.size();
+}  // namespace
+
+NetworkArgs network_args(const Tensor& x, TensorList scales, TensorList shifts, TensorList weights,
+                         TensorList packed, Sizes numbers, bool emulate) {
+  const size_t count = weights.size();
   TORCH_CHECK(count > 0 && x.dim() == 4 && x.numel() > 0 && x.scalar_type() == at::kBFloat16,
               "expected layers and bfloat16 images [B, C, H, W], got ", count, " layers and ",
               x.scalar_type(), " ", x.sizes());
   TORCH_CHECK(scales.size() == count && shifts.size() == count && packed.size() == count,
               "expected a scale, a shift and packed filters for each of ", count, " layers, got ",
               scales.size(), ", ", shifts.size(), " and ", packed.size());
+  NetworkArgs args{x.sizes().vec(), x.suggest_memory_format(), steps_of(numbers, count)};
   for (size_t i = 0; i < count; ++i) {
-    const std::array<int64_t, 2> table = {x.size(0), shapes[i][0]};
-    TORCH_CHECK(scales[i].sizes() == at::IntArrayRef(table) && shifts[i].sizes() == at::IntArrayRef(table),
-                "layer ", i, " needs a scale and a shift ", at::IntArrayRef(table), ", got ",
-                scales[i].sizes(), " and ", shifts[i].sizes());
-    const int64_t half = ceil_div(shapes[i][0], kChannels) * ceil_div(shapes[i][1], kChannels) *
-                         shapes[i][2] * shapes[i][3] * 2 * kCell;
+    const Sizes shape = weights[i].sizes();
+    TORCH_CHECK(shape.size() == 4 && weights[i].numel() > 0, "expected filters [C_out, C_in, kh, kw], got ",
+                shape);
+    const std::array<int64_t, 2> table = {x.size(0), shape[0]};
+    TORCH_CHECK(scales[i].sizes() == Sizes(table) && shifts[i].sizes() == Sizes(table), "layer ", i,
+                " needs a scale and a shift ", Sizes(table), ", got ", scales[i].sizes(), " and ",
+                shifts[i].sizes());
+    const int64_t half =
+        ceil_div(shape[0], kChannels) * ceil_div(shape[1], kChannels) * shape[2] * shape[3] * 2 * kCell;
     TORCH_CHECK(packed[i].scalar_type() == at::kBFloat16 && packed[i].is_contiguous() &&
                     packed[i].dim() == 2 && packed[i].size(0) == 2 && packed[i].size(1) == half,
                 "layer ", i, ": these are not its packed filters: ", packed[i].sizes());
+    args.shapes.push_back(shape.vec());
   }
+  args.keep_u.resize(count);
+  args.emulate = emulate;
+  return args;
 }
 
-Saved saved_for(const Plan& plan, at::TensorList scales) {
+Outputs network_forward(const NetworkArgs& args, const Tensor& x, TensorList scales, TensorList shifts,
+                        TensorList packed) {
+  const Plan plan(args);
   const Saved saved(plan, pooled_memory(Saved::bytes(plan)));
-  for (size_t i = 0; i < plan.layers.size(); ++i) {
-    pack_table(saved.scales_of(plan, plan.layers[i]), scales[i]);
-  }
-  return saved;
-}
-
-Plan plan_of(const NetworkArgs& args) {
-  return Plan(args.images, args.shapes, args.steps, args.keep_u, args.keep_mask);
-}
-
-}  // namespace
-
-std::vector<std::vector<int64_t>> shapes_of(at::TensorList weights) {
-  std::vector<std::vector<int64_t>> shapes;
-  for (const Tensor& weight : weights) {
-    TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0, "expected filters [C_out, C_in, kh, kw], got ",
-                weight.sizes());
-    shapes.push_back(weight.sizes().vec());
-  }
-  return shapes;
-}
-
-Outputs network_forward(const NetworkArgs& args, const Tensor& x, at::TensorList scales,
-                        at::TensorList shifts, at::TensorList packed) {
-  check(x, scales, shifts, packed, args.shapes);
-  const Plan plan = plan_of(args);
-  const Saved saved = saved_for(plan, scales);
+  for (size_t i = 0; i < plan.layers.size(); ++i) pack_table(saved.scales_of(plan.layers[i]), scales[i]);
   return {run_forward(plan, kernels(args.emulate), x, shifts, packed, saved), saved.memory};
 }
 
-NetworkGradients network_backward(const NetworkArgs& args, at::TensorList packed, const Tensor& memory,
-                                  at::TensorList d_means, const NetworkNeeds& needs,
-                                  at::MemoryFormat format) {
-  const Plan plan = plan_of(args);
+NetworkGradients network_backward(const NetworkArgs& args, TensorList packed, const Tensor& memory,
+                                  TensorList d_means, const NetworkNeeds& needs) {
+  const Plan plan(args);
   const size_t count = plan.layers.size();
   std::vector<bool> has_d_mean(count);
   std::vector<std::vector<float>> packed_d_means(count);
@@ -578,17 +536,17 @@ NetworkGradients network_backward(const NetworkArgs& args, at::TensorList packed
   size_t next = 0;
   for (size_t i = 0; i < count; ++i) {
     const Layer& layer = plan.layers[i];
-    const int64_t size = plan.groups * layer.out_blocks * kCell;
+    const int64_t size = plan.groups * layer.out.blocks() * kCell;
     if (layer.step.averaged) {
       const Tensor& d_mean = d_means[next++];
       has_d_mean[i] = d_mean.defined();
       if (has_d_mean[i]) {
         packed_d_means[i].resize(size);
-        pack_table(packed_d_means[i].data(), d_mean, 1.0 / static_cast<double>(layer.out_pixels));
+        pack_table(packed_d_means[i].data(), d_mean, 1.0 / static_cast<double>(layer.out.pixels()));
       }
     }
     if (args.keep_u[i] && (needs.scales[i] || needs.shifts[i])) {
-      sums[i].chunks = plan.chunks(layer.out_blocks);
+      sums[i].chunks = plan.chunks(layer.out.blocks());
       sums[i].g1.resize(size * sums[i].chunks);
       sums[i].g2.resize(size * sums[i].chunks);
     }
@@ -596,12 +554,12 @@ NetworkGradients network_backward(const NetworkArgs& args, at::TensorList packed
   const BackwardPlan backward = plan.backward(has_d_mean, needs.x);
   const auto options = packed[0].options();
   NetworkGradients grads{Tensor(), std::vector<Tensor>(count), std::vector<Tensor>(count)};
-  if (needs.x && backward.d_x != kNone) grads.x = new_tensor(args.images, options.memory_format(format));
-  run_backward(plan, backward, kernels(args.emulate), Saved(plan, memory), packed, packed_d_means, sums,
-               grads.x);
+  if (needs.x && backward.d_x != kAbsent)
+    grads.x = new_tensor(args.images, options.memory_format(args.format));
+  run_backward(backward, kernels(args.emulate), Saved(plan, memory), packed, packed_d_means, sums, grads.x);
   for (size_t i = 0; i < count; ++i) {
     if (sums[i].chunks == 0) continue;
-    const std::array<int64_t, 2> shape = {plan.batch, plan.layers[i].outputs};
+    const std::array<int64_t, 2> shape = {plan.batch, plan.layers[i].out.channels};
     const auto table_of = [&](const std::vector<float>& from) {
       const Tensor table = new_tensor(shape, options.dtype(at::kFloat));
       unpack_table(table, from.data(), sums[i].chunks);

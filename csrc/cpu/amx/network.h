@@ -1,8 +1,6 @@
 // A frozen network on tiles, below autograd.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <vector>
 
 #include "../../network.h"
@@ -10,27 +8,30 @@
 namespace awnet::cpu::amx {
 
 struct NetworkArgs {
-  std::vector<int64_t> images;               // [B, C, H, W]
-  std::vector<std::vector<int64_t>> shapes;  // of the filters
+  std::vector<int64_t> images;  // [B, C, H, W]
+  at::MemoryFormat format;      // of the images' gradient
   std::vector<Step> steps;
-  std::vector<bool> keep_u;  // for which layers the backward may require gradients of scale or shift
-  bool keep_mask;            // whether there may be a backward
+  std::vector<std::vector<int64_t>> shapes;  // of the filters
+  std::vector<bool> keep_u;                  // where the backward may require gradients of scale or shift
+  bool keep_mask;                            // whether there may be a backward
   bool emulate;
 };
 
+// For a forward without a backward. Checks all arguments of the network; `packed` holds pack_weight of each
+// layer's filters.
+NetworkArgs network_args(const Tensor& x, TensorList scales, TensorList shifts, TensorList weights,
+                         TensorList packed, Sizes numbers, bool emulate);
+
 struct Outputs {
-  std::vector<at::Tensor> means;  // of the layers with `averaged`
-  at::Tensor saved;               // for the backward
+  std::vector<Tensor> means;  // of the layers with `averaged`
+  Tensor saved;               // for the backward
 };
 
-// `packed` holds pack_weight of each layer's filters.
-Outputs network_forward(const NetworkArgs& args, const at::Tensor& x, at::TensorList scales,
-                        at::TensorList shifts, at::TensorList packed);
+Outputs network_forward(const NetworkArgs& args, const Tensor& x, TensorList scales, TensorList shifts,
+                        TensorList packed);
 
 // `d_means` has a gradient for each of the forward's means, or an undefined tensor.
-NetworkGradients network_backward(const NetworkArgs& args, at::TensorList packed, const at::Tensor& saved,
-                                  at::TensorList d_means, const NetworkNeeds& needs, at::MemoryFormat format);
-
-std::vector<std::vector<int64_t>> shapes_of(at::TensorList weights);
+NetworkGradients network_backward(const NetworkArgs& args, TensorList packed, const Tensor& saved,
+                                  TensorList d_means, const NetworkNeeds& needs);
 
 }  // namespace awnet::cpu::amx

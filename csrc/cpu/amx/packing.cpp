@@ -6,7 +6,7 @@
 
 namespace awnet::cpu::amx {
 
-at::Tensor pack_weight(const at::Tensor& weight) {
+Tensor pack_weight(const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 4 && weight.scalar_type() == at::kBFloat16 && weight.numel() > 0,
               "expected bfloat16 filters [C_out, C_in, kh, kw], got ", weight.scalar_type(), " ",
               weight.sizes());
@@ -15,12 +15,11 @@ at::Tensor pack_weight(const at::Tensor& weight) {
   const int64_t out_blocks = ceil_div(outs, kChannels), in_blocks = ceil_div(ins, kChannels);
   const int64_t cell = 2 * kCell;  // of filters: 32 inputs by 32 outputs
   const int64_t half = out_blocks * in_blocks * positions * cell;
-  const at::Tensor packed =
-      new_tensor({2, half}, weight.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor packed = new_tensor({2, half}, weight.options().memory_format(at::MemoryFormat::Contiguous));
   auto* const forward = reinterpret_cast<Bits*>(packed.mutable_data_ptr());
   auto* const backward = forward + half;
   const auto* const from = static_cast<const Bits*>(weight.const_data_ptr());
-  const at::IntArrayRef step = weight.strides();
+  const Sizes step = weight.strides();
   const Kernels* const chosen = kernels_for_layers();
   const Kernels& order = chosen != nullptr ? *chosen : kernels(true);
   at::parallel_for(0, out_blocks * in_blocks, 1, [&](int64_t begin, int64_t end) {

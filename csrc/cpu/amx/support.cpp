@@ -44,7 +44,7 @@ std::string find_obstacle() {
 }
 
 constexpr size_t kPage = 1 << 21;
-constexpr size_t kMostFree = 8;  // blocks
+constexpr size_t kMaxFree = 8;  // blocks
 
 class Pool {
  public:
@@ -69,7 +69,7 @@ class Pool {
   void give(void* block, size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     free_.emplace(bytes, block);
-    if (free_.size() > kMostFree) {
+    if (free_.size() > kMaxFree) {
       std::free(free_.begin()->second);
       free_.erase(free_.begin());
     }
@@ -109,7 +109,7 @@ const Kernels* kernels_for_layers() {
   return off || !obstacle().empty() ? nullptr : &kernels(false);
 }
 
-at::Tensor pooled_memory(int64_t bytes) {
+Tensor pooled_memory(int64_t bytes) {
   const auto [block, size] = pool().take((static_cast<size_t>(bytes) / kPage + 1) * kPage);
   return at::from_blob(
       block, {bytes}, [size = size](void* block) { pool().give(block, size); }, at::TensorOptions(at::kByte));
