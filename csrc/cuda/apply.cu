@@ -14,7 +14,7 @@ struct Apply {
   uint8_t* relu_mask;  // may be null
   const T *u, *residual;
   const float *scale, *shift;
-  bool relu;
+  bool has_relu;
 
   template <int V>
   struct Inputs {
@@ -50,7 +50,7 @@ struct Apply {
       const Coefficients<1> c = of(j);
       float v = fmaf(in.u[j], c.scale[0], c.shift[0]);  // eval_backward.cu computes the same bits
       if (residual != nullptr) v += in.residual[j];
-      out[j] = relu ? rectified(v) : v;
+      out[j] = has_relu ? relu(v) : v;
     }
     store(y + i, out);
     if (relu_mask != nullptr) {  // of y as it is stored

@@ -119,8 +119,8 @@ class Batch {
   Tensor new_image(const Tensor& like) { return seen(at::empty_like(like, like.options(), format_)); }
   // Of a ReLU, or the slope of another activation; empty unless `needed`.
   Tensor new_mask(const Tensor& like, int64_t activation, bool needed) {
-    const bool smooth = needed && activation > kRelu;
-    const auto options = smooth ? like.options() : like.options().dtype(at::kBool);
+    const bool has_slope = needed && activation > kRelu;
+    const auto options = has_slope ? like.options() : like.options().dtype(at::kBool);
     return needed ? seen(at::empty_like(like, options, format_)) : at::empty({0}, options);
   }
   Tensor new_table(const Tensor& like) {

@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kAcross* kDown)
 extern "C" const char* awnet_cuda_eval_coefficients(const NormPointers* norm, int64_t batch, int64_t channels,
                                                     const MixPointers* mix, float* scale, float* shift,
                                                     void* stream) {
-  return launch(eval_coefficients_kernel, divided_up(batch * channels, kThreads), 1, dim3(kThreads), stream,
+  return launch(eval_coefficients_kernel, ceil_div(batch * channels, kThreads), 1, dim3(kThreads), stream,
                 Tables{*norm, batch, channels}, *mix, scale, shift);
 }
 
@@ -300,7 +300,7 @@ extern "C" const char* awnet_cuda_eval_gradients(const NormPointers* norm, int64
     if (error != nullptr) return error;
   }
   if (grads->weight == nullptr) return nullptr;
-  return launch(eval_gradients_of_tables, divided_up(channels, kAcross), 1, kColumns, stream, tables, *sums,
+  return launch(eval_gradients_of_tables, ceil_div(channels, kAcross), 1, kColumns, stream, tables, *sums,
                 *mix, *grads);
 }
 
@@ -308,21 +308,21 @@ extern "C" const char* awnet_cuda_batch_statistics(int64_t batch, int64_t channe
                                                    const StatsPointers* stats, const MixPointers* mix,
                                                    float* batch_mean, float* batch_var, float* n,
                                                    void* stream) {
-  return launch(batch_statistics_kernel, divided_up(channels, kAcross), 1, kColumns, stream, batch, channels,
+  return launch(batch_statistics_kernel, ceil_div(channels, kAcross), 1, kColumns, stream, batch, channels,
                 stat_rows, *stats, *mix, batch_mean, batch_var, n);
 }
 
 extern "C" const char* awnet_cuda_train_coefficients(const NormPointers* norm, int64_t batch,
                                                      int64_t channels, const MixPointers* mix, float* scale,
                                                      float* shift, void* stream) {
-  return launch(train_coefficients_kernel, divided_up(batch * channels, kThreads), 1, dim3(kThreads), stream,
+  return launch(train_coefficients_kernel, ceil_div(batch * channels, kThreads), 1, dim3(kThreads), stream,
                 Tables{*norm, batch, channels}, *mix, scale, shift);
 }
 
 extern "C" const char* awnet_cuda_train_sums(const NormPointers* norm, int64_t batch, int64_t channels,
                                              const SumsPointers* sums, const MixPointers* mix,
                                              float* d_weight, float* d_bias, float* through, void* stream) {
-  return launch(train_sums_kernel, divided_up(channels, kAcross), 1, kColumns, stream,
+  return launch(train_sums_kernel, ceil_div(channels, kAcross), 1, kColumns, stream,
                 Tables{*norm, batch, channels}, *sums, *mix, d_weight, d_bias, through);
 }
 
@@ -331,7 +331,7 @@ extern "C" const char* awnet_cuda_train_gradients(const NormPointers* norm, int6
                                                   const MixPointers* mix, const float* n,
                                                   const float* through, const TrainGradientsPointers* grads,
                                                   void* stream) {
-  return launch(train_gradients_kernel, divided_up(channels, kAcross), 1, kColumns, stream,
+  return launch(train_gradients_kernel, ceil_div(channels, kAcross), 1, kColumns, stream,
                 Tables{*norm, batch, channels}, *sums, *stats, *mix, n, through, *grads);
 }
 

@@ -95,8 +95,8 @@ __device__ __forceinline__ void store(T* to, const float (&value)[V]) {
 }
 
 // As torch's ReLU: NaN passes.
-__device__ __forceinline__ float rectified(float v) { return v <= 0.0f ? 0.0f : v; }
-__device__ __forceinline__ float masked(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
+__device__ __forceinline__ float relu(float v) { return v <= 0.0f ? 0.0f : v; }
+__device__ __forceinline__ float relu_backward(float grad, float y) { return y <= 0.0f ? 0.0f : grad; }
 
 // act(z) and its derivative, of activations other than the ReLU.
 struct Activated {
@@ -142,8 +142,8 @@ struct ActivationBackward {
   __device__ __forceinline__ float at(const Inputs<V>& in, int j) const {
     const float g = in.grad[j];
     if (kSlope) return g * in.y[j];
-    if (y != nullptr) return masked(g, in.y[j]);
-    if (relu_mask != nullptr) return masked(g, in.relu_mask[j]);
+    if (y != nullptr) return relu_backward(g, in.y[j]);
+    if (relu_mask != nullptr) return relu_backward(g, in.relu_mask[j]);
     return g;
   }
 };
@@ -204,13 +204,13 @@ __device__ __forceinline__ void column_sums(float (&value)[V]) {
 
 // --- launches
 
-constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;  // along x; 65535 along y
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // along x; 65535 along y
 
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks_y, dim3 threads,
                    void* stream, Arguments... arguments) {
   if (blocks == 0 || blocks_y == 0) return nullptr;
-  if (blocks > kMostBlocks || blocks_y > 65535) return "the tensor is too large for one launch";
+  if (blocks > kMaxBlocks || blocks_y > 65535) return "the tensor is too large for one launch";
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(blocks_y));
   config.blockDim = threads;

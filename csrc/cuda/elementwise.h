@@ -101,8 +101,8 @@ const char* over_images(const Images& images, Operation op, void* stream) {
                   rows.blocks_y, dim3(rows.lanes, kThreads / rows.lanes), stream, op, rows);
   }
   const uint32_t pixels = static_cast<uint32_t>(images.pixels);
-  const int64_t accesses = divided_up(total, images.aligned ? kWide : 1);
-  const int64_t blocks = divided_up(accesses, kThreads * Operation::kUnroll);
+  const int64_t accesses = ceil_div(total, images.aligned ? kWide : 1);
+  const int64_t blocks = ceil_div(accesses, kThreads * Operation::kUnroll);
   auto kernel = !images.aligned              ? over_planes<1, true, Operation>
                 : images.pixels % kWide == 0 ? over_planes<kWide, true, Operation>
                                              : over_planes<kWide, false, Operation>;

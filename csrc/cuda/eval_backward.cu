@@ -66,7 +66,7 @@ struct EvalBackward {
   // Stores the gradients of V values and adds them to the sums. kShared: all belong to one plane.
   template <int V, bool kShared, int N>
   __device__ __forceinline__ void write(int64_t i, const Inputs<V>& in, const Coefficients<N>& c,
-                                        float (&sum)[N], float (&along)[N]) const {
+                                        float (&sum)[N], float (&products)[N]) const {
     float d_u[V], act_grad[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -77,38 +77,38 @@ struct EvalBackward {
       if constexpr (kSlope) {
         g *= in.y[j];
       } else if (p.y != nullptr) {
-        g = masked(g, in.y[j]);
+        g = relu_backward(g, in.y[j]);
       } else if (p.relu_mask != nullptr) {
-        g = masked(g, in.relu_mask[j]);
+        g = relu_backward(g, in.relu_mask[j]);
       } else if (p.shift != nullptr) {  // y as apply stored it
-        g = masked(g, static_cast<float>(rounded<T>(fmaf(in.u[j], c.scale[k], c.shift[k]))));
+        g = relu_backward(g, static_cast<float>(rounded<T>(fmaf(in.u[j], c.scale[k], c.shift[k]))));
       }
       act_grad[j] = g;
       d_u[j] = g * c.scale[k];
       if (p.g1 != nullptr) {
         sum[k] += g;
-        along[k] += g * (in.u[j] - c.center[k]);
+        products[k] += g * (in.u[j] - c.center[k]);
       }
     }
     store(static_cast<T*>(p.d_u) + i, d_u);
     if (p.d_residual != nullptr) store(static_cast<T*>(p.d_residual) + i, act_grad);
   }
 
-  __device__ __forceinline__ void finish(int64_t entry, float sum, float along, float center) const {
+  __device__ __forceinline__ void finish(int64_t entry, float sum, float products, float center) const {
     p.g1[entry] = sum;
-    p.gc[entry] = p.center != nullptr ? along : fmaf(center, sum, along);
+    p.gc[entry] = p.center != nullptr ? products : fmaf(center, sum, products);
     if (p.center != nullptr) p.center[entry] = center;
   }
 
   // In double, so that the error does not grow with the number of parts; part i is at from + i * stride.
   __device__ __forceinline__ void combine(int64_t entry, int64_t from, int64_t stride, int32_t parts,
-                                          float center, const float* alongs) const {
-    double sum = 0.0, along = 0.0;
+                                          float center, const float* product_sums) const {
+    double sum = 0.0, products = 0.0;
     for (int32_t part = 0; part < parts; ++part, from += stride) {
       sum += __ldcg(p.workspace + from);  // past the first cache, which may hold what was there before
-      along += __ldcg(alongs + from);
+      products += __ldcg(product_sums + from);
     }
-    finish(entry, static_cast<float>(sum), static_cast<float>(along), center);
+    finish(entry, static_cast<float>(sum), static_cast<float>(products), center);
   }
 };
 
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if constexpr (kWide) entry = blockIdx.x / planes.parts;
   const int64_t table = s.count > 0 ? entry : 0;  // a group without work reads a plane's too
   const auto c = op.template coefficients<1>(table, table * planes.vectors * V);
-  float sum[1] = {}, along[1] = {};
+  float sum[1] = {}, products[1] = {};
   for (int32_t i = s.lane; i < s.count; i += s.width * kAhead) {
     typename EvalBackward<T, kSlope>::template Inputs<V> in[kAhead];
 #pragma unroll
@@ -142,25 +142,25 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
       const int32_t at = i + k * s.width;
-      if (at < s.count) op.template write<V, true>(s.first + int64_t{at} * V, in[k], c, sum, along);
+      if (at < s.count) op.template write<V, true>(s.first + int64_t{at} * V, in[k], c, sum, products);
     }
   }
   if (op.p.g1 == nullptr) return;
   sum[0] = group_sum<kWide>(sum[0], s.width);
-  along[0] = group_sum<kWide>(along[0], s.width);
+  products[0] = group_sum<kWide>(products[0], s.width);
   if (planes.parts == 1) {
-    if (s.lane == 0 && s.count > 0) op.finish(entry, sum[0], along[0], c.center[0]);
+    if (s.lane == 0 && s.count > 0) op.finish(entry, sum[0], products[0], c.center[0]);
     return;
   }
   if constexpr (kWide) {
-    float* const alongs = op.p.workspace + planes.entries * planes.parts;
+    float* const product_sums = op.p.workspace + planes.entries * planes.parts;
     if (s.lane == 0) {
       op.p.workspace[s.entry] = sum[0];
-      alongs[s.entry] = along[0];
+      product_sums[s.entry] = products[0];
     }
     if (!last_of(op.p.tickets + entry, planes.parts)) return;
     const int64_t from = entry / planes.channels * planes.parts * planes.channels + entry % planes.channels;
-    if (s.lane == 0) op.combine(entry, from, planes.channels, planes.parts, c.center[0], alongs);
+    if (s.lane == 0) op.combine(entry, from, planes.channels, planes.parts, c.center[0], product_sums);
   }
 }
 
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
   Coefficients<V> c = {};
   const int64_t sample = blockIdx.x / rows.parts;
   if (column.end > 0) c = op.template coefficients<V>(column.table, column.first);
-  float sum[V] = {}, along[V] = {};
+  float sum[V] = {}, products[V] = {};
   const int32_t down = blockDim.y;
   for (int32_t pixel = column.begin; pixel < column.end; pixel += down * kAhead) {
     typename EvalBackward<T, kSlope>::template Inputs<V> in[kAhead];
@@ -185,33 +185,33 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kAhead; ++k) {
       if (pixel + k * down < column.end) {
         const int64_t i = column.first + int64_t{pixel + k * down} * rows.channels;
-        op.template write<V, false>(i, in[k], c, sum, along);
+        op.template write<V, false>(i, in[k], c, sum, products);
       }
     }
   }
   if (op.p.g1 == nullptr) return;
   column_sums(sum);
-  column_sums(along);
+  column_sums(products);
   const bool writes = threadIdx.y == 0 && column.end > 0;
   if (rows.parts == 1) {
     if (!writes) return;
 #pragma unroll
-    for (int j = 0; j < V; ++j) op.finish(column.entry + j, sum[j], along[j], c.center[j]);
+    for (int j = 0; j < V; ++j) op.finish(column.entry + j, sum[j], products[j], c.center[j]);
     return;
   }
-  float* const alongs = op.p.workspace + entries * rows.parts;
+  float* const product_sums = op.p.workspace + entries * rows.parts;
   if (writes) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       op.p.workspace[column.entry + j] = sum[j];
-      alongs[column.entry + j] = along[j];
+      product_sums[column.entry + j] = products[j];
     }
   }
   if (!last_of(op.p.tickets + sample * gridDim.y + blockIdx.y, rows.parts) || !writes) return;
   const int64_t from = sample * rows.parts * rows.channels + column.table - sample * rows.channels;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    op.combine(column.table + j, from + j, rows.channels, rows.parts, c.center[j], alongs);
+    op.combine(column.table + j, from + j, rows.channels, rows.parts, c.center[j], product_sums);
   }
 }
 

@@ -8,7 +8,7 @@
 
 namespace awnet::cuda {
 
-inline int64_t divided_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+inline int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 inline int power_of_two_from(int64_t x, int most) {
   int power = 1;
@@ -56,9 +56,9 @@ inline Planes planes_of(const Images& images, int threads, int warp) {
   p.vectors = static_cast<int32_t>(images.pixels / vector_width(images));
   p.width = p.vectors <= warp * kDepth ? power_of_two_from(p.vectors, warp) : threads;
   const int64_t most = static_cast<int64_t>(p.width) * kDepth;
-  p.parts = static_cast<int32_t>(divided_up(p.vectors, most));
-  p.length = static_cast<int32_t>(divided_up(p.vectors, p.parts > 0 ? p.parts : 1));
-  if (p.length > 0) p.parts = static_cast<int32_t>(divided_up(p.vectors, p.length));
+  p.parts = static_cast<int32_t>(ceil_div(p.vectors, most));
+  p.length = static_cast<int32_t>(ceil_div(p.vectors, p.parts > 0 ? p.parts : 1));
+  if (p.length > 0) p.parts = static_cast<int32_t>(ceil_div(p.vectors, p.length));
   return p;
 }
 
@@ -68,9 +68,9 @@ inline Rows rows_of(const Images& images, int threads, int warp) {
   r.channels = images.channels;
   r.pixels = static_cast<int32_t>(images.pixels);
   r.lanes = power_of_two_from(vectors, warp);
-  r.blocks_y = static_cast<int32_t>(divided_up(vectors, r.lanes));
+  r.blocks_y = static_cast<int32_t>(ceil_div(vectors, r.lanes));
   r.length = threads / r.lanes * kDepth;
-  r.parts = static_cast<int32_t>(divided_up(images.pixels, r.length));
+  r.parts = static_cast<int32_t>(ceil_div(images.pixels, r.length));
   return r;
 }
 

@@ -27,11 +27,11 @@ struct Operands {
 
   // Adds value j to the sums.
   template <int V>
-  __device__ __forceinline__ void add(const Inputs<V>& in, int j, float middle, float& sum,
-                                      float& along) const {
+  __device__ __forceinline__ void add(const Inputs<V>& in, int j, float center, float& sum,
+                                      float& products) const {
     const float g = activation.at(in.activation, j);
     sum += g;
-    along += g * (in.u[j] - middle);
+    products += g * (in.u[j] - center);
   }
 };
 
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T, kSlope> op
   const Slice s = slice_of<V, kWide>(planes);
   int64_t table = s.entry;  // of the center
   if constexpr (kWide) table = blockIdx.x / planes.parts;
-  const float middle = s.count > 0 ? op.center[table] : 0.0f;
-  float sum = 0.0f, along = 0.0f;
+  const float center = s.count > 0 ? op.center[table] : 0.0f;
+  float sum = 0.0f, products = 0.0f;
   for (int32_t i = s.lane; i < s.count; i += s.width * kAhead) {
     typename Operands<T, kSlope>::template Inputs<V> in[kAhead];
 #pragma unroll
@@ -53,23 +53,23 @@ __global__ void __launch_bounds__(kThreads) reduce_planes(Operands<T, kSlope> op
     for (int k = 0; k < kAhead; ++k) {
       if (i + k * s.width < s.count) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) op.add(in[k], j, middle, sum, along);
+        for (int j = 0; j < V; ++j) op.add(in[k], j, center, sum, products);
       }
     }
   }
   sum = group_sum<kWide>(sum, s.width);
-  along = group_sum<kWide>(along, s.width);
+  products = group_sum<kWide>(products, s.width);
   if (s.lane == 0 && s.count > 0) {
     op.g1[s.entry] = sum;
-    op.gc[s.entry] = along;
+    op.gc[s.entry] = products;
   }
 }
 
 template <class T, int V, bool kSlope>
 __global__ void __launch_bounds__(kThreads) reduce_rows(Operands<T, kSlope> op, Rows rows) {
   const Column c = column_of<V>(rows);
-  float middle[V] = {}, sum[V] = {}, along[V] = {};
-  if (c.end > 0) load_entries(op.center + c.table, middle);
+  float center[V] = {}, sum[V] = {}, products[V] = {};
+  if (c.end > 0) load_entries(op.center + c.table, center);
   const int32_t down = blockDim.y;
   for (int32_t pixel = c.begin; pixel < c.end; pixel += down * kAhead) {
     typename Operands<T, kSlope>::template Inputs<V> in[kAhead];
@@ -83,35 +83,35 @@ __global__ void __launch_bounds__(kThreads) reduce_rows(Operands<T, kSlope> op, 
     for (int k = 0; k < kAhead; ++k) {
       if (pixel + k * down < c.end) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) op.add(in[k], j, middle[j], sum[j], along[j]);
+        for (int j = 0; j < V; ++j) op.add(in[k], j, center[j], sum[j], products[j]);
       }
     }
   }
   column_sums(sum);
-  column_sums(along);
+  column_sums(products);
   if (threadIdx.y == 0 && c.end > 0) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       op.g1[c.entry + j] = sum[j];
-      op.gc[c.entry + j] = along[j];
+      op.gc[c.entry + j] = products[j];
     }
   }
 }
 
 // [B, parts, C] -> [B, C]. In double, so that the error does not grow with the number of parts.
 __global__ void __launch_bounds__(kThreads)
-    combine_sums(const float* sums, const float* alongs, float* g1, float* gc, int64_t entries,
+    combine_sums(const float* sums, const float* product_sums, float* g1, float* gc, int64_t entries,
                  int64_t channels, int32_t parts) {
   const int64_t entry = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (entry >= entries) return;
   int64_t from = entry / channels * parts * channels + entry % channels;
-  double sum = 0.0, along = 0.0;
+  double sum = 0.0, products = 0.0;
   for (int32_t part = 0; part < parts; ++part, from += channels) {
     sum += sums[from];
-    along += alongs[from];
+    products += product_sums[from];
   }
   g1[entry] = static_cast<float>(sum);
-  gc[entry] = static_cast<float>(along);
+  gc[entry] = static_cast<float>(products);
 }
 
 template <class T, int V, bool kSlope>
@@ -130,7 +130,7 @@ const char* launch_reduce(const Images& images, Operands<T, kSlope> op, float* w
                           : over_planes_parts(reduce_planes<T, V, false, kSlope>,
                                               reduce_planes<T, V, true, kSlope>, planes, stream, op);
   if (error != nullptr || parts == 1) return error;
-  return launch(combine_sums, divided_up(entries, kThreads), 1, dim3(kThreads), stream, op.g1, op.gc, g1, gc,
+  return launch(combine_sums, ceil_div(entries, kThreads), 1, dim3(kThreads), stream, op.g1, op.gc, g1, gc,
                 entries, images.channels, parts);
 }
 

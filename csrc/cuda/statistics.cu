@@ -131,7 +131,7 @@ const char* launch_statistics(const Images& images, const T* u, float* mean, flo
                           : over_planes_parts(statistics_planes<T, V, false>, statistics_planes<T, V, true>,
                                               planes, stream, u, means, squares);
   if (error != nullptr || parts == 1) return error;
-  return launch(combine_statistics, divided_up(entries, kThreads), 1, dim3(kThreads), stream, means, squares,
+  return launch(combine_statistics, ceil_div(entries, kThreads), 1, dim3(kThreads), stream, means, squares,
                 mean, m2, Parts{entries, images.channels, parts, length, images.pixels});
 }
 

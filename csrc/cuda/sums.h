@@ -68,8 +68,7 @@ const char* over_planes_parts(Kernel narrow, Kernel wide, const Planes& p, void*
   if (p.width == kThreads) {
     return launch(wide, p.entries * p.parts, 1, dim3(kThreads), stream, arguments..., p);
   }
-  return launch(narrow, divided_up(p.entries * p.width, kThreads), 1, dim3(kThreads), stream, arguments...,
-                p);
+  return launch(narrow, ceil_div(p.entries * p.width, kThreads), 1, dim3(kThreads), stream, arguments..., p);
 }
 
 template <class Kernel, class... Arguments>

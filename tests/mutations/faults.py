@@ -258,7 +258,7 @@ FAULTS = (
     ),
     fault(
         "the first value's mask for the whole vector", "csrc/cuda/device.h",
-        "return masked(g, in.relu_mask[j]);", "return masked(g, in.relu_mask[0]);",
+        "return relu_backward(g, in.relu_mask[j]);", "return relu_backward(g, in.relu_mask[0]);",
         CUDA_PASSES,
     ),
     fault(
