@@ -251,11 +251,11 @@ def train_sums(sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
     is_clean, affine_rows, stat_rows = mix.is_clean, len(norm.weight), len(norm.mean)
     sample = _samples(norm, is_clean, len(mean))
     d = _scaled(mean, mix.filter_scale) - sample.mean
-    along = (_scaled(gc, mix.filter_scale) + d * g1) * sample.inv_std  # Σ_hw g · normalized
+    grad_dot_normalized = (_scaled(gc, mix.filter_scale) + d * g1) * sample.inv_std  # Σ_hw g · normalized
     return TrainSums(
-        _sum_by_row(along, is_clean, affine_rows),
+        _sum_by_row(grad_dot_normalized, is_clean, affine_rows),
         _sum_by_row(g1, is_clean, affine_rows),
-        torch.stack([_sum_by_row(sample.weight * x, is_clean, stat_rows) for x in (g1, along)]),
+        torch.stack([_sum_by_row(sample.weight * x, is_clean, stat_rows) for x in (g1, grad_dot_normalized)]),
     )
 
 
