@@ -30,6 +30,8 @@ from awnet.nn.structure import apply_settings, compare, describe
 from awnet.nn.wrappers import with_wrapper_names, without_wrapper_names
 
 _KEY = "awnet"  # in the safetensors metadata
+_STORAGE = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORAGE_MIN_VALUES = 4096
 _EXTRA_KEY = "awnet.extra_state"
 _FORMAT = 1
 # what building a model and loading weights may raise if a file does not fit
@@ -40,7 +42,13 @@ _MISFITS = (
 
 
 @standard_defaults()
-def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    path: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    storage: torch.dtype | None = None,
+) -> None:
     """Writes weights, buffers and a description of the model to one ``.safetensors`` file, atomically.
 
     ``awnet.load_model`` restores the same model: the dtype of its weights, the current settings of its router
@@ -54,17 +62,29 @@ def save_model(model: nn.Module, path: str | Path, weights: Mapping[str, Tensor]
             ignored.
         path: ends in ``.safetensors``; an existing file is replaced.
         weights: a state dict of ``model`` to write instead of its current one.
+        storage: ``torch.bfloat16`` or ``torch.float16`` rounds float32 parameters of at least 4,096 values to
+            it, which halves the file. ``load_model`` returns them as float32, with the rounded values.
 
     Raises:
-        ValueError: ``path`` has another suffix, or a model of :func:`create_model` was changed in ways that a
-            file cannot store (hooks, replaced layers, parametrized weights), which the message names.
+        ValueError: ``path`` has another suffix, ``storage`` is another dtype or the model is not in float32,
+            or a model of :func:`create_model` was changed in ways that a file cannot store (hooks, replaced
+            layers, parametrized weights), which the message names.
         OSError: the file cannot be written.
     """
     path = expanded(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
     check_has_values(model)
-    write_model(model, path, model.state_dict() if weights is None else weights, description_of(model))
+    weights, description = model.state_dict() if weights is None else weights, description_of(model)
+    if storage is not None:
+        if storage not in _STORAGE.values():
+            raise ValueError(f"storage must be torch.bfloat16 or torch.float16, got {storage}")
+        others = {value.dtype for value in model.parameters()} - {torch.float32}
+        if others:
+            raise ValueError(f"storage is for models in float32: this one has parameters in {others.pop()}")
+        weights = _rounded(model, weights, storage)
+        description["storage"] = str(storage).removeprefix("torch.")
+    write_model(model, path, weights, description)
 
 
 @standard_defaults()
@@ -293,7 +313,7 @@ def load_model_file(
             if model is None:
                 shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
                 _check_fit(file, about, shapes)  # before anything is allocated
-            tensors = {name: opened.get_tensor(name) for name in names}
+            tensors = _stored_as_float32(about, {name: opened.get_tensor(name) for name in names})
     except SafetensorError as error:
         raise ValueError(
             f"{file} is damaged or no safetensors file ({error}); copy or download it again, or use another "
@@ -314,6 +334,22 @@ def load_model_file(
             raise ValueError(f"{file} does not fit the model that was passed: {error}") from error
         raise _misfit(file, about, error) from error
     return model.to(device).eval()
+
+
+def _rounded(model: nn.Module, weights: Mapping[str, Any], storage: torch.dtype) -> dict[str, Any]:
+    """``weights`` with the large float32 parameters of ``model`` in the dtype ``storage``."""
+    large = {
+        name
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if value.dtype == torch.float32 and value.numel() >= _STORAGE_MIN_VALUES
+    }
+    return {name: value.to(storage) if name in large else value for name, value in weights.items()}
+
+
+def _stored_as_float32(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` with those in the storage dtype of ``about``, the file's description, as float32."""
+    storage = _STORAGE.get(about.get("storage", ""))
+    return {name: value.float() if value.dtype == storage else value for name, value in tensors.items()}
 
 
 @torch.no_grad()

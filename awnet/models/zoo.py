@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from awnet.files import cache_folder, expanded, read_json
+from awnet.models.files import load_model_file, save_model
 from awnet.run_config import read_config
 
 FOLDER = Path(__file__).resolve().parent.parent / "zoo"
@@ -80,11 +83,53 @@ def _downloaded(name: str, entry: ZooModel, url: str) -> Path:
     return target
 
 
-def add_run(run: str | Path, name: str, about: str, folder: Path = FOLDER) -> Path:
+def rounded_copy(run: str | Path, target: str | Path, storage: torch.dtype = torch.bfloat16) -> Path:
+    """Copies a finished run with its large weights rounded to ``storage``; returns ``target``.
+
+    ``target`` has no report: evaluate it, so that the report describes the rounded weights, before
+    :func:`add_run`.
+
+    Raises:
+        FileExistsError: ``target`` exists.
+    """
+    run, target = expanded(run), expanded(target)
+    read_config(run, whole=True)
+    model = load_model_file(run)
+    target.mkdir(parents=True)
+    save_model(model, target / WEIGHTS, storage=storage)
+    for name in ("config.json", "log.jsonl"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, target / name)
+    return target
+
+
+def add_run(
+    run: str | Path,
+    name: str,
+    about: str,
+    folder: Path = FOLDER,
+    *,
+    teachers: bool = True,
+    url: str | None = None,
+) -> Path:
     """Copies a finished run with its report and its teachers to the package; returns the new folder.
 
     Of the record of the sessions the last one is kept, without absolute paths. A teacher that another model
     of the zoo has too is stored once.
+
+    Args:
+        run: a run folder. Its report is ``report.json`` or else ``evaluations/default/report.json``.
+        name: name of the model: it is loaded as ``zoo:NAME``.
+        about: a sentence: network, data, training, accuracy.
+        folder: folder of the registry.
+        teachers: False stores no teacher: the record names its SHA-256, and attacks that use teachers need
+            them as files.
+        url: address that the copied files will have. They are then not part of the package: move the returned
+            folder there.
+
+    Raises:
+        FileExistsError: the model exists.
+        FileNotFoundError: a file of the run or of a teacher is missing.
     """
     run = expanded(run)
     config = read_config(run, whole=True)
@@ -93,21 +138,28 @@ def add_run(run: str | Path, name: str, about: str, folder: Path = FOLDER) -> Pa
         raise FileExistsError(f"{target} exists: remove it first")
     target.mkdir(parents=True)
     shutil.copyfile(run / WEIGHTS, target / WEIGHTS)
-    if (run / "report.json").is_file():
-        shutil.copyfile(run / "report.json", target / "report.json")
-    config["sessions"] = [_without_paths(run, session, target) for session in config["sessions"][-1:]]
+    reports = (run / "report.json", run / "evaluations" / "default" / "report.json")
+    if report := next((path for path in reports if path.is_file()), None):
+        shutil.copyfile(report, target / "report.json")
+    config["sessions"] = [
+        _without_paths(run, session, target, teachers) for session in config["sessions"][-1:]
+    ]
     (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     stored = sorted(path for path in target.rglob("*") if path.is_file())
     files = {path.relative_to(target).as_posix(): _sha256(path) for path in stored}
-    models = zoo_models(folder) | {name: ZooModel(about, files)}
+    models = zoo_models(folder) | {name: ZooModel(about, files, url)}
     text = json.dumps({key: asdict(models[key]) for key in sorted(models)}, indent=1, ensure_ascii=False)
     (folder / "registry.json").write_text(text + "\n", encoding="utf-8")
     return target
 
 
-def _without_paths(run: Path, session: dict[str, Any], target: Path) -> dict[str, Any]:
+def _without_paths(run: Path, session: dict[str, Any], target: Path, store: bool) -> dict[str, Any]:
+    """The record of a session without absolute paths; its teachers are copied if ``store``."""
     teachers = {}
     for kind, source in (session.get("teachers") or {}).items():
+        if not store:
+            teachers[kind] = source | {"path": None, "from_run": f"teachers/{kind}"}
+            continue
         places = [run / source["from_run"], *([Path(source["path"])] if source["path"] else [])]
         found = next((path for path in places if path.exists()), None)
         if found is None:

@@ -368,3 +368,33 @@ def test_a_timm_model_is_saved_and_loaded(tmp_path: Path) -> None:
     again = convert(timm.create_model("resnet10t", num_classes=3, in_chans=1))
     x = torch.rand(1, 1, 32, 32)
     assert torch.equal(load_model(tmp_path / "a.safetensors", model=again)(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16], ids=str)
+def test_a_model_stored_in_16_bits_is_loaded_in_float32_with_rounded_values(
+    storage: torch.dtype, tmp_path: Path
+) -> None:
+    model = create_model("awnet_tiny")
+    save_model(model, tmp_path / "full.safetensors")
+    save_model(model, tmp_path / "half.safetensors", storage=storage)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("full", "half")]
+    assert sizes[1] < 0.65 * sizes[0]  # 0.5 of the large weights; small ones, statistics and names stay
+    loaded, buffers = load_model(tmp_path / "half.safetensors"), dict(model.named_buffers())
+    rounded = 0
+    for name, value in model.state_dict().items():
+        large = name not in buffers and value.numel() >= 4096
+        rounded += large
+        expected = value.to(storage).float() if large else value
+        assert loaded.state_dict()[name].dtype == value.dtype
+        assert torch.equal(loaded.state_dict()[name], expected)
+    assert rounded
+    save_model(loaded, tmp_path / "again.safetensors", storage=storage)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "half.safetensors").read_bytes()
+
+
+def test_storage_of_another_dtype_or_of_a_model_in_16_bits_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be torch.bfloat16 or torch.float16, got torch.int8"):
+        save_model(create_model("resnet_tiny"), tmp_path / "a.safetensors", storage=torch.int8)
+    with pytest.raises(ValueError, match=r"models in float32: this one has parameters in torch.bfloat16"):
+        save_model(create_model("resnet_tiny").bfloat16(), tmp_path / "a.safetensors", storage=torch.bfloat16)
+    assert not list(tmp_path.iterdir())

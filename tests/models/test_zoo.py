@@ -16,7 +16,7 @@ from awnet.cli import main
 from awnet.data import load_dataset
 from awnet.evaluation.teachers import find_teachers
 from awnet.models import load_model, zoo_models
-from awnet.models.zoo import FOLDER, ZooModel, add_run, zoo_folder
+from awnet.models.zoo import FOLDER, ZooModel, add_run, rounded_copy, zoo_folder
 
 NAMES = tuple(zoo_models())
 NAME = "awnet_tiny_digits"
@@ -108,6 +108,32 @@ def test_a_run_is_added_with_its_teachers_once(zoo: Path) -> None:
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     with pytest.raises(FileExistsError, match="remove it first"):
         add_run(zoo_folder(NAME, zoo), "copy", "again", zoo)
+
+
+def test_a_rounded_run_is_evaluated_and_added_without_its_teachers(zoo: Path, tmp_path: Path) -> None:
+    run = rounded_copy(zoo_folder(NAME, zoo), tmp_path / "rounded")
+    assert not (run / "report.json").exists()
+    with pytest.raises(FileExistsError):
+        rounded_copy(zoo_folder(NAME, zoo), run)
+    assert main(["evaluate", str(run), "--attacks", "fgsm", "--device", "cpu"]) == 0
+    url = "https://example.org/rounded"
+    add_run(run, "rounded", "16 bits", zoo, teachers=False)
+    add_run(run, "elsewhere", "16 bits", zoo, teachers=False, url=url)
+    assert set(zoo_models(zoo)["rounded"].files) == {"best.safetensors", "config.json", "report.json"}
+    assert zoo_models(zoo)["elsewhere"].url == url
+    added = zoo_folder("rounded", zoo)
+    assert (added / "best.safetensors").stat().st_size < 0.65 * (
+        zoo / NAME / "best.safetensors"
+    ).stat().st_size
+    report = json.loads((added / "report.json").read_text())
+    missing = find_teachers(added).missing
+    assert missing.keys() == {"clean", "robust"}
+    assert all("does not exist" in reason for reason in missing.values())
+    test = load_dataset("digits", seed=0).test
+    batch = next(test.batches(report["n"]))
+    with torch.no_grad():
+        correct = load_model(added)(batch.x.float()).argmax(1) == batch.y
+    assert correct.sum().item() == round(report["n"] * report["clean_accuracy"])
 
 
 def test_a_zoo_model_is_evaluated_by_name(
