@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +30,35 @@ def config(name: str, num_classes: int, in_channels: int, **options: Any) -> dic
         "in_channels": plain(in_channels),
         "options": options,
     }
+
+
+def optional_module(name: str, package: str, needed_by: str) -> ModuleType:
+    """The module ``name`` of an optional package.
+
+    Args:
+        name: ``"timm"`` or ``"timm.models"``, for example.
+        package: what to install with pip.
+        needed_by: subject of the error message.
+
+    Raises:
+        ImportError: it is not installed, or its import fails. Packages built for another torch raise errors
+            of other types.
+    """
+    top = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if "torchvision::" in reason:
+            raise ImportError(
+                f"{needed_by} needs {top}, whose torchvision does not import beside torch "
+                f"{torch.__version__} ({reason}): install the torchvision of the same release and index, for "
+                "a torch without CUDA pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
+            ) from error
+        raise ImportError(
+            f"{needed_by} needs {top}, which is not installed or does not import here ({reason}): "
+            f"pip install {package}"
+        ) from error
 
 
 def flops(network: nn.Module, run: Callable[[], object]) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import pickle
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from awnet.defaults import standard_defaults
 from awnet.files import expanded, read_json
+from awnet.models.common import optional_module
 from awnet.models.files import load_model_file
 from awnet.models.registry import SOURCE, class_of
 from awnet.models.user_code import build_model
@@ -214,9 +213,7 @@ def _timm(
     name: str, *, pretrained: bool, num_classes: int | None
 ) -> tuple[nn.Module, tuple[Sequence[float] | None, Sequence[float] | None]]:
     """A timm model, and the mean and std of its pretrained weights."""
-    _check_installed("timm", "timm")
-    import timm
-
+    timm = optional_module("timm", '"awnet[timm]"', f"timm:{name}")
     if pretrained and num_classes is not None:
         raise ValueError(
             "num_classes would replace the pretrained classifier by a random one: leave it out, or give the "
@@ -254,9 +251,8 @@ def _from_hub(name: str) -> nn.Module:
 
 
 def _robustbench(name: str) -> nn.Module:
-    _check_installed("robustbench", "git+https://github.com/RobustBench/robustbench")
-    load = importlib.import_module("robustbench.utils").load_model
-
+    package = "git+https://github.com/RobustBench/robustbench"  # the release on PyPI does not import
+    load = optional_module("robustbench.utils", package, f"robustbench:{name}").load_model
     *about, model = name.split("/")
     if len(about) > 2 or not model:
         raise ValueError(f"expected robustbench:[DATASET/[NORM/]]NAME, got 'robustbench:{name}'")
@@ -317,11 +313,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the {type(model).__name__}: {_line(error)}") from error
-
-
-def _check_installed(module: str, package: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"{module} is not installed: pip install {package}")
 
 
 def _line(error: Exception) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from awnet.models.common import config, scaled
+from awnet.models.common import config, optional_module, scaled
 from awnet.models.hub import OnHub
 from awnet.nn.layers import check_image, check_sizes
 from awnet.scalars import check_integer
@@ -43,22 +42,10 @@ class Swin(nn.Module, OnHub):
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
         check_sizes(num_classes, in_channels)
         image_size = check_integer("image_size", image_size, 1)
-        try:
-            from timm.models.swin_transformer import SwinTransformer
-        except ImportError as error:
-            raise ImportError(
-                f"{name} needs timm, which is not installed or does not import here ({error}): "
-                'pip install "awnet[timm]"'
-            ) from error
-        except RuntimeError as error:  # torchvision's, when its operators were built for another torch
-            raise ImportError(
-                f"{name} needs timm, whose torchvision does not import beside torch {torch.__version__} "
-                f"({error}): install the torchvision of the same release and index, for a torch without CUDA "
-                "pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
-            ) from error
+        timm = optional_module("timm.models.swin_transformer", '"awnet[timm]"', name)
         super().__init__()
         self.in_channels, self.image_size = in_channels, image_size
-        self.network = SwinTransformer(
+        self.network: nn.Module = timm.SwinTransformer(
             img_size=image_size,
             patch_size=2,
             window_size=4,

@@ -149,6 +149,36 @@ def test_robustbench_gets_data_set_norm_and_name(monkeypatch: pytest.MonkeyPatch
     ]
 
 
+@pytest.mark.parametrize(
+    ("source", "package", "error", "message"),
+    [
+        (
+            "timm:resnet18",
+            "timm",
+            "ImportError('no')",
+            r"timm:resnet18 needs timm.*pip install \"awnet\[timm\]",
+        ),
+        ("timm:resnet18", "timm", "RuntimeError('operator torchvision::nms')", "pip install torchvision"),
+        (
+            "robustbench:A",
+            "robustbench",
+            "AttributeError('no')",
+            r"AttributeError: no\): pip install git\+https",
+        ),
+        ("robustbench:A", "robustbench", "RuntimeError('torchvision::nms')", "pip install torchvision"),
+    ],
+)
+def test_a_package_that_does_not_import_is_an_error_with_advice(
+    source: str, package: str, error: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    (tmp_path / f"{package}.py").write_text(f"raise {error}")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=message):
+        awnet.load_model(source)
+
+
 class Sneaky:
     def __reduce__(self) -> object:
         return (print, ("code from a file ran",))
