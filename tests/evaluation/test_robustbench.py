@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from support.extras import optional
@@ -187,3 +188,29 @@ def test_a_program_runs_any_batch_from_the_command_line(tmp_path: Path) -> None:
     # the same operators in the same order; only fusing by the exporter could change a bit
     torch.testing.assert_close(loaded(x), load_model(weights)(x), rtol=1e-5, atol=1e-6)
     assert main(arguments) == 2  # the file is there
+
+
+@pytest.mark.slow
+def test_a_model_of_robustbench_is_loaded_by_name_and_evaluated(
+    robustbench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    entries = robustbench.all_models[enums.BenchmarkDataset.cifar_10][enums.ThreatModel.Linf]
+    torch.manual_seed(0)
+    reference = entries["Wong2020Fast"]["model"]().eval()
+    monkeypatch.chdir(tmp_path)
+    weights = Path("models", "cifar10", "Linf", "Wong2020Fast.pt")  # where robustbench stores downloads
+    weights.parent.mkdir(parents=True)
+    torch.save(reference.state_dict(), weights)
+    model = load_model("robustbench:Wong2020Fast")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference(x))
+    pixels = (torch.rand(4, 32, 32, 3) * 255).to(torch.uint8).numpy()
+    np.savez("color.npz", images=pixels, labels=np.arange(4))
+    words = ["robustbench:Wong2020Fast", "--data", "color.npz", "--attacks", "fgsm", "--device", "cpu"]
+    assert main(["evaluate", *words]) == 0
+    folder = Path("runs", "robustbench-Wong2020Fast", "evaluations", "default")
+    assert json.loads((folder / "report.json").read_text())["model"] == "robustbench:Wong2020Fast"
+    with pytest.raises(ValueError, match="RobustBench cannot load 'Nobody2020' of cifar10 and Linf"):
+        load_model("robustbench:Nobody2020")
