@@ -59,9 +59,9 @@ def export_onnx(model: nn.Module, x: Tensor, path: Path, *, name: str = "the mod
     if missing:
         raise ImportError(f"ONNX needs {' and '.join(missing)}: pip install 'awnet[onnx]'")
     program = _exported(model, x, "eager", name)
-    program = program.run_decompositions(decompositions())
     try:
         with _quiet():
+            program = program.run_decompositions(decompositions())
             exported: Any = torch.onnx.export(
                 program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
             )
