@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +14,12 @@ from torch import Tensor, nn
 
 from awnet.nn.inference import InferenceCopy, required_inference_copy
 from awnet.scalars import check_number, plain
+
+# modules that packages import without requiring them → what provides them
+_PROVIDERS = {
+    "autoattack": "git+https://github.com/fra31/auto-attack",
+    "pkg_resources": "'setuptools<81'",
+}
 
 
 def scaled(channels: int, width: float) -> int:
@@ -44,21 +52,35 @@ def optional_module(name: str, package: str, needed_by: str) -> ModuleType:
         ImportError: it is not installed, or its import fails. Packages built for another torch raise errors
             of other types.
     """
-    top = name.partition(".")[0]
     try:
         return importlib.import_module(name)
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if "torchvision::" in reason:
-            raise ImportError(
-                f"{needed_by} needs {top}, whose torchvision does not import beside torch "
-                f"{torch.__version__} ({reason}): install the torchvision of the same release and index, for "
-                "a torch without CUDA pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
-            ) from error
-        raise ImportError(
-            f"{needed_by} needs {top}, which is not installed or does not import here ({reason}): "
-            f"pip install {package}"
-        ) from error
+        raise ImportError(f"{needed_by} needs {_import_problem(name, package, error)}") from error
+
+
+def _import_problem(name: str, package: str, error: Exception) -> str:
+    """The package of the module ``name``, why it does not import, and what to install."""
+    top = name.partition(".")[0]
+    missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
+    if missing == top:
+        return f"{top}, which is not installed: pip install {package}"
+    versioned = top
+    with suppress(importlib.metadata.PackageNotFoundError):
+        versioned = f"{top} {importlib.metadata.version(top)}"
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if "torchvision::" in reason:
+        return (
+            f"{versioned}, whose torchvision does not import beside torch {torch.__version__} ({reason}): "
+            "install the torchvision of the same release and index, for a torch without CUDA pip install "
+            "torchvision --index-url https://download.pytorch.org/whl/cpu"
+        )
+    missing = missing.partition(".")[0]
+    if missing and missing != top:
+        provider = _PROVIDERS.get(missing, missing)
+        advice = f"the module {missing} is missing, which pip install {provider} installs"
+    else:
+        advice = f"install a version that fits the other packages: pip install --upgrade {package}"
+    return f"{versioned}, which is installed but does not import ({reason}): {advice}"
 
 
 def flops(network: nn.Module, run: Callable[[], object]) -> int:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from awnet.defaults import standard_defaults
 from awnet.files import expanded, read_json
@@ -176,7 +176,10 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for name, value in (("mean", self.mean), ("std", self.std)):
             if value.shape[1] not in (1, x.shape[1]):
-                raise ValueError(f"{name} has {value.shape[1]} values, the images {x.shape[1]} channels")
+                raise ValueError(
+                    f"{name} has {value.shape[1]} values, but the images have {x.shape[1]} "
+                    f"channel{'s' * (x.shape[1] > 1)}: give one value for each channel, or one for all"
+                )
         if self.image_size is not None and x.shape[2:] != (self.image_size, self.image_size):
             x = F.interpolate(
                 x, (self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False
@@ -285,9 +288,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds Python objects, which could run code when they are loaded, or is damaged: save "
-            f"model.state_dict() instead ({_line(error)})"
+            "model.state_dict() instead"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # torch.load raises errors of many types for files of other kinds
         raise ValueError(f"{path} is damaged or no file of weights: {_line(error)}") from error
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         inner = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), None)
@@ -312,7 +315,14 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the {type(model).__name__}: {_line(error)}") from error
+        wrong = [
+            f"{name} is {list(state[name].shape)} and not {list(value.shape)}"
+            for name, value in model.state_dict().items()
+            if isinstance(state[name], Tensor) and not is_lazy(value) and state[name].shape != value.shape
+        ]
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        reason = ", ".join(wrong[:3]) + more if wrong else _line(error)
+        raise ValueError(f"{path} does not fit the {type(model).__name__}: {reason}") from error
 
 
 def _line(error: Exception) -> str:

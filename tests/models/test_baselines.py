@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.extras import forget, make_absent
 from support.model_families import OWN_RECIPES, narrow, needs
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -333,17 +333,15 @@ def test_separate_net_trains_its_parts_independently() -> None:
 
 
 def test_swin_without_timm_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("timm", "timm.models", "timm.models.swin_transformer"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r'swin_t needs timm.*pip install "awnet\[timm\]"'):
+    make_absent(monkeypatch, "timm")
+    with pytest.raises(ImportError, match=r'swin_t needs timm, which is not.*: pip install "awnet\[timm\]"'):
         create_model("swin_t")
 
 
 def test_swin_reports_that_torchvision_does_not_fit_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
-        monkeypatch.delitem(sys.modules, module)
+    forget(monkeypatch, "timm")
     (tmp_path / "timm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match=r"torchvision::nms does not exist.*pip install torchvision"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from support.extras import optional
+from support.extras import forget, make_absent, optional
 from torch import nn
 
 import awnet
@@ -150,32 +151,82 @@ def test_robustbench_gets_data_set_norm_and_name(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("source", "package", "error", "message"),
+    ("source", "code", "message"),
     [
         (
             "timm:resnet18",
-            "timm",
-            "ImportError('no')",
-            r"timm:resnet18 needs timm.*pip install \"awnet\[timm\]",
+            "raise RuntimeError('operator torchvision::nms does not exist')",
+            "timm:resnet18 needs timm 1.1.1, whose torchvision does not import beside torch "
+            f"{torch.__version__} (RuntimeError: operator torchvision::nms does not exist): install the "
+            "torchvision of the same release and index, for a torch without CUDA pip install torchvision "
+            "--index-url https://download.pytorch.org/whl/cpu",
         ),
-        ("timm:resnet18", "timm", "RuntimeError('operator torchvision::nms')", "pip install torchvision"),
+        (
+            "timm:resnet18",
+            "raise ImportError('no')",
+            "timm:resnet18 needs timm 1.1.1, which is installed but does not import (ImportError: no): install "
+            'a version that fits the other packages: pip install --upgrade "awnet[timm]"',
+        ),
         (
             "robustbench:A",
-            "robustbench",
-            "AttributeError('no')",
-            r"AttributeError: no\): pip install git\+https",
+            "import pkg_resources",
+            "robustbench:A needs robustbench 1.1.1, which is installed but does not import "
+            "(ModuleNotFoundError: No module named 'pkg_resources'): the module "
+            "pkg_resources is missing, which pip install 'setuptools<81' installs",
         ),
-        ("robustbench:A", "robustbench", "RuntimeError('torchvision::nms')", "pip install torchvision"),
+        (
+            "robustbench:A",
+            "from autoattack.state import EvaluationState",
+            "(ModuleNotFoundError: No module named 'autoattack'): the module autoattack is "
+            "missing, which pip install git+https://github.com/fra31/auto-attack installs",
+        ),
+        (
+            "robustbench:A",
+            "import no_such_module.at_all",
+            "(ModuleNotFoundError: No module named 'no_such_module'): the module no_such_module is missing, "
+            "which pip install no_such_module installs",
+        ),
+        (
+            "robustbench:A",
+            "import robustbench.absent",
+            "(ModuleNotFoundError: No module named 'robustbench.absent'): install a version that fits the "
+            "other packages: pip install --upgrade git+https://github.com/RobustBench/robustbench",
+        ),
     ],
 )
 def test_a_package_that_does_not_import_is_an_error_with_advice(
-    source: str, package: str, error: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, module)
-    (tmp_path / f"{package}.py").write_text(f"raise {error}")
+    package = source.partition(":")[0]
+    forget(monkeypatch, package)
+    folder, about = tmp_path / package, tmp_path / f"{package}-1.1.1.dist-info"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(code)
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.1.1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=message):
+    for name in ("pkg_resources", "autoattack"):
+        make_absent(monkeypatch, name)
+    with pytest.raises(ImportError, match=f"{re.escape(message)}$"):
+        awnet.load_model(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("timm:resnet18", 'timm:resnet18 needs timm, which is not installed: pip install "awnet[timm]"'),
+        (
+            "robustbench:A",
+            "robustbench:A needs robustbench, which is not installed: pip install "
+            "git+https://github.com/RobustBench/robustbench",
+        ),
+    ],
+)
+def test_a_package_that_is_not_installed_is_an_error_with_advice(
+    source: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_absent(monkeypatch, source.partition(":")[0])
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
         awnet.load_model(source)
 
 
@@ -192,7 +243,10 @@ class Sneaky:
             {"0.weight": torch.zeros(2)},
             r"does not fit the Sequential: it lacks 1\.bias, 1\.weight; the model lacks",
         ),
-        ({"1.weight": torch.zeros(2, 2), "1.bias": torch.zeros(3)}, "size mismatch"),
+        (
+            {"1.weight": torch.zeros(2, 2), "1.bias": torch.zeros(3)},
+            r"1\.weight is \[2, 2\] and not \[3, 12\]",
+        ),
         ({"model": Sneaky()}, "holds Python objects, which could run code"),
     ],
 )

@@ -25,6 +25,25 @@ def optional(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def make_absent(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Imports of ``package`` fail during the test as if it were not installed."""
+
+    class Absent:
+        @staticmethod
+        def find_spec(name: str, *arguments: object) -> None:
+            if name.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    forget(monkeypatch, package)
+    monkeypatch.setattr(sys, "meta_path", [Absent, *sys.meta_path])
+
+
+def forget(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """During the test ``package`` is imported anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @functools.cache
 def importable_torchvision() -> None:
     """Lets torchvision, which those packages import, be imported; skips the test where there is none.
