@@ -112,7 +112,7 @@ def waterfall(
     *,
     title: str = "Images broken by each attack",
 ) -> None:
-    """Accuracy after each attack; each attack removes the images that it was the first to break.
+    """Accuracy in percent after each attack, and the part of it that each attack was the first to break.
 
     Args:
         n: number of images. wrong_clean: how many of them are misclassified before any attack.
@@ -131,7 +131,7 @@ def waterfall(
             step = 100 * count / n
             axes.barh(row, step, left=left - step, color=ADVERSARIAL, height=0.7)
             axes.barh(row, left - step, color="#E4E4E4", height=0.7)
-            axes.text(left + 1, row, f"−{count}" if count else "0", va="center", fontsize=8.5)
+            axes.text(left + 1, row, f"−{step:.1f}" if count else "0", va="center", fontsize=8.5)
             left -= step
             names.append(figure_text(name))
         axes.barh(len(names), left, color="#333333", height=0.7)
@@ -190,7 +190,7 @@ def accuracy_against_eps(
 
     Args:
         curves: attack → ``eps``, ``accuracy``, ``low`` and ``high`` ``[k]`` each, in image units and as
-            fractions, and ``norm``.
+            fractions, and ``norm``, the name of the norm for the axis.
         own_eps: the threat model's ε, which is marked.
         attacks: robust accuracies at ``own_eps`` under other attacks, with intervals, as points.
     """

@@ -122,6 +122,7 @@ class Evaluate(RunOptions):
 
 def _print_report(console: Console, report: Report) -> None:
     """The table of one norm and what goes with it, without the warnings."""
+    from awnet.data.threat_model import norm_text
     from awnet.evaluation import parts_table
 
     console.print(report.table())
@@ -144,7 +145,7 @@ def _print_report(console: Console, report: Report) -> None:
             )
     for name, curve in report.accuracy_by_eps.items():
         median = "none" if curve["median"] is None else f"{curve['median']:.4g}"
-        text = f"{name}: median of the smallest {curve['norm']} perturbations: {median}"
+        text = f"{name}: median of the smallest perturbations in {norm_text(curve['norm'])}: {median}"
         print_text(console, f"{text}; report.json has the accuracy at every eps")
     for line in report.sanity:
         print_text(console, f"{line['result']}: {line['check']} ({line['evidence']})")

@@ -26,6 +26,11 @@ def check_norm(norm: Any) -> Norm:
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
 
 
+def norm_text(norm: str) -> str:
+    """The norm for readers: ``L-infinity``, ``L2`` or ``L1``."""
+    return "L-infinity" if norm == "Linf" else norm
+
+
 def eps_text(eps: float) -> str:
     """ε as text: ``8/255`` if it is a whole number of 8-bit levels, else a decimal number."""
     decimal, levels = f"{eps:.4g}", eps * 255
@@ -60,7 +65,7 @@ class ThreatModel:
     @property
     def norm_text(self) -> str:
         """The norm for readers: ``L-infinity``, ``L2`` or ``L1``."""
-        return "L-infinity" if self.norm == "Linf" else self.norm
+        return norm_text(self.norm)
 
     @property
     def train_step_size(self) -> float:
@@ -88,4 +93,4 @@ class ThreatModel:
             reason = "is so small that it may be meant for another norm"
         else:
             return None
-        return f"eps {eps_text(self.eps)} in {self.norm} {reason}: usual values are {_USUAL[self.norm]}"
+        return f"eps {eps_text(self.eps)} in {self.norm_text} {reason}: usual values are {_USUAL[self.norm]}"

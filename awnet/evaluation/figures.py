@@ -11,6 +11,7 @@ import numpy as np
 
 from awnet import analysis
 from awnet.analysis.figures import Measured
+from awnet.data.threat_model import norm_text
 from awnet.evaluation.detection import CONTROLS, roc_curve
 from awnet.evaluation.results import AttackDifference, AttackResult, Results
 from awnet.evaluation.tables import LABELS, attack_label
@@ -67,7 +68,10 @@ def _draw_checks(report: Results, folder: Path) -> None:
         )
     if report.accuracy_by_eps:
         analysis.accuracy_against_eps(
-            {attack_label(name): curve for name, curve in report.accuracy_by_eps.items()},
+            {
+                attack_label(name): {**curve, "norm": norm_text(curve["norm"])}
+                for name, curve in report.accuracy_by_eps.items()
+            },
             folder / "accuracy_by_eps.png",
             own_eps=report.eps,
             attacks={

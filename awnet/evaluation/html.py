@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from awnet.data.threat_model import eps_text
+from awnet.data.threat_model import eps_text, norm_text
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.results import AttackResult, Results
 from awnet.evaluation.tables import attack_label, parts_caption
@@ -57,12 +58,14 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align:
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 thead th { border-bottom: 2px solid var(--ink); }
 .suspicious { color: var(--adv); font-weight: bold; } .pass { color: var(--good); }
-figure { margin: 1rem 0; overflow-x: auto; } img { max-width: 100%; height: auto; }
-@media screen and (max-width: 640px) { figure img { max-width: 640px; } }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } .whole { white-space: nowrap; }
 details { margin: 1rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 @media print { body { font-size: 10.5pt; max-width: none; padding: 0; } .wide { overflow: visible; }
   figure, table, .cards, .flags { break-inside: avoid; } h2 { break-after: avoid; } }
 """
+
+
+_INTERVAL = re.compile(r"\[[-+−–.\d]+, [-+−–.\d]+\]")
 
 
 def page(report: Results, folder: Path, place: Path | None = None) -> str:
@@ -172,6 +175,11 @@ def _with_interval(value: float, interval: Sequence[float]) -> str:
     return f"{_percent(value)} [{_percent(interval[0])}, {_percent(interval[1])}]"
 
 
+def _unbroken(text: str) -> str:
+    """``text``, HTML, without line breaks inside its intervals ``[low, high]``."""
+    return _INTERVAL.sub(r'<span class="whole">\g<0></span>', text)
+
+
 def _table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", text: Sequence[int] = ()
 ) -> str:
@@ -182,7 +190,7 @@ def _table(
         return "<tr>" + "".join(f"{m}{c}</{tag}>" for m, c in zip(marked, cells, strict=True)) + "</tr>"
 
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    body = "\n".join(line(row, "td") for row in rows)
+    body = _unbroken("\n".join(line(row, "td") for row in rows))
     return (
         f'<div class="wide"><table>{title}<thead>{line([escape(h) for h in headings], "th")}</thead>'
         f"<tbody>{body}</tbody></table></div>"
@@ -209,7 +217,7 @@ def _cards(report: Results) -> str:
         '<div class="cards">'
         + "".join(
             f'<div class="card{kind}"><b>{_percent(value)}</b>{escape(what)}<br>'
-            f'<span class="soft">[{_percent(low)}, {_percent(high)}]</span></div>'
+            f'<span class="soft whole">[{_percent(low)}, {_percent(high)}]</span></div>'
             for kind, what, value, (low, high) in cards
         )
         + "</div>"
@@ -289,7 +297,7 @@ def _minimum_norm(report: Results) -> str:
 
 def _norms(report: Results, name: str) -> str:
     """Links to the reports of each norm, for a report over several that is stored as evaluation ``name``."""
-    links = [f'<a href="../{escape(name)}-{norm}/report.html">{norm}</a>' for norm in report.norms]
+    links = [f'<a href="../{escape(name)}-{norm}/report.html">{norm_text(norm)}</a>' for norm in report.norms]
     return f"<p>Attacks, sanity checks and settings of each norm: {', '.join(links)}.</p>" if links else ""
 
 

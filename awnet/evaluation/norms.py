@@ -14,7 +14,7 @@ from torch import nn
 
 from awnet.attacks.cascade import ROBUST, WRONG_CLEAN
 from awnet.data.dataset import Dataset
-from awnet.data.threat_model import Norm, ThreatModel
+from awnet.data.threat_model import Norm, ThreatModel, norm_text
 from awnet.distributed import Ranks
 from awnet.evaluation.compare import compare
 from awnet.evaluation.evaluate import evaluate
@@ -131,7 +131,7 @@ def over_norms(parts: Mapping[Norm, Report], seed: int = 0) -> Report:
         attacks=attacks,
         union=union,
         flags=[
-            flag if len(norms) == len(parts) else f"{', '.join(norms)}: {flag}"
+            flag if len(norms) == len(parts) else f"{', '.join(map(norm_text, norms))}: {flag}"
             for flag, norms in reasons.items()
         ],
         settings=first.settings,

@@ -222,7 +222,9 @@ def test_a_report_has_the_accuracy_at_every_eps(
         "8",
     ]
     assert main(["evaluate", *words, "--attacks", "fgsm", "fmn", "--budget", "short"]) == 0
-    assert "fmn: median of the smallest Linf perturbations: 0." in " ".join(capsys.readouterr().out.split())
+    assert "fmn: median of the smallest perturbations in L-infinity: 0." in " ".join(
+        capsys.readouterr().out.split()
+    )
     folder = Path("runs/net_of_fmn_test.py-net/evaluations/default")
     report = Report.load(folder)
     curve = report.accuracy_by_eps["fmn"]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from awnet.data import load_dataset
 from awnet.data.threat_model import eps_text
 from awnet.evaluation import Report, evaluate
-from awnet.evaluation.html import page
+from awnet.evaluation.html import comparison_page, page
 from awnet.evaluation.summarize import flags
 from awnet.files import write_json
 from awnet.models import create_model
@@ -137,6 +140,29 @@ def test_examples_are_images_that_the_last_attack_broke(report: tuple[Report, Pa
         assert 0 < distance <= found.eps + 1e-6
 
 
+def test_no_interval_is_broken_into_two_lines(report: tuple[Report, Path], tmp_path: Path) -> None:
+    interval = r"\[[^\[\]<>]*\]"
+    rows = [["clean", "a", "50.0 [40.0, 60.0]", "-1.0", "[-2.0, +1.0]", "0.500"]]
+    Image.new("L", (2, 2)).save(tmp_path / "comparison.png")
+    compared = comparison_page(
+        "a and b", "digits", [""] * 6, rows, caption="", notes=[], figure=tmp_path / "comparison.png"
+    )
+    for text, least in (((report[1] / "report.html").read_text(encoding="utf-8"), 10), (compared, 2)):
+        body = text.partition("<details>")[0].partition("</style>")[2]
+        whole = re.findall(rf'class="[^"]*whole">{interval}</span>', body)
+        assert len(whole) == len(re.findall(rf"{interval}(?=<)", body)) >= least
+        assert ".whole { white-space: nowrap; }" in text
+
+
+def test_norms_have_one_spelling_on_the_page(report: tuple[Report, Path], tmp_path: Path) -> None:
+    over = replace(report[0], norms={"Linf": 8 / 255, "L2": 0.5}, attacks={"Linf": report[0].attacks["fgsm"]})
+    text = page(over, tmp_path, tmp_path / "run" / "evaluations" / "full")
+    assert '<a href="../full-Linf/report.html">L-infinity</a>' in text
+    for words in (Outline(text).words, Outline(page(report[0], tmp_path)).words):
+        assert "L-infinity" in words
+        assert "Linf" not in words.partition("Settings and environment")[0]
+
+
 def test_names_in_the_page_are_escaped(report: tuple[Report, Path], tmp_path: Path) -> None:
     found = replace(report[0], model="<b>&", flags=["<script>alert(1)</script>"])
     text = page(found, tmp_path)
@@ -167,27 +193,48 @@ def test_without_a_union_the_strongest_attack_is_the_headline(
         assert absent not in words
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [390, 1000])
-def test_a_browser_renders_the_page(report: tuple[Report, Path], tmp_path: Path, width: int) -> None:
-    from PIL import Image
-
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
+def browser(folder: Path, *arguments: str) -> str:
+    """Runs Chromium without a window, and returns what it prints."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
         pytest.skip("there is no chromium on the PATH")
-    shot = tmp_path / "page.png"
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},4000", f"--screenshot={shot}", (report[1] / "report.html").as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_browser_renders_the_page(report: tuple[Report, Path], tmp_path: Path, width: int) -> None:
+    shot, address = tmp_path / "page.png", (report[1] / "report.html").as_uri()
+    browser(tmp_path, f"--window-size={width},4000", f"--screenshot={shot}", address)
     pixels = np.asarray(Image.open(shot).convert("L"), dtype=np.float64)
     assert pixels.shape[1] == width
     for band in np.array_split(pixels[:2000], 8):  # text or a figure in every part of it
         assert (band < 128).mean() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+def test_figures_and_text_fit_into_a_window_of_any_width(
+    report: tuple[Report, Path], tmp_path: Path, width: int
+) -> None:
+    measure = """
+<script>addEventListener("load", () => {
+  const width = document.getElementById("frame").contentDocument.documentElement.clientWidth;
+  const page = document.getElementById("frame").contentDocument;
+  const ends = [...page.images].map(image => image.getBoundingClientRect().right);
+  document.title = JSON.stringify([width, page.documentElement.scrollWidth, ends.length, Math.max(...ends)]);
+});</script>"""
+    text = escape((report[1] / "report.html").read_text(encoding="utf-8"))
+    frame = f'<iframe id="frame" style="border: 0" width="{width}" height="4000" srcdoc="{text}"></iframe>'
+    (tmp_path / "frame.html").write_text(f"<!doctype html>{frame}{measure}", encoding="utf-8")
+    shown = browser(tmp_path, "--window-size=1600,4200", "--dump-dom", (tmp_path / "frame.html").as_uri())
+    found = re.search(r"<title>(.*?)</title>", shown)
+    assert found is not None
+    inner, needed, figures, end = json.loads(found[1])
+    assert inner == needed  # the page itself does not scroll sideways
+    assert width - 20 < inner <= width  # a scroll bar takes the rest
+    assert figures >= 5
+    assert 0 < end <= inner
