@@ -18,10 +18,12 @@ def first_logits(model: nn.Module, x: Tensor, num_classes: int, dataset: str) ->
     try:
         with frozen(model), torch.no_grad():
             logits = model(x)
-    except (RuntimeError, TypeError) as error:
-        message = " ".join(str(error).split())[:300]
+    except Exception as error:  # the model is any code
+        kind = "" if isinstance(error, RuntimeError | TypeError | ValueError) else f"{type(error).__name__}: "
+        message = kind + " ".join(str(error).split())[:300]
         raise ValueError(
             f"the model failed on images {list(x.shape)} of {dataset}: {_cause(model, x)}{message}"
+            f"{_advice(message)}"
         ) from error
     expected = f"logits [B, {num_classes}] for {dataset}"
     if not isinstance(logits, Tensor):
@@ -32,14 +34,27 @@ def first_logits(model: nn.Module, x: Tensor, num_classes: int, dataset: str) ->
                 f"model must return {expected}, got a {type(logits).__name__} of {kinds}: {advice}"
             )
         raise ValueError(f"model must return {expected}, got {type(logits).__name__}: {advice}")
-    if logits.dim() != 2 or logits.shape[1] < num_classes:
-        raise ValueError(
-            f"model must return {expected}, got {list(logits.shape)} for one image: create it with "
-            f"num_classes={num_classes}"
-        )
     if not logits.is_floating_point():
-        raise ValueError(f"model must return {expected} in floating point, got {logits.dtype}")
+        advice = "return the logits before argmax"
+        raise ValueError(f"model must return {expected} in floating point, got {logits.dtype}: {advice}")
+    if logits.dim() != 2 or logits.shape[1] < num_classes:
+        advice = f"create it with num_classes={num_classes}"
+        if logits.dim() > 2:
+            advice = "reduce it to one value for each class, for example with logits.flatten(1)"
+        raise ValueError(f"model must return {expected}, got {list(logits.shape)} for one image: {advice}")
     return logits
+
+
+def _advice(message: str) -> str:
+    """What may help against an error in a model's forward pass."""
+    if "Guard failed" in message and "size()[0]" in message:
+        return ": export the program with a dynamic batch size (dynamic_shapes of torch.export.export)"
+    if "shape" in message or "size" in message:
+        return (
+            ": give images of the shape that the model was made for, or resize them within it (--image-size, "
+            "image_size of load_model)"
+        )
+    return ""
 
 
 def _cause(model: nn.Module, x: Tensor) -> str:

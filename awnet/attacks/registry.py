@@ -135,7 +135,7 @@ def _adaptive_paper(model: nn.Module, threat: ThreatModel, seed: int, suite: Sui
     if suite.teacher is None:
         raise ValueError(
             "adaptive_paper needs the robust teacher that the model was trained with: evaluate a run that "
-            "has teachers (RUN/teachers/robust), or pass teacher="
+            "has teachers (RUN/teachers/robust), or give --teachers (teacher=)"
         )
     return AdaptivePaper(
         model,

@@ -78,16 +78,22 @@ class Evaluate(RunOptions):
             self._evaluate(console, ranks)
 
     def _evaluate(self, console: Console, ranks: Ranks) -> None:
+        from awnet.attacks.probe import first_logits
+        from awnet.attacks.registry import check_attack_name
         from awnet.evaluation import Report, comparison_table, evaluate, evaluate_norms
         from awnet.files import make_folder
         from awnet.models.sources import load_model, source_name
         from awnet.run_folder import RunFolder
 
+        for attack in self.attacks:
+            check_attack_name(attack)
         for run in self.compare_with:
             if not run.is_dir():
                 raise FileNotFoundError(f"compare-with takes run folders; {run} is not a folder")
         others = {str(run): Report.load(run / "evaluations" / self.name) for run in self.compare_with}
         model, dataset = self.load(console, ranks.device)
+        x = next(dataset.batches(1, device=ranks.device)).x
+        first_logits(model, x, dataset.num_classes, dataset.name)
         last = self.path == self.folder and self.checkpoint == "last"
         out = make_folder(self.out or self.results_folder)
         surrogates = {source_name(one): load_model(one, ranks.device) for one in self.surrogates}

@@ -133,10 +133,11 @@ class RunOptions(ImportOption):
     @property
     def loaded_from(self) -> str | Path:
         """The source for ``load_model``: the one that was given, or the run's last checkpoint."""
+        if self.checkpoint == "last" and not (self.is_run and self.path == self.folder):
+            raise ValueError(f"--checkpoint last is for run folders: {self.source} has one set of weights")
         if not self.is_run:
             return self.source
-        last = self.path == self.folder and self.checkpoint == "last"
-        return self.folder / "last.safetensors" if last else self.path
+        return self.folder / "last.safetensors" if self.checkpoint == "last" else self.path
 
     def load_model(self) -> nn.Module:
         """The model with its weights, in eval mode on the CPU."""
@@ -240,6 +241,12 @@ class RunOptions(ImportOption):
         default = dataset.threat_model
         if same_data:
             default = ThreatModel(recorded["eps"], recorded.get("norm", "Linf"))
+        if len(dataset) == 0:
+            present = [part for part in ("train", "validation", "test") if len(getattr(splits, part))]
+            raise ValueError(
+                f"{name} has no {self.split} images: "
+                f"{f'give --split {present[-1]}' if present else 'it is empty'}"
+            )
         self.threat_models = threat_models(self.norm, self.eps, default)
         if len(self.threat_models) > 1 and not self.several_norms:
             raise ValueError(f"--norm takes one norm here, got {' '.join(self.norm)}")

@@ -94,6 +94,8 @@ class Dataset:
         object.__setattr__(self, "max_value", check_integer("max_value", self.max_value, 1, 255))
         n = len(self.images)
         for name, value in (("labels", self.labels), ("index", self.index)):
+            if value.dim() == 1 and len(value) != n:
+                raise ValueError(f"{name} must hold one value for each of the {n} images, got {len(value)}")
             if value.dtype != torch.int64 or value.shape != (n,):
                 raise ValueError(f"{name} must be int64 [{n}], got {value.dtype} {list(value.shape)}")
             if value.device != self.images.device:
@@ -434,7 +436,9 @@ def from_arrays(
     pixels = _pixels(images, layout)
     numbers = _class_numbers(labels)
     if classes is None:
-        largest = int(numbers.max()) if len(numbers) else -1
+        smallest, largest = map(int, numbers.aminmax()) if len(numbers) else (0, -1)
+        if smallest < 0:
+            raise ValueError(f"labels must be classes numbered from 0, got {smallest}")
         if largest >= MOST_CLASSES:
             raise ValueError(
                 f"labels go up to {largest}, which would make as many classes: number the classes from 0, "

@@ -120,15 +120,18 @@ def _from_arrays(path: Path, split: str, images: Any, labels: Any) -> Dataset:
     if images.ndim == 3:
         images = images[:, None]
     layout: Literal["nhwc", "nchw"] = "nhwc" if images.ndim == 4 and looks_nhwc(images.shape[1:]) else "nchw"
-    return from_arrays(
-        images,
-        labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels,
-        name=path.stem,
-        split=split,
-        shift=_shift(images.shape[1 if layout == "nhwc" else 2]) if images.ndim == 4 else 0,
-        source=str(path),
-        layout=layout,
-    )
+    try:
+        return from_arrays(
+            images,
+            labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels,
+            name=path.stem,
+            split=split,
+            shift=_shift(images.shape[1 if layout == "nhwc" else 2]) if images.ndim == 4 else 0,
+            source=str(path),
+            layout=layout,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 # folders

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from awnet.scalars import check_number
+from awnet.scalars import check_number, is_number
 
 Norm = Literal["Linf", "L2", "L1"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
@@ -54,6 +54,11 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         norm = check_norm(self.norm)
+        if norm == "Linf" and is_number(self.eps) and 1 < self.eps <= 255:
+            raise ValueError(
+                f"eps must be in (0, 1], got {self.eps:g}: images are in [0, 1], so write "
+                f"{self.eps:g}/255 if you count in 8-bit levels"
+            )
         eps = check_number("eps", self.eps, above=0, **({"most": 1.0} if norm == "Linf" else {}))
         object.__setattr__(self, "norm", norm)
         object.__setattr__(self, "eps", eps)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from awnet.data.dataset import Dataset
 from awnet.evaluation.results import AttackDifference, Comparison, Results
 from awnet.evaluation.statistics import bootstrap_interval, mcnemar
 
@@ -53,6 +54,28 @@ def compare(this: Results, other: Results, seed: int = 0) -> Comparison:
         clean_mcnemar_p=mcnemar(correct, other_correct),
         attacks=attacks,
     )
+
+
+def check_same_images(dataset: Dataset, report: Results, name: str) -> None:
+    """Raises ValueError if ``report``, called ``name``, is of other images or another threat model.
+
+    This is known before the evaluation, the rest of :func:`differences_of` only after it.
+    """
+    threat_model = dataset.threat_model
+    reasons = [
+        f"{what} {one} and {two}"
+        for what, one, two in (
+            ("data set", dataset.name, report.dataset),
+            ("split", dataset.split, report.split),
+            ("number of images", len(dataset), report.n),
+            ("eps", f"{threat_model.eps:.6g}", f"{report.eps:.6g}"),
+            ("norm", threat_model.norm, report.norm),
+            ("norms", "one", report.norms or "one"),
+        )
+        if one != two
+    ]
+    if reasons:
+        raise ValueError(f"the evaluation cannot be compared with {name}: {'; '.join(reasons)}")
 
 
 def differences_of(this: Results, other: Results, *, seeds: bool = False) -> list[str]:

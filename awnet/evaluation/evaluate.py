@@ -25,7 +25,7 @@ from awnet.defaults import standard_defaults
 from awnet.devices import resolve_device
 from awnet.distributed import Ranks
 from awnet.evaluation.collect import CLEAN, UNION, Collected, Plan
-from awnet.evaluation.compare import compare
+from awnet.evaluation.compare import check_same_images, compare
 from awnet.evaluation.detection import CONTROLS
 from awnet.evaluation.parts import gated_parts
 from awnet.evaluation.precision import COPY, DESCRIPTIONS, PrecisionName, in_bfloat16, prepare
@@ -183,6 +183,7 @@ def evaluate(
     for other, report in other_reports.items():
         if not isinstance(report, Report):
             raise TypeError(f"compared_with[{other!r}] must be a Report, got {type(report).__name__}")
+        check_same_images(dataset, report, other)
     run = out if run is None else run
     needed = _attacks_with_teacher(attacks, sanity)
     run_teachers = find_teachers(run, dataset.device, teachers, teacher) if needed else Teachers()
@@ -360,7 +361,7 @@ def _check_fit(
     if not isinstance(dataset, Dataset):
         raise TypeError(f"dataset must be a Dataset, of load_dataset say, got {type(dataset).__name__}")
     if len(dataset) == 0:
-        raise ValueError(f"dataset is empty: {dataset.name} {dataset.split} holds no image")
+        raise ValueError(f"dataset is empty: {dataset.name} has no {dataset.split} images")
     target = device_of(model)
     if device is not None:
         requested = resolve_device(device) if target is None else torch.device(device)

@@ -277,11 +277,11 @@ def test_a_data_set_reports_its_sizes():
 BAD_ARRAYS = [
     ({"images": np.zeros((2, 3, 4, 4))}, "images must be uint8"),
     ({"images": np.zeros((2, 4, 4), np.uint8)}, "images must be uint8"),
-    ({"labels": [0]}, r"labels must be int64 \[2\]"),
+    ({"labels": [0]}, r"labels must hold one value for each of the 2 images, got 1"),
     ({"labels": [0.0, 1.0]}, "labels must be whole numbers"),
     ({"labels": np.eye(2, dtype=np.int64)}, "labels must be whole numbers"),
     ({"labels": [True, False]}, "labels must be whole numbers"),
-    ({"labels": [0, -1]}, "labels must be in"),
+    ({"labels": [0, -1]}, "labels must be classes numbered from 0"),
     ({"classes": ["only one"]}, r"labels must be in \[0, 1\)"),
     ({"max_value": 16}, "above max_value 16"),
     ({"max_value": 0}, "max_value must be in"),
