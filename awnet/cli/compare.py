@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -27,6 +27,9 @@ class Compare:
     """Two or more reports. Differences are to the first."""
     name: str = "default"
     """Name of the evaluation in run folders."""
+    adjust: Literal["none", "holm"] = "none"
+    """holm corrects p and the intervals over images for the number of reports that are compared with the
+    first, for each quantity by itself."""
     out: Path = Path("comparison")
     """Folder for comparison.html, comparison.json and comparison.png; for run folders also training.png."""
 
@@ -42,7 +45,7 @@ class Compare:
                 print_text(console, note)
             if runs.curves is not None:
                 print_text(console, f"training curves: {runs.curves}")
-        compared = compare_sources(self.reports, name=self.name)
+        compared = compare_sources(self.reports, name=self.name, adjust=self.adjust)
         if compared is None:
             return
         console.print(compared.table())

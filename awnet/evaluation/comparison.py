@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -20,9 +20,12 @@ from awnet.evaluation.compare import differences_of
 from awnet.evaluation.report import Report
 from awnet.evaluation.results import Array
 from awnet.evaluation.statistics import (
+    LEVEL,
     Interval,
     bootstrap_interval,
+    holm_levels,
     mcnemar,
+    sign_flip_test,
     t_interval,
     welch_interval,
     wilson_interval,
@@ -31,6 +34,8 @@ from awnet.evaluation.tables import attack_label, p_text
 from awnet.files import expanded, make_folder, write_json, write_text
 from awnet.run_config import is_run, read_config
 from awnet.text import visible
+
+Adjust = Literal["none", "holm"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,9 @@ class Measured:
         group's reports.
     over_seeds: Student's interval of ``difference`` over trainings, paired by seed if both groups have the
         same seeds, else Welch's; None unless both groups have several reports.
-    mcnemar_p: exact p for equal accuracy, for two single reports; None otherwise and for A_w.
+    p: of the hypothesis that there is no difference, for two single reports: McNemar's exact test, for A_w
+        the exact sign-flip test; None otherwise. Adjusted if the comparison is.
+    level: of ``over_images``, 0.95 unless the comparison is adjusted.
     """
 
     group: str
@@ -68,16 +75,22 @@ class Measured:
     difference: float | None = None
     over_images: Interval | None = None
     over_seeds: Interval | None = None
-    mcnemar_p: float | None = None
+    p: float | None = None
+    level: float = LEVEL
 
 
 @dataclass(frozen=True)
 class ReportComparison:
-    """What :func:`compare_reports` returns. ``notes``: what could not be compared, and why."""
+    """What :func:`compare_reports` returns.
+
+    notes: what could not be compared, and why. adjust: the correction for several comparisons, ``"none"`` or
+    ``"holm"``.
+    """
 
     groups: tuple[Group, ...]
     rows: tuple[Measured, ...]
     notes: tuple[str, ...]
+    adjust: Adjust = "none"
 
     @property
     def setting(self) -> str:
@@ -110,7 +123,7 @@ class ReportComparison:
                 "" if row.difference is None else f"{100 * row.difference:+.1f}",
                 interval_text(row.over_images),
                 *([interval_text(row.over_seeds)] if self._with_seeds() else []),
-                p_text(row.mcnemar_p),
+                p_text(row.p),
             ]
             rows.append(cells)
             before = row.quantity
@@ -118,9 +131,16 @@ class ReportComparison:
 
     def caption(self) -> str:
         seeds = "; over seeds: between trainings" if self._with_seeds() else ""
+        levels = "intervals" if self.adjust == "holm" else "95 % intervals"
+        holm = (
+            f" p and the intervals over images are adjusted by Holm's method for the {len(self.groups) - 1} "
+            "comparisons of a quantity."
+            if self.adjust == "holm"
+            else ""
+        )
         return (
-            f"Differences to {visible(self.groups[0].label)} in points, paired by image, with 95 % "
-            f"intervals{seeds}. p: McNemar's exact test."
+            f"Differences to {visible(self.groups[0].label)} in points, paired by image, with {levels}"
+            f"{seeds}. p: McNemar's exact test, for A_w the exact sign-flip test.{holm}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -133,6 +153,7 @@ class ReportComparison:
             "norm": first.norm,
             "eps": first.eps,
             "norms": first.norms,
+            "adjust": self.adjust,
             "baseline": self.groups[0].label,
             "groups": [
                 {
@@ -181,13 +202,22 @@ def quantity_label(quantity: str) -> str:
     return f"{attack_label(name)} {'A_w' if is_w else 'A_adv'}"
 
 
-def compare_reports(groups: Sequence[Group], seed: int = 0) -> ReportComparison:
+def compare_reports(groups: Sequence[Group], seed: int = 0, adjust: Adjust = "none") -> ReportComparison:
     """Differences of each group to the first, for clean images and each attack that all reports have.
 
+    Args:
+        adjust: ``"holm"`` corrects p and the intervals over images of each quantity for the number of groups
+            that are compared with the first.
+
     Raises:
-        ValueError: fewer than two groups, or reports that cannot be compared: other images, other ε or norm,
-            another precision, an attack with other settings. The message lists all reasons.
+        ValueError: ``adjust`` with several trainings in a group, which have no p; fewer than two groups, or
+            reports that cannot be compared: other images, other ε or norm, another precision, an attack with
+            other settings. The message lists all reasons.
     """
+    if adjust not in ("none", "holm"):
+        raise ValueError(f"adjust must be none or holm, got {adjust!r}")
+    if adjust == "holm" and any(len(group.reports) > 1 for group in groups):
+        raise ValueError("adjust='holm' needs one report per configuration: several trainings have no p")
     if len(groups) < 2:
         raise ValueError(f"a comparison needs two or more reports, got {len(groups)}")
     named = {
@@ -219,8 +249,17 @@ def compare_reports(groups: Sequence[Group], seed: int = 0) -> ReportComparison:
         if report.missing and "union" in shared
     ]
     quantities = ["clean", *(name for attack in shared for name in (attack, f"{attack} A_w"))]
-    rows = tuple(_measured(group, groups[0], quantity, seed) for quantity in quantities for group in groups)
-    return ReportComparison(tuple(groups), rows, tuple(notes))
+    rows: list[Measured] = []
+    for quantity in quantities:
+        measured = [_measured(group, groups[0], quantity, seed) for group in groups]
+        if adjust == "holm":
+            adjusted, levels = holm_levels([row.p for row in measured[1:] if row.p is not None])
+            measured[1:] = [
+                replace(_measured(group, groups[0], quantity, seed, float(level)), p=float(p))
+                for group, level, p in zip(groups[1:], levels, adjusted, strict=True)
+            ]
+        rows += measured
+    return ReportComparison(tuple(groups), tuple(rows), tuple(notes), adjust)
 
 
 def _values(report: Report, quantity: str) -> Array:
@@ -231,7 +270,7 @@ def _values(report: Report, quantity: str) -> Array:
     return report.per_sample[f"{name}_correct"].astype(np.float64)
 
 
-def _measured(group: Group, baseline: Group, quantity: str, seed: int) -> Measured:
+def _measured(group: Group, baseline: Group, quantity: str, seed: int, level: float = LEVEL) -> Measured:
     values = np.stack([_values(report, quantity) for report in group.reports])  # [reports, n]
     accuracies = values.mean(1)
     n = values.shape[1]
@@ -246,13 +285,17 @@ def _measured(group: Group, baseline: Group, quantity: str, seed: int) -> Measur
         return measured
     other = np.stack([_values(report, quantity) for report in baseline.reports])
     differences = values.mean(0) - other.mean(0)
-    single = len(values) == len(other) == 1 and not quantity.endswith(" A_w")
+    p = None
+    if len(values) == len(other) == 1:
+        is_w = quantity.endswith(" A_w")
+        p = sign_flip_test(differences) if is_w else mcnemar(values[0] > 0.5, other[0] > 0.5)
     return replace(
         measured,
         difference=float(differences.mean()),
-        over_images=bootstrap_interval(differences, seed=seed),
+        over_images=bootstrap_interval(differences, level=level, seed=seed),
         over_seeds=_over_seeds(group, accuracies, baseline, other.mean(1)),
-        mcnemar_p=mcnemar(values[0] > 0.5, other[0] > 0.5) if single else None,
+        p=p,
+        level=level,
     )
 
 

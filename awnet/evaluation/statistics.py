@@ -98,6 +98,46 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
+def sign_flip_test(differences: ArrayLike) -> float:
+    """Two-sided p of the exact sign-flip test: whether paired ``differences`` ``[n]`` have mean 0.
+
+    Under the null hypothesis each difference has either sign with probability ½. The differences are
+    multiples of ½, as those of A_w's values are. For differences of -1, 0 and 1 it is McNemar's exact test.
+    """
+    from scipy.special import gammaln
+
+    array = np.asarray(differences, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0 or not np.array_equal(2 * array, np.rint(2 * array)):
+        raise ValueError(f"differences must be multiples of 0.5, [n], got {array.dtype} {list(array.shape)}")
+    halves = np.rint(2 * array).astype(np.int64)
+    distribution, largest = np.ones(1), 0  # of the sum with random signs, over -largest … largest
+    for size, count in zip(*np.unique(np.abs(halves[halves != 0]), return_counts=True), strict=True):
+        heads = np.arange(count + 1)
+        coins = np.exp(
+            gammaln(count + 1) - gammaln(heads + 1) - gammaln(count - heads + 1) - count * math.log(2)
+        )
+        sums = np.zeros(2 * size * count + 1)
+        sums[:: 2 * size] = coins
+        distribution, largest = np.convolve(distribution, sums), largest + size * count
+    totals = np.arange(-largest, largest + 1)
+    return min(1.0, float(distribution[np.abs(totals) >= abs(halves.sum())].sum()))
+
+
+def holm_levels(p: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Holm's correction of ``p`` ``[m]``: adjusted p-values and the level of each interval.
+
+    The k-th smallest of m p-values, from k = 0, is multiplied by m - k, but never falls below the one before;
+    its interval has the level 1 - 0.05 / (m - k).
+    """
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    factors = np.empty(values.size)
+    factors[order] = values.size - np.arange(values.size)
+    adjusted = np.empty(values.size)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, (values * factors)[order]))
+    return adjusted, 1 - (1 - LEVEL) / factors
+
+
 def auc(clean: ArrayLike, adversarial: ArrayLike) -> float:
     """Probability that a clean score ``[n]`` exceeds an adversarial one ``[m]``, ties counting half.
 

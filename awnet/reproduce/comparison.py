@@ -13,6 +13,7 @@ from rich.table import Table
 
 from awnet.analysis import compared_curves
 from awnet.evaluation.comparison import (
+    Adjust,
     ReportComparison,
     compare_reports,
     load_groups,
@@ -77,8 +78,10 @@ def compare_runs(
     return RunComparison(tuple(labels), _differing(configs), tuple(best), curves, tuple(notes))
 
 
-def compare_sources(sources: Sequence[str | Path], *, name: str = "default") -> ReportComparison | None:
-    """Compares evaluations by image, see :func:`load_groups`.
+def compare_sources(
+    sources: Sequence[str | Path], *, name: str = "default", adjust: Adjust = "none"
+) -> ReportComparison | None:
+    """Compares evaluations by image, see :func:`load_groups` and :func:`compare_reports`.
 
     If all sources are run folders, those without the evaluation are left out; then None if fewer than two
     have it.
@@ -93,7 +96,7 @@ def compare_sources(sources: Sequence[str | Path], *, name: str = "default") -> 
         sources = [source for source in sources if _has_report(source, name)]
         if len(sources) < 2:
             return None
-    return compare_reports(load_groups(sources, name))
+    return compare_reports(load_groups(sources, name), adjust=adjust)
 
 
 def _has_report(run: str | Path, name: str) -> bool:

@@ -15,6 +15,7 @@ from awnet.cli import main
 from awnet.evaluation import Report, bootstrap_interval, mcnemar, t_interval, welch_interval
 from awnet.evaluation.comparison import Group, compare_reports, load_groups
 from awnet.evaluation.results import attack_result
+from awnet.evaluation.statistics import sign_flip_test
 from awnet.files import write_json
 from awnet.run_config import MARK
 
@@ -57,12 +58,34 @@ def test_differences_of_single_reports_are_paired_by_image() -> None:
         row = rows[name, "fgsm"]
         assert row.difference == pytest.approx(values.mean())
         assert row.over_images == bootstrap_interval(values)
-        assert row.mcnemar_p == mcnemar(other.per_sample["fgsm_correct"], a.per_sample["fgsm_correct"])
+        assert row.p == mcnemar(other.per_sample["fgsm_correct"], a.per_sample["fgsm_correct"])
         assert row.over_seeds is None
-        assert rows[name, "fgsm A_w"].difference == pytest.approx(
-            (other.w_values("fgsm") - a.w_values("fgsm")).mean()
-        )
+        values = other.w_values("fgsm") - a.w_values("fgsm")
+        assert rows[name, "fgsm A_w"].difference == pytest.approx(values.mean())
+        assert rows[name, "fgsm A_w"].p == sign_flip_test(values)
     assert compared.table().row_count == 9
+
+
+def test_holms_correction_widens_intervals_by_the_rank_of_p() -> None:
+    groups = [single("a", report(0)), single("b", report(1, 0.9)), single("c", report(2, 0.4))]
+    plain, adjusted = (compare_reports(groups, adjust=adjust) for adjust in ("none", "holm"))
+    for quantity in ("clean", "fgsm", "fgsm A_w"):
+        before, after = (
+            [row for row in compared.rows if row.quantity == quantity and row.p is not None]
+            for compared in (plain, adjusted)
+        )
+        smaller = min(range(2), key=lambda i: before[i].p)
+        assert after[smaller].p == min(1.0, 2 * before[smaller].p)
+        assert after[1 - smaller].p == max(before[1 - smaller].p, after[smaller].p)
+        assert (after[smaller].level, after[1 - smaller].level) == (0.975, 0.95)
+        assert after[1 - smaller].over_images == before[1 - smaller].over_images
+        wide, narrow = after[smaller].over_images, before[smaller].over_images
+        assert wide[0] <= narrow[0] < narrow[1] <= wide[1]
+        assert wide != narrow
+    assert "Holm" in adjusted.caption()
+    assert "Holm" not in plain.caption()
+    with pytest.raises(ValueError, match="several trainings have no p"):
+        compare_reports([groups[0], single("b", report(1), report(2), seeds=(1, 2))], adjust="holm")
 
 
 def test_trainings_with_the_same_seeds_are_paired_and_others_are_not() -> None:
@@ -75,7 +98,7 @@ def test_trainings_with_the_same_seeds_are_paired_and_others_are_not() -> None:
         (row,) = (r for r in compare_reports(groups).rows if (r.group, r.quantity) == ("b", "fgsm"))
         assert row.accuracy == pytest.approx(np.mean(accuracies[1]))
         assert row.difference == pytest.approx(np.mean(accuracies[1]) - np.mean(accuracies[0]))
-        assert row.mcnemar_p is None
+        assert row.p is None
         return row.over_seeds
 
     paired = np.array(accuracies[1]) - np.array(accuracies[0])[[2, 1, 0]]

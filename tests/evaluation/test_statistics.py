@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from awnet.evaluation import (
     w_robust_accuracy,
     wilson_interval,
 )
+from awnet.evaluation.statistics import holm_levels, sign_flip_test
 
 # ---- statistics
 
@@ -111,3 +114,28 @@ def test_w_robust_accuracy_is_the_mean_of_clean_and_robust() -> None:
     for clean, adversarial in ((99, 0.6), (0.9, -0.1), (float("nan"), 0.5)):
         with pytest.raises(ValueError, match="fraction"):
             w_robust_accuracy(clean, adversarial)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.sampled_from([-1.0, -0.5, 0.0, 0.5, 1.0]), min_size=1, max_size=10))
+def test_the_sign_flip_test_equals_the_count_of_all_signs(differences: list[float]) -> None:
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(differences))))
+    sums = np.abs(signs @ np.array(differences))
+    expected = np.mean(sums >= abs(sum(differences)))  # multiples of ½ are exact
+    assert sign_flip_test(differences) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_sign_flip_test_is_mcnemars_for_one_accuracy_and_handles_many_images() -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.random((2, 10_000)) < np.array([[0.5], [0.52]])
+    assert sign_flip_test(a.astype(float) - b) == pytest.approx(mcnemar(a, b), rel=1e-6)
+    assert sign_flip_test(np.zeros(5)) == 1.0
+    with pytest.raises(ValueError, match=r"multiples of 0\.5"):
+        sign_flip_test([0.3])
+
+
+def test_holms_correction_equals_values_by_hand() -> None:
+    adjusted, levels = holm_levels([0.04, 0.01, 0.03])
+    assert adjusted == pytest.approx([0.06, 0.03, 0.06])
+    assert levels == pytest.approx([0.95, 1 - 0.05 / 3, 0.975])
+    assert holm_levels([0.6, 0.7])[0] == pytest.approx([1.0, 1.0])
