@@ -151,8 +151,8 @@ def finish(
         if ACTIVATION <= 1:  # noqa: SIM102 (two conditions of the compiler)
             if mask_ptr is not None:  # of y as stored
                 stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-                passed = tl.where(stored <= 0, 0, 1).to(tl.uint8)
-                tl.store(mask_ptr + start + offsets, passed, mask=in_bounds)
+                relu_mask = tl.where(stored <= 0, 0, 1).to(tl.uint8)
+                tl.store(mask_ptr + start + offsets, relu_mask, mask=in_bounds)
     if mean_ptr is not None:
         SAMPLES: tl.constexpr = BLOCK_M // ROWS
         PARTS: tl.constexpr = (HW + ROWS - 1) // ROWS

@@ -156,9 +156,9 @@ def eval_gradients_kernel(
             d_scale += centre * g1
             if filter_scale_ptr is not None:
                 centre = centre * filter_scale
-            along_0 = scaled_gc + (centre - mean_0) * g1
+            centered_0 = scaled_gc + (centre - mean_0) * g1
         else:
-            along_0 = scaled_gc - mean_0 * g1
+            centered_0 = scaled_gc - mean_0 * g1
         if K == 2 or S == 2:
             gain_1, _, mean_1, inv_std_1, bias_1 = _branch(
                 weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, 1, c, channels, K, S
@@ -166,11 +166,11 @@ def eval_gradients_kernel(
             p = tl.load(p_clean_ptr + b, mask=b < batch, other=0.0)[:, None]
             q = 1.0 - p
             if centre_ptr is not None:
-                along_1 = scaled_gc + (centre - mean_1) * g1
+                centered_1 = scaled_gc + (centre - mean_1) * g1
             else:
-                along_1 = scaled_gc - mean_1 * g1
+                centered_1 = scaled_gc - mean_1 * g1
             gain = q * gain_0 + p * gain_1
-            d_weight_0, d_weight_1 = q * along_0 * inv_std_0, p * along_1 * inv_std_1
+            d_weight_0, d_weight_1 = q * centered_0 * inv_std_0, p * centered_1 * inv_std_1
             d_bias_0, d_bias_1 = q * g1, p * g1
             if K == 1:
                 d_weight_0 += d_weight_1
@@ -184,11 +184,11 @@ def eval_gradients_kernel(
                     d_bias_ptr + column, tl.sum(tl.where(in_bounds, d_bias_1, 0.0), 0), mask=c < channels
                 )
             if d_p_clean_ptr is not None:
-                difference = gain_1 * along_1 + bias_1 * g1 - (gain_0 * along_0 + bias_0 * g1)
+                difference = gain_1 * centered_1 + bias_1 * g1 - (gain_0 * centered_0 + bias_0 * g1)
                 d_p += tl.sum(tl.where(in_bounds, difference, 0.0), 1)
         else:
             gain = gain_0
-            d_weight_0, d_bias_0 = along_0 * inv_std_0, g1
+            d_weight_0, d_bias_0 = centered_0 * inv_std_0, g1
         if d_weight_ptr is not None:
             column = part + c
             tl.store(

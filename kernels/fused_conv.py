@@ -16,6 +16,7 @@ from torch import Tensor
 from . import conv, grouped_conv
 from .epilogue import Epilogue, Image, Problem, combine, new_tensor
 from .launch import Case, Table
+from .tables import as_bytes
 
 
 def kernel_of(groups: int) -> Any:
@@ -120,8 +121,7 @@ def fused_apply(
     mask = None
     if keep_mask:
         mask = torch.empty_like(y, dtype=y.dtype if activation > 1 else torch.bool)
-    passed = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
-    epilogue = Epilogue(u, y, passed, residual, scale.contiguous(), shift.contiguous())
+    epilogue = Epilogue(u, y, as_bytes(mask), residual, scale.contiguous(), shift.contiguous())
     kernel.run(problem, tile, input, weight, epilogue, activation)
     return (
         y,

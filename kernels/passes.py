@@ -116,15 +116,15 @@ def apply_kernel(
     if ACTIVATION <= 1:  # noqa: SIM102 (two conditions of the compiler)
         if mask_ptr is not None:  # of y as stored
             stored = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-            passed = tl.where(stored <= 0, 0, 1)
+            relu_mask = tl.where(stored <= 0, 0, 1)
             if PACKED:
                 pid = tl.program_id(0)
                 first_pixel = (pid % splits).to(tl.int64) * BLOCK_P
                 offsets, in_bounds = packed_offsets(
                     pid // splits, first_pixel, num_planes, channels, hw, CHANNELS_LAST, BLOCK_M, BLOCK_P
                 )
-                passed = packed(passed, CHANNELS_LAST, BLOCK_M, BLOCK_P)
-            tl.store(mask_ptr + offsets, passed.to(tl.uint8), mask=in_bounds)
+                relu_mask = packed(relu_mask, CHANNELS_LAST, BLOCK_M, BLOCK_P)
+            tl.store(mask_ptr + offsets, relu_mask.to(tl.uint8), mask=in_bounds)
 
 
 @triton.jit

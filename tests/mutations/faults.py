@@ -401,8 +401,8 @@ FAULTS = (
     ),
     fault(
         "the second branch weighted by 1 − p", "kernels/eval_coefficients.py",
-        "d_weight_0, d_weight_1 = q * along_0 * inv_std_0, p * along_1 * inv_std_1",
-        "d_weight_0, d_weight_1 = q * along_0 * inv_std_0, q * along_1 * inv_std_1",
+        "d_weight_0, d_weight_1 = q * centered_0 * inv_std_0, p * centered_1 * inv_std_1",
+        "d_weight_0, d_weight_1 = q * centered_0 * inv_std_0, q * centered_1 * inv_std_1",
         EVAL,
     ),
     fault(
