@@ -1,6 +1,6 @@
-// A frozen network below autograd: layers act(conv(x) * scale + shift + residual) one after another, and
-// back. As one operator, since with small images on a CPU the time between layers would be as long as that in
-// them. The mean over a layer's output is taken while the output is in the cache.
+// A frozen network below autograd: the forward and backward of layers act(conv(x) * scale + shift + residual)
+// in sequence. It is one operator because with small images on a CPU the overhead between two layers is as
+// long as a layer. The mean over a layer's output is computed while the output is in the cache.
 #include "network.h"
 
 #include <ATen/ops/cat.h>

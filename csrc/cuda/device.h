@@ -28,7 +28,8 @@ struct alignas(V * sizeof(T)) Vector {
   __device__ __forceinline__ float operator[](int j) const { return static_cast<float>(value[j]); }
 };
 
-// Two to a register until they are used; members of 16 bits would be taken apart as soon as they arrive.
+// Two values per register until they are used: members of 16 bits would be unpacked as soon as they are
+// loaded.
 template <>
 struct alignas(16) Vector<__nv_bfloat16, 8> {
   uint32_t pair[4];
@@ -117,7 +118,7 @@ __device__ __forceinline__ Activated activated(float z, int32_t activation) {
 
 // The gradient of the activation's input. The ReLU: grad where y is not <= 0 or relu_mask is 1, else 0; at
 // most one of y and relu_mask is not null, and without both it is grad. kSlope: another activation, whose
-// slope is in the place of y.
+// slope is stored in y.
 template <class T, bool kSlope>
 struct ActivationBackward {
   const T *grad, *y;
@@ -217,7 +218,7 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int64_t blocks
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // the next call shall not find it
+  cudaGetLastError();  // clears the error, which the next call would report
   return cudaGetErrorString(error);
 }
 

@@ -105,7 +105,7 @@ struct EvalBackward {
                                           float center, const float* product_sums) const {
     double sum = 0.0, products = 0.0;
     for (int32_t part = 0; part < parts; ++part, from += stride) {
-      sum += __ldcg(p.workspace + from);  // past the first cache, which may hold what was there before
+      sum += __ldcg(p.workspace + from);  // bypasses the L1 cache, which may hold old values
       products += __ldcg(product_sums + from);
     }
     finish(entry, static_cast<float>(sum), static_cast<float>(products), center);

@@ -1,5 +1,6 @@
-// How a block of a reduction finds its share of the images, and where its sums go. Where a sample is cut into
-// several parts, their sums go to [B, parts, C] tables, which a second kernel combines in order, in double.
+// Which values a block of a reduction reads, and where it stores its sums. Where a sample is split into
+// several parts, the sums are stored in [B, parts, C] tables, which a second kernel combines in order, in
+// double.
 #pragma once
 
 #include "device.h"
@@ -57,7 +58,7 @@ __device__ __forceinline__ Column column_of(const Rows& r) {
           sample * r.channels + channel,
           sample * r.pixels * r.channels + channel,
           from + static_cast<int32_t>(threadIdx.y),
-          channel < r.channels ? end : 0,  // lanes beside the last channel take part in the sums only
+          channel < r.channels ? end : 0,  // lanes past the last channel take part in the sums only
           end - from};
 }
 

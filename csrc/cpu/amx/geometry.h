@@ -1,4 +1,4 @@
-// Which pixels a convolution reads for which.
+// The input pixels that each output pixel of a convolution reads.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Filters in the order in which tiles take them.
+// Packs filters in the order in which the tiles read them.
 #include <ATen/Parallel.h>
 
 #include "../../tensors.h"
