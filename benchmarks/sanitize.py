@@ -18,7 +18,7 @@ from torch import Tensor
 
 from awnet.ops.args import ACTIVATIONS, RELU, Needs
 from awnet.ops.backends import native
-from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.backends.base import Passes
 from awnet.ops.coefficients import Mix, Norm, Propagation, Reduced, SampleStats
 
 # by a part of a warp, a warp, a block, several blocks; values that fill a 16-byte access and that do not
@@ -56,7 +56,7 @@ class _Checker:
 
     def __call__(self, name: str, *arguments: Any, limit: float = 1e-4) -> Any:
         got = getattr(self.passes, name)(*(self._move(x) for x in arguments))
-        want = getattr(EagerPasses(), name)(*(self._widen(x) for x in arguments))
+        want = getattr(Passes(), name)(*(self._widen(x) for x in arguments))
         pairs = zip(*(list(_tensors(side)) for side in self._aligned(got, want)), strict=True)
         for ours, truth in pairs:
             if truth.numel() == 0:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from awnet.ops.args import CODES, EvalBackwardArgs, Needs
-from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.backends.base import Passes
 from awnet.ops.coefficients import (
     Mix,
     Norm,
@@ -92,9 +92,9 @@ def expected(name: str, *arguments: Any) -> Any:
         return stepped, stepped
     if name == "forward_and_backward":
         u, scale, shift, residual, args = arguments
-        y, mask = EagerPasses().apply(u, scale, shift, residual, CODES["relu"], True, False)
-        return y, *EagerPasses().eval_backward(args._replace(relu_mask=mask))
-    return getattr(EagerPasses(), name)(*arguments)
+        y, mask = Passes().apply(u, scale, shift, residual, CODES["relu"], True, False)
+        return y, *Passes().eval_backward(args._replace(relu_mask=mask))
+    return getattr(Passes(), name)(*arguments)
 
 
 class _Images:

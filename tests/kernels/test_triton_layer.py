@@ -14,7 +14,7 @@ from support.random_layers import Layer, build, error, has_single_value, layers,
 from awnet import ops
 from awnet.ops.args import flatten
 from awnet.ops.backends import triton as triton_backend
-from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.backends.base import Passes
 from awnet.ops.backends.triton import TritonPasses
 from awnet.ops.checks import layer_args
 from awnet.ops.coefficients import Mix, Norm, Reduced, SampleStats
@@ -195,7 +195,7 @@ def test_gradients_from_the_sums_of_several_ranks_equal_eager() -> None:
     is_clean = torch.tensor([True, False, False, True, False])
     results = []
     for passes, device, dtype in (
-        (EagerPasses(), "cpu", torch.float64), (TritonPasses(), DEVICE, torch.float32),
+        (Passes(), "cpu", torch.float64), (TritonPasses(), DEVICE, torch.float32),
     ):  # fmt: skip
         x = [t.to(device, dtype) for t in (g1, gc, mean, m2, omega, weight)]
         kind = is_clean.to(device)

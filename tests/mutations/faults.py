@@ -463,12 +463,12 @@ FAULTS = (
         EAGER_LAYER,
     ),
     fault(
-        "the mask turned round", "awnet/ops/backends/eager.py",
+        "the mask turned round", "awnet/ops/backends/base.py",
         "(y <= 0).logical_not_()", "(y <= 0)",
         OPS + "test_only_arguments_that_require_a_gradient_get_one[eager]",
     ),
     fault(
-        "statistics as E[x²] − μ²", "awnet/ops/backends/eager.py",
+        "statistics as E[x²] − μ²", "awnet/ops/backends/base.py",
         "(wide - _image(mean)).square_().sum((2, 3))", "wide.square().sum((2, 3)) - mean.square() * wide[0, 0].numel()",
         OPS + "test_the_variance_does_not_cancel_far_from_zero[eager]",
     ),
@@ -478,7 +478,7 @@ FAULTS = (
         EAGER_LAYER,
     ),
     fault(
-        "∂u without the term of the input", "awnet/ops/backends/eager.py",
+        "∂u without the term of the input", "awnet/ops/backends/base.py",
         "d_u.mul_(_image(by_input))", "d_u.mul_(0)",
         EAGER_LAYER,
     ),

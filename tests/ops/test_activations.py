@@ -15,7 +15,7 @@ from awnet import ops, reference
 from awnet.ops import activations
 from awnet.ops.args import ACTIVATIONS, CODES, flatten
 from awnet.ops.backends import amx, native
-from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.backends.base import Passes
 from awnet.ops.backends.native import NativePasses
 from awnet.ops.checks import layer_args
 from awnet.ops.coefficients import Propagation
@@ -23,7 +23,7 @@ from awnet.ops.coefficients import Propagation
 SMOOTH = ACTIVATIONS[2:]
 built = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
 BACKENDS = ["eager", pytest.param("cpp", marks=built)]
-PASSES = [pytest.param(EagerPasses(), id="eager"), pytest.param(NativePasses(), id="cpp", marks=built)]
+PASSES = [pytest.param(Passes(), id="eager"), pytest.param(NativePasses(), id="cpp", marks=built)]
 
 
 def applied(passes: Any, z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -127,10 +127,10 @@ def test_the_native_passes_equal_plain_torch(
     arguments = (scale, shift, other if residual else None, code)
     y, slope = NativePasses().apply(u, *arguments, True, in_place)
     wide = [x.double() if isinstance(x, Tensor) else x for x in arguments]
-    for got, expected in zip((y, slope), EagerPasses().apply(u.double(), *wide, True, False), strict=True):
+    for got, expected in zip((y, slope), Passes().apply(u.double(), *wide, True, False), strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=eps, atol=4 * 2.0**-23 + eps / 64)
     g1, gc = NativePasses().reduce(grad, u, shift, None, slope)
-    wide_sums = EagerPasses().reduce(grad.double(), u.double(), shift.double(), None, slope.double())
+    wide_sums = Passes().reduce(grad.double(), u.double(), shift.double(), None, slope.double())
     for got, expected in zip((g1, gc), wide_sums, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-4)
     d_u, d_residual = NativePasses().propagate(grad, None, None, None, Propagation(scale), True, slope)

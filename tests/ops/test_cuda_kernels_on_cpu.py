@@ -13,13 +13,13 @@ from torch import Tensor
 from awnet import ops
 from awnet.ops import autograd
 from awnet.ops.args import ACTIVATIONS, RELU, EvalBackwardArgs, Needs
-from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.backends.base import Passes
 from awnet.ops.checks import layer_args
 from awnet.ops.coefficients import Mix, Norm, Propagation, Reduced, SampleStats
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
 
-EAGER = EagerPasses()
+EAGER = Passes()
 PASSES = CudaOnCpu()
 few = settings(max_examples=40, deadline=None)
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from awnet import ops
 from awnet.ops import network_autograd
-from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.backends.base import Passes
 from awnet.ops.network import layer_by_layer
 
 Arguments = tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]], list[ops.NetworkLayer]]
 
 
 def as_one_function(*arguments: object) -> list[Tensor]:
-    return network_autograd.run(EagerPasses(), *arguments)  # type: ignore[arg-type]
+    return network_autograd.run(Passes(), *arguments)  # type: ignore[arg-type]
 
 
 def leaves_of(arguments: Arguments, required: str) -> list[Tensor]:

@@ -22,7 +22,7 @@ from support.random_layers import (
 
 from awnet import ops, reference
 from awnet.ops import checks
-from awnet.ops.backends.eager import EagerPasses
+from awnet.ops.backends.base import Passes
 from awnet.ops.dispatch import BACKENDS
 
 RUNNING = [name for name in ON_CPU if name != "cpp" or NOT_BUILT is None]
@@ -463,9 +463,9 @@ def test_gradients_that_are_not_required_are_not_computed(backend: str, monkeypa
     # in the attack that is ∂γ, ∂β; a router's layer has neither ω nor p
     asked = []
     if backend == "eager":
-        plain = EagerPasses.eval_gradients
+        plain = Passes.eval_gradients
         monkeypatch.setattr(
-            EagerPasses, "eval_gradients", staticmethod(lambda *a: asked.append(a[-1][2:6]) or plain(*a))
+            Passes, "eval_gradients", staticmethod(lambda *a: asked.append(a[-1][2:6]) or plain(*a))
         )
     layer = example(False, 0).to(torch.float32)
     leaves = {n: x.clone().requires_grad_(n in ("filter_scale", "p_clean")) for n, x in layer.tensors.items()}

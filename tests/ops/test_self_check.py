@@ -22,7 +22,6 @@ from awnet.ops import self_check
 from awnet.ops.backends import base, native
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.backends.base import Passes
-from awnet.ops.backends.eager import EagerPasses
 from awnet.ops.self_check import Kernels
 
 CPU = torch.device("cpu")
@@ -41,23 +40,21 @@ def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def kernels(
     passes: Passes | None = None, probe: Callable[[torch.device], str | None] | None = None
 ) -> Kernels:
-    return Kernels(
-        "triton", passes or EagerPasses(), probe or (lambda device: None), lambda: [Path(__file__)]
-    )
+    return Kernels("triton", passes or Passes(), probe or (lambda device: None), lambda: [Path(__file__)])
 
 
-class Wrong(EagerPasses):
+class Wrong(Passes):
     def reduce(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         g1, gc = super().reduce(*arguments)
         return g1, gc * 1.01
 
 
-class Raising(EagerPasses):
+class Raising(Passes):
     def propagate(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         raise RuntimeError("an illegal instruction\nand more")
 
 
-class Outside(EagerPasses):
+class Outside(Passes):
     """One element past the end of the output."""
 
     def apply(self, u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -67,7 +64,7 @@ class Outside(EagerPasses):
         return out, mask
 
 
-class Incomplete(EagerPasses):
+class Incomplete(Passes):
     """The last element of the output is never written."""
 
     def apply(self, u: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -77,14 +74,14 @@ class Incomplete(EagerPasses):
         return out, mask
 
 
-class Overwriting(EagerPasses):
+class Overwriting(Passes):
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         result = super().statistics(u)
         u.zero_()
         return result
 
 
-class Unsteady(EagerPasses):
+class Unsteady(Passes):
     def __init__(self) -> None:
         self.calls = 0
 
@@ -127,7 +124,7 @@ def test_a_wrong_kernel_fails_with_its_name_and_case(passes: Passes, reason: str
 def test_the_self_check_calls_every_method_that_all_backends_have() -> None:
     called: set[str] = set()
 
-    class Recorded(EagerPasses):
+    class Recorded(Passes):
         def __getattribute__(self, name: str) -> Any:
             called.add(name)
             return super().__getattribute__(name)
@@ -264,7 +261,7 @@ def test_a_failure_of_values_is_stored_until_a_source_changes(tmp_path: Path) ->
     source.write_text("one")
     checked = replace(kernels(Wrong()), sources=lambda: [source])
     assert "wrong by" in str(self_check.obstacle(checked, CPU))
-    right = replace(checked, passes=EagerPasses())
+    right = replace(checked, passes=Passes())
     self_check.forget()
     assert "wrong by" in str(self_check.obstacle(right, CPU))
     source.write_text("two")

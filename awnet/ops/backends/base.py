@@ -2,8 +2,8 @@
 
 A :class:`Backend` runs a whole call, or says why it cannot. Most backends run the layer as a registered
 operator (:mod:`awnet.ops.autograd`) that is assembled from :class:`Passes`: four passes over ``[B, C, H, W]``
-and the coefficients on ``[B, C]``. Images keep their dtype; ``[B, C]`` tensors are float32, or float64 for
-float64 images.
+and the coefficients on ``[B, C]``, here in plain torch. Images keep their dtype; ``[B, C]`` tensors are
+float32, or float64 for float64 images.
 """
 
 from __future__ import annotations
@@ -15,17 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from awnet.ops.args import RELU, Conv, EvalBackwardArgs, LayerArgs, Needs
-from awnet.ops.coefficients import (
-    BatchStats,
-    Gradients,
-    Mix,
-    Norm,
-    Propagation,
-    Reduced,
-    SampleStats,
-    TrainSums,
-)
+from awnet.ops import activations, coefficients
+from awnet.ops.args import RELU, Conv, EvalBackwardArgs, LayerArgs
+from awnet.ops.coefficients import Propagation, Reduced
 
 _LEAST_CAPABILITY = (8, 0)
 NO_FLOAT64 = "it has no float64 (use eager or reference)"
@@ -47,8 +39,27 @@ class Backend:
         raise NotImplementedError
 
 
+def _image(x: Tensor) -> Tensor:
+    return x[:, :, None, None]
+
+
+def _masked(grad: Tensor, relu_mask: Tensor | None, slope: Tensor | None) -> Tensor:
+    """The gradient of the activation's input; of the wide dtype with a slope, else of ``grad``'s."""
+    if slope is not None:
+        wide = wide_dtype(grad.dtype)
+        return grad.to(wide) * slope.to(wide)
+    if relu_mask is None:
+        return grad
+    if relu_mask.dtype == torch.bool:
+        return torch.where(relu_mask, grad, 0)
+    return torch.ops.aten.threshold_backward(grad, relu_mask, 0)
+
+
 class Passes:
-    """What an operator of :mod:`awnet.ops.autograd` is assembled from. Outputs keep u's memory format.
+    """What an operator of :mod:`awnet.ops.autograd` is assembled from, in plain torch.
+
+    ``eager`` runs these functions on any device and dtype, other backends override them with kernels. Outputs
+    keep u's memory format.
 
     ``activation`` is a position in :data:`awnet.ops.args.ACTIVATIONS`. g is the gradient of the activation's
     input z = u · scale + shift + residual. For the ReLU it is ``grad`` where ``relu_mask`` says that the
@@ -59,7 +70,9 @@ class Passes:
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Per-sample mean and centred sum of squares M2, each ``[B, C]``."""
-        raise NotImplementedError
+        wide = u.to(wide_dtype(u.dtype))
+        mean = wide.mean((2, 3))
+        return mean, (wide - _image(mean)).square_().sum((2, 3))
 
     def apply(
         self,
@@ -77,18 +90,30 @@ class Passes:
         With ``in_place`` y overwrites u. With ``frozen`` the mask is for :meth:`eval_backward` only, and may
         have a form that only the backend's own reads.
         """
-        raise NotImplementedError
+        wide = u.to(wide_dtype(u.dtype))
+        y = wide if in_place or wide is not u else torch.empty_like(wide)
+        torch.addcmul(_image(shift), wide, _image(scale), out=y)
+        if residual is not None:
+            y.add_(residual)
+        mask = y.new_empty(0, dtype=torch.bool)
+        if activation > RELU:
+            z = y
+            mask = activations.slope(z, activation).to(u.dtype) if keep_mask else mask
+            y = activations.activated_(z, activation)
+        elif activation == RELU:
+            y.relu_()
+        y = y.to(u.dtype)
+        if activation == RELU and keep_mask:
+            mask = (y <= 0).logical_not_()
+        return y, mask
 
     def reduce(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        centre: Tensor,
-        relu_mask: Tensor | None,
-        slope: Tensor | None = None,
+        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """G1 = Σ g and Gc = Σ g (u − centre), each ``[B, C]``."""
-        raise NotImplementedError
+        wide = wide_dtype(u.dtype)
+        g = _masked(grad, relu_mask, slope).to(wide)
+        return g.sum((2, 3)), (u.to(wide) - _image(centre)).mul_(g).sum((2, 3))
 
     def propagate(
         self,
@@ -101,7 +126,22 @@ class Passes:
         slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """∂u, and with ``residual`` ∂residual = g. u and centre are read only for ``by_input``."""
-        raise NotImplementedError
+        by_grad, by_input, constant = propagation
+        wide = wide_dtype(grad.dtype)
+        g = _masked(grad, relu_mask, slope)
+        reusable = g is not grad and g.dtype == wide and not residual and by_input is None
+        d_u = g if reusable else torch.empty_like(grad, dtype=wide)
+        if by_input is None or constant is None:
+            torch.mul(g.to(wide), _image(by_grad), out=d_u)
+        else:
+            assert u is not None
+            assert centre is not None
+            torch.sub(u.to(wide), _image(centre), out=d_u)
+            d_u.mul_(_image(by_input)).add_(_image(constant))
+            d_u.addcmul_(g.to(wide), _image(by_grad))
+        if not residual:
+            return d_u.to(grad.dtype), None
+        return d_u.to(grad.dtype), g.clone() if g is grad else g.to(grad.dtype)
 
     def eval_backward(self, args: EvalBackwardArgs) -> tuple[Tensor, Tensor | None, Reduced | None]:
         """∂u = g · scale, ∂residual = g or None, and the sums of ``reduce`` or None, in eval mode.
@@ -146,34 +186,12 @@ class Passes:
         """The gradient of the convolution's input."""
         return None
 
-    # Coefficients: :mod:`awnet.ops.coefficients` has a function of the same name for each.
-
-    def eval_coefficients(self, norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def eval_gradients(self, sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Gradients:
-        raise NotImplementedError
-
-    def batch_statistics(self, stats: SampleStats, mix: Mix, stat_rows: int) -> BatchStats:
-        raise NotImplementedError
-
-    def train_coefficients(self, norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
-    def train_sums(self, sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
-        raise NotImplementedError
-
-    def train_gradients(
-        self,
-        sums: Reduced,
-        stats: SampleStats,
-        norm: Norm,
-        n: Tensor,
-        mix: Mix,
-        need_filter_scale: bool,
-        totals: TrainSums | None,
-    ) -> tuple[Gradients, Propagation]:
-        raise NotImplementedError
+    eval_coefficients = staticmethod(coefficients.eval_coefficients)
+    eval_gradients = staticmethod(coefficients.eval_gradients)
+    batch_statistics = staticmethod(coefficients.batch_statistics)
+    train_coefficients = staticmethod(coefficients.train_coefficients)
+    train_sums = staticmethod(coefficients.train_sums)
+    train_gradients = staticmethod(coefficients.train_gradients)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -178,7 +178,7 @@ class NativePasses(Passes):
         n: Tensor,
         mix: Mix,
         need_filter_scale: bool,
-        totals: TrainSums | None,
+        totals: TrainSums | None = None,
     ) -> tuple[Gradients, Propagation]:
         through = None if totals is None else totals.through
         d_filter_scale, d_weight, d_bias, *by = torch.ops.awnet.train_gradients(

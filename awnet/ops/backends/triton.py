@@ -219,7 +219,7 @@ class TritonPasses(Passes):
         n: Tensor,
         mix: Mix,
         need_filter_scale: bool,
-        totals: TrainSums | None,
+        totals: TrainSums | None = None,
     ) -> tuple[Gradients, Propagation]:
         config = _for_table("train_gradients", sums.g1.device, *sums.g1.shape)
         d_filter_scale, d_weight, d_bias, *by = kernels("train_coefficients").train_gradients(
