@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict, TypeVar
 
 from torch import Tensor, nn
@@ -50,11 +50,67 @@ class Block(nn.Module):
         remaining = iter(filter_scales)
         return [next(remaining) if is_dynamic(layer) else None for layer in layers]
 
+    def forward(
+        self,
+        input: Tensor,
+        filter_scales: Sequence[Tensor] = (),
+        *,
+        p_clean: Tensor | None = None,
+        is_clean: Tensor | None = None,
+    ) -> Tensor:
+        """``input`` [B, C_in, H, W] → [B, C_out, H/stride, W/stride]; one ω for each of ``signal_widths``."""
+        return self._apply_layers(
+            input, self._spread(filter_scales), {"p_clean": p_clean, "is_clean": is_clean}
+        )
+
+    def _apply_layers(
+        self, input: Tensor, scales: Sequence[Tensor | None], branch: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        """``scales`` has an entry for each convolution; ``branch`` holds p_clean and is_clean."""
+        raise NotImplementedError
+
 
 class ResidualBlock(Block):
-    """Base class of :class:`AWBasicBlock` and :class:`AWBottleneck`: convolutions and a shortcut."""
+    """Base class of :class:`AWBasicBlock` and :class:`AWBottleneck`: convolutions and a shortcut.
 
+    The shortcut is the identity, or a 1×1 convolution with MixBN where the shape changes, static unless
+    ``dynamic_shortcut``. ``activation`` takes the place of the ReLU, see :class:`AWConv2d`.
+    """
+
+    expansion: int
     shortcut: AWConv2d | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        *,
+        dynamic: bool = True,
+        dynamic_shortcut: bool = False,
+        bn: Branches = "mix",
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__()
+        self._add_convolutions(in_channels, width, stride, dynamic, {"bn": bn, "activation": activation})
+        out_channels = self.expansion * width
+        self.shortcut = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = AWConv2d(
+                in_channels,
+                out_channels,
+                1,
+                stride,
+                dynamic=dynamic and dynamic_shortcut,
+                activation=None,
+                bn=bn,
+            )
+
+    def _add_convolutions(
+        self, in_channels: int, width: int, stride: int, dynamic: bool, options: LayerOptions
+    ) -> None:
+        """Sets the convolutions of the block without its shortcut."""
+        raise NotImplementedError
 
     def run(self, apply: Callable[[int, X, X | None], X], input: X) -> X:
         """The block on ``input``, where ``apply(i, input, residual)`` runs the i-th of ``convolutions``.
@@ -70,58 +126,26 @@ class ResidualBlock(Block):
             input = apply(i, input, None)
         return apply(count - 1, input, residual)
 
-    def forward(
-        self,
-        input: Tensor,
-        filter_scales: Sequence[Tensor] = (),
-        *,
-        p_clean: Tensor | None = None,
-        is_clean: Tensor | None = None,
+    def _apply_layers(
+        self, input: Tensor, scales: Sequence[Tensor | None], branch: Mapping[str, Tensor | None]
     ) -> Tensor:
-        """``input`` [B, C_in, H, W] → [B, C_out, H/stride, W/stride]; one ω for each of ``signal_widths``."""
-        layers, scales = self.convolutions(), self._spread(filter_scales)
-
-        def apply(i: int, x: Tensor, residual: Tensor | None) -> Tensor:
-            return layers[i](x, scales[i], p_clean=p_clean, is_clean=is_clean, residual=residual)
-
-        return self.run(apply, input)
-
-
-def shortcut(
-    in_channels: int, out_channels: int, stride: int, dynamic: bool, bn: Branches
-) -> AWConv2d | None:
-    """The 1×1 convolution of a block that changes the shape; None if it does not."""
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return AWConv2d(in_channels, out_channels, 1, stride, dynamic=dynamic, activation=None, bn=bn)
+        layers = self.convolutions()
+        return self.run(lambda i, x, residual: layers[i](x, scales[i], residual=residual, **branch), input)
 
 
 class AWBasicBlock(ResidualBlock):
     """Two dynamic 3×3 convolutions and a shortcut, Eq. 16: φ = relu(F₂(relu(F₁(ψ))) + shortcut(ψ)).
 
-    The shortcut is the identity, or a 1×1 convolution with MixBN where the shape changes, static unless
-    ``dynamic_shortcut``. ``dynamic=False, bn="one"`` is the ordinary basic block. ``activation`` takes the
-    place of the ReLU, see :class:`AWConv2d`.
+    The options are those of :class:`ResidualBlock`. ``dynamic=False, bn="one"`` is the ordinary basic block.
     """
 
     expansion = 1
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: int = 1,
-        *,
-        dynamic: bool = True,
-        dynamic_shortcut: bool = False,
-        bn: Branches = "mix",
-        activation: Activation = "relu",
+    def _add_convolutions(
+        self, in_channels: int, width: int, stride: int, dynamic: bool, options: LayerOptions
     ) -> None:
-        super().__init__()
-        options: LayerOptions = {"bn": bn, "activation": activation}
         self.conv1 = AWConv2d(in_channels, width, 3, stride, 1, dynamic=dynamic, **options)
         self.conv2 = AWConv2d(width, width, 3, 1, 1, dynamic=dynamic, **options)
-        self.shortcut = shortcut(in_channels, width, stride, dynamic and dynamic_shortcut, bn)
 
     def convolutions(self) -> list[AWConv2d]:
         return [self.conv1, self.conv2, *([self.shortcut] if self.shortcut is not None else [])]
@@ -130,29 +154,17 @@ class AWBasicBlock(ResidualBlock):
 class AWBottleneck(ResidualBlock):
     """1×1 → 3×3 → 1×1 with a shortcut; the 3×3 convolution is dynamic, the 1×1 ones are static.
 
-    Gives ``4 * width`` channels. The options are those of :class:`AWBasicBlock`.
+    Gives ``4 * width`` channels. The options are those of :class:`ResidualBlock`.
     """
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_channels: int,
-        width: int,
-        stride: int = 1,
-        *,
-        dynamic: bool = True,
-        dynamic_shortcut: bool = False,
-        bn: Branches = "mix",
-        activation: Activation = "relu",
+    def _add_convolutions(
+        self, in_channels: int, width: int, stride: int, dynamic: bool, options: LayerOptions
     ) -> None:
-        super().__init__()
-        options: LayerOptions = {"bn": bn, "activation": activation}
-        out_channels = self.expansion * width
         self.conv1 = AWConv2d(in_channels, width, 1, dynamic=False, **options)
         self.conv2 = AWConv2d(width, width, 3, stride, 1, dynamic=dynamic, **options)
-        self.conv3 = AWConv2d(width, out_channels, 1, dynamic=False, **options)
-        self.shortcut = shortcut(in_channels, out_channels, stride, dynamic and dynamic_shortcut, bn)
+        self.conv3 = AWConv2d(width, self.expansion * width, 1, dynamic=False, **options)
 
     def convolutions(self) -> list[AWConv2d]:
         return [self.conv1, self.conv2, self.conv3, *([self.shortcut] if self.shortcut is not None else [])]
@@ -194,20 +206,13 @@ class AWPreActivationBlock(Block):
     def convolutions(self) -> list[nn.Conv2d]:
         return [self.conv1, self.conv2, *([self.shortcut] if self.shortcut is not None else [])]
 
-    def forward(
-        self,
-        input: Tensor,
-        filter_scales: Sequence[Tensor] = (),
-        *,
-        p_clean: Tensor | None = None,
-        is_clean: Tensor | None = None,
+    def _apply_layers(
+        self, input: Tensor, scales: Sequence[Tensor | None], branch: Mapping[str, Tensor | None]
     ) -> Tensor:
-        """``input`` [B, C_in, H, W] → [B, width, H/stride, W/stride]; one ω for each of ``signal_widths``."""
-        scale = self._spread(filter_scales)
-        active = activated(self.norm(input, p_clean=p_clean, is_clean=is_clean), self.activation)
-        hidden = self.conv1(active, scale[0], p_clean=p_clean, is_clean=is_clean)
-        residual = input if self.shortcut is None else _convolve(self.shortcut, active, scale[2])
-        return residual + _convolve(self.conv2, hidden, scale[1])
+        active = activated(self.norm(input, **branch), self.activation)
+        hidden = self.conv1(active, scales[0], **branch)
+        residual = input if self.shortcut is None else _convolve(self.shortcut, active, scales[2])
+        return residual + _convolve(self.conv2, hidden, scales[1])
 
 
 def _convolution(dynamic: bool) -> type[nn.Conv2d]:
@@ -247,19 +252,9 @@ class AWInvertedResidual(Block):
     def convolutions(self) -> list[AWConv2d]:
         return [*([self.expand] if self.expand is not None else []), self.depthwise, self.project]
 
-    def forward(
-        self,
-        input: Tensor,
-        filter_scales: Sequence[Tensor] = (),
-        *,
-        p_clean: Tensor | None = None,
-        is_clean: Tensor | None = None,
+    def _apply_layers(
+        self, input: Tensor, scales: Sequence[Tensor | None], branch: Mapping[str, Tensor | None]
     ) -> Tensor:
-        """``input`` [B, C_in, H, W] → [B, width, H/stride, W/stride]."""
-        scale = self._spread(filter_scales)[-2]
-        hidden = input
-        if self.expand is not None:
-            hidden = self.expand(input, p_clean=p_clean, is_clean=is_clean).clamp(max=6)
-        hidden = self.depthwise(hidden, scale, p_clean=p_clean, is_clean=is_clean).clamp(max=6)
-        residual = input if self.adds_input else None
-        return self.project(hidden, p_clean=p_clean, is_clean=is_clean, residual=residual)
+        hidden = input if self.expand is None else self.expand(input, **branch).clamp(max=6)
+        hidden = self.depthwise(hidden, scales[-2], **branch).clamp(max=6)
+        return self.project(hidden, residual=input if self.adds_input else None, **branch)
