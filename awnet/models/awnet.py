@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, get_args
 
 from awnet.models import mobilenet, wide_resnet
-from awnet.models.common import WithInferenceCopy, config, scaled
+from awnet.models.common import WithInferenceCopy, checked_router_widths, config
 from awnet.models.hub import OnHub
 from awnet.models.resnet import ARCHITECTURES
 from awnet.nn import AdversarialRouter, AWNet, Backbone, FixedRouter
@@ -16,7 +16,7 @@ from awnet.nn.inference import register_inference_copy
 from awnet.nn.inference_network import awnet_copy, check_awnet
 from awnet.nn.layers import Activation, Branches
 from awnet.nn.router import TestBN
-from awnet.scalars import check_flag, check_integers
+from awnet.scalars import check_flag
 
 
 def _resnet(name: str, width: float, **options: Any) -> Backbone:
@@ -94,14 +94,9 @@ class AWResNet(AWNet, WithInferenceCopy, OnHub):
         if bn not in get_args(Branches):
             raise ValueError(f"bn must be one of {list(get_args(Branches))}, got {bn!r}")
         basis = _BASES[name]
-        default_widths = [scaled(router_width, width) for router_width in basis.router_widths]
-        widths = (
-            default_widths if router_widths is None else check_integers("router_widths", router_widths, 1)
-        )
-        filter_scaling, type_head = (
-            check_flag("filter_scaling", filter_scaling),
-            check_flag("type_head", type_head),
-        )
+        widths = checked_router_widths(router_widths, basis.router_widths, width)
+        filter_scaling = check_flag("filter_scaling", filter_scaling)
+        type_head = check_flag("type_head", type_head)
         dynamic_shortcut = check_flag("dynamic_shortcut", dynamic_shortcut)
         dynamic = basis.build(
             width,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import ModuleType
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awnet.nn.inference import InferenceCopy, required_inference_copy
-from awnet.scalars import check_number, plain
+from awnet.nn.inference import InferenceCopy, inference_copy, not_supported
+from awnet.scalars import check_integers, check_number, plain
 
 # modules that packages import without requiring them → what provides them
 _PROVIDERS = {
@@ -25,6 +25,13 @@ _PROVIDERS = {
 def scaled(channels: int, width: float) -> int:
     """``channels`` times the factor ``width``, rounded, at least 1; ValueError unless ``width`` > 0."""
     return max(1, round(channels * check_number("width", width, above=0)))
+
+
+def checked_router_widths(widths: Sequence[int] | None, default: Sequence[int], width: float) -> list[int]:
+    """``widths``, integers of at least 1; if None, ``default`` times the factor ``width``."""
+    if widths is None:
+        return [scaled(stage_width, width) for stage_width in default]
+    return check_integers("router_widths", widths, 1)
 
 
 def config(name: str, num_classes: int, in_channels: int, **options: Any) -> dict[str, Any]:
@@ -124,4 +131,10 @@ class WithInferenceCopy(nn.Module):
             TypeError: a copy might not compute what this model does, because of a subclass, replaced layers,
                 hooks or parametrized weights (:func:`awnet.nn.not_supported`). The message gives the reason.
         """
-        return required_inference_copy(self, dtype)
+        copy = inference_copy(self, dtype)
+        if copy is None:
+            raise TypeError(
+                f"{type(self).__name__} has no frozen copy: {not_supported(self)}; freeze the model itself: "
+                "`with awnet.attacks.frozen(model)`"
+            )
+        return copy

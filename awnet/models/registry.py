@@ -178,17 +178,10 @@ def _checked(
     if known is not None and (unknown := sorted(set(options) - known)):
         has = f"it has {', '.join(sorted(known))}" if known else "it has none"
         raise TypeError(f"{name} has no option {', '.join(unknown)}; {has}")
-    num_classes, in_channels = (
-        check_integer("num_classes", num_classes, 1),
-        check_integer("in_channels", in_channels, 1),
-    )
+    num_classes = check_integer("num_classes", num_classes, 1)
+    in_channels = check_integer("in_channels", in_channels, 1)
     options = {option: plain(value) for option, value in options.items()}
-    return build, {
-        "name": name,
-        "num_classes": num_classes,
-        "in_channels": in_channels,
-        "options": options,
-    }
+    return build, {"name": name, "num_classes": num_classes, "in_channels": in_channels, "options": options}
 
 
 def model_options() -> set[str]:

@@ -13,14 +13,14 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from awnet.models.common import WithInferenceCopy, config, scaled
+from awnet.models.common import WithInferenceCopy, checked_router_widths, config
 from awnet.models.hub import OnHub
 from awnet.models.mobilenet import MobileNetV2
 from awnet.models.resnet import ResNet
 from awnet.nn import AdversarialRouter, RoutedNetwork, Routing
 from awnet.nn.inference import PlainInferenceCopy, register_inference_copy
 from awnet.nn.layers import check_is_clean
-from awnet.scalars import check_integers, check_number
+from awnet.scalars import check_number
 
 _ROBUST = {"separate_net": "resnet18", "separate_net_l": "resnet34", "mixed_net": "resnet18"}
 NAMES = tuple(_ROBUST)
@@ -65,23 +65,14 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
             raise ValueError(f"name must be one of {list(NAMES)}, got {name!r}")
         threshold = check_number("threshold", threshold, 0, 1)
         super().__init__()
-        widths = (
-            [scaled(stage_width, width) for stage_width in _ROUTER_WIDTHS]
-            if router_widths is None
-            else check_integers("router_widths", router_widths, 1)
-        )
+        widths = checked_router_widths(router_widths, _ROUTER_WIDTHS, width)
         self.standard = MobileNetV2("mobilenet_v2", num_classes, in_channels, width=width)
         self.robust = ResNet(_ROBUST[name], num_classes, in_channels, width=width)
         self.router = AdversarialRouter([], in_channels=in_channels, widths=widths)
         self.threshold = threshold
         self.gate: Gate = "mixed" if name == "mixed_net" else "hard"
         self.config: dict[str, Any] = config(
-            name,
-            num_classes,
-            in_channels,
-            width=width,
-            threshold=threshold,
-            router_widths=list(widths),
+            name, num_classes, in_channels, width=width, threshold=threshold, router_widths=list(widths)
         )
 
     def with_gate(self, gate: Gate) -> Self:

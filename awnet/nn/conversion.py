@@ -27,7 +27,8 @@ from awnet.nn.norm_splitting import split_norms, unfit_norms
 from awnet.nn.rewriting import Rewriter, is_conv, module_of
 from awnet.nn.router import AdversarialRouter, FixedRouter
 from awnet.nn.routing import has_router
-from awnet.nn.tracing import OtherPath, defined_at, has_hooks, raised_at, where_of
+from awnet.nn.structure import has_hooks
+from awnet.nn.tracing import OtherPath, defined_at, raised_at, where_of
 from awnet.nn.wrappers import wrapper_chain
 
 _LOG = logging.getLogger("awnet")

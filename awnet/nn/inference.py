@@ -21,6 +21,7 @@ from awnet.nn.copies import copied
 from awnet.nn.layers import AWConv2d
 from awnet.nn.router import Routing
 from awnet.nn.routing import RoutedNetwork
+from awnet.nn.structure import HOOKS, has_hooks
 from awnet.nn.wrappers import unwrapped, wrapper_chain
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -50,7 +51,7 @@ def not_supported(model: nn.Module) -> str | None:
     if torch.nn.modules.module._has_any_global_hook():
         return "global module hooks are registered"
     *wrappers, model = wrapper_chain(model)
-    if any(_hooks(wrapper) for wrapper in wrappers):
+    if any(map(has_hooks, wrappers)):
         return f"the {type(wrappers[0]).__name__} around it has hooks"
     if type(model) not in _MAKERS:
         base = next((base for base in type(model).__mro__ if base in _MAKERS), None)
@@ -82,7 +83,7 @@ def _foreign(module: nn.Module) -> str | None:
     methods = _METHODS.get(kind)
     if methods is None:
         return f"is a {kind.__qualname__}, which is not one of awnet's layers"
-    if _hooks(module):
+    if has_hooks(module):
         return "has hooks"
     replaced = vars(module).keys() & methods.keys()
     if replaced:
@@ -99,16 +100,6 @@ def _patched(kind: type[nn.Module]) -> str | None:
         if getattr(kind, name, None) is not method:
             return f"is a {kind.__qualname__}, whose {name} was replaced"
     return None
-
-
-def _hooks(module: nn.Module) -> bool:
-    """Whether the forward or backward of ``module`` runs hooks."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 _METHODS: dict[type[nn.Module], dict[str, Any]] = {}
@@ -144,17 +135,6 @@ def register_inference_copy(
         return kind
 
     return register
-
-
-def required_inference_copy(model: nn.Module, dtype: torch.dtype | None) -> InferenceCopy:
-    """:func:`inference_copy`, but raises TypeError with the reason if there is none."""
-    copy = inference_copy(model, dtype)
-    if copy is None:
-        raise TypeError(
-            f"{type(model).__name__} has no frozen copy: {not_supported(model)}; freeze the model itself: "
-            "`with awnet.attacks.frozen(model)`"
-        )
-    return copy
 
 
 def empty_copy(x: Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -259,27 +239,14 @@ class Watch:
         )
 
 
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
-           "_backward_pre_hooks")  # fmt: skip
-
-
-class _Identity:
-    """Compares by identity and keeps the module alive."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and other.module is self.module
-
-    __hash__ = None  # type: ignore[assignment]
+_TABLES = ("_parameters", "_buffers", "_modules", *HOOKS)
 
 
 def _structure(model: nn.Module) -> list[Any]:
-    structure: list[Any] = []
+    structure: list[Any] = []  # modules are equal only if they are the same one
     for module in model.modules():
         shapes = [(p.shape, p.dtype, p.device) for p in module._parameters.values() if p is not None]
-        structure.append((_Identity(module), shapes))
+        structure.append((module, shapes))
         if isinstance(module, AWConv2d):
             conv = (module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
             structure.append((conv, module.activation, module.dynamic, module.bn.branches, module.bn.eps))

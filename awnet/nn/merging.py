@@ -14,16 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from awnet.nn.tracing import (
-    PREFIX,
-    Guard,
-    ModeSwitch,
-    Tracer,
-    Untraceable,
-    defined_at,
-    raised_at,
-    where_of,
-)
+from awnet.nn.tracing import PREFIX, Guard, ModeSwitch, Tracer, Untraceable, defined_at, raised_at, where_of
 
 
 def trace(

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from awnet.nn.rewriting import is_norm, replace_module
-from awnet.nn.tracing import defined_at, has_hooks
+from awnet.nn.structure import has_hooks
+from awnet.nn.tracing import defined_at
 
 _OPTIONS = (bool, int, float, str, tuple, type(None))
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from awnet.nn.layers import Activation, AWConv2d, Branches, FilterScaledConv2d, MixBatchNorm2d
-from awnet.nn.tracing import has_hooks
+from awnet.nn.structure import has_hooks
 
 _FUNCTIONS: dict[Any, Activation] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
@@ -244,19 +244,8 @@ class Rewriter:
         conv, norm = self._module(group.conv), self._module(group.norm)
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        layer = AWConv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            dynamic=self._is_dynamic(group.conv),
-            activation=group.activation,
-            padding_mode=conv.padding_mode,
-            device="meta",
-        )
+        dynamic = self._is_dynamic(group.conv)
+        layer = AWConv2d(**_geometry(conv), dynamic=dynamic, activation=group.activation, device="meta")
         layer.weight = conv.weight  # the Parameter itself: weights tied in the original stay tied
         layer.bn = MixBatchNorm2d.from_batch_norm(norm, self.bn, conv.bias)
         self.norms[str(group.norm.target)] = ConvertedNorm(layer.bn, conv.bias)
@@ -287,18 +276,13 @@ def input_of(node: fx.Node) -> fx.Node:
     return value
 
 
+def _geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    """The arguments that make a convolution of the same channels and pixels."""
+    names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode"
+    return {name: getattr(conv, name) for name in names.split()}
+
+
 def _scaled(conv: nn.Conv2d) -> FilterScaledConv2d:
-    layer = FilterScaledConv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        conv.dilation,  # type: ignore[arg-type]
-        conv.groups,
-        conv.bias is not None,
-        conv.padding_mode,
-        device="meta",
-    )
+    layer = FilterScaledConv2d(**_geometry(conv), bias=conv.bias is not None, device="meta")
     layer.weight, layer.bias = conv.weight, conv.bias
     return layer

@@ -14,8 +14,13 @@ from awnet.nn.wrappers import unwrapped
 from awnet.scalars import plain
 
 _INTERNAL = frozenset(vars(nn.Module())) | {"config", "_awnet_config", "_steering", "_hub_mixin_config"}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _Settings = dict[str, dict[str, Any]]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module``, or its backward, runs more than its forward."""
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 class Comparison(NamedTuple):
@@ -86,7 +91,7 @@ def _modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 def _differences(name: str, one: nn.Module, other: nn.Module) -> tuple[dict[str, Any], list[str]]:
     problems = [
         f"{name} has other {hooks.strip('_').replace('_', ' ')}"
-        for hooks in _HOOKS
+        for hooks in HOOKS
         if _names(getattr(one, hooks)) != _names(getattr(other, hooks))
     ]
     for kind in ("parameters", "buffers"):
@@ -212,7 +217,7 @@ def describe(model: nn.Module) -> dict[str, str]:
     lines = {}
     for path, module in _modules(model):
         line = f"{type(module).__module__}.{type(module).__qualname__}"
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             for name in _names(getattr(module, hooks)):
                 line += f", {hooks.strip('_').replace('_', ' ')[:-1]} {name}"
         for name in sorted(vars(module).keys() - _INTERNAL):

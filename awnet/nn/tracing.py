@@ -19,7 +19,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+
+from awnet.nn.structure import has_hooks
 
 _HERE = os.path.dirname(__file__) + os.sep
 _SKIPPED_FILES = (
@@ -129,18 +131,6 @@ def where_of(node: fx.Node) -> str:
     return str(node.meta.get("where", _UNKNOWN))
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs more than its forward."""
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
-
-
 class _Symbol(fx.Proxy):
     """A proxy whose value for the example images is known to the tracer."""
 
@@ -216,7 +206,7 @@ class _Functions(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self.tracer.running or not (name in _RANDOM or _symbols(args) or _symbols(kwargs)):
+        if self.tracer.running or not (name in _RANDOM or _contains((args, kwargs), fx.Proxy)):
             return func(*args, **kwargs)
         frame = sys._getframe(1)
         self.tracer.remove_tentative((id(frame), frame.f_lasti))
@@ -225,12 +215,13 @@ class _Functions(TorchFunctionMode):
         return self.tracer.create_proxy("call_function", func, args, kwargs)
 
 
-def _symbols(values: Any) -> bool:
-    if isinstance(values, fx.Proxy):
+def _contains(value: Any, kind: type) -> bool:
+    """Whether ``value`` is a ``kind``, or a dict, list or tuple that contains one at any depth."""
+    if isinstance(value, kind):
         return True
-    if isinstance(values, dict):
-        return any(_symbols(value) for value in values.values())
-    return isinstance(values, tuple | list) and any(_symbols(value) for value in values)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, tuple | list) and any(_contains(item, kind) for item in value)
 
 
 class _Root(nn.Module):
@@ -291,9 +282,9 @@ class Tracer(fx.Tracer):
             else:
                 assert callable(node.target)
                 value = node.target(*args, **kwargs)
-        if not _holds_tensors(value) and (
+        if not _contains(value, Tensor) and (
             any(source in self.from_data for source in node.all_input_nodes)
-            or (any(_holds_tensors(arg) for arg in (*args, *kwargs.values())) and not _about_shape(node))
+            or (_contains((args, kwargs), Tensor) and not _about_shape(node))
         ):
             self.from_data.add(node)
         return value
@@ -367,11 +358,7 @@ class Tracer(fx.Tracer):
         return self.is_leaf(m, module_qualified_name.removeprefix(PREFIX))
 
     def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if self.running:
             return forward(*args, **kwargs)
@@ -394,19 +381,33 @@ class Tracer(fx.Tracer):
 
     def traced(self, network: nn.Module) -> fx.Graph:
         """The graph of ``network``'s forward; names in it are relative to ``network``."""
-        set_attribute = nn.Module.__setattr__
+        set_attribute, enter_autocast = nn.Module.__setattr__, torch.autocast.__enter__
 
         def refuse_state(module: nn.Module, name: str, value: Any) -> None:
-            if not self.running and not (name in module.__dict__ and module.__dict__[name] is value):
+            refused = self.inside and not self.running and not name.startswith("_tensor_constant")
+            if refused and not (name in module.__dict__ and module.__dict__[name] is value):
                 raise Untraceable(
                     f"it assigns {type(module).__name__}.{name}, which a graph would do only once; keep "
                     "state in buffers that are changed in place"
                 )
             set_attribute(module, name, value)
 
+        def refuse_autocast(context: torch.autocast) -> Any:
+            if not self.running:
+                raise Untraceable(
+                    "it runs under torch.autocast, which a graph does not keep; convert dtypes with to()"
+                )
+            return enter_autocast(context)
+
         root = _Root(network)
-        patches = _patched_setattr(refuse_state, self), _without_autocast(self), _sizes_as_tuples()
-        with patches[0], patches[1], patches[2], _Functions(self), torch.enable_grad():
+        with ExitStack() as patches:
+            patches.enter_context(_replaced(nn.Module, "__setattr__", refuse_state))
+            patches.enter_context(_replaced(torch.autocast, "__enter__", refuse_autocast))
+            for name in _FACTORIES:
+                factory = _with_size_as_tuple(getattr(torch, name))
+                patches.enter_context(_replaced(torch, name, factory))
+            patches.enter_context(_Functions(self))
+            patches.enter_context(torch.enable_grad())
             graph = self.trace(root)
         for node in graph.nodes:
             node.type = None  # annotations written as strings would keep the result from being pickled
@@ -423,75 +424,32 @@ class Tracer(fx.Tracer):
 
 
 @contextmanager
-def _sizes_as_tuples() -> Iterator[None]:
+def _replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+    """``target.name`` is ``value`` for a block of code."""
+    original = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, original)
+
+
+def _with_size_as_tuple(factory: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.zeros(b, c)`` becomes ``torch.zeros((b, c))``: torch takes symbols only in the second form."""
-    factories = {name: getattr(torch, name) for name in _FACTORIES}
 
-    def wrapped(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
-        def call(*size: Any, **options: Any) -> Any:
-            if any(isinstance(s, _Symbol) and isinstance(s._value, int) for s in size):
-                size = (size,)
-            return factory(*size, **options)
+    @functools.wraps(factory)
+    def call(*size: Any, **options: Any) -> Any:
+        if any(isinstance(s, _Symbol) and isinstance(s._value, int) for s in size):
+            size = (size,)
+        return factory(*size, **options)
 
-        return call
-
-    for name, factory in factories.items():
-        setattr(torch, name, wrapped(factory))
-    try:
-        yield
-    finally:
-        for name, factory in factories.items():
-            setattr(torch, name, factory)
-
-
-@contextmanager
-def _without_autocast(tracer: Tracer) -> Iterator[None]:
-    enter = torch.autocast.__enter__
-
-    def refuse(context: torch.autocast) -> Any:
-        if not tracer.running:
-            raise Untraceable(
-                "it runs under torch.autocast, which a graph does not keep; convert dtypes with to()"
-            )
-        return enter(context)
-
-    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
-
-
-@contextmanager
-def _patched_setattr(replacement: Any, tracer: Tracer) -> Iterator[None]:
-    original = nn.Module.__setattr__
-
-    def patched(module: nn.Module, name: str, value: Any) -> None:
-        if tracer.inside and not name.startswith("_tensor_constant"):
-            replacement(module, name, value)
-        else:
-            original(module, name, value)
-
-    nn.Module.__setattr__ = patched  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+    return call
 
 
 def _python_random() -> tuple[Any, ...]:
     """Changes with every draw from Python's and NumPy's global generators."""
     numpy_state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
     return random.getstate()[1][-1], int(numpy_state["pos"])
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    if isinstance(value, dict):
-        return any(_holds_tensors(item) for item in value.values())
-    return isinstance(value, tuple | list) and any(_holds_tensors(item) for item in value)
 
 
 def _about_shape(node: fx.Node) -> bool:
