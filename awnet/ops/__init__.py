@@ -7,6 +7,7 @@ from awnet.ops.backends.amx import PackedWeights
 from awnet.ops.dispatch import Explanation, available_backends, chosen_backend, use_backend
 from awnet.ops.functional import (
     AffineConvolution,
+    NetworkLayer,
     affine_conv2d,
     aw_conv2d,
     explain,
@@ -14,7 +15,7 @@ from awnet.ops.functional import (
     global_average,
     mix_batch_norm,
 )
-from awnet.ops.network import NetworkLayer, affine_network, network_coefficients
+from awnet.ops.network import affine_network, network_coefficients
 from awnet.ops.sign_step import sign_step
 
 __all__ = [

@@ -1,16 +1,14 @@
-"""Checks of the public functions' arguments, which become a :class:`LayerArgs` with autocast applied.
+"""Checks of the public functions' arguments, and autocast; the results go into a :class:`LayerArgs`.
 
 An error names the argument, what is expected and what was passed.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from awnet.ops.args import ACTIVATIONS, Conv, LayerArgs, MixNorm
+from awnet.ops.args import ACTIVATIONS, Conv, MixNorm
 from awnet.scalars import plain
 
 Size2 = int | tuple[int, int]
@@ -19,102 +17,12 @@ _MOST = 2**62  # of a stride, padding or dilation, which are 64-bit integers in 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def conv_args(
-    input: Tensor,
-    weight: Tensor,
-    filter_scale: Tensor | None,
-    *,
-    stride: Size2 = 1,
-    padding: Size2 = 0,
-    dilation: Size2 = 1,
-    groups: int = 1,
-) -> LayerArgs:
-    """The arguments of ``filter_scaled_conv2d``."""
-    input, weight, conv, output = _convolution(input, weight, stride, padding, dilation, groups)
-    _check_filter_scale(filter_scale, output, input)
-    return LayerArgs(input, weight, conv, filter_scale)
-
-
-def norm_args(
-    input: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, **options: Any
-) -> LayerArgs:
-    """The arguments of ``mix_batch_norm``; ``options`` are those of :func:`_norm`."""
-    input = _autocast(check_image(input, "input"))
-    if input.shape[2] == 0 or input.shape[3] == 0:
-        raise ValueError(f"input must have at least one pixel, got shape {list(input.shape)}")
-    tables = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    norm, p_clean, is_clean = _norm(input, tuple(input.shape), tables, **options)
-    return LayerArgs(input, norm=norm, p_clean=p_clean, is_clean=is_clean)
-
-
-def layer_args(
-    input: Tensor,
-    weight: Tensor,
-    filter_scale: Tensor | None,
-    bn_weight: Tensor,
-    bn_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    stride: Size2 = 1,
-    padding: Size2 = 0,
-    dilation: Size2 = 1,
-    groups: int = 1,
-    residual: Tensor | None = None,
-    activation: str | None = "relu",
-    **options: Any,
-) -> LayerArgs:
-    """The arguments of ``aw_conv2d``; ``options`` are those of :func:`_norm`."""
-    input, weight, conv, output = _convolution(input, weight, stride, padding, dilation, groups)
-    _check_filter_scale(filter_scale, output, input)
-    tables = {
-        "bn_weight": bn_weight,
-        "bn_bias": bn_bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
-    norm, p_clean, is_clean = _norm(input, output, tables, **options)
-    residual = _epilogue(residual, activation, output, input)
-    return LayerArgs(
-        input,
-        weight,
-        conv,
-        filter_scale,
-        norm,
-        p_clean=p_clean,
-        is_clean=is_clean,
-        residual=residual,
-        activation=activation,
-    )
-
-
-def affine_args(
-    input: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *,
-    stride: Size2 = 1,
-    padding: Size2 = 0,
-    dilation: Size2 = 1,
-    groups: int = 1,
-    residual: Tensor | None = None,
-    activation: str | None = "relu",
-) -> LayerArgs:
-    """The arguments of ``affine_conv2d``: without a norm the filter scale is the scale."""
-    input, weight, conv, output = _convolution(input, weight, stride, padding, dilation, groups)
-    for name, table in (("scale", scale), ("shift", shift)):
-        check_table(table, name, output[:2], "[B, C_out]", input)
-    residual = _epilogue(residual, activation, output, input)
-    return LayerArgs(input, weight, conv, scale, shift=shift, residual=residual, activation=activation)
-
-
-def _convolution(
+def checked_convolution(
     input: Tensor, weight: Tensor, stride: Size2, padding: Size2, dilation: Size2, groups: int
 ) -> tuple[Tensor, Tensor, Conv, tuple[int, int, int, int]]:
     """``input`` and ``weight`` with autocast applied, the geometry and the output's shape."""
-    input = _autocast(check_image(input, "input"))
-    weight = _autocast(check_image(weight, "weight"))
+    input = autocast(check_image(input, "input"))
+    weight = autocast(check_image(weight, "weight"))
     check_like(weight, "weight", input, "input")
     groups = plain(groups)
     if isinstance(groups, bool) or not isinstance(groups, int):
@@ -144,22 +52,21 @@ def _convolution(
     return input, weight, conv, (input.shape[0], c_out, height, width)
 
 
-def _check_filter_scale(filter_scale: Tensor | None, output: tuple[int, ...], input: Tensor) -> None:
+def check_filter_scale(filter_scale: Tensor | None, output: tuple[int, ...], input: Tensor) -> None:
     if filter_scale is not None:
         check_table(filter_scale, "filter_scale", output[:2], "[B, C_out]", input)
 
 
-def _norm(
+def checked_norm(
     input: Tensor,
     output: tuple[int, ...],
     tables: dict[str, Tensor],
-    *,
-    p_clean: Tensor | None = None,
-    is_clean: Tensor | None = None,
-    training: bool = False,
-    momentum: float | Tensor = 0.1,
-    eps: float = 1e-5,
-    process_group: str | None = None,
+    p_clean: Tensor | None,
+    is_clean: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    process_group: str | None,
 ) -> tuple[MixNorm, Tensor | None, Tensor | None]:
     """The batch norm of images of shape ``output``; p_clean and is_clean where it has two branches.
 
@@ -205,14 +112,14 @@ def _norm(
     return norm, p_clean if two else None, is_clean if two else None
 
 
-def _epilogue(
+def checked_residual(
     residual: Tensor | None, activation: str | None, output: tuple[int, ...], input: Tensor
 ) -> Tensor | None:
-    """``residual`` with autocast applied."""
+    """``residual`` with autocast applied; also checks the activation."""
     check_activation(activation)
     if residual is None:
         return None
-    residual = _autocast(check_image(residual, "residual"))
+    residual = autocast(check_image(residual, "residual"))
     if tuple(residual.shape) != output:
         raise ValueError(f"residual must have the output's shape {list(output)}, got {list(residual.shape)}")
     check_like(residual, "residual", input, "input")
@@ -317,7 +224,7 @@ _AUTOCASTING = frozenset(
 )
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     device = x.device.type
     if device in _AUTOCASTING and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))

@@ -74,8 +74,8 @@ def _reason(backend: Backend, args: LayerArgs, transformed: str | None) -> str |
     return transformed if transformed and not backend.every_transform else backend.not_supported(args)
 
 
-def select(args: LayerArgs, backend: str | None) -> Backend:
-    """The backend that runs ``args``.
+def select(args: LayerArgs, backend: str | Backend | None) -> Backend:
+    """The backend that runs ``args``; a :class:`Backend` is returned itself.
 
     Raises ValueError if no backend supports the call, or the named one is unknown or does not support it.
     """
@@ -93,6 +93,8 @@ def select(args: LayerArgs, backend: str | None) -> Backend:
                 self_check.report(candidate.name, reason)
         reasons = (f"{one.name}: {_reason(one, args, transformed)}" for one in BACKENDS)
         raise ValueError(f"no backend can run this call; {'; '.join(reasons)}")
+    if isinstance(backend, Backend):
+        return backend
     chosen = _named(backend, source)
     reason = _reason(chosen, args, transformed)
     if reason is not None:
@@ -159,10 +161,7 @@ def explain_call(args: LayerArgs, backend: str | None) -> Explanation:
 def _on_tiles(args: LayerArgs) -> str | None:
     if args.input.dtype != torch.bfloat16:
         return None
-    obstacle = amx.obstacle()
-    if obstacle is not None:
-        return f"not on AMX tiles, {obstacle}"
-    obstacle = amx.layer_obstacle(args.conv.groups, args.activation)
+    obstacle = amx.obstacle() or amx.layer_obstacle(args.conv.groups, args.activation)
     if obstacle is not None:
         return f"not on AMX tiles, {obstacle}"
     return "on AMX tiles" + (" (emulated)" if amx.mode() == "emulate" else "")

@@ -1,19 +1,29 @@
 """The public functions of the layer, also importable as ``awnet.functional``.
 
-Each one checks its arguments (:mod:`awnet.ops.checks`), which become a :class:`awnet.ops.args.LayerArgs`, and
-runs them on the backend that :mod:`awnet.ops.dispatch` selects.
+Each one checks its arguments by :mod:`awnet.ops.checks`, makes a :class:`~awnet.ops.args.LayerArgs` of them
+and runs it on the backend that :mod:`awnet.ops.dispatch` selects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from awnet.ops.args import Conv, LayerArgs
-from awnet.ops.checks import Size2, affine_args, conv_args, layer_args, norm_args
+from awnet.ops.backends.base import Backend
+from awnet.ops.checks import (
+    Size2,
+    autocast,
+    check_filter_scale,
+    check_image,
+    check_table,
+    checked_convolution,
+    checked_norm,
+    checked_residual,
+)
 from awnet.ops.dispatch import Explanation, explain_call, select
 from awnet.ops.transforms import transform
 
@@ -46,10 +56,9 @@ def filter_scaled_conv2d(
         TypeError, ValueError: an argument has a wrong type, dtype, device or shape, or the named backend does
             not support the call; the message names the argument, what is expected and what was passed.
     """
-    args = conv_args(
-        input, weight, filter_scale, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
-    return select(args, backend).run(args)
+    input, weight, conv, output = checked_convolution(input, weight, stride, padding, dilation, groups)
+    check_filter_scale(filter_scale, output, input)
+    return _run(LayerArgs(input, weight, conv, filter_scale), backend)
 
 
 def mix_batch_norm(
@@ -94,20 +103,14 @@ def mix_batch_norm(
             single value per channel in train mode. Over a process group the count is that of all ranks and is
             checked after the forward, on every rank; inside torch.compile or a CUDA graph it is not checked.
     """
-    args = norm_args(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        p_clean=p_clean,
-        is_clean=is_clean,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        process_group=process_group,
+    input = autocast(check_image(input, "input"))
+    if input.shape[2] == 0 or input.shape[3] == 0:
+        raise ValueError(f"input must have at least one pixel, got shape {list(input.shape)}")
+    tables = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    norm, p_clean, is_clean = checked_norm(
+        input, tuple(input.shape), tables, p_clean, is_clean, training, momentum, eps, process_group
     )
-    return select(args, backend).run(args)
+    return _run(LayerArgs(input, norm=norm, p_clean=p_clean, is_clean=is_clean), backend)
 
 
 def aw_conv2d(
@@ -153,28 +156,26 @@ def aw_conv2d(
     Raises:
         TypeError, ValueError: as in :func:`filter_scaled_conv2d` and :func:`mix_batch_norm`.
     """
-    args = layer_args(
+    input, weight, conv, output = checked_convolution(input, weight, stride, padding, dilation, groups)
+    check_filter_scale(filter_scale, output, input)
+    affine = {"bn_weight": bn_weight, "bn_bias": bn_bias}
+    tables = affine | {"running_mean": running_mean, "running_var": running_var}
+    norm, p_clean, is_clean = checked_norm(
+        input, output, tables, p_clean, is_clean, training, momentum, eps, process_group
+    )
+    residual = checked_residual(residual, activation, output, input)
+    args = LayerArgs(
         input,
         weight,
+        conv,
         filter_scale,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
+        norm,
         p_clean=p_clean,
         is_clean=is_clean,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
         residual=residual,
         activation=activation,
-        process_group=process_group,
     )
-    return select(args, backend).run(args)
+    return _run(args, backend)
 
 
 def affine_conv2d(
@@ -207,18 +208,16 @@ def affine_conv2d(
     Raises:
         TypeError, ValueError: as in :func:`aw_conv2d`.
     """
-    args = affine_args(
-        input,
-        weight,
-        scale,
-        shift,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        residual=residual,
-        activation=activation,
-    )
+    input, weight, conv, output = checked_convolution(input, weight, stride, padding, dilation, groups)
+    for name, table in (("scale", scale), ("shift", shift)):
+        check_table(table, name, output[:2], "[B, C_out]", input)
+    residual = checked_residual(residual, activation, output, input)
+    # without a norm the filter scale is the scale
+    args = LayerArgs(input, weight, conv, scale, shift=shift, residual=residual, activation=activation)
+    return _run(args, backend)
+
+
+def _run(args: LayerArgs, backend: str | None) -> Tensor:
     return select(args, backend).run(args)
 
 
@@ -251,14 +250,17 @@ class AffineConvolution:
     ) -> LayerArgs:
         """The record of a call."""
         return LayerArgs(
-            input,
-            weight,
-            self.conv,
-            scale,
-            shift=shift,
-            residual=residual,
-            activation=self.activation,
+            input, weight, self.conv, scale, shift=shift, residual=residual, activation=self.activation
         )
+
+
+class NetworkLayer(NamedTuple):
+    """A layer of :func:`awnet.ops.affine_network`: ``act(conv(input) · scale + shift + residual)``."""
+
+    convolution: AffineConvolution
+    input: int  # the layer whose output is its input, -1 for the images
+    residual: int  # the layer whose output is added, -1 for none
+    averaged: bool  # whether the mean of its output over pixels is returned
 
 
 class _GlobalAverage(torch.autograd.Function):
@@ -294,16 +296,28 @@ def explain(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Expla
     Returns:
         An :class:`Explanation`: ``backend``, ``others`` (name → reason), and a readable ``str``.
     """
-    if function not in _ARGS:
-        names = ", ".join(f.__name__ for f in _ARGS)
-        raise ValueError(f"function must be one of {names}, got {getattr(function, '__name__', function)!r}")
     backend = kwargs.pop("backend", None)
-    return explain_call(_ARGS[function](*args, **kwargs), backend)
+    return explain_call(layer_args(function, *args, **kwargs), backend)
 
 
-_ARGS: dict[Callable[..., Tensor], Callable[..., LayerArgs]] = {
-    aw_conv2d: layer_args,
-    mix_batch_norm: norm_args,
-    filter_scaled_conv2d: conv_args,
-    affine_conv2d: affine_args,
-}
+_FUNCTIONS = (aw_conv2d, mix_batch_norm, filter_scaled_conv2d, affine_conv2d)
+
+
+def layer_args(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> LayerArgs:
+    """The record of a call of one of the functions that :func:`explain` takes; runs nothing."""
+    if function not in _FUNCTIONS:
+        names = ", ".join(f.__name__ for f in _FUNCTIONS)
+        raise ValueError(f"function must be one of {names}, got {getattr(function, '__name__', function)!r}")
+    recorder = _Recorder()
+    function(*args, **kwargs, backend=recorder)
+    return recorder.args
+
+
+class _Recorder(Backend):
+    """Records a call instead of running it."""
+
+    args: LayerArgs
+
+    def run(self, args: LayerArgs) -> Tensor:
+        self.args = args
+        return args.input

@@ -8,7 +8,7 @@ attack needs the gradients of images, ω and p alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,17 +18,8 @@ from awnet.ops.args import CODES, Conv, LayerArgs, Needs
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.coefficients import Mix, Norm, Reduced, eval_coefficients, eval_gradients, split
-from awnet.ops.functional import AffineConvolution, global_average
+from awnet.ops.functional import NetworkLayer, global_average
 from awnet.ops.transforms import transform
-
-
-class NetworkLayer(NamedTuple):
-    """A layer of :func:`affine_network`: ``act(conv(input) · scale + shift + residual)``."""
-
-    convolution: AffineConvolution
-    input: int  # the layer whose output is its input, -1 for the images
-    residual: int  # the layer whose output is added, -1 for none
-    averaged: bool  # whether the mean of its output over pixels is returned
 
 
 def affine_network(
@@ -38,7 +29,7 @@ def affine_network(
     layers: Sequence[NetworkLayer],
     packed: amx.PackedWeights | None = None,
 ) -> list[Tensor]:
-    """A network of frozen layers in eval mode, each by :class:`AffineConvolution`.
+    """A network of frozen layers in eval mode, each by :class:`awnet.ops.AffineConvolution`.
 
     On the ``cpp`` and ``cuda`` backends the network is one operator, because a small network would otherwise
     spend as much time between its layers as in them. In bfloat16 on a CPU with AMX that operator keeps all
@@ -59,7 +50,7 @@ def affine_network(
         ``reference`` backend.
 
     Raises:
-        As :class:`AffineConvolution`: the caller must pass correct shapes, dtypes and devices.
+        As :class:`awnet.ops.AffineConvolution`: the caller must pass correct shapes, dtypes and devices.
     """
     first = layers[0].convolution.args(x, weights[0], *coefficients[0])
     chosen = dispatch.select_network(first, None).name

@@ -11,27 +11,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from awnet.ops.args import RELU, Conv, EvalBackwardArgs, LayerArgs
+from awnet.ops.args import RELU, EvalBackwardArgs, LayerArgs
 from awnet.ops.autograd import convolved, input_gradient
 from awnet.ops.backends.base import Passes, memory_format, wide_dtype
-
-
-class Layer(Protocol):
-    """A layer's connections; see :class:`awnet.ops.network.NetworkLayer`."""
-
-    @property
-    def convolution(self) -> Any: ...
-    @property
-    def input(self) -> int: ...
-    @property
-    def residual(self) -> int: ...
-    @property
-    def averaged(self) -> bool: ...
+from awnet.ops.functional import NetworkLayer
 
 
 class _Saved(NamedTuple):
@@ -51,25 +39,23 @@ class _Plan:
 
     x: bool
     tables: tuple[bool, ...]  # per layer: of scale or shift
-    outputs: tuple[bool, ...]  # per layer: of its output
+    outputs: list[bool]  # per layer: of its output
 
     def of(self, source: int) -> bool:
         """Whether the gradient of the images (-1) or of a layer's output is required."""
         return self.x if source < 0 else self.outputs[source]
 
     @classmethod
-    def make(cls, x: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], layers: Sequence[Layer]) -> _Plan:
+    def make(
+        cls, x: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], layers: Sequence[NetworkLayer]
+    ) -> _Plan:
         enabled = torch.is_grad_enabled()
         tables = tuple(enabled and (a.requires_grad or b.requires_grad) for a, b in coefficients)
-        outputs: list[bool] = []
-        need_x = enabled and x.requires_grad
-
-        def of(source: int) -> bool:
-            return need_x if source < 0 else outputs[source]
-
+        plan = cls(enabled and x.requires_grad, tables, [])
         for layer, table in zip(layers, tables, strict=True):
-            outputs.append(table or of(layer.input) or (layer.residual >= 0 and of(layer.residual)))
-        return cls(need_x, tables, tuple(outputs))
+            residual = layer.residual >= 0 and plan.of(layer.residual)
+            plan.outputs.append(table or residual or plan.of(layer.input))
+        return plan
 
 
 def run(
@@ -77,7 +63,7 @@ def run(
     x: Tensor,
     weights: Sequence[Tensor],
     coefficients: Sequence[tuple[Tensor, Tensor]],
-    layers: Sequence[Layer],
+    layers: Sequence[NetworkLayer],
 ) -> list[Tensor]:
     """:func:`awnet.ops.network.affine_network` on ``passes``."""
     plan = _Plan.make(x, coefficients, layers)
@@ -93,7 +79,7 @@ def _forward(
     x: Tensor,
     weights: Sequence[Tensor],
     coefficients: Sequence[tuple[Tensor, Tensor]],
-    layers: Sequence[Layer],
+    layers: Sequence[NetworkLayer],
     plan: _Plan,
 ) -> tuple[list[Tensor], list[tuple[_Saved, torch.Size, torch.memory_format]]]:
     wide = wide_dtype(x.dtype)
@@ -105,12 +91,13 @@ def _forward(
     saved = []
     for i, (layer, weight, (scale, shift)) in enumerate(zip(layers, weights, coefficients, strict=True)):
         residual = None if layer.residual < 0 else outputs[layer.residual]
-        args = layer.convolution.args(outputs[layer.input], weight, scale.to(wide), shift.to(wide), residual)
+        scale, shift = scale.to(wide), shift.to(wide)
+        args = layer.convolution.args(outputs[layer.input], weight, scale, shift, residual)
         y, u, mask, computed = _layer(passes, args, keep_u=plan.tables[i], need_mask=plan.outputs[i])
         outputs[i] = y
-        saved_shift, saved_u = args.shift if computed else None, u if plan.tables[i] else None
+        saved_shift, saved_u = shift if computed else None, u if plan.tables[i] else None
         passed = (mask, None) if args.code == RELU else (None, mask)
-        tensors = _Saved(weight, args.filter_scale, saved_shift, saved_u, *passed)
+        tensors = _Saved(weight, scale, saved_shift, saved_u, *passed)
         saved.append((tensors, y.shape, memory_format(y)))
         if layer.averaged:
             means.append(y.mean((2, 3)))
@@ -146,7 +133,7 @@ class _Network(torch.autograd.Function):
     def forward(
         ctx: Any,
         passes: Passes,
-        layers: Sequence[Layer],
+        layers: Sequence[NetworkLayer],
         plan: _Plan,
         weights: Sequence[Tensor],
         x: Tensor,
@@ -203,7 +190,7 @@ class _Network(torch.autograd.Function):
                 grads[layer.residual].append(d_residual)
             if plan.of(layer.input):
                 shape = ctx.images if layer.input < 0 else ctx.shapes[layer.input][0]
-                conv: Conv = layer.convolution.conv
+                conv = layer.convolution.conv
                 grads[layer.input].append(input_gradient(passes, d_u, layer_saved.weight, conv, shape))
         needed = ctx.needs_input_grad[5:]
         result = [d if need else None for d, need in zip(d_tables, needed, strict=True)]

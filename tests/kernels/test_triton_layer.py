@@ -16,8 +16,8 @@ from awnet.ops.args import flatten
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.backends.base import Passes
 from awnet.ops.backends.triton import TritonPasses
-from awnet.ops.checks import layer_args
 from awnet.ops.coefficients import Mix, Norm, Reduced, SampleStats
+from awnet.ops.functional import aw_conv2d, layer_args
 
 few = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -137,7 +137,7 @@ def test_the_triton_operator_passes_opcheck() -> None:
         t = layer.tensors
         names = ("input", "weight", "filter_scale", "p_clean", "bn_weight", "bn_bias", "residual")
         args = layer_args(
-            **{"filter_scale": None} | {n: x.clone().requires_grad_(n in names) for n, x in t.items()},
+            aw_conv2d, **{"filter_scale": None} | {n: x.clone().requires_grad_(n in names) for n, x in t.items()},
             training=training, padding=1, groups=2,
         )  # fmt: skip
         for keep_mask in (False, True):

@@ -17,8 +17,8 @@ from awnet.ops.args import ACTIVATIONS, CODES, flatten
 from awnet.ops.backends import amx, native
 from awnet.ops.backends.base import Passes
 from awnet.ops.backends.native import NativePasses
-from awnet.ops.checks import layer_args
 from awnet.ops.coefficients import Propagation
+from awnet.ops.functional import aw_conv2d, layer_args
 
 SMOOTH = ACTIVATIONS[2:]
 built = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
@@ -165,7 +165,7 @@ def test_opcheck(activation: str, backend: str) -> None:
     }
     name = "native" if backend == "cpp" else backend
     operator = getattr(torch.ops.awnet, f"layer_{name}").default
-    flat = flatten(layer_args(**tensors, **layer.options), True, True)
+    flat = flatten(layer_args(aw_conv2d, **tensors, **layer.options), True, True)
     torch.library.opcheck(operator, flat)
 
 

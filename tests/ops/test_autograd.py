@@ -10,8 +10,8 @@ from torch import Tensor
 from awnet.ops.args import LayerArgs, Saved, flatten
 from awnet.ops.autograd import keep_flags
 from awnet.ops.backends.base import Backend
-from awnet.ops.checks import layer_args
 from awnet.ops.dispatch import BACKENDS
+from awnet.ops.functional import aw_conv2d, layer_args
 
 EAGER: Backend = next(backend for backend in BACKENDS if backend.name == "eager")
 
@@ -19,7 +19,7 @@ EAGER: Backend = next(backend for backend in BACKENDS if backend.name == "eager"
 def arguments(training: bool, names: tuple[str, ...]) -> tuple[LayerArgs, list[Tensor]]:
     layer = build(torch.Generator().manual_seed(0), training)
     tensors = {n: x.clone().requires_grad_(n in names) for n, x in layer.tensors.items()}
-    args = layer_args(**{"filter_scale": None} | tensors, **layer.options)
+    args = layer_args(aw_conv2d, **{"filter_scale": None} | tensors, **layer.options)
     return args, [tensors[n] for n in names]
 
 

@@ -14,8 +14,8 @@ from awnet import ops
 from awnet.ops import autograd
 from awnet.ops.args import ACTIVATIONS, RELU, EvalBackwardArgs, Needs
 from awnet.ops.backends.base import Passes
-from awnet.ops.checks import layer_args
 from awnet.ops.coefficients import Mix, Norm, Propagation, Reduced, SampleStats
+from awnet.ops.functional import aw_conv2d, layer_args
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to build the emulated kernels")
 
@@ -232,7 +232,7 @@ BACKEND = autograd.OperatorBackend(autograd.register("cuda_on_cpu", PASSES))
 
 def on_kernels(**arguments: object) -> Tensor:
     """``ops.aw_conv2d`` with the emulated kernels in place of the eager passes."""
-    return BACKEND.run(layer_args(**arguments))
+    return BACKEND.run(layer_args(aw_conv2d, **arguments))
 
 
 @few

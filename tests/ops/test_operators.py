@@ -13,15 +13,15 @@ from support.random_layers import (
 )
 
 from awnet import ops
-from awnet.ops import checks
 from awnet.ops.args import flatten
 from awnet.ops.autograd import keep_flags
+from awnet.ops.functional import layer_args
 
 # --- torch's machinery
 
 
 def operator_arguments(layer: Layer) -> tuple:
-    args = checks.layer_args(**{"filter_scale": None} | layer.tensors, **layer.options)
+    args = layer_args(ops.aw_conv2d, **{"filter_scale": None} | layer.tensors, **layer.options)
     return flatten(args, *keep_flags(args))
 
 

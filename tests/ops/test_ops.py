@@ -21,9 +21,9 @@ from support.random_layers import (
 )
 
 from awnet import ops, reference
-from awnet.ops import checks
 from awnet.ops.backends.base import Passes
 from awnet.ops.dispatch import BACKENDS
+from awnet.ops.functional import layer_args
 
 RUNNING = [name for name in ON_CPU if name != "cpp" or NOT_BUILT is None]
 
@@ -530,7 +530,7 @@ def test_explain_reports_the_backend_and_the_reasons_against_others() -> None:
 
 
 def ran_by(backend, layer: Layer) -> bool:
-    return backend.not_supported(checks.layer_args(**layer.tensors, **layer.options)) is None
+    return backend.not_supported(layer_args(ops.aw_conv2d, **layer.tensors, **layer.options)) is None
 
 
 def test_use_backend_and_the_environment_select_the_backend() -> None:
