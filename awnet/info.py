@@ -31,7 +31,7 @@ def collect(renew_self_check: bool = False) -> dict[str, Any]:
     the backends that have one. ``renew_self_check`` checks them again.
     """
     if renew_self_check:
-        self_check.renew()
+        self_check.forget(renewed=True)
     backends = available_backends()
     return {
         "versions": {

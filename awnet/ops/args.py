@@ -2,8 +2,8 @@
 
 :class:`LayerArgs` describes one call of y = act(conv(input, weight) · scale + shift + residual); every
 backend takes it. The operators of ``torch.library`` take flat arguments: ``FORWARD_SCHEMA`` and
-``BACKWARD_SCHEMA`` name them, and ``flatten``, ``unflatten``, ``flatten_backward`` and ``unflatten_backward``
-convert, here and nowhere else in Python (``csrc/autograd.cpp`` reads the same schemas).
+``BACKWARD_SCHEMA`` name them, and ``flatten``, ``unflatten``, ``backward_arguments`` and
+``unflatten_backward`` convert, here and nowhere else in Python. ``csrc/autograd.cpp`` reads the same schemas.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ RELU = 1
 CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
-@dataclass(frozen=True, slots=True)
-class Conv:
+class Conv(NamedTuple):
     """The geometry of a convolution, in pixels (height, width)."""
 
     stride: tuple[int, int] = (1, 1)
@@ -178,39 +177,30 @@ _BACKWARD = f"""(Tensor grad, Tensor? input, SymInt[] input_shape, {_LAYER.forma
 FORWARD_SCHEMA, BACKWARD_SCHEMA = " ".join(_FORWARD.split()), " ".join(_BACKWARD.split())
 
 
-def _flat_norm(norm: MixNorm | None) -> tuple[Any, ...]:
-    """weight, bias, mean, var, training, eps, process_group."""
-    if norm is None:
-        return None, None, None, None, False, 1e-5, ""
-    return (
-        norm.weight, norm.bias, norm.mean, norm.var, norm.training, norm.eps, norm.process_group,
-    )  # fmt: skip
+OPTIONS = slice(11, 18)  # of the flat arguments of the forward: training to groups
 
 
 def flatten(args: LayerArgs, keep_u: bool, keep_mask: bool) -> tuple[Any, ...]:
     """``args`` and what to keep for the backward, in the order of ``FORWARD_SCHEMA``."""
-    bn_weight, bn_bias, mean, var, *options = _flat_norm(args.norm)
-    conv = args.conv
-    return (
-        args.input, args.weight, args.filter_scale, args.p_clean, bn_weight, bn_bias, args.shift,
-        args.residual, mean, var, args.is_clean, *options,
-        conv.stride, conv.padding, conv.dilation, conv.groups, args.code, keep_u, keep_mask,
-    )  # fmt: skip
+    norm = args.norm
+    statistics: tuple[Tensor | None, Tensor | None] = (None, None)
+    options = (False, 1e-5, "")
+    if norm is not None:
+        statistics, options = (norm.mean, norm.var), (norm.training, norm.eps, norm.process_group)
+    differentiable = args.differentiable()
+    return *differentiable, *statistics, args.is_clean, *options, *args.conv, args.code, keep_u, keep_mask
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[LayerArgs, bool, bool]:
     """The inverse of :func:`flatten`; the momentum, which is no argument of the operators, is the default."""
     (input, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, residual, mean, var, is_clean, training,
      eps, process_group, stride, padding, dilation, groups, code, keep_u, keep_mask) = flat  # fmt: skip
-    norm = None
-    if bn_weight is not None:
-        norm = MixNorm(bn_weight, bn_bias, mean, var, eps, training=training, process_group=process_group)
     args = LayerArgs(
         input,
         weight,
         Conv(stride, padding, dilation, groups),
         filter_scale,
-        norm,
+        _norm(bn_weight, bn_bias, mean, var, training, eps, process_group),
         p_clean=p_clean,
         is_clean=is_clean,
         shift=shift,
@@ -220,26 +210,38 @@ def unflatten(flat: Sequence[Any]) -> tuple[LayerArgs, bool, bool]:
     return args, keep_u, keep_mask
 
 
-def flatten_backward(args: BackwardArgs) -> tuple[Any, ...]:
-    """``args`` in the order of ``BACKWARD_SCHEMA``."""
-    bn_weight, bn_bias, mean, var, *options = _flat_norm(args.norm)
-    conv = args.conv
-    return (
-        args.grad, args.input, args.input_shape, args.weight, args.filter_scale, args.p_clean, bn_weight,
-        bn_bias, args.shift, mean, var, args.is_clean, *options,
-        conv.stride, conv.padding, conv.dilation, conv.groups,
-        args.u, args.relu_mask, args.slope, args.mean, args.m2, args.n, args.channels_last, list(args.needs),
-    )  # fmt: skip
+def _norm(
+    weight: Tensor | None, bias: Any, mean: Any, var: Any, training: bool, eps: float, process_group: str
+) -> MixNorm | None:
+    if weight is None:
+        return None
+    return MixNorm(weight, bias, mean, var, eps, training=training, process_group=process_group)
+
+
+def backward_arguments(
+    grad: Tensor,
+    input_shape: Sequence[int],
+    tensors: Sequence[Tensor | None],
+    options: Sequence[Any],
+    channels_last: bool,
+    needs: Sequence[bool],
+) -> tuple[Any, ...]:
+    """The arguments of the backward operator, in the order of ``BACKWARD_SCHEMA``.
+
+    Args:
+        tensors: those from the input to n, in that order.
+        options: the flat arguments ``OPTIONS`` of the forward.
+        grad, input_shape, channels_last, needs: as in :class:`BackwardArgs`.
+    """
+    input, *layer = tensors
+    return grad, input, input_shape, *layer[:9], *options, *layer[9:], channels_last, needs
 
 
 def unflatten_backward(flat: Sequence[Any]) -> BackwardArgs:
-    """The inverse of :func:`flatten_backward`, up to the momentum."""
+    """The record of :func:`backward_arguments`; the momentum is the default."""
     (grad, input, input_shape, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, mean, var, is_clean,
      training, eps, process_group, stride, padding, dilation, groups, u, relu_mask, slope, u_mean, m2,
      n, channels_last, needs) = flat  # fmt: skip
-    norm = None
-    if bn_weight is not None:
-        norm = MixNorm(bn_weight, bn_bias, mean, var, eps, training=training, process_group=process_group)
     return BackwardArgs(
         grad=grad,
         input=input,
@@ -247,7 +249,7 @@ def unflatten_backward(flat: Sequence[Any]) -> BackwardArgs:
         weight=weight,
         conv=Conv(stride, padding, dilation, groups),
         filter_scale=filter_scale,
-        norm=norm,
+        norm=_norm(bn_weight, bn_bias, mean, var, training, eps, process_group),
         p_clean=p_clean,
         is_clean=is_clean,
         shift=shift,

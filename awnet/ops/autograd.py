@@ -23,6 +23,7 @@ from awnet.ops import running_statistics
 from awnet.ops.args import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
+    OPTIONS,
     RELU,
     BackwardArgs,
     Conv,
@@ -31,8 +32,8 @@ from awnet.ops.args import (
     MixNorm,
     Needs,
     Saved,
+    backward_arguments,
     flatten,
-    flatten_backward,
     unflatten,
     unflatten_backward,
 )
@@ -358,64 +359,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     args, keep_u, keep_mask = unflatten(inputs)
     saved = Saved(*output)
     norm = args.norm
-    ctx.conv, ctx.input_shape = args.conv, args.input.shape
+    ctx.input_shape, ctx.options = args.input.shape, inputs[OPTIONS]
     ctx.channels_last = memory_format(saved.y) == torch.channels_last
-    ctx.norm_options = None if norm is None else (norm.eps, norm.training, norm.process_group)
     ctx.set_materialize_grads(False)
     relu_mask = slope = None
     if args.code > RELU:
         slope = saved.mask
     elif args.code == RELU:
         relu_mask = saved.mask if keep_mask else saved.y
-    tables: tuple[Tensor | None, ...] = (None, None, None, None)
+    mean = var = None
     if norm is not None:
         # the running statistics are about to be updated in place
-        statistics = (saved.batch_mean, saved.batch_var) if norm.training else (norm.mean, norm.var)
-        tables = (norm.weight, norm.bias, *statistics)
+        mean, var = (saved.batch_mean, saved.batch_var) if norm.training else (norm.mean, norm.var)
     u = None
     if keep_u:
         u = args.input if args.weight is None else saved.u
-    ctx.save_for_backward(
-        args.input if args.weight is not None and ctx.needs_input_grad[1] else None,
-        args.weight, args.filter_scale, args.p_clean, args.is_clean, args.shift, *tables, u, relu_mask,
-        slope, saved.mean, saved.m2, saved.n,
-    )  # fmt: skip
+    input = args.input if args.weight is not None and ctx.needs_input_grad[1] else None
+    weight_to_shift = args.differentiable()[1:7]
+    statistics = (saved.mean, saved.m2, saved.n)
+    ctx.save_for_backward(input, *weight_to_shift, mean, var, args.is_clean, u, relu_mask, slope, *statistics)
 
 
 def _autograd(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     gradients: list[Any] = [None] * len(ctx.needs_input_grad)
     if grads[0] is None:
         return tuple(gradients)
-    (input, weight, filter_scale, p_clean, is_clean, shift, bn_weight, bn_bias, bn_mean, bn_var, u, relu_mask,
-     slope, mean, m2, n) = ctx.saved_tensors  # fmt: skip
-    norm = None
-    if ctx.norm_options is not None:
-        eps, training, process_group = ctx.norm_options
-        norm = MixNorm(
-            bn_weight, bn_bias, bn_mean, bn_var, eps, training=training, process_group=process_group
-        )
-    args = BackwardArgs(
-        grad=grads[0],
-        input=input,
-        input_shape=list(ctx.input_shape),
-        weight=weight,
-        conv=ctx.conv,
-        filter_scale=filter_scale,
-        norm=norm,
-        p_clean=p_clean,
-        is_clean=is_clean,
-        shift=shift,
-        u=u,
-        relu_mask=relu_mask,
-        slope=slope,
-        mean=mean,
-        m2=m2,
-        n=n,
-        channels_last=ctx.channels_last,
-        needs=Needs(*ctx.needs_input_grad[:_DIFFERENTIABLE]),
-    )
-    for i, value in enumerate(operator(*flatten_backward(args))):
-        if args.needs[i]:
+    needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    shape, layout = list(ctx.input_shape), ctx.channels_last
+    flat = backward_arguments(grads[0], shape, ctx.saved_tensors, ctx.options, layout, needs)
+    for i, value in enumerate(operator(*flat)):
+        if needs[i]:
             gradients[i] = value
     return tuple(gradients)
 

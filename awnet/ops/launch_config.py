@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +139,12 @@ def launches(slug: str) -> dict[str, dict[str, int]]:
     return table
 
 
-def _keys(op: str, dtype: torch.dtype | None, layout: str | None, shape: str) -> Iterator[str]:
-    stem = [op]
+def _keys(op: str, dtype: torch.dtype | None, layout: str | None, shape: str) -> list[str]:
+    """The keys of a call, the most specific one first."""
     if layout is None or dtype is None:
-        yield f"{op}/{shape}"
-        yield op
-        return
-    name = str(dtype).removeprefix("torch.")
-    stem = [op, name, layout]
-    yield "/".join([*stem, shape])
-    yield "/".join(stem)
-    yield f"{op}/{layout}"
+        return [f"{op}/{shape}", op]
+    stem = f"{op}/{str(dtype).removeprefix('torch.')}/{layout}"
+    return [f"{stem}/{shape}", stem, f"{op}/{layout}"]
 
 
 @functools.lru_cache(maxsize=4096)

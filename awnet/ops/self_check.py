@@ -134,17 +134,8 @@ def status(backend: str) -> str | None:
     return "; ".join(texts) or None
 
 
-def forget() -> None:
-    """Forgets this process's results and warnings; stored results count."""
-    _reset(renewed=False)
-
-
-def renew() -> None:
-    """Forgets all results: the next call that could take a backend checks it again."""
-    _reset(renewed=True)
-
-
-def _reset(renewed: bool) -> None:
+def forget(*, renewed: bool = False) -> None:
+    """Forgets this process's results and warnings. Stored results count, unless ``renewed``."""
     global _renewed
     with _lock:
         _renewed = renewed

@@ -190,10 +190,8 @@ def _coefficients(check: Check, generator: torch.Generator) -> None:
         return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     g1, gc, mean, filter_scale = (normal(batch, channels) for _ in range(4))
-    m2, p_clean = (
-        normal(batch, channels).square() * 9 + 1,
-        torch.rand(batch, generator=generator, dtype=torch.float32),
-    )
+    m2 = normal(batch, channels).square() * 9 + 1
+    p_clean = torch.rand(batch, generator=generator, dtype=torch.float32)
     is_clean = torch.arange(batch) % 3 == 0
     for rows in (2, 1):
         label, limit = f"{rows} row{'s' if rows == 2 else ''}", {"limit": _TABLE_LIMIT}

@@ -133,12 +133,7 @@ class NativePasses(Passes):
         return torch.ops.awnet.apply(u, scale, shift, residual, activation, keep_mask)
 
     def reduce(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        centre: Tensor,
-        relu_mask: Tensor | None,
-        slope: Tensor | None = None,
+        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
     ) -> Any:
         return torch.ops.awnet.reduce(grad, u, centre, relu_mask, slope)
 

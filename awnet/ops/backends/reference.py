@@ -31,19 +31,11 @@ def equations(args: LayerArgs, *, scale_outputs: bool = False) -> Tensor:
     conv, norm = args.conv, args.norm
     y = args.input
     if args.weight is not None and scale_outputs:
-        y = F.conv2d(y, args.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+        y = F.conv2d(y, args.weight, None, *conv)
         if args.filter_scale is not None:
             y = y * args.filter_scale.to(y.dtype)[:, :, None, None]
     elif args.weight is not None:
-        y = reference.filter_scaled_conv2d(
-            args.input,
-            args.weight,
-            args.filter_scale,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-        )
+        y = reference.filter_scaled_conv2d(args.input, args.weight, args.filter_scale, **conv._asdict())
     if norm is not None:
         y = reference.mix_batch_norm(
             y,

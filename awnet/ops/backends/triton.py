@@ -79,10 +79,6 @@ def _for_images(op: str, u: Tensor) -> Parameters:
     return launch_parameters(op, u.device, batch, channels, height * width, u.dtype, layout)
 
 
-def _for_table(op: str, device: torch.device, batch: int, channels: int) -> Parameters:
-    return launch_parameters(op, device, batch, channels)
-
-
 def _norm(norm: Norm) -> Norm:
     weight, bias, mean, var, eps = norm
     return Norm(weight.contiguous(), bias.contiguous(), mean.contiguous(), var.contiguous(), eps)
@@ -122,12 +118,7 @@ class TritonPasses(Passes):
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
 
     def reduce(
-        self,
-        grad: Tensor,
-        u: Tensor,
-        centre: Tensor,
-        relu_mask: Tensor | None,
-        slope: Tensor | None = None,
+        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         config = _for_images("reduce", u)
         return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), relu_mask, config, slope=slope)
@@ -164,19 +155,15 @@ class TritonPasses(Passes):
         table = convolutions(args.input.device)
         if not table:
             return None
-        conv = args.conv
-        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
         epilogue = (scale, shift, args.residual, args.code)
         fused = kernels("fused_conv").fused_apply
-        return fused(args.input, args.weight, *epilogue, *where, keep_u, keep_mask, table=table)
+        return fused(args.input, args.weight, *epilogue, *args.conv, keep_u, keep_mask, table=table)
 
     def fused_statistics(self, args: LayerArgs) -> tuple[Tensor, Tensor, Tensor] | None:
         table = convolutions(args.input.device)
         if not table:
             return None
-        conv = args.conv
-        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        return kernels("fused_conv").fused_statistics(args.input, args.weight, *where, table=table)
+        return kernels("fused_conv").fused_statistics(args.input, args.weight, *args.conv, table=table)
 
     def fused_dgrad(
         self, d_u: Tensor, weight: Tensor, conv: Conv, input_shape: Sequence[int]
@@ -184,31 +171,30 @@ class TritonPasses(Passes):
         table = convolutions(d_u.device)
         if not table:
             return None
-        where = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        return kernels("fused_conv").fused_dgrad(d_u, weight, input_shape, *where, table=table)
+        return kernels("fused_conv").fused_dgrad(d_u, weight, input_shape, *conv, table=table)
 
     # coefficients
 
     def eval_coefficients(self, norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
-        config = _for_table("eval_coefficients", norm.weight.device, batch, norm.weight.shape[1])
+        config = launch_parameters("eval_coefficients", norm.weight.device, batch, norm.weight.shape[1])
         return kernels("eval_coefficients").eval_coefficients(_norm(norm), _mix(mix), batch, config)
 
     def eval_gradients(self, sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Gradients:
-        config = _for_table("eval_gradients", sums.g1.device, *sums.g1.shape)
+        config = launch_parameters("eval_gradients", sums.g1.device, *sums.g1.shape)
         return _eval_gradients(sums, norm, mix, needs, config)
 
     def batch_statistics(self, stats: SampleStats, mix: Mix, stat_rows: int) -> BatchStats:
-        config = _for_table("batch_statistics", stats.mean.device, *stats.mean.shape)
+        config = launch_parameters("batch_statistics", stats.mean.device, *stats.mean.shape)
         return BatchStats(
             *kernels("train_coefficients").batch_statistics(stats, _mix(mix), stat_rows, config)
         )
 
     def train_coefficients(self, norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor]:
-        config = _for_table("train_coefficients", norm.weight.device, batch, norm.weight.shape[1])
+        config = launch_parameters("train_coefficients", norm.weight.device, batch, norm.weight.shape[1])
         return kernels("train_coefficients").train_coefficients(_norm(norm), _mix(mix), batch, config)
 
     def train_sums(self, sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
-        config = _for_table("train_gradients", sums.g1.device, *sums.g1.shape)
+        config = launch_parameters("train_gradients", sums.g1.device, *sums.g1.shape)
         return TrainSums(*kernels("train_coefficients").train_sums(sums, _norm(norm), _mix(mix), config))
 
     def train_gradients(
@@ -221,7 +207,7 @@ class TritonPasses(Passes):
         need_filter_scale: bool,
         totals: TrainSums | None = None,
     ) -> tuple[Gradients, Propagation]:
-        config = _for_table("train_gradients", sums.g1.device, *sums.g1.shape)
+        config = launch_parameters("train_gradients", sums.g1.device, *sums.g1.shape)
         d_filter_scale, d_weight, d_bias, *by = kernels("train_coefficients").train_gradients(
             sums, stats, _norm(norm), _dense(n), _mix(mix), need_filter_scale, totals, config
         )
@@ -248,7 +234,7 @@ def _network_coefficients(
     """All layers' scales and shifts, each one after the other in a flat tensor, in one launch."""
     norm, mix, widths = Norm.stacked(tables, eps), Mix(filter_scale, p_clean), tuple(widths)
     batch, channels = len(p_clean), tables.shape[2]
-    config = _for_table("network_coefficients", tables.device, batch, channels)
+    config = launch_parameters("network_coefficients", tables.device, batch, channels)
     layout = _network_layout(widths, tables.device)
     flat = tables.new_empty(batch * channels), tables.new_empty(batch * channels)
     kernels("eval_coefficients").network_coefficients(
@@ -275,7 +261,7 @@ def _network_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ω and p, empty where not needed."""
     norm, mix = Norm.stacked(tables, eps), Mix(filter_scale, p_clean)
-    config = _for_table("network_gradients", tables.device, *d_shift.shape)
+    config = launch_parameters("network_gradients", tables.device, *d_shift.shape)
     required = Needs(filter_scale=needs[0], p_clean=needs[1])
     grads = _eval_gradients(Reduced(d_shift, d_scale, None), norm, mix, required, config)
     return (
