@@ -23,6 +23,7 @@ from awnet.attacks.search import APGD, APGDLoss, Search
 from awnet.data.threat_model import Norm
 from awnet.models.rdi import has_exits
 from awnet.nn import Steering, has_router, observe, route, routers, with_routing
+from awnet.precision import at_least_float32
 from awnet.scalars import check_number
 
 LAMBDAS = (0.0, 0.01, -0.01, 0.1, -0.1, 1.0, -1.0, 10.0, -10.0, 100.0, -100.0)
@@ -43,10 +44,9 @@ def type_margin(routing: Any) -> Tensor | None:
     return None if logits is None else (logits[:, 1] - logits[:, 0]).float()
 
 
-def _routed(model: nn.Module, x: Tensor, routing: Any) -> Tensor:
-    """Logits under ``routing``, float32 or wider."""
-    logits = with_routing(model, x, routing)
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def _checked_lambdas(model: nn.Module, lambdas: Sequence[float]) -> tuple[float, ...]:
+    """``lambdas`` as numbers; 0 alone for a model without a type head."""
+    return tuple(check_number("lambdas", value) for value in lambdas) if has_type_head(model) else (0.0,)
 
 
 class Joint(Search):
@@ -66,9 +66,7 @@ class Joint(Search):
         seed: int = 0,
     ) -> None:
         super().__init__(model, eps=eps, norm=norm, steps=steps, seed=seed)
-        self.lambdas = (
-            tuple(check_number("lambdas", value) for value in lambdas) if has_type_head(model) else (0.0,)
-        )
+        self.lambdas = _checked_lambdas(model, lambdas)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def _with_its_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
     steering = Steering()
     logits = observe(model, x, steering)
     routing = steering.routings[0] if len(steering.routings) == 1 else route(model, x)
-    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits), routing
+    return at_least_float32(logits), routing
 
 
 class JointAPGD(APGD):
@@ -125,9 +123,7 @@ class JointAPGD(APGD):
         seed: int = 0,
     ) -> None:
         super().__init__(model, eps=eps, norm=norm, loss=loss, steps=steps, restarts=restarts, seed=seed)
-        self.lambdas = (
-            tuple(check_number("lambdas", value) for value in lambdas) if has_type_head(model) else (0.0,)
-        )
+        self.lambdas = _checked_lambdas(model, lambdas)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -189,7 +185,7 @@ class ForcedStatic(Search):
                 scales = [scale[rows] for scale in routing.filter_scales]
             p_clean = routing.p_clean.new_full((len(rows),), p)
             fixed = replace(routing, type_logits=None, p_clean=p_clean, filter_scales=scales)
-            return -margin(_routed(self.model, x_adv, fixed), y[rows]), None
+            return -margin(at_least_float32(with_routing(self.model, x_adv, fixed)), y[rows]), None
 
         return loss
 
@@ -313,7 +309,7 @@ class SoftRouter(nn.Module):
         finally:
             if handle is not None:
                 handle.remove()
-        return _routed(self.model, x, self._soften(routing, signals))
+        return at_least_float32(with_routing(self.model, x, self._soften(routing, signals)))
 
     def _soften(self, routing: Any, signals: list[Tensor]) -> Any:
         p_clean, scales = routing.p_clean, routing.filter_scales

@@ -264,6 +264,10 @@ class Attack(ABC):
                 return self.model.classify(lambda: self.logits(x, largest_label))[0]
             return self.logits(x, largest_label)
 
+    def correct(self, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
+        """Whether the model classifies each image as ``y``, bool ``[B]``."""
+        return self.decision(x, largest_label).argmax(1) == y
+
     def gradient(self, loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The gradient of ``loss(x)``, a function of images that returns ``[B]``, summed over the images.
 

@@ -43,17 +43,14 @@ class FilteredAttack(Attack):
         finite = x_adv.isfinite().flatten(1).all(1)  # a gradient may overflow in low precision alone
         x_adv = torch.where(finite[:, None, None, None], x_adv, x)
         x_adv = self.project(x_adv, x)
-        rows = (~finite | self._correct(x_adv, y, largest_label)).nonzero()[:, 0]
+        rows = (~finite | self.correct(x_adv, y, largest_label)).nonzero()[:, 0]
         self.notes = Counter()
         if len(rows):
             images = self.attack.perturb(x[rows], y[rows], index[rows], largest_label).detach()
             x_adv[rows] = images
             self.notes += Counter(getattr(self.attack, "notes", {}))
-            self.notes["filter_missed"] = int((~self._correct(images, y[rows], largest_label)).sum())
+            self.notes["filter_missed"] = int((~self.correct(images, y[rows], largest_label)).sum())
         return x_adv
-
-    def _correct(self, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
-        return self.decision(x, largest_label).argmax(1) == y
 
 
 def filtered(attack: Attack, first: Attack, precision: str = "bfloat16") -> Attack:

@@ -73,7 +73,7 @@ class FMN(Attack):
         return super().settings | sizes | {"targets": self.targets}
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
-        correct = self.decision(x, largest_label).argmax(1) == y
+        correct = self.correct(x, y, largest_label)
         best, distances = x.clone(), torch.where(correct, torch.inf, 0.0).double()
         goals: list[Tensor | None] = [None]
         if self.targets:

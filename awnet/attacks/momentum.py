@@ -81,12 +81,7 @@ class MIFGSM(PGD):
         return (
             super().settings
             | diversity
-            | {
-                "decay": self.decay,
-                "kernel": self.kernel,
-                "scales": self.scales,
-                "nesterov": self.nesterov,
-            }
+            | {"decay": self.decay, "kernel": self.kernel, "scales": self.scales, "nesterov": self.nesterov}
         )
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:

@@ -41,7 +41,6 @@ class Geometry(ABC):
         rounding. A point of the ball is returned unchanged.
         """
 
-    @abstractmethod
     def step(
         self,
         x_adv: Tensor,
@@ -58,6 +57,14 @@ class Geometry(ABC):
             gradient: of any floating dtype. An image whose gradient is 0 does not move.
             cast: a tensor of another dtype that receives a copy of the result.
         """
+        result = self.project(self._moved(x_adv, gradient, x, step_size), x, eps)
+        if cast is not None:
+            cast.copy_(result)
+        return result
+
+    @abstractmethod
+    def _moved(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Size) -> Tensor:
+        """:meth:`step` without the projection."""
 
     @abstractmethod
     def uniform(self, key: int | Tensor, x: Tensor, index: Tensor, eps: float) -> Tensor:
@@ -111,8 +118,10 @@ class Linf(Geometry):
     ) -> Tensor:
         if not isinstance(step_size, Tensor) and not isinstance(eps, Tensor):
             return ops.sign_step(x_adv, gradient, x, step_size, eps, cast=cast)
-        moved = x_adv + _spread(step_size) * gradient.sign().to(x.dtype)
-        return _copied(self.project(moved, x, eps), cast)
+        return super().step(x_adv, gradient, x, step_size, eps, cast=cast)
+
+    def _moved(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Size) -> Tensor:
+        return x_adv + _spread(step_size) * gradient.sign().to(x.dtype)
 
     def uniform(self, key: int | Tensor, x: Tensor, index: Tensor, eps: float) -> Tensor:
         noise = rng.uniform(key, index, x.shape[1:]).mul_(2).sub_(1)
@@ -157,17 +166,8 @@ class L2(Geometry):
         moved = torch.minimum(length * torch.where(fits, 1.0, scale.clamp(max=1)), room)
         return _rounded(x, delta.sign() * moved)
 
-    def step(
-        self,
-        x_adv: Tensor,
-        gradient: Tensor,
-        x: Tensor,
-        step_size: Size,
-        eps: Size,
-        *,
-        cast: Tensor | None = None,
-    ) -> Tensor:
-        return _copied(self.project(x_adv + _spread(step_size) * self.unit(gradient, x), x, eps), cast)
+    def _moved(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Size) -> Tensor:
+        return x_adv + _spread(step_size) * self.unit(gradient, x)
 
     def unit(self, gradient: Tensor, x: Tensor) -> Tensor:
         """The gradient scaled to length 1, in x's dtype; 0 where it is 0."""
@@ -216,16 +216,7 @@ class L1(Geometry):
         threshold = torch.where(fits, 0.0, threshold.clamp(min=0))
         return _rounded(x, delta.sign() * torch.minimum((length - threshold).clamp(min=0), room))
 
-    def step(
-        self,
-        x_adv: Tensor,
-        gradient: Tensor,
-        x: Tensor,
-        step_size: Size,
-        eps: Size,
-        *,
-        cast: Tensor | None = None,
-    ) -> Tensor:
+    def _moved(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Size) -> Tensor:
         flat, point = gradient.flatten(1).double(), x_adv.flatten(1).double()
         room = torch.where(flat > 0, 1 - point, point).clamp(min=0) * (flat != 0)
         order = flat.abs().argsort(dim=1, descending=True, stable=True)
@@ -233,7 +224,7 @@ class L1(Geometry):
         left = _column(step_size, room) - (ordered.cumsum(1) - ordered)
         filled = torch.minimum(left.clamp(min=0), ordered)
         change = torch.zeros_like(room).scatter(1, order, filled) * flat.sign()
-        return _copied(self.project(x_adv + change.to(x.dtype).view_as(x), x, eps), cast)
+        return x_adv + change.to(x.dtype).view_as(x)
 
     def sparse_step(
         self, x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Tensor, eps: Size, share: Tensor
@@ -298,9 +289,3 @@ def _rounded(x: Tensor, moved: Tensor) -> Tensor:
     result = torch.where(too_far, torch.nextafter(result, origin), result)
     # copied into x's strides, which choose a convolution's algorithm and so its rounding
     return torch.empty_like(x).copy_(result.clamp(0, 1).view(x.shape))
-
-
-def _copied(images: Tensor, cast: Tensor | None) -> Tensor:
-    if cast is not None:
-        cast.copy_(images)
-    return images

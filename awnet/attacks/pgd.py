@@ -186,14 +186,7 @@ class FGSM(PGD):
     ) -> None:
         start: Literal["uniform"] | None = "uniform" if random_start else None
         super().__init__(
-            model,
-            eps=eps,
-            norm=norm,
-            step_size=eps,
-            steps=1,
-            random_start=start,
-            seed=seed,
-            target=target,
+            model, eps=eps, norm=norm, step_size=eps, steps=1, random_start=start, seed=seed, target=target
         )
 
 

@@ -38,9 +38,8 @@ TRANSFERRED = ("pgd_sat", "cw")
 TRANSFER = "transfer-"
 """Before the name of an attack: its images are made on the surrogates and replayed on the model."""
 
-TARGETED = ("fgsm", "pgd_sat", "pgd_trades", "cw", "apgd_ce", "apgd_t")
 TARGET_MODES = ("random", "least_likely")
-"""Attacks with targeted forms, and the suffixes that choose the target; a class's number is another."""
+"""The suffixes of targeted forms that choose the target; a class's number is another."""
 
 
 @dataclass(frozen=True)
@@ -99,66 +98,59 @@ class Suite:
 
 
 _Make = Callable[[nn.Module, ThreatModel, int, Suite], Attack]
+_Options = Callable[[ThreatModel, Suite], dict[str, Any]]
 
 
-def _official(name: Name) -> _Make:
-    return lambda model, threat, seed, suite: OfficialAttack(
-        model, name, eps=threat.eps, norm=threat.norm, seed=seed, **_official_sizes(suite)
-    )
+def _make(kind: Callable[..., Attack], options: _Options = lambda threat, suite: {}) -> _Make:
+    """Makes a ``kind`` with the norm and eps of the threat model, unless ``options`` has others."""
+
+    def make(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+        shared = {"eps": threat.eps, "norm": threat.norm, "seed": seed}
+        return kind(model, **(shared | options(threat, suite)))
+
+    return make
 
 
-def _official_sizes(suite: Suite) -> dict[str, Any]:
+def _sizes(*names: str, **options: Any) -> _Options:
+    """Fields of the budget, and further ``options``."""
+    return lambda threat, suite: {name: getattr(suite.sizes, name) for name in names} | options
+
+
+def _official_sizes(threat: ThreatModel, suite: Suite) -> dict[str, Any]:
     sizes = suite.sizes
     queries = sizes.queries if suite.queries is None else suite.queries
     return {"steps": sizes.steps, "targets": min(sizes.targets, suite.classes - 1), "queries": queries}
 
 
-def _adaptive(attack: Callable[..., Attack], *names: str) -> _Make:
-    """An attack of :mod:`awnet.attacks.adaptive`; ``names`` are the fields of the budget that it takes."""
-    return lambda model, threat, seed, suite: attack(
-        model,
-        eps=threat.eps,
-        norm=threat.norm,
-        seed=seed,
-        **{name: getattr(suite.sizes, name) for name in names},
-    )
+def _official(name: Name) -> _Make:
+    return _make(OfficialAttack, lambda threat, suite: {"name": name, **_official_sizes(threat, suite)})
+
+
+def _aa_rand(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+    if not isinstance(model, Stochastic):
+        model = Stochastic(model, eot=suite.sizes.eot, seed=seed)
+    return _ATTACKS["aa"](model, threat, seed, suite)
 
 
 def _forced(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
     means = None if suite.reference is None else adaptive.mean_scales(model, suite.reference)
-    return ForcedStatic(
-        model, eps=threat.eps, norm=threat.norm, mean_scales=means, steps=suite.sizes.steps, seed=seed
-    )
+    return _make(ForcedStatic, _sizes("steps", mean_scales=means))(model, threat, seed, suite)
 
 
-def _adaptive_paper(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+def _adaptive_paper(threat: ThreatModel, suite: Suite) -> dict[str, Any]:
     if suite.teacher is None:
         raise ValueError(
             "adaptive_paper needs the robust teacher that the model was trained with: evaluate a run that "
             "has teachers (RUN/teachers/robust), or give --teachers (teacher=)"
         )
-    return AdaptivePaper(
-        model,
-        eps=threat.eps,
-        norm=threat.norm,
-        step_size=threat.pgd_trades_step_size,
-        teacher=suite.teacher,
-        seed=seed,
-    )
+    return {"step_size": threat.pgd_trades_step_size, "teacher": suite.teacher}
 
 
-def _deepsloth(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
+def _deepsloth(threat: ThreatModel, suite: Suite) -> dict[str, Any]:
     # its authors' 8/256 in steps of 0.002, for eps = 8/255; the same fractions of eps in L2 and L1, for which
     # they give none
     scale = threat.eps / (8 / 255)
-    return DeepSloth(model, eps=scale * 0.03125, norm=threat.norm, step_size=scale * 0.002, seed=seed)
-
-
-def _momentum(**options: Any) -> _Make:
-    """MI-FGSM with further options."""
-    return lambda model, threat, seed, suite: MIFGSM(
-        model, eps=threat.eps, norm=threat.norm, seed=seed, **options
-    )
+    return {"eps": scale * 0.03125, "step_size": scale * 0.002}
 
 
 def _transferred(name: str) -> _Make:
@@ -198,59 +190,39 @@ def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> At
     return Cascade(model, members, eps=threat.eps, norm=threat.norm, seed=seed)
 
 
+# the attacks with targeted forms: class and options of the targeted form, which are those of the plain one
+# except for APGD
+_TARGETED: dict[str, tuple[Callable[..., Attack], _Options]] = {
+    "fgsm": (FGSM, lambda threat, suite: {}),
+    "pgd_sat": (PGD, lambda threat, suite: {"step_size": threat.pgd_sat_step_size, "steps": 20}),
+    "pgd_trades": (PGD, lambda threat, suite: {"step_size": threat.pgd_trades_step_size, "steps": 20}),
+    "cw": (CW, lambda threat, suite: {"step_size": threat.cw_step_size}),
+    "apgd_ce": (TargetedAPGD, _sizes("steps", loss="ce")),
+    "apgd_t": (TargetedAPGD, _sizes("steps", loss="dlr")),
+}
+TARGETED = tuple(_TARGETED)
 _ATTACKS: dict[str, _Make] = {
-    "fgsm": lambda model, threat, seed, suite: FGSM(model, eps=threat.eps, norm=threat.norm, seed=seed),
-    "pgd_sat": lambda model, threat, seed, suite: PGD(
-        model, eps=threat.eps, norm=threat.norm, step_size=threat.pgd_sat_step_size, steps=20, seed=seed
-    ),
-    "pgd_trades": lambda model, threat, seed, suite: PGD(
-        model, eps=threat.eps, norm=threat.norm, step_size=threat.pgd_trades_step_size, steps=20, seed=seed
-    ),
-    "cw": lambda model, threat, seed, suite: CW(
-        model, eps=threat.eps, norm=threat.norm, step_size=threat.cw_step_size, seed=seed
-    ),
-    "aa": lambda model, threat, seed, suite: AutoAttack(
-        model, eps=threat.eps, norm=threat.norm, classes=suite.classes, seed=seed, **_official_sizes(suite)
-    ),
-    "aa_rand": lambda model, threat, seed, suite: AutoAttack(
-        model if isinstance(model, Stochastic) else Stochastic(model, eot=suite.sizes.eot, seed=seed),
-        eps=threat.eps,
-        norm=threat.norm,
-        classes=suite.classes,
-        seed=seed,
-        **_official_sizes(suite),
-    ),
+    **{name: _make(*_TARGETED[name]) for name in ("fgsm", "pgd_sat", "pgd_trades", "cw")},
+    "aa": _make(AutoAttack, lambda t, suite: {"classes": suite.classes, **_official_sizes(t, suite)}),
+    "aa_rand": _aa_rand,
     "apgd_ce": _official("apgd_ce"),
     "apgd_t": _official("apgd_t"),
     "fab_t": _official("fab_t"),
-    "fmn": lambda model, threat, seed, suite: FMN(
-        model, eps=threat.eps, norm=threat.norm, steps=suite.sizes.fmn_steps, seed=seed
-    ),
-    "malt": lambda model, threat, seed, suite: MALT(
-        model,
-        eps=threat.eps,
-        norm=threat.norm,
-        targets=suite.sizes.targets,
-        steps=suite.sizes.steps,
-        seed=seed,
-    ),
+    "fmn": _make(FMN, lambda threat, suite: {"steps": suite.sizes.fmn_steps}),
+    "malt": _make(MALT, _sizes("targets", "steps")),
     "square": _official("square"),
-    "mi_fgsm": _momentum(),
-    "mi_di_ti": _momentum(diversity=0.5, kernel=None),
-    "si_ni_di_ti": _momentum(diversity=0.5, kernel=None, scales=5, nesterov=True),
-    "joint": _adaptive(Joint, "steps", "lambdas"),
-    "two_phase": _adaptive(TwoPhase, "steps"),
+    "mi_fgsm": _make(MIFGSM),
+    "mi_di_ti": _make(MIFGSM, _sizes(diversity=0.5, kernel=None)),
+    "si_ni_di_ti": _make(MIFGSM, _sizes(diversity=0.5, kernel=None, scales=5, nesterov=True)),
+    "joint": _make(Joint, _sizes("steps", "lambdas")),
+    "two_phase": _make(TwoPhase, _sizes("steps")),
     "forced": _forced,
-    "softened": _adaptive(Softened, "steps"),
-    "apgd_joint_ce": _adaptive(lambda *a, **k: JointAPGD(*a, loss="ce", **k), "steps", "restarts", "lambdas"),
-    "apgd_joint_dlr": _adaptive(
-        lambda *a, **k: JointAPGD(*a, loss="dlr", **k), "steps", "restarts", "lambdas"
-    ),
-    "apgd_joint_t": _adaptive(
-        lambda *a, **k: JointAPGD(*a, loss="dlr_targeted", **k), "steps", "restarts", "lambdas"
-    ),
-    "adaptive_paper": _adaptive_paper,
-    "deepsloth": _deepsloth,
+    "softened": _make(Softened, _sizes("steps")),
+    "apgd_joint_ce": _make(JointAPGD, _sizes("steps", "restarts", "lambdas", loss="ce")),
+    "apgd_joint_dlr": _make(JointAPGD, _sizes("steps", "restarts", "lambdas", loss="dlr")),
+    "apgd_joint_t": _make(JointAPGD, _sizes("steps", "restarts", "lambdas", loss="dlr_targeted")),
+    "adaptive_paper": _make(AdaptivePaper, _adaptive_paper),
+    "deepsloth": _make(DeepSloth, _deepsloth),
     "union": _union,
 }
 
@@ -260,22 +232,14 @@ def _targeted(name: str, mode: str) -> _Make | None:
     if name not in TARGETED or not (mode in TARGET_MODES or mode.isdecimal()):
         return None
     target = cast("Target", int(mode) if mode.isdecimal() else mode)
+    kind, options = _TARGETED[name]
 
-    def make(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
-        shared: dict[str, Any] = {"eps": threat.eps, "norm": threat.norm, "seed": seed, "target": target}
+    def with_target(threat: ThreatModel, suite: Suite) -> dict[str, Any]:
         if isinstance(target, int) and target >= suite.classes:
             raise ValueError(f"{name}-{mode}: the model has {suite.classes} classes, numbered from 0")
-        if name == "fgsm":
-            return FGSM(model, **shared)
-        if name == "cw":
-            return CW(model, step_size=threat.cw_step_size, **shared)
-        if name in ("apgd_ce", "apgd_t"):
-            loss: Literal["ce", "dlr"] = "ce" if name == "apgd_ce" else "dlr"
-            return TargetedAPGD(model, loss=loss, steps=suite.sizes.steps, **shared)
-        size = threat.pgd_sat_step_size if name == "pgd_sat" else threat.pgd_trades_step_size
-        return PGD(model, step_size=size, steps=20, **shared)
+        return options(threat, suite) | {"target": target}
 
-    return make
+    return _make(kind, with_target)
 
 
 def _maker(name: object) -> _Make:

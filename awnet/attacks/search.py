@@ -66,7 +66,7 @@ class Search(Attack):
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         """See :class:`Attack`. After each search the host waits for the device, to find the broken images."""
         result = x.clone()
-        rows = self._correct(x, y, largest_label).nonzero()[:, 0]
+        rows = self.correct(x, y, largest_label).nonzero()[:, 0]
         for number in range(self.searches(x[:1])):
             if len(rows) == 0:
                 break
@@ -74,7 +74,7 @@ class Search(Attack):
             result[rows] = x_adv
             if not bool(x_adv.isfinite().all()):
                 break
-            rows = rows[self._correct(x_adv, y[rows], largest_label)]
+            rows = rows[self.correct(x_adv, y[rows], largest_label)]
         return result
 
     def search(self, number: int, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
@@ -91,9 +91,6 @@ class Search(Attack):
 
     def start(self, number: int, x: Tensor, index: Tensor) -> Tensor:
         return self.geometry.start(rng.key("search start", self.seed, number), x, index, self.eps)
-
-    def _correct(self, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
-        return self.decision(x, largest_label).argmax(1) == y
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awnet import rng
-from awnet.attacks.ascent import Objective, ascend_auto
+from awnet.attacks.ascent import ascend_auto
 from awnet.attacks.base import Attack, Target, check_count
-from awnet.attacks.norms import geometry
+from awnet.attacks.norms import geometry, per_image
 from awnet.attacks.pgd import margin
 from awnet.attacks.search import dlr_targeted
 from awnet.attacks.stochastic import eot_passes
@@ -45,9 +45,6 @@ class _Toward(Attack):
             predicted = logits.argmax(1)
             return value, predicted == target if reach else predicted != label
 
-        return self._maximize(objective, x, index, number)
-
-    def _maximize(self, objective: Objective, x: Tensor, index: Tensor, number: int) -> Tensor:
         start = self.geometry.start(rng.key("search start", self.seed, number), x, index, self.eps)
         eot = eot_passes(self.model)
         return ascend_auto(objective, start, x, self.geometry, steps=self.steps, eps=self.eps, eot=eot)
@@ -97,7 +94,7 @@ class TargetedAPGD(_Toward):
             result[rows] = x_adv
             if not bool(x_adv.isfinite().all()):
                 break
-            rows = rows[self.decision(x_adv, largest_label).argmax(1) != goal[rows]]
+            rows = rows[~self.correct(x_adv, goal[rows], largest_label)]
         return result
 
 
@@ -177,12 +174,12 @@ class MALT(_Toward):
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         """As for :class:`Attack`, but synchronizes with the host after each target."""
         goals, distances = self.ranking(x, y, largest_label)
-        result = torch.where(distances.isfinite().all(1)[:, None, None, None], x, torch.nan)
-        rows = (self.decision(x, largest_label).argmax(1) == y).nonzero()[:, 0]
+        result = torch.where(per_image(distances.isfinite().all(1)), x, torch.nan)
+        rows = self.correct(x, y, largest_label).nonzero()[:, 0]
         for number, goal in enumerate(goals.T[: self.targets]):
             if len(rows) == 0 or not bool(result.isfinite().all()):
                 break
             x_adv = self.toward(goal[rows], x[rows], y[rows], index[rows], number, reach=False)
             result[rows] = x_adv
-            rows = rows[self.decision(x_adv, largest_label).argmax(1) == y[rows]]
+            rows = rows[self.correct(x_adv, y[rows], largest_label)]
         return result
