@@ -5,17 +5,7 @@ from awnet.training.forward import Phase, Teachers
 from awnet.training.logging import read_log
 from awnet.training.losses import LossOptions, LossResult, MTARDWeights, Outputs
 from awnet.training.presets import PRESETS, Preset, list_recipes, recipe_for
-from awnet.training.recipes import (
-    GAT,
-    HAT,
-    MART,
-    MTARD,
-    PGDAT,
-    RECIPES,
-    Recipe,
-    Standard,
-    Trades,
-)
+from awnet.training.recipes import GAT, HAT, MART, MTARD, PGDAT, RECIPES, Recipe, Standard, Trades
 from awnet.training.step import TrainingStep
 from awnet.training.train import RunResult, train
 

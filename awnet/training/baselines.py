@@ -22,7 +22,6 @@ from awnet.training.losses import (
     Loss,
     LossOptions,
     LossResult,
-    MTARDWeights,
     Outputs,
     cross_entropy,
     divergence,
@@ -52,7 +51,7 @@ def all_exits(
     return torch.stack(network.exits(torch.cat([batch.x, x_adv]))).float()
 
 
-def rdi(outputs: Tensor, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None) -> LossResult:
+def rdi(outputs: Tensor, y: Tensor, options: LossOptions) -> LossResult:
     """L = Σ over the exits of ½ CE(x_nat) + ½ CE(x_adv), with x_adv of the max-average attack."""
     per_image = _cross_entropies(outputs, torch.cat([y, y]), options.label_smoothing).sum(0)  # [2B]
     nat, adv = (half.mean() for half in per_image.split(len(y)))
@@ -219,9 +218,7 @@ class AlternatingTrades(Trades):
     def phases(self) -> tuple[Phase, ...]:
         return (Phase(_expert_pass, _expert_loss), Phase(_router_pass, self._router_loss))
 
-    def _router_loss(
-        self, outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
-    ) -> LossResult:
+    def _router_loss(self, outputs: Outputs, y: Tensor, options: LossOptions) -> LossResult:
         nat = cross_entropy(outputs.clean, y, options)
         adv = divergence(outputs.clean, outputs.adversarial, options)
         return loss_result(nat + self.router_weight * adv, {"router_nat": nat, "router_adv": adv})
@@ -239,9 +236,7 @@ def _expert_pass(
     return _pass_training(network, experts, batch, x_adv)
 
 
-def _expert_loss(
-    outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
-) -> LossResult:
+def _expert_loss(outputs: Outputs, y: Tensor, options: LossOptions) -> LossResult:
     nat = cross_entropy(outputs.clean, y, options)
     adv = divergence(outputs.clean, outputs.adversarial, options)
     factor = 6.0 if options.adv_weight is None else options.adv_weight
@@ -287,9 +282,7 @@ def separate_pass(
     return SeparateOutputs(standard, clean, adversarial, type_logits.float())
 
 
-def separate(
-    outputs: SeparateOutputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
-) -> LossResult:
+def separate(outputs: SeparateOutputs, y: Tensor, options: LossOptions) -> LossResult:
     """The sum of three losses, each of which trains a different part:
 
     standard member   CE(x)

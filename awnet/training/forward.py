@@ -58,7 +58,8 @@ class Phase(NamedTuple):
         weights: MTARDWeights | None = None,
     ) -> LossResult:
         """The loss of ``model`` in train mode on a batch and its adversarial images ``x_adv``."""
-        return self.loss(self.forward(model, batch, x_adv, options, teachers), batch.y, options, weights)
+        outputs = self.forward(model, batch, x_adv, options, teachers)
+        return self.loss(outputs, batch.y, options, *(() if weights is None else (weights,)))
 
 
 def clean_pass(
@@ -111,11 +112,7 @@ def helper_pass(
 
 
 def _joint_pass(
-    model: nn.Module,
-    clean: Tensor,
-    adversarial: Tensor,
-    options: LossOptions,
-    helper: Tensor | None = None,
+    model: nn.Module, clean: Tensor, adversarial: Tensor, options: LossOptions, helper: Tensor | None = None
 ) -> Outputs:
     """One pass over [clean; adversarial; helper], each image through the branch of its kind.
 

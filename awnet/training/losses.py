@@ -1,15 +1,16 @@
 """The losses of the recipes: functions of a model's outputs and the labels.
 
-    loss(outputs, y, options, weights=None) -> LossResult
+    loss(outputs, y, options) -> LossResult
 
-``awnet.training.forward`` computes the outputs. Only ``mtard`` has state, the ``weights`` that it updates.
+``awnet.training.forward`` computes the outputs. Only ``mtard`` has state: it also takes the ``weights`` that
+it updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +89,9 @@ class Outputs(NamedTuple):
     teacher_adversarial: Tensor | None = None
 
 
-class Loss(Protocol):
-    """``outputs`` are those of the forward pass that belongs to the loss; ``y`` are the labels: int64 [B], or
-    shares [B, K] of mixed ones.
-    """
-
-    def __call__(
-        self, outputs: Any, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
-    ) -> LossResult: ...
+#: loss(outputs, y, options): ``outputs`` are those of the forward pass that belongs to the loss; ``y`` are
+#: labels int64 [B], or shares [B, K] of mixed ones. ``mtard`` also takes its weights.
+Loss = Callable[..., LossResult]
 
 
 class _Adapted:
@@ -265,11 +261,7 @@ def divergence(clean: Tensor, adversarial: Tensor, options: LossOptions) -> Tens
     if options.divergence == "kl":
         return kl_divergence(clean, adversarial)
     return decoupled_kl(
-        clean,
-        adversarial,
-        alpha=options.dkl_alpha,
-        beta=options.dkl_beta,
-        symmetric=options.dkl_symmetric,
+        clean, adversarial, alpha=options.dkl_alpha, beta=options.dkl_beta, symmetric=options.dkl_symmetric
     )
 
 
@@ -320,9 +312,7 @@ def _with_shared_terms(
     return loss_result(total, terms)
 
 
-def standard(
-    outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
-) -> LossResult:
+def standard(outputs: Outputs, y: Tensor, options: LossOptions) -> LossResult:
     """Plain training, L = CE(S(x), y), without adversarial images; labels may be smoothed.
 
     A dynamic model trains only its clean branch; its type loss trains it to call every image clean.
@@ -331,9 +321,7 @@ def standard(
     return _with_shared_terms({"nat": nat}, nat, outputs, replace(options, consistency=0.0))
 
 
-def pgd_at(
-    outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
-) -> LossResult:
+def pgd_at(outputs: Outputs, y: Tensor, options: LossOptions) -> LossResult:
     """Adversarial training (Madry et al., ICLR 2018) on clean and adversarial images:
 
     L = ½ CE(S(x_nat), y) + ½ CE(S(x_adv), y) + L_type
@@ -343,9 +331,7 @@ def pgd_at(
     return _with_shared_terms({"nat": nat, "adv": adv}, (1 - w_adv) * nat + w_adv * adv, outputs, options)
 
 
-def trades(
-    outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
-) -> LossResult:
+def trades(outputs: Outputs, y: Tensor, options: LossOptions) -> LossResult:
     """TRADES (Zhang et al., ICML 2019): L = CE(S(x_nat), y) + 6 KL(p_nat ‖ p_adv) + L_type.
 
     Its attack maximizes the same KL. p_nat is not detached: the gradient flows through both sides.
@@ -398,7 +384,7 @@ def mtard(
     return _with_shared_terms(terms, w_nat * nat + w_adv * adv, outputs, options)
 
 
-def hat(outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None) -> LossResult:
+def hat(outputs: Outputs, y: Tensor, options: LossOptions) -> LossResult:
     """Helper-based adversarial training (Rade and Moosavi-Dezfooli, ICLR 2022): TRADES and helper images.
 
         L = CE(S(x), y) + 2.5 KL(p_nat ‖ p_adv) + ½ CE(S(x_help), y_help) + L_type
@@ -417,9 +403,7 @@ def hat(outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights
     return _with_shared_terms({"nat": nat, "adv": adv, "helper": helper}, total, outputs, options)
 
 
-def mart(
-    outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None
-) -> LossResult:
+def mart(outputs: Outputs, y: Tensor, options: LossOptions) -> LossResult:
     """MART (Wang et al., ICLR 2020), which weights the images that the model misclassifies:
 
         L   = BCE(p_adv, y) + 5 mean[(1 − p_nat,y) KL(p_nat ‖ p_adv)] + L_type
@@ -441,7 +425,7 @@ def mart(
     )
 
 
-def gat(outputs: Outputs, y: Tensor, options: LossOptions, weights: MTARDWeights | None = None) -> LossResult:
+def gat(outputs: Outputs, y: Tensor, options: LossOptions) -> LossResult:
     """Guided adversarial training (Sriramanan et al., NeurIPS 2020), for attacks of a single step:
 
         L = CE(S(x_nat), y) + 10 mean ‖p_nat − p_adv‖² + L_type

@@ -10,7 +10,7 @@ from awnet.data.dataset import Batch
 from awnet.nn.copies import copied
 from awnet.training.forward import Teachers
 from awnet.training.losses import MTARDWeights
-from awnet.training.recipes import Recipe
+from awnet.training.recipes import MTARD, Recipe
 
 
 def smallest_micro_batch(images: int, batch_size: int, accumulate: int, ranks: int) -> int:
@@ -45,7 +45,8 @@ def check_smallest_micro_batch(recipe: Recipe, model: nn.Module, data: Dataset, 
         def forward(self, x: Tensor) -> Tensor:
             return x.new_zeros(len(x), data.num_classes)
 
-    teachers, weights = Teachers(Teacher(), Teacher()), MTARDWeights(device)
+    teachers = Teachers(Teacher(), Teacher())
+    weights = MTARDWeights(device) if isinstance(recipe, MTARD) else None
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         for phase in recipe.phases():
             try:

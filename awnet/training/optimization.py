@@ -14,12 +14,7 @@ ScheduleName = Literal["step", "onecycle", "cosine", "linear"]
 
 
 def build_optimizer(
-    name: OptimizerName,
-    groups: list[dict[str, Any]],
-    *,
-    momentum: float,
-    nesterov: bool,
-    weight_decay: float,
+    name: OptimizerName, groups: list[dict[str, Any]], *, momentum: float, nesterov: bool, weight_decay: float
 ) -> torch.optim.Optimizer:
     """A fused optimizer of parameter groups ``{"params": [...], "lr": ...}``.
 

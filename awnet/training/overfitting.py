@@ -22,6 +22,7 @@ from awnet.training.training_attacks import TrainingAttack
 COLLAPSE = 0.5  # of the best accuracy
 LEAST_FALL = 0.05  # of all images, more than chance
 MOST_IN_A_ROW = 5
+_STATE = ("best", "step", "rescue_until", "in_a_row")
 
 
 class OverfittingGuard:
@@ -89,15 +90,9 @@ class OverfittingGuard:
         return self._good
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": self.best,
-            "step": self.step,
-            "rescue_until": self.rescue_until,
-            "in_a_row": self.in_a_row,
-            "good": self._good,
-        }
+        return {name: getattr(self, name) for name in _STATE} | {"good": self._good}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.step = state["best"], state["step"]
-        self.rescue_until, self.in_a_row = state["rescue_until"], state["in_a_row"]
+        for name in _STATE:
+            setattr(self, name, state[name])
         self._good = state["good"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from awnet.training.step import TrainingStep
 
 EVALUATION_BATCH = 256
 MOST_SKIPPED_IN_A_ROW = 10
+# attributes of a run that a checkpoint holds under the same name
+_STATE = ("epoch", "batch", "step", "best", "skipped", "skipped_in_a_row", "seconds")
 
 
 def percentages(scores: dict[str, float]) -> str:
@@ -59,72 +62,45 @@ class Means:
         return means
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Run:
-    """The state of a run while it trains: everything that a checkpoint holds, and what is built from it.
+    """The state of a run while it trains: everything that a checkpoint holds, and what is built from it."""
 
-    Args:
-        recipe: how to train.
-        model: on this rank's device; trained in place.
-        splits: the data set.
-        ranks: the ranks of the run.
-        teachers: for a recipe that distills.
-        folder: the run folder.
-        place: follows the run folder if it is renamed; on rank 0 only.
-        history: records of the epochs that are done, on rank 0; extended in place.
-        seed: keys all random numbers.
-        select_on: the split that selects the best checkpoint.
-        data_memory: where training images are stored.
-        reporter: prints progress.
-        save_every: seconds between checkpoints within an epoch.
-        keep: number of states that are kept.
-        environment: this session's, for checkpoints.
-        description: of the model, for the files of its weights.
-    """
+    recipe: Recipe
+    model: nn.Module  # on this rank's device; trained in place
+    splits: Splits
+    ranks: Ranks
+    teachers: Teachers | None  # for a recipe that distills
+    folder: Path  # the run folder
+    place: RunFolder | None  # follows the run folder if it is renamed; on rank 0 only
+    history: list[dict[str, Any]]  # records of the epochs that are done, on rank 0; extended in place
+    seed: int  # keys all random numbers
+    select_on: str  # the split that selects the best checkpoint
+    data_memory: Memory  # where training images are stored
+    reporter: Reporter  # prints progress
+    save_every: float  # seconds between checkpoints within an epoch
+    keep: int  # number of states that are kept
+    environment: dict[str, Any]  # this session's, for checkpoints
+    description: dict[str, Any]  # of the model, for the files of its weights
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: nn.Module,
-        splits: Splits,
-        ranks: Ranks,
-        teachers: Teachers | None,
-        *,
-        folder: Path,
-        place: RunFolder | None,
-        history: list[dict[str, Any]],
-        seed: int,
-        select_on: str,
-        data_memory: Memory,
-        reporter: Reporter,
-        save_every: float,
-        keep: int,
-        environment: dict[str, Any],
-        description: dict[str, Any],
-    ) -> None:
-        self.recipe, self.model, self.seed = recipe, model, seed
-        self.folder, self.place, self.history = folder, place, history
-        self.ranks, self.device, self.reporter = ranks, ranks.device, reporter
-        self.save_every, self.keep = save_every, keep
-        self.environment, self.description = environment, description
-        self.data = recipe.augmented(splits.train).placed(self.device, data_memory)
-        self.held_out: Dataset = getattr(splits, select_on).to(self.device)
+    def __post_init__(self) -> None:
+        recipe, splits, ranks, seed = self.recipe, self.splits, self.ranks, self.seed
+        self.device = ranks.device
+        self.data = recipe.augmented(splits.train).placed(self.device, self.data_memory)
+        self.held_out: Dataset = getattr(splits, self.select_on).to(self.device)
         self.calibration: Dataset = splits.validation.to(self.device)  # also if the test split selects
         if recipe.validate_limit is not None:
             self.held_out = self.held_out.subset(recipe.validate_limit, seed=seed)
             self.calibration = self.calibration.subset(recipe.validate_limit, seed=seed)
         self.steps_per_epoch = -(-len(self.data) // recipe.batch_size)
+        average = ranks.mean if ranks.size > 1 else None
         self.training_step = TrainingStep(
-            recipe,
-            model,
-            self.device,
-            self.steps_per_epoch,
-            teachers,
-            average=ranks.mean if ranks.size > 1 else None,
+            recipe, self.model, self.device, self.steps_per_epoch, self.teachers, average=average
         )
-        self.attack = recipe.attack(model, self.data.threat_model, self.data.num_classes, seed)
+        self.attack = recipe.attack(self.model, self.data.threat_model, self.data.num_classes, seed)
         self.guard: OverfittingGuard | None = None
         if recipe.overfitting_checks:
-            self.guard = OverfittingGuard(recipe, model, self.data, self.steps_per_epoch, seed)
+            self.guard = OverfittingGuard(recipe, self.model, self.data, self.steps_per_epoch, seed)
             self.guarded = splits.validation.to(self.device).subset(recipe.overfitting_images, seed=seed)
         self.validation_attack: GraphedPGD | None = None  # on CUDA, during a validation
         self.agreement = Agreement(ranks)
@@ -470,17 +446,12 @@ class Run:
         if self.training_step.teachers is not None:
             for kind in self.recipe.teachers:
                 reasons[f"{kind} teacher"] = getattr(self.training_step.teachers, kind).reason
+        runs_on = dict.fromkeys(reasons, "a frozen copy of the model")
         for name, reason in reasons.items():
             if reason is not None:
-                self.reporter.say(f"note: the {name} runs the model itself, frozen in place: {reason}")
-        return {
-            "runs_on": {
-                name: "a frozen copy of the model"
-                if reason is None
-                else f"the model itself, frozen in place: {reason}"
-                for name, reason in reasons.items()
-            }
-        }
+                runs_on[name] = f"the model itself, frozen in place: {reason}"
+                self.reporter.say(f"note: the {name} runs {runs_on[name]}")
+        return {"runs_on": runs_on}
 
     def _learning_rates(self) -> dict[str, float]:
         """The learning rates after the last step."""
@@ -515,13 +486,7 @@ class Run:
                 "model": without_wrapper_names(self.model, self.model.state_dict()),
                 **self.training_step.state_dict(),
                 "random": random,  # one for each rank
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "step": self.step,
-                "best": self.best,
-                "skipped": self.skipped,
-                "skipped_in_a_row": self.skipped_in_a_row,
-                "seconds": self.seconds,
+                **{name: getattr(self, name) for name in _STATE},
                 "of_epoch": vars(self.epoch_means),
                 "of_interval": vars(self.interval_means),
                 "log_bytes": log.length,
@@ -562,9 +527,8 @@ class Run:
             ) from error
         if self.ranks.rank < len(state["random"]):  # the run may have had fewer ranks
             checkpoint.set_random_state(state["random"][self.ranks.rank], self.device)
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-        self.best, self.best_model, self.seconds = state["best"], state["best_model"], state["seconds"]
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        for name in (*_STATE, "best_model"):
+            setattr(self, name, state[name])
         if not self.best and self.ranks.rank == 0:  # the file may be newer than this state
             (self.folder / "best.safetensors").unlink(missing_ok=True)
         vars(self.epoch_means).update(state["of_epoch"])

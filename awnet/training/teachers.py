@@ -42,11 +42,7 @@ class TeacherModel(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        autocast: Callable[[], Any],
-        low: bool,
-        memory_format: torch.memory_format,
+        self, model: nn.Module, autocast: Callable[[], Any], low: bool, memory_format: torch.memory_format
     ) -> None:
         super().__init__()
         self.autocast, self.memory_format = autocast, memory_format

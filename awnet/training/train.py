@@ -296,11 +296,11 @@ def train(
             torch.manual_seed(rng.torch_seed(seed, "training", *rank))
             with memory_advice(recipe, where, folder):
                 run = Run(
-                    recipe,
-                    model,
-                    splits,
-                    ranks,
-                    given,
+                    recipe=recipe,
+                    model=model,
+                    splits=splits,
+                    ranks=ranks,
+                    teachers=given,
                     folder=folder,
                     place=place,
                     history=history,
