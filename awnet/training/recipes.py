@@ -15,19 +15,18 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from awnet.attacks import GraphedPGD
 from awnet.attacks.base import device_of
 from awnet.data import Dataset, ThreatModel
 from awnet.data.augmentation import OperationName, check_operations
-from awnet.nn import has_router, routers
+from awnet.nn import has_router
 from awnet.scalars import is_integer, is_number, plain
-from awnet.training import losses
+from awnet.training import losses, optimization
 from awnet.training.checks import check, check_choice
 from awnet.training.forward import Forward, Phase, clean_pass, distillation_pass, helper_pass, joint_pass
 from awnet.training.losses import Loss, LossOptions
-from awnet.training.optimization import OptimizerName, ScheduleName, build_optimizer, build_scheduler
+from awnet.training.optimization import OptimizerName, ScheduleName
 from awnet.training.training_attacks import (
     SINGLE_STEP_KINDS,
     Objective,
@@ -308,31 +307,8 @@ class Recipe:
         )
         return training, training if self.attack_precision == "auto" else self.attack_precision
 
-    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The fused optimizer, in two groups: router and heads at ``router_lr``, the rest at ``lr``."""
-        slow = {id(p) for router in routers(model) for p in router.parameters()}
-        groups = [
-            {"params": [p for p in model.parameters() if id(p) not in slow], "lr": self.lr},
-            {"params": [p for p in model.parameters() if id(p) in slow], "lr": self.router_lr},
-        ]
-        return build_optimizer(
-            self.optimizer,
-            [group for group in groups if group["params"]],
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
-        )
-
-    def build_scheduler(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
-        """The schedule, stepped once per optimizer step."""
-        return build_scheduler(
-            self.schedule,
-            optimizer,
-            total=self.epochs * steps_per_epoch,
-            warmup=round(self.warmup_epochs * steps_per_epoch),
-            milestones=[milestone * steps_per_epoch for milestone in self.milestones],
-            decay=self.lr_decay,
-        )
+    build_optimizer = optimization.build_optimizer
+    build_scheduler = optimization.build_scheduler
 
     def augmented(self, data: Dataset) -> Dataset:
         """``data`` with the operations of ``augment`` in its batches for training."""
