@@ -19,7 +19,6 @@ from awnet.models.mobilenet import MobileNetV2
 from awnet.models.resnet import ResNet
 from awnet.nn import AdversarialRouter, RoutedNetwork, Routing
 from awnet.nn.inference import PlainInferenceCopy, register_inference_copy
-from awnet.nn.layers import check_is_clean
 from awnet.scalars import check_number
 
 _ROBUST = {"separate_net": "resnet18", "separate_net_l": "resnet34", "mixed_net": "resnet18"}
@@ -90,19 +89,9 @@ class SeparateNet(RoutedNetwork, WithInferenceCopy, OnHub):
     def forward(self, x: Tensor, *, is_clean: Tensor | None = None, routing: Routing | None = None) -> Tensor:
         """Images [B, C, H, W] in [0, 1] → logits [B, K]; arguments and errors as of an AW-Net."""
         is_clean, routing = self._steered(x, is_clean, routing)
-        if self.training:
-            if is_clean is None:
-                raise ValueError(
-                    "is_clean is missing: in train mode pass bool [B], True for clean samples; "
-                    "call model.eval() for eval mode, where the detector decides"
-                )
-            check_is_clean(is_clean, x)
-            return self._by_kind(x, is_clean)
+        self._check_is_clean(is_clean, x, needed=True, decider="detector")
         if is_clean is not None:
-            raise ValueError(
-                "is_clean is for train mode, but the model is in eval mode: call model.train() first, "
-                "or leave is_clean out and let the detector decide"
-            )
+            return self._by_kind(x, is_clean)
         if self.gate == "standard":
             return self.standard(x)
         if self.gate == "robust":

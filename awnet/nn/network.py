@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from awnet.nn.layers import MixBatchNorm2d, check_is_clean
+from awnet.nn.layers import MixBatchNorm2d
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing
 from awnet.nn.routing import RoutedNetwork
 from awnet.ops.running_statistics import with_joint_updates
@@ -69,19 +69,7 @@ class AWNet(RoutedNetwork):
             TypeError: wrong types.
         """
         is_clean, routing = self._steered(x, is_clean, routing)
-        if self.training:
-            if is_clean is None and self.has_branches:
-                raise ValueError(
-                    "is_clean is missing: in train mode pass bool [B], True for clean samples; "
-                    "call model.eval() for eval mode, where the router decides"
-                )
-            if is_clean is not None:
-                check_is_clean(is_clean, x)
-        elif is_clean is not None:
-            raise ValueError(
-                "is_clean is for train mode, but the model is in eval mode: call model.train() first, "
-                "or leave is_clean out and let the router decide"
-            )
+        self._check_is_clean(is_clean, x, needed=self.has_branches, decider="router")
         if routing is None:
             routing = self.route(x)
         else:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from awnet.nn.layers import check_is_clean
 from awnet.nn.router import Routing
 from awnet.nn.wrappers import unwrapped, wrapper_chain
 
@@ -66,6 +67,21 @@ class RoutedNetwork(WithRouter):
             routing = self.route(x) if steering.route is None else steering.route(self, x)
         steering.routings.append(routing)
         return is_clean, routing
+
+    def _check_is_clean(self, is_clean: Tensor | None, x: Tensor, *, needed: bool, decider: str) -> None:
+        """Raises ValueError or TypeError unless ``is_clean`` fits the mode; ``needed`` is of train mode."""
+        if self.training and is_clean is None and needed:
+            raise ValueError(
+                "is_clean is missing: in train mode pass bool [B], True for clean samples; "
+                f"call model.eval() for eval mode, where the {decider} decides"
+            )
+        if not self.training and is_clean is not None:
+            raise ValueError(
+                "is_clean is for train mode, but the model is in eval mode: call model.train() first, "
+                f"or leave is_clean out and let the {decider} decide"
+            )
+        if is_clean is not None:
+            check_is_clean(is_clean, x)
 
 
 @contextmanager

@@ -41,7 +41,8 @@ def _joined_statistics(
 
 
 @torch.library.custom_op("awnet::summed", mutates_args=())
-def _summed(x: Tensor, process_group: str) -> Tensor:
+def summed(x: Tensor, process_group: str) -> Tensor:
+    """The sum of ``x`` over the ranks."""
     collectives = torch.ops._c10d_functional
     return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", process_group))
 
@@ -53,8 +54,3 @@ def joined_statistics(local: BatchStats, process_group: str) -> BatchStats:
     Raises ValueError where ``process_group`` names no group.
     """
     return BatchStats(*_joined_statistics(local.mean, local.var, local.n, process_group))
-
-
-def summed(x: Tensor, process_group: str) -> Tensor:
-    """The sum of ``x`` over the ranks."""
-    return _summed(x, process_group)
