@@ -101,8 +101,11 @@ class Cascade(Attack):
             smallest_margin.fill_(torch.inf)  # the first attack's image always replaces x
         else:
             tensors, note = state
+            assert self._saved is not None
             # copied into x's strides: they choose a convolution's algorithm, and so its rounding
-            check_ball(tensors["x_adv"], x, self.eps, self.norm, f"the images saved in {self._path(name)}")
+            check_ball(
+                tensors["x_adv"], x, self.eps, self.norm, f"the images saved in {self._saved.path(name)}"
+            )
             x_adv = torch.empty_like(x).copy_(tensors["x_adv"])
             broken_by, smallest_margin = tensors["broken_by"], tensors["closest"]
             done, notes = note["done"], Counter(note["notes"])
@@ -133,9 +136,6 @@ class Cascade(Attack):
                 self._saved.save(name, tensors, {"done": number + 1, "notes": notes})
         self.outcome = Outcome(x_adv, broken_by, notes)
         return x_adv
-
-    def _path(self, name: str) -> str:
-        return "" if self._saved is None else str(self._saved.path(name))
 
     def _classify(self, x: Tensor, y: Tensor, largest_label: int) -> tuple[Tensor, Tensor]:
         """Whether each image is classified correctly, bool ``[B]``, and its margin ``[B]``."""

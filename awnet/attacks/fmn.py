@@ -79,8 +79,8 @@ class FMN(Attack):
         if self.targets:
             goals += linear_ranking(self, x, y, CANDIDATES, largest_label)[0].T[: self.targets]
         for goal in goals:
-            found, sizes = self._search(goal, correct, x, y, largest_label)
-            best = torch.where(per_image((sizes < distances) | found.isnan().flatten(1).any(1)), found, best)
+            point, sizes = self._search(goal, correct, x, y, largest_label)
+            best = torch.where(per_image((sizes < distances) | point.isnan().flatten(1).any(1)), point, best)
             distances = torch.minimum(sizes, distances)
         self.distances = distances
         within = self.geometry.inside(best, x, self.eps) | best.isnan().flatten(1).any(1)

@@ -249,9 +249,9 @@ def _maker(name: object) -> _Make:
             _maker(name.removeprefix(TRANSFER))
             return _transferred(name.removeprefix(TRANSFER))
         base, _, mode = name.partition("-")
-        found = _ATTACKS.get(name) or _targeted(base, mode)
-        if found is not None:
-            return found
+        make = _ATTACKS.get(name) or _targeted(base, mode)
+        if make is not None:
+            return make
     raise ValueError(
         f"unknown attack {name!r}: choose from {', '.join(_ATTACKS)}; or a targeted form, such as "
         f"pgd_sat-least_likely, of {', '.join(TARGETED)} with {', '.join(TARGET_MODES)} or a class's number; "

@@ -180,10 +180,10 @@ def randomness(model: nn.Module, x: Tensor) -> Randomness:
     count as rounding. The model's buffers and the generators of torch, NumPy and Python keep their states.
     """
     with _untouched(model, x.device), _TrainModeCalls() as calls:
-        one, other = model(x), model(x)
-    tolerance = ROUNDING.get(one.dtype, _LOW_PRECISION)
-    one, other = one.double().nan_to_num(), other.double().nan_to_num()
-    difference = float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30)
+        first, second = model(x), model(x)
+    tolerance = ROUNDING.get(first.dtype, _LOW_PRECISION)
+    first, second = first.double().nan_to_num(), second.double().nan_to_num()
+    difference = float((first - second).abs().max()) / max(float(first.abs().max()), 1e-30)
     return Randomness(difference if difference > tolerance else 0.0, tuple(calls.names))
 
 

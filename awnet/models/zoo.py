@@ -161,10 +161,10 @@ def _without_paths(run: Path, session: dict[str, Any], target: Path, store: bool
             teachers[kind] = source | {"path": None, "from_run": f"teachers/{kind}"}
             continue
         places = [run / source["from_run"], *([Path(source["path"])] if source["path"] else [])]
-        found = next((path for path in places if path.exists()), None)
-        if found is None:
+        teacher = next((path for path in places if path.exists()), None)
+        if teacher is None:
             raise FileNotFoundError(f"the {kind} teacher of {run} is not in {' or '.join(map(str, places))}")
-        weights = found / WEIGHTS if found.is_dir() else found
+        weights = teacher / WEIGHTS if teacher.is_dir() else teacher
         others = target.parent.glob(f"*/teachers/*/{WEIGHTS}")
         stored = next((path for path in others if _sha256(path) == _sha256(weights)), None)
         if stored is None:

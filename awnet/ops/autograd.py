@@ -183,11 +183,11 @@ def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     if args.norm is not None and args.norm.training:
         per_sample, per_branch = [u.shape[0], u.shape[1]], [args.norm.mean.shape[0], u.shape[1]]
         sizes = [per_sample, per_sample, per_branch, per_branch, per_branch[:1]]
-    kept_u = torch.empty_like(u) if keep_u and args.weight is not None else u.new_empty(0)
+    saved_u = torch.empty_like(u) if keep_u and args.weight is not None else u.new_empty(0)
     mask = u.new_empty(0, dtype=torch.bool)
     if keep_mask:
         mask = torch.empty_like(u, dtype=torch.bool if args.code == RELU else u.dtype)
-    return torch.empty_like(u), kept_u, mask, *(u.new_empty(size, dtype=wide) for size in sizes)
+    return torch.empty_like(u), saved_u, mask, *(u.new_empty(size, dtype=wide) for size in sizes)
 
 
 def _convolution_gradients(

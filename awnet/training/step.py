@@ -246,8 +246,8 @@ class TrainingStep:
         """The gradients of the perturbed weights, equal on all ranks, and whether one is not finite (0-d)."""
         sums: list[Tensor | None] = [None] * len(self._perturbed)
         for total, _, _ in self._losses(phase, micro_batches, images):
-            found = torch.autograd.grad(total, self._perturbed, allow_unused=True)
-            sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, found, strict=True)]
+            grads = torch.autograd.grad(total, self._perturbed, allow_unused=True)
+            sums = [b if a is None else a if b is None else a + b for a, b in zip(sums, grads, strict=True)]
         pairs = zip(sums, self._perturbed, strict=True)
         gradients = [torch.zeros_like(weight) if one is None else one for one, weight in pairs]
         if self._over_ranks is not None:

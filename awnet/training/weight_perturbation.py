@@ -22,14 +22,14 @@ _NORMS = (_NormBase, MixBatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 def perturbed_weights(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that the perturbation moves, each once."""
-    found = {
+    parameters = {
         id(parameter): parameter
         for module in model.modules()
         if not isinstance(module, _NORMS)
         for parameter in module.parameters(recurse=False)
         if parameter.requires_grad and parameter.dim() > 1
     }
-    return list(found.values())
+    return list(parameters.values())
 
 
 @contextmanager
