@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -351,6 +352,12 @@ def flush_path(path: Path) -> None:
         flush(handle)
     finally:
         os.close(handle)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's contents, in hex as ``sha256sum`` prints it; the file is read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: str | Path, text: str, *, parents: bool = True) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from awnet import files
-from awnet.files import flush_path, read_json, write_json
+from awnet.files import flush_path, read_json, sha256, write_json
 
 REPORT, MANIFEST = "report.json", "manifest.json"
 _PENDING, _BUILDING, _LOCK = ".pending", ".building", ".evaluation.lock"
@@ -76,9 +76,7 @@ def replaced_together(folder: Path, known: Iterable[str]) -> Iterator[Path]:
         names = sorted(path.name for path in building.iterdir())
         for name in names:
             flush_path(building / name)
-        write_json(
-            building / MANIFEST, {"sha256": {name: _sha256((building / name).read_bytes()) for name in names}}
-        )
+        write_json(building / MANIFEST, {"sha256": {name: sha256(building / name) for name in names}})
         os.rename(building, folder / _PENDING)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -123,7 +121,9 @@ def read_together(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
         fault = ""
         for name in names if checksums is None else [name for name in names if name in checksums]:
             data = _read(folder, name)
-            if checksums is not None and (data is None or _sha256(data) != checksums[name]):
+            if checksums is not None and (
+                data is None or hashlib.sha256(data).hexdigest() != checksums[name]
+            ):
                 fault = f"{folder / name} is " + ("missing" if data is None else "damaged or was changed")
                 break
             if data is not None:
@@ -156,10 +156,6 @@ def _read(folder: Path, name: str) -> bytes | None:
         with suppress(FileNotFoundError, NotADirectoryError):
             return (place / name).read_bytes()
     return None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def link(target: Path, path: Path) -> None:

@@ -6,7 +6,6 @@ are downloaded to awnet's cache folder. In a clone, :func:`add_run` adds a run t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from awnet.files import cache_folder, expanded, read_json
+from awnet.files import cache_folder, expanded, read_json, sha256
 from awnet.models.files import load_model_file, save_model
 from awnet.run_config import read_config
 
@@ -62,7 +61,7 @@ def zoo_folder(name: str, folder: Path = FOLDER) -> Path:
         path = folder / name / file
         if not path.is_file():
             raise ValueError(f"{path} is missing: install awnet again")
-        if _sha256(path) != checksum:
+        if sha256(path) != checksum:
             raise ValueError(f"{path} was changed: its SHA-256 is not {checksum}; install awnet again")
     return folder / name
 
@@ -146,7 +145,7 @@ def add_run(
     ]
     (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     stored = sorted(path for path in target.rglob("*") if path.is_file())
-    files = {path.relative_to(target).as_posix(): _sha256(path) for path in stored}
+    files = {path.relative_to(target).as_posix(): sha256(path) for path in stored}
     models = zoo_models(folder) | {name: ZooModel(about, files, url)}
     text = json.dumps({key: asdict(models[key]) for key in sorted(models)}, indent=1, ensure_ascii=False)
     (folder / "registry.json").write_text(text + "\n", encoding="utf-8")
@@ -166,7 +165,7 @@ def _without_paths(run: Path, session: dict[str, Any], target: Path, store: bool
             raise FileNotFoundError(f"the {kind} teacher of {run} is not in {' or '.join(map(str, places))}")
         weights = teacher / WEIGHTS if teacher.is_dir() else teacher
         others = target.parent.glob(f"*/teachers/*/{WEIGHTS}")
-        stored = next((path for path in others if _sha256(path) == _sha256(weights)), None)
+        stored = next((path for path in others if sha256(path) == sha256(weights)), None)
         if stored is None:
             stored = target / "teachers" / kind / WEIGHTS
             stored.parent.mkdir(parents=True)
@@ -180,7 +179,3 @@ def _without_paths(run: Path, session: dict[str, Any], target: Path, store: bool
         "command": command,
         "teachers": teachers,
     }
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

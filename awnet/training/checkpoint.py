@@ -16,7 +16,6 @@ state, and everything else in the folder is set back to that state.
 from __future__ import annotations
 
 import copy
-import hashlib
 import pickle
 import shutil
 import zipfile
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from awnet import files
-from awnet.files import expanded, is_temporary, write_json, write_text, written_atomically
+from awnet.files import expanded, is_temporary, sha256, write_json, write_text, written_atomically
 from awnet.run_config import MARK, is_run, read_config
 from awnet.training.presets import with_defaults
 
@@ -65,7 +64,7 @@ def save_state(folder: str | Path, state: dict[str, Any], *, keep: int = KEEP) -
                 torch.save({"mark": _MARK, "format": FORMAT, **state}, file)
         except RuntimeError as error:  # torch hides the OSError of the file
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-        write_text(_checksum_path(path), f"{_checksum(temporary)}  {path.name}\n", parents=False)
+        write_text(_checksum_path(path), f"{sha256(temporary)}  {path.name}\n", parents=False)
     existing = states(folder)
     old = [state_path for state_path in existing if state_path.name <= path.name][keep:]
     for state_path in [state_path for state_path in existing if state_path.name > path.name] + old:
@@ -133,7 +132,7 @@ def read_verified(path: Path) -> dict[str, Any]:
     """Verifies the checksum of a state and loads it; ValueError if it is damaged or foreign."""
     try:
         expected = _checksum_path(path).read_text(encoding="utf-8").split()[0]
-        checksum = _checksum(path)
+        checksum = sha256(path)
     except (OSError, UnicodeDecodeError, IndexError) as error:
         raise ValueError(f"{path} or its checksum cannot be read ({type(error).__name__})") from error
     if checksum != expected:
@@ -153,11 +152,6 @@ def read_verified(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("mark") != _MARK:
         raise ValueError(f"{path} is no training state of this package")
     return state
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checksum_path(path: Path) -> Path:
