@@ -26,7 +26,7 @@ from awnet.reproduce.synthetic import synthetic_splits
 from awnet.run_folder import RunFolder
 from awnet.text import visible
 from awnet.training import Recipe, list_recipes, recipe_for, train
-from awnet.training.cost import multiply_adds
+from awnet.training.cost import cost_settings, multiply_adds
 
 _TEACHERS = {
     "clean": System("clean teacher", "resnet18", "standard"),
@@ -145,11 +145,15 @@ class Runs:
         """The systems with numbers of epochs such that training each costs about as much as the first."""
         train = self.splits(dataset).train
         adjusted: list[System] = []
+        counted: dict[tuple[str, Recipe], int] = {}
         total = 0
         for system in systems:
             recipe = self.recipe(system, dataset)
-            teachers = [self.build_network(one, train) for one in self.teachers(recipe, dataset)]
-            cost = multiply_adds(recipe, self.build_network(system, train), train, teachers)
+            key = _described(system.model, self._options(system)), cost_settings(recipe)
+            if key not in counted:
+                teachers = [self.build_network(one, train) for one in self.teachers(recipe, dataset)]
+                counted[key] = multiply_adds(recipe, self.build_network(system, train), train, teachers)
+            cost = counted[key]
             total = total or cost * recipe.epochs
             epochs = max(1, round(total / cost))
             adjusted.append(replace(system, settings={**system.settings, "epochs": epochs}))

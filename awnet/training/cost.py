@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,22 @@ from awnet.training.recipes import Recipe
 from awnet.training.step import TrainingStep
 
 _IMAGES = 8
+# settings of a recipe that change no convolution and no matrix product of a training step
+_WITHOUT_COST = (
+    *("lr", "router_lr", "optimizer", "momentum", "nesterov", "weight_decay", "ema_decay"),
+    *("schedule", "warmup_epochs", "milestones", "lr_decay", "augment", "label_smoothing"),
+)
+
+
+def cost_settings(recipe: Recipe) -> Recipe:
+    """``recipe`` with the settings that :func:`multiply_adds` does not depend on at their defaults.
+
+    Equal results mean equal costs for the same model, data set and teachers.
+    """
+    defaults: dict[str, Any] = {
+        field.name: field.default for field in fields(recipe) if field.name in _WITHOUT_COST
+    }
+    return replace(recipe, **defaults)
 
 
 def multiply_adds(

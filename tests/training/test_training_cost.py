@@ -18,7 +18,7 @@ from awnet.ops import use_backend
 from awnet.reproduce import BUDGETS, EXPERIMENTS
 from awnet.reproduce.runs import Runs
 from awnet.training import TrainingStep, recipe_for
-from awnet.training.cost import _Counter, multiply_adds
+from awnet.training.cost import _Counter, cost_settings, multiply_adds
 
 DIGITS = load_dataset("digits").train
 
@@ -92,6 +92,44 @@ def test_the_teachers_forward_passes_are_counted() -> None:
 def test_a_recipe_without_its_teachers_is_refused() -> None:
     with pytest.raises(ValueError, match="needs 2 teachers, got 0"):
         multiply_adds(recipe_for("mtard", "digits"), nn.Identity(), DIGITS)
+
+
+def test_settings_of_the_optimizer_and_the_images_do_not_change_the_cost() -> None:
+    model = create_model("awnet_tiny", in_channels=1)
+    plain = recipe_for("pgd_at", "digits", attack_steps=1)
+    for settings in (
+        {"lr": 0.01, "router_lr": 0.2, "momentum": 0.5, "nesterov": True, "weight_decay": 0.0},
+        {"schedule": "cosine", "warmup_epochs": 2.0, "milestones": (3,), "lr_decay": 0.5, "ema_decay": 0.9},
+        {"optimizer": "adamw", "augment": ("cutout", "cutmix"), "label_smoothing": 0.1},
+    ):
+        changed = recipe_for("pgd_at", "digits", attack_steps=1, **settings)
+        assert cost_settings(changed) == cost_settings(plain)
+        assert multiply_adds(changed, model, DIGITS) == multiply_adds(plain, model, DIGITS)
+    for settings in ({"attack_steps": 2}, {"awp": 0.01}):
+        changed = recipe_for("pgd_at", "digits", **({"attack_steps": 1} | settings))
+        assert cost_settings(changed) != cost_settings(plain)
+        assert multiply_adds(changed, model, DIGITS) > multiply_adds(plain, model, DIGITS)
+
+
+def test_systems_of_equal_cost_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+
+    def counting(recipe, model, *others):
+        counted.append(recipe)
+        return multiply_adds(recipe, model, *others)
+
+    monkeypatch.setattr("awnet.reproduce.runs.multiply_adds", counting)
+    runs = Runs(
+        tmp_path, "smoke", BUDGETS["smoke"], data_dir=tmp_path, seed=0, device="cpu",
+        console=Console(quiet=True), teachers=EXPERIMENTS["recipes"].teachers,
+    )  # fmt: skip
+    labels = ("PGD-AT", "label smoothing 0.1", "AdamW", "SiLU", "Cutout", "TRADES", "N-FGSM", "CutMix")
+    rows = {system.label: system for system in EXPERIMENTS["recipes"].systems}
+    systems = runs.at_equal_cost([rows[label] for label in labels], "cifar10")
+    assert [recipe.title for recipe in counted] == ["pgd_at", "pgd_at", "trades", "pgd_at"]
+    train = runs.splits("cifar10").train
+    costs = [multiply_adds(runs.recipe(s, "cifar10"), runs.build_network(s, train), train) for s in systems]
+    assert [s.settings["epochs"] for s in systems] == [max(1, round(costs[0] / cost)) for cost in costs]
 
 
 def test_epochs_at_equal_cost_are_those_that_come_nearest(tmp_path: Path) -> None:
