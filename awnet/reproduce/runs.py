@@ -88,6 +88,9 @@ class Runs:
         """Flags of the reports."""
         self._costs: dict[str, int] = {}  # label → multiply-adds of training, where they were counted
         self._splits: dict[str, Splits] = {}
+        self._whole: dict[
+            str, Dataset
+        ] = {}  # training images before the limit, until they have pseudo-labels
 
     def splits(self, name: str) -> Splits:
         """The data set, limited by the budget.
@@ -98,11 +101,13 @@ class Runs:
         if name not in self._splits:
             budget = self.budget
             limits = (budget.train_limit, budget.validation_limit, budget.test_limit)
-            parts = (_cut(part, n) for part, n in zip(self._whole(name), limits, strict=True))
+            whole = self._read(name)
+            self._whole[name] = whole.train
+            parts = (_cut(part, n) for part, n in zip(whole, limits, strict=True))
             self._splits[name] = Splits(*(shrunk_options(part, budget.shrink) for part in parts))
         return self._splits[name]
 
-    def _whole(self, name: str) -> Splits:
+    def _read(self, name: str) -> Splits:
         """The data set without the budget's limits."""
         try:
             return load_dataset(name, self.data_dir, seed=self.seed)
@@ -177,10 +182,11 @@ class Runs:
         """A file of the training images that the budget leaves out, labeled by the clean teacher."""
         path = self.place.path / "runs" / self.budget_name / f"{dataset}-pseudo-labels-seed{self.seed}.npz"
         if path.is_file():
+            self._whole.pop(dataset, None)
             return path
         train = self.splits(dataset).train
+        whole = self._whole.pop(dataset, None) or self._read(dataset).train
         model = self.trained(self._teachers_of(dataset)["clean"], dataset).eval()
-        whole = self._whole(dataset).train
         rest = whole.take((~torch.isin(whole.index, train.index)).nonzero()[:, 0])
         rest = shrunk_options(rest, self.budget.shrink)
         device = resolve_device(self.device)

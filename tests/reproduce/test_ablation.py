@@ -99,7 +99,13 @@ def test_an_ablation_compares_each_system_with_its_baseline_over_seeds(
     assert "run table1 once per seed" in capsys.readouterr().err
 
 
-def test_pseudo_labels_are_the_clean_teachers_predictions_on_images_left_out(tmp_path: Path) -> None:
+def test_pseudo_labels_are_the_clean_teachers_predictions_on_images_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr(
+        "awnet.reproduce.runs.synthetic_splits", lambda name: read.append(name) or synthetic_splits(name)
+    )
     budget = replace(BUDGETS["smoke"], shrink=2)
     runs = Runs(
         RunFolder(tmp_path, print),
@@ -126,6 +132,7 @@ def test_pseudo_labels_are_the_clean_teachers_predictions_on_images_left_out(tmp
     before = path.stat().st_mtime_ns
     assert runs.pseudo_labeled("cifar10") == path
     assert path.stat().st_mtime_ns == before
+    assert read == ["cifar10"]  # the data set is read once
 
     system = next(system for system in EXPERIMENTS["recipes"].systems if system.extra_fraction)
     runs.trained(system, "cifar10")
