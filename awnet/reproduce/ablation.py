@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from awnet.analysis import paired_differences
@@ -24,22 +24,13 @@ from awnet.reproduce.runs import Runs
 from awnet.text import csv_text, visible
 
 
-def run_ablation(
-    name: str, experiment: Experiment, make_runs: Callable[..., Runs], seeds: Sequence[int]
-) -> Path:
+def run_ablation(name: str, experiment: Experiment, *by_seed: Runs) -> None:
     """Trains and evaluates every system with each seed, and writes the differences to its baseline.
 
-    Args:
-        make_runs: called with ``seed=``; makes the runs of one seed.
-
-    Returns:
-        The folder with ``table.md``, ``table.csv``, ``table.json`` and ``differences.png``.
+    The results are ``table.md``, ``table.csv``, ``table.json`` and ``differences.png``.
     """
     (dataset,) = experiment.datasets
-    by_seed = [make_runs(seed=seed) for seed in seeds]
-    first = by_seed[0]
-    if experiment.equal_cost:
-        experiment = replace(experiment, systems=first.at_equal_cost(experiment.systems, dataset))
+    first, seeds = by_seed[0], [runs.seed for runs in by_seed]
     reports: dict[str, list[Report]] = {system.label: [] for system in experiment.systems}
     for runs in by_seed:
         for system in experiment.systems:
@@ -74,7 +65,7 @@ def run_ablation(
         folder / "table.json",
         record(name, experiment, first, lines)
         | {
-            "seeds": list(seeds),
+            "seeds": seeds,
             "attacks": list(attacks),
             "rows": [asdict(row) for row in rows.values()],
             "trainings": [asdict(training) for runs in by_seed for training in runs.trainings],
@@ -82,7 +73,6 @@ def run_ablation(
     )
     _draw(rows, experiment, quantities, folder / "differences.png")
     first.say("\n".join(text))
-    return folder
 
 
 def _baselines(experiment: Experiment) -> dict[str, str]:

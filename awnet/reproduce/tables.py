@@ -110,26 +110,25 @@ def reproduce(
     console = safe_console(quiet=quiet)
     allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
     with followed(expanded(out), partial(say, console)) as place:
-        make_runs = partial(
-            Runs,
-            place,
-            budget,
-            allowed,
-            data_dir=None if data_dir is None else expanded(data_dir),
-            device=device,
-            console=console,
-            teachers=experiment.teachers,
-        )
-        runs = make_runs(seed=seed)
+        by_seed = [
+            Runs(
+                place,
+                budget,
+                allowed,
+                data_dir=None if data_dir is None else expanded(data_dir),
+                seed=each,
+                device=device,
+                console=console,
+                teachers=experiment.teachers,
+            )
+            for each in seeds or experiment.seeds or (seed,)
+        ]
+        runs = by_seed[0]
         runs.say(f"{name}: {experiment.title}; budget {budget}: {allowed.about}")
-        if experiment.kind == "ablation":
-            folder = run_ablation(name, experiment, make_runs, seeds or experiment.seeds)
-            runs.say(f"written to {folder}")
-            return Outcome(folder, ())
         if experiment.equal_cost:
             (dataset,) = experiment.datasets
             experiment = replace(experiment, systems=runs.at_equal_cost(experiment.systems, dataset))
-        lines = _KINDS[experiment.kind](name, experiment, runs)
+        lines = _KINDS[experiment.kind](name, experiment, *by_seed)
         if lines:
             _write(name, experiment, lines, runs)
             console.print(_rich(experiment, lines, runs))
@@ -253,7 +252,13 @@ def _varied(system: System, eps_scale: float, adv_weight: float) -> System:
     )
 
 
-_KINDS: dict[str, Callable[[str, Experiment, Runs], list[Line]]] = {
+def _ablation(name: str, experiment: Experiment, *by_seed: Runs) -> list[Line]:
+    run_ablation(name, experiment, *by_seed)
+    return []
+
+
+_KINDS: dict[str, Callable[..., list[Line]]] = {
+    "ablation": _ablation,
     "accuracy": _accuracy,
     "transfer": _transfer,
     "detection": _detection,
