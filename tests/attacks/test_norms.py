@@ -275,9 +275,10 @@ def test_a_threat_model_names_what_is_wrong():
     ],
 )
 def test_an_implausible_eps_is_explained(eps, norm, says):
-    reason = ThreatModel(eps, norm).implausible(3 * 32 * 32)
+    threat_model = ThreatModel(eps, norm)
+    reason = threat_model.implausible(3 * 32 * 32)
     assert (reason is None) == (says is None)
-    assert says is None or (says in reason and f" in {norm} is so " in reason)
+    assert says is None or (says in reason and f" in {threat_model.norm_text} is so " in reason)
 
 
 def test_a_data_set_takes_a_norm():
