@@ -121,7 +121,8 @@ def waterfall(
     """
     if n < 1 or wrong_clean + sum(broken.values()) > n:
         raise ValueError(f"{wrong_clean} + {sum(broken.values())} broken images do not fit into n = {n}")
-    left = 100 * (n - wrong_clean) / n
+    remaining = n - wrong_clean
+    left = 100 * remaining / n
     with figure_file(path, 7.0, 1.1 + 0.3 * (len(broken) + 2)) as figure:
         axes = figure.subplots()
         axes.barh(0, left, color=CLEAN, height=0.7)
@@ -132,7 +133,8 @@ def waterfall(
             axes.barh(row, step, left=left - step, color=ADVERSARIAL, height=0.7)
             axes.barh(row, left - step, color="#E4E4E4", height=0.7)
             axes.text(left + 1, row, f"−{step:.1f}" if count else "0", va="center", fontsize=8.5)
-            left -= step
+            remaining -= count
+            left = 100 * remaining / n
             names.append(figure_text(name))
         axes.barh(len(names), left, color="#333333", height=0.7)
         axes.text(left + 1, len(names), f"{left:.1f}", va="center", fontsize=8.5)

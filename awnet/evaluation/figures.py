@@ -21,7 +21,7 @@ PANELS = 4
 
 
 def _name(kind: str) -> str:
-    return NAMES.get(kind, kind)
+    return NAMES.get(kind) or attack_label(kind)
 
 
 def draw(report: Results, folder: Path, training_log: Path | None = None) -> None:
@@ -64,7 +64,7 @@ def _draw_checks(report: Results, folder: Path) -> None:
             report.n - robust - sum(broken.values()),
             {attack_label(name): count for name, count in broken.items()},
             folder / "waterfall.png",
-            title=f"{report.model}: attacks that break images first",
+            title=f"{report.model}: {'norms' if report.norms else 'attacks'} that break images first",
         )
     if report.accuracy_by_eps:
         analysis.accuracy_against_eps(

@@ -52,19 +52,30 @@ p, li { max-width: 46rem; } .soft, figcaption, caption { color: var(--soft); fon
 .card { flex: 1 1 9rem; border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
 .card b { display: block; font-size: 1.7rem; line-height: 1.2; } .card.head { border: 2px solid var(--ink); }
 .flags { border-left: 4px solid var(--adv); padding: .1rem 1rem; background: #fdf4ee; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
+.wide { overflow-x: auto; background: linear-gradient(90deg, #fff 2rem, #fff0) 0 / 3rem 100% no-repeat local,
+  linear-gradient(-90deg, #fff 2rem, #fff0) 100% / 3rem 100% no-repeat local,
+  linear-gradient(90deg, #bbb, #fff0) 0 / .5rem 100% no-repeat scroll,
+  linear-gradient(-90deg, #bbb, #fff0) 100% / .5rem 100% no-repeat scroll; } /* a shadow where it scrolls */
+table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 caption { text-align: left; padding-bottom: .3rem; }
+caption span { display: block; max-width: calc(100vw - 2rem); }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
 thead th { border-bottom: 2px solid var(--ink); }
 .suspicious { color: var(--adv); font-weight: bold; } .pass { color: var(--good); }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } .whole { white-space: nowrap; }
+@media screen and (max-width: 640px) { table { font-size: .8rem; } th, td { padding: .25rem .3rem; } }
 details { margin: 1rem 0; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
-@media print { body { font-size: 10.5pt; max-width: none; padding: 0; } .wide { overflow: visible; }
+@media print { body { font-size: 10.5pt; max-width: none; padding: 0; }
+  .wide { overflow: visible; background: none; }
   figure, table, .cards, .flags { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
 
+_DIFFERENCES = (
+    "Differences in points, with 95 % intervals: thick lines over images, thin lines over trainings if there "
+    "are several"
+)
 _INTERVAL = re.compile(r"\[[-+−–.\d]+, [-+−–.\d]+\]")
 
 
@@ -133,9 +144,9 @@ def comparison_page(
     cells = [[escape(cell) for cell in row] for row in rows]
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f'<p class="soft">{escape(setting)}.</p>',
+        f'<p class="soft">{escape(_with_epsilon(setting))}.</p>',
         _table(headings, cells, caption, text=(1,)),
-        _embedded(figure, "Differences in points, with 95 % intervals"),
+        _embedded(figure, _DIFFERENCES),
         _flags(notes, "Notes"),
     ]
     return _document(title, parts)
@@ -151,8 +162,11 @@ def summary(report: Results) -> str:
 
 
 def _images(report: Results) -> str:
-    threat = report.threat_text.replace(" eps ", ", ε = ")
-    return f"{report.n} {report.split} images of {report.dataset}, {threat}"
+    return f"{report.n} {report.split} images of {report.dataset}, {_with_epsilon(report.threat_text)}"
+
+
+def _with_epsilon(text: str) -> str:
+    return text.replace(" eps ", ", ε = ")
 
 
 def _run(folder: Path) -> tuple[str, str]:
@@ -189,7 +203,7 @@ def _table(
         marked = (f'<{tag} class="text">' if i in text else f"<{tag}>" for i in range(len(cells)))
         return "<tr>" + "".join(f"{m}{c}</{tag}>" for m, c in zip(marked, cells, strict=True)) + "</tr>"
 
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    title = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
     body = _unbroken("\n".join(line(row, "td") for row in rows))
     return (
         f'<div class="wide"><table>{title}<thead>{line([escape(h) for h in headings], "th")}</thead>'
