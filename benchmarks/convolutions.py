@@ -60,7 +60,7 @@ def find_layer(name: str) -> Convolution:
     spelt = _SPELT.fullmatch(name)
     if spelt is None:
         raise argparse.ArgumentTypeError(
-            f"unknown layer {name!r}; there are {', '.join(LAYERS)}; spell others like 64-128@32k3s2g1"
+            f"unknown layer {name!r}; available: {', '.join(LAYERS)}; spell others like 64-128@32k3s2g1"
         )
     c_in, c_out, size, kernel, stride, groups = (int(n) if n else None for n in spelt.groups())
     assert c_in is not None

@@ -149,7 +149,7 @@ def filled(text: str, folder: Path) -> str:
     def table(match: re.Match[str]) -> str:
         name = match.group(2)
         if name not in TABLES:
-            raise ValueError(f"unknown table bench:{name}; there are {', '.join(TABLES)}")
+            raise ValueError(f"unknown table bench:{name}; available: {', '.join(TABLES)}")
         return match.group(1) + TABLES[name](folder) + match.group(3)
 
     result = _MARKED.sub(table, text)

@@ -146,7 +146,7 @@ def _chosen(known: Sequence[str], requested: Sequence[str], option: str) -> list
     unknown = [name for name in requested if name not in known]
     if unknown:
         names = ", ".join(name or "''" for name in unknown)
-        raise ValueError(f"{option} names {names}; there are {', '.join(known)}")
+        raise ValueError(f"{option} names {names}; available: {', '.join(known)}")
     return list(requested or known)
 
 

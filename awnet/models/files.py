@@ -166,7 +166,7 @@ def _built(about: Mapping[str, Any], *, sketch: bool = False) -> nn.Module:
     kind = _known_class(about["class"])
     base = class_of(config["name"])
     if base is None or not issubclass(kind, base):
-        raise ValueError(f"its class {kind.__qualname__} is no subclass of {config['name']!r}'s")
+        raise ValueError(f"its class {kind.__qualname__} is not a subclass of {config['name']!r}'s")
     with torch.random.fork_rng([]):
         return kind() if about.get("call") == "nothing" else kind(config["name"], **arguments)
 

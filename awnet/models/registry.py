@@ -171,7 +171,7 @@ def _checked(
     """The function that builds a model, and its config in plain values."""
     if not isinstance(name, str) or name not in _REGISTRY:
         near = difflib.get_close_matches(str(name), _REGISTRY, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_models())}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"available: {', '.join(list_models())}"
         raise ValueError(f"unknown model {name!r}; {hint} (awnet.list_models() lists all)")
     build = _REGISTRY[name]
     known = _options(build)

@@ -192,7 +192,7 @@ def flatten(args: LayerArgs, keep_u: bool, keep_mask: bool) -> tuple[Any, ...]:
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[LayerArgs, bool, bool]:
-    """The inverse of :func:`flatten`; the momentum, which is no argument of the operators, is the default."""
+    """The inverse of :func:`flatten`; the momentum, which the operators do not take, is the default."""
     (input, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, residual, mean, var, is_clean, training,
      eps, process_group, stride, padding, dilation, groups, code, keep_u, keep_mask) = flat  # fmt: skip
     args = LayerArgs(

@@ -148,9 +148,9 @@ def read_verified(path: Path) -> dict[str, Any]:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
-        raise ValueError(f"{path} is no training state ({type(error).__name__})") from error
+        raise ValueError(f"{path} is not a training state ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("mark") != _MARK:
-        raise ValueError(f"{path} is no training state of this package")
+        raise ValueError(f"{path} is not a training state of this package")
     return state
 
 

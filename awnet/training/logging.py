@@ -155,7 +155,7 @@ def _parsed(path: Path, content: bytes) -> list[dict[str, Any]]:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
         if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
-            raise ValueError(f"{path}, line {number}, is no record of a run")
+            raise ValueError(f"{path}, line {number}, is not a record of a run")
         records.append(record)
     return records
 

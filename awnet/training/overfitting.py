@@ -83,7 +83,7 @@ class OverfittingGuard:
             raise RuntimeError(
                 f"catastrophic overfitting: {self.in_a_row} checks in a row found less than half of the best "
                 f"PGD accuracy, {100 * self.best:.1f} %, last {100 * accuracy:.1f} % after step {step}. "
-                "The last checkpoint stays. More steps of the attack (attack_kind=pgd), more noise "
+                "The last checkpoint is kept. More steps of the attack (attack_kind=pgd), more noise "
                 "(attack_radius) or a lower learning rate usually help, in a new run"
             )
         self.rescue_until = step + self.steps_per_epoch

@@ -130,7 +130,7 @@ def recipe_for(name: str, dataset_name: str, *, preset: PresetName | None = None
         overrides: settings by name.
     """
     if not isinstance(name, str) or name not in list_recipes():
-        raise ValueError(f"unknown recipe {name!r}; there are {', '.join(list_recipes())}")
+        raise ValueError(f"unknown recipe {name!r}; available: {', '.join(list_recipes())}")
     name = _with_preset(name, preset)
     chosen = PRESETS.get(name)
     kind = RECIPES[name] if chosen is None else chosen.method
@@ -182,8 +182,8 @@ def _with_preset(name: str, preset: str | None) -> str:
         return name
     chosen = f"{name}_{preset}"
     if chosen not in PRESETS:
-        have = [one.removesuffix(f"_{preset}") for one in PRESETS if one.endswith(f"_{preset}")]
-        raise ValueError(f"recipe {name!r} has no preset {preset!r}; there is one of {', '.join(have)}")
+        have = ", ".join(one.removesuffix(f"_{preset}") for one in PRESETS if one.endswith(f"_{preset}"))
+        raise ValueError(f"recipe {name!r} has no preset {preset!r}; recipes with one: {have}")
     return chosen
 
 

@@ -408,7 +408,7 @@ class Run:
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row, last {text}. "
-                f"The last checkpoint stays in {self.folder}. A lower learning rate or clip_norm usually "
+                f"The last checkpoint is kept in {self.folder}. A lower learning rate or clip_norm usually "
                 f"helps, in a new run; now lr is {self.recipe.lr:g}, router_lr {self.recipe.router_lr:g}"
             )
         self.reporter.say(f"loss or gradient not finite, skipped {text}")

@@ -232,7 +232,8 @@ def memory_advice(recipe: Recipe, device: torch.device, folder: Path) -> Iterato
             ways.append("with the images on the host (--data-memory host, data_memory='host')")
         ways.append("on more ranks, each with its share of the same batch_size")
         raise MemoryError(
-            f"the memory of {device} or of the host is full ({text}). The last checkpoint stays in {folder}; "
-            f"the same run resumes from it with --resume (resume=True) {', '.join(ways[:-1])} or {ways[-1]}. "
-            f"A new run needs less with a higher {', '.join(less[:-1])} or {less[-1]}"
+            f"the memory of {device} or of the host is full ({text}). The last checkpoint is kept in "
+            f"{folder}; the same run resumes from it with --resume (resume=True) "
+            f"{', '.join(ways[:-1])} or {ways[-1]}. A new run needs less "
+            f"with a higher {', '.join(less[:-1])} or {less[-1]}"
         ) from error

@@ -349,7 +349,7 @@ def test_documents_get_their_tables_and_nothing_else_changes(measured: Path, tmp
     [
         (
             "<!-- bench:pace -->\n<!-- /bench:pace -->\n",
-            "unknown table bench:pace; there are goals, speed, cpu, gpu",
+            "unknown table bench:pace; available: goals, speed, cpu, gpu",
         ),
         ("<!-- bench:cpu -->\n<!-- /bench:gpu -->\n", "is not followed by"),
         ("<!-- bench:cpu -->\n", "is not followed by"),

@@ -501,8 +501,8 @@ def test_a_subclass_of_the_options_gives_the_same_command(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cases": ("stage9",)}, "cases names stage9; there are stage1, stage2"),
-        ({"providers": ("magic",)}, "providers names magic; there are literal, unfused, static"),
+        ({"cases": ("stage9",)}, "cases names stage9; available: stage1, stage2"),
+        ({"providers": ("magic",)}, "providers names magic; available: literal, unfused, static"),
         ({"modes": ("backward",)}, "modes must be some of forward, attack, training"),
         ({"modes": ()}, "modes must be some of"),
         ({"device": "abacus"}, "device must be cpu, cuda, cuda:1 or the like, got 'abacus'"),

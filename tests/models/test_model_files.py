@@ -194,7 +194,7 @@ def test_subclasses_that_cannot_be_rebuilt_are_refused(
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"class": "torch.nn:Linear", "call": "config"}, "no subclass of 'resnet_tiny'"),
+        ({"class": "torch.nn:Linear", "call": "config"}, "not a subclass of 'resnet_tiny'"),
         ({"class": "os:system"}, "not imported here"),
         ({"settings": {"stem": {"forward": 3}}}, "which the model lacks"),
         ({"settings": {"nowhere": {"eps": 3}}}, "a module 'nowhere'"),

@@ -206,7 +206,7 @@ def test_fixed_test_branch_is_that_branch():
     ("name", "arguments", "error", "message"),
     [
         ("awnet_resnet19", {}, ValueError, r"unknown model 'awnet_resnet19'; did you mean awnet_resnet18"),
-        ("zzz", {}, ValueError, r"unknown model 'zzz'; there are .*awnet_resnet18, .*list_models"),
+        ("zzz", {}, ValueError, r"unknown model 'zzz'; available: .*awnet_resnet18, .*list_models"),
         (None, {}, ValueError, "unknown model None"),
         ("resnet18", {"beta": 3}, TypeError, "resnet18 has no option beta; it has activation, width"),
         (

@@ -123,4 +123,4 @@ def test_layers_are_found_by_name_and_by_shape() -> None:
 def test_an_unknown_layer_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         convolutions.main(["--layers", "stage 9"])
-    assert "unknown layer 'stage 9'; there are stage 1" in capsys.readouterr().err
+    assert "unknown layer 'stage 9'; available: stage 1" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_the_papers_settings_are_the_methods() -> None:
     [
         ("trades", "quick", "preset must be one of paper, fast, strong, got 'quick'"),
         ("trades_fast", "fast", "recipe 'trades_fast' is a preset itself"),
-        ("hat", "fast", r"recipe 'hat' has no preset 'fast'; there is one of .*trades"),
+        ("hat", "fast", r"recipe 'hat' has no preset 'fast'; recipes with one: .*trades"),
     ],
 )
 def test_unknown_presets_are_named(name: str, preset: Any, message: str) -> None:
