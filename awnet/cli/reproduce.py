@@ -45,6 +45,12 @@ class Reproduce:
     seeds: Several[int] = ()
     """Run digits, recipes or presets with each of these seeds instead of --seed, and compare over the
     trainings. Default: 0 1 2 for recipes and presets. Default output folder for digits: runs/digits-seeds."""
+    networks: Several[str] = ()
+    """Fill a table or figure from finished run folders, each as LABEL=RUN with the table's name of the
+    system, for example AW-Net=runs/a. Other systems are left out. In place of the budget's recipe, the table
+    lists how these were trained; the budget's number of test images and attack budget apply."""
+    test_limit: Maybe[int] = None
+    """For tables: number of test images, instead of the budget's."""
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 …. Default: the GPU if there is one."""
 
@@ -53,7 +59,10 @@ class Reproduce:
 
         if self.data is not None and (self.what != "table3" or self.data != "digits"):
             raise ValueError(f"data is an option of table3, and must be digits; got {self.what!r} with it")
+        networks = dict(_label_and_run(text) for text in self.networks)
         if self.what == "digits":
+            if networks or self.test_limit is not None:
+                raise ValueError("networks and test-limit are options of tables and figures, not of digits")
             flags: Any = {"resume": self.resume, "overwrite": self.overwrite, "device": self.device}
             if self.seeds:
                 run_digits_seeds(self.out or Path("runs/digits-seeds"), self.seeds, **flags)
@@ -69,5 +78,14 @@ class Reproduce:
             data_dir=self.data_dir,
             seed=self.seed,
             seeds=self.seeds,
+            networks=networks,
+            test_limit=self.test_limit,
             device=self.device,
         )
+
+
+def _label_and_run(text: str) -> tuple[str, str]:
+    label, equals, run = text.partition("=")
+    if not (label and equals and run):
+        raise ValueError(f"networks must be given as LABEL=RUN, for example AW-Net=runs/a, got {text!r}")
+    return label, run

@@ -54,7 +54,6 @@ def record(name: str, experiment: Experiment, runs: Runs, lines: list[str]) -> d
 
 def statement(experiment: Experiment, runs: Runs, seeds: Sequence[int] = ()) -> list[str]:
     """What our figures were measured on, as text; ``seeds``: of several trainings of each network."""
-    budget = runs.budget
     lines = []
     for dataset in experiment.datasets:
         splits = runs.splits(dataset)
@@ -63,15 +62,15 @@ def statement(experiment: Experiment, runs: Runs, seeds: Sequence[int] = ()) -> 
             f"and {len(splits.test)} test images ({splits.train.source}); L-infinity eps "
             f"{splits.test.threat_model.eps:.4g}."
         )
-    channels = "" if budget.width == 1 else f"channels × {budget.width:g}; "
-    trainings = f"seed {runs.seed}, one run of each network"
-    if seeds:
-        trainings = f"{len(seeds)} runs of each network, seeds {', '.join(map(str, seeds))}"
+    if runs.networks:
+        given = ", ".join(f"{label} from {folder.name}" for label, folder in runs.networks.items())
+        lines.append(
+            f"Networks trained before: {given}; widths, recipes and epochs differ from the paper's as the "
+            "table of trainings shows."
+        )
+    else:
+        lines += _trained_as(runs, seeds)
     lines += [
-        f"Budget {runs.budget_name}: {budget.about}.",
-        f"Training: {channels}{trainings}; the checkpoint is the best on the validation images (the paper "
-        "selected on the test images).",
-        *_budget_settings(runs),
         *experiment.notes,
         *(f"{system} was not measured: {reason}." for system, reason in runs.skipped.items()),
     ]
@@ -82,6 +81,21 @@ def statement(experiment: Experiment, runs: Runs, seeds: Sequence[int] = ()) -> 
             if row.note
         ]
     return lines
+
+
+def _trained_as(runs: Runs, seeds: Sequence[int]) -> list[str]:
+    """How the networks are trained under the budget, as text."""
+    budget = runs.budget
+    channels = "" if budget.width == 1 else f"channels × {budget.width:g}; "
+    trainings = f"seed {runs.seed}, one run of each network"
+    if seeds:
+        trainings = f"{len(seeds)} runs of each network, seeds {', '.join(map(str, seeds))}"
+    return [
+        f"Budget {runs.budget_name}: {budget.about}.",
+        f"Training: {channels}{trainings}; the checkpoint is the best on the validation images (the paper "
+        "selected on the test images).",
+        *_budget_settings(runs),
+    ]
 
 
 def _budget_settings(runs: Runs) -> list[str]:
@@ -106,7 +120,7 @@ def training_section(trainings: Sequence[Training], title: str = "Trainings") ->
     rows = []
     for one in trainings:
         cells = [one.dataset, one.label, one.network, one.recipe, f"{one.parameters:,}", str(one.epochs)]
-        cells.append(f"{one.seconds / 60:.1f}")
+        cells.append("–" if one.seconds is None else f"{one.seconds / 60:.1f}")
         if counted:
             cells.append("–" if one.multiply_adds is None else f"{one.multiply_adds / 1e12:.2f}")
         rows.append(cells)

@@ -21,12 +21,15 @@ from awnet.evaluation import Report, evaluate
 from awnet.files import written_atomically
 from awnet.models.registry import create_seeded_model
 from awnet.models.separate import SeparateNet
+from awnet.models.sources import load_model
 from awnet.reproduce.experiments import Budget, System
 from awnet.reproduce.synthetic import synthetic_splits
+from awnet.run_config import read_config
 from awnet.run_folder import RunFolder
 from awnet.text import visible
 from awnet.training import Recipe, list_recipes, recipe_for, train
 from awnet.training.cost import cost_settings, multiply_adds
+from awnet.training.logging import read_log
 
 _TEACHERS = {
     "clean": System("clean teacher", "resnet18", "standard"),
@@ -51,8 +54,8 @@ class Training:
     epochs: int
     multiply_adds: int | None
     """Of the whole training; None if they were not counted."""
-    seconds: float
-    """Wall-clock time, which includes other work of the machine."""
+    seconds: float | None
+    """Wall-clock time, which includes other work of the machine; None without a log."""
 
 
 class Runs:
@@ -73,7 +76,10 @@ class Runs:
         device: str | torch.device | None,
         console: Console,
         teachers: Mapping[str, System] | None = None,
+        networks: Mapping[str, Path] | None = None,
     ) -> None:
+        self.networks = dict(networks or {})
+        """Run folders of networks that were trained elsewhere, by the label of their system."""
         self.place, self.budget_name, self.budget = place, budget_name, budget
         self.data_dir, self.seed, self.device, self.console = data_dir, seed, device, console
         self._teachers = teachers
@@ -120,6 +126,8 @@ class Runs:
             return synthetic_splits(name)  # the same images for every seed, as of a real data set
 
     def run_folder(self, system: System, dataset: str) -> Path:
+        if system.label in self.networks:
+            return self.networks[system.label]
         settings = {**system.options, **{f"recipe-{k}": v for k, v in system.settings.items()}}
         if system.eps_scale != 1:
             settings["eps-scale"] = system.eps_scale
@@ -201,6 +209,8 @@ class Runs:
 
     def trained(self, system: System, dataset: str) -> nn.Module:
         """The network of a system at its best checkpoint; its teachers are trained first and shared."""
+        if system.label in self.networks:
+            return self._given(system, dataset)
         splits = self.splits(dataset)
         if system.eps_scale != 1:
             threat = ThreatModel(splits.train.threat_model.eps * system.eps_scale)
@@ -240,6 +250,30 @@ class Runs:
         if training not in self.trainings:
             self.trainings.append(training)
         return result.model
+
+    def _given(self, system: System, dataset: str) -> nn.Module:
+        """The network in a run folder that was given."""
+        folder = self.run_folder(system, dataset)
+        config = read_config(folder, whole=True)
+        model = load_model(folder, resolve_device(self.device))
+        recipe = config["recipe"]
+        try:
+            seconds = read_log(folder, "epoch")[-1]["seconds"]
+        except (FileNotFoundError, IndexError):
+            seconds = None
+        training = Training(
+            label=system.label,
+            dataset=dataset,
+            network=_described(config["model"]["name"], config["model"].get("options") or {}),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            recipe=recipe["name"],
+            epochs=recipe["epochs"],
+            multiply_adds=None,
+            seconds=seconds,
+        )
+        if training not in self.trainings:
+            self.trainings.append(training)
+        return model
 
     def evaluated(
         self, system: System, dataset: str, attacks: Sequence[str] | Mapping[str, Attack], name: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,8 @@ from awnet.reproduce.markdown import (
     training_section,
 )
 from awnet.reproduce.runs import SURROGATE, Runs
+from awnet.run_config import read_config
+from awnet.scalars import check_integer
 from awnet.terminal import safe_console
 from awnet.text import csv_text, visible
 
@@ -78,6 +80,8 @@ def reproduce(
     data_dir: str | Path | None = None,
     seed: int = 0,
     seeds: Sequence[int] = (),
+    networks: Mapping[str, str | Path] | None = None,
+    test_limit: int | None = None,
     device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> Outcome:
@@ -89,10 +93,13 @@ def reproduce(
     Args:
         seeds: of an ablation, the trainings of each system; by default those of the experiment. Several
             processes can share ``out``, each with other seeds; a last call with all of them only compares.
+        networks: finished run folders, by the table's names. The table then has these systems only, and
+            nothing is trained but a surrogate; the budget's limits of images and attacks apply.
+        test_limit: number of test images, instead of the budget's.
 
     Raises:
-        ValueError: an unknown name or budget, ``seeds`` for an experiment of one training, or ``seed`` for
-            an ablation.
+        ValueError: an unknown name or budget, ``seeds`` for an experiment of one training, ``seed`` for an
+            ablation, or ``networks`` that are no finished runs, not in the table or trained on other data.
         FileNotFoundError: the folder of a data set is missing. With ``smoke`` generated images are used
             instead, and the table states this.
     """
@@ -107,8 +114,13 @@ def reproduce(
         raise ValueError(f"seed is not an option of {name}, which has several: give seeds")
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different numbers, got {list(seeds)}")
+    given = {label: expanded(folder) for label, folder in (networks or {}).items()}
+    if given:
+        experiment = _only(name, experiment, given)
     console = safe_console(quiet=quiet)
     allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
+    if test_limit is not None:
+        allowed = replace(allowed, test_limit=check_integer("test_limit", test_limit, 1))
     with followed(expanded(out), partial(say, console)) as place:
         by_seed = [
             Runs(
@@ -120,6 +132,7 @@ def reproduce(
                 device=device,
                 console=console,
                 teachers=experiment.teachers,
+                networks=given,
             )
             for each in seeds or experiment.seeds or (seed,)
         ]
@@ -135,6 +148,29 @@ def reproduce(
         folder = runs.results(name)
         runs.say(f"written to {folder}")
         return Outcome(folder, tuple(lines))
+
+
+def _only(name: str, experiment: Experiment, networks: Mapping[str, Path]) -> Experiment:
+    """The experiment with the systems in ``networks`` only, all finished runs on one of its data sets."""
+    if experiment.kind in ("ablation", "weight_gap") or experiment.equal_cost:
+        raise ValueError(f"networks is not an option of {name}, which has trainings of its own")
+    labels = [system.label for system in experiment.systems]
+    unknown = [label for label in networks if label not in labels]
+    if unknown:
+        raise ValueError(f"{name} has no system {unknown[0]!r}: it has {', '.join(labels)}")
+    datasets = set()
+    for folder in networks.values():
+        dataset = read_config(folder, whole=True)["dataset"]["name"]
+        datasets.add(dataset)
+        if dataset not in experiment.datasets or len(datasets) > 1:
+            wanted = " or ".join(experiment.datasets)
+            raise ValueError(
+                f"{folder} was trained on {dataset}, but {name} needs runs on {wanted}, all on one"
+            )
+        if not (folder / "best.safetensors").is_file():
+            raise ValueError(f"{folder} has no best.safetensors: finish it first by awnet train --resume")
+    systems = tuple(system for system in experiment.systems if system.label in networks)
+    return replace(experiment, systems=systems, datasets=tuple(datasets))
 
 
 # --- the kinds of experiment
@@ -403,7 +439,9 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
             "trainings": [asdict(training) for training in runs.trainings],
             "runs": {
                 f"{dataset}/{system.label}": str(
-                    runs.run_folder(system, dataset).relative_to(runs.place.path)
+                    runs.run_folder(system, dataset).name
+                    if runs.networks
+                    else runs.run_folder(system, dataset).relative_to(runs.place.path)
                 )
                 for dataset in experiment.datasets
                 for system in experiment.systems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from awnet.cli import main
 from awnet.data import load_dataset
 from awnet.evaluation import Report
 from awnet.models import create_model, list_models
+from awnet.models.zoo import zoo_folder
 from awnet.reproduce import BUDGETS, EXPERIMENTS, paper_rows, reproduce
 from awnet.reproduce.analyses import alike, compare_filters, effective_filters
 from awnet.reproduce.runs import Runs, shrunk_options
@@ -134,6 +136,54 @@ def test_a_table_is_written_beside_the_papers_figures(
     record = json.loads((outcome.folder / "table.json").read_text())
     assert record["budget"] == "smoke"
     assert all((tmp_path / "out" / run / "report.json").is_file() for run in record["runs"].values())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_table_is_filled_from_finished_runs(tmp_path: Path) -> None:
+    runs = {"AW-Net": "awnet_tiny_digits", "without router (static twin)": "resnet_tiny_digits"}
+    given = []
+    for label, name in runs.items():
+        shutil.copytree(zoo_folder(name), tmp_path / name)
+        given.append(f"{label}={tmp_path / name}")
+    out = tmp_path / "out"
+    arguments = ["reproduce", "table3", "--data", "digits", "--out", str(out), "--device", "cpu"]
+    assert main([*arguments, "--test-limit", "24", "--networks", *given]) == 0
+    rows = rows_of(out / "table3-digits-smoke" / "table.csv")
+    assert {row["system"] for row in rows} == set(runs)
+    for label, name in runs.items():
+        report = Report.load(tmp_path / name / "evaluations" / "table3-digits")
+        assert report.n == 24
+        ours = {
+            (row["attack"], row["quantity"]): float(row["ours"]) for row in rows if row["system"] == label
+        }
+        assert ours["", "clean"] == pytest.approx(report.clean_accuracy, abs=1e-6)
+        assert ours["cw", "adversarial"] == pytest.approx(report.attacks["cw"].robust_accuracy, abs=1e-6)
+    page = (out / "table3-digits-smoke" / "table.md").read_text(encoding="utf-8")
+    assert "AW-Net from awnet_tiny_digits" in page
+    assert "mtard | 184,684 | 12 | – |" in page  # the zoo has no log, so no minutes
+    assert not (out / "runs").exists()  # nothing was trained
+
+
+@pytest.mark.parametrize(
+    ("what", "networks", "message"),
+    [
+        ("table3", ["AW-Net=nowhere"], "nowhere"),
+        ("table1", ["ResNet-18=RUN"], "table1 has no system 'ResNet-18': it has ResNet-34"),
+        ("table1", ["AW-Net=RUN"], "was trained on digits, but table1 needs runs on cifar10"),
+        ("table1", ["AW-Net"], "must be given as LABEL=RUN"),
+        ("recipes", ["PGD-AT=RUN"], "not an option of recipes"),
+        ("digits", ["AW-Net=RUN"], "options of tables and figures"),
+    ],
+)
+def test_runs_that_do_not_fit_a_table_are_refused(
+    what: str, networks: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(zoo_folder("awnet_tiny_digits"), tmp_path / "run")
+    given = [text.replace("RUN", str(tmp_path / "run")) for text in networks]
+    assert main(["reproduce", what, "--out", str(tmp_path / "out"), "--networks", *given]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert message in said
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
