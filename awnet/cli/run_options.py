@@ -252,7 +252,10 @@ class RunOptions(ImportOption):
             raise ValueError(f"--norm takes one norm here, got {' '.join(self.norm)}")
         dataset = replace(dataset, threat_model=self.threat_models[0])
         if same_data and dataset.fingerprint() != recorded["fingerprints"][self.split]:
-            print_text(console, f"note: the {self.split} images differ from those that the run recorded")
+            advice = "" if by_name else ": give --classes and --image-size as in the training"
+            print_text(
+                console, f"note: the {self.split} images differ from those that the run recorded{advice}"
+            )
         count = len(dataset) if self.limit is None else min(self.limit, len(dataset))
         recipe = config.get("recipe", {}).get("name")
         print_text(

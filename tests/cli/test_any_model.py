@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_a_program_file_is_evaluated_like_the_network_that_was_exported(
     with np.load("both.npz") as file:
         images, labels = file["x_test"][:, None], file["y_test"]
     x, y = torch.from_numpy(images).float() / 255, torch.from_numpy(labels).long()
+    torch.manual_seed(0)
     network = fitted(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)), x, y)
     batch = torch.export.Dim("batch")
     torch.export.save(torch.export.export(network, (x[:2],), dynamic_shapes=({0: batch},)), "net.pt2")
@@ -111,7 +113,9 @@ def test_a_program_file_is_evaluated_like_the_network_that_was_exported(
     assert error.count("\n") == 1
 
 
-def test_a_folder_of_class_folders_is_evaluated_with_the_files_class_numbers(place: Path) -> None:
+def test_a_folder_of_class_folders_is_evaluated_with_the_files_class_numbers(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with np.load("both.npz") as file:
         images, labels = file["x_test"], file["y_test"]
     names = [f"digit {9 - number}" for number in range(10)]  # sorted by name the numbers would be reversed
@@ -129,6 +133,16 @@ def test_a_folder_of_class_folders_is_evaluated_with_the_files_class_numbers(pla
     found = accuracies("runs/net_of_test.py-color")
     assert found == expected(network, color, labels, ["fgsm"], eps=0.1)
     assert found[0] > found[1] > 0
+    Path("pictures").rename("test")
+    Path("pictures").mkdir()
+    Path("test").rename("pictures/test")
+    shutil.copytree("pictures/test", "pictures/train")
+    words = ["train", "--data", "pictures", "--recipe", "standard", "--model", "resnet_tiny", "--epochs", "1"]
+    assert main([*words, "--classes", "names.txt", "--device", "cpu", "--out", "run"]) == 0
+    capsys.readouterr()
+    for options, note in ((["--classes", "names.txt"], False), ([], True)):
+        assert main(["evaluate", "run", "--attacks", "fgsm", "--device", "cpu", *options]) == 0
+        assert ("differ from those that the run recorded: give --classes" in capsys.readouterr().out) == note
 
 
 def test_a_network_is_trained_and_evaluated_on_the_users_images(
