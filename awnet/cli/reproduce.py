@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from awnet.cli.options import Maybe, Several
 
@@ -45,7 +45,7 @@ class Reproduce:
     seeds: Several[int] = ()
     """Run digits, recipes or presets with each of these seeds instead of --seed, and compare over the
     trainings. Default: 0 1 2 for recipes and presets. Default output folder for digits: runs/digits-seeds."""
-    networks: Several[str] = ()
+    networks: Annotated[tuple[str, ...], arg(metavar="LABEL=RUN [LABEL=RUN ...]", help_behavior_hint="")] = ()
     """Fill a table or figure from finished run folders, each as LABEL=RUN with the table's name of the
     system, for example AW-Net=runs/a. Other systems are left out. In place of the budget's recipe, the table
     lists how these were trained; the budget's number of test images and attack budget apply."""
