@@ -13,16 +13,16 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "apply(Tensor u, Tensor scale, Tensor shift, Tensor? residual, int activation, bool keep_mask) -> "
       "(Tensor y, Tensor mask)");
   m.def(
-      "reduce(Tensor grad, Tensor u, Tensor centre, Tensor? relu_mask, Tensor? slope=None) -> (Tensor g1, "
+      "reduce(Tensor grad, Tensor u, Tensor center, Tensor? relu_mask, Tensor? slope=None) -> (Tensor g1, "
       "Tensor gc)");
   m.def(
-      "propagate(Tensor grad, Tensor? u, Tensor? centre, Tensor? relu_mask, Tensor by_grad, Tensor? "
+      "propagate(Tensor grad, Tensor? u, Tensor? center, Tensor? relu_mask, Tensor by_grad, Tensor? "
       "by_input, Tensor? constant, bool residual, Tensor? slope=None) -> (Tensor d_u, Tensor d_residual)");
   m.def(
       "eval_coefficients(Tensor? filter_scale, Tensor? p_clean, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor var, float eps, int batch) -> (Tensor scale, Tensor shift)");
   m.def(
-      "eval_gradients(Tensor g1, Tensor gc, Tensor centre, Tensor? filter_scale, Tensor? p_clean, Tensor "
+      "eval_gradients(Tensor g1, Tensor gc, Tensor center, Tensor? filter_scale, Tensor? p_clean, Tensor "
       "weight, Tensor bias, Tensor mean, Tensor var, float eps, bool[4] needs) -> (Tensor d_filter_scale, "
       "Tensor d_p_clean, Tensor d_weight, Tensor d_bias)");
   m.def(
@@ -32,11 +32,11 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "train_coefficients(Tensor? filter_scale, Tensor? is_clean, Tensor weight, Tensor bias, Tensor mean, "
       "Tensor var, float eps, int batch) -> (Tensor scale, Tensor shift)");
   m.def(
-      "train_sums(Tensor g1, Tensor gc, Tensor centre, Tensor? filter_scale, Tensor? is_clean, Tensor "
+      "train_sums(Tensor g1, Tensor gc, Tensor center, Tensor? filter_scale, Tensor? is_clean, Tensor "
       "weight, Tensor bias, Tensor mean, Tensor var, float eps) -> (Tensor d_weight, Tensor d_bias, Tensor "
       "through)");
   m.def(
-      "train_gradients(Tensor g1, Tensor gc, Tensor centre, Tensor mean, Tensor m2, int hw, Tensor? "
+      "train_gradients(Tensor g1, Tensor gc, Tensor center, Tensor mean, Tensor m2, int hw, Tensor? "
       "filter_scale, Tensor? is_clean, Tensor weight, Tensor bias, Tensor batch_mean, Tensor batch_var, "
       "float eps, Tensor n, bool need_filter_scale, Tensor? through) -> (Tensor d_filter_scale, Tensor "
       "d_weight, Tensor d_bias, Tensor by_grad, Tensor by_input, Tensor constant)");
@@ -48,7 +48,7 @@ TORCH_LIBRARY_FRAGMENT(awnet, m) {
       "activation, int[2] stride, int[2] padding, int[2] dilation, bool keep_u, bool keep_mask) -> (Tensor "
       "y, Tensor u, Tensor mask)");
   m.def(
-      "convolve_back(Tensor grad, Tensor? u, Tensor? centre, Tensor? relu_mask, Tensor scale, Tensor "
+      "convolve_back(Tensor grad, Tensor? u, Tensor? center, Tensor? relu_mask, Tensor scale, Tensor "
       "weight, int[] input_shape, int[2] stride, int[2] padding, int[2] dilation, bool residual, Tensor? "
       "slope=None) -> (Tensor d_input, Tensor d_residual, Tensor g1, Tensor gc)");
 }
@@ -143,8 +143,8 @@ void eval_backward(const c10::OperatorHandle&, Stack* stack) {
 TORCH_LIBRARY_FRAGMENT(awnet, m) {
   m.def(
       "eval_backward(Tensor grad, Tensor? other_grad, Tensor? d_mean, Tensor? u, Tensor? relu_mask, Tensor "
-      "scale, Tensor? shift, bool residual, bool sums, bool centred, Tensor? slope=None) -> (Tensor d_u, "
-      "Tensor d_residual, Tensor g1, Tensor gc, Tensor centre)");
+      "scale, Tensor? shift, bool residual, bool sums, bool centered, Tensor? slope=None) -> (Tensor d_u, "
+      "Tensor d_residual, Tensor g1, Tensor gc, Tensor center)");
 }
 
 TORCH_LIBRARY_IMPL(awnet, CUDA, m) {

@@ -11,7 +11,7 @@
 // awnet.ops.backends.native looks for this text in the file before it loads it. When an operator's schema
 // changes, the number of the interface changes here and there.
 extern "C" __attribute__((visibility("default"), used)) const char awnet_built_for[] =
-    "awnet-built-for-torch=" AWNET_TORCH_VERSION ";interface=4;";
+    "awnet-built-for-torch=" AWNET_TORCH_VERSION ";interface=5;";
 
 namespace {
 

@@ -19,8 +19,7 @@ using at::TensorList;
 using MaybeTensor = std::optional<Tensor>;
 using Sizes = at::IntArrayRef;
 
-// The records below have the names and fields of those in awnet/ops/args.py and awnet/ops/coefficients.py,
-// where a center is spelled `centre`, as in the operators' schemas.
+// The records below have the names and fields of those in awnet/ops/args.py and awnet/ops/coefficients.py.
 
 struct Conv {
   std::array<int64_t, 2> stride{1, 1}, padding{0, 0}, dilation{1, 1};

@@ -1,7 +1,7 @@
 """Shared parts of the convolution kernels: the problem, and the epilogue of a tile in registers.
 
 The epilogue is either the layer's affine map, y = act(u · scale + shift + residual), or the statistics of u:
-each tile writes the mean and the centred sum of squares of its pixels, and ``combine`` merges the tiles of a
+each tile writes the mean and the centered sum of squares of its pixels, and ``combine`` merges the tiles of a
 sample by Chan's update. There are no atomics, so the same call gives the same bits.
 """
 
@@ -161,8 +161,8 @@ def finish(
         if SAMPLES == 1:
             count = tl.minimum(HW - part * ROWS, ROWS).to(tl.float32)
             mean = tl.sum(value, 0) / count
-            centred = tl.where(row_in_bounds[:, None], value - mean[None, :], 0.0)
-            m2 = tl.sum(centred * centred, 0)
+            centered = tl.where(row_in_bounds[:, None], value - mean[None, :], 0.0)
+            m2 = tl.sum(centered * centered, 0)
             out = (first_sample * PARTS + part) * C + channel
             tl.store(mean_ptr + out, mean, mask=channel_in_bounds)
             tl.store(m2_ptr + out, m2, mask=channel_in_bounds)
@@ -171,8 +171,8 @@ def finish(
             by_sample = tl.reshape(value, [SAMPLES, ROWS, BLOCK_N])
             mean = tl.sum(by_sample, 1) / HW
             inside = (tl.arange(0, ROWS) < HW)[None, :, None]
-            centred = tl.where(inside, by_sample - mean[:, None, :], 0.0)
-            m2 = tl.sum(centred * centred, 1)
+            centered = tl.where(inside, by_sample - mean[:, None, :], 0.0)
+            m2 = tl.sum(centered * centered, 1)
             sample = first_sample + tl.arange(0, SAMPLES)
             out = (sample * C)[:, None] + channel[None, :]
             out_in_bounds = (sample < batch)[:, None] & channel_in_bounds[None, :]
@@ -209,8 +209,8 @@ def combine_kernel(
         before = first * ROWS * 1.0
         new = tl.sum(count)
         new_mean = tl.sum(part_mean * count, 0) / new
-        centred = part_mean - new_mean[None, :]
-        new_m2 = tl.sum(part_m2 + count * centred * centred, 0)
+        centered = part_mean - new_mean[None, :]
+        new_m2 = tl.sum(part_m2 + count * centered * centered, 0)
         delta = new_mean - mean
         mean += delta * (new / (before + new))
         m2 += new_m2 + delta * delta * (before * new / (before + new))

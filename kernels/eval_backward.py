@@ -48,8 +48,8 @@ def eval_backward_kernel(
     d_u_ptr,
     d_residual_ptr,  # or None
     g1_ptr,  # [B, C]; None: no sums
-    gc_ptr,  # Σ g (u − centre) where centre_ptr is given, else Σ g u
-    centre_ptr,  # [B, C] or None
+    gc_ptr,  # Σ g (u − center) where center_ptr is given, else Σ g u
+    center_ptr,  # [B, C] or None
     part_g1_ptr,  # [splits, B, C]; None for one split
     part_gc_ptr,
     tickets_ptr,  # int32, one for each row of tiles, 0 before
@@ -79,8 +79,8 @@ def eval_backward_kernel(
     first_pixel = split * (BLOCK_P * STEPS)
     scale = load_planes(scale_ptr, plane, in_planes)
     if g1_ptr is not None:
-        # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
-        centre = tl.load(u_ptr + start, mask=in_planes, other=0.0).to(tl.float32)
+        # any center is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
+        center = tl.load(u_ptr + start, mask=in_planes, other=0.0).to(tl.float32)
         g1 = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
         gc = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     for step in range(STEPS):
@@ -116,7 +116,7 @@ def eval_backward_kernel(
             store_values(d_residual_ptr, offsets, g, in_bounds)
         if g1_ptr is not None:
             g1 += tl.where(in_bounds, g, 0.0)
-            gc += tl.where(in_bounds, g * (u - centre[:, None]), 0.0)
+            gc += tl.where(in_bounds, g * (u - center[:, None]), 0.0)
     if g1_ptr is not None:
         sum_g1 = tl.sum(g1, 1)
         sum_gc = tl.sum(gc, 1)
@@ -141,19 +141,19 @@ def eval_backward_kernel(
                 sum_gc = tl.sum(sums_gc, 1)
         if last:
             tl.store(g1_ptr + plane, sum_g1, mask=in_planes)
-            if centre_ptr is not None:
+            if center_ptr is not None:
                 tl.store(gc_ptr + plane, sum_gc, mask=in_planes)
-                tl.store(centre_ptr + plane, centre, mask=in_planes)
+                tl.store(center_ptr + plane, center, mask=in_planes)
             else:
-                tl.store(gc_ptr + plane, sum_gc + centre * sum_g1, mask=in_planes)
+                tl.store(gc_ptr + plane, sum_gc + center * sum_g1, mask=in_planes)
 
 
 class Sums(NamedTuple):
     """The sums over pixels of :func:`eval_backward`, float32 [B, C]."""
 
     g1: Tensor  # Σ g
-    gc: Tensor  # Σ g (u − centre), or Σ g u without a centre
-    centre: Tensor | None
+    gc: Tensor  # Σ g (u − center), or Σ g u without a center
+    center: Tensor | None
 
 
 def eval_backward(
@@ -169,7 +169,7 @@ def eval_backward(
     slope: Tensor | None = None,
     residual: bool = False,
     sums: bool = False,
-    centred: bool = False,
+    centered: bool = False,
     out: tuple[Tensor, Tensor | None, Sums | None] | None = None,
 ) -> tuple[Tensor, Tensor | None, Sums | None]:
     """∂u = g · scale, ∂residual = g, and the sums of g and g u over pixels.
@@ -190,7 +190,7 @@ def eval_backward(
         slope: what ``apply`` writes for activations other than the ReLU, of the same layout; else None.
         residual: whether ∂residual is requested.
         sums: whether the sums are requested.
-        centred: whether they are returned about a centre, which keeps more digits, else about 0.
+        centered: whether they are returned about a center, which keeps more digits, else about 0.
         out: tensors to write to.
 
     Returns:
@@ -199,7 +199,7 @@ def eval_backward(
     packed = is_packed(relu_mask)
     grid = launch_grid(shape_of(grad), in_eights(config) if packed else config, steps=True)
     if out is None:
-        tables = Sums(table_like(grad), table_like(grad), table_like(grad) if centred else None)
+        tables = Sums(table_like(grad), table_like(grad), table_like(grad) if centered else None)
         d_residual = torch.empty_like(grad) if residual else None
         out = torch.empty_like(grad), d_residual, tables if sums else None
     d_u, d_residual, result = out
@@ -246,7 +246,7 @@ def _cases_of(
             u, u, c, u, mask, c, None, config, residual=True, sums=True
         ),
         " from u": lambda: eval_backward(u, None, None, u, None, c, c, config, sums=True),
-        " layer": lambda: eval_backward(u, None, None, u, u, c, None, config, sums=True, centred=True),
+        " layer": lambda: eval_backward(u, None, None, u, u, c, None, config, sums=True, centered=True),
         " static mask": lambda: eval_backward(u, None, None, None, mask, c, None, config),
         " join residual slope": lambda: eval_backward(
             u, u, c, u, None, c, None, config, slope=u, residual=True, sums=True

@@ -114,8 +114,8 @@ def eval_gradients_kernel(
     d_weight_ptr,  # [programs, K, C]: the sums of each program; or None
     d_bias_ptr,
     g1_ptr,  # [B, C], ∂L/∂shift
-    gc_ptr,  # [B, C], ∂L/∂scale − centre · g1
-    centre_ptr,  # [B, C], or None for 0
+    gc_ptr,  # [B, C], ∂L/∂scale − center · g1
+    center_ptr,  # [B, C], or None for 0
     filter_scale_ptr,  # [B, D], or None
     weight_ptr,
     bias_ptr,
@@ -146,17 +146,17 @@ def eval_gradients_kernel(
         g1 = tl.load(g1_ptr + offsets, mask=in_bounds, other=0.0)
         gc = tl.load(gc_ptr + offsets, mask=in_bounds, other=0.0)
         d_scale = gc
-        # Σ g (ωu − μ_k) = ω gc + (ω centre − μ_k) g1, without the difference of two large sums
+        # Σ g (ωu − μ_k) = ω gc + (ω center − μ_k) g1, without the difference of two large sums
         scaled_gc = gc
         if filter_scale_ptr is not None:
             filter_scale = _load_filter_scale(filter_scale_ptr, b, c, in_bounds, dynamic_channels)
             scaled_gc = gc * filter_scale
-        if centre_ptr is not None:
-            centre = tl.load(centre_ptr + offsets, mask=in_bounds, other=0.0)
-            d_scale += centre * g1
+        if center_ptr is not None:
+            center = tl.load(center_ptr + offsets, mask=in_bounds, other=0.0)
+            d_scale += center * g1
             if filter_scale_ptr is not None:
-                centre = centre * filter_scale
-            centered_0 = scaled_gc + (centre - mean_0) * g1
+                center = center * filter_scale
+            centered_0 = scaled_gc + (center - mean_0) * g1
         else:
             centered_0 = scaled_gc - mean_0 * g1
         if K == 2 or S == 2:
@@ -165,8 +165,8 @@ def eval_gradients_kernel(
             )
             p = tl.load(p_clean_ptr + b, mask=b < batch, other=0.0)[:, None]
             q = 1.0 - p
-            if centre_ptr is not None:
-                centered_1 = scaled_gc + (centre - mean_1) * g1
+            if center_ptr is not None:
+                centered_1 = scaled_gc + (center - mean_1) * g1
             else:
                 centered_1 = scaled_gc - mean_1 * g1
             gain = q * gain_0 + p * gain_1
@@ -313,7 +313,7 @@ def eval_gradients(
     """Gradients of a layer in eval mode, or of a network's filter scale and p_clean.
 
     Args:
-        sums: g1 = Σ g and gc = Σ g (u − centre) over the pixels, and centre (None means 0), ``[B, C]``; for a
+        sums: g1 = Σ g and gc = Σ g (u − center) over the pixels, and center (None means 0), ``[B, C]``; for a
             network ∂L/∂shift and ∂L/∂scale of all layers side by side, and None.
         norm, mix: as in the forward pass.
         needs: whether the gradients of filter_scale, p_clean, weight and bias are requested; the last two
@@ -321,7 +321,7 @@ def eval_gradients(
         config: launch parameters ``tile``, ``inner``, ``warps``.
         out: tensors to write to.
     """
-    g1, gc, centre = sums
+    g1, gc, center = sums
     batch, channels = g1.shape
     dynamic_channels = _dynamic_channels(norm, mix)
     if out is None:
@@ -344,7 +344,7 @@ def eval_gradients(
         parts = _pair(g1, programs, *norm.weight.shape)
     launch(
         eval_gradients_kernel, programs,
-        d_filter_scale, d_p_clean, *parts, g1, gc, centre, mix.filter_scale, *tables_of(norm), mix.p_clean,
+        d_filter_scale, d_p_clean, *parts, g1, gc, center, mix.filter_scale, *tables_of(norm), mix.p_clean,
         batch, channels, dynamic_channels, norm.eps, BLOCK_B=block_b, BLOCK_C=block_c,
         STEPS=power_of_two(-(-channels // block_c)), warps=config["warps"], **constants_of(norm),
     )  # fmt: skip

@@ -143,7 +143,7 @@ def fused_statistics(
     force: bool = False,
     tile: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """u = conv(input, weight) and its per-sample mean and centred sum of squares, [B, C_out] float32.
+    """u = conv(input, weight) and its per-sample mean and centered sum of squares, [B, C_out] float32.
 
     Arguments as for :func:`fused_apply`.
     """

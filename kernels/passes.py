@@ -148,18 +148,18 @@ def statistics_kernel(
     offsets, in_bounds = tile_offsets(start, in_planes, first_pixel, channels, hw, CHANNELS_LAST, BLOCK_P)
     x = load_values(u_ptr, offsets, in_bounds)
     mean = tl.sum(x, 1) / tl.minimum(hw - first_pixel, BLOCK_P).to(tl.float32)
-    # All values are centred on the mean of the first tile, so two sums at the end are enough. What the drift
+    # All values are centered on the mean of the first tile, so two sums at the end are enough. What the drift
     # cancels is at most STEPS · M2, since the first tile alone adds 1/STEPS of it to M2.
-    centred = tl.where(in_bounds, x - mean[:, None], 0.0)
-    sums = centred
-    squares = centred * centred
+    centered = tl.where(in_bounds, x - mean[:, None], 0.0)
+    sums = centered
+    squares = centered * centered
     for step in range(1, STEPS):
         begin = first_pixel + step * BLOCK_P
         offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
         x = load_values(u_ptr, offsets, in_bounds)
-        centred = tl.where(in_bounds, x - mean[:, None], 0.0)
-        sums += centred
-        squares += centred * centred
+        centered = tl.where(in_bounds, x - mean[:, None], 0.0)
+        sums += centered
+        squares += centered * centered
     m2 = tl.sum(squares, 1)
     if STEPS > 1:
         total = tl.sum(sums, 1)
@@ -201,7 +201,7 @@ def reduce_kernel(
     gc_ptr,
     grad_ptr,
     u_ptr,
-    centre_ptr,  # [B, C]
+    center_ptr,  # [B, C]
     relu_mask_ptr,
     slope_ptr,
     num_planes,
@@ -217,7 +217,7 @@ def reduce_kernel(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M
     )
     first_pixel = split * (BLOCK_P * STEPS)
-    centre = load_planes(centre_ptr, plane, in_planes)
+    center = load_planes(center_ptr, plane, in_planes)
     g1 = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     gc = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
     for step in range(STEPS):
@@ -225,7 +225,7 @@ def reduce_kernel(
         offsets, in_bounds = tile_offsets(start, in_planes, begin, channels, hw, CHANNELS_LAST, BLOCK_P)
         g = _load_masked_grad(grad_ptr, relu_mask_ptr, slope_ptr, offsets, in_bounds)
         g1 += g
-        gc += tl.where(in_bounds, g * (load_values(u_ptr, offsets, in_bounds) - centre), 0.0)
+        gc += tl.where(in_bounds, g * (load_values(u_ptr, offsets, in_bounds) - center), 0.0)
     tl.store(g1_ptr + split * num_planes + plane, tl.sum(g1, 1), mask=in_planes)
     tl.store(gc_ptr + split * num_planes + plane, tl.sum(gc, 1), mask=in_planes)
 
@@ -251,8 +251,8 @@ def propagate_kernel(
     d_u_ptr,
     d_residual_ptr,  # or None
     grad_ptr,
-    u_ptr,  # None without by_input, like centre and constant
-    centre_ptr,  # [B, C]
+    u_ptr,  # None without by_input, like center and constant
+    center_ptr,  # [B, C]
     relu_mask_ptr,
     slope_ptr,
     by_grad_ptr,
@@ -272,9 +272,9 @@ def propagate_kernel(
     g = _load_masked_grad(grad_ptr, relu_mask_ptr, slope_ptr, offsets, in_bounds)
     d_u = g * load_planes(by_grad_ptr, plane, in_planes)
     if by_input_ptr is not None:
-        centred = load_values(u_ptr, offsets, in_bounds) - load_planes(centre_ptr, plane, in_planes)
+        centered = load_values(u_ptr, offsets, in_bounds) - load_planes(center_ptr, plane, in_planes)
         by_input = load_planes(by_input_ptr, plane, in_planes)
-        d_u += centred * by_input + load_planes(constant_ptr, plane, in_planes)
+        d_u += centered * by_input + load_planes(constant_ptr, plane, in_planes)
     store_values(d_u_ptr, offsets, d_u, in_bounds)
     if d_residual_ptr is not None:
         store_values(d_residual_ptr, offsets, g, in_bounds)
@@ -341,7 +341,7 @@ def apply(
 def statistics(
     u: Tensor, config: Mapping[str, int], *, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and centred sum of squares of each plane of ``u`` [B, C, H, W]: two float32 [B, C].
+    """Mean and centered sum of squares of each plane of ``u`` [B, C, H, W]: two float32 [B, C].
 
     ``config``: launch parameters ``tile``, ``inner``, ``steps``, ``warps``. ``out``: tensors to write to.
     """
@@ -359,20 +359,20 @@ def statistics(
 def reduce(
     grad: Tensor,
     u: Tensor,
-    centre: Tensor,
+    center: Tensor,
     relu_mask: Tensor | None,
     config: Mapping[str, int],
     *,
     slope: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """G1 = Σ g and Gc = Σ g (u − centre) over each plane, float32 [B, C].
+    """G1 = Σ g and Gc = Σ g (u − center) over each plane, float32 [B, C].
 
     g is ``grad`` where the ReLU passed and 0 elsewhere, or ``grad`` · ``slope``.
 
     Args:
         grad, u: [B, C, H, W] of one dtype and layout.
-        centre: contiguous float32 [B, C].
+        center: contiguous float32 [B, C].
         relu_mask: y, or the bool mask that :func:`apply` writes, of the same layout; None without a ReLU.
         config: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
         slope: what :func:`apply` writes for other activations, of the same layout; else None.
@@ -382,7 +382,7 @@ def reduce(
     out = (table_like(u), table_like(u)) if out is None else out
     parts = out if grid.splits == 1 else (table_like(u, grid.splits), table_like(u, grid.splits))
     launch(
-        reduce_kernel, grid.programs, *parts, grad, u, centre, as_bytes(relu_mask), slope, *grid.sizes,
+        reduce_kernel, grid.programs, *parts, grad, u, center, as_bytes(relu_mask), slope, *grid.sizes,
         warps=config["warps"], **grid.constants,
     )  # fmt: skip
     if grid.splits > 1:
@@ -393,7 +393,7 @@ def reduce(
 def propagate(
     grad: Tensor,
     u: Tensor | None,
-    centre: Tensor | None,
+    center: Tensor | None,
     relu_mask: Tensor | None,
     by_grad: Tensor,
     by_input: Tensor | None,
@@ -404,11 +404,11 @@ def propagate(
     slope: Tensor | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """∂u = by_grad · g + by_input · (u − centre) + constant, and ∂residual = g with ``residual``.
+    """∂u = by_grad · g + by_input · (u − center) + constant, and ∂residual = g with ``residual``.
 
     Args:
         grad, u, relu_mask, slope: as in :func:`reduce`.
-        centre, by_grad, by_input, constant: contiguous float32 [B, C]; u, centre, by_input and constant are
+        center, by_grad, by_input, constant: contiguous float32 [B, C]; u, center, by_input and constant are
             either all given or all None.
         residual: whether ∂residual is requested.
         config: launch parameters ``tile``, ``inner``, ``warps``.
@@ -416,12 +416,12 @@ def propagate(
     """
     grid = launch_grid(shape_of(grad), config)
     if by_input is None:
-        u = centre = None
+        u = center = None
     if out is None:
         out = torch.empty_like(grad), torch.empty_like(grad) if residual else None
     launch(
         propagate_kernel, grid.programs,
-        *out, grad, u, centre, as_bytes(relu_mask), slope, by_grad, by_input, constant, *grid.sizes,
+        *out, grad, u, center, as_bytes(relu_mask), slope, by_grad, by_input, constant, *grid.sizes,
         warps=config["warps"], **grid.constants,
     )  # fmt: skip
     return out

@@ -160,7 +160,7 @@ class EvalBackwardArgs(NamedTuple):
     shift: Tensor | None = None  # [B, C] where y = relu(u · scale + shift): u then gives the mask
     residual: bool = False  # whether ∂residual is requested
     sums: bool = False  # whether the sums are requested
-    centred: bool = False  # whether they are about a centre; otherwise gc is the gradient of the scale
+    centered: bool = False  # whether they are about a center; otherwise gc is the gradient of the scale
     slope: Tensor | None = None  # of an activation other than the ReLU; then there is no relu_mask
 
 

@@ -293,14 +293,14 @@ def _eval_passes(
     """
     needs, u, relu_mask, slope = args.needs, args.u, args.relu_mask, args.slope
     wide = wide_dtype(grad.dtype)
-    centred = norm is not None
+    centered = norm is not None
     if not needs.images:
         if not needs.coefficients:
             return None, None, None
         assert u is not None
-        centre = u[:, :, 0, 0].to(wide).contiguous()  # once, for both kernels that read it
-        g1, gc = passes.reduce(grad, u, centre, relu_mask, slope)
-        return None, None, Reduced(g1, gc, centre) if centred else Reduced(g1, gc.addcmul(centre, g1), None)
+        center = u[:, :, 0, 0].to(wide).contiguous()  # once, for both kernels that read it
+        g1, gc = passes.reduce(grad, u, center, relu_mask, slope)
+        return None, None, Reduced(g1, gc, center) if centered else Reduced(g1, gc.addcmul(center, g1), None)
     if norm is not None:
         scale = passes.eval_coefficients(norm, mix, len(grad))[0]
     elif mix.filter_scale is not None:
@@ -319,7 +319,7 @@ def _eval_passes(
             relu_mask=relu_mask,
             residual=needs.residual,
             sums=True,
-            centred=centred,
+            centered=centered,
             slope=slope,
         )
     )

@@ -47,7 +47,7 @@ class SampleStats(NamedTuple):
     """Statistics of u over each sample's pixels."""
 
     mean: Tensor  # m [B, C]
-    m2: Tensor  # M2 [B, C], the centred sum of squares
+    m2: Tensor  # M2 [B, C], the centered sum of squares
     hw: int  # the number of pixels
 
 
@@ -63,8 +63,8 @@ class Reduced(NamedTuple):
     """The sums of the reduce pass."""
 
     g1: Tensor  # Σ g [B, C]
-    gc: Tensor  # Σ g (u − centre) [B, C]
-    centre: Tensor | None  # [B, C]; None means 0
+    gc: Tensor  # Σ g (u − center) [B, C]
+    center: Tensor | None  # [B, C]; None means 0
 
 
 class Gradients(NamedTuple):
@@ -77,7 +77,7 @@ class Gradients(NamedTuple):
 
 
 class Propagation(NamedTuple):
-    """∂u = by_grad · g + by_input · (u − centre) + constant, each [B, C]; None means zero."""
+    """∂u = by_grad · g + by_input · (u − center) + constant, each [B, C]; None means zero."""
 
     by_grad: Tensor
     by_input: Tensor | None = None
@@ -176,21 +176,21 @@ def split(scale: Tensor, shift: Tensor, widths: Sequence[int]) -> list[tuple[Ten
 
 
 def eval_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs) -> Gradients:
-    """The gradients of ``needs`` in eval mode from G1 = Σ g and Gc = Σ g (u − centre)."""
-    g1, gc, centre = sums
+    """The gradients of ``needs`` in eval mode from G1 = Σ g and Gc = Σ g (u − center)."""
+    g1, gc, center = sums
     branch = _branches(norm)
     number = len(branch.gain)
     weights = _probabilities(mix.p_clean, number)
     filter_scale = mix.filter_scale
     d_filter_scale = d_p = d_weight = d_bias = None
     if needs.filter_scale:
-        d_filter_scale = (gc if centre is None else gc + centre * g1) * _blend(branch.gain, weights)
+        d_filter_scale = (gc if center is None else gc + center * g1) * _blend(branch.gain, weights)
         if filter_scale is not None:
             d_filter_scale = d_filter_scale[:, : filter_scale.shape[1]]
-    # Σ g (ωu − μ_k) without the difference of two large sums: ω Gc + (ω centre − μ_k) G1
+    # Σ g (ωu − μ_k) without the difference of two large sums: ω Gc + (ω center − μ_k) G1
     scaled_gc = _scaled(gc, filter_scale)
-    scaled_centre: Tensor | float = 0.0 if centre is None else _scaled(centre, filter_scale)
-    about_mean = [scaled_gc + (scaled_centre - branch.mean[k]) * g1 for k in range(number)]
+    scaled_center: Tensor | float = 0.0 if center is None else _scaled(center, filter_scale)
+    about_mean = [scaled_gc + (scaled_center - branch.mean[k]) * g1 for k in range(number)]
     if needs.p_clean:
         by_branch = [branch.gain[k] * about_mean[k] + branch.bias[k] * g1 for k in range(2)]
         d_p = (by_branch[1] - by_branch[0]).sum(1)
@@ -244,7 +244,7 @@ def train_coefficients(norm: Norm, mix: Mix, batch: int) -> tuple[Tensor, Tensor
 def train_sums(sums: Reduced, norm: Norm, mix: Mix) -> TrainSums:
     """The sums over the batch that :func:`train_gradients` needs, which ranks add up in between.
 
-    The centre of ``sums`` is each sample's mean m; the norm's bias is not read.
+    The center of ``sums`` is each sample's mean m; the norm's bias is not read.
     """
     g1, gc, mean = sums
     assert mean is not None

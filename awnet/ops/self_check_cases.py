@@ -170,7 +170,7 @@ class _Images:
             shift=shift if from_u else None,
             residual=number % 3 != 0,
             sums=sums,
-            centred=number % 2 == 1,
+            centered=number % 2 == 1,
         )
         self.check(self.label, "eval_backward", args, limit=1e-4)
         args = args._replace(relu_mask=None, shift=None, slope=other)

@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> eval_gradients(const Reduced& sums, c
   const Inputs in(mix, norm, batch, false);
   const float* g1 = floats(sums.g1, {batch, channels}, "g1");
   const float* gc = floats(sums.gc, {batch, channels}, "gc");
-  const float* center = floats(sums.center, {batch, channels}, "centre");
+  const float* center = floats(sums.center, {batch, channels}, "center");
   const bool need_tables = needs.bn_weight || needs.bn_bias;
   const Tensor d_filter_scale = new_if(needs.filter_scale, {batch, channels}, weight),
                p_share = new_if(needs.p_clean, {batch, channels}, weight),

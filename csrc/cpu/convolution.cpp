@@ -584,7 +584,7 @@ std::tuple<Tensor, Tensor, Tensor, Reduced> convolve_backward(const AffineBackwa
   const Propagation& by = args.propagation;
   const bool sums = args.need_sums, add = args.add_to.has_value();
   TORCH_CHECK(convolves_backward(args.input_shape, grad, *args.weight, args.conv), kNotSupported);
-  TORCH_CHECK(!(sums || by.by_input) || (args.u && args.center), "sums and by_input need u and centre");
+  TORCH_CHECK(!(sums || by.by_input) || (args.u && args.center), "sums and by_input need u and center");
   TORCH_CHECK(by.by_input.has_value() == by.constant.has_value(), "by_input and constant come together");
   TORCH_CHECK(!add || (args.add_to->sizes() == Sizes(args.input_shape) && args.add_to->is_contiguous()),
               "expected a contiguous gradient ", Sizes(args.input_shape), " to add to");
@@ -592,7 +592,7 @@ std::tuple<Tensor, Tensor, Tensor, Reduced> convolve_backward(const AffineBackwa
   const Backward plan(args.input_shape, grad, weight, args.conv);
   const Sizes image = grad.sizes(), table = image.slice(0, 2);
   const Tensor u = checked(args.u, image, "u"), relu_mask = checked(args.relu_mask, image, "relu_mask", true),
-               slope = checked(args.slope, image, "slope"), center = checked(args.center, table, "centre"),
+               slope = checked(args.slope, image, "slope"), center = checked(args.center, table, "center"),
                by_grad = checked(by.by_grad, table, "by_grad"),
                by_input = checked(by.by_input, table, "by_input"),
                constant = checked(by.constant, table, "constant");

@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, con
   const Shape s(u_in);
   const auto dtype = u_in.scalar_type();
   const Tensor u = u_in.contiguous(s.format), grad = s.image(grad_in, "grad", dtype),
-               center = s.table(center_in, "centre"), relu_mask = s.relu_mask(relu_mask_in, dtype),
+               center = s.table(center_in, "center"), relu_mask = s.relu_mask(relu_mask_in, dtype),
                slope = s.image(slope_in, "slope", dtype);
   const Tensor g1 = new_tensor_like(center), gc = new_tensor_like(center);
   for_dtype(dtype, [&](auto value) {
@@ -217,9 +217,9 @@ std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
   Tensor u, center, by_input, constant;
   if (by_input_in) {
-    TORCH_CHECK(u_in && center_in, "by_input needs u and centre");
+    TORCH_CHECK(u_in && center_in, "by_input needs u and center");
     u = s.image(*u_in, "u", dtype);
-    center = s.table(*center_in, "centre");
+    center = s.table(*center_in, "center");
     by_input = s.table(*by_input_in, "by_input");
     constant = s.table(*constant_in, "constant");
   }

@@ -193,7 +193,7 @@ MixPointers pointers(const On& on, const Mix& mix, Table table) {
 
 SumsPointers pointers(const On& on, const Reduced& sums, Table table) {
   return {on.floats(sums.g1, table, "g1"), on.floats(sums.gc, table, "gc"),
-          on.floats(sums.center, table, "centre")};
+          on.floats(sums.center, table, "center")};
 }
 
 StatsPointers pointers(const On& on, const SampleStats& stats, Table table) {
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor> reduce(const Tensor& grad_in, const Tensor& u_in, con
   Batch batch(u_in, on);
   const Tensor u = batch.image(u_in, "u"), grad = batch.image(grad_in, "grad"),
                relu_mask = batch.relu_mask(relu_mask_in), slope = batch.image(slope_in, "slope");
-  const Tensor center = batch.table(center_in, "centre");
+  const Tensor center = batch.table(center_in, "center");
   Tensor g1 = batch.new_table(u), gc = batch.new_table(u), workspace = batch.workspace(u);
   const SavedActivationPointers saved = pointers(relu_mask, slope);
   succeed(awnet_cuda_reduce(batch.images(), address(grad), address(u), &saved, entries(center), data(g1),
@@ -253,12 +253,12 @@ std::tuple<Tensor, Tensor> propagate(const Tensor& grad_in, const MaybeTensor& u
   const On on(grad_in);
   Batch batch(grad_in, on);
   TORCH_CHECK(by_input_in.has_value() == constant_in.has_value(), "by_input and constant come together");
-  TORCH_CHECK(!by_input_in || (u_in && center_in), "by_input needs u and centre");
+  TORCH_CHECK(!by_input_in || (u_in && center_in), "by_input needs u and center");
   const MaybeTensor none;
   const Tensor grad = batch.image(grad_in, "grad"), u = batch.image(by_input_in ? u_in : none, "u");
   const Tensor relu_mask = batch.relu_mask(relu_mask_in), slope = batch.image(slope_in, "slope"),
                by_grad = batch.table(propagation.by_grad, "by_grad");
-  const Tensor center = batch.table(by_input_in ? center_in : none, "centre");
+  const Tensor center = batch.table(by_input_in ? center_in : none, "center");
   const Tensor by_input = batch.table(by_input_in, "by_input"),
                constant = batch.table(constant_in, "constant");
   Tensor d_u = batch.new_image(grad);

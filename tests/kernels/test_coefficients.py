@@ -35,7 +35,7 @@ class Problem:
         self.generator = torch.Generator().manual_seed(batch * 100 + channels)
         self.batch, self.channels, self.k, self.s = batch, channels, k, s
         image = (batch, channels)
-        self.mean, self.g1, self.gc, self.centre = (self.normal(*image) for _ in range(4))
+        self.mean, self.g1, self.gc, self.center = (self.normal(*image) for _ in range(4))
         self.m2 = self.normal(*image).square() * HW
         self.filter_scale = self.normal(*image).abs() if has_scale else None
         two = max(k, s) == 2
@@ -109,14 +109,14 @@ def test_eval_coefficients_and_gradients_equal_float64(k: int, s: int, has_scale
             x.new(k, channels),
             x.new(k, channels),
         )
-        sums = coefficients.Reduced(*(x.put(v) for v in (x.g1, x.gc, x.centre)))
+        sums = coefficients.Reduced(*(x.put(v) for v in (x.g1, x.gc, x.center)))
         for needs in (
             Needs(filter_scale=has_scale, p_clean=max(k, s) == 2, bn_weight=True, bn_bias=True),
             Needs(filter_scale=has_scale),
         ):
             requested = tuple(v if need else None for v, need in zip(buffers, needs[2:6], strict=True))
             grads = evaluated.eval_gradients(sums, norm, mix, needs[2:6], config, out=requested)
-            exact_sums = coefficients.Reduced(*(v.double() for v in (x.g1, x.gc, x.centre)))
+            exact_sums = coefficients.Reduced(*(v.double() for v in (x.g1, x.gc, x.center)))
             expected = coefficients.eval_gradients(exact_sums, *exact, needs)
             for a, b in zip(grads, expected, strict=True):
                 assert_agrees(a, b, scale=1.0)

@@ -212,7 +212,7 @@ def test_fused_statistics_equal_float64(
 
 
 @pytest.mark.parametrize("size", [(3, 3), (7, 5)], ids=["in one tile", "over tiles"])
-def test_statistics_are_centred_before_they_are_squared(size: tuple[int, int], guarded: Guarded) -> None:
+def test_statistics_are_centered_before_they_are_squared(size: tuple[int, int], guarded: Guarded) -> None:
     # |mean| is about 3000 times the deviation: E[x²] − mean² would keep no digit of M2 in float32. The tiles'
     # means are rounded, to 3000 · 2^-24 of a deviation, and that much error M2 may have for each pixel.
     layer = Layer(Shape(2, 4, 5, size, (1, 1)), torch.float32, guarded, offset=3000.0)

@@ -33,7 +33,7 @@ class Case:
     other: bool
     mean: bool
     residual: bool
-    sums: str  # "none", "centred" or "about zero"
+    sums: str  # "none", "centered" or "about zero"
     config: Mapping[str, int]
     many_programs: bool
 
@@ -55,7 +55,7 @@ cases = st.builds(
     other=st.booleans(),
     mean=st.booleans(),
     residual=st.booleans(),
-    sums=st.sampled_from(["none", "centred", "about zero"]),
+    sums=st.sampled_from(["none", "centered", "about zero"]),
     config=st.builds(
         lambda tile, inner, steps: {"tile": tile, "inner": inner, "steps": steps, "warps": 4},
         st.sampled_from([16, 64, 512]), st.sampled_from([4, 16, 64]), st.sampled_from([1, 4]),
@@ -89,17 +89,17 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     relu_mask = {"y": y, "bytes": y > 0}.get(case.mask)
     slope = y if case.mask == "slope" else None
     from_u = case.mask == "from u"
-    centred = case.sums == "centred"
+    centered = case.sums == "centered"
     tables = None
     if case.sums != "none":
         c = torch.empty(case.shape[:2], device=DEVICE)
         own = [guarded.output(c) for _ in range(3)]
-        tables = kernel.Sums(own[0], own[1], own[2] if centred else None)
+        tables = kernel.Sums(own[0], own[1], own[2] if centered else None)
     out = guarded.output(u), guarded.output(u) if case.residual else None, tables
     d_u, d_residual, sums = kernel.eval_backward(
         grad, other, d_mean if case.mean else None, u if from_u or tables else None, relu_mask, scale,
         shift if from_u else None, case.config, slope=slope, residual=case.residual, sums=tables is not None,
-        centred=centred, out=out,
+        centered=centered, out=out,
     )  # fmt: skip
     guarded.check()
     hw = case.shape[2] * case.shape[3]
@@ -127,18 +127,18 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (sums is None) == (case.sums == "none")
     if sums is not None:
         close(sums.g1, g.sum((2, 3)), size.sum((2, 3)), torch.float32)
-        centre = u[:, :, :1, :1].double() if centred else torch.zeros(1, device=DEVICE).double()
+        center = u[:, :, :1, :1].double() if centered else torch.zeros(1, device=DEVICE).double()
         about = size * (u.double().abs() + u[:, :, :1, :1].double().abs())
-        close(sums.gc, (g * (u.double() - centre)).sum((2, 3)), about.sum((2, 3)), torch.float32)
-        if sums.centre is not None:
-            assert torch.equal(sums.centre.double(), centre[:, :, 0, 0])
-        assert (sums.centre is not None) == centred
+        close(sums.gc, (g * (u.double() - center)).sum((2, 3)), about.sum((2, 3)), torch.float32)
+        if sums.center is not None:
+            assert torch.equal(sums.center.double(), center[:, :, 0, 0])
+        assert (sums.center is not None) == centered
 
 
 @few
 @given(cases)
 @example(split_case())
-@example(split_case(last=False, sums="centred", mask="from u", dtype=torch.float16))
+@example(split_case(last=False, sums="centered", mask="from u", dtype=torch.float16))
 @example(split_case(shape=(1, 1, 1, 1), config=SPLIT))
 @example(split_case(mask="slope"))
 def test_eval_backward_equals_float64(case: Case) -> None:
@@ -199,17 +199,18 @@ PACKED_SHAPES = st.one_of(  # and whether in channels_last
     PACKED_SHAPES,
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from([16, 64, 256]),
-    st.sampled_from(
-        [2, 8, 32]
-    ),  # a tile has at least 8 elements along the contiguous axis, whatever is configured
+    st.sampled_from([2, 8, 32]),
     st.booleans(),
 )
 @example((2, 24, 3, 5, True), torch.bfloat16, 64, 16, True)
 @example((3, 3, 4, 6, False), torch.float16, 16, 8, True)
+@example((1, 8, 2, 2, True), torch.float32, 16, 2, True)
 def test_a_packed_mask_gives_the_bits_of_a_bool_mask(
     shape: tuple[int, int, int, int, bool], dtype: torch.dtype, tile: int, inner: int, sums: bool
 ) -> None:
     guarded, config = Guarded(), {"tile": tile, "inner": inner, "steps": 2, "warps": 4}
+    # a tile of a packed mask has at least 8 elements along the contiguous axis; sums depend on the tiles
+    by_bytes_config = config | {"inner": max(8, inner)}
     case = split_case(shape=shape[:4], last=shape[4], dtype=dtype)
     images = [case.image(seed) for seed in (1, 2, 3, 4)]
     images[0][-1, -1, -1, -1] = float("nan")
@@ -221,10 +222,10 @@ def test_a_packed_mask_gives_the_bits_of_a_bool_mask(
     again = passes.apply(u, scale, shift, residual, True, config, relu_mask=packed)
     assert torch.equal(torch.nan_to_num(y, -1), torch.nan_to_num(again, -1))
     assert torch.equal(bits_of(packed, u), mask)
-    options = {"residual": True, "sums": sums, "centred": True}
+    options = {"residual": True, "sums": sums, "centered": True}
     results = [
-        kernel.eval_backward(grad, other, d_mean, u if sums else None, m, scale, None, config, **options)
-        for m in (mask, packed)
+        kernel.eval_backward(grad, other, d_mean, u if sums else None, m, scale, None, by, **options)
+        for m, by in ((mask, by_bytes_config), (packed, config))
     ]
     guarded.check()
     flat = [[*r[:2], *(r[2] or ())] for r in results]

@@ -167,10 +167,10 @@ def test_statistics_equal_float64(
         exact = u.double()
         expected = exact.mean((2, 3))
         assert_close(got_mean, expected, exact.abs().mean((2, 3)), torch.float32)
-        centred = exact - image(expected)
+        centered = exact - image(expected)
         # merging tiles meets the rounding of their means once for each deviation; E[x²] − μ² would square it
-        size = centred.square().sum((2, 3)) + exact.abs().amax((2, 3)) * centred.abs().sum((2, 3))
-        assert_close(got_m2, centred.square().sum((2, 3)), size, torch.float32, terms=2)
+        size = centered.square().sum((2, 3)) + exact.abs().amax((2, 3)) * centered.abs().sum((2, 3))
+        assert_close(got_m2, centered.square().sum((2, 3)), size, torch.float32, terms=2)
     guarded.check()
 
 
@@ -213,17 +213,17 @@ def test_reduce_equals_float64(
 ) -> None:
     for seed, (shape, config) in enumerate(shapes(dtype)):
         grad, u, y = (guarded.input(tensor(shape, seed + 10 * i, dtype, last)) for i in (1, 2, 3))
-        centre = guarded.input(tensor(shape[:2], seed))
+        center = guarded.input(tensor(shape[:2], seed))
         empty = torch.empty(shape[:2], device=DEVICE)
         out = guarded.output(empty), guarded.output(empty)
-        g1, gc = passes.reduce(grad, u, centre, y if relu else None, config, out=out)
+        g1, gc = passes.reduce(grad, u, center, y if relu else None, config, out=out)
         if relu:
-            by_mask = passes.reduce(grad, u, centre, y > 0, config)
+            by_mask = passes.reduce(grad, u, center, y > 0, config)
             assert all(torch.equal(a, b) for a, b in zip(by_mask, (g1, gc), strict=True))
         g = torch.where(y > 0, grad, 0).double() if relu else grad.double()
-        along = g * (u.double() - image(centre))
+        along = g * (u.double() - image(center))
         assert_close(g1, g.sum((2, 3)), g.abs().sum((2, 3)), torch.float32)
-        size = (g.abs() * (u.double().abs() + image(centre).abs())).sum((2, 3))
+        size = (g.abs() * (u.double().abs() + image(center).abs())).sum((2, 3))
         assert_close(gc, along.sum((2, 3)), size, torch.float32)
     guarded.check()
 
@@ -244,20 +244,20 @@ def test_propagate_equals_float64(
     for seed, (shape, config) in enumerate(shapes(dtype)):
         grad, u, y = (guarded.input(tensor(shape, seed + 10 * i, dtype, last)) for i in (1, 2, 3))
         tables = [guarded.input(tensor(shape[:2], seed + 10 * i)) for i in range(4)]
-        centre, by_grad, by_input, constant = tables
+        center, by_grad, by_input, constant = tables
         g = torch.where(y > 0, grad, 0).double() if relu else grad.double()
         expected = g * image(by_grad)
         size = expected.abs()
         if training:
-            expected = expected + (u.double() - image(centre)) * image(by_input) + image(constant)
+            expected = expected + (u.double() - image(center)) * image(by_input) + image(constant)
             size = (
                 size
-                + (u.double().abs() + image(centre).abs()) * image(by_input).abs()
+                + (u.double().abs() + image(center).abs()) * image(by_input).abs()
                 + image(constant).abs()
             )
         rest = (by_input, constant) if training else (None, None)
         out = guarded.output(u), guarded.output(u) if residual else None
-        about = (u, centre) if training else (None, None)
+        about = (u, center) if training else (None, None)
         d_u, d_residual = passes.propagate(
             grad, *about, y if relu else None, by_grad, *rest, residual, config, out=out
         )
@@ -278,12 +278,12 @@ def test_propagate_equals_float64(
 def test_a_slope_multiplies_the_gradient(guarded: Guarded, dtype: torch.dtype, last: bool) -> None:
     for seed, (shape, how) in enumerate(shapes(dtype)[-2:]):
         grad, u, slope = (guarded.input(tensor(shape, seed + 10 * i, dtype, last)) for i in (1, 2, 3))
-        centre, by = (guarded.input(tensor(shape[:2], seed + 10 * i)) for i in (0, 4))
+        center, by = (guarded.input(tensor(shape[:2], seed + 10 * i)) for i in (0, 4))
         g = grad.double() * slope.double()
-        g1, gc = passes.reduce(grad, u, centre, None, how, slope=slope)
+        g1, gc = passes.reduce(grad, u, center, None, how, slope=slope)
         assert_close(g1, g.sum((2, 3)), g.abs().sum((2, 3)), torch.float32)
-        along = g.abs() * (u.double().abs() + image(centre).abs())
-        expected = (g * (u.double() - image(centre))).sum((2, 3))
+        along = g.abs() * (u.double().abs() + image(center).abs())
+        expected = (g * (u.double() - image(center))).sum((2, 3))
         assert_close(gc, expected, along.sum((2, 3)), torch.float32)
         out = guarded.output(u), guarded.output(u)
         d_u, d_residual = passes.propagate(
@@ -299,18 +299,18 @@ def test_a_slope_multiplies_the_gradient(guarded: Guarded, dtype: torch.dtype, l
 def test_other_samples_filled_with_nan_change_no_bit(last: bool) -> None:
     shape = (3, 5, 3, 5)
     u, grad, y = (tensor(shape, i, last=last) for i in range(3))
-    centre, scale = tensor(shape[:2], 3), tensor(shape[:2], 4)
+    center, scale = tensor(shape[:2], 3), tensor(shape[:2], 4)
 
     def results() -> list[Tensor]:
         return [
             *passes.statistics(u, SMALL),
-            *passes.reduce(grad, u, centre, y, SMALL),
-            passes.apply(u, scale, centre, grad, True, SMALL),
-            passes.propagate(grad, u, centre, y, scale, scale, centre, False, SMALL)[0],
+            *passes.reduce(grad, u, center, y, SMALL),
+            passes.apply(u, scale, center, grad, True, SMALL),
+            passes.propagate(grad, u, center, y, scale, scale, center, False, SMALL)[0],
         ]
 
     before = results()
-    for x in (u, grad, y, centre, scale):
+    for x in (u, grad, y, center, scale):
         x[[0, 2]] = float("nan")
     for clean, spoilt in zip(before, results(), strict=True):
         assert torch.equal(clean[1], spoilt[1])

@@ -180,7 +180,7 @@ FAULTS = (
         DIRECT,
     ),
     fault(
-        "centre left out of a packed plane's sums", "csrc/cpu/convolution.inl",
+        "center left out of a packed plane's sums", "csrc/cpu/convolution.inl",
         "load(p.u + i) - center", "load(p.u + i)",
         DIRECT,
     ),
@@ -230,12 +230,12 @@ FAULTS = (
         NATIVE_PASSES,
     ),
     fault(
-        "a pixel of u as centre in training, where it is the mean", "csrc/layer.cpp",
+        "a pixel of u as center in training, where it is the mean", "csrc/layer.cpp",
         "batch_stats ? b.mean :", "false ? b.mean :",
         NATIVE_LAYER,
     ),
     fault(
-        "the centre left out of ∂ω without a norm", "csrc/layer.cpp",
+        "the center left out of ∂ω without a norm", "csrc/layer.cpp",
         "at::addcmul(sums.gc, sums.center, sums.g1)", "sums.gc",
         OPS + "test_mix_batch_norm_and_filter_scaled_conv2d_equal_the_reference[cpp]",
     ),
@@ -344,7 +344,7 @@ FAULTS = (
         PASSES + "test_reduce_equals_float64",
     ),
     fault(
-        "statistics that do not centre before they square", "kernels/passes.py",
+        "statistics that do not center before they square", "kernels/passes.py",
         "    mean = tl.sum(x, 1) / tl.minimum(hw - first_pixel, BLOCK_P).to(tl.float32)\n", "    mean = tl.zeros([BLOCK_M], tl.float32)\n",
         PASSES + "test_statistics_equal_float64",
     ),
@@ -458,8 +458,8 @@ FAULTS = (
         EAGER_LAYER,
     ),
     fault(
-        "the centre left out of ∂ω in test mode", "awnet/ops/coefficients.py",
-        "(gc if centre is None else gc + centre * g1) * _blend", "gc * _blend",
+        "the center left out of ∂ω in test mode", "awnet/ops/coefficients.py",
+        "(gc if center is None else gc + center * g1) * _blend", "gc * _blend",
         EAGER_LAYER,
     ),
     fault(
@@ -483,7 +483,7 @@ FAULTS = (
         EAGER_LAYER,
     ),
     fault(
-        "a pixel of u as centre in training, where it is the mean", "awnet/ops/autograd.py",
+        "a pixel of u as center in training, where it is the mean", "awnet/ops/autograd.py",
         "sums = Reduced(*passes.reduce(grad, u, args.mean, relu_mask, slope), args.mean)",
         "sums = Reduced(*passes.reduce(grad, u, u[:, :, 0, 0].to(wide), relu_mask, slope), u[:, :, 0, 0].to(wide))",
         EAGER_LAYER,

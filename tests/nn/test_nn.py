@@ -253,7 +253,7 @@ def test_aw_conv_is_conv_norm_add_activation(training, activation, bn):
     got = torch.autograd.grad((fused * weight).sum(), inputs)
     want = torch.autograd.grad((expected * weight).sum(), inputs)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)  # sums over the batch of centred terms
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)  # sums over the batch of centered terms
 
 
 def test_aw_conv_refuses_bad_arguments():

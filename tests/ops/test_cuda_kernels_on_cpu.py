@@ -93,8 +93,8 @@ def everything(passes: object, operands: list[Tensor], entries: list[Tensor]) ->
                     results[f"{name} residual"] = d_residual
         for joined in (False, True):
             further = (scale, other, by_input) if joined else (scale, None, None)
-            for sums in ("none", "centred", "about zero"):
-                flags = joined, sums != "none", sums == "centred"
+            for sums in ("none", "centered", "about zero"):
+                flags = joined, sums != "none", sums == "centered"
                 saved = None if sums == "none" else u, relu_mask, None
                 name = f"eval_backward {mask_name} {joined} {sums}"
                 args = EvalBackwardArgs(grad, *further, *saved, *flags, slope)
@@ -156,10 +156,10 @@ def test_the_order_of_the_threads_changes_no_bit(last: bool) -> None:
 def test_a_samples_sums_are_the_same_bits_in_every_batch(shape: tuple[int, ...], last: bool) -> None:
     PASSES.misaligned = False
     u, grad = images(shape, torch.float32, last, False, 2)
-    (centre,) = tables(shape, 1)
-    together = (*PASSES.statistics(u), *PASSES.reduce(grad, u, centre, None))
+    (center,) = tables(shape, 1)
+    together = (*PASSES.statistics(u), *PASSES.reduce(grad, u, center, None))
     for b in range(shape[0]):
-        one = [x[b : b + 1].clone(memory_format=torch.preserve_format) for x in (u, grad, centre)]
+        one = [x[b : b + 1].clone(memory_format=torch.preserve_format) for x in (u, grad, center)]
         alone = (*PASSES.statistics(one[0]), *PASSES.reduce(one[1], one[0], one[2], None))
         for whole, part in zip(together, alone, strict=True):
             assert torch.equal(whole[b], part[0])
@@ -189,12 +189,12 @@ def test_the_error_of_a_sum_does_not_grow_with_the_parts_of_an_image(shape: tupl
     grad = plane.expand(shape).contiguous(
         memory_format=torch.contiguous_format if shape[1] == 1 else torch.channels_last
     )
-    u, centre = grad.clone(memory_format=torch.preserve_format), torch.zeros(shape[:2])
+    u, center = grad.clone(memory_format=torch.preserve_format), torch.zeros(shape[:2])
     # A thread adds up 8 values, as no vector fits these shapes, and a tree of 8 levels the threads' sums; four
     # more roundings are of a term and of the result.
     bound = (8 + 8 + 4) * 2.0**-24
     for name, got, want in (
-        ("sums", PASSES.reduce(grad, u, centre, None), EAGER.reduce(grad.double(), u.double(), centre, None)),
+        ("sums", PASSES.reduce(grad, u, center, None), EAGER.reduce(grad.double(), u.double(), center, None)),
         ("statistics", PASSES.statistics(u), EAGER.statistics(u.double())),
     ):
         for ours, truth in zip(got, want, strict=True):

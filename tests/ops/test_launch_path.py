@@ -56,7 +56,7 @@ def test_the_second_call_compiles_nothing(triton_launches: Launches) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_the_coefficients_alone_copy_the_centre_once(
+def test_gradients_of_the_coefficients_alone_copy_the_center_once(
     triton_launches: Launches, dtype: torch.dtype
 ) -> None:
     """A pixel of u is strided: in float32 each kernel that reads it would make a dense copy."""

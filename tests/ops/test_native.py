@@ -143,15 +143,15 @@ def test_the_direct_convolution_and_its_gradients_equal_the_librarys(geometry, t
         assert ops.convolves(x, weight, 1, *place)
         epilogue = (scale, shift, residual, True)
         got_y, got_u, mask = ops.convolve_apply(x, weight, *epilogue, *place, True, True)
-        centre = got_u[:, :, 0, 0].contiguous()
-        tables = (got_u, centre, mask, scale)
+        center = got_u[:, :, 0, 0].contiguous()
+        tables = (got_u, center, mask, scale)
         d_x, d_residual, g1, gc = ops.convolve_back(grad, *tables, weight, x.shape, *place, True)
         alone = ops.convolve_back(grad, None, None, mask, scale, weight, x.shape, *place, False)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(mask, got_y > 0)
     assert torch.equal(alone[0], d_x)  # what else is asked for changes no bit
-    found = (got_y, got_u, d_x, gc + centre * g1, g1, d_residual)
+    found = (got_y, got_u, d_x, gc + center * g1, g1, d_residual)
     names = ("y", "u", "input", "scale", "shift", "residual")
     for name, one, other in zip(names, found, (y, u, *gradients), strict=True):
         # sums of at most 1152 products in float32: below 1e-6 of their norm, below 2e-6 by Winograd's way
@@ -247,11 +247,11 @@ def test_the_direct_convolution_checks_every_size_before_it_reads(wrong: dict[st
 
 
 @direct
-@pytest.mark.parametrize("wrong", ["grad", "u", "centre", "relu_mask", "scale", "input_shape", "slope"])
+@pytest.mark.parametrize("wrong", ["grad", "u", "center", "relu_mask", "scale", "input_shape", "slope"])
 def test_the_direct_convolutions_gradient_checks_every_size_before_it_reads(wrong: str) -> None:
     image, table = torch.ones(2, 8, 4, 4), torch.ones(2, 8)
     arguments: dict[str, object] = {
-        "grad": image, "u": image, "centre": table, "relu_mask": image > 0, "scale": table,
+        "grad": image, "u": image, "center": table, "relu_mask": image > 0, "scale": table,
         "weight": torch.zeros(8, 8, 3, 3), "input_shape": (2, 8, 4, 4), "stride": (1, 1), "padding": (1, 1),
         "dilation": (1, 1), "residual": True, "slope": image,
     }  # fmt: skip
@@ -285,7 +285,7 @@ def test_sums_over_a_plane_have_an_error_that_does_not_grow_with_it(dtype, size,
         u, grad = (x[..., ::2, ::2].expand(1, 2, -1, -1) for x in (u, grad))
     u, grad = u.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
     mean, m2 = torch.ops.awnet.statistics(u)
-    # a centre below all values, which makes the products all of a sign
+    # a center below all values, which makes the products all of a sign
     g1, gc = torch.ops.awnet.reduce(grad, u, torch.ones_like(mean), None)
     wide, grad_wide = u.double().flatten(2), grad.double().flatten(2)
     expected = {

@@ -171,46 +171,46 @@ class CudaOnCpu(Passes):
         mask = u.new_empty(0, dtype=torch.uint8) if mask is None else mask
         return y, mask if mask.dtype == u.dtype else mask.view(torch.bool)
 
-    def reduce(self, grad, u, centre, relu_mask, slope=None):
-        grad, relu_mask, centre = self._alike(grad, u), self._alike(relu_mask, u), centre.contiguous()
+    def reduce(self, grad, u, center, relu_mask, slope=None):
+        grad, relu_mask, center = self._alike(grad, u), self._alike(relu_mask, u), center.contiguous()
         slope = self._alike(slope, u)
-        images = self._images(u, grad, relu_mask, slope, centre)
+        images = self._images(u, grad, relu_mask, slope, center)
         g1, gc = self._new_table(u), self._new_table(u)
         workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
         gate = pointers(*self._split_mask(relu_mask), slope)
-        tables = (pointer(x) for x in (centre, g1, gc, workspace))
+        tables = (pointer(x) for x in (center, g1, gc, workspace))
         self._call("reduce", ctypes.byref(images), pointer(grad), pointer(u), gate, *tables)
         return g1, gc
 
-    def propagate(self, grad, u, centre, relu_mask, propagation: Propagation, residual: bool, slope=None):
+    def propagate(self, grad, u, center, relu_mask, propagation: Propagation, residual: bool, slope=None):
         relu_mask, slope = self._alike(relu_mask, grad), self._alike(slope, grad)
         u = None if propagation.by_input is None else self._alike(u, grad)
-        centre = None if propagation.by_input is None else centre.contiguous()
+        center = None if propagation.by_input is None else center.contiguous()
         d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
         by = [None if x is None else x.contiguous() for x in propagation]
-        images = self._images(grad, u, d_u, d_residual, relu_mask, slope, centre, *by)
+        images = self._images(grad, u, d_u, d_residual, relu_mask, slope, center, *by)
         operands = (pointer(x) for x in (d_u, d_residual, grad, u))
         gate = pointers(*self._split_mask(relu_mask), slope)
-        self._call("propagate", ctypes.byref(images), *operands, gate, pointers(centre, *by))
+        self._call("propagate", ctypes.byref(images), *operands, gate, pointers(center, *by))
         return d_u, d_residual
 
     def eval_backward(self, args: EvalBackwardArgs):
-        grad, scale, other_grad, d_mean, u, relu_mask, shift, residual, sums, centred, slope = args
+        grad, scale, other_grad, d_mean, u, relu_mask, shift, residual, sums, centered, slope = args
         other_grad, relu_mask, u, slope = (self._alike(x, grad) for x in (other_grad, relu_mask, u, slope))
         d_mean, scale, shift = (None if x is None else x.contiguous() for x in (d_mean, scale, shift))
         d_u, d_residual = self._new_image(grad), self._new_image(grad) if residual else None
         images = self._images(grad, other_grad, u, relu_mask, slope, d_u, d_residual, d_mean, scale, shift)
         g1, gc = (self._new_table(grad) if sums else None for _ in range(2))
-        centre = self._new_table(grad) if sums and centred else None
+        center = self._new_table(grad) if sums and centered else None
         workspace = self._new((library().awnet_cuda_workspace(ctypes.byref(images)),), torch.float32)
         tickets = torch.zeros(grad.shape[:2], dtype=torch.int32)
         y, mask = self._split_mask(relu_mask)
         operands = pointers(
-            grad, other_grad, u, y, mask, slope, d_mean, scale, shift, d_u, d_residual, g1, gc, centre,
+            grad, other_grad, u, y, mask, slope, d_mean, scale, shift, d_u, d_residual, g1, gc, center,
             workspace, tickets,
         )  # fmt: skip
         self._call("eval_backward", ctypes.byref(images), operands)
-        return d_u, d_residual, Reduced(g1, gc, centre) if sums else None
+        return d_u, d_residual, Reduced(g1, gc, center) if sums else None
 
     # --- the [B, C] algebra
 

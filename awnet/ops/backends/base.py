@@ -69,7 +69,7 @@ class Passes:
     """
 
     def statistics(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-sample mean and centred sum of squares M2, each ``[B, C]``."""
+        """Per-sample mean and centered sum of squares M2, each ``[B, C]``."""
         wide = u.to(wide_dtype(u.dtype))
         mean = wide.mean((2, 3))
         return mean, (wide - _image(mean)).square_().sum((2, 3))
@@ -108,24 +108,24 @@ class Passes:
         return y, mask
 
     def reduce(
-        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
+        self, grad: Tensor, u: Tensor, center: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """G1 = Σ g and Gc = Σ g (u − centre), each ``[B, C]``."""
+        """G1 = Σ g and Gc = Σ g (u − center), each ``[B, C]``."""
         wide = wide_dtype(u.dtype)
         g = _masked(grad, relu_mask, slope).to(wide)
-        return g.sum((2, 3)), (u.to(wide) - _image(centre)).mul_(g).sum((2, 3))
+        return g.sum((2, 3)), (u.to(wide) - _image(center)).mul_(g).sum((2, 3))
 
     def propagate(
         self,
         grad: Tensor,
         u: Tensor | None,
-        centre: Tensor | None,
+        center: Tensor | None,
         relu_mask: Tensor | None,
         propagation: Propagation,
         residual: bool,
         slope: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """∂u, and with ``residual`` ∂residual = g. u and centre are read only for ``by_input``."""
+        """∂u, and with ``residual`` ∂residual = g. u and center are read only for ``by_input``."""
         by_grad, by_input, constant = propagation
         wide = wide_dtype(grad.dtype)
         g = _masked(grad, relu_mask, slope)
@@ -135,8 +135,8 @@ class Passes:
             torch.mul(g.to(wide), _image(by_grad), out=d_u)
         else:
             assert u is not None
-            assert centre is not None
-            torch.sub(u.to(wide), _image(centre), out=d_u)
+            assert center is not None
+            torch.sub(u.to(wide), _image(center), out=d_u)
             d_u.mul_(_image(by_input)).add_(_image(constant))
             d_u.addcmul_(g.to(wide), _image(by_grad))
         if not residual:
@@ -160,10 +160,10 @@ class Passes:
         reduced = None
         if args.sums:
             assert u is not None
-            # any centre is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
-            centre = u[:, :, 0, 0].to(wide_dtype(u.dtype))
-            g1, gc = self.reduce(grad, u, centre, relu_mask, args.slope)
-            reduced = Reduced(g1, gc, centre) if args.centred else Reduced(g1, gc.addcmul(centre, g1), None)
+            # any center is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
+            center = u[:, :, 0, 0].to(wide_dtype(u.dtype))
+            g1, gc = self.reduce(grad, u, center, relu_mask, args.slope)
+            reduced = Reduced(g1, gc, center) if args.centered else Reduced(g1, gc.addcmul(center, g1), None)
         propagation = Propagation(args.scale)
         d_u, d_residual = self.propagate(grad, None, None, relu_mask, propagation, args.residual, args.slope)
         return d_u, d_residual, reduced

@@ -16,7 +16,7 @@ from awnet.ops.backends.reference import equations
 
 class Eager(OperatorBackend):
     name = "eager"
-    summary = "one convolution and one affine map in plain torch, gradients by the centred formulas"
+    summary = "one convolution and one affine map in plain torch, gradients by the centered formulas"
 
     def __init__(self) -> None:
         super().__init__(register("eager", Passes()))

@@ -33,7 +33,7 @@ from awnet.ops.coefficients import (
 )
 
 _MARK = b"awnet-built-for-torch="
-INTERFACE = "interface=4"  # of the operators; as in csrc/module.cpp
+INTERFACE = "interface=5"  # of the operators; as in csrc/module.cpp
 REBUILD = "build it again with `pip install --no-build-isolation -e .` in the repository"
 
 
@@ -133,21 +133,21 @@ class NativePasses(Passes):
         return torch.ops.awnet.apply(u, scale, shift, residual, activation, keep_mask)
 
     def reduce(
-        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
+        self, grad: Tensor, u: Tensor, center: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
     ) -> Any:
-        return torch.ops.awnet.reduce(grad, u, centre, relu_mask, slope)
+        return torch.ops.awnet.reduce(grad, u, center, relu_mask, slope)
 
     def propagate(
         self,
         grad: Tensor,
         u: Tensor | None,
-        centre: Tensor | None,
+        center: Tensor | None,
         relu_mask: Tensor | None,
         propagation: Propagation,
         residual: bool,
         slope: Tensor | None = None,
     ) -> Any:
-        return torch.ops.awnet.propagate(grad, u, centre, relu_mask, *propagation, residual, slope)
+        return torch.ops.awnet.propagate(grad, u, center, relu_mask, *propagation, residual, slope)
 
     def eval_coefficients(self, norm: Norm, mix: Mix, batch: int) -> Any:
         return torch.ops.awnet.eval_coefficients(*mix[:2], *norm, batch)
@@ -219,8 +219,8 @@ def _sources() -> Iterator[Path]:
 
 def _eval_backward(args: EvalBackwardArgs) -> tuple[Tensor, Tensor | None, Reduced | None]:
     """``Passes.eval_backward`` by the kernel that the operator of a layer runs."""
-    d_u, d_residual, g1, gc, centre = torch.ops.awnet.eval_backward(**args._asdict())
-    reduced = Reduced(g1, gc, centre if args.centred else None) if args.sums else None
+    d_u, d_residual, g1, gc, center = torch.ops.awnet.eval_backward(**args._asdict())
+    reduced = Reduced(g1, gc, center if args.centered else None) if args.sums else None
     return d_u, d_residual if args.residual else None, reduced
 
 

@@ -118,16 +118,16 @@ class TritonPasses(Passes):
         return y, u.new_empty(0, dtype=torch.bool) if mask is None else mask
 
     def reduce(
-        self, grad: Tensor, u: Tensor, centre: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
+        self, grad: Tensor, u: Tensor, center: Tensor, relu_mask: Tensor | None, slope: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         config = _for_images("reduce", u)
-        return kernels("passes").reduce(_alike(grad, u), u, _dense(centre), relu_mask, config, slope=slope)
+        return kernels("passes").reduce(_alike(grad, u), u, _dense(center), relu_mask, config, slope=slope)
 
     def propagate(
         self,
         grad: Tensor,
         u: Tensor | None,
-        centre: Tensor | None,
+        center: Tensor | None,
         relu_mask: Tensor | None,
         propagation: Propagation,
         residual: bool,
@@ -135,15 +135,15 @@ class TritonPasses(Passes):
     ) -> tuple[Tensor, Tensor | None]:
         by = [_dense(x) for x in propagation]
         config = _for_images("propagate", grad)
-        centre = _dense(centre)
-        return kernels("passes").propagate(grad, u, centre, relu_mask, *by, residual, config, slope=slope)
+        center = _dense(center)
+        return kernels("passes").propagate(grad, u, center, relu_mask, *by, residual, config, slope=slope)
 
     def eval_backward(self, args: EvalBackwardArgs) -> tuple[Tensor, Tensor | None, Reduced | None]:
         grad, other = args.grad, args.other_grad
         d_u, d_residual, sums = kernels("eval_backward").eval_backward(
             grad, None if other is None else _alike(other, grad), _dense(args.d_mean), args.u, args.relu_mask,
             _dense(args.scale), _dense(args.shift), _for_images("eval_backward", grad),
-            slope=args.slope, residual=args.residual, sums=args.sums, centred=args.centred,
+            slope=args.slope, residual=args.residual, sums=args.sums, centered=args.centered,
         )  # fmt: skip
         return d_u, d_residual, None if sums is None else Reduced(*sums)
 
@@ -216,7 +216,7 @@ class TritonPasses(Passes):
 
 def _eval_gradients(sums: Reduced, norm: Norm, mix: Mix, needs: Needs, config: Parameters) -> Gradients:
     required = (needs.filter_scale, needs.p_clean, needs.bn_weight, needs.bn_bias)
-    dense = sums._replace(centre=_dense(sums.centre))
+    dense = sums._replace(center=_dense(sums.center))
     return Gradients(
         *kernels("eval_coefficients").eval_gradients(dense, _norm(norm), _mix(mix), required, config)
     )
