@@ -38,7 +38,8 @@ help:
 
 # A Python that already has a torch (a GPU machine, say) keeps it, and its torchvision; elsewhere, in an active virtual
 # environment too, whose packages another cannot share, the pinned one is installed.
-$(READY): pyproject.toml setup.py constraints.txt
+# csrc/module.cpp has the number of the interface: a change of the operators compiles them again
+$(READY): pyproject.toml setup.py constraints.txt csrc/module.cpp
 	@set -e; \
 	shared=; if ! test -x $(BIN)/python; then \
 		if $(PYTHON) -c "import torch" 2>/dev/null; then shared=--system-site-packages; fi; \
