@@ -23,7 +23,7 @@ from awnet.evaluation.statistics import (
     LEVEL,
     Interval,
     bootstrap_interval,
-    holm_levels,
+    holm,
     mcnemar,
     sign_flip_test,
     t_interval,
@@ -251,14 +251,13 @@ def compare_reports(groups: Sequence[Group], seed: int = 0, adjust: Adjust = "no
     quantities = ["clean", *(name for attack in shared for name in (attack, f"{attack} A_w"))]
     rows: list[Measured] = []
     for quantity in quantities:
-        measured = [_measured(group, groups[0], quantity, seed) for group in groups]
+        values: Sequence[float | None] = [_p_value(group, groups[0], quantity) for group in groups[1:]]
+        levels = [LEVEL] * len(values)
         if adjust == "holm":
-            adjusted, levels = holm_levels([row.p for row in measured[1:] if row.p is not None])
-            measured[1:] = [
-                replace(_measured(group, groups[0], quantity, seed, float(level)), p=float(p))
-                for group, level, p in zip(groups[1:], levels, adjusted, strict=True)
-            ]
-        rows += measured
+            values, levels = holm([p for p in values if p is not None])
+        rows.append(_measured(groups[0], groups[0], quantity, seed))
+        for group, p, level in zip(groups[1:], values, levels, strict=True):
+            rows.append(replace(_measured(group, groups[0], quantity, seed, level), p=p))
     return ReportComparison(tuple(groups), tuple(rows), tuple(notes), adjust)
 
 
@@ -285,18 +284,23 @@ def _measured(group: Group, baseline: Group, quantity: str, seed: int, level: fl
         return measured
     other = np.stack([_values(report, quantity) for report in baseline.reports])
     differences = values.mean(0) - other.mean(0)
-    p = None
-    if len(values) == len(other) == 1:
-        is_w = quantity.endswith(" A_w")
-        p = sign_flip_test(differences) if is_w else mcnemar(values[0] > 0.5, other[0] > 0.5)
     return replace(
         measured,
         difference=float(differences.mean()),
         over_images=bootstrap_interval(differences, level=level, seed=seed),
         over_seeds=_over_seeds(group, accuracies, baseline, other.mean(1)),
-        p=p,
         level=level,
     )
+
+
+def _p_value(group: Group, baseline: Group, quantity: str) -> float | None:
+    """p of no difference between two single reports; None for several trainings."""
+    if len(group.reports) > 1 or len(baseline.reports) > 1:
+        return None
+    values, other = (_values(one.reports[0], quantity) for one in (group, baseline))
+    if quantity.endswith(" A_w"):
+        return sign_flip_test(values - other)
+    return mcnemar(values > 0.5, other > 0.5)
 
 
 def _over_seeds(group: Group, accuracies: Array, baseline: Group, other: Array) -> Interval | None:

@@ -123,7 +123,7 @@ def sign_flip_test(differences: ArrayLike) -> float:
     return min(1.0, float(distribution[np.abs(totals) >= abs(halves.sum())].sum()))
 
 
-def holm_levels(p: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def holm(p: ArrayLike) -> tuple[list[float], list[float]]:
     """Holm's correction of ``p`` ``[m]``: adjusted p-values and the level of each interval.
 
     The k-th smallest of m p-values, from k = 0, is multiplied by m - k, but never falls below the one before;
@@ -135,7 +135,7 @@ def holm_levels(p: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]
     factors[order] = values.size - np.arange(values.size)
     adjusted = np.empty(values.size)
     adjusted[order] = np.maximum.accumulate(np.minimum(1.0, (values * factors)[order]))
-    return adjusted, 1 - (1 - LEVEL) / factors
+    return adjusted.tolist(), (1 - (1 - LEVEL) / factors).tolist()
 
 
 def auc(clean: ArrayLike, adversarial: ArrayLike) -> float:

@@ -19,7 +19,7 @@ from awnet.evaluation import (
     w_robust_accuracy,
     wilson_interval,
 )
-from awnet.evaluation.statistics import holm_levels, sign_flip_test
+from awnet.evaluation.statistics import holm, sign_flip_test
 
 # ---- statistics
 
@@ -135,7 +135,7 @@ def test_the_sign_flip_test_is_mcnemars_for_one_accuracy_and_handles_many_images
 
 
 def test_holms_correction_equals_values_by_hand() -> None:
-    adjusted, levels = holm_levels([0.04, 0.01, 0.03])
+    adjusted, levels = holm([0.04, 0.01, 0.03])
     assert adjusted == pytest.approx([0.06, 0.03, 0.06])
     assert levels == pytest.approx([0.95, 1 - 0.05 / 3, 0.975])
-    assert holm_levels([0.6, 0.7])[0] == pytest.approx([1.0, 1.0])
+    assert holm([0.6, 0.7])[0] == pytest.approx([1.0, 1.0])
