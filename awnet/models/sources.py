@@ -264,7 +264,7 @@ def _robustbench(name: str) -> nn.Module:
         loaded = load(model_name=model, dataset=dataset, threat_model=norm)
     except Exception as error:  # unknown names and failed downloads
         raise ValueError(
-            f"RobustBench cannot load {model!r} of {dataset} and {norm}: {_line(error)}"
+            f"RobustBench cannot load {model!r} for {dataset} and {norm}: {_line(error)}"
         ) from error
     if not isinstance(loaded, nn.Module):
         raise TypeError(f"RobustBench must return an nn.Module, got {type(loaded).__name__}")

@@ -153,7 +153,7 @@ def reproduce(
 def _only(name: str, experiment: Experiment, networks: Mapping[str, Path]) -> Experiment:
     """The experiment with the systems in ``networks`` only, all finished runs on one of its data sets."""
     if experiment.kind in ("ablation", "weight_gap") or experiment.equal_cost:
-        raise ValueError(f"networks is not an option of {name}, which has trainings of its own")
+        raise ValueError(f"networks is not an option of {name}, which trains its networks itself")
     labels = [system.label for system in experiment.systems]
     unknown = [label for label in networks if label not in labels]
     if unknown:

@@ -212,5 +212,5 @@ def test_a_model_of_robustbench_is_loaded_by_name_and_evaluated(
     assert main(["evaluate", *words]) == 0
     folder = Path("runs", "robustbench-Wong2020Fast", "evaluations", "default")
     assert json.loads((folder / "report.json").read_text())["model"] == "robustbench:Wong2020Fast"
-    with pytest.raises(ValueError, match="RobustBench cannot load 'Nobody2020' of cifar10 and Linf"):
+    with pytest.raises(ValueError, match="RobustBench cannot load 'Nobody2020' for cifar10 and Linf"):
         load_model("robustbench:Nobody2020")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.small_network import small_network
@@ -15,8 +17,8 @@ from awnet.ops.network import layer_by_layer
 Arguments = tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]], list[ops.NetworkLayer]]
 
 
-def as_one_function(*arguments: object) -> list[Tensor]:
-    return network_autograd.run(Passes(), *arguments)  # type: ignore[arg-type]
+def as_one_function(*arguments: Any) -> list[Tensor]:
+    return network_autograd.run(Passes(), *arguments)
 
 
 def leaves_of(arguments: Arguments, required: str) -> list[Tensor]:
