@@ -111,8 +111,8 @@ def fastest_convolutions() -> Iterator[None]:
 class Recorded:
     """``function(*tensors)`` → one tensor, for tensors of these shapes and layouts, on persistent memory.
 
-    :meth:`record` records it. Before, :meth:`plain` runs the function on the same memory, so that whatever
-    depends on addresses or strides (kernels that are compiled for aligned pointers) is the same.
+    :meth:`record` captures it. :meth:`plain` runs the function without a graph on the same memory, so that
+    kernels that are compiled for aligned pointers or for strides are the same in both.
     """
 
     def __init__(self, function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
@@ -129,7 +129,7 @@ class Recorded:
         self._output, self._replay = record(lambda: self._function(*self._inputs))
 
     def close(self) -> None:
-        """Drops the graph and its memory, whoever still refers to this object."""
+        """Frees the graph and its memory, even while this object is still referenced."""
         self._output = self._replay = None
         self._inputs = []
 
@@ -152,14 +152,14 @@ class Recorded:
 class GraphCache:
     """The graphs of a function, one for each key; the least recently used is dropped.
 
-    Nothing is captured or replayed any more after a capture failed or ``max_captures`` were made: ``refusal``
-    then gives the reason.
+    After a failed capture, or after ``max_captures`` captures, the cache no longer captures or replays, and
+    ``refusal`` gives the reason.
 
     Args:
         record: captures a program, :func:`capture` for CUDA graphs.
-        max_graphs: number of graphs that are kept; each holds the memory of a whole batch.
-        max_captures: number of captures in all. Each takes seconds, so the plain function is faster for
-            shapes that do not return.
+        max_graphs: largest number of graphs; each holds the memory of a whole batch.
+        max_captures: largest number of captures. Each takes seconds, so the plain function is faster for
+            shapes that do not recur.
     """
 
     def __init__(self, record: Record, max_graphs: int, max_captures: int = 32) -> None:
@@ -183,14 +183,14 @@ class GraphCache:
         self._graphs.popitem(last=False)[1].close()
 
     def refuse(self, reason: str) -> None:
-        """Drops all graphs and captures none any more, for the ``reason``."""
+        """Drops all graphs and captures no more; ``reason`` is stored as ``refusal``."""
         self.refusal = reason
         self.clear()
 
     def prepared(
         self, key: Hashable, function: Callable[..., Tensor], tensors: Sequence[Tensor]
     ) -> Recorded | None:
-        """The entry of ``key``, made from ``function`` and ``tensors`` if it is new; None if refused."""
+        """The entry of ``key``, created from ``function`` and ``tensors`` if it is new; None if refused."""
         if self.refusal is not None:
             return None
         if key in self._graphs:
@@ -204,7 +204,7 @@ class GraphCache:
     def graph(
         self, key: Hashable, function: Callable[..., Tensor], tensors: Sequence[Tensor]
     ) -> Recorded | None:
-        """The graph of ``key``, captured if its entry is new or was only prepared; None if refused."""
+        """The graph of ``key``, captured unless it was captured before; None if refused."""
         known = self._graphs.get(key)
         if self.refusal is None and (known is None or not known.recorded):
             if self._captures >= self.max_captures:
@@ -225,14 +225,14 @@ class Graphed:
     """``function(*tensors)`` → one tensor, as one graph for each shape of its arguments.
 
     The first call with a shape runs the function, which warms up libraries and compiles kernels; the second
-    is captured. The very first second call runs the function too, and looks for waits of the host. If there
-    are any, or if a capture fails, the function runs without graphs from then on, with a warning that gives
-    the reason.
+    captures it. Before the first capture of all, one more call runs the function and checks that the host
+    does not wait for the device. If it does, or if a capture fails, the function runs without graphs from
+    then on, with a warning that gives the reason.
 
     Args:
         function: device operations on the tensors.
         record: captures a program without running it; None captures CUDA graphs.
-        max_graphs: number of graphs that are kept.
+        max_graphs: largest number of graphs.
     """
 
     def __init__(
@@ -240,33 +240,33 @@ class Graphed:
     ) -> None:
         self.function = function
         self.cache = GraphCache(record or capture, max_graphs)
-        self._watch = record is None  # for waits of the host, in the next call that could be captured
+        self._check_syncs = record is None  # in the next call that could be captured
 
     def close(self) -> None:
-        """Drops all graphs; a later call starts anew."""
+        """Drops all graphs; later calls capture them again."""
         self.cache.clear()
 
     def __call__(self, *tensors: Tensor, key: Hashable = None) -> Tensor:
-        """``key`` is anything else that the graph depends on."""
-        whole = (key, *((tuple(t.shape), t.stride(), t.dtype) for t in tensors))
-        new = whole not in self.cache
-        entry = self.cache.prepared(whole, self.function, tensors)
+        """Calls the function or replays its graph; ``key`` holds what else the graph depends on."""
+        entry_key = (key, *((tuple(t.shape), t.stride(), t.dtype) for t in tensors))
+        new = entry_key not in self.cache
+        entry = self.cache.prepared(entry_key, self.function, tensors)
         if entry is None:
             return self.function(*tensors)
         if new:
             with fastest_convolutions():
                 return entry.plain(*tensors)
-        if self._watch:
-            self._watch = False
-            return self._watched(entry, tensors)
-        graph = self.cache.graph(whole, self.function, tensors)
+        if self._check_syncs:
+            self._check_syncs = False
+            return self._checked_call(entry, tensors)
+        graph = self.cache.graph(entry_key, self.function, tensors)
         if graph is None:
             self._warn()
             return self.function(*tensors)
         return graph(*tensors)
 
-    def _watched(self, entry: Recorded, tensors: Sequence[Tensor]) -> Tensor:
-        """The plain call; a wait of the host in it rules out graphs."""
+    def _checked_call(self, entry: Recorded, tensors: Sequence[Tensor]) -> Tensor:
+        """Runs the function without a graph; if the host waits for the device in it, graphs are refused."""
         with warnings.catch_warnings(record=True) as caught, sync_debug_mode("warn"):
             warnings.simplefilter("always")
             output = entry.plain(*tensors)

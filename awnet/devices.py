@@ -38,7 +38,7 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
 
 
 def check_has_values(model: nn.Module) -> None:
-    """Raises ValueError where a parameter or buffer has no values, being on the meta device."""
+    """Raises ValueError if a parameter or buffer is on the meta device and so has no values."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(

@@ -49,8 +49,8 @@ class Ranks:
     def mean(self, tensors: Sequence[Tensor], count: int) -> None:
         """Averages ``tensors`` over the ranks in place, each rank's weighted by its ``count`` of samples.
 
-        There is one collective per dtype. The host does not wait, and only the numbers depend on ``count``,
-        so this can be part of a CUDA graph.
+        There is one collective per dtype. The host does not wait for the device, so a CUDA graph can capture
+        this; the graph contains ``count`` as a constant.
         """
         if self.size == 1:
             return
@@ -124,23 +124,23 @@ class Agreement:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._under_way: tuple[Any, Tensor] | None = None
+        self._pending: tuple[Any, Tensor] | None = None
 
-    def __call__(self, *wishes: int) -> list[int]:
+    def __call__(self, *values: int) -> list[int]:
         if self._ranks.size == 1:
-            return list(wishes)
-        agreed = self.close() or [0] * len(wishes)
-        values = torch.tensor(wishes)
-        work = dist.all_reduce(values, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
-        self._under_way = work, values
-        return agreed
+            return list(values)
+        maxima = self.close() or [0] * len(values)
+        tensor = torch.tensor(values)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
+        self._pending = work, tensor
+        return maxima
 
     def close(self) -> list[int] | None:
         """Returns the result of the pending reduction; all ranks have to call this equally often."""
-        if self._under_way is None:
+        if self._pending is None:
             return None
-        work, values = self._under_way
-        self._under_way = None
+        work, values = self._pending
+        self._pending = None
         work.wait()
         return [int(value) for value in values]
 

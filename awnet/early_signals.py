@@ -11,32 +11,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-#: the signals by which a closing terminal and a batch system ask a process to stop, if the system has them
-PATIENT = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
+#: sent by a closing terminal and by batch systems before they stop a process; those that the system has
+DEFERRED = tuple(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name))
 _received: list[int] = []
 
 
-def note(number: int, frame: Any) -> None:
+def record(number: int, frame: Any) -> None:
     """The signal handler."""
     _received.append(number)
 
 
 def take() -> int | None:
-    """The first signal that was recorded since the last call; None if there was none."""
+    """The first signal recorded since the last call, or None."""
     first = _received[0] if _received else None
     _received.clear()
     return first
 
 
 @contextmanager
-def noted() -> Iterator[None]:
-    """Records these signals for a block of code; ignored ones stay ignored, and other handlers stay."""
+def recorded() -> Iterator[None]:
+    """Records these signals for a block of code, except those that are ignored or have a handler."""
     _received.clear()
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        for number in PATIENT:
+        for number in DEFERRED:
             if signal.getsignal(number) == signal.SIG_DFL:
-                previous[number] = signal.signal(number, note)
+                previous[number] = signal.signal(number, record)
     try:
         yield
     finally:

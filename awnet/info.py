@@ -25,10 +25,10 @@ _PACKAGES = ("torch", "triton", "numpy", "scikit-learn", "safetensors", "timm")
 
 
 def collect(renew_self_check: bool = False) -> dict[str, Any]:
-    """The information, JSON-ready.
+    """What ``awnet info`` prints, as values that JSON can hold.
 
-    ``backends`` holds None for an available backend, else the reason why not; ``self_checks`` the results for
-    the backends that have one. ``renew_self_check`` checks them again.
+    ``backends`` maps each backend to None if it is available, else to the reason; ``self_checks`` has the
+    result of each backend that was checked. ``renew_self_check`` runs the checks again.
     """
     if renew_self_check:
         self_check.forget(renewed=True)

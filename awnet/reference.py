@@ -108,7 +108,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _update(running: Tensor, batch: Tensor, rate: float) -> None:
-    """Moves the running statistics towards the batch's, in place and without a derivative."""
+    """running ← (1 − rate) running + rate batch, in place and without a derivative."""
     try:
         with torch.no_grad():
             running.mul_(1 - rate).add_(batch.detach(), alpha=rate)

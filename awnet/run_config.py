@@ -47,9 +47,9 @@ def read_config(folder: str | Path, *, whole: bool = False) -> dict[str, Any]:
     return config
 
 
-def _damaged(path: Path, found: str) -> ValueError:
+def _damaged(path: Path, problem: str) -> ValueError:
     return ValueError(
-        f"{path} was changed or damaged: {found}. Restore it from a copy; the weights alone can be used by "
+        f"{path} was changed or damaged: {problem}. Restore it from a copy; the weights alone can be used by "
         "copying the .safetensors file out of the run folder and giving --data"
     )
 

@@ -22,7 +22,7 @@ class RunFolder:
         folder: an existing folder.
         warn: called with one line of text if the folder was renamed.
         work: what writes to the folder, for messages.
-        again: how to continue after the folder was deleted, for the error message.
+        again: what to do if the folder was moved, for the error message.
     """
 
     def __init__(

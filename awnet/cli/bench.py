@@ -60,11 +60,11 @@ def command(name: str, *, load: bool = True) -> Any:
     if load:
         module = importlib.import_module(f"awnet.benchmarks.{module_name}")
         bases, namespace["run"] = (getattr(module, options),), _run_method(getattr(module, function))
-    made = make_dataclass(name, [], bases=bases, namespace=namespace, kw_only=True, frozen=True)
-    return with_placeholders(made)
+    command_class = make_dataclass(name, [], bases=bases, namespace=namespace, kw_only=True, frozen=True)
+    return with_placeholders(command_class)
 
 
-# in the errors of torch's allocators, which have no class of their own on CPUs
+# parts of torch's error messages; on CPUs its allocator raises a plain RuntimeError
 _MEMORY_ERRORS = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 
 

@@ -61,8 +61,8 @@ class Evaluate(RunOptions):
     """Other runs, evaluated under the same name, to add paired differences with."""
     teachers: Maybe[tuple[str, ...]] = None
     """The teachers that the run was trained with, in the order clean, robust, given like MODEL. Default: the
-    paths in the run's record; one that was no path must be given again. Their weights must match the
-    record."""
+    paths in the run's record; a teacher that was not a path must be given again. Their weights must match
+    the record."""
     surrogates: Several[str] = ()
     """Other models, given like MODEL, whose adversarial images the union and transfer-NAME replay."""
     allow_missing: bool = False
@@ -97,8 +97,8 @@ class Evaluate(RunOptions):
         last = self.path == self.folder and self.checkpoint == "last"
         out = make_folder(self.out or self.results_folder)
         surrogates = {source_name(one): load_model(one, ranks.device) for one in self.surrogates}
-        same = "name batch_size seed limit budget queries precision filter eot teachers allow_missing"
-        options: dict[str, Any] = {option: getattr(self, option) for option in same.split()}
+        names = "name batch_size seed limit budget queries precision filter eot teachers allow_missing"
+        options: dict[str, Any] = {option: getattr(self, option) for option in names.split()}
         options |= {
             "surrogates": surrogates,
             "parts": {"auto": None, "yes": True, "no": False}[self.parts],
@@ -109,7 +109,7 @@ class Evaluate(RunOptions):
             "selected_on": "nothing: the last checkpoint" if last else None,
             "ranks": ranks,
         }
-        with RunFolder(out, lambda text: None, "evaluation") as place:  # evaluate warns
+        with RunFolder(out, lambda text: None, "evaluation") as run_folder:  # evaluate warns
             if len(self.threat_models) == 1:
                 report = evaluate(model, dataset, self.attacks, **options)
                 _print_report(console, report)
@@ -118,7 +118,7 @@ class Evaluate(RunOptions):
                 for part in parts.values():
                     _print_report(console, part)
                 console.print(report.table())
-            folder = place.path
+            folder = run_folder.path
         if others:
             console.print(comparison_table(report))
         for flag in report.flags:
@@ -127,7 +127,7 @@ class Evaluate(RunOptions):
 
 
 def _print_report(console: Console, report: Report) -> None:
-    """The table of one norm and what goes with it, without the warnings."""
+    """Prints the table of one norm and its further results, without the warnings."""
     from awnet.data.threat_model import norm_text
     from awnet.evaluation import parts_table
 

@@ -20,7 +20,7 @@ class Info:
     """Print JSON, for programs."""
 
     self_check: bool = False
-    """Check the kernels on this machine's devices anew, whatever an earlier check found."""
+    """Check the kernels on this machine's devices again, and ignore stored results."""
 
     def run(self, console: Console) -> None:
         from awnet.info import collect, render

@@ -169,5 +169,5 @@ def expand_paths(options: T) -> T:
 
 
 def print_text(console: Console, text: str) -> None:
-    """Prints ``text`` as it is: without rich's markup or line breaks, control characters made visible."""
+    """Prints ``text`` without rich's markup or line breaks, and with control characters escaped."""
     console.print(visible(text), markup=False, soft_wrap=True)

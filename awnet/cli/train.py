@@ -110,7 +110,7 @@ class Train(ImportOption):
     device: Maybe[str] = None
     """cpu, cuda, cuda:1 …. Default: the GPU if there is one."""
 
-    @early_signals.noted()
+    @early_signals.recorded()
     def run(self, console: Console) -> None:
         from awnet.data import Splits, load_dataset, with_extra
         from awnet.distributed import is_first

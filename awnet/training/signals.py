@@ -44,9 +44,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (*self._IMMEDIATE, *early_signals.PATIENT):
+            for number in (*self._IMMEDIATE, *early_signals.DEFERRED):
                 handler = signal.getsignal(number)
-                replaced = number in self._IMMEDIATE or handler in (signal.SIG_DFL, early_signals.note)
+                replaced = number in self._IMMEDIATE or handler in (signal.SIG_DFL, early_signals.record)
                 if replaced and handler not in (signal.SIG_IGN, None):
                     self._previous[number] = signal.signal(number, self._handle)
             early = early_signals.take()

@@ -230,7 +230,7 @@ def test_a_hangup_before_training_begins_saves_and_stops_after_the_first_step(
 ) -> None:
     usual = signal.getsignal(number)
     stop_at(None)
-    with early_signals.noted():
+    with early_signals.recorded():
         os.kill(os.getpid(), number)
         with pytest.raises(SystemExit) as ended:
             go(tmp_path / "run")
