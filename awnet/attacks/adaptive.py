@@ -92,11 +92,11 @@ def _observe(attack: Search, x: Tensor, largest_label: int) -> tuple[Tensor, Ten
     """The attacked model's logits and type margin, from one forward pass."""
     if not has_router(attack.model):
         return attack.logits(x, largest_label), None
-    logits, routing = _with_its_routing(attack.model, x)
+    logits, routing = _logits_and_routing(attack.model, x)
     return logits, type_margin(routing)
 
 
-def _with_its_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
+def _logits_and_routing(model: nn.Module, x: Tensor) -> tuple[Tensor, Any]:
     """Logits, float32 or wider, and the routing of the same forward pass."""
     steering = Steering()
     logits = observe(model, x, steering)
@@ -136,13 +136,13 @@ class JointAPGD(APGD):
 
 
 class ForcedStatic(Search):
-    """The router is taken out: p fixed at 0, ½ and 1, ω at the clean image's or at its mean.
+    """Attacks the network with a fixed router: p is 0, ½ or 1, and ω is the clean image's or a mean.
 
-    The attack maximizes the margin of that static network, and the image replayed on the model with its
-    router.
+    Each search maximizes the margin of that static network. Its image is then classified by the model with
+    its router.
 
     Args:
-        mean_scales: ω averaged over images, ``[C_out]`` for each signal; None leaves that variant out.
+        mean_scales: ω averaged over images, ``[C_out]`` for each layer; None omits the searches with a mean.
     """
 
     P = (0.0, 0.5, 1.0)
@@ -174,12 +174,12 @@ class ForcedStatic(Search):
         return len(self.P) * (2 if self.mean_scales else 1)
 
     def objective(self, number: int, x: Tensor, y: Tensor, largest_label: int) -> Objective:
-        p, of_mean = self.P[number % len(self.P)], number >= len(self.P)
+        p, use_mean = self.P[number % len(self.P)], number >= len(self.P)
         with torch.no_grad():
             routing = route(self.model, x)
 
         def loss(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, None]:
-            if of_mean:
+            if use_mean:
                 scales = [scale.to(x.device).expand(len(rows), -1) for scale in self.mean_scales]
             else:
                 scales = [scale[rows] for scale in routing.filter_scales]
@@ -253,8 +253,8 @@ class Softened(Search):
     """Maximizes the margin with gradients through a softened router, which does not saturate.
 
     With temperature T, p_soft = softmax(type_logits / T) and ω_soft = (tanh(a / T) + 1)^β, where a is the
-    output of the signal heads. ``"through"``: the model's values with gradients of the soft ones (straight
-    through). ``"value"``: soft values too, and the image is replayed on the model.
+    output of the signal heads. Mode ``"through"`` (straight through) uses the model's values and the soft
+    gradients. Mode ``"value"`` uses the soft values too; its image is then classified by the model.
     """
 
     MODES = (("through", 10.0), ("through", 100.0), ("value", 10.0))
@@ -309,9 +309,10 @@ class SoftRouter(nn.Module):
         finally:
             if handle is not None:
                 handle.remove()
-        return at_least_float32(with_routing(self.model, x, self._soften(routing, signals)))
+        return at_least_float32(with_routing(self.model, x, self.soften(routing, signals)))
 
-    def _soften(self, routing: Any, signals: list[Tensor]) -> Any:
+    def soften(self, routing: Any, signals: list[Tensor]) -> Any:
+        """``routing`` with soft p and ω. ``signals``: the output of the signal heads; empty without them."""
         p_clean, scales = routing.p_clean, routing.filter_scales
         if routing.type_logits is not None:
             p_clean = self._mixed(p_clean, (routing.type_logits.float() / self.temperature).softmax(1)[:, 1])
@@ -370,7 +371,7 @@ class AdaptivePaper(PGD):
             return super().perturb(x, y, index, largest_label)
 
     def joint_loss(self, model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        logits, routing = _with_its_routing(model, x_adv) if has_router(model) else (model(x_adv), None)
+        logits, routing = _logits_and_routing(model, x_adv) if has_router(model) else (model(x_adv), None)
         loss = F.cross_entropy(logits, y, reduction="none")
         if routing is not None and routing.type_logits is not None:
             loss = loss + F.cross_entropy(routing.type_logits, torch.zeros_like(y), reduction="none")
@@ -419,7 +420,7 @@ def _uniform_exits(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Ten
     if has_exits(model):
         exits = list(model.exits(x_adv))  # type: ignore[operator]
     elif has_router(model):
-        logits, routing = _with_its_routing(model, x_adv)
+        logits, routing = _logits_and_routing(model, x_adv)
         exits = [logits]
         exits += [] if routing.type_logits is None else [routing.type_logits]
     else:

@@ -16,18 +16,20 @@ from awnet.attacks.norms import L1, L2, Geometry, per_image
 #: attacked model misclassifies x_adv, bool ``[b]`` (None if the loss is another model's)
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
-EVERY = 10  # steps between checks of which images are not broken yet; each check synchronizes with the host
+CHECK_INTERVAL = 10  # steps between removals of broken images; each synchronizes with the host
 RHO, MOMENTUM = 0.75, 0.75
 
 # APGD in L1
 RADII = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radius in units of eps, share of the steps
 FIRST_SHARE = 0.2  # of the pixels that the first step changes
-FEWER = 1.5  # a step changes this much fewer pixels than the best point; the step size is divided by it
-SPARSER = 0.95  # the best point changes less than this share of the pixels that it changed before
+REDUCTION = 1.5  # divides the step size, and the number of pixels that the best point changes
+SPARSER = 0.95  # a best point with less than this share of its former changed pixels became sparser
 SMALLEST_STEP = 0.1  # in units of the radius
 
 
 class Point(NamedTuple):
+    """Loss ``[b]``, gradient ``[b, …]``, and whether the images are broken, bool ``[b]``."""
+
     loss: Tensor
     gradient: Tensor
     broken: Tensor
@@ -83,7 +85,7 @@ def ascend(
         moved = geometry.step(x_adv, point.gradient, x[rows], step_size, eps)
         moved = torch.where(per_image(point.broken), x_adv, moved)
         result[rows] = torch.where(per_image(_finite(point.gradient)), moved, torch.nan)
-        if step % EVERY == EVERY - 1:
+        if step % CHECK_INTERVAL == CHECK_INTERVAL - 1:
             rows = rows[~point.broken & _finite(point.gradient)]
             if len(rows) == 0:
                 break
@@ -106,9 +108,9 @@ def ascend_auto(
     is halved and the search returns to the best point if fewer than 75 % of the steps since the last
     checkpoint increased the loss, or if neither step size nor best loss changed since then.
 
-    In L1 it is that of Croce and Hein 2021, with sparse steps (:class:`_Sparse`) in three stages: of 30 % of
-    the steps in the ball of radius 3·eps, 30 % in that of 2·eps, and 40 % in the ball. Only the last stage
-    stops at broken images. ``eot`` is that of :func:`ascend`.
+    In L1 this is the variant of Croce and Hein 2021, with sparse steps (:class:`_Sparse`) in three stages:
+    30 % of the steps in the ball of radius 3·eps, 30 % in that of 2·eps, and 40 % in that of eps. Only the
+    last stage stops at broken images. ``eot`` as for :func:`ascend`.
 
     Returns the first point that broke each image, or for images that are not broken the point with the
     highest loss ``[B, …]``; NaN if a gradient was not finite.
@@ -139,7 +141,7 @@ class _Schedule(ABC):
     def __init__(self, x: Tensor, step_size: float) -> None:
         self.state = {"clean": x, "step": torch.full((len(x),), step_size, dtype=x.dtype, device=x.device)}
 
-    def begin(self, loss: Tensor) -> None:  # noqa: B027  a schedule need not look at it
+    def begin(self, loss: Tensor) -> None:  # noqa: B027  optional
         """Called once with the loss of the starting points ``[B]``."""
 
     @abstractmethod
@@ -147,10 +149,10 @@ class _Schedule(ABC):
         """The next point."""
 
     @abstractmethod
-    def check(self, best: Tensor, best_loss: Tensor, raised: Tensor, since: int) -> Tensor:
-        """Adapts the steps; returns which images return to their best point, bool ``[b]``.
+    def check(self, best: Tensor, best_loss: Tensor, increases: Tensor, since: int) -> Tensor:
+        """Adapts the step sizes; returns which images restart from their best point, bool ``[b]``.
 
-        ``raised`` is the number of the last ``since`` steps that increased the loss.
+        ``increases`` ``[b]``: how many of the last ``since`` steps increased the loss.
         """
 
 
@@ -159,9 +161,9 @@ class _Momentum(_Schedule):
 
     def __init__(self, start: Tensor, x: Tensor, geometry: Geometry, steps: int, eps: float) -> None:
         super().__init__(x, 2 * eps)
-        self.geometry, self.eps, self.share = geometry, eps, 1.0
+        self.geometry, self.eps, self.alpha = geometry, eps, 1.0
         self.interval = max(int(0.22 * steps), 1)
-        self.shortest, self.shorter = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
+        self.min_interval, self.decrease = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
         self.state |= {
             "previous": start.clone(),
             "reduced": torch.ones(len(x), dtype=torch.bool, device=x.device),
@@ -174,25 +176,26 @@ class _Momentum(_Schedule):
         s, geometry = self.state, self.geometry
         direction = geometry.unit(gradient, x_adv) if isinstance(geometry, L2) else gradient.sign()
         target = geometry.project(x_adv + per_image(s["step"]) * direction, s["clean"], self.eps)
-        moved = x_adv + (target - x_adv) * self.share + (x_adv - s["previous"]) * (1 - self.share)
-        s["previous"], self.share = x_adv, MOMENTUM
+        moved = x_adv + (target - x_adv) * self.alpha + (x_adv - s["previous"]) * (1 - self.alpha)
+        s["previous"], self.alpha = x_adv, MOMENTUM
         return geometry.project(moved, s["clean"], self.eps)
 
-    def check(self, best: Tensor, best_loss: Tensor, raised: Tensor, since: int) -> Tensor:
+    def check(self, best: Tensor, best_loss: Tensor, increases: Tensor, since: int) -> Tensor:
         s = self.state
         stuck = ~s["reduced"] & (s["loss_at_check"] >= best_loss)
-        reduce = (raised <= RHO * since) | stuck
+        reduce = (increases <= RHO * since) | stuck
         s["reduced"], s["loss_at_check"] = reduce, best_loss
         s["step"] = torch.where(reduce, s["step"] / 2, s["step"])
-        self.interval = max(self.interval - self.shorter, self.shortest)
+        self.interval = max(self.interval - self.decrease, self.min_interval)
         return reduce
 
 
 class _Sparse(_Schedule):
     """L1: each step changes a share of the pixels, which follows the sparsity of the best point.
 
-    At a checkpoint, every 4 % of the steps, an image whose best point became sparser by 5 % starts again from
-    there at the full step size, the radius. The step size of the others is divided by 1.5, down to a tenth.
+    At a checkpoint, every 4 % of the steps, an image whose best point became sparser by 5 % restarts from
+    that point with the largest step size, the radius. The step size of the others is divided by 1.5, down to
+    a tenth of the radius.
     """
 
     def __init__(
@@ -202,20 +205,20 @@ class _Sparse(_Schedule):
         self.geometry, self.radius = geometry, radius
         self.interval = max(int(0.04 * steps), 1)
         changed = _changed(start, x)
-        share = torch.full_like(changed, FIRST_SHARE) if first else changed / FEWER
+        share = torch.full_like(changed, FIRST_SHARE) if first else changed / REDUCTION
         self.state |= {"share": share, "changed": torch.ones_like(changed) if first else changed}
 
     def move(self, x_adv: Tensor, gradient: Tensor) -> Tensor:
         s = self.state
         return self.geometry.sparse_step(x_adv, gradient, s["clean"], s["step"], self.radius, s["share"])
 
-    def check(self, best: Tensor, best_loss: Tensor, raised: Tensor, since: int) -> Tensor:
+    def check(self, best: Tensor, best_loss: Tensor, increases: Tensor, since: int) -> Tensor:
         s = self.state
         changed = _changed(best, s["clean"])
         sparser = changed < SPARSER * s["changed"]
-        smaller = (s["step"] / FEWER).clamp(min=SMALLEST_STEP * self.radius)
+        smaller = (s["step"] / REDUCTION).clamp(min=SMALLEST_STEP * self.radius)
         s["step"] = torch.where(sparser, self.radius, smaller)
-        s["share"], s["changed"] = changed / FEWER, changed
+        s["share"], s["changed"] = changed / REDUCTION, changed
         return sparser
 
 
@@ -232,7 +235,7 @@ def _search(objective: Objective, start: Tensor, schedule: _Schedule, steps: int
         "best": start.clone(),
         "best_gradient": point.gradient,
         "best_loss": point.loss,
-        "raised": torch.zeros_like(point.loss),
+        "increases": torch.zeros_like(point.loss),
         "done": point.broken | ~_finite(point.gradient),
     }
     result = torch.where(per_image(_finite(point.gradient)), start, torch.nan)
@@ -242,12 +245,11 @@ def _search(objective: Objective, start: Tensor, schedule: _Schedule, steps: int
         s["x"] = moved
         point = evaluate_objective(objective, moved, rows, eot)
         finite = _finite(point.gradient)
-        now = ~s["done"] & (point.broken | ~finite)
-        result[rows] = torch.where(
-            per_image(now), torch.where(per_image(finite), moved, torch.nan), result[rows]
-        )  # the point that broke an image
-        s["done"] = s["done"] | now
-        s["raised"] = s["raised"] + (point.loss > s["loss"])
+        newly_done = ~s["done"] & (point.broken | ~finite)
+        last = torch.where(per_image(finite), moved, torch.nan)
+        result[rows] = torch.where(per_image(newly_done), last, result[rows])
+        s["done"] = s["done"] | newly_done
+        s["increases"] = s["increases"] + (point.loss > s["loss"])
         s["gradient"], s["loss"] = point.gradient, point.loss
         better = point.loss > s["best_loss"]
         s["best"] = torch.where(per_image(better), moved, s["best"])
@@ -256,15 +258,15 @@ def _search(objective: Objective, start: Tensor, schedule: _Schedule, steps: int
         since += 1
         if since < schedule.interval:
             continue
-        back = schedule.check(s["best"], s["best_loss"], s["raised"], since)
-        s["x"] = torch.where(per_image(back), s["best"], s["x"])
-        s["gradient"] = torch.where(per_image(back), s["best_gradient"], s["gradient"])
-        s["raised"] = torch.zeros_like(s["raised"])
+        restart = schedule.check(s["best"], s["best_loss"], s["increases"], since)
+        s["x"] = torch.where(per_image(restart), s["best"], s["x"])
+        s["gradient"] = torch.where(per_image(restart), s["best_gradient"], s["gradient"])
+        s["increases"] = torch.zeros_like(s["increases"])
         since = 0
-        left = ~s["done"]
-        rows = rows[left]
+        active = ~s["done"]
+        rows = rows[active]
         for name, value in s.items():
-            s[name] = value[left]
+            s[name] = value[active]
         if len(rows) == 0:
             return result
     result[rows] = torch.where(per_image(s["done"]), result[rows], s["best"])

@@ -24,7 +24,7 @@ OFFICIAL: tuple[Name, ...] = ("apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square"
 STEPS, TARGETS, QUERIES = 100, 9, 5000
 """The settings of the standard version."""
 L1_RESTARTS, L1_TARGETS = 5, 5
-"""In L1 the standard version restarts APGD-CE this often, and APGD-T has at most so many target classes."""
+"""In L1: restarts of APGD-CE, and largest number of target classes of APGD-T, in the standard version."""
 
 
 class OfficialAttack(Attack):

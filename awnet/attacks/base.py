@@ -37,6 +37,7 @@ def _device(value: object) -> torch.device | None:
 
 
 def check_model(model: nn.Module) -> None:
+    """Raises TypeError unless ``model`` is an ``nn.Module``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
@@ -187,6 +188,8 @@ class Attack(ABC):
             raise ValueError(f"y must hold one label for each of the {len(x)} images, got {len(y)}")
         if index is None:
             index = torch.arange(len(x), device=x.device)
+        elif not isinstance(index, Tensor):
+            raise TypeError(f"index must be a torch.Tensor, int64 [{len(x)}], got {type(index).__name__}")
         elif index.dtype != torch.int64 or index.shape != y.shape:
             raise ValueError(f"index must be int64 [{len(x)}], got {index.dtype} {list(index.shape)}")
         if len(x) == 0:
@@ -232,8 +235,8 @@ class Attack(ABC):
         values = self.decision(x, largest_label)
         classes = values.shape[1]
         if self.target == "random":
-            drawn = rng.integers(rng.key("target", self.seed), index, (), classes - 1)
-            return drawn + (drawn >= y)
+            other = rng.integers(rng.key("target", self.seed), index, (), classes - 1)
+            return other + (other >= y)  # any class but y
         if self.target == "least_likely":
             return values.scatter(1, y[:, None], torch.inf).argmin(1)
         if isinstance(self.target, Tensor):

@@ -1,4 +1,4 @@
-"""FMN, the fast minimum-norm attack (Pintor et al. 2021): searches the smallest perturbation."""
+"""FMN, the fast minimum-norm attack (Pintor et al. 2021): searches for the smallest perturbation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from awnet.attacks.ascent import evaluate_objective
 from awnet.attacks.base import Attack, check_count, check_size
 from awnet.attacks.norms import geometry, per_image
-from awnet.attacks.pgd import margin
+from awnet.attacks.pgd import logit_difference, margin
 from awnet.attacks.stochastic import eot_passes
 from awnet.attacks.targeted import DUAL, linear_ranking
 from awnet.data.threat_model import Norm
 
-CANDIDATES = 100  # classes that are ranked
-LAST_STEP = 0.01  # of the first step
+CANDIDATES = 100  # number of classes that are ranked
+LAST_STEP = 0.01  # size of the last step, in units of the first
 LAST_GAMMA = 0.001
 
 
 class FMN(Attack):
-    """The fast minimum-norm attack (Pintor et al. 2021), which searches the smallest perturbation.
+    """The fast minimum-norm attack (Pintor et al. 2021), which searches for the smallest perturbation.
 
-    Each step follows the margin's gradient, scaled to Euclidean length ``step_size``, and projects on the
+    Each step follows the margin's gradient, scaled to Euclidean length ``step_size``, and projects onto the
     ball of the image's current radius ε_k in ``norm``, within [0, 1]. As long as no perturbation has broken
     the image, ε_k = 1.001 (‖δ‖ + margin / ‖∇margin‖) in the dual norm: just beyond the decision boundary of a
     linear model. Afterwards ε_k shrinks by the factor 1 - γ_k where δ breaks the image, and grows by 1 + γ_k
@@ -93,10 +93,7 @@ class FMN(Attack):
 
         def objective(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             z = self.logits(x_adv, largest_label)
-            if goal is None:
-                gap = margin(z, y)
-            else:
-                gap = z.gather(1, y[:, None])[:, 0] - z.gather(1, goal[:, None])[:, 0]
+            gap = margin(z, y) if goal is None else logit_difference(z, y, goal)
             return -gap, z.argmax(1) != y
 
         rows, eot = torch.arange(len(x), device=x.device), eot_passes(self.model)
@@ -118,7 +115,7 @@ class FMN(Attack):
             length = euclidean.size(gradient).clamp(min=1e-30).to(x.dtype)
             moved = x_adv + gradient * per_image(step_size / length)
             x_adv = self.geometry.project(moved, x, radius.to(x.dtype))
-            # a gradient that is not finite must not look like a robust image
+            # an image whose gradient is not finite must not look robust
             x_adv = torch.where(per_image(gradient.isfinite().flatten(1).all(1)), x_adv, torch.nan)
             best = torch.where(per_image(x_adv.isfinite().flatten(1).all(1)), best, torch.nan)
         return best, distances

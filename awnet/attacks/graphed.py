@@ -145,11 +145,11 @@ class GraphedPGD:
         if x.device.type != "cuda":
             return f"CUDA graphs need a CUDA device, and the images are on {x.device}"
         if torch.cuda.is_current_stream_capturing():
-            return "a capture is under way, which takes them in"
+            return "they are part of the CUDA graph that is being captured"
         return None
 
     def _key(self, *tensors: Tensor) -> tuple[Any, ...]:
-        """What a graph depends on: shapes, settings of the attack, backend, addresses of the weights."""
+        """The cache key of a graph: shapes, settings of the attack, backend, addresses of the weights."""
         pgd = self.pgd
         shapes = tuple((t.shape, t.stride(), t.dtype) for t in tensors)
         sizes = (pgd.norm, pgd.eps, pgd.step_size, pgd.steps, pgd.loss, pgd.kappa, self.num_classes)

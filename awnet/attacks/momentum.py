@@ -90,7 +90,7 @@ class MIFGSM(PGD):
         kernel = gaussian(self.kernel_width(x), x)
         x_adv, momentum = x, torch.zeros_like(x)
         for step in range(self.steps):
-            point = self.ahead(x_adv, momentum) if self.nesterov else x_adv
+            point = self.lookahead(x_adv, momentum) if self.nesterov else x_adv
             gradient = torch.zeros_like(x)
             for scale in range(self.scales):
 
@@ -102,12 +102,12 @@ class MIFGSM(PGD):
             size = gradient.abs().flatten(1).mean(1).clamp(min=1e-30)
             momentum = self.decay * momentum + gradient / per_image(size)
             moved = self.geometry.step(x_adv, momentum, x, self.step_size, self.eps)
-            # sign(NaN) would be lost: a NaN gradient must not look like a robust model
+            # a step follows sign(NaN) = 0, so a NaN gradient would look like a robust model
             x_adv = torch.where(momentum.isfinite(), moved, torch.nan)
         return torch.where(per_image(goal == y), x, x_adv) if self.target is not None else x_adv
 
-    def ahead(self, x_adv: Tensor, momentum: Tensor) -> Tensor:
-        """Where the accumulated gradient alone leads."""
+    def lookahead(self, x_adv: Tensor, momentum: Tensor) -> Tensor:
+        """The point x_adv + decay·step_size·g of NI, at which the gradient is taken."""
         if self.norm != "Linf":
             momentum = momentum / per_image(self.geometry.size(momentum).clamp(min=1e-30).to(momentum.dtype))
         return x_adv + self.decay * self.step_size * momentum
@@ -116,10 +116,10 @@ class MIFGSM(PGD):
         """Each image, with probability ``diversity``, shrunk and placed at random on black (bilinear)."""
         if self.diversity == 0:
             return x
-        drawn = rng.uniform(rng.key("input diversity", self.seed, step), index, (4,)).to(x.dtype)
-        size = self.shrink + (1 - self.shrink) * drawn[:, 0]
-        size = torch.where(drawn[:, 3] < self.diversity, size, 1.0)
-        offset = (2 * drawn[:, 1:3] - 1) * (1 - size)[:, None]  # of the center, in units of half an image
+        u = rng.uniform(rng.key("input diversity", self.seed, step), index, (4,)).to(x.dtype)
+        size = self.shrink + (1 - self.shrink) * u[:, 0]
+        size = torch.where(u[:, 3] < self.diversity, size, 1.0)
+        offset = (2 * u[:, 1:3] - 1) * (1 - size)[:, None]  # of the center, in units of half an image
         theta = x.new_zeros(len(x), 2, 3)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / size
         theta[:, :, 2] = -offset / size[:, None]

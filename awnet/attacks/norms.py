@@ -79,7 +79,7 @@ class Geometry(ABC):
         return self.project(self.uniform(key, x, index, eps), x, eps)
 
     def slack(self, x: Tensor) -> float:
-        """What rounding each pixel of an image once can add to the size of its perturbation."""
+        """The largest increase of a perturbation's size that rounding each pixel once can cause."""
         pixels = x[0].numel() if len(x) else 0
         return float(self.size(torch.full((1, pixels), 2.0**-24, dtype=torch.float64))[0]) if pixels else 0.0
 
@@ -149,7 +149,10 @@ class L2(Geometry):
         return delta.double().flatten(1).norm(dim=1)
 
     def project(self, x_adv: Tensor, x: Tensor, eps: Size) -> Tensor:
-        """min(t·|δ|, room) in each pixel, where t ≤ 1 is the largest factor for which that fits."""
+        """The change min(t·|δ|, room) in each pixel, with the largest t ≤ 1 of norm at most eps.
+
+        ``room`` is how far the pixel can move within [0, 1].
+        """
         delta, length, room = _offsets(x_adv, x)
         room = torch.minimum(room, length)
         ratio = torch.where(length > 0, room / length, 1.0)  # the factor t at which the pixel meets the box
@@ -162,8 +165,8 @@ class L2(Geometry):
         count = (bound + ratio.square() * free[:, 1:] <= square).sum(1, keepdim=True)
         bound = torch.cat([torch.zeros_like(bound[:, :1]), bound], 1).gather(1, count)
         scale = ((square - bound).clamp(min=0) / free.gather(1, count)).sqrt()
-        fits = room.square().sum(1, keepdim=True) <= square * (1 + _TIE)
-        moved = torch.minimum(length * torch.where(fits, 1.0, scale.clamp(max=1)), room)
+        in_ball = room.square().sum(1, keepdim=True) <= square * (1 + _TIE)
+        moved = torch.minimum(length * torch.where(in_ball, 1.0, scale.clamp(max=1)), room)
         return _rounded(x, delta.sign() * moved)
 
     def _moved(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Size) -> Tensor:
@@ -199,9 +202,9 @@ class L1(Geometry):
         return delta.double().flatten(1).abs().sum(1)
 
     def project(self, x_adv: Tensor, x: Tensor, eps: Size) -> Tensor:
-        """min(max(|δ| - λ, 0), room) in each pixel, where λ ≥ 0 is the smallest number for which that fits.
+        """The change min(max(|δ| - λ, 0), room) in each pixel, with the smallest λ ≥ 0 of norm at most eps.
 
-        Croce and Hein 2021, Proposition 3.1.
+        ``room`` is how far the pixel can move within [0, 1]. See Croce and Hein 2021, Proposition 3.1.
         """
         delta, length, room = _offsets(x_adv, x)
         radius = _column(eps, length)
@@ -212,8 +215,8 @@ class L1(Geometry):
         count = (offset - points * slope <= radius).sum(1, keepdim=True)  # at λ = points
         last = (count - 1).clamp(min=0)
         threshold = (offset.gather(1, last) - radius) / slope.gather(1, last).clamp(min=1)
-        fits = torch.minimum(length, room).sum(1, keepdim=True) <= radius * (1 + _TIE)
-        threshold = torch.where(fits, 0.0, threshold.clamp(min=0))
+        in_ball = torch.minimum(length, room).sum(1, keepdim=True) <= radius * (1 + _TIE)
+        threshold = torch.where(in_ball, 0.0, threshold.clamp(min=0))
         return _rounded(x, delta.sign() * torch.minimum((length - threshold).clamp(min=0), room))
 
     def _moved(self, x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Size) -> Tensor:
@@ -229,7 +232,7 @@ class L1(Geometry):
     def sparse_step(
         self, x_adv: Tensor, gradient: Tensor, x: Tensor, step_size: Tensor, eps: Size, share: Tensor
     ) -> Tensor:
-        """A step of equal size in the pixels of largest gradient, a ``share`` ``[B]`` of all; for APGD."""
+        """A step of equal size in a ``share`` ``[B]`` of the pixels, those of largest gradient; for APGD."""
         flat = gradient.flatten(1)
         pixels = flat.shape[1]
         first = ((1 - share) * pixels).long().clamp(0, pixels - 1)
@@ -250,7 +253,7 @@ class L1(Geometry):
         return signs * (eps / signs[0].numel())
 
 
-_GEOMETRIES: dict[Norm, Geometry] = {one.name: one for one in (Linf(), L2(), L1())}
+_GEOMETRIES: dict[Norm, Geometry] = {each.name: each for each in (Linf(), L2(), L1())}
 
 
 def geometry(norm: str) -> Geometry:

@@ -24,7 +24,7 @@ from awnet.precision import computed_in, full_precision
 
 @dataclass(frozen=True)
 class AdversarialImages:
-    """What an attack made of a data set; tensors on the host.
+    """The adversarial images of a data set; tensors on the host.
 
     x_adv: float32 ``[N, C, H, W]`` in [0, 1]. labels, index, prediction: int64 ``[N]``; ``index`` is each
     image's position in the published order, ``prediction`` the attacked model's class for ``x_adv``.

@@ -127,16 +127,16 @@ class PGD(Attack):
         # an inference copy may take images of lower precision
         dtype = self.model.image_dtype if isinstance(self.model, InferenceCopy) else x.dtype
         x_adv, image = start, start.to(dtype, copy=True)
-        broken = torch.zeros_like(x)
+        nan_if_broken = torch.zeros_like(x)
         for _ in range(self.steps):
             assert objective is not None
             gradient = self.gradient(objective, image)
             copy = None if dtype == x.dtype else torch.empty_like(image)
             x_adv = self.geometry.step(x_adv, gradient, x, self.step_size, self.eps, cast=copy)
             image = x_adv if copy is None else copy
-            # sign(NaN) would be lost: without this a NaN gradient would look like a robust model
-            broken.add_(gradient, alpha=0)
-        return x_adv + broken
+            # a step follows sign(NaN) = 0, so a NaN gradient would look like a robust model: 0·NaN stays NaN
+            nan_if_broken.add_(gradient, alpha=0)
+        return x_adv + nan_if_broken
 
     def _objective(self, x: Tensor, y: Tensor, largest_label: int) -> Callable[[Tensor], Tensor]:
         """The loss ``[B]`` as a function of x_adv alone; ``y`` are the targets of a targeted attack."""
@@ -163,6 +163,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     label = y[:, None]
     others = logits.scatter(1, label, -torch.inf).amax(1)
     return logits.gather(1, label).squeeze(1) - others
+
+
+def logit_difference(logits: Tensor, y: Tensor, other: Tensor) -> Tensor:
+    """z_y - z_other ``[B]`` of logits ``[B, K]`` and classes ``[B]``."""
+    return (logits.gather(1, y[:, None]) - logits.gather(1, other[:, None])).squeeze(1)
 
 
 class FGSM(PGD):

@@ -46,7 +46,7 @@ def first_logits(model: nn.Module, x: Tensor, num_classes: int, dataset: str) ->
 
 
 def _advice(message: str) -> str:
-    """What may help against an error in a model's forward pass."""
+    """Advice for an error in a model's forward pass; empty if there is none."""
     if "Guard failed" in message and "size()[0]" in message:
         return ": export the program with a dynamic batch size (dynamic_shapes of torch.export.export)"
     if "shape" in message or "size" in message:

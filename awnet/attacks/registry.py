@@ -36,10 +36,10 @@ TRANSFERRED = ("pgd_sat", "cw")
 """Attacks on a surrogate whose images the union replays."""
 
 TRANSFER = "transfer-"
-"""Before the name of an attack: its images are made on the surrogates and replayed on the model."""
+"""The prefix of an attack whose images are made on the surrogates and replayed on the model."""
 
 TARGET_MODES = ("random", "least_likely")
-"""The suffixes of targeted forms that choose the target; a class's number is another."""
+"""How a targeted form, named ATTACK-MODE, chooses the target; MODE may also be the number of a class."""
 
 
 @dataclass(frozen=True)
@@ -275,18 +275,22 @@ def named_attack(
     """An attack on ``model``; at eps = 8/255 the step sizes are the paper's.
 
     Args:
-        name: the paper's: ``"fgsm"``: one step of eps. ``"pgd_sat"``: 20 steps of eps/4. ``"pgd_trades"``: 20
-            steps of 0.003, scaled with eps. ``"cw"``: 30 steps of eps/4 on the margin, kappa = 50. Those with
-            more than one step start uniformly in the ball. ``"aa"``: AutoAttack; ``"apgd_ce"``, ``"apgd_t"``,
-            ``"fab_t"``, ``"square"``: its parts. ``"adaptive_paper"``, ``"deepsloth"``: as in the paper.
-            Further: ``"aa_rand"`` for stochastic models, ``"malt"``, ``"fmn"``, ``"joint"``, ``"two_phase"``,
-            ``"forced"``, ``"softened"``, ``"apgd_joint_ce"``, ``…_dlr``, ``…_t``
-            (:mod:`awnet.attacks.adaptive`), and ``"union"``: AutoAttack, CW, the adaptive attacks that apply
-            to the model, and the surrogates' images. Targeted forms: ``"fgsm"``, ``"pgd_sat"``,
-            ``"pgd_trades"``, ``"cw"``, ``"apgd_ce"`` and ``"apgd_t"`` with ``-random``, ``-least_likely`` or
-            ``-k`` for class k: ``"cw-random"``. Transfer: ``"transfer-mi_di_ti"`` and the like replay the
-            images that an attack makes on each of ``suite.surrogates``. ``"mi_fgsm"``, ``"mi_di_ti"`` and
-            ``"si_ni_di_ti"`` are made for that.
+        name: one of
+
+            - the paper's: ``"fgsm"``, one step of eps; ``"pgd_sat"``, 20 steps of eps/4; ``"pgd_trades"``, 20
+              steps of 0.003, scaled with eps; ``"cw"``, 30 steps of eps/4 on the margin with kappa = 50 (all
+              but FGSM start uniformly in the ball); ``"aa"``, AutoAttack; ``"adaptive_paper"``,
+              ``"deepsloth"``;
+            - AutoAttack's parts: ``"apgd_ce"``, ``"apgd_t"``, ``"fab_t"``, ``"square"``; and ``"aa_rand"``
+              for stochastic models;
+            - ``"malt"``, ``"fmn"``; for transfer ``"mi_fgsm"``, ``"mi_di_ti"``, ``"si_ni_di_ti"``;
+            - adaptive attacks (:mod:`awnet.attacks.adaptive`): ``"joint"``, ``"two_phase"``, ``"forced"``,
+              ``"softened"``, ``"apgd_joint_ce"``, ``…_dlr``, ``…_t``;
+            - ``"union"``: AutoAttack, CW, the adaptive attacks that apply to the model, and images made on
+              ``suite.surrogates``;
+            - a targeted form such as ``"cw-random"``: ``fgsm``, ``pgd_sat``, ``pgd_trades``, ``cw``,
+              ``apgd_ce`` or ``apgd_t`` with ``-random``, ``-least_likely`` or ``-k`` for class k;
+            - ``"transfer-ATTACK"``: replays the images that an attack makes on each of ``suite.surrogates``.
         threat_model: norm, eps and step sizes, a property of the data set. The step sizes are the same
             fractions of eps in every norm.
         seed: seed of the random starts.

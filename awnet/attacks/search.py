@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from awnet import rng
 from awnet.attacks.ascent import Objective, ascend, ascend_auto
 from awnet.attacks.base import Attack, check_count, check_size
-from awnet.attacks.pgd import margin
+from awnet.attacks.pgd import logit_difference, margin
 from awnet.attacks.stochastic import eot_passes
 from awnet.data.threat_model import Norm
 
@@ -84,12 +84,14 @@ class Search(Attack):
         )
 
     def maximize(self, objective: Objective, x: Tensor, start: Tensor, steps: int) -> Tensor:
+        """The points ``[B, …]`` after ``steps`` steps of the optimizer from ``start``."""
         shared: dict[str, Any] = {"steps": steps, "eps": self.eps, "eot": eot_passes(self.model)}
         if self.optimizer == "auto":
             return ascend_auto(objective, start, x, self.geometry, **shared)
         return ascend(objective, start, x, self.geometry, step_size=self.step_size, **shared)
 
     def start(self, number: int, x: Tensor, index: Tensor) -> Tensor:
+        """The random start of search ``number``, keyed by seed and ``index``."""
         return self.geometry.start(rng.key("search start", self.seed, number), x, index, self.eps)
 
 
@@ -103,8 +105,7 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """The targeted form of :func:`dlr` ``[B]``, target against label, to maximize; needs 4 classes."""
     ordered = logits.sort(1).values
     scale = ordered[:, -1] - (ordered[:, -3] + ordered[:, -4]) / 2 + 1e-12
-    label_logit, target_logit = (logits.gather(1, k[:, None])[:, 0] for k in (y, target))
-    return (target_logit - label_logit) / scale
+    return logit_difference(logits, target, y) / scale
 
 
 APGDLoss = Literal["ce", "dlr", "dlr_targeted"]

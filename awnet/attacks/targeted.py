@@ -12,7 +12,7 @@ from awnet import rng
 from awnet.attacks.ascent import ascend_auto
 from awnet.attacks.base import Attack, Target, check_count
 from awnet.attacks.norms import geometry, per_image
-from awnet.attacks.pgd import margin
+from awnet.attacks.pgd import logit_difference, margin
 from awnet.attacks.search import dlr_targeted
 from awnet.attacks.stochastic import eot_passes
 from awnet.data.threat_model import Norm
@@ -20,18 +20,18 @@ from awnet.data.threat_model import Norm
 DUAL: dict[Norm, Norm] = {"Linf": "L1", "L2": "L2", "L1": "Linf"}
 
 
-class _Toward(Attack):
-    """APGD toward a class, from random starts that are numbered."""
+class _TowardClass(Attack):
+    """APGD toward a class, from a random start for each number."""
 
     steps: int
     loss: Literal["ce", "dlr"] = "dlr"
 
     def toward(
-        self, goal: Tensor, x: Tensor, y: Tensor, index: Tensor, number: int, *, reach: bool
+        self, goal: Tensor, x: Tensor, y: Tensor, index: Tensor, number: int, *, until_goal: bool
     ) -> Tensor:
         """Moves ``x`` toward the classes ``goal`` ``[B]``, from random start ``number``.
 
-        With ``reach`` an image stops there, otherwise at any wrong class.
+        An image stops once it is classified as its goal, or without ``until_goal`` as any wrong class.
         """
 
         def objective(x_adv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,14 +43,14 @@ class _Toward(Attack):
             else:
                 value = margin(logits, target)
             predicted = logits.argmax(1)
-            return value, predicted == target if reach else predicted != label
+            return value, predicted == target if until_goal else predicted != label
 
         start = self.geometry.start(rng.key("search start", self.seed, number), x, index, self.eps)
         eot = eot_passes(self.model)
         return ascend_auto(objective, start, x, self.geometry, steps=self.steps, eps=self.eps, eot=eot)
 
 
-class TargetedAPGD(_Toward):
+class TargetedAPGD(_TowardClass):
     """APGD that tries to make the model predict a target class, with restarts.
 
     Args:
@@ -90,7 +90,7 @@ class TargetedAPGD(_Toward):
         for number in range(self.restarts):
             if len(rows) == 0:
                 break
-            x_adv = self.toward(goal[rows], x[rows], y[rows], index[rows], number, reach=True)
+            x_adv = self.toward(goal[rows], x[rows], y[rows], index[rows], number, until_goal=True)
             result[rows] = x_adv
             if not bool(x_adv.isfinite().all()):
                 break
@@ -101,16 +101,18 @@ class TargetedAPGD(_Toward):
 def linear_ranking(
     attack: Attack, x: Tensor, y: Tensor, candidates: int, largest_label: int
 ) -> tuple[Tensor, Tensor]:
-    """Classes by the size of the perturbation that a linear model of the network at ``x`` needs for them.
+    """Ranks classes by the perturbation that a linear model of the network at ``x`` needs to predict them.
 
-    That size is (z_y - z_k) / ‖∇(z_y - z_k)‖ for class k, in the dual norm of ``attack.norm``.
+    For class k its size is (z_y - z_k) / ‖∇(z_y - z_k)‖, in the dual norm of ``attack.norm``.
 
     Args:
-        attack: whose model and norm are meant.
-        candidates: the classes with the largest logits besides the label; one forward and backward pass each.
+        attack: the attack whose model and norm are used.
+        x, y: images ``[B, …]`` and labels ``[B]``.
+        candidates: number of classes to rank, those with the largest logits besides the label; one forward
+            and backward pass each.
 
     Returns:
-        The C candidates of each image, nearest first, and their sizes in float64; both ``[B, C]``.
+        The C candidates of each image, nearest first, int64, and the sizes, float64; both ``[B, C]``.
     """
     logits = attack.decision(x, largest_label)
     count = min(candidates, logits.shape[1] - 1)
@@ -120,26 +122,24 @@ def linear_ranking(
     for goal in classes.T:
 
         def gap(images: Tensor, goal: Tensor = goal) -> Tensor:
-            z = attack.logits(images, largest_label)
-            return z.gather(1, y[:, None])[:, 0] - z.gather(1, goal[:, None])[:, 0]
+            return logit_difference(attack.logits(images, largest_label), y, goal)
 
-        length = dual.size(attack.gradient(gap, x))
-        value = logits.gather(1, y[:, None]) - logits.gather(1, goal[:, None])
-        sizes.append(value[:, 0].double() / length.clamp(min=1e-30))
-    linear = torch.stack(sizes, 1) if sizes else logits.new_zeros(len(x), 0).double()
-    nearest, order = linear.sort(dim=1, stable=True)
-    return classes.gather(1, order), nearest
+        length = dual.size(attack.gradient(gap, x)).clamp(min=1e-30)
+        sizes.append(logit_difference(logits, y, goal).double() / length)
+    distances = torch.stack(sizes, 1) if sizes else logits.new_zeros(len(x), 0).double()
+    distances, order = distances.sort(dim=1, stable=True)
+    return classes.gather(1, order), distances
 
 
-class MALT(_Toward):
+class MALT(_TowardClass):
     """Mesoscopic almost linearity targeting (Melamed et al. 2024): APGD toward the linearly closest classes.
 
     For each of the ``candidates`` classes with the largest logits besides the label, a linear model of the
     network at x would need a perturbation of size (z_y - z_k) / ‖∇(z_y - z_k)‖ to predict class k, in the
     dual norm of the threat model's norm. APGD on the targeted difference of logits ratio runs toward the
     ``targets`` classes for which that is smallest, nearest first, each on the images that are still
-    classified correctly. AutoAttack's APGD-T takes the classes with the largest logits instead; with more
-    than ``targets`` + 1 classes these are others.
+    classified correctly. AutoAttack's APGD-T takes the classes with the largest logits instead, which may
+    differ if there are more than ``targets`` + 1 classes.
 
     Args:
         targets: number of target classes.
@@ -179,7 +179,7 @@ class MALT(_Toward):
         for number, goal in enumerate(goals.T[: self.targets]):
             if len(rows) == 0 or not bool(result.isfinite().all()):
                 break
-            x_adv = self.toward(goal[rows], x[rows], y[rows], index[rows], number, reach=False)
+            x_adv = self.toward(goal[rows], x[rows], y[rows], index[rows], number, until_goal=False)
             result[rows] = x_adv
             rows = rows[self.correct(x_adv, y[rows], largest_label)]
         return result

@@ -99,12 +99,12 @@ class TransferAttack(Attack):
         index = index.cpu()
         position = torch.searchsorted(self._sorted, index).clamp(max=len(self._sorted) - 1)
         if not torch.equal(self._sorted[position], index):
-            raise ValueError("index has images that were not crafted: craft those of the same data set")
+            raise ValueError("index has images without adversarial images: craft them on the same data set")
         rows = self._order[position]
         x_adv = self.source.x_adv[rows].to(x)
         if not torch.equal(self.source.labels[rows], y.cpu()):
-            raise ValueError("x and y are not the images that were crafted from: use the same data set")
-        check_ball(x_adv, x, self.eps, self.norm, "x are not the images that were crafted from")
+            raise ValueError("x and y are not the images that were attacked: use the same data set")
+        check_ball(x_adv, x, self.eps, self.norm, "x are not the images that were attacked")
         return x_adv
 
 

@@ -1,4 +1,4 @@
-"""The adaptive attacks on defences that are known to be broken, APGD against the official code, and bounds."""
+"""The adaptive attacks on defenses that are known to be broken, APGD against the official code, and bounds."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def test_union_records_which_attack_broke_an_image_first() -> None:
     names = list(attack.members)
     assert names[:2] == ["aa", "cw"]
     assert {"joint", "two_phase", "forced", "softened", "apgd_joint_ce", "deepsloth"} < set(names)
-    found = {names[k] for k in attack.outcome.broken_by.tolist()}
-    assert found & {"joint", "two_phase"}
-    assert not found & {"cw", "forced"}
+    actual = {names[k] for k in attack.outcome.broken_by.tolist()}
+    assert actual & {"joint", "two_phase"}
+    assert not actual & {"cw", "forced"}
     assert not (Gated()(x_adv).argmax(1) == y).any()
     assert (attack.outcome.broken_by != ROBUST).all()
 
@@ -240,7 +240,7 @@ def test_apgd_breaks_the_images_that_the_official_apgd_breaks(loss: str) -> None
         y = model(x).argmax(1)
         ours = APGD(model, eps=0.06, loss=loss, steps=50, seed=seed)(x, y)
         theirs = OfficialAttack(model, f"apgd_{loss}", eps=0.06, steps=50, seed=seed)(x, y)
-        a, b = (model(found).argmax(1) != y for found in (ours, theirs))
+        a, b = (model(actual).argmax(1) != y for actual in (ours, theirs))
         ours_broken, theirs_broken = ours_broken + int(a.sum()), theirs_broken + int(b.sum())
         both += int((a & b).sum())
     assert 30 < theirs_broken < 150
@@ -334,15 +334,15 @@ def test_soft_router_gives_gradients_through_a_saturated_router() -> None:
         return torch.autograd.grad(total, (signals, types), retain_graph=True)
 
     assert all(not gradient.any() for gradient in gradients(hard))
-    soft = SoftRouter(model, temperature, straight_through=True)._soften(hard, [signals])
+    soft = SoftRouter(model, temperature, straight_through=True).soften(hard, [signals])
     assert torch.allclose(soft.p_clean, hard.p_clean, atol=1e-6)
     assert torch.allclose(soft.filter_scales[0], hard.filter_scales[0], atol=1e-5)
     tanh = (signals / temperature).tanh()
     p = (types / temperature).softmax(1)[:, 1]
     slope = p * (1 - p) / temperature
     expected = beta * (tanh + 1).pow(beta - 1) * (1 - tanh**2) / temperature, torch.stack([-slope, slope], 1)
-    for found, wanted in zip(gradients(soft), expected, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-4)  # float32
+    for actual, wanted in zip(gradients(soft), expected, strict=True):
+        assert torch.allclose(actual, wanted, rtol=1e-4)  # float32
 
 
 def test_paper_adaptive_attack_maximizes_its_equation() -> None:
@@ -355,12 +355,12 @@ def test_paper_adaptive_attack_maximizes_its_equation() -> None:
     assert all(p.requires_grad for p in teacher.parameters())
     teacher.eval()
     with torch.no_grad():
-        found = attack.joint_loss(model, x, x, y)
+        actual = attack.joint_loss(model, x, x, y)
         routing, logits, goal = model.route(x), model(x), teacher(x)
         p, q = (goal / 2).softmax(1), (logits / 2).softmax(1)
         expected = -logits.log_softmax(1)[torch.arange(6), y] - routing.type_logits.log_softmax(1)[:, 0]
         expected = expected + 0.3 * 4 * (p * (p / q).log()).sum(1)
-    assert torch.allclose(found, expected, atol=1e-5)  # float32 sums in another order
+    assert torch.allclose(actual, expected, atol=1e-5)  # float32 sums in another order
     assert attack.settings["loss"] == "CE + joint loss of Eq. 22"
 
 
@@ -369,8 +369,8 @@ def test_deepsloth_makes_every_exit_uniform() -> None:
     x, y = batch(model)
     threat = ThreatModel(8 / 255)
     attack = named_attack("deepsloth", model, threat)
-    found = attack.settings
-    assert (found["eps"], found["step_size"], found["steps"]) == pytest.approx((0.03125, 0.002, 30))
+    actual = attack.settings
+    assert (actual["eps"], actual["step_size"], actual["steps"]) == pytest.approx((0.03125, 0.002, 30))
 
     def distance(at: Tensor) -> float:
         with torch.no_grad():

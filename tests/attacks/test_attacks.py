@@ -384,7 +384,7 @@ def test_attacks_on_an_aw_net_compute_no_weight_gradient(
 
 
 def test_the_counter_of_weight_gradients_counts_them() -> None:
-    # the control: an operator in Python cannot see that only x is asked for, so unfrozen weights do cost
+    # the control: an operator in Python cannot see that only the gradient of x is needed, so unfrozen weights do cost
     model, (x, y) = awnet_tiny().eval(), batch()
     image = x.clone().requires_grad_()
     with use_backend("eager"):
@@ -430,7 +430,7 @@ def test_attack_steps_do_not_synchronize_with_the_device() -> None:
 def test_named_attacks_have_the_papers_sizes() -> None:
     model, threat = small_cnn(), ThreatModel(8 / 255)
     assert list_attacks()[:4] == ("fgsm", "pgd_sat", "pgd_trades", "cw")
-    found = {name: named_attack(name, model, threat, seed=3).settings for name in list_attacks()[:4]}
+    actual = {name: named_attack(name, model, threat, seed=3).settings for name in list_attacks()[:4]}
     expected = {
         "fgsm": (8 / 255, 1, "ce", None),
         "pgd_sat": (2 / 255, 20, "ce", "uniform"),
@@ -438,15 +438,15 @@ def test_named_attacks_have_the_papers_sizes() -> None:
         "cw": (2 / 255, 30, "margin", "uniform"),
     }
     for name, (step_size, steps, loss, start) in expected.items():
-        assert found[name]["eps"] == 8 / 255
-        assert found[name]["step_size"] == pytest.approx(step_size, rel=1e-12)
-        assert (found[name]["steps"], found[name]["loss"], found[name]["random_start"]) == (
+        assert actual[name]["eps"] == 8 / 255
+        assert actual[name]["step_size"] == pytest.approx(step_size, rel=1e-12)
+        assert (actual[name]["steps"], actual[name]["loss"], actual[name]["random_start"]) == (
             steps,
             loss,
             start,
         )
-        assert found[name]["seed"] == 3
-    assert found["cw"]["kappa"] == 50.0
+        assert actual[name]["seed"] == 3
+    assert actual["cw"]["kappa"] == 50.0
     scaled = named_attack("pgd_trades", model, ThreatModel(0.15)).settings
     assert scaled["step_size"] == pytest.approx(0.0956 * 0.15, rel=1e-3)
 
@@ -506,6 +506,7 @@ BAD_CALLS = [
     ((X, F.one_hot(Y, 4)), {}, ValueError, r"\[B\]"),
     ((X, Y.tolist()), {}, TypeError, "Tensor"),
     ((X, Y[:2]), {}, ValueError, "one label for each of the 3 images, got 2"),
+    ((X, Y), {"index": [0, 1, 2]}, TypeError, r"index must be a torch.Tensor, int64 \[3\]"),
     ((X, Y), {"index": torch.arange(2)}, ValueError, r"index must be int64 \[3\]"),
     ((X, Y), {"index": torch.arange(3.0)}, ValueError, r"index must be int64 \[3\]"),
     ((X, Y.to("meta")), {}, ValueError, "y must be on x's device"),

@@ -280,7 +280,7 @@ def test_warnings_of_the_official_code_are_counted(how: str) -> None:
 
 
 class Fixed(Attack):
-    """Moves all pixels by a distance of its own and counts the images it was given."""
+    """Moves all pixels by a fixed distance and counts the images it was given."""
 
     def __init__(self, model: nn.Module, by: float) -> None:
         super().__init__(model, eps=abs(by))
@@ -404,8 +404,8 @@ def test_saved_tensors_load_with_the_same_values(tmp_path: Path) -> None:
     assert saved.load("a") is None
     tensors = {"x": torch.rand(3, 2), "n": torch.arange(4)}
     saved.save("a", tensors, {"done": 2, "notes": Counter(zero_gradients=3)})
-    found, note = saved.load("a")
-    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    actual, note = saved.load("a")
+    assert all(torch.equal(actual[name], value) for name, value in tensors.items())
     assert note == {"done": 2, "notes": {"zero_gradients": 3}}
     assert Saved(tmp_path, "other").load("a") is None
     (saved.folder / "a.safetensors").write_bytes(b"no")

@@ -1,4 +1,4 @@
-"""FMN: exact distances of linear models in every norm, a literal loop in float64, and what a report has of it."""
+"""FMN: exact distances of linear models in every norm, a literal loop in float64, and its results in a report."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_search_equals_a_literal_loop() -> None:
         torch.testing.assert_close(x_adv[row], expected, rtol=0, atol=1e-12)  # the same float64 operations
 
 
-def test_what_is_returned_and_what_was_not_found() -> None:
+def test_fmn_returns_perturbations_within_eps_and_else_the_clean_image() -> None:
     model = Linear()
     x, y = batch(model)
     y = y.clone()
@@ -169,7 +169,7 @@ def test_the_curve_counts_larger_distances() -> None:
         ({"norm": "L0"}, ValueError, "norm must be one of Linf, L2, L1"),
     ],
 )
-def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
+def test_fmn_refuses_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         FMN(Linear(), **{"eps": 0.1, **options})  # type: ignore[arg-type]
 

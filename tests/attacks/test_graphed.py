@@ -65,7 +65,7 @@ def engine(model: nn.Module, record: Any = None, **changes: Any) -> GraphedPGD:
 
 
 def move(model: nn.Module, seed: int = 2) -> None:
-    """Changes every weight in place, as an optimiser does."""
+    """Changes every weight in place, as an optimizer does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -203,8 +203,8 @@ def test_a_model_without_frozen_is_frozen_in_place() -> None:
     torch.manual_seed(0)
     layers = (nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4))
     model = nn.Sequential(*layers).train()
-    found = engine(model, Recorder())(**images)
-    assert torch.equal(found, PGD(model, **SIZE)(**images))
+    actual = engine(model, Recorder())(**images)
+    assert torch.equal(actual, PGD(model, **SIZE)(**images))
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     converted = awnet.convert(create_model("resnet_tiny", num_classes=4, in_channels=2))
@@ -294,13 +294,13 @@ def test_robust_accuracy_is_that_of_the_unfolded_model() -> None:
     expected = PGD(model, **size)(x, y, index=index)
     share = robust(expected).float().mean()
     assert 0.05 < share < 0.95  # an attack that neither fails nor is trivial
-    found = {
+    actual = {
         dtype: GraphedPGD(model, num_classes=10, dtype=dtype, **size)(x, y, index=index)
         for dtype in (None, torch.bfloat16)
     }
-    assert (found[None] == expected).float().mean() > 0.98  # a sign turns where a gradient is nearly 0
+    assert (actual[None] == expected).float().mean() > 0.98  # a sign turns where a gradient is nearly 0
     spread = (share * (1 - share) / len(x)) ** 0.5  # of an accuracy over this many images
-    for x_adv in found.values():
+    for x_adv in actual.values():
         assert (robust(x_adv).float().mean() - share).abs() <= 2 * spread
 
 
@@ -449,8 +449,8 @@ def test_a_cuda_graph_gives_the_same_bits_and_follows_the_weights(
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_beside_training_steps(deterministic: None) -> None:
-    found = []
+def test_a_cuda_graph_runs_beside_training_steps(deterministic: None) -> None:
+    actual = []
     for capture in (True, False):
         model = net().cuda().train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -463,9 +463,9 @@ def test_a_cuda_graph_beside_training_steps(deterministic: None) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found.append(attack(**images))
+        actual.append(attack(**images))
     # the training passes sum in an order of their own, so steps agree but for signs of tiny gradients
-    assert (found[0] == found[1]).float().mean() > 0.9
+    assert (actual[0] == actual[1]).float().mean() > 0.9
 
 
 @pytest.mark.gpu

@@ -189,7 +189,7 @@ def test_images_stay_in_the_ball_and_raise_the_loss_in_every_norm(norm: str) -> 
         ({"decay": -1.0}, "decay must be finite and at least 0"),
     ],
 )
-def test_bad_options(options: dict[str, object], message: str) -> None:
+def test_mi_fgsm_refuses_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MIFGSM(Curved(), eps=0.1, **options)  # type: ignore[arg-type]
 

@@ -71,9 +71,9 @@ class Dropped(nn.Module):
 def test_two_forward_passes_detect_any_generator_and_restore_it(source: str) -> None:
     x, _ = batch()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    found = randomness(Noisy(0.01, source).train(), x)
-    assert (found.difference > 1e-5) == (source != "none")
-    assert found.train_mode == ()
+    actual = randomness(Noisy(0.01, source).train(), x)
+    assert (actual.difference > 1e-5) == (source != "none")
+    assert actual.train_mode == ()
     assert torch.equal(states[0], torch.get_rng_state())
     assert states[1] == random.getstate()
     assert np.array_equal(states[2], np.random.get_state()[1])  # noqa: NPY002
@@ -92,8 +92,8 @@ def test_two_forward_passes_detect_any_generator_and_restore_it(source: str) -> 
 def test_train_mode_in_eval_mode_is_detected(how: str, stochastic: bool, functions: tuple[str, ...]) -> None:
     model, (x, _) = Dropped(how), batch()
     statistics = model.norm.running_mean.clone()
-    found = randomness(model, x)
-    assert (found.difference > 0, found.train_mode) == (stochastic, functions)
+    actual = randomness(model, x)
+    assert (actual.difference > 0, actual.train_mode) == (stochastic, functions)
     assert torch.equal(model.norm.running_mean, statistics)
 
 
@@ -232,6 +232,8 @@ def test_attacks_on_a_stochastic_model_are_reproducible() -> None:
         ({"model": len}, TypeError, "model must be a torch.nn.Module"),
     ],
 )
-def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
+def test_stochastic_models_refuse_bad_options(
+    options: dict[str, object], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         Stochastic(**{"model": Noisy(), **options})  # type: ignore[arg-type]

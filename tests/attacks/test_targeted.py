@@ -76,7 +76,7 @@ def test_targeted_pgd_equals_a_literal_loop(loss: str) -> None:
     assert torch.equal(attack.goals(x, y, index=index)[1:], goal[1:])
 
 
-def test_which_classes_are_targeted() -> None:
+def test_targets_are_random_least_likely_or_given_classes() -> None:
     model = Curved()
     x, y, index = batch(model, 64)
     least = FGSM(model, eps=0.1, target="least_likely").goals(x, y, index=index)
@@ -181,12 +181,12 @@ def test_malt_breaks_an_image_with_one_target_at_the_distance_of_its_nearest_cla
         ),
     ],
 )
-def test_bad_options(make, error, message) -> None:  # type: ignore[no-untyped-def]
+def test_targeted_attacks_refuse_bad_options(make, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
         make(Linear())
 
 
-def test_targets_that_do_not_fit_the_images_or_the_model() -> None:
+def test_targets_that_do_not_fit_the_images_or_the_model_are_refused() -> None:
     model = Linear()
     x, y, index = batch(model)
     with pytest.raises(ValueError, match="target must be below the model's 6 classes, got 9"):

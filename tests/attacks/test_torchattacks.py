@@ -70,10 +70,10 @@ def test_fgsm_gives_the_images_of_torchattacks(
     theirs: ModuleType, network: nn.Module, digits: tuple[Tensor, Tensor]
 ) -> None:
     x, y = digits
-    expected, found = theirs.FGSM(network, eps=EPS)(x, y), FGSM(network, eps=EPS)(x, y)
+    expected, actual = theirs.FGSM(network, eps=EPS)(x, y), FGSM(network, eps=EPS)(x, y)
     assert 0.05 < right(network, expected, y).double().mean() < 0.9  # an attack that decides something
-    assert (found - expected).abs().max() <= ULP
-    check_in_ball(found, x)
+    assert (actual - expected).abs().max() <= ULP
+    check_in_ball(actual, x)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20])
@@ -82,13 +82,13 @@ def test_pgd_without_random_start_gives_the_images_of_torchattacks(
 ) -> None:
     x, y = digits
     expected = theirs.PGD(network, eps=EPS, alpha=EPS / 4, steps=steps, random_start=False)(x, y)
-    found = PGD(network, eps=EPS, step_size=EPS / 4, steps=steps, random_start=None)(x, y)
+    actual = PGD(network, eps=EPS, step_size=EPS / 4, steps=steps, random_start=None)(x, y)
     # both round x ± eps once, elsewhere; where a gradient is close to 0 this may turn its sign, and from there
     # on an image goes another way
-    same = (found - expected).abs().flatten(1).amax(1) <= 4 * ULP
+    same = (actual - expected).abs().flatten(1).amax(1) <= 4 * ULP
     assert same.double().mean() >= 0.95
-    assert (right(network, found, y) != right(network, expected, y)).sum() <= 1
-    check_in_ball(found, x)
+    assert (right(network, actual, y) != right(network, expected, y)).sum() <= 1
+    check_in_ball(actual, x)
 
 
 def agree(counts: list[list[int]]) -> bool:
@@ -117,13 +117,13 @@ def test_random_starts_agree_within_the_noise_of_their_draws(
     for seed in range(6):
         torch.manual_seed(seed)
         expected = theirs.PGD(network, eps=EPS, alpha=size, steps=steps, random_start=True)(x, y)
-        found: Tensor
+        actual: Tensor
         if steps == 1:
-            found = FGSM(network, eps=EPS, random_start=True, seed=seed)(x, y)
+            actual = FGSM(network, eps=EPS, random_start=True, seed=seed)(x, y)
         else:
-            found = PGD(network, eps=EPS, step_size=size, steps=steps, seed=seed)(x, y)
-        check_in_ball(found, x)
-        for own, images in zip(counts, (found, expected), strict=True):
+            actual = PGD(network, eps=EPS, step_size=size, steps=steps, seed=seed)(x, y)
+        check_in_ball(actual, x)
+        for own, images in zip(counts, (actual, expected), strict=True):
             own.append(int(right(network, images, y).sum()))
     assert agree(counts), counts
     assert 5 < sum(counts[0]) / 6 < 190
@@ -152,10 +152,10 @@ def test_parts_of_autoattack_agree_with_torchattacks(
     x, y = (part[:60] for part in digits)
     expected = make(theirs, network)
     steps = getattr(expected, "steps", 100)
-    found = OfficialAttack(network, name, eps=EPS, steps=steps, queries=300)(x, y)
-    check_in_ball(found, x)
+    actual = OfficialAttack(network, name, eps=EPS, steps=steps, queries=300)(x, y)
+    check_in_ball(actual, x)
     with frozen(network):
-        counts = [int(right(network, images, y).sum()) for images in (found, expected(x, y))]
+        counts = [int(right(network, images, y).sum()) for images in (actual, expected(x, y))]
     assert counts[0] < 55
     assert abs(counts[0] - counts[1]) <= 2, counts  # the same attack from another random start
 
@@ -166,9 +166,9 @@ def test_apgd_agrees_with_torchattacks(
     x, y = digits
     for loss in ("ce", "dlr"):
         expected = theirs.APGD(network, eps=EPS, steps=50, loss=loss, seed=0)(x, y)
-        found = APGD(network, eps=EPS, steps=50, loss=loss)(x, y)  # type: ignore[arg-type]
-        check_in_ball(found, x)
-        counts = [int(right(network, images, y).sum()) for images in (found, expected)]
+        actual = APGD(network, eps=EPS, steps=50, loss=loss)(x, y)  # type: ignore[arg-type]
+        check_in_ball(actual, x)
+        counts = [int(right(network, images, y).sum()) for images in (actual, expected)]
         assert abs(counts[0] - counts[1]) <= 4, (loss, counts)  # 2 % of the images
 
 
@@ -178,10 +178,10 @@ def test_autoattack_agrees_with_torchattacks(
 ) -> None:
     x, y = (part[:30] for part in digits)
     expected = theirs.AutoAttack(network, eps=EPS, version="standard", n_classes=10, seed=3)(x, y)
-    found = AutoAttack(network, eps=EPS, seed=3)(x, y)
-    counts = [int(right(network, images, y).sum()) for images in (found, expected)]
+    actual = AutoAttack(network, eps=EPS, seed=3)(x, y)
+    counts = [int(right(network, images, y).sum()) for images in (actual, expected)]
     assert abs(counts[0] - counts[1]) <= 1, counts
-    check_in_ball(found, x)
+    check_in_ball(actual, x)
 
 
 @pytest.mark.parametrize(

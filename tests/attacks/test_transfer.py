@@ -59,10 +59,10 @@ def test_a_second_crafting_call_reads_the_images_of_the_first(tmp_path: Path) ->
     assert calls == [10, 10, 4]
     assert torch.equal(first.x_adv, second.x_adv)
     assert second.provenance == first.provenance
-    found = first.provenance
-    assert found["data"] == data.fingerprint()
-    assert found["settings"]["steps"] == 3
-    assert (found["eps"], found["dataset"], found["split"]) == (EPS, "striped", "test")
+    actual = first.provenance
+    assert actual["data"] == data.fingerprint()
+    assert actual["settings"]["steps"] == 3
+    assert (actual["eps"], actual["dataset"], actual["split"]) == (EPS, "striped", "test")
     for other in (images(seed=1), images(20)):
         craft(Honest(), other, counted, folder=tmp_path, batch_size=10)
     craft(Masked(), data, counted, folder=tmp_path, batch_size=10)
@@ -94,9 +94,9 @@ def test_a_checkpoint_is_a_surrogate(tmp_path: Path) -> None:
     model = create_model("resnet_tiny", num_classes=4, in_channels=1)
     save_model(model, tmp_path / "best.safetensors")
     data = images(6)
-    found = craft(tmp_path, data, "fgsm")
-    assert torch.equal(found.x_adv, craft(model, data, "fgsm").x_adv)
-    assert found.provenance["surrogate_config"]["name"] == "resnet_tiny"
+    actual = craft(tmp_path, data, "fgsm")
+    assert torch.equal(actual.x_adv, craft(model, data, "fgsm").x_adv)
+    assert actual.provenance["surrogate_config"]["name"] == "resnet_tiny"
     with pytest.raises(FileNotFoundError, match="pass a run folder"):
         craft(tmp_path / "elsewhere", data)
 
@@ -106,13 +106,13 @@ def test_replay_refuses_images_and_files_that_do_not_belong_together(tmp_path: P
     crafted = craft(Honest(), data, "fgsm", folder=tmp_path)
     x, y, index = next(data.batches(24))
     attack = replay(Honest(), crafted)
-    with pytest.raises(ValueError, match="index has images that were not crafted"):
+    with pytest.raises(ValueError, match="index has images without adversarial images"):
         attack(x, y, index=index + 5)
-    with pytest.raises(ValueError, match="not the images that were crafted from"):
+    with pytest.raises(ValueError, match="not the images that were attacked"):
         attack(x, y, index=index.flip(0))
-    with pytest.raises(ValueError, match="not the images that were crafted from"):
+    with pytest.raises(ValueError, match="not the images that were attacked"):
         attack(x, 1 - y, index=index)
-    with pytest.raises(ValueError, match="not the images that were crafted from"):
+    with pytest.raises(ValueError, match="not the images that were attacked"):
         attack(x[..., :4], y, index=index)
     (path,) = tmp_path.glob("*.safetensors")
     assert torch.equal(replay(Honest(), path)(x, y, index=index), crafted.x_adv)

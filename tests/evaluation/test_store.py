@@ -111,12 +111,12 @@ def test_a_kill_between_any_two_file_operations_leaves_the_old_report_or_the_new
         shutil.copytree(before, run, symlinks=True)
         if not killed_at(number, lambda: new.publish(run), monkeypatch):
             break
-        found = Report.load(place)
-        seen.append("new" if found.to_dict() == new.to_dict() else "old")
+        actual = Report.load(place)
+        seen.append("new" if actual.to_dict() == new.to_dict() else "old")
         expected = new if seen[-1] == "new" else old
-        assert found.to_dict() == expected.to_dict(), number
+        assert actual.to_dict() == expected.to_dict(), number
         for name in expected.per_sample:
-            np.testing.assert_array_equal(found.per_sample[name], expected.per_sample[name])
+            np.testing.assert_array_equal(actual.per_sample[name], expected.per_sample[name])
         if (place / "report.json").exists():  # for those who read single files
             plain = json.loads((place / "report.json").read_text())
             with np.load(place / "per_sample.npz") as arrays:
@@ -193,19 +193,19 @@ def test_a_reader_during_the_moves_sees_one_set(tmp_path: Path, monkeypatch: pyt
                 (new / name).write_text(text)
 
     write("old")
-    found = []
+    actual = []
     for name in ("replace", "rename"):
         operation = getattr(os, name)
 
         def move(*args: Any, operation: Callable[..., None] = operation) -> None:
-            found.append(read_together(tmp_path, names))
+            actual.append(read_together(tmp_path, names))
             operation(*args)
-            found.append(read_together(tmp_path, names))
+            actual.append(read_together(tmp_path, names))
 
         monkeypatch.setattr(os, name, move)
     write("new")
-    sets = [{data.decode() for data in one.values()} for one in found]
-    assert all(len(one) == 3 for one in found)
+    sets = [{data.decode() for data in one.values()} for one in actual]
+    assert all(len(one) == 3 for one in actual)
     assert sets in ([{"old"}] * k + [{"new"}] * (len(sets) - k) for k in range(1, len(sets)))
 
 
@@ -269,9 +269,9 @@ def test_a_saved_image_outside_the_ball_is_an_error_despite_a_correct_checksum(
 ) -> None:
     path = interrupted(tmp_path, attack)
     saved = Saved(path.parent, ".")
-    found = saved.load(path.stem)
-    assert found is not None
-    tensors, note = found
+    actual = saved.load(path.stem)
+    assert actual is not None
+    tensors, note = actual
     tensors["x_adv"][3, 0, 1, 2] += value
     saved.save(path.stem, tensors, note)
     with pytest.raises(
@@ -315,7 +315,7 @@ def test_crafted_images_are_checked_in_parts_and_as_a_whole(tmp_path: Path) -> N
     assert torch.equal(Crafted.load(next(tmp_path.glob("*.safetensors"))).x_adv, whole.x_adv)
     whole.x_adv[2, 0, 0, 0] = torch.nan
     x, y, index = next(images.batches(N))
-    with pytest.raises(ValueError, match="not the images that were crafted from: 1 of 12"):
+    with pytest.raises(ValueError, match="not the images that were attacked: 1 of 12"):
         replay(model, whole)(x, y, index=index)
 
 
@@ -353,11 +353,11 @@ def test_a_run_folder_gives_its_newest_report_with_all_arrays(
     old, new = reports
     old.publish(tmp_path, "first")
     new.publish(tmp_path, "second")
-    found = Report.load(tmp_path)
-    assert found.to_dict() == new.to_dict()
-    assert found.per_sample.keys() == new.per_sample.keys() != set()
+    actual = Report.load(tmp_path)
+    assert actual.to_dict() == new.to_dict()
+    assert actual.per_sample.keys() == new.per_sample.keys() != set()
     for name, array in new.per_sample.items():
-        np.testing.assert_array_equal(found.per_sample[name], array)
+        np.testing.assert_array_equal(actual.per_sample[name], array)
 
 
 # --- a folder that is renamed while files are written to it
