@@ -49,7 +49,7 @@ class Detector(ABC):
             check_images(images, name)
             if len(images) == 0:
                 raise ValueError(f"{name} is empty: the detector needs images to fit")
-        check_labels(y_train)
+        check_labels(y_train, name="y_train")
         if len(y_train) != len(x_train):
             raise ValueError(f"y_train must hold {len(x_train)} labels, got {len(y_train)}")
         with frozen(self.model):
@@ -117,10 +117,10 @@ class Embedding:
         self.model = model
         order: list[str] = []
         linear: list[nn.Linear] = []
-        of_routers = {id(module) for router in routers(model) for module in router.modules()}
+        router_modules = {id(module) for router in routers(model) for module in router.modules()}
         with ExitStack() as hooks, torch.no_grad():
             for name, module in model.named_modules():
-                if id(module) in of_routers:
+                if id(module) in router_modules:
                     continue
                 if isinstance(module, nn.Conv2d):
                     hook = module.register_forward_hook(lambda *_, name=name: order.append(name))

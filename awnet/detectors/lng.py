@@ -55,12 +55,12 @@ class _Graph(nn.Module):
 
 
 class LNG(Detector):
-    """The detector, see the module's docstring. The latent space is the input of the classifier's last layer.
+    """LNG, see the module's docstring. The latent space is the input of the classifier's last layer.
 
     Args:
-        neighbours: reference images of each kind per graph.
+        neighbours: number of reference images of each kind in a graph.
         size, heads: width and number of heads of the attention.
-        epochs, lr: of the training with Adam.
+        epochs, lr: epochs and learning rate of the training with Adam.
         seed: seed of the weights and of the order of the images.
     """
 
@@ -91,13 +91,13 @@ class LNG(Detector):
                 f"{len(clean)} and {len(adversarial)}"
             )
         self.embedding = Embedding(self.model, x_train[:1])
-        raw = self._raw(x_train)
-        self.mean, self.std = raw.mean(0), raw.std(0).clamp(min=1e-6)
+        features = self._features(x_train)
+        self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-6)
         self.references = [self._latent(clean), self._latent(adversarial)]
         queries = torch.cat(self.references)
-        kind = torch.cat([torch.zeros(len(clean)), torch.ones(len(adversarial))]).to(queries)
-        # the neighbors of an image are searched without the image itself
-        nodes = torch.cat([self._graph_of(one, skip_in=number) for number, one in enumerate(self.references)])
+        labels = torch.cat([torch.zeros(len(clean)), torch.ones(len(adversarial))]).to(queries)
+        # an image is no neighbor of itself
+        nodes = torch.cat([self._nodes(x, exclude=kind) for kind, x in enumerate(self.references)])
         with torch.random.fork_rng([]), torch.enable_grad():
             torch.manual_seed(rng.torch_seed(self.seed, "LNG"))
             self.graph = _Graph(queries.shape[1], self.size, self.heads).to(queries)
@@ -105,28 +105,31 @@ class LNG(Detector):
             for _ in range(self.epochs):
                 for rows in torch.randperm(len(nodes)).to(nodes.device).split(64):
                     loss = F.binary_cross_entropy_with_logits(
-                        self.graph(nodes[rows], self._kinds(nodes)), kind[rows]
+                        self.graph(nodes[rows], self._kinds(nodes)), labels[rows]
                     )
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
 
     def _score(self, x: Tensor) -> Tensor:
-        nodes = self._graph_of(self._latent(x))
+        nodes = self._nodes(self._latent(x))
         return torch.cat([self.graph(part, self._kinds(nodes)) for part in nodes.split(self.batch_size)])
 
-    def _raw(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor) -> Tensor:
         return self.embedding(x, self.batch_size)[1]
 
     def _latent(self, x: Tensor) -> Tensor:
-        return ((self._raw(x) - self.mean) / self.std).float()
+        return ((self._features(x) - self.mean) / self.std).float()
 
-    def _graph_of(self, queries: Tensor, skip_in: int | None = None) -> Tensor:
-        """[N, 1 + 2 · neighbours, d]: each query, its nearest clean, its nearest adversarial references."""
+    def _nodes(self, queries: Tensor, exclude: int | None = None) -> Tensor:
+        """[N, 1 + 2 · neighbours, d]: each query, its nearest clean, its nearest adversarial references.
+
+        ``exclude``: the kind of reference, 0 (clean) or 1, that the queries themselves are.
+        """
         parts = [queries[:, None]]
-        for number, reference in enumerate(self.references):
+        for kind, reference in enumerate(self.references):
             distance = torch.cdist(queries, reference)
-            if number == skip_in:
+            if kind == exclude:
                 distance.fill_diagonal_(torch.inf)
             nearest = distance.topk(self.neighbours, dim=1, largest=False).indices
             parts.append(reference[nearest])

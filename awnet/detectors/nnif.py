@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awnet.data.checks import check_labels
 from awnet.detectors.base import Detector, Embedding
 from awnet.scalars import check_integer, check_number
 
@@ -57,21 +58,21 @@ class LastLayer:
         return torch.einsum("tnk,nd->tkd", weighted, self.features) / len(self.features) + self.damping * v
 
     def solve(self, b: Tensor, tolerance: float = 1e-6, most: int = 500) -> Tensor:
-        """H⁻¹ b for every b [T, K, d] by conjugate gradients."""
+        """H⁻¹ b for every b [T, K, d], by at most ``most`` steps of conjugate gradients."""
         x = torch.zeros_like(b)
         residual, direction = b.clone(), b.clone()
         size = (residual * residual).sum((1, 2), keepdim=True)
-        goal = tolerance**2 * size
+        threshold = tolerance**2 * size
         for _ in range(most):
-            if bool((size <= goal).all()):
+            if bool((size <= threshold).all()):
                 break
-            turned = self._times_hessian(direction)
-            step = size / (direction * turned).sum((1, 2), keepdim=True).clamp(min=1e-300)
+            product = self._times_hessian(direction)
+            step = size / (direction * product).sum((1, 2), keepdim=True).clamp(min=1e-300)
             x += step * direction
-            residual -= step * turned
-            new = (residual * residual).sum((1, 2), keepdim=True)
-            direction = residual + new / size.clamp(min=1e-300) * direction
-            size = new
+            residual -= step * product
+            new_size = (residual * residual).sum((1, 2), keepdim=True)
+            direction = residual + new_size / size.clamp(min=1e-300) * direction
+            size = new_size
         return x
 
 
@@ -80,7 +81,7 @@ def _with_bias(features: Tensor) -> Tensor:
 
 
 class NNIF(Detector):
-    """The detector, see the module's docstring.
+    """NNIF, see the module's docstring.
 
     Args:
         neighbours: M, the number of helpful and of harmful training images.
@@ -107,37 +108,39 @@ class NNIF(Detector):
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        least = 2 * self.neighbours
-        if len(x_train) < least:
-            raise ValueError(f"x_train must hold 2 · neighbours = {least} images, got {len(x_train)}")
         stride = -(-len(x_train) // self.most_train)
         x_train, y_train = x_train[::stride], y_train[::stride]
+        least = 2 * self.neighbours
+        if len(x_train) < least:
+            raise ValueError(
+                f"x_train must hold 2 · neighbours = {least} images, got {len(x_train)} of at most "
+                f"most_train = {self.most_train}"
+            )
         self.embedding = Embedding(self.model, x_train[:1])
         self.train_layers, features, logits = self.embedding(x_train, self.batch_size)
+        check_labels(y_train, logits.shape[1], "y_train")
         self.last = LastLayer(features, logits, y_train, self.damping)
-        table = np.concatenate([self._numbers(clean), self._numbers(adversarial)])
-        kind = np.repeat([0, 1], [len(clean), len(adversarial)])
+        table = np.concatenate([self._features(clean), self._features(adversarial)])
+        labels = np.repeat([0, 1], [len(clean), len(adversarial)])
         self.regression: Any = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        self.regression.fit(table, kind)
+        self.regression.fit(table, labels)
 
     def _score(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self.regression.decision_function(self._numbers(x)))
+        return torch.from_numpy(self.regression.decision_function(self._features(x)))
 
-    def _numbers(self, x: Tensor) -> np.ndarray[Any, Any]:
-        """[N, 4 · layers]: rank and distance of the helpful, then of the harmful, for each layer."""
-        return np.concatenate([self._numbers_of(part) for part in x.split(self.batch_size)])
+    def _features(self, x: Tensor) -> np.ndarray[Any, Any]:
+        """[N, 4 · layers]: mean rank and distance of the helpful, then of the harmful, for each layer."""
+        return np.concatenate([self._batch_features(part) for part in x.split(self.batch_size)])
 
-    def _numbers_of(self, x: Tensor) -> np.ndarray[Any, Any]:
+    def _batch_features(self, x: Tensor) -> np.ndarray[Any, Any]:
         layers, features, logits = self.embedding(x, self.batch_size)
-        help_ = self.last.helpfulness(features, logits, logits.argmax(1))  # [B, N]
-        chosen = {
-            "helpful": help_.topk(self.neighbours, dim=1).indices,
-            "harmful": help_.topk(self.neighbours, dim=1, largest=False).indices,
-        }
-        numbers = []
+        helpfulness = self.last.helpfulness(features, logits, logits.argmax(1))  # [B, N]
+        helpful = helpfulness.topk(self.neighbours, dim=1).indices
+        harmful = helpfulness.topk(self.neighbours, dim=1, largest=False).indices
+        columns = []
         for layer, train in zip(layers, self.train_layers, strict=True):
             distance = torch.cdist(layer, train)  # [B, N]
             rank = distance.argsort(1).argsort(1).double()
-            for which in chosen.values():
-                numbers += [rank.gather(1, which).mean(1), distance.gather(1, which).mean(1)]
-        return np.asarray(torch.stack(numbers, dim=1).cpu().numpy())
+            for indices in (helpful, harmful):
+                columns += [rank.gather(1, indices).mean(1), distance.gather(1, indices).mean(1)]
+        return np.asarray(torch.stack(columns, dim=1).cpu().numpy())

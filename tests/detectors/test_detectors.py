@@ -102,7 +102,7 @@ def test_a_plain_networks_fgsm_images_are_detected(
     assert adversarial.dtype == torch.float64
     assert auc(adversarial.numpy(), clean.numpy()) > 0.9
     assert detector.score(images["test"][:0]).shape == (0,)
-    # an image's score is its own, whatever batch it lies in
+    # an image's score does not depend on its batch
     torch.testing.assert_close(detector.score(images["test"][:7]), clean[:7], rtol=1e-3, atol=1e-3)
 
 
@@ -147,6 +147,12 @@ def test_detectors_refuse_images_and_models_that_do_not_fit() -> None:
         RouterDetector(create_model("awnet_tiny", in_channels=1, type_head=False)).fit(x, y, x, x)
     with pytest.raises(ValueError, match="x_train must hold"):
         NNIF(plain, neighbours=10).fit(x, y, x, x)
+    with pytest.raises(ValueError, match="got 6 of at most most_train = 6"):
+        NNIF(plain, neighbours=5, most_train=6).fit(x, y, x, x)
+    with pytest.raises(ValueError, match=r"y_train must be in \[0, 10\), got labels from 11 to 11"):
+        NNIF(plain, neighbours=2).fit(x, y + 11, x, x)
+    with pytest.raises(TypeError, match="y_train must be int64"):
+        LNG(plain).fit(x, y.int(), x, x)
     with pytest.raises(ValueError, match="more than neighbours"):
         LNG(plain, neighbours=12).fit(x, y, x, x)
     with pytest.raises(ValueError, match="12 labels"):
