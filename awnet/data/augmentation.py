@@ -23,7 +23,7 @@ _CROP_AREA = (0.25, 1.0)  # of resized_crop, shares of the image
 _CROP_RATIO = 4 / 3
 _ERASED_AREA = (0.02, 0.5)  # of idbh
 _ERASED_RATIO = 3.3
-_SHIFTED = 11 / 32  # of idbh: largest sum of what is cut off at two sides, a share of the side
+_SHIFTED = 11 / 32  # of idbh: largest number of rows and columns that are cut off, a share of the side
 
 
 def check_operations(name: str, value: Any) -> tuple[OperationName, ...]:
@@ -56,7 +56,7 @@ def transformed(
 
 
 def partners(index: Tensor, images: int, *, seed: int, epoch: int) -> Tensor:
-    """The rows, in a data set of ``images``, of what is mixed into the images of ``index``; int64 [N]."""
+    """For each image of ``index`` the row of the image to mix in, in a data set of ``images``; int64 [N]."""
     return (rng.bits(rng.key(seed, "augmentation", "partner", epoch), index, ()) >> 1) % images
 
 
@@ -71,16 +71,15 @@ def mixed(
     seed: int,
     epoch: int,
 ) -> tuple[Tensor, Tensor]:
-    """CutMix (Yun et al., ICCV 2019): a box of each image is that of ``other``, and the labels are mixed.
+    """CutMix (Yun et al., ICCV 2019): a box of each image is replaced by that of ``other``; labels are mixed.
 
-    The box has a share of the area that is uniform in [0, 1] and any center; what is outside the image is
-    cut off.
+    The box's share of the area is uniform in [0, 1], its center is any pixel, and it is cropped to the image.
 
     Args:
         x, other: images [B, C, H, W].
         y, other_y: their labels, int64 [B].
-        index: of ``x``, keys the boxes.
-        classes: K.
+        index: indices of ``x``, int64 [B], which key the boxes.
+        classes: K, the number of classes.
 
     Returns:
         The images, and labels float32 [B, K]: each label's share of the pixels.
@@ -154,9 +153,9 @@ def _resized_crop(x: Tensor, draw: Draw) -> Tensor:
     def sources(start: Tensor, length: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """For each pixel of a side its two source pixels and the weight of the second, [B, size]."""
         steps = (torch.arange(size, device=x.device) + 0.5) / size
-        at = (start[:, None] + length[:, None] * steps - 0.5).clamp(0, size - 1)
-        first = at.floor().long()
-        return first, (first + 1).clamp(max=size - 1), at - first
+        position = (start[:, None] + length[:, None] * steps - 0.5).clamp(0, size - 1)
+        first = position.floor().long()
+        return first, (first + 1).clamp(max=size - 1), position - first
 
     row, next_row, down = sources(top, height, x.shape[2])
     column, next_column, right = sources(left, width, x.shape[3])
@@ -172,14 +171,14 @@ def _idbh(x: Tensor, draw: Draw) -> Tensor:
 
 
 def _crop_shifted(x: Tensor, u: Tensor) -> Tensor:
-    """A rectangle of the image at another place in a black one; a random part of what is cut off is rows."""
+    """A rectangle of the image, moved on black; what is cut off is split between rows and columns."""
     height, width = x.shape[2:]
     cut = (u[:, 0] * (round(_SHIFTED * min(height, width)) + 1)).long()
     cut_rows = (u[:, 1] * (cut + 1)).long()
     parts = []
-    for cut_here, i, size in ((cut_rows, 2, height), (cut - cut_rows, 4, width)):
-        source, target = ((u[:, j] * (cut_here + 1)).long() for j in (i, i + 1))
-        parts.append((source, target, size - cut_here))
+    for removed, i, size in ((cut_rows, 2, height), (cut - cut_rows, 4, width)):
+        source, target = ((u[:, j] * (removed + 1)).long() for j in (i, i + 1))
+        parts.append((source, target, size - removed))
     (from_row, to_row, rows), (from_column, to_column, columns) = parts
     row, column = (torch.arange(size, device=x.device) for size in (height, width))
     moved = gathered(
@@ -218,7 +217,7 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _blurred(x: Tensor) -> Tensor:
-    """The mean over 3×3 pixels, with the center five times as heavy; the border's neighbors are repeated."""
+    """The mean over 3×3 pixels, where the center weighs five times as much; the border is replicated."""
     padded = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="replicate")
     height, width = x.shape[2:]
     total = 4 * x

@@ -21,18 +21,17 @@ VALIDATION_FRACTION = 0.02  # 1,000 of the 50,000 training images
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a version is stored on disk. label_key and names_key: of the python version; label_at: which of a
-    record's ``label_bytes`` leading bytes the label is, in the binary version."""
+    """How a version is stored on disk."""
 
     folder: str
     train: tuple[str, ...]
     test: str
     names: str
     num_classes: int
-    label_key: str = ""
+    label_key: str = ""  # keys of the pickles in the python version
     names_key: str = ""
-    label_bytes: int = 0
-    label_at: int = 0
+    label_bytes: int = 0  # leading bytes of each record in the binary version, and which of them is the label
+    label_position: int = 0
 
     @property
     def binary(self) -> bool:
@@ -76,16 +75,22 @@ LAYOUTS = {
             names="fine_label_names.txt",
             num_classes=100,
             label_bytes=2,
-            label_at=1,
+            label_position=1,
         ),
     ),
 }
 
 
 def load_cifar(name: str, data_dir: str | Path, seed: int = 0) -> Splits:
-    """``name`` is "cifar10" or "cifar100"; 2 % of the training images, chosen by the seed, are held out.
+    """Loads CIFAR-10 or CIFAR-100; 2 % of the training images are held out for validation.
 
-    ``data_dir`` is the published folder or its parent. Its files may contain fewer images than published.
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``.
+        data_dir: the published folder or its parent. Its files may contain fewer images than published.
+        seed: chooses the held-out images.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged.
     """
     layouts = {layout.names: layout for layout in LAYOUTS[name]}
     folder, marker = find_folder(name, data_dir, {layout.folder: layout.names for layout in layouts.values()})
@@ -101,8 +106,8 @@ def load_cifar(name: str, data_dir: str | Path, seed: int = 0) -> Splits:
         if len(images) == 0:
             raise ValueError(f"{folder} holds no {split} images (in {', '.join(files)})")
         labels = np.concatenate([labels for _, labels in parts])
-        about: Any = {"name": name, "split": split, "classes": classes, "source": str(folder)}
-        return from_arrays(images, labels, **about, shift=4, flip=True, layout="nchw")
+        fields: Any = {"name": name, "split": split, "classes": classes, "source": str(folder)}
+        return from_arrays(images, labels, **fields, shift=4, flip=True, layout="nchw")
 
     train, validation = hold_out(read(layout.train, "train"), VALIDATION_FRACTION, seed)
     return Splits(train, validation, read((layout.test,), "test"))
@@ -124,7 +129,7 @@ def _class_names(path: Path, layout: _Layout) -> tuple[str, ...]:
 
 
 def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
-    _must_exist(path)
+    _check_exists(path)
     batch = read_pickle(path, "data", layout.label_key)
     rows, labels = batch.get("data"), batch.get(layout.label_key)
     if (
@@ -145,7 +150,7 @@ def _read_python(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_binary(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
-    _must_exist(path)
+    _check_exists(path)
     content = np.fromfile(path, np.uint8)
     record = layout.label_bytes + PIXELS
     if len(content) % record:
@@ -154,7 +159,7 @@ def _read_binary(path: Path, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
             "truncated, or not a CIFAR file. Download it again from its publisher"
         )
     records = content.reshape(-1, record)
-    return _checked(path, records[:, layout.label_bytes :], records[:, layout.label_at], layout)
+    return _checked(path, records[:, layout.label_bytes :], records[:, layout.label_position], layout)
 
 
 def _checked(
@@ -167,7 +172,7 @@ def _checked(
     return np.ascontiguousarray(rows).reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 
-def _must_exist(path: Path) -> None:
+def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; the published folder has it. Download the data set again"

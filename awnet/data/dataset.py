@@ -24,7 +24,7 @@ from awnet.scalars import check_flag, check_integer, plain
 
 Memory = Literal["auto", "device", "host"]
 MOST_SHIFT = 1024  # pixels
-MOST_CLASSES = 1_000_000  # that are named by number
+MOST_CLASSES = 1_000_000  # that from_arrays names by their numbers
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NOT_UINT8 = (
     "images must be uint8 [N, C, H, W], got {}; convert gray images [N, H, W] with images[:, None], and "
@@ -39,8 +39,8 @@ class Augmentation:
     shift: shift by an integer number of pixels in [-shift, shift] along each axis, filled with zeros (the
         usual random crop after zero padding by ``shift``).
     flip: mirror left to right with probability ½.
-    operations: names of further ones, see :func:`awnet.data.augmentation.transformed`; ``cutmix``, which
-        mixes images and labels, comes last, see :func:`awnet.data.augmentation.mixed`.
+    operations: names of further transformations, see :func:`awnet.data.augmentation.transformed`; ``cutmix``,
+        which mixes images and labels, is applied last, see :func:`awnet.data.augmentation.mixed`.
     """
 
     shift: int = 0
@@ -169,7 +169,7 @@ class Dataset:
     def placed(self, device: str | torch.device, memory: Memory = "auto") -> Dataset:
         """The same data set in the memory that ``batches(device=…)`` reads from.
 
-        memory: ``device``; ``host``, from where each batch is copied while the previous one is in use; or
+        memory: ``device``; ``host``: each batch is copied to the device while the previous one is in use; or
         ``auto``: the device, unless the images would need more than half of its free memory.
         """
         target = torch.device(device)
@@ -238,11 +238,11 @@ class Dataset:
             for rows, pixels in zip(
                 chunks(order.to(device)), self._pixels(chunks(order), device), strict=True
             ):
-                here = None if moves is None else moves[rows]
+                batch_moves = None if moves is None else moves[rows]
                 if extra is not None:  # too many images to draw for all of them
-                    here = _moves(index[rows], self.augmentation, seed, epoch)
-                if here is not None:
-                    pixels = _moved(pixels, here, self.augmentation)
+                    batch_moves = _moves(index[rows], self.augmentation, seed, epoch)
+                if batch_moves is not None:
+                    pixels = _moved(pixels, batch_moves, self.augmentation)
                 x = pixels / scale
                 yield rows, transformed(x, index[rows], operations, seed=seed, epoch=epoch)
 
@@ -259,7 +259,7 @@ class Dataset:
         )
 
     def _with_extra_rows(self, order: Tensor, extra: ExtraImages, seed: int, epoch: int) -> Tensor:
-        """The rows of an epoch; those of extra images follow the data set's own, from ``len(self)``."""
+        """The rows of an epoch; rows of extra images are numbered from ``len(self)``."""
         is_extra = extra.is_extra(len(order))
         number = int(is_extra.sum())
         mixed_order = order.clone()
@@ -271,19 +271,19 @@ class Dataset:
         """uint8 [B, C, H, W] on ``device`` for each chunk of row numbers, also those of extra images."""
         extra, size = self.extra, len(self)
         if extra is None or not any((rows >= size).any() for rows in chunks):
-            yield from self._own_pixels(chunks, device)
+            yield from self._dataset_pixels(chunks, device)
             return
-        own = [rows[rows < size] for rows in chunks]
-        others = [rows[rows >= size] - size for rows in chunks]
-        sources = self._own_pixels(own, device), _prefetched(extra.pixels, others, device)
-        for rows, one, other in zip(chunks, *sources, strict=True):
-            pixels = one.new_empty(len(rows), *one.shape[1:])
-            for part, here in ((one, rows < size), (other, rows >= size)):
-                pixels[here.nonzero()[:, 0].to(device)] = part
+        dataset_rows = [rows[rows < size] for rows in chunks]
+        extra_rows = [rows[rows >= size] - size for rows in chunks]
+        sources = self._dataset_pixels(dataset_rows, device), _prefetched(extra.pixels, extra_rows, device)
+        for rows, from_dataset, from_extra in zip(chunks, *sources, strict=True):
+            pixels = from_dataset.new_empty(len(rows), *from_dataset.shape[1:])
+            pixels[(rows < size).nonzero()[:, 0].to(device)] = from_dataset
+            pixels[(rows >= size).nonzero()[:, 0].to(device)] = from_extra
             yield pixels
 
-    def _own_pixels(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        if _resident(self.images, device):
+    def _dataset_pixels(self, chunks: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        if is_resident(self.images, device):
             return (self.images[rows.to(self.images.device)] for rows in chunks)
 
         def gather(rows: Tensor) -> Tensor:
@@ -308,7 +308,8 @@ def _prefetched(
             yield staged.to(device, non_blocking=True)
 
 
-def _resident(images: Tensor, device: torch.device) -> bool:
+def is_resident(images: Tensor, device: torch.device) -> bool:
+    """Whether ``images`` are stored on ``device``; a device without an index means any of its type."""
     return images.device.type == device.type and device.index in (None, images.device.index)
 
 
@@ -373,12 +374,15 @@ def stratified(labels: Tensor, index: Tensor, n: int, key: int) -> tuple[Tensor,
 
 
 def with_extra(dataset: Dataset, path: str | Path, fraction: float = 0.7) -> Dataset:
-    """``dataset`` whose augmented batches take a share ``fraction`` of their images from a file.
+    """``dataset`` with augmented batches that take a share ``fraction`` of their images from a file.
 
     The file is an ``.npz`` of ``numpy.savez`` with ``image`` uint8 [M, H, W, C] (or [M, C, H, W]), in the
-    data set's levels, and ``label`` [M], as Wang et al. (ICML 2023) release generated images. It is mapped,
-    not read. An epoch has ``len(dataset)`` images as before, drawn without replacement from both; fewer extra
-    images than an epoch takes are an error.
+    data set's levels, and ``label`` [M], as Wang et al. (ICML 2023) release generated images. It is mapped to
+    memory. An epoch still has ``len(dataset)`` images, drawn without replacement from both.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`awnet.data.extra.load_extra`, and if the file has fewer
+            images than an epoch takes, or pixels above the data set's ``max_value``.
     """
     channels, height, width = dataset.images.shape[1:]
     extra = load_extra(path, fraction, (channels, height, width), dataset.num_classes)
@@ -420,7 +424,7 @@ def from_arrays(
     norm: Norm = "Linf",
     shift: int = 0,
     flip: bool = False,
-    source: str = "arrays of the caller's",
+    source: str = "arrays",
     layout: Literal["nchw", "nhwc"] | None = None,
 ) -> Dataset:
     """A data set from arrays or tensors.
@@ -431,7 +435,8 @@ def from_arrays(
     layout: ``"nhwc"`` for images [N, H, W, C], as in PIL and TensorFlow, which are copied to [N, C, H, W].
         None accepts [N, C, H, W] and rejects a shape that looks like [N, H, W, C]; ``"nchw"`` accepts any.
 
-    ValueError or TypeError, naming the argument, for anything else.
+    Raises:
+        ValueError, TypeError: an argument is not as described; the message names it.
     """
     pixels = _pixels(images, layout)
     numbers = _class_numbers(labels)

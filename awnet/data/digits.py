@@ -11,8 +11,11 @@ TEST, VALIDATION = 400, 200
 
 
 def load_digits(seed: int = 0) -> Splits:
-    """1,197 / 200 / 400 images, stratified. The test images are the same for every seed, so that no
-    model is tested on training images; the seed chooses the validation images among the others."""
+    """Loads 1,197 training, 200 validation and 400 test images, stratified by class.
+
+    The test images are the same for every seed, so that no model is tested on training images; the seed
+    chooses the validation images among the others.
+    """
     from sklearn.datasets import load_digits as load
 
     digits = load()

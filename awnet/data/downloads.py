@@ -1,4 +1,4 @@
-"""Finds the published data sets on disk, or downloads their archives, resuming, and verifies checksums."""
+"""Finds the published data sets on disk, or downloads their archives and verifies the checksums."""
 
 from __future__ import annotations
 
@@ -50,10 +50,15 @@ ARCHIVES = {
 
 
 def find_folder(name: str, data_dir: str | Path, markers: dict[str, str]) -> tuple[Path, str]:
-    """(the published folder, its marker file).
+    """Finds the published folder of data set ``name``; returns it and its marker file.
 
-    ``markers``: folder name → a file that only this version has; the first existing one is taken.
-    ``data_dir`` is the folder itself, under any name, or its parent.
+    Args:
+        name: the data set, for the error message.
+        data_dir: the folder itself, under any name, or its parent.
+        markers: folder name → a file that only this version has; the first existing one is taken.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
     """
     data_dir = expanded(data_dir)
     for folder, marker in markers.items():
@@ -124,7 +129,7 @@ def download(
 def _fetch(url: str, output: Path, part: Path, progress: Progress | None) -> None:
     """Completes ``part`` from ``url``, then moves it to ``output``; ValueError beyond MOST_BYTES."""
     try:
-        with locked(part, lambda: "another process downloads it; wait for that"):
+        with locked(part, lambda: "another process is downloading it; wait until it has finished"):
             _complete(url, part, progress)
         os.replace(part, output)
     finally:

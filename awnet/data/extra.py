@@ -22,7 +22,7 @@ from awnet import rng
 from awnet.files import expanded
 
 _NAMES = (("image", "label"), ("images", "labels"), ("x", "y"))
-FIRST_INDEX = 1 << 40  # of extra images: their random numbers are not those of the data set's own images
+FIRST_INDEX = 1 << 40  # of extra images, so that they share no random numbers with the data set's images
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +50,12 @@ class ExtraImages:
         return int(self.is_extra(images).sum())
 
     def is_extra(self, images: int) -> Tensor:
-        """Whether each place of an epoch of ``images`` has an extra image, bool [N] on the CPU.
+        """Which positions in an epoch of ``images`` are extra images, bool [N] on the CPU.
 
-        They are spread evenly, so that any n places in a row have n · fraction of them, up to one.
+        They are spread evenly: n consecutive positions have n · fraction of them, up to one.
         """
-        places = torch.arange(images + 1, dtype=torch.float64) * self.fraction
-        return (places + 1e-9).floor().diff() > 0
+        expected = torch.arange(images + 1, dtype=torch.float64) * self.fraction
+        return (expected + 1e-9).floor().diff() > 0
 
     def drawn(self, number: int, seed: int, epoch: int) -> Tensor:
         """``number`` different rows, int64 on the CPU, in the order of an epoch."""
@@ -64,11 +64,11 @@ class ExtraImages:
 
     def pixels(self, rows: Tensor) -> Tensor:
         """The images at ``rows``, uint8 [B, C, H, W] on the CPU."""
-        ascending = rows.argsort()  # the file is read in its order
+        ascending = rows.argsort()  # reads the file sequentially
         read = np.empty((len(rows), *self.images.shape[1:]), dtype=np.uint8)
         read[ascending.numpy()] = self.images[rows[ascending].numpy()]
-        found = torch.from_numpy(read)
-        return found if self.channels_first else found.permute(0, 3, 1, 2).contiguous()
+        images = torch.from_numpy(read)
+        return images if self.channels_first else images.permute(0, 3, 1, 2).contiguous()
 
     def sample(self) -> np.ndarray[Any, Any]:
         """64 images from all over the file, or all if there are fewer."""

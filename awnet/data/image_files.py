@@ -59,9 +59,9 @@ def load_path(
         raise FileNotFoundError(f"{path} is neither a folder with a folder for each class nor a .npz file")
     if "train" in parts and "validation" not in parts:
         parts["train"], parts["validation"] = hold_out(parts["train"], VALIDATION_FRACTION, seed)
-    some, nothing = next(iter(parts.values())), torch.zeros(0, dtype=torch.int64)
+    any_part, no_rows = next(iter(parts.values())), torch.zeros(0, dtype=torch.int64)
     train, validation, test = (
-        parts[name] if name in parts else some.take(nothing, split=name) for name in _PARTS
+        parts[name] if name in parts else any_part.take(no_rows, split=name) for name in _PARTS
     )
     return Splits(train, validation, test)
 
@@ -105,8 +105,8 @@ def _load_npz(path: Path, classes: str | Path | None) -> dict[str, Dataset]:
         part: _from_arrays(path, part, arrays[images], arrays[labels])
         for part, (images, labels) in _with_test(pairs).items()
     }
-    most = max((part.classes for part in parts.values()), key=len)
-    names = tuple(_class_names(list(most), classes)[0])
+    longest = max((part.classes for part in parts.values()), key=len)
+    names = tuple(_class_names(list(longest), classes)[0])
     return {name: replace(part, classes=names) for name, part in parts.items()}
 
 

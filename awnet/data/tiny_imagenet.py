@@ -17,23 +17,24 @@ from awnet.data.image_files import decode_into
 
 SIZE = 64
 VALIDATION_FRACTION = 0.02
-_AGAIN = "Unpack the archive again, or download it again"
+_ADVICE = "Unpack the archive again, or download it again"
 
 
 def load_tiny_imagenet(data_dir: str | Path, seed: int = 0) -> Splits:
-    """The classes are those of ``wnids.txt``, in the order of their WordNet ids; the published validation
-    images of these classes are the test set (the labels of the published test images are secret); 2 % of the
-    training images, chosen by the seed, are held out.
+    """Loads the classes in ``wnids.txt``, in the order of their WordNet ids; list fewer there for a subset.
 
-    For a subset of the classes ``wnids.txt`` lists only these. Raises FileNotFoundError or ValueError, with
-    counts, if class folders, images or annotations are missing: each class must have the same number of
-    images.
+    The published validation images are the test set, since the labels of the published test images are
+    secret; 2 % of the training images, chosen by the seed, are held out for validation.
+
+    Raises:
+        FileNotFoundError, ValueError: class folders, images or annotations are missing or damaged; each class
+            must have the same number of images.
     """
     folder, marker = find_folder("tiny_imagenet", data_dir, {"tiny-imagenet-200": "wnids.txt"})
     listed = (folder / marker).read_text(encoding="utf-8", errors="replace").split()
     classes = tuple(sorted(set(listed)))
     if not classes:
-        raise ValueError(f"{folder / marker} is empty; it lists the classes. {_AGAIN}")
+        raise ValueError(f"{folder / marker} is empty; it lists the classes. {_ADVICE}")
     number = {wnid: i for i, wnid in enumerate(classes)}
     train_files = _train_files(folder, classes)
     test_files = _test_files(folder, classes)
@@ -44,8 +45,8 @@ def load_tiny_imagenet(data_dir: str | Path, seed: int = 0) -> Splits:
         images = np.empty((len(files), 3, SIZE, SIZE), np.uint8)
         decode_into(images, [path for path, _ in files], _read_image)
         labels = [number[wnid] for _, wnid in files]
-        about: Any = {"name": "tiny_imagenet", "split": split, "classes": classes, "source": str(folder)}
-        return from_arrays(images, labels, **about, shift=4, flip=True, layout="nchw")
+        fields: Any = {"name": "tiny_imagenet", "split": split, "classes": classes, "source": str(folder)}
+        return from_arrays(images, labels, **fields, shift=4, flip=True, layout="nchw")
 
     train, validation = hold_out(read(train_files, "train"), VALIDATION_FRACTION, seed)
     return Splits(train, validation, read(test_files, "test"))
@@ -58,17 +59,17 @@ def _train_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, str
         raise FileNotFoundError(
             f"{train_folder} is missing; the published folder has a folder per class there"
         )
-    there = {entry.name for entry in train_folder.iterdir() if (entry / "images").is_dir()}
-    if missing := [wnid for wnid in classes if wnid not in there]:
+    present = {entry.name for entry in train_folder.iterdir() if (entry / "images").is_dir()}
+    if missing := [wnid for wnid in classes if wnid not in present]:
         raise FileNotFoundError(
             f"{train_folder} has no images folder for {len(missing)} of the {len(classes)} classes in "
-            f"wnids.txt, for example {missing[0]}. {_AGAIN}; for a subset of the classes, "
+            f"wnids.txt, for example {missing[0]}. {_ADVICE}; for a subset of the classes, "
             "list only these there"
         )
-    if extra := sorted(there - set(classes)):
+    if extra := sorted(present - set(classes)):
         raise ValueError(
-            f"{folder / 'wnids.txt'} lacks {len(extra)} of the {len(there)} classes in {train_folder}, "
-            f"for example {extra[0]}. {_AGAIN}"
+            f"{folder / 'wnids.txt'} lacks {len(extra)} of the {len(present)} classes in {train_folder}, "
+            f"for example {extra[0]}. {_ADVICE}"
         )
     files = []
     for wnid in classes:
@@ -83,7 +84,9 @@ def _test_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, str]
     """(image, class) for each published validation image of ``classes``, in the published order."""
     annotations, images = folder / "val" / "val_annotations.txt", folder / "val" / "images"
     if not annotations.is_file():
-        raise FileNotFoundError(f"{annotations} is missing; it holds the labels of the test images. {_AGAIN}")
+        raise FileNotFoundError(
+            f"{annotations} is missing; it holds the labels of the test images. {_ADVICE}"
+        )
     files, annotated = [], set()
     for line, text in enumerate(annotations.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         if not text.strip():
@@ -96,16 +99,16 @@ def _test_files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, str]
         annotated.add(fields[0])
         if fields[1] in classes:
             files.append((images / fields[0], fields[1]))
-    there = {path.name for path in _images(images)} if images.is_dir() else set()
-    if missing := [path.name for path, _ in files if path.name not in there]:
+    present = {path.name for path in _images(images)} if images.is_dir() else set()
+    if missing := [path.name for path, _ in files if path.name not in present]:
         raise FileNotFoundError(
             f"{images}: {len(missing)} of {len(files)} test images are missing, for example {missing[0]}. "
-            f"{_AGAIN}"
+            f"{_ADVICE}"
         )
-    if extra := sorted(there - annotated):
+    if extra := sorted(present - annotated):
         raise ValueError(
-            f"{annotations} has no label for {len(extra)} of the {len(there)} images in {images}, for "
-            f"example {extra[0]}. {_AGAIN}"
+            f"{annotations} has no label for {len(extra)} of the {len(present)} images in {images}, for "
+            f"example {extra[0]}. {_ADVICE}"
         )
     _check_equal(files, classes, f"{annotations} names")
     return files
@@ -122,7 +125,7 @@ def _check_equal(files: list[tuple[Path, str]], classes: tuple[str, ...], what: 
     if short := [wnid for wnid in classes if counts[wnid] < most]:
         raise ValueError(
             f"{what} {len(files)} images, but {len(classes)} classes of {most} make {len(classes) * most}: "
-            f"{len(short)} classes have fewer, {short[0]} has {counts[short[0]]}. {_AGAIN}; classes of "
+            f"{len(short)} classes have fewer, {short[0]} has {counts[short[0]]}. {_ADVICE}; classes of "
             "unequal sizes can be loaded with awnet.data.from_arrays"
         )
 

@@ -28,14 +28,14 @@ INDEX = 7 * torch.arange(N) + 3
 
 @pytest.mark.parametrize("name", ON_ONE_IMAGE)
 @pytest.mark.parametrize(("channels", "height", "width"), [(3, 16, 16), (1, 8, 8), (2, 9, 14), (3, 1, 1)])
-def test_shape_and_range_stay(name: Any, channels: int, height: int, width: int) -> None:
+def test_operations_keep_shape_and_range(name: Any, channels: int, height: int, width: int) -> None:
     x = images(channels, height, width)
-    found = transformed(x, INDEX, (name,), seed=1, epoch=2)
-    assert found.shape == x.shape
-    assert found.dtype == torch.float32
-    assert found.min() >= 0
-    assert found.max() <= 1
-    assert found.isfinite().all()
+    actual = transformed(x, INDEX, (name,), seed=1, epoch=2)
+    assert actual.shape == x.shape
+    assert actual.dtype == torch.float32
+    assert actual.min() >= 0
+    assert actual.max() <= 1
+    assert actual.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ON_ONE_IMAGE)
@@ -51,10 +51,10 @@ def test_an_image_has_the_same_bits_in_any_batch(name: Any) -> None:
 
 def test_cutout_blackens_a_square_of_half_the_side() -> None:
     x = images(low=0.1)
-    found = transformed(x, INDEX, ("cutout",), seed=0, epoch=0)
-    black = found == 0
+    actual = transformed(x, INDEX, ("cutout",), seed=0, epoch=0)
+    black = actual == 0
     assert torch.equal(black, black[:, :1].expand_as(black))
-    assert torch.equal(found[~black], x[~black])
+    assert torch.equal(actual[~black], x[~black])
     rows, columns = black[:, 0].any(2).sum(1), black[:, 0].any(1).sum(1)
     assert torch.equal(black[:, 0].sum((1, 2)), rows * columns)  # one rectangle
     assert rows.max() == columns.max() == 8
@@ -66,8 +66,8 @@ def test_a_resized_crop_is_the_bilinear_resize_of_a_rectangle() -> None:
     height, width = 12, 16
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     x = torch.stack([row / height, column / width])[None].expand(N, -1, -1, -1).float()
-    found = transformed(x, INDEX, ("resized_crop",), seed=0, epoch=0)
-    inner = found[:, :, 2:-2, 2:-2]
+    actual = transformed(x, INDEX, ("resized_crop",), seed=0, epoch=0)
+    inner = actual[:, :, 2:-2, 2:-2]
     steps = inner[:, 0].diff(dim=1), inner[:, 1].diff(dim=2)
     for step, size in zip(steps, (height, width), strict=True):
         assert (step.amax((1, 2)) - step.amin((1, 2))).max() < 1e-5  # a straight line, in float32
@@ -81,11 +81,11 @@ def test_a_resized_crop_is_the_bilinear_resize_of_a_rectangle() -> None:
 
 def test_idbh_shifts_recolors_and_erases() -> None:
     x = images(low=0.3)
-    found = transformed(x, INDEX, ("idbh",), seed=0, epoch=0)
-    black = (found == 0).all(1).float().mean((1, 2))
+    actual = transformed(x, INDEX, ("idbh",), seed=0, epoch=0)
+    black = (actual == 0).all(1).float().mean((1, 2))
     assert 0 < black.mean() < 0.6
     assert (black > 0.3).any()
-    gray = (found - found.mean(1, keepdim=True)).abs().amax((1, 2, 3))
+    gray = (actual - actual.mean(1, keepdim=True)).abs().amax((1, 2, 3))
     assert gray.min() < 0.5 * gray.max()  # some lose saturation
     constant = torch.full((N, 3, 16, 16), 0.5)
     one = transformed(constant, INDEX, ("idbh",), seed=0, epoch=0)
@@ -119,10 +119,10 @@ def test_batches_are_augmented_in_training_only_and_the_same_on_any_number_of_ra
 def test_cutmix_puts_a_box_of_another_image_and_mixes_the_labels_by_pixels() -> None:
     x, other = images(low=0.5), 0.5 * images()
     y, other_y = torch.arange(N) % 3, torch.arange(N) % 4
-    found, labels = mixed(x, y, other, other_y, INDEX, 4, seed=0, epoch=0)
-    from_other = found == other
+    actual, labels = mixed(x, y, other, other_y, INDEX, 4, seed=0, epoch=0)
+    from_other = actual == other
     assert torch.equal(from_other, from_other[:, :1].expand_as(from_other))
-    assert torch.equal(found[~from_other], x[~from_other])
+    assert torch.equal(actual[~from_other], x[~from_other])
     share = from_other[:, 0].float().mean((1, 2))
     torch.testing.assert_close(labels.sum(1), torch.ones(N), rtol=0, atol=1e-6)
     for i in range(N):
@@ -134,7 +134,7 @@ def test_cutmix_puts_a_box_of_another_image_and_mixes_the_labels_by_pixels() -> 
     assert share.max() > 0.6
 
 
-def test_any_image_is_a_partner() -> None:
+def test_every_image_may_be_a_cutmix_partner() -> None:
     rows = partners(torch.arange(1000), 1000, seed=0, epoch=0)
     assert rows.min() >= 0
     assert rows.max() < 1000
@@ -160,7 +160,7 @@ def test_mixed_batches_are_the_same_on_any_number_of_ranks_and_where_images_are_
     assert all(torch.equal(a.x, b.x) for a, b in zip(resumed, whole[1:], strict=True))
 
 
-def test_operations_of_a_recipe() -> None:
+def test_a_recipes_operations_are_a_tuple_and_decide_the_shift() -> None:
     recipe = recipe_for("trades", "cifar10", augment="idbh")
     assert recipe.augment == ("idbh",)
     assert recipe.to_dict()["augment"] == ["idbh"]

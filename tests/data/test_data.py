@@ -214,7 +214,7 @@ BAD_BATCHES = {
 def test_a_bad_cifar_batch_is_refused_with_its_path(tmp_path, case):
     change, message = BAD_BATCHES[case]
     folder = write_cifar10(tmp_path)
-    # protocol 2 or 3 writes a set by name; later ones by an opcode of its own, which harms nobody
+    # protocol 2 or 3 writes a set by name; later ones by a separate opcode, which is harmless
     (folder / "data_batch_3").write_bytes(
         pickle.dumps({"data": DATA, "labels": LABELS, **change}, protocol=3)
     )

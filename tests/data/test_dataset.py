@@ -117,7 +117,7 @@ def test_a_data_set_that_is_not_on_the_device_gives_the_same_bits(options, monke
         return select(*arguments, **more)
 
     monkeypatch.setattr(torch, "index_select", watched)
-    monkeypatch.setattr(dataset, "_resident", lambda images, device: False)
+    monkeypatch.setattr(dataset, "is_resident", lambda images, device: False)
     assert_same_batches(want, data.batches(5, **SHUFFLED, **options, device="cpu"))
     assert threading.main_thread() not in threads
     assert len(threads) == bool(want)
@@ -130,13 +130,13 @@ def test_images_stay_in_the_file_that_they_are_mapped_from(tmp_path, monkeypatch
     mapped = from_arrays(pixels, data.labels, shift=2, flip=True)
     assert mapped.images.data_ptr() == pixels.ctypes.data
     assert mapped.placed("cpu", "host").images.data_ptr() == pixels.ctypes.data
-    monkeypatch.setattr(dataset, "_resident", lambda images, device: False)
+    monkeypatch.setattr(dataset, "is_resident", lambda images, device: False)
     assert_same_batches(data.batches(5, **SHUFFLED), mapped.batches(5, **SHUFFLED))
 
 
 def test_an_epoch_may_be_stopped_early(monkeypatch):
-    monkeypatch.setattr(dataset, "_resident", lambda images, device: False)
-    before = set(threading.enumerate())  # compilers, for one, keep threads of their own
+    monkeypatch.setattr(dataset, "is_resident", lambda images, device: False)
+    before = set(threading.enumerate())  # of other code, such as compilers
     batches = small(20).batches(4)
     next(batches)
     assert len(set(threading.enumerate()) - before) == 1  # it fetches the next batch

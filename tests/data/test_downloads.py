@@ -97,7 +97,7 @@ def test_two_downloads_of_one_archive_do_not_mix(tmp_path, server, monkeypatch):
     part.write_bytes(server.content[:10])
     with (
         locked(part, lambda: "busy"),
-        pytest.raises(ConnectionError, match="another process downloads it"),
+        pytest.raises(ConnectionError, match="another process is downloading it"),
     ):
         download("cifar10", tmp_path / "mine")
     assert part.read_bytes() == server.content[:10]

@@ -98,7 +98,7 @@ def test_batches_are_the_same_on_any_number_of_ranks_from_any_start_and_memory(
             assert torch.equal(joined, getattr(batch, name)[batch.index.argsort()])
     resumed = epoch_of(data, start=2)
     assert all(torch.equal(one.x, other.x) for one, other in zip(resumed, whole[2:], strict=True))
-    monkeypatch.setattr("awnet.data.dataset._resident", lambda images, device: False)
+    monkeypatch.setattr("awnet.data.dataset.is_resident", lambda images, device: False)
     host = epoch_of(data)
     assert all(torch.equal(one.x, other.x) for one, other in zip(host, whole, strict=True))
 
@@ -191,7 +191,9 @@ def test_a_share_without_a_file_is_an_error(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow
-def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_trains_with_extra_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     x = np.zeros((200, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "digits.npz", image=x, label=np.arange(200) % 10)
     words = ["train", "--recipe", "pgd_at", "--model", "resnet_tiny", "--limit", "30", "--epochs", "1"]

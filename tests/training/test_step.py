@@ -206,8 +206,8 @@ def test_a_resumed_step_computes_the_same_bits(settings: dict[str, Any]) -> None
     two.model.load_state_dict(copy.deepcopy(one.model.state_dict()))
     two.load_state_dict(copy.deepcopy(one.state_dict()))
     for i in range(3, 6):
-        found = [step(batch(seed=i), shifted) for step in (one, two)]
-        assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+        actual = [step(batch(seed=i), shifted) for step in (one, two)]
+        assert all(torch.equal(value, actual[1][name]) for name, value in actual[0].items())
     assert same(everything(one), everything(two))
 
 
@@ -435,7 +435,7 @@ def test_a_run_drops_its_graphs_before_the_process_group_ends(
 def test_the_memory_of_the_images_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = []
     for memory in ("device", "host"):
-        monkeypatch.setattr(dataset, "_resident", lambda images, device, memory=memory: memory == "device")
+        monkeypatch.setattr(dataset, "is_resident", lambda images, device, memory=memory: memory == "device")
         torch.manual_seed(3)
         recipe, model = PGDAT(epochs=2, attack_steps=1, **QUICK), linear()
         folder = tmp_path / memory
