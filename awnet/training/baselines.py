@@ -67,7 +67,7 @@ def _cross_entropies(exits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> 
 
 @dataclass(frozen=True)
 class RDI(PGDAT):
-    """Multi-exit adversarial training of ``rdi_resnet38`` with its max-average defence.
+    """Multi-exit adversarial training of ``rdi_resnet38`` with its max-average defense.
 
     The attack computes a PGD image against each exit and takes, for every image, the one with the largest sum
     of all exits' losses. It costs as much as four and a half attacks on the network. Before each validation

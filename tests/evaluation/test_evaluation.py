@@ -83,13 +83,13 @@ def test_accuracies_are_counts_over_the_images() -> None:
     for name in ("fgsm", "cw"):
         attack = named_attack(name, model, data.threat_model, seed=4)
         right = model(attack(x, data.labels, index=data.index)).argmax(1) == data.labels
-        found = report.attacks[name]
-        assert 0 < found.robust_accuracy < report.clean_accuracy
-        assert found.robust_accuracy == right.double().mean().item()
-        assert found.w_robust_accuracy == (report.clean_accuracy + found.robust_accuracy) / 2
-        assert found.interval_95 == wilson_interval(int(right.sum()), len(data))
-        assert found.w_interval_95[0] < found.w_robust_accuracy < found.w_interval_95[1]
-        assert found.settings == attack.settings
+        actual = report.attacks[name]
+        assert 0 < actual.robust_accuracy < report.clean_accuracy
+        assert actual.robust_accuracy == right.double().mean().item()
+        assert actual.w_robust_accuracy == (report.clean_accuracy + actual.robust_accuracy) / 2
+        assert actual.interval_95 == wilson_interval(int(right.sum()), len(data))
+        assert actual.w_interval_95[0] < actual.w_robust_accuracy < actual.w_interval_95[1]
+        assert actual.settings == attack.settings
         assert np.array_equal(report.per_sample[f"{name}_correct"], right.numpy())
         assert torch.equal(robust_correct(model, data, attack, batch_size=9), right)
     assert torch.equal(robust_correct(model, data, "fgsm"), robust_correct(model, data, FGSM(model, eps=0.1)))
@@ -284,26 +284,26 @@ def test_report_json_has_the_schema(tmp_path: Path) -> None:
         Routed(), images(), ["fgsm", "cw"], out=tmp_path, name="first", compared_with={"static": static}
     )
     folder = tmp_path / "evaluations" / "first"
-    found = json.loads((folder / "report.json").read_text())
-    assert found == json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
-    assert " ".join(found) == (
+    actual = json.loads((folder / "report.json").read_text())
+    assert actual == json.loads((tmp_path / "report.json").read_text()) == report.to_dict()
+    assert " ".join(actual) == (
         "model dataset split n eps norm clean_accuracy clean_interval_95 attacks router_auc flags settings environment "
         "selected_on detection compared_with"
     )
-    assert found["selected_on"] == "test"
-    assert any("selected on test images" in flag for flag in found["flags"])
-    assert [found[key] for key in ("model", "dataset", "split", "n", "eps")] == [
+    assert actual["selected_on"] == "test"
+    assert any("selected on test images" in flag for flag in actual["flags"])
+    assert [actual[key] for key in ("model", "dataset", "split", "n", "eps")] == [
         "Routed",
         "custom",
         "test",
         30,
         0.1,
     ]
-    assert " ".join(found["attacks"]["cw"]) == (
+    assert " ".join(actual["attacks"]["cw"]) == (
         "robust_accuracy w_robust_accuracy interval_95 w_interval_95 settings"
     )
-    assert {"awnet", "torch", "device", "threads", "commit"} <= set(found["environment"])
-    assert set(found["compared_with"]["static"]["attacks"]) == {"fgsm", "cw"}
+    assert {"awnet", "torch", "device", "threads", "commit"} <= set(actual["environment"])
+    assert set(actual["compared_with"]["static"]["attacks"]) == {"fgsm", "cw"}
     assert (folder / "training.png").exists()
     assert "compared_with" not in static.to_dict()
     assert "selected_on" not in static.to_dict()
@@ -338,12 +338,12 @@ def test_damaged_reports_are_refused(tmp_path: Path) -> None:
 def test_comparison_is_paired_by_image() -> None:
     data = images(40)
     this, other = (evaluate(Linear(tilt), data, ["fgsm"]) for tilt in (0.0, 1.5))
-    found = compare(this, other)
+    actual = compare(this, other)
     mine, theirs = (r.per_sample for r in (this, other))
-    assert found.clean_difference == pytest.approx(this.clean_accuracy - other.clean_accuracy)
-    assert found.clean_mcnemar_p == mcnemar(mine["clean_correct"], theirs["clean_correct"])
+    assert actual.clean_difference == pytest.approx(this.clean_accuracy - other.clean_accuracy)
+    assert actual.clean_mcnemar_p == mcnemar(mine["clean_correct"], theirs["clean_correct"])
     value = sum(0.5 * mine[k].astype(float) - 0.5 * theirs[k] for k in ("clean_correct", "fgsm_correct"))
-    fgsm = found.attacks["fgsm"]
+    fgsm = actual.attacks["fgsm"]
     assert fgsm.difference == pytest.approx(value.mean())
     assert fgsm.difference != 0
     assert fgsm.interval_95 == bootstrap_interval(value)
@@ -524,9 +524,9 @@ def test_figures_of_a_report_are_written(tmp_path: Path) -> None:
         tmp_path / "differences.png",
         title="three trainings",
     )
-    found = sorted(tmp_path.iterdir())
-    assert len(found) == 7
-    for path in found:
+    actual = sorted(tmp_path.iterdir())
+    assert len(actual) == 7
+    for path in actual:
         check_png(path)
 
 

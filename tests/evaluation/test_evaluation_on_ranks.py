@@ -157,8 +157,8 @@ def test_two_ranks_give_the_report_of_one(
     both: dict[str, Any], job: Callable[..., Any], tmp_path: Path
 ) -> None:
     one = job(Ranks(CPU), tmp_path)
-    for found in both[job.__name__]:
-        assert_same(one, found)
+    for actual in both[job.__name__]:
+        assert_same(one, actual)
     if job is everything:
         assert one["report"]["attacks"]["aa"]["robust_accuracy"] > one["report"]["union"]["robust_accuracy"]
     if job is filters:
@@ -171,12 +171,12 @@ def test_an_evaluation_resumes_with_another_number_of_ranks(both: dict[str, Any]
     whole = evaluate_in_batches(tmp_path, Ranks(CPU))
     assert whole["calls"] == 5
     assert len(whole["examples"]["label"]) == 8  # of ten
-    for found in both["resumed"]:
-        assert_same(whole, found)
-        assert found["calls"] == 1  # three of five were done
-    found = resumed(Ranks(CPU), both["folder"])
-    assert_same(whole, found)
-    assert found["calls"] == 2
+    for actual in both["resumed"]:
+        assert_same(whole, actual)
+        assert actual["calls"] == 1  # three of five were done
+    actual = resumed(Ranks(CPU), both["folder"])
+    assert_same(whole, actual)
+    assert actual["calls"] == 2
     for ranks in (1, 2):
         assert_same_evaluation(tmp_path, both["folder"] / f"started on {ranks}")
 
@@ -252,9 +252,9 @@ def test_evaluate_from_the_command_line_runs_on_two_ranks(
     weights: Callable[[Path], Path], alone: Path, tmp_path: Path
 ) -> None:
     model = str(weights(tmp_path / "run"))
-    found = torchrun("-m", "awnet", "evaluate", model, *OPTIONS)
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.count("written to") == 1  # rank 0 alone speaks
+    actual = torchrun("-m", "awnet", "evaluate", model, *OPTIONS)
+    assert actual.returncode == 0, actual.stderr[-3000:]
+    assert actual.stdout.count("written to") == 1  # rank 0 alone speaks
     assert_same_evaluation(alone, tmp_path / "run")
 
 
@@ -262,10 +262,10 @@ def test_evaluate_from_the_command_line_runs_on_two_ranks(
 def test_a_killed_rank_restarts_both(weights: Callable[[Path], Path], alone: Path, tmp_path: Path) -> None:
     model = str(weights(tmp_path / "run"))
     (tmp_path / "job.py").write_text(textwrap.dedent(KILLED))
-    found = torchrun(str(tmp_path / "job.py"), "evaluate", model, *OPTIONS, restarts=1)
-    assert found.returncode == 0, found.stderr[-3000:]
+    actual = torchrun(str(tmp_path / "job.py"), "evaluate", model, *OPTIONS, restarts=1)
+    assert actual.returncode == 0, actual.stderr[-3000:]
     assert (tmp_path / "died").exists()
-    assert found.stdout.count("written to") == 1
+    assert actual.stdout.count("written to") == 1
     assert_same_evaluation(alone, tmp_path / "run")
 
 

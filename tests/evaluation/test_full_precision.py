@@ -28,13 +28,13 @@ _OLDER = (
 
 def settings() -> dict[Any, Any]:
     """All of torch's settings, as a reader sees them; "raises" where an older one contradicts a newer one."""
-    found: dict[Any, Any] = {key: torch._C._get_fp32_precision_getter(*key) for key in _FP32}
+    actual: dict[Any, Any] = {key: torch._C._get_fp32_precision_getter(*key) for key in _FP32}
     for name in _OLDER:
         try:
-            found[name] = getattr(torch._C, f"_get_{name}")()
+            actual[name] = getattr(torch._C, f"_get_{name}")()
         except RuntimeError:
-            found[name] = "raises"
-    return found
+            actual[name] = "raises"
+    return actual
 
 
 def put(choose: random.Random) -> None:

@@ -59,14 +59,14 @@ def model() -> AWNet:
 @pytest.fixture(scope="module")
 def parts(model: AWNet, digits: Dataset) -> dict:
     before = weights_fingerprint(model)
-    found = gated_parts(model, digits, SMOKE)
+    actual = gated_parts(model, digits, SMOKE)
     assert weights_fingerprint(model) == before
-    return found
+    return actual
 
 
 def row(parts: dict, part: str) -> dict:
-    (found,) = (one for one in parts["rows"] if one["part"] == part)
-    return found
+    (actual,) = (one for one in parts["rows"] if one["part"] == part)
+    return actual
 
 
 def share(logits: Tensor, y: Tensor) -> float:
@@ -91,9 +91,9 @@ def test_clean_accuracies_equal_direct_computation(model: AWNet, digits: Dataset
     routing, whole = route(model, x), model(x)
 
     def check(part: str, logits: Tensor) -> None:
-        found = row(parts, part)
-        assert found["clean_accuracy"] == pytest.approx(share(logits, y))
-        assert found["changed"] == pytest.approx(1 - share(logits, whole.argmax(1)))
+        actual = row(parts, part)
+        assert actual["clean_accuracy"] == pytest.approx(share(logits, y))
+        assert actual["changed"] == pytest.approx(1 - share(logits, whole.argmax(1)))
 
     check(WHOLE, whole)
     for part, p in ((P_0, 0.0), (P_1, 1.0)):
@@ -162,9 +162,9 @@ def test_swapped_branches_of_a_converted_network_change_nothing_before_training(
     parts = gated_parts(convert(cnn), digits, SMOKE)
     whole = row(parts, WHOLE)
     for part in (AFFINE, STATISTICS, P_0, P_1):
-        found = row(parts, part)
-        assert (found["changed"], found["clean_accuracy"]) == (0, whole["clean_accuracy"])
-        assert found["robust_accuracy"] == whole["robust_accuracy"]
+        actual = row(parts, part)
+        assert (actual["changed"], actual["clean_accuracy"]) == (0, whole["clean_accuracy"])
+        assert actual["robust_accuracy"] == whole["robust_accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -115,13 +115,13 @@ def test_an_evaluation_runs_frozen_layers_alone(make: Callable[[], nn.Module], c
 def test_a_frozen_router_softens_as_the_model_does(mode: tuple[str, float]) -> None:
     model = network().double().eval().requires_grad_(False)
     x = torch.rand(5, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = []
+    actual = []
     for one in (model, model.inference_copy()):
         point = x.clone().requires_grad_()
         logits = SoftRouter(one, mode[1], straight_through=mode[0] == "through")(point)
-        found.append((logits.detach(), torch.autograd.grad(logits.square().sum(), point)[0]))
+        actual.append((logits.detach(), torch.autograd.grad(logits.square().sum(), point)[0]))
     # float64 in another order
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*actual, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 

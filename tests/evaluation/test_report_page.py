@@ -64,12 +64,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
     model = create_model("awnet_tiny", in_channels=1)
     out = tmp_path_factory.mktemp("run")
     test = load_dataset("digits").test
-    found = evaluate(model, test, ["fgsm", "pgd_sat", "union"], budget="smoke", limit=12, out=out)
-    return found, out / "evaluations" / "default"
+    actual = evaluate(model, test, ["fgsm", "pgd_sat", "union"], budget="smoke", limit=12, out=out)
+    return actual, out / "evaluations" / "default"
 
 
 def test_the_page_is_self_contained_and_starts_with_the_worst_case(report: tuple[Report, Path]) -> None:
-    found, folder = report
+    actual, folder = report
     text = (folder / "report.html").read_text(encoding="utf-8")
     outline = Outline(text)
     assert outline.sources
@@ -77,12 +77,12 @@ def test_the_page_is_self_contained_and_starts_with_the_worst_case(report: tuple
     assert not re.search(r"https?://|<script|@import", text)
     assert all(outline.alternatives)
     assert 'name="viewport"' in text
-    assert found.union is not None
-    headline = f"{100 * found.union.robust_accuracy:.1f}robust: the worst case over all attacks"
+    assert actual.union is not None
+    headline = f"{100 * actual.union.robust_accuracy:.1f}robust: the worst case over all attacks"
     assert headline in outline.words
     for words in ("Sanity checks", "What the router detects", "sign noise", "Settings and environment"):
         assert words in outline.words
-    for flag in found.flags:
+    for flag in actual.flags:
         assert flag in outline.words
     # every figure that was drawn is on the page
     assert len(outline.sources) == len(list(folder.glob("*.png"))) >= 5
@@ -91,29 +91,29 @@ def test_the_page_is_self_contained_and_starts_with_the_worst_case(report: tuple
 def test_the_page_names_run_date_and_checkpoint_and_doubts_a_network_that_guesses(
     report: tuple[Report, Path], tmp_path: Path
 ) -> None:
-    found = replace(report[0], eps=8 / 255, selected_on="validation")
+    actual = replace(report[0], eps=8 / 255, selected_on="validation")
     place = tmp_path / "my-run" / "evaluations" / "default"
     place.mkdir(parents=True)
     write_json(tmp_path / "my-run" / "config.json", {"sessions": [{"started": "2026-03-04T05:06:07+0000"}]})
-    found.save(place)
+    actual.save(place)
     words = Outline((place / "report.html").read_text(encoding="utf-8")).words
-    assert f"{found.model} on digits · my-run" in words
+    assert f"{actual.model} on digits · my-run" in words
     assert "Run my-run, trained 2026-03-04 05:06. Checkpoint selected on validation." in words
     assert "ε = 8/255" in words
-    assert " · " not in Outline(page(found, tmp_path)).words  # in no run folder
+    assert " · " not in Outline(page(actual, tmp_path)).words  # in no run folder
     assert any("is not above chance (10 %)" in flag for flag in report[0].flags)
-    able = replace(found, clean_accuracy=0.9, clean_interval_95=(0.6, 0.98))
+    able = replace(actual, clean_accuracy=0.9, clean_interval_95=(0.6, 0.98))
     assert not any("chance" in flag for flag in flags(able))
 
 
 def test_a_report_is_one_line_in_a_terminal_and_a_table_in_a_notebook(report: tuple[Report, Path]) -> None:
-    found = report[0]
-    assert repr(found).startswith(
+    actual = report[0]
+    assert repr(actual).startswith(
         "Report(awnet_tiny on 12 test images of digits, L-infinity eps 0.15: clean "
     )
-    assert "\n" not in repr(found)
-    assert len(repr(found)) < 250
-    outline = Outline(found._repr_html_())
+    assert "\n" not in repr(actual)
+    assert len(repr(actual)) < 250
+    outline = Outline(actual._repr_html_())
     for name in ("FGSM", "PGD sat", "union"):
         assert name in outline.words
 
@@ -127,17 +127,17 @@ def test_eps_is_written_in_levels_where_it_is_some(eps: float, text: str) -> Non
 
 
 def test_examples_are_images_that_the_last_attack_broke(report: tuple[Report, Path]) -> None:
-    found, folder = report
+    actual, folder = report
     again = Report.load(folder)
-    for name, values in found.examples.items():
+    for name, values in actual.examples.items():
         assert np.array_equal(again.examples[name], values)
-    broken = found.per_sample["clean_correct"] & ~found.per_sample["union_correct"]
-    assert len(found.examples.get("label", [])) == min(8, int(broken.sum()))
+    broken = actual.per_sample["clean_correct"] & ~actual.per_sample["union_correct"]
+    assert len(actual.examples.get("label", [])) == min(8, int(broken.sum()))
     if broken.any():
-        assert (found.examples["before"] == found.examples["label"]).all()
-        assert (found.examples["after"] != found.examples["label"]).all()
-        distance = np.abs(found.examples["adversarial"] - found.examples["clean"]).max()
-        assert 0 < distance <= found.eps + 1e-6
+        assert (actual.examples["before"] == actual.examples["label"]).all()
+        assert (actual.examples["after"] != actual.examples["label"]).all()
+        distance = np.abs(actual.examples["adversarial"] - actual.examples["clean"]).max()
+        assert 0 < distance <= actual.eps + 1e-6
 
 
 def test_no_interval_is_broken_into_two_lines(report: tuple[Report, Path], tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_norms_have_one_spelling_on_the_page(report: tuple[Report, Path], tmp_pa
 
 
 def test_names_in_the_page_are_escaped(report: tuple[Report, Path], tmp_path: Path) -> None:
-    found = replace(report[0], model="<b>&", flags=["<script>alert(1)</script>"])
-    text = page(found, tmp_path)
+    actual = replace(report[0], model="<b>&", flags=["<script>alert(1)</script>"])
+    text = page(actual, tmp_path)
     assert "<script>" not in text
     assert "&lt;b&gt;&amp; on digits" in text
     assert Outline(text).sources == []  # there are no figures in that folder
@@ -231,9 +231,9 @@ def test_figures_and_text_fit_into_a_window_of_any_width(
     frame = f'<iframe id="frame" style="border: 0" width="{width}" height="4000" srcdoc="{text}"></iframe>'
     (tmp_path / "frame.html").write_text(f"<!doctype html>{frame}{measure}", encoding="utf-8")
     shown = browser(tmp_path, "--window-size=1600,4200", "--dump-dom", (tmp_path / "frame.html").as_uri())
-    found = re.search(r"<title>(.*?)</title>", shown)
-    assert found is not None
-    inner, needed, figures, end = json.loads(found[1])
+    actual = re.search(r"<title>(.*?)</title>", shown)
+    assert actual is not None
+    inner, needed, figures, end = json.loads(actual[1])
     assert inner == needed  # the page itself does not scroll sideways
     assert width - 20 < inner <= width  # a scroll bar takes the rest
     assert figures >= 5

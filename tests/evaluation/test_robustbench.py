@@ -108,10 +108,10 @@ def dataset(name: str = "cifar10") -> Dataset:
 )
 def test_a_model_that_violates_a_rule_is_an_error_that_names_it(how: str) -> None:
     torch.manual_seed(0)
-    found = violations(Broken(how), images(), 10)
-    assert len(found) >= 1
+    actual = violations(Broken(how), images(), 10)
+    assert len(actual) >= 1
     expected = "gradient" if how == "zero gradient" else how
-    assert any(expected in line for line in found)
+    assert any(expected in line for line in actual)
     assert violations(Broken("nothing"), images(), 10) == []
 
 

@@ -46,17 +46,17 @@ def smoke(model: nn.Module, attacks: object = ATTACKS, **options: object) -> Rep
     ids=lambda value: type(value).__name__,
 )
 def test_broken_defences_are_suspicious(model: nn.Module, lines: set[str]) -> None:
-    found, curves = sanity_table(model, images(), SUITE)
-    assert lines <= {check.check for check in found if check.result == "suspicious"}
-    assert len(found) == (8 if hasattr(model, "route") else 7)
+    actual, curves = sanity_table(model, images(), SUITE)
+    assert lines <= {check.check for check in actual if check.result == "suspicious"}
+    assert len(actual) == (8 if hasattr(model, "route") else 7)
     assert curves["loss_against_steps"]["steps"] == [5, 20, 100]
     assert len(curves["accuracy_against_eps"]["eps"]) == len(curves["accuracy_against_eps"]["accuracy"])
-    assert all(check.evidence for check in found)
+    assert all(check.evidence for check in actual)
 
 
 def test_an_honest_network_passes() -> None:
-    found, curves = sanity_table(Honest(), images(), SUITE)
-    assert [(check.check, check.evidence) for check in found if check.result != "pass"] == []
+    actual, curves = sanity_table(Honest(), images(), SUITE)
+    assert [(check.check, check.evidence) for check in actual if check.result != "pass"] == []
     shares = curves["accuracy_against_eps"]["accuracy"]
     assert (shares[0], shares[1], shares[-1]) == (1, 1, 0)
     assert "p_clean" not in curves
@@ -79,8 +79,8 @@ class Coupled(Honest):
 @pytest.mark.parametrize("how", ["batch", "chance"])
 def test_logits_that_depend_on_more_than_the_image_are_suspicious(how: str) -> None:
     torch.manual_seed(0)
-    found, _ = sanity_table(Coupled(how), images(), SUITE)
-    line = next(check for check in found if "logits are the same" in check.check)
+    actual, _ = sanity_table(Coupled(how), images(), SUITE)
+    line = next(check for check in actual if "logits are the same" in check.check)
     assert line.result == "suspicious"
 
 
@@ -93,13 +93,13 @@ def test_a_black_box_attack_that_beats_white_box_attacks_is_suspicious() -> None
         def score(self, x: Tensor) -> Tensor:
             return (200 * self.weak(x)).round() / 200 + 0 * self.weak(x)
 
-    found, _ = sanity_table(Steps(), images(), SUITE)
-    results = {check.check: check.result for check in found}
+    actual, _ = sanity_table(Steps(), images(), SUITE)
+    results = {check.check: check.result for check in actual}
     assert results["white-box attacks are no weaker than black-box ones"] == "suspicious"
     assert results["the loss has a gradient"] == "suspicious"
     suite = Suite(classes=4, budget="smoke", surrogates={"weak": Masked()})
-    found, _ = sanity_table(Steps(), images(), suite)
-    assert "transfer from weak 100.0 %" in next(c for c in found if "black-box" in c.check).evidence
+    actual, _ = sanity_table(Steps(), images(), suite)
+    assert "transfer from weak 100.0 %" in next(c for c in actual if "black-box" in c.check).evidence
 
 
 # ---- the union in a report
@@ -156,13 +156,13 @@ def test_the_report_of_a_union_is_restored_from_disk(tmp_path: Path) -> None:
     report = smoke(Gated(), out=tmp_path, name="whole")
     folder = tmp_path / "evaluations" / "whole"
     assert not (folder / "state").exists()
-    found = json.loads((folder / "report.json").read_text())
-    assert set(found["union"]) >= {"robust_accuracy", "w_robust_accuracy", "interval_95", "broken_first_by"}
-    assert set(found["union"]["settings"]["members"]) >= {"aa", "joint", "forced", "softened"}
-    assert found["union"]["settings"]["after"] == ["fgsm", "pgd_sat", "aa"]
-    assert set(found["sanity"][0]) == {"check", "result", "evidence"}
-    assert "AutoAttack is not far from the union" in found["sanity"][-1]["check"]
-    assert "broken_first_by" not in found["attacks"]["fgsm"]
+    actual = json.loads((folder / "report.json").read_text())
+    assert set(actual["union"]) >= {"robust_accuracy", "w_robust_accuracy", "interval_95", "broken_first_by"}
+    assert set(actual["union"]["settings"]["members"]) >= {"aa", "joint", "forced", "softened"}
+    assert actual["union"]["settings"]["after"] == ["fgsm", "pgd_sat", "aa"]
+    assert set(actual["sanity"][0]) == {"check", "result", "evidence"}
+    assert "AutoAttack is not far from the union" in actual["sanity"][-1]["check"]
+    assert "broken_first_by" not in actual["attacks"]["fgsm"]
     assert Report.load(folder).to_dict() == report.to_dict()
     static = smoke(Honest())
     difference = compare(report, static).attacks["union"]
@@ -262,14 +262,14 @@ def test_detection_figures_equal_values_by_hand() -> None:
         "uniform_noise_type_score": clean,
         "sign_noise_type_score": attacked,
     }
-    found = detection(per_sample, ["pgd"])
-    assert found["pgd"]["auc"] == auc(clean, attacked)
-    assert found["pgd"]["successful"]["n"] == 30
-    assert found["pgd"]["successful"]["auc"] == auc(clean, attacked[20:50])
-    assert found["pgd"]["rounded"]["auc"] == auc(clean, attacked + 1)
-    assert found["uniform_noise"]["auc"] == pytest.approx(0.5, abs=1e-12)
-    low, high = found["pgd"]["interval_95"]
-    assert low < found["pgd"]["auc"] < high
+    actual = detection(per_sample, ["pgd"])
+    assert actual["pgd"]["auc"] == auc(clean, attacked)
+    assert actual["pgd"]["successful"]["n"] == 30
+    assert actual["pgd"]["successful"]["auc"] == auc(clean, attacked[20:50])
+    assert actual["pgd"]["rounded"]["auc"] == auc(clean, attacked + 1)
+    assert actual["uniform_noise"]["auc"] == pytest.approx(0.5, abs=1e-12)
+    low, high = actual["pgd"]["interval_95"]
+    assert low < actual["pgd"]["auc"] < high
     nothing = detection(per_sample | {"pgd_correct": per_sample["clean_correct"]}, ["pgd"])
     assert "successful" not in nothing["pgd"]
 

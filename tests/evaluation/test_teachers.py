@@ -209,16 +209,16 @@ def test_teachers_given_as_modules_must_be_given_again(place: Path) -> None:
 
 
 def _as_an_earlier_version(config: Path, paths: list[str]) -> None:
-    found = json.loads(config.read_text())
-    found["sessions"][-1]["teachers"] = paths
-    config.write_text(json.dumps(found))
+    actual = json.loads(config.read_text())
+    actual["sessions"][-1]["teachers"] = paths
+    config.write_text(json.dumps(actual))
 
 
 def test_a_record_of_an_earlier_version_is_tried_from_the_runs_folder_upwards(place: Path) -> None:
     run = place / "mtard"
     _as_an_earlier_version(run / "config.json", ["t/clean", "t/robust"])
-    found = find_teachers(run)
-    assert set(found.models) == {"clean", "robust"}
+    actual = find_teachers(run)
+    assert set(actual.models) == {"clean", "robust"}
     save_model(network(9), run / "t" / "robust" / "best.safetensors")  # a nearer folder of the same name
     assert set(find_teachers(run).models) == {"clean", "robust"}
     _removed(place)

@@ -153,9 +153,9 @@ def test_seeds_are_trained_each_and_compared_together(
     for number, seed in enumerate((3, 1)):
         reports = result.runs[seed].reports
         for name in names:
-            found = saved["accuracies"][name]
-            assert found["clean"]["values"][number] == reports[name].clean_accuracy
-            assert found["fgsm"]["values"][number] == reports[name].attacks["fgsm"].w_robust_accuracy
+            actual = saved["accuracies"][name]
+            assert actual["clean"]["values"][number] == reports[name].clean_accuracy
+            assert actual["fgsm"]["values"][number] == reports[name].attacks["fgsm"].w_robust_accuracy
         assert json.loads((tmp_path / f"seed-{seed}" / "config.json").read_text())["seed"] == seed
     for twin in names[1:]:
         for what in ("clean", "fgsm"):

@@ -338,8 +338,8 @@ def test_effective_filters_are_weights_times_scales(tmp_path: Path) -> None:
         "resnet_tiny_wide": ["wide"],
     }
     assert len(compare_filters(groups, tmp_path)) == 2
-    found = effective_filters({name: (one, data) for name, one in models.items()}, tmp_path, attack="fgsm")
-    assert [path.name for path in found] == ["effective_filters.png", "effective_filters.csv"]
+    actual = effective_filters({name: (one, data) for name, one in models.items()}, tmp_path, attack="fgsm")
+    assert [path.name for path in actual] == ["effective_filters.png", "effective_filters.csv"]
     rows = rows_of(tmp_path / "effective_filters.csv")
     assert {row["model"] for row in rows} == {"awnet_tiny"}
     assert len({row["layer"] for row in rows}) == len(model.dynamic.signal_widths)

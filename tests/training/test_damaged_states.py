@@ -253,14 +253,14 @@ def test_keep_bounds_the_number_of_states(tmp_path: Path, keep: int) -> None:
 
 
 def test_checksums_are_those_of_sha256sum(uninterrupted: Path) -> None:
-    found = subprocess.run(
+    actual = subprocess.run(
         ["sha256sum", "--check", "--strict", *(checksum(path).name for path in C.states(uninterrupted))],
         cwd=uninterrupted / "state",
         capture_output=True,
         text=True,
     )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count(": OK") == 2
+    assert actual.returncode == 0, actual.stderr
+    assert actual.stdout.count(": OK") == 2
 
 
 def test_damaged_states_stop_train_before_it_changes_anything(tmp_path: Path) -> None:

@@ -79,14 +79,14 @@ def steps_in_float64(
                     step(Batch(x.double(), y, index), attack, len(y) * ranks.size / images)
                     done += 1
         assert done == steps
-    found = dict(model.state_dict())
+    actual = dict(model.state_dict())
     for number, own in step.optimizer.state_dict()["state"].items():
-        found[f"momentum {number}"] = own["momentum_buffer"]
+        actual[f"momentum {number}"] = own["momentum_buffer"]
     if step.weights is not None:
-        found["w_nat"] = step.weights.w_nat
+        actual["w_nat"] = step.weights.w_nat
         if step.weights.temperatures is not None:
-            found["temperatures"] = step.weights.temperatures.values
-    return found
+            actual["temperatures"] = step.weights.temperatures.values
+    return actual
 
 
 def awnet_tiny() -> nn.Module:
@@ -291,20 +291,20 @@ def test_a_run_with_every_ingredient_that_was_stopped_ends_with_the_same_bits(tm
 @pytest.mark.slow
 def test_twenty_steps_on_two_ranks_equal_those_of_one(tmp_path: Path) -> None:
     one = twenty_steps(Ranks(CPU), tmp_path)
-    for found in on_two_ranks([twenty_steps], tmp_path)["twenty_steps"]:
+    for actual in on_two_ranks([twenty_steps], tmp_path)["twenty_steps"]:
         for name in ("mtard", "pgd_at"):
-            assert_close(one[name], found[name], TOLERANCE)
+            assert_close(one[name], actual[name], TOLERANCE)
 
 
 def test_the_collectives_average_gather_and_broadcast(both: dict[str, Any]) -> None:
-    for found in both["collectives"]:
-        assert found["mean"][0].tolist() == [[1.75] * 3] * 2
-        assert found["mean"][1].item() == 7.5
-        assert found["first"] == 0
-        assert found["gathered"] == [0, 1]
-        assert found["total"].tolist() == [3]
-        assert found["told"] == [[0, 0], [0, 0], [1, 0], [2, 0]]  # the greatest wish, one call later
-        assert found["last"] == [3, 0]
+    for actual in both["collectives"]:
+        assert actual["mean"][0].tolist() == [[1.75] * 3] * 2
+        assert actual["mean"][1].item() == 7.5
+        assert actual["first"] == 0
+        assert actual["gathered"] == [0, 1]
+        assert actual["total"].tolist() == [3]
+        assert actual["told"] == [[0, 0], [0, 0], [1, 0], [2, 0]]  # the greatest wish, one call later
+        assert actual["last"] == [3, 0]
 
 
 def test_a_whole_run_on_two_ranks_is_that_of_one(both: dict[str, Any], tmp_path: Path) -> None:
@@ -328,9 +328,9 @@ def test_a_run_resumes_with_another_number_of_ranks(both: dict[str, Any]) -> Non
     whole = both["whole_run"][0]
     assert both["started"] == [2, 2]
     more, fewer = both["resumed"][0], resumed(Ranks(CPU), both["folder"])
-    for found in (more, fewer):
-        assert_close(whole["weights"], found["weights"], 1e-4)
-        for ours, theirs in zip(whole["history"], found["history"], strict=True):
+    for actual in (more, fewer):
+        assert_close(whole["weights"], actual["weights"], 1e-4)
+        for ours, theirs in zip(whole["history"], actual["history"], strict=True):
             for name in ("total", "nat", "adv", "clean_accuracy", "robust_accuracy", "lr"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
     for before, now in ((1, 2), (2, 1)):
@@ -341,8 +341,8 @@ def test_a_run_resumes_with_another_number_of_ranks(both: dict[str, Any]) -> Non
 
 
 def test_a_signal_to_one_rank_stops_both_at_one_step(both: dict[str, Any]) -> None:
-    for found in both["stopped_by_one_rank"]:
-        assert found == {"step": 3, "finished": True}  # the signal came in step 2
+    for actual in both["stopped_by_one_rank"]:
+        assert actual == {"step": 3, "finished": True}  # the signal came in step 2
 
 
 def test_options_that_ranks_cannot_share_are_refused(both: dict[str, Any]) -> None:
@@ -407,9 +407,9 @@ def test_a_killed_rank_restarts_both_from_the_last_checkpoint(
     (tmp_path / "job.py").write_text(
         textwrap.dedent(KILLED).format(tests=IMPORT_PATH, run=str(run), rank=rank, step=step)
     )
-    found = torchrun(str(tmp_path / "job.py"), restarts=2)
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert re.search(rf"after step {after} \(\d of 3 epochs are done\)", found.stdout)
+    actual = torchrun(str(tmp_path / "job.py"), restarts=2)
+    assert actual.returncode == 0, actual.stderr[-3000:]
+    assert re.search(rf"after step {after} \(\d of 3 epochs are done\)", actual.stdout)
     assert len(C.read_config(run)["sessions"]) == 2
     whole = train(RECIPE, plain_net(), splits(), tmp_path / "whole", quiet=True, tensorboard=False)
     state = C.load_state(run)
@@ -422,13 +422,13 @@ def test_a_killed_rank_restarts_both_from_the_last_checkpoint(
 def test_train_from_the_command_line_runs_on_two_ranks(tmp_path: Path) -> None:
     arguments = ["-m", "awnet", "train", "--recipe", "pgd_at", "--device", "cpu", "--epochs", "1"]
     arguments += ["--recipe-options", "attack_steps=1", "validate_limit=20", "--out", str(tmp_path / "run")]
-    found = torchrun(*arguments, "--max-minutes", "1e-9")
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.count("stopped in epoch 1 of 1, after step 2; saved in") == 1  # rank 0 alone speaks
-    found = torchrun(*arguments, "--resume")
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert found.stdout.count("resuming ") == 1
-    assert found.stdout.count("next: awnet evaluate") == 1
+    actual = torchrun(*arguments, "--max-minutes", "1e-9")
+    assert actual.returncode == 0, actual.stderr[-3000:]
+    assert actual.stdout.count("stopped in epoch 1 of 1, after step 2; saved in") == 1  # rank 0 alone speaks
+    actual = torchrun(*arguments, "--resume")
+    assert actual.returncode == 0, actual.stderr[-3000:]
+    assert actual.stdout.count("resuming ") == 1
+    assert actual.stdout.count("next: awnet evaluate") == 1
     state = C.load_state(tmp_path / "run")
     assert state["finished"]
     assert state["step"] == 19

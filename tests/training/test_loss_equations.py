@@ -105,18 +105,18 @@ def test_the_losses_of_pgd_at_and_trades_equal_their_equations(make: Any) -> Non
     clean, adversarial, type_logits = outputs_of(net, data)
     ce = F.cross_entropy
     expected = 0.5 * ce(clean, data.y) + 0.5 * ce(adversarial, data.y) + type_loss(type_logits, 10)
-    found = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions())
-    assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)  # float32, another order of sums
+    actual = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions())
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-5)  # float32, another order of sums
     weighted = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions(adv_weight=0.8))
     expected = 0.2 * ce(clean, data.y) + 0.8 * ce(adversarial, data.y) + type_loss(type_logits, 10)
     assert weighted.total.item() == pytest.approx(expected.item(), rel=1e-5)
 
     kl = textbook_kl(clean.softmax(1), adversarial.softmax(1))
     expected = ce(clean, data.y) + 6 * kl + type_loss(type_logits, 10)
-    found = loss_of(Trades, copy.deepcopy(net), data, shifted, LossOptions())
-    assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert found.terms["adv"].item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
-    assert all(term.dim() == 0 and not term.requires_grad for term in found.terms.values())
+    actual = loss_of(Trades, copy.deepcopy(net), data, shifted, LossOptions())
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert actual.terms["adv"].item() == pytest.approx(kl.item(), rel=1e-4, abs=1e-6)
+    assert all(term.dim() == 0 and not term.requires_grad for term in actual.terms.values())
 
 
 def test_trades_differentiates_the_clean_side_of_its_kl_too() -> None:
@@ -150,10 +150,10 @@ def test_the_mtard_loss_equals_equations_20_to_22(
     adv = factor * tau**2 * textbook_kl(tempered(teachers.robust(x_adv), tau), tempered(adversarial, tau))
     options = LossOptions(temperature=tau, kl_reduction=reduction)
     weights = MTARDWeights()
-    found = loss_of(MTARD, copy.deepcopy(net), data, shifted, options, teachers, weights)
+    actual = loss_of(MTARD, copy.deepcopy(net), data, shifted, options, teachers, weights)
     expected = type_loss(type_logits, 10) + 0.5 * adv + 0.5 * nat  # the first step's weights are ½
-    assert found.total.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert found.terms["nat"].item() == pytest.approx(nat.item(), rel=1e-4, abs=1e-6)
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert actual.terms["nat"].item() == pytest.approx(nat.item(), rel=1e-4, abs=1e-6)
 
     fixed = loss_of(MTARD, copy.deepcopy(net), data, shifted, replace(options, adv_weight=0.9), teachers)
     expected = type_loss(type_logits, 10) + 0.9 * adv + 0.1 * nat
@@ -183,13 +183,13 @@ def test_the_hat_loss_equals_its_equation(make: Any) -> None:
     ce = F.cross_entropy
     expected = ce(clean, data.y) + 2.5 * kl + 0.5 * ce(helper, y_help) + type_loss(type_logits, 10)
     attack = lambda x, y, index: x_adv  # noqa: E731
-    found = loss_of(HAT, copy.deepcopy(net), data, attack, LossOptions(), Teachers(teacher))
-    assert found.total.item() == pytest.approx(expected.item(), rel=1e-10)  # float64
-    assert found.terms["helper"].item() == pytest.approx(ce(helper, y_help).item(), rel=1e-10)
+    actual = loss_of(HAT, copy.deepcopy(net), data, attack, LossOptions(), Teachers(teacher))
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-10)  # float64
+    assert actual.terms["helper"].item() == pytest.approx(ce(helper, y_help).item(), rel=1e-10)
     options = LossOptions(adv_weight=1.0, helper_weight=2.0)
-    found = loss_of(HAT, copy.deepcopy(net), data, attack, options, Teachers(teacher))
+    actual = loss_of(HAT, copy.deepcopy(net), data, attack, options, Teachers(teacher))
     expected = ce(clean, data.y) + kl + 2 * ce(helper, y_help) + type_loss(type_logits, 10)
-    assert found.total.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-10)
     with pytest.raises(ValueError, match="clean teacher"):
         loss_of(HAT, net, data, attack, LossOptions())
 
@@ -197,8 +197,8 @@ def test_the_hat_loss_equals_its_equation(make: Any) -> None:
 def test_plain_training_may_smooth_its_labels() -> None:
     net, data = static_net().train(), batch()
     expected = F.cross_entropy(copy.deepcopy(net)(data.x), data.y, label_smoothing=0.2)
-    found = loss_of(Standard, net, data, shifted, LossOptions(label_smoothing=0.2))
-    assert found.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    actual = loss_of(Standard, net, data, shifted, LossOptions(label_smoothing=0.2))
+    assert actual.total.item() == pytest.approx(expected.item(), rel=1e-6)
     assert Standard(label_smoothing=0.2).loss_options().label_smoothing == 0.2
 
 
@@ -282,10 +282,10 @@ def test_router_passes_can_be_separate() -> None:
     x_adv = shifted(data.x, data.y, index=data.index)
     other = copy.deepcopy(net)
     separate = torch.cat([other.route(data.x).type_logits, other.route(x_adv).type_logits])
-    found = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions(router_passes="separate"))
-    assert found.terms["type"].item() == pytest.approx(type_loss(separate, 10).item(), rel=1e-5)
+    actual = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions(router_passes="separate"))
+    assert actual.terms["type"].item() == pytest.approx(type_loss(separate, 10).item(), rel=1e-5)
     joint = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions())
-    assert joint.terms["type"].item() != pytest.approx(found.terms["type"].item(), rel=1e-4)
+    assert joint.terms["type"].item() != pytest.approx(actual.terms["type"].item(), rel=1e-4)
 
 
 def test_each_kind_goes_through_its_own_branch() -> None:

@@ -58,10 +58,10 @@ def outputs(clean: Tensor, adversarial: Tensor, **more: Any) -> Outputs:
 LABELS = torch.arange(B) % K
 
 
-def assert_same_loss(found: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]) -> None:
+def assert_same_loss(actual: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]) -> None:
     """Value and gradients."""
-    torch.testing.assert_close(found, expected, **EXACT)
-    ours, theirs = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (found, expected))
+    torch.testing.assert_close(actual, expected, **EXACT)
+    ours, theirs = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in (actual, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
@@ -77,8 +77,8 @@ def test_mart_is_its_equation(factor: float | None) -> None:
         bce = -torch.log(p_adv[y]) - torch.log(1 - torch.stack(others).max())
         kl = (p * torch.log(p / p_adv)).sum()
         total = total + (bce + (5.0 if factor is None else factor) * kl * (1 - p[y])) / B
-    found = mart(outputs(clean, adversarial), LABELS, LossOptions(adv_weight=factor))
-    assert_same_loss(found.total, total, (clean, adversarial))
+    actual = mart(outputs(clean, adversarial), LABELS, LossOptions(adv_weight=factor))
+    assert_same_loss(actual.total, total, (clean, adversarial))
 
 
 def test_mart_is_finite_where_the_wrong_class_is_certain() -> None:
@@ -118,8 +118,8 @@ def literal_dkl(m: Tensor, n: Tensor, alpha: float, beta: float, symmetric: bool
 @pytest.mark.parametrize(("alpha", "beta", "symmetric"), [(1, 1, False), (4, 0.5, False), (0.3, 2, True)])
 def test_decoupled_kl_is_its_equation(alpha: float, beta: float, symmetric: bool) -> None:
     m, n = leaves()
-    found = decoupled_kl(m, n, alpha=alpha, beta=beta, symmetric=symmetric)
-    assert_same_loss(found, literal_dkl(m, n, alpha, beta, symmetric), (m, n))
+    actual = decoupled_kl(m, n, alpha=alpha, beta=beta, symmetric=symmetric)
+    assert_same_loss(actual, literal_dkl(m, n, alpha, beta, symmetric), (m, n))
 
 
 def test_decoupled_kl_has_the_gradients_of_the_kl() -> None:
@@ -169,8 +169,8 @@ def test_mixed_labels_are_shares_of_classes() -> None:
     clean, adversarial = leaves()
     shares = torch.rand(B, K).softmax(1)
     expected = -(shares.double() * (clean.log_softmax(1) + adversarial.log_softmax(1))).sum(1).mean() / 2
-    found = pgd_at(outputs(clean, adversarial), shares, LossOptions())
-    assert_same_loss(found.total, expected, (clean, adversarial))
+    actual = pgd_at(outputs(clean, adversarial), shares, LossOptions())
+    assert_same_loss(actual.total, expected, (clean, adversarial))
     one_hot = F.one_hot(LABELS, K).float()
     for loss in (pgd_at, trades, gat):
         options = LossOptions(label_smoothing=0.1)
@@ -204,9 +204,9 @@ def test_b_mtards_temperatures_follow_their_recurrence() -> None:
         w_nat -= 0.1 * (w_nat - share[0] / sum(share))
         expected = w_nat * nat + (1 - w_nat) * adv
         given = outputs(clean, adversarial, teacher_clean=teacher_nat, teacher_adversarial=teacher_adv)
-        found = mtard(given, LABELS, LossOptions(), weights)
-        assert found.total.item() == pytest.approx(expected.item(), rel=1e-5)  # weights are float32
-        assert found.terms["tau_nat"].item() == pytest.approx(tau_nat, rel=1e-6)
+        actual = mtard(given, LABELS, LossOptions(), weights)
+        assert actual.total.item() == pytest.approx(expected.item(), rel=1e-5)  # weights are float32
+        assert actual.terms["tau_nat"].item() == pytest.approx(tau_nat, rel=1e-6)
         h_nat, h_adv = entropy(teacher_nat, tau_nat), entropy(teacher_adv, tau_adv)
         sign = 1 if h_nat > h_adv else -1
         tau_nat = min(10.0, max(1.0, tau_nat - 0.3 * sign))

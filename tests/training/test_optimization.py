@@ -111,12 +111,12 @@ def test_a_captured_step_of_adamw_is_the_step() -> None:
 def factors(recipe: Recipe, steps_per_epoch: int) -> list[float]:
     optimizer = recipe.build_optimizer(net())
     scheduler = recipe.build_scheduler(optimizer, steps_per_epoch)
-    found = []
+    actual = []
     for _ in range(recipe.epochs * steps_per_epoch):
-        found.append(optimizer.param_groups[0]["lr"] / recipe.lr)
+        actual.append(optimizer.param_groups[0]["lr"] / recipe.lr)
         optimizer.step()
         scheduler.step()
-    return found
+    return actual
 
 
 def test_schedules_are_their_formulas() -> None:

@@ -239,13 +239,13 @@ def test_the_attack_of_trades_raises_the_kl() -> None:
 @pytest.mark.parametrize("kind", [PGDAT, Trades])
 def test_an_inner_attack_may_fool_the_router_too(kind: type[Recipe]) -> None:
     net, data, threat = dynamic_net(), batch(), ThreatModel(0.1)
-    found = {}
+    actual = {}
     for weight in (0.0, 100.0):
         attack = kind(inner_type_weight=weight).attack(net, threat, K, seed=0)
         x_adv = attack(data.x, data.y, index=data.index)
         with torch.no_grad():
-            found[weight] = copy.deepcopy(net).eval().route(x_adv).p_clean.mean()
-    assert found[100.0] > found[0.0]
+            actual[weight] = copy.deepcopy(net).eval().route(x_adv).p_clean.mean()
+    assert actual[100.0] > actual[0.0]
     without = dynamic_net(type_head=False)
     kind(inner_type_weight=1.0).attack(without, threat, K, seed=0)(data.x, data.y, index=data.index)
 

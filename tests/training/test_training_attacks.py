@@ -65,16 +65,16 @@ def test_an_attack_of_one_step_is_its_algorithm(net: nn.Module, kind: Any) -> No
     x, y, index = images()
     recipe = recipe_for("pgd_at", "cifar10", attack_kind=kind)
     assert recipe.attack_steps == 1
-    found = recipe.attack(net, THREAT, K, SEED)(x, y, index=index)
+    actual = recipe.attack(net, THREAT, K, SEED)(x, y, index=index)
     expected = expected_images(
         kind, net, x, y, index, lambda logits: F.cross_entropy(logits, y, reduction="sum")
     )
     # a pixel whose gradient is near zero may go the other way, by the rounding of the inference copy
-    assert ((found - expected).abs() < 1e-6).float().mean() > 0.99
-    largest = (found - x).abs().max().item()
+    assert ((actual - expected).abs() < 1e-6).float().mean() > 0.99
+    largest = (actual - x).abs().max().item()
     assert largest <= (3 * EPS if kind == "n_fgsm" else EPS) + 1e-6
-    assert found.min() >= 0
-    assert found.max() <= 1
+    assert actual.min() >= 0
+    assert actual.max() <= 1
     assert (largest > 1.5 * EPS) == (kind == "n_fgsm")
 
 
@@ -95,10 +95,10 @@ def test_it_is_an_attack_in_l_infinity(net: nn.Module) -> None:
     with pytest.raises(ValueError, match="attack_kind=n_fgsm attacks in Linf, not in L2: use pgd"):
         PGDAT(attack_kind="n_fgsm", attack_steps=1).attack(net, ThreatModel(0.5, "L2"), K, SEED)
     x, y, index = images()
-    found = PGDAT().attack(net, ThreatModel(0.5, "L2"), K, SEED)(x, y, index=index)
-    lengths = (found - x).flatten(1).norm(dim=1)
+    actual = PGDAT().attack(net, ThreatModel(0.5, "L2"), K, SEED)(x, y, index=index)
+    lengths = (actual - x).flatten(1).norm(dim=1)
     assert lengths.max() <= 0.5 + 1e-5
-    assert (found - x).abs().max() > 0.05
+    assert (actual - x).abs().max() > 0.05
 
 
 def test_its_radius_and_step_can_be_given(net: nn.Module) -> None:
@@ -107,9 +107,9 @@ def test_its_radius_and_step_can_be_given(net: nn.Module) -> None:
     moved = recipe.attack(net, THREAT, K, SEED)(x, y, index=index) - x
     assert moved.abs().max() <= 0.5 * EPS + 0.01 + 1e-6
     large = ThreatModel(0.6)  # the ball around the noise would be larger than all images
-    found = PGDAT(attack_kind="n_fgsm", attack_steps=1).attack(net, large, K, SEED)(x, y, index=index)
-    assert found.min() >= 0
-    assert found.max() <= 1
+    actual = PGDAT(attack_kind="n_fgsm", attack_steps=1).attack(net, large, K, SEED)(x, y, index=index)
+    assert actual.min() >= 0
+    assert actual.max() <= 1
 
 
 def test_gats_attack_maximizes_its_loss(net: nn.Module) -> None:
@@ -122,11 +122,11 @@ def test_gats_attack_maximizes_its_loss(net: nn.Module) -> None:
         distance = (p - logits.softmax(1)).square().sum(1)
         return (F.cross_entropy(logits, y, reduction="none") + 200 * distance).sum()
 
-    found = GAT(adv_weight=200.0).attack(net, THREAT, K, SEED)(x, y, index=index)
+    actual = GAT(adv_weight=200.0).attack(net, THREAT, K, SEED)(x, y, index=index)
     expected = expected_images("bernoulli", net, x, y, index, loss)
-    assert ((found - expected).abs() < 1e-6).float().mean() > 0.98
+    assert ((actual - expected).abs() < 1e-6).float().mean() > 0.98
     plain = GAT(adv_weight=0.0).attack(net, THREAT, K, SEED)(x, y, index=index)
-    assert not torch.equal(plain, found)
+    assert not torch.equal(plain, actual)
 
 
 @pytest.mark.parametrize("kind", [PGDAT, Trades, GAT])
@@ -134,8 +134,8 @@ def test_a_static_network_is_attacked_too(kind: type[Recipe]) -> None:
     static = nn.Sequential(nn.Flatten(), nn.Linear(64, K))
     x, y, index = images()
     settings: dict[str, Any] = {} if kind is GAT else {"attack_kind": "fgsm_rs", "attack_steps": 1}
-    found = kind(**settings).attack(static, THREAT, K, SEED)(x, y, index=index)
-    assert 0 < (found - x).abs().max() <= EPS + 1e-6
+    actual = kind(**settings).attack(static, THREAT, K, SEED)(x, y, index=index)
+    assert 0 < (actual - x).abs().max() <= EPS + 1e-6
 
 
 @pytest.mark.parametrize(

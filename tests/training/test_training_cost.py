@@ -31,14 +31,14 @@ def test_plain_training_costs_what_torch_counts() -> None:
     recipe = recipe_for("standard", "digits")
     model = create_model("resnet_tiny", in_channels=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = multiply_adds(recipe, model, DIGITS)
+    actual = multiply_adds(recipe, model, DIGITS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     step = TrainingStep(recipe, model, torch.device("cpu"), steps_per_epoch=10)
     step.start_epoch(0)
     batch: Batch = next(DIGITS.batches(8))
     with use_backend("reference"), FlopCounterMode(display=False) as counter:
         step(batch, no_attack)
-    assert found * 8 * 2 == counter.get_total_flops()
+    assert actual * 8 * 2 == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

@@ -54,12 +54,12 @@ def made(recipe: Recipe, model: nn.Module, epoch: int = 0, **options: Any) -> Tr
 
 
 def everything(step: TrainingStep) -> list[Tensor]:
-    found = [*step.model.state_dict().values()]
+    actual = [*step.model.state_dict().values()]
     for slots in step.optimizer.state.values():
-        found += [value for value in slots.values() if isinstance(value, Tensor)]
+        actual += [value for value in slots.values() if isinstance(value, Tensor)]
     if step.weights is not None:
-        found += step.weights.state_dict().values()
-    return [value.clone() for value in found]
+        actual += step.weights.state_dict().values()
+    return [value.clone() for value in actual]
 
 
 def same(one: list[Tensor], two: list[Tensor]) -> bool:
