@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ Program = Callable[[], Tensor]
 Record = Callable[[Program], tuple[Tensor, Callable[[], None]]]
 
 
-def capture(program: Program, warm_ups: int = 0) -> tuple[Tensor, Callable[[], None]]:
+def capture(
+    program: Program, warm_ups: int = 0, *, fastest: bool = True
+) -> tuple[Tensor, Callable[[], None]]:
     """Captures ``program`` as a CUDA graph without running it.
 
     The program may neither read values back to the host nor use torch's generators. After a failed capture
@@ -28,6 +30,7 @@ def capture(program: Program, warm_ups: int = 0) -> tuple[Tensor, Callable[[], N
         warm_ups: number of runs on a side stream before the capture, in which libraries choose algorithms and
             kernels are compiled; if there are at least two, a wait of the host in the last one is an error. 0
             for a program that may not run more often than it is called.
+        fastest: whether cuDNN times its algorithms in the warm-ups (:func:`fastest_convolutions`).
 
     Returns:
         The output, and the function that replays the graph into it.
@@ -40,7 +43,8 @@ def capture(program: Program, warm_ups: int = 0) -> tuple[Tensor, Callable[[], N
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for run in range(warm_ups):
-            with fastest_convolutions(), sync_debug_mode("error" if 0 < run == warm_ups - 1 else "default"):
+            waits = sync_debug_mode("error" if 0 < run == warm_ups - 1 else "default")
+            with fastest_convolutions() if fastest else nullcontext(), waits:
                 program()
     current.wait_stream(stream)
     torch.cuda.synchronize()

@@ -79,6 +79,8 @@ class PGD(Attack):
             raise ValueError("target needs loss 'ce' or 'margin': no other loss has a target class")
         self.loss = loss
         self.random_start = random_start
+        self.graphed: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None = None
+        """Called in place of :meth:`ascend`, see :mod:`awnet.attacks.graphed_steps`."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -96,10 +98,11 @@ class PGD(Attack):
         return settings
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
+        ascend = self.ascend if self.graphed is None else self.graphed
         if self.target is None:
-            return self.ascend(self.start(x, index), x, y, largest_label)
+            return ascend(self.start(x, index), x, y, largest_label)
         goal = self.goal(x, y, index, largest_label)
-        x_adv = self.ascend(self.start(x, index), x, goal, largest_label)
+        x_adv = ascend(self.start(x, index), x, goal, largest_label)
         return torch.where((goal == y)[:, None, None, None], x, x_adv)
 
     def start_key(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from awnet.attacks import Attack, Stochastic, Suite, frozen, named_attack
 from awnet.attacks.base import check_values, device_of
 from awnet.attacks.filtered import filtered
+from awnet.attacks.graphed_steps import captures_attacks, graphed_steps
 from awnet.attacks.probe import first_logits
 from awnet.attacks.registry import TRANSFERRED, BudgetName, check_attack_name
 from awnet.attacks.saved import Saved
@@ -70,6 +71,7 @@ def evaluate(
     queries: int | None = None,
     precision: PrecisionName = "float32",
     filter: Literal["bfloat16"] | None = None,
+    capture: bool | Literal["auto"] = False,
     eot: int | None = None,
     teacher: nn.Module | None = None,
     teachers: Sequence[Source] | Mapping[str, Source] | None = None,
@@ -116,6 +118,11 @@ def evaluate(
         filter: ``"bfloat16"`` runs each named attack on a bfloat16 copy first and in float32 on the images
             that survive (:class:`awnet.attacks.FilteredAttack`). All images are classified in float32. It
             saves time if the robust accuracy is low and bfloat16 is fast.
+        capture: replay the steps of PGD and CW attacks, given by name, as CUDA graphs, so that the host
+            launches all their kernels at once (:mod:`awnet.attacks.graphed_steps`). The images are the same;
+            the second full batch is attacked with and without the graph to check that. CUDA and inference
+            copies only; ``"auto"`` captures where both hold. If the capture fails, the attack runs without
+            it, with a warning. Each attack keeps the memory of a step of a batch.
         eot: forward passes per gradient of a stochastic model, one whose logits for the same images differ
             between two forward passes; None takes the budget's, 20 for the standard one. Such a model is
             evaluated as a :class:`awnet.attacks.Stochastic`: its random numbers are seeded for each batch,
@@ -177,6 +184,9 @@ def evaluate(
     module = examined.module
     if low is not None and isinstance(module, Stochastic):
         low = Stochastic(low, eot=module.eot, passes=module.passes, seed=module.seed)
+    captured = captures_attacks(capture, dataset.device, module)
+    if captured and isinstance(attacks, Mapping):
+        raise ValueError("capture needs attacks by name, which run on the inference copy: leave it out")
     if limit is not None:
         dataset = dataset.subset(limit, seed=0)
     other_reports = dict(compared_with or {})
@@ -225,6 +235,7 @@ def evaluate(
         with (
             frozen(module),
             nullcontext() if low is None else frozen(low),
+            graphed_steps(chosen.values() if captured else (), classes),
             torch.no_grad(),
             progress_bar(progress and ranks.rank == 0, len(share) * len(plan.kinds)) as advance,
         ):

@@ -312,6 +312,10 @@ CASES: list[tuple[list[str], str]] = [
     ),
     (model("net", "--attacks", "fgsm", "--eot", "0"), "eot must be an integer of at least 1, got 0"),
     (
+        model("net", "--attacks", "cw", "--device", "cpu", "--capture", "true"),
+        "capture needs a CUDA device, got cpu: leave it out",
+    ),
+    (
         model("net", "--attacks", "fgsm", "--name", "../x"),
         "name must be letters, digits, '.', '_' and '-', as it names a folder, got '../x'",
     ),

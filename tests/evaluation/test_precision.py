@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.fake_cuda import Recorder
 from support.model_families import narrow
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from awnet.attacks import named_attack
+from awnet.attacks import graphed_steps, named_attack
 from awnet.attacks.adaptive import Softened, SoftRouter
 from awnet.cli import main
 from awnet.data import Dataset, load_dataset
@@ -24,6 +27,8 @@ from awnet.evaluation.precision import COPY, prepare
 from awnet.evaluation.robustbench import Entry, export_robustbench
 from awnet.models import create_model, save_model
 from awnet.nn import Routing, convert
+
+EVALUATE = sys.modules["awnet.evaluation.evaluate"]  # the package's attribute of this name is the function
 
 
 def digits(n: int) -> Dataset:
@@ -297,3 +302,27 @@ def test_a_filter_refuses_attacks_that_it_cannot_build() -> None:
     model, data = network("resnet_tiny"), digits(4)
     with pytest.raises(ValueError, match="filter needs attacks by name"):
         evaluate(model, data, {"mine": named_attack("fgsm", model, data.threat_model)}, filter="bfloat16")
+
+
+def test_replayed_attacks_give_the_same_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, recorder = network("resnet_tiny"), digits(14), Recorder()
+    options: dict[str, Any] = {"attacks": ["fgsm", "pgd_sat"], "batch_size": 4}
+    plain = evaluate(model, data, **options)
+    monkeypatch.setattr(EVALUATE, "captures_attacks", lambda *_: True)
+    monkeypatch.setattr(graphed_steps, "capture_graph", lambda program, **_: recorder(program))
+    replayed = evaluate(model, data, capture="auto", **options)
+    assert len(recorder.recorded) == 1  # pgd_sat, for the full batches
+    assert replayed.settings == plain.settings
+    for key, values in plain.per_sample.items():
+        assert np.array_equal(replayed.per_sample[key], values), key
+
+
+def test_a_capture_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = network("resnet_tiny"), digits(4)
+    evaluate(model, data, ["pgd_sat"], capture="auto")  # without graphs on a CPU
+    with pytest.raises(ValueError, match="capture needs a CUDA device, got cpu: leave it out"):
+        evaluate(model, data, ["pgd_sat"], capture=True)
+    monkeypatch.setattr(EVALUATE, "captures_attacks", lambda *_: True)
+    attack = named_attack("pgd_sat", model, data.threat_model)
+    with pytest.raises(ValueError, match="capture needs attacks by name"):
+        evaluate(model, data, {"mine": attack}, capture=True)
