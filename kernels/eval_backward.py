@@ -59,7 +59,7 @@ def eval_backward_kernel(
     u_ptr,  # None where neither sums nor a mask from u are requested
     relu_mask_ptr,  # y, bytes or packed bits; or None
     slope_ptr,  # of another activation; or None
-    scale_ptr,  # [B, C]
+    scale_ptr,  # [B, C]; None: 1
     shift_ptr,  # [B, C]: the mask is of act(u · scale + shift); or None
     num_planes,
     channels,
@@ -77,7 +77,8 @@ def eval_backward_kernel(
         num_planes, channels, hw, splits, CHANNELS_LAST, BLOCK_M
     )
     first_pixel = split * (BLOCK_P * STEPS)
-    scale = load_planes(scale_ptr, plane, in_planes)
+    if scale_ptr is not None:
+        scale = load_planes(scale_ptr, plane, in_planes)
     if g1_ptr is not None:
         # any center is exact; one near the channel's mean keeps the digits, and a pixel of u is near it
         center = tl.load(u_ptr + start, mask=in_planes, other=0.0).to(tl.float32)
@@ -111,7 +112,10 @@ def eval_backward_kernel(
                 tl.broadcast_to(load_planes(shift_ptr, plane, in_planes), u.shape),
             )
             g = tl.where(y.to(u_ptr.dtype.element_ty).to(tl.float32) <= 0, 0.0, g)
-        store_values(d_u_ptr, offsets, g * scale, in_bounds)
+        if scale_ptr is not None:
+            store_values(d_u_ptr, offsets, g * scale, in_bounds)
+        else:
+            store_values(d_u_ptr, offsets, g, in_bounds)
         if d_residual_ptr is not None:
             store_values(d_residual_ptr, offsets, g, in_bounds)
         if g1_ptr is not None:
@@ -162,7 +166,7 @@ def eval_backward(
     d_mean: Tensor | None,
     u: Tensor | None,
     relu_mask: Tensor | None,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor | None,
     config: Mapping[str, int],
     *,
@@ -183,7 +187,7 @@ def eval_backward(
         u: like the gradients; None where neither ``sums`` nor ``shift`` is given.
         relu_mask: y, or the mask that ``apply`` writes, bool or packed, of the same layout; None without an
             activation or with ``shift``.
-        scale: contiguous float32 [B, C].
+        scale: contiguous float32 [B, C]; None for 1.
         shift: contiguous float32 [B, C] where y = relu(u · scale + shift), without a residual: the mask is
             then computed from u. Otherwise None.
         config: launch parameters ``tile``, ``inner``, ``steps``, ``warps``.
@@ -254,6 +258,7 @@ def _cases_of(
     }
     bits = packed_mask(u) if u.element_size() == 2 else None  # frozen networks pack no others
     if bits is not None:
+        calls[" join folded"] = lambda: eval_backward(u, u, c, None, u, None, None, config)
         calls[" join residual packed mask"] = lambda: eval_backward(
             u, u, c, u, bits, c, None, config, residual=True, sums=True
         )

@@ -152,7 +152,7 @@ class EvalBackwardArgs(NamedTuple):
     """The arguments of the passes of a backward in eval mode, ``Passes.eval_backward``."""
 
     grad: Tensor  # [B, C, H, W], of y
-    scale: Tensor  # [B, C]
+    scale: Tensor | None  # [B, C]; None for 1
     other_grad: Tensor | None = None  # a second gradient of y, which is added
     d_mean: Tensor | None = None  # [B, C], the gradient of y's mean over pixels, added too
     u: Tensor | None = None  # needed for ``sums`` and ``shift``

@@ -162,7 +162,7 @@ class _Images:
         from_u, sums = number in (0, 3), number != 2  # whether the mask is computed from u
         args = EvalBackwardArgs(
             grad,
-            scale,
+            None if number == 5 else scale,
             other_grad=other if number % 3 != 1 else None,
             d_mean=d_mean,
             u=u if from_u or sums else None,

@@ -32,6 +32,7 @@ class Case:
     mask: str  # "none", "y", "bytes", "from u" or "slope"
     other: bool
     mean: bool
+    scaled: bool
     residual: bool
     sums: str  # "none", "centered" or "about zero"
     config: Mapping[str, int]
@@ -54,6 +55,7 @@ cases = st.builds(
     mask=st.sampled_from(["none", "y", "bytes", "from u", "slope"]),
     other=st.booleans(),
     mean=st.booleans(),
+    scaled=st.booleans(),
     residual=st.booleans(),
     sums=st.sampled_from(["none", "centered", "about zero"]),
     config=st.builds(
@@ -69,7 +71,7 @@ def split_case(**changes: object) -> Case:
     """Both sums over many splits, so that the last program combines them."""
     options: dict = {
         "shape": (2, 17, 5, 5), "dtype": torch.float32, "last": True, "mask": "bytes", "other": True,
-        "mean": True, "residual": True, "sums": "about zero", "config": SPLIT, "many_programs": True,
+        "mean": True, "scaled": True, "residual": True, "sums": "about zero", "config": SPLIT, "many_programs": True,
     }  # fmt: skip
     return Case(**(options | changes))
 
@@ -86,6 +88,7 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     grad, u, y = (guarded.input(case.image(seed)) for seed in (1, 2, 3))
     other = guarded.input(case.image(4)) if case.other else None
     scale, shift, d_mean = (guarded.input(case.table(seed)) for seed in (5, 6, 7))
+    scaled = case.scaled or case.mask == "from u"
     relu_mask = {"y": y, "bytes": y > 0}.get(case.mask)
     slope = y if case.mask == "slope" else None
     from_u = case.mask == "from u"
@@ -97,8 +100,8 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
         tables = kernel.Sums(own[0], own[1], own[2] if centered else None)
     out = guarded.output(u), guarded.output(u) if case.residual else None, tables
     d_u, d_residual, sums = kernel.eval_backward(
-        grad, other, d_mean if case.mean else None, u if from_u or tables else None, relu_mask, scale,
-        shift if from_u else None, case.config, slope=slope, residual=case.residual, sums=tables is not None,
+        grad, other, d_mean if case.mean else None, u if from_u or tables else None, relu_mask,
+        scale if scaled else None, shift if from_u else None, case.config, slope=slope, residual=case.residual, sums=tables is not None,
         centered=centered, out=out,
     )  # fmt: skip
     guarded.check()
@@ -120,7 +123,8 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
         allowed = 4 * 2.0**-23 * size + STORED[dtype] * expected.abs() + 2.0**-24
         assert bool(((got.double() - expected).abs() <= allowed).all())
 
-    close(d_u, g * image(scale), size * image(scale).abs(), case.dtype)
+    factor = image(scale) if scaled else 1.0
+    close(d_u, g * factor, size * abs(factor), case.dtype)
     if d_residual is not None:
         close(d_residual, g, size, case.dtype)
     assert (d_residual is None) == (not case.residual)
@@ -141,6 +145,7 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
 @example(split_case(last=False, sums="centered", mask="from u", dtype=torch.float16))
 @example(split_case(shape=(1, 1, 1, 1), config=SPLIT))
 @example(split_case(mask="slope"))
+@example(split_case(mask="y", scaled=False, residual=False, sums="none"))
 def test_eval_backward_equals_float64(case: Case) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         run(case, Guarded(), monkeypatch)

@@ -156,6 +156,7 @@ class Passes:
             grad = grad + per_pixel[:, :, None, None].to(grad.dtype)
         if args.shift is not None:
             assert u is not None
+            assert args.scale is not None
             relu_mask = self.apply(u, args.scale, args.shift, None, RELU, True, False)[1]
         reduced = None
         if args.sums:
@@ -164,6 +165,9 @@ class Passes:
             center = u[:, :, 0, 0].to(wide_dtype(u.dtype))
             g1, gc = self.reduce(grad, u, center, relu_mask, args.slope)
             reduced = Reduced(g1, gc, center) if args.centered else Reduced(g1, gc.addcmul(center, g1), None)
+        if args.scale is None:
+            d_u = _masked(grad, relu_mask, args.slope).to(grad.dtype)
+            return d_u, d_u if args.residual else None, reduced
         propagation = Propagation(args.scale)
         d_u, d_residual = self.propagate(grad, None, None, relu_mask, propagation, args.residual, args.slope)
         return d_u, d_residual, reduced
