@@ -125,6 +125,7 @@ class InferenceBackbone(InferenceCopy):
         classifier = backbone.classifier
         self.classifier = None if classifier is None else _InferenceLinear(classifier, dtype)
         self._cached: tuple[int, torch.device, Coefficients] | None = None
+        self._folded: tuple[list[Tensor], list[Tensor | None]] | None = None
         self._packed = ops.PackedWeights()
         self.record_structure(backbone)
         self.refresh()
@@ -149,7 +150,7 @@ class InferenceBackbone(InferenceCopy):
         return pairs + ([] if self.classifier is None else self.classifier.copies())
 
     def clear_cache(self) -> None:
-        self._cached = None
+        self._cached = self._folded = None
         self._packed.clear()
 
     def coefficients(
@@ -173,18 +174,37 @@ class InferenceBackbone(InferenceCopy):
         in_sequence = [coefficients[i] for i in self.columns]
         return ops.affine_network(x, list(self.weights), in_sequence, self.layers, self._packed)
 
-    def logits(self, x: Tensor, coefficients: Coefficients) -> Tensor:
+    def static_averages(self, x: Tensor) -> list[Tensor]:
+        """:meth:`averages` of a network whose coefficients are equal for all images.
+
+        Where the device's table says so, its batch norms are folded into the weights.
+        """
+        coefficients = self.coefficients(len(x))
+        if not ops.folds_norms(x, self.weights[0], self.layers[0]):
+            return self.averages(x, coefficients)
+        in_sequence = [coefficients[i] for i in self.columns]
+        if self._folded is None or self._folded[0][0].device != x.device:
+            with torch.inference_mode(False), torch.no_grad():
+                constant = [(scale[0], shift[0]) for scale, shift in in_sequence]
+                self._folded = ops.fold_norms(list(self.weights), constant, self.layers)
+        weights, biases = self._folded
+        mixed = [
+            pair if bias is None else (None, bias) for pair, bias in zip(in_sequence, biases, strict=True)
+        ]
+        return ops.folded_network(x, weights, mixed, self.layers)
+
+    def logits(self, averages: list[Tensor]) -> Tensor:
         if self.classifier is None:
             raise TypeError(
                 "a backbone with num_classes=None has no classifier: use averages(x, coefficients)"
             )
-        return self.classifier(self.averages(x, coefficients)[-1])
+        return self.classifier(averages[-1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] in [0, 1], of any floating dtype → logits [B, K] in ``image_dtype``."""
         check_image(x, self.in_channels)
         with torch.autocast(x.device.type, enabled=False):
-            return self.logits(x.to(self.image_dtype), self.coefficients(len(x)))
+            return self.logits(self.static_averages(x.to(self.image_dtype)))
 
 
 class _InferenceRouter(InferenceCopy):
@@ -219,7 +239,7 @@ class _InferenceRouter(InferenceCopy):
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """type_logits [B, 2] or None, p_clean [B], ω of all dynamic layers [B, D] or None."""
-        feature = torch.cat(self.backbone.averages(x, self.backbone.coefficients(len(x))), dim=1)
+        feature = torch.cat(self.backbone.static_averages(x), dim=1)
         return apply_heads(self.live[0], feature, self.type_head, self.signal_heads, training=False)
 
 
@@ -294,7 +314,8 @@ class InferenceAWNet(InferenceCopy):
                 check_routing(routing, self.signal_widths)
                 p_clean = routing.p_clean
                 filter_scale = torch.cat(routing.filter_scales, 1) if routing.filter_scales else None
-            return self.dynamic.logits(x, self.dynamic.coefficients(len(x), filter_scale, p_clean))
+            coefficients = self.dynamic.coefficients(len(x), filter_scale, p_clean)
+            return self.dynamic.logits(self.dynamic.averages(x, coefficients))
 
 
 def check_backbone(backbone: nn.Module) -> str | None:

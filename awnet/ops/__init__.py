@@ -5,6 +5,7 @@
 
 from awnet.ops.backends.amx import PackedWeights
 from awnet.ops.dispatch import Explanation, available_backends, chosen_backend, use_backend
+from awnet.ops.folding import fold_norms
 from awnet.ops.functional import (
     AffineConvolution,
     NetworkLayer,
@@ -15,7 +16,7 @@ from awnet.ops.functional import (
     global_average,
     mix_batch_norm,
 )
-from awnet.ops.network import affine_network, network_coefficients
+from awnet.ops.network import affine_network, folded_network, folds_norms, network_coefficients
 from awnet.ops.sign_step import sign_step
 
 __all__ = [
@@ -30,6 +31,9 @@ __all__ = [
     "chosen_backend",
     "explain",
     "filter_scaled_conv2d",
+    "fold_norms",
+    "folded_network",
+    "folds_norms",
     "global_average",
     "mix_batch_norm",
     "network_coefficients",

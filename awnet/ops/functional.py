@@ -246,9 +246,14 @@ class AffineConvolution:
         return select(args, None).run(args)
 
     def args(
-        self, input: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None
+        self,
+        input: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        shift: Tensor,
+        residual: Tensor | None = None,
     ) -> LayerArgs:
-        """The record of a call."""
+        """The record of a call; without a scale it is 1."""
         return LayerArgs(
             input, weight, self.conv, scale, shift=shift, residual=residual, activation=self.activation
         )

@@ -7,6 +7,9 @@ up to 256 samples, 64 channels and 1024 pixels, each rounded up to a power of tw
 
 A device's table may also hold "convolutions": the cases in which a convolution of ``awnet.kernels`` beat the
 library's there (``python -m awnet.benchmarks.convolutions``). Without one the library convolves.
+
+"frozen_networks" holds for a dtype of the images which forms of a frozen network were the fastest on that
+device (``awnet bench tune``): {"bfloat16": {"norms": "folded"}}. See :data:`FROZEN_NETWORK`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,13 @@ _RENAMED = {
     "testing_gradients": "eval_gradients",
     "training_coefficients": "train_coefficients",
     "training_gradients": "train_gradients",
+}
+
+# The forms of a part of a frozen network (awnet.nn.inference_network), the default first.
+FROZEN_NETWORK = {
+    # batch norms of a network with constant coefficients, such as a router: applied to the convolutions'
+    # outputs, or folded into their weights (awnet.ops.folding)
+    "norms": ("applied", "folded"),
 }
 
 Parameters = Mapping[str, int]
@@ -103,6 +114,53 @@ def read_convolutions(path: Path) -> dict[str, dict[str, int]]:
             problem = f"must have the fields {', '.join(sorted(fields))}"
         if problem:
             raise ValueError(f"{path}: convolutions[{key!r}] {problem}, got {entry!r}; {_REWRITE}")
+    return entries
+
+
+_requested: list[Mapping[str, str]] = [{}]
+
+
+@contextmanager
+def use_frozen_network(**forms: str) -> Iterator[None]:
+    """Frozen networks have these forms in the ``with`` block, for timing and tests; tables do not count."""
+    _requested.append({**_requested[-1], **forms})
+    try:
+        yield
+    finally:
+        _requested.pop()
+
+
+def frozen_network(device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
+    """The form of each part in :data:`FROZEN_NETWORK` for images of ``dtype`` on ``device``.
+
+    Raises:
+        ValueError: the device's table is damaged; the message names the file and the entry.
+    """
+    return {**_tuned_forms(device, dtype), **_requested[-1]}
+
+
+@functools.cache
+def _tuned_forms(device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
+    path = FOLDER / f"{device_slug(device)}.json"
+    entries = read_frozen_networks(path) if path.exists() else {}
+    defaults = {part: forms[0] for part, forms in FROZEN_NETWORK.items()}
+    return defaults | entries.get(str(dtype).removeprefix("torch."), {})
+
+
+def read_frozen_networks(path: Path) -> dict[str, dict[str, str]]:
+    """The "frozen_networks" of the table in ``path``; none is legal. ValueError where they are damaged."""
+    read_table(path)
+    entries = json.loads(path.read_text(encoding="utf-8")).get("frozen_networks", {})
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f'{path}: "frozen_networks" must be an object of objects; {_REWRITE}')
+    for dtype, entry in entries.items():
+        for part, form in entry.items():
+            if form not in FROZEN_NETWORK.get(part, ()):
+                known = "; ".join(f"{name}: {' or '.join(forms)}" for name, forms in FROZEN_NETWORK.items())
+                raise ValueError(
+                    f"{path}: frozen_networks[{dtype!r}] must have some of {known}; got {part}: {form!r}; "
+                    f"{_REWRITE}"
+                )
     return entries
 
 
@@ -181,3 +239,4 @@ def forget_tables() -> None:
     launches.cache_clear()
     launch_parameters.cache_clear()
     convolutions.cache_clear()
+    _tuned_forms.cache_clear()

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops import dispatch, network_autograd
+from awnet.ops import dispatch, launch_config, network_autograd
 from awnet.ops.args import CODES, Conv, LayerArgs, Needs
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
+from awnet.ops.backends.base import Passes, memory_format
 from awnet.ops.coefficients import Mix, Norm, Reduced, eval_coefficients, eval_gradients, split
 from awnet.ops.functional import NetworkLayer, global_average
 from awnet.ops.transforms import transform
@@ -74,6 +75,53 @@ def affine_network(
     else:
         means = torch.ops.awnet.network_native(x, scales, shifts, weights, numbers)
     return means
+
+
+def folds_norms(x: Tensor, weight: Tensor, layer: NetworkLayer) -> bool:
+    """Whether :func:`folded_network` is to run a network of constant coefficients on images ``x``.
+
+    The device's table says so for ``x``'s dtype (:func:`awnet.ops.launch_config.frozen_network`), ``x`` is
+    channels_last and not empty, and the network is neither compiled nor transformed.
+
+    Args:
+        x: images ``[B, C, H, W]``.
+        weight, layer: the first layer.
+    """
+    if torch.compiler.is_compiling() or not len(x):
+        return False
+    if launch_config.frozen_network(x.device, x.dtype)["norms"] != "folded":
+        return False
+    if memory_format(x) != torch.channels_last or (x.is_cuda and not torch.backends.cudnn.enabled):
+        return False
+    return not transform((x, weight)) and _passes(x, weight, layer) is not None
+
+
+def _passes(x: Tensor, weight: Tensor, layer: NetworkLayer) -> Passes | None:
+    """The passes of the backend that runs a frozen network; None for a backend with other operators."""
+    chosen = dispatch.select_network(LayerArgs(x, weight, layer.convolution.conv), None).name
+    return {"triton": triton_backend.PASSES, "eager": _EAGER}.get(chosen)
+
+
+def folded_network(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    coefficients: Sequence[tuple[Tensor | None, Tensor]],
+    layers: Sequence[NetworkLayer],
+) -> list[Tensor]:
+    """:func:`affine_network` of weights in which :func:`awnet.ops.fold_norms` has folded batch norms.
+
+    Args:
+        x: images for which :func:`folds_norms` is True.
+        weights: of each layer.
+        coefficients: scale and shift ``[B, C_out]``; None and the bias ``[C_out]`` of a folded layer.
+        layers: the inputs of each are outputs of earlier ones.
+    """
+    passes = _passes(x, weights[0], layers[0])
+    assert passes is not None
+    return network_autograd.run(passes, x, weights, coefficients, layers)
+
+
+_EAGER = Passes()
 
 
 def layer_by_layer(

@@ -4,6 +4,8 @@ Where every layer is an autograd function, autograd adds the gradients of an out
 expands the gradient of a mean over pixels. Here the backward of the layer below adds them as it reads them
 (:meth:`awnet.ops.backends.base.Passes.eval_backward`). A layer with a ReLU and without a residual whose u is
 saved needs no mask either: the backward computes it from u.
+
+A layer whose scale is None has its batch norm folded into the weight (:mod:`awnet.ops.folding`).
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ from torch import Tensor
 from awnet.ops.args import RELU, EvalBackwardArgs, LayerArgs
 from awnet.ops.autograd import convolved, input_gradient
 from awnet.ops.backends.base import Passes, memory_format, wide_dtype
+from awnet.ops.folding import folded_layer
 from awnet.ops.functional import NetworkLayer
+
+# scale and shift [B, C] of a layer; None and the bias [C] where the scale is folded into the weight
+Coefficients = Sequence[tuple[Tensor | None, Tensor]]
 
 
 class _Saved(NamedTuple):
     """The tensors of a layer that its backward reads."""
 
     weight: Tensor
-    scale: Tensor
+    scale: Tensor | None  # None: folded into the weight
     shift: Tensor | None  # where the mask is computed from u
     u: Tensor | None  # where the gradient of scale or shift is required
     mask: Tensor | None  # of a ReLU
@@ -46,11 +52,11 @@ class _Plan:
         return self.x if source < 0 else self.outputs[source]
 
     @classmethod
-    def make(
-        cls, x: Tensor, coefficients: Sequence[tuple[Tensor, Tensor]], layers: Sequence[NetworkLayer]
-    ) -> _Plan:
+    def make(cls, x: Tensor, coefficients: Coefficients, layers: Sequence[NetworkLayer]) -> _Plan:
         enabled = torch.is_grad_enabled()
-        tables = tuple(enabled and (a.requires_grad or b.requires_grad) for a, b in coefficients)
+        tables = tuple(
+            enabled and a is not None and (a.requires_grad or b.requires_grad) for a, b in coefficients
+        )
         plan = cls(enabled and x.requires_grad, tables, [])
         for layer, table in zip(layers, tables, strict=True):
             residual = layer.residual >= 0 and plan.of(layer.residual)
@@ -62,7 +68,7 @@ def run(
     passes: Passes,
     x: Tensor,
     weights: Sequence[Tensor],
-    coefficients: Sequence[tuple[Tensor, Tensor]],
+    coefficients: Coefficients,
     layers: Sequence[NetworkLayer],
 ) -> list[Tensor]:
     """:func:`awnet.ops.network.affine_network` on ``passes``."""
@@ -78,7 +84,7 @@ def _forward(
     passes: Passes,
     x: Tensor,
     weights: Sequence[Tensor],
-    coefficients: Sequence[tuple[Tensor, Tensor]],
+    coefficients: Coefficients,
     layers: Sequence[NetworkLayer],
     plan: _Plan,
 ) -> tuple[list[Tensor], list[tuple[_Saved, torch.Size, torch.memory_format]]]:
@@ -91,7 +97,8 @@ def _forward(
     saved = []
     for i, (layer, weight, (scale, shift)) in enumerate(zip(layers, weights, coefficients, strict=True)):
         residual = None if layer.residual < 0 else outputs[layer.residual]
-        scale, shift = scale.to(wide), shift.to(wide)
+        if scale is not None:
+            scale, shift = scale.to(wide), shift.to(wide)
         args = layer.convolution.args(outputs[layer.input], weight, scale, shift, residual)
         y, u, mask, computed = _layer(passes, args, keep_u=plan.tables[i], need_mask=plan.outputs[i])
         outputs[i] = y
@@ -109,12 +116,14 @@ def _forward(
 
 def _layer(
     passes: Passes, args: LayerArgs, keep_u: bool, need_mask: bool
-) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, bool]:
     """y, u and mask (or slope) of a layer, and whether the backward computes the mask from u."""
     scale, shift = args.filter_scale, args.shift
-    assert scale is not None
     assert shift is not None
     need_mask = need_mask and args.activation is not None
+    if scale is None:
+        y = folded_layer(args)
+        return y, None, y if need_mask else None, False
     fused = passes.fused_apply(args, scale, shift, keep_u, need_mask)
     if fused is not None:
         y, u, mask = fused
@@ -179,11 +188,15 @@ class _Network(torch.autograd.Function):
                 u=layer_saved.u,
                 relu_mask=layer_saved.mask,
                 shift=layer_saved.shift,
-                residual=need_residual,
+                residual=need_residual and layer_saved.scale is not None,
                 sums=plan.tables[i],
                 slope=layer_saved.slope,
             )
-            d_u, d_residual, sums = passes.eval_backward(args)
+            if layer_saved.scale is None:
+                d_u = d_residual = _folded_gradient(passes, args)
+                sums = None
+            else:
+                d_u, d_residual, sums = passes.eval_backward(args)
             if sums is not None:
                 d_tables[2 * i], d_tables[2 * i + 1] = sums.gc, sums.g1
             if need_residual:
@@ -195,6 +208,13 @@ class _Network(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         result = [d if need else None for d, need in zip(d_tables, needed, strict=True)]
         return None, None, None, None, _total(grads[-1]), *result
+
+
+def _folded_gradient(passes: Passes, args: EvalBackwardArgs) -> Tensor:
+    """The gradient of u, and of the residual, of a layer whose batch norm is folded into its weight."""
+    if args.relu_mask is None and args.other_grad is None and args.d_mean is None:
+        return args.grad
+    return passes.eval_backward(args)[0]
 
 
 def _total(grads: Sequence[Tensor]) -> Tensor | None:

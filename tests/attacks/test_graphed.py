@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.recorder import Recorder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,23 +42,6 @@ def batch(n: int = 5) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(n, 2, 6, 5, generator=generator)
     return {"x": x, "y": torch.randint(4, (n,), generator=generator), "index": torch.arange(n) + 3}
-
-
-class Recorder:
-    """Records by running the program, as a capture's warm-up does; a replay runs it again."""
-
-    def __init__(self) -> None:
-        self.recorded = self.replayed = 0
-
-    def __call__(self, program: Any) -> Any:
-        self.recorded += 1
-        output = program()
-
-        def replay() -> None:
-            self.replayed += 1
-            output.copy_(program())
-
-        return output, replay
 
 
 def engine(model: nn.Module, record: Any = None, **changes: Any) -> GraphedPGD:

@@ -16,6 +16,7 @@ NETWORK_FUNCTION = "tests/ops/test_network_autograd.py::"
 ALGEBRA = "tests/kernels/test_coefficients.py::"
 CONV = "tests/kernels/test_conv.py::"
 STEP = "tests/kernels/test_sign_step.py::"
+FORMS = "tests/nn/test_frozen_forms.py::"
 
 NATIVE_LAYER = OPS + "test_native_layers_of_any_shape_equal_the_reference"
 NATIVE_PASSES = OPS + "test_native_passes_equal_eager_in_every_shape"
@@ -382,6 +383,21 @@ FAULTS = (
         "a residual's gradient dropped where it is the layer's input too", "awnet/ops/network_autograd.py",
         "            if need_residual:\n", "            if need_residual and layer.residual != layer.input:\n",
         NETWORK_FUNCTION + "test_values_and_gradients_equal_those_of_the_layers",
+    ),
+    fault(
+        "the shift of a folded shortcut dropped", "awnet/ops/folding.py",
+        "shifts[reader] = shifts[reader] + shifts[i]", "shifts[reader] = shifts[reader] + 0 * shifts[i]",
+        FORMS + "test_each_form_equals_the_reference",
+    ),
+    fault(
+        "the input added to a folded layer without a residual", "awnet/ops/folding.py",
+        "addend, factor = (x, 0.0) if", "addend, factor = (x, 1.0) if",
+        FORMS + "test_the_operator_gets_the_residual_or_the_input_times_zero",
+    ),
+    fault(
+        "folded weights kept when the weights change", "awnet/nn/inference_network.py",
+        "self._cached = self._folded = None\n", "self._cached = None\n",
+        FORMS + "test_refresh_updates_each_form",
     ),
     fault(
         "ω instead of ω² in a branch's variance", "kernels/train_coefficients.py",
