@@ -1,9 +1,10 @@
-"""Searches launch parameters of the Triton passes on this device: ``awnet bench tune``.
+"""Searches launch parameters of the Triton passes and forms of frozen networks: ``awnet bench tune``.
 
-Starting at the defaults, one parameter at a time is doubled or halved while that is at least 2 % faster. A
-candidate is timed only after its results have been compared with those of the default. The passes with a ReLU
-mask are timed with both of its forms, y and a bool tensor, and the sum counts. The fastest
-parameters are written to the device's table in awnet/ops/configs/, which every later call reads
+First the forms of frozen networks are timed (:mod:`awnet.benchmarks.tune_frozen`). Then, starting at the
+defaults, one launch parameter at a time is doubled or halved while that is at least 2 % faster. A candidate
+is timed only after its results have been compared with those of the default. The passes with a ReLU mask are
+timed with both of its forms, y and a bool tensor, and the sum counts. The fastest forms and parameters are
+written to the device's table in awnet/ops/configs/, which every later call reads
 (awnet/ops/launch_config.py).
 """
 
@@ -32,6 +33,7 @@ from awnet.terminal import safe_console
 
 from .cases import CASES, SMOKE_CASES, STAGES, Convolution, LayerCase
 from .options import MAX_BATCH, check_folder, check_whole
+from .tune_frozen import FrozenNetworkTimer, fastest_forms
 
 Parameters = Mapping[str, int]
 # milliseconds of one call
@@ -56,7 +58,7 @@ class TuneOptions:
     device: str | None = None
     """cuda, cuda:1, …; by default the GPU."""
     smoke: bool = False
-    """Tune tiny layers in place of the four stages of a ResNet-18."""
+    """Tune tiny layers and a tiny network in place of the four stages of a ResNet-18 and an AW-Net-18."""
     batches: tuple[int, ...] = (256,)
     """Batch sizes of each layer."""
     dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float32")
@@ -230,6 +232,11 @@ def _check(options: TuneOptions) -> None:
     check_folder("out", options.out)
 
 
+def _frozen_network(options: TuneOptions, dtype: str, device: torch.device) -> FrozenNetworkTimer:
+    name, size = ("awnet_tiny", 8) if options.smoke else ("awnet_resnet18", 32)
+    return FrozenNetworkTimer(name, max(options.batches), size, getattr(torch, dtype), device)
+
+
 def _device(options: TuneOptions, timed_here: bool) -> torch.device:
     device = resolve_device(options.device)
     if device.type != "cuda" and timed_here:
@@ -255,21 +262,35 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
     device = _device(options, do_bench is None)
     path = options.out / f"{launch_config.device_slug(device)}.json"
     launches: dict[str, dict[str, int]] = {}
-    content: dict[str, Any] = {"device": path.stem}
+    frozen: dict[str, dict[str, str]] = {}
+    content: dict[str, Any] = {"device": path.stem, "launches": launches}
     if path.exists():
-        launches = launch_config.read_table(path)
+        launches, frozen = launch_config.read_table(path), launch_config.read_frozen_networks(path)
         content = json.loads(path.read_text(encoding="utf-8")) | {"launches": launches}
     content["launches_tuned_with"] = {name: version(name) for name in ("torch", "triton")}
     console = safe_console()
     end = time.monotonic() + 60 * options.minutes
     left = 0
+    do_bench = do_bench or _milliseconds
+    for dtype in (name for name in options.dtypes if name != "float32"):
+        if dtype in frozen and not options.again:
+            continue
+        if time.monotonic() > end:
+            left += 1
+            continue
+        timer = _frozen_network(options, dtype, device)
+        frozen[dtype], took, before = fastest_forms(timer, do_bench)
+        forms = " ".join(f"{part}={form}" for part, form in frozen[dtype].items())
+        console.print(f"frozen network, {dtype}: {before:.4f} → {took:.4f} ms a step, {forms}")
+        content["frozen_networks"] = frozen
+        write_json(path, content)
     for job in jobs(options, device):
         if job.key in launches and not options.again:
             continue
         if time.monotonic() > end:
             left += 1
             continue
-        best, took, before = search(job, do_bench or _milliseconds)
+        best, took, before = search(job, do_bench)
         launches[job.key] = best
         parameters = " ".join(f"{name}={value}" for name, value in best.items())
         console.print(f"{job.key}: {before:.4f} → {took:.4f} ms, {parameters}")

@@ -12,9 +12,10 @@ import pytest
 import torch
 from awnet.benchmarks import tune as tuner
 from awnet.benchmarks.cases import Convolution, LayerCase
+from awnet.benchmarks.tune_frozen import FrozenNetworkTimer, fastest_forms
 from support.interpreter import DEVICE, INTERPRETED
 
-from awnet.ops import launch_config
+from awnet.ops import launch_config, use_backend
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="on a GPU `awnet bench tune` is run itself")
 
@@ -113,6 +114,44 @@ def test_a_second_run_resumes_and_keeps_existing_entries(
     assert len(calls) == number
     tuner.tune(options(tmp_path, again=True), counted)
     assert len(calls) == 2 * number
+
+
+def test_the_fastest_forms_of_frozen_networks_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for ops in ("_IMAGES", "_TABLES"):
+        monkeypatch.setattr(tuner, ops, ())
+    timed: list[dict[str, str]] = []
+    wanted = {part: forms[-1] for part, forms in launch_config.FROZEN_NETWORK.items()}
+
+    def forms_clock(run: Callable[[], object]) -> float:
+        run()
+        (forms,) = run.args  # type: ignore[attr-defined]
+        timed.append(forms)
+        return 4.0 + sum(forms[part] != form for part, form in wanted.items())
+
+    with use_backend("eager"):  # the interpreter takes a minute for a network
+        path = tuner.tune(options(tmp_path, dtypes=("bfloat16", "float32")), forms_clock)
+        assert launch_config.read_frozen_networks(path) == {"bfloat16": wanted}
+        number = len(timed)
+        assert number == 1 + sum(len(forms) - 1 for forms in launch_config.FROZEN_NETWORK.values())
+        assert timed[0] == {part: forms[0] for part, forms in launch_config.FROZEN_NETWORK.items()}
+        tuner.tune(options(tmp_path, dtypes=("bfloat16", "float32")), forms_clock)
+        assert len(timed) == number
+    assert "frozen network, bfloat16: " in capsys.readouterr().out
+
+
+def test_a_form_with_a_wrong_gradient_is_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = FrozenNetworkTimer("awnet_tiny", 2, 8, torch.bfloat16, torch.device("cpu"))
+    right = timer.errors
+    monkeypatch.setattr(
+        timer, "errors", lambda forms: (right(forms)[0], 0.9 if forms["norms"] == "folded" else 0.01)
+    )
+    with (
+        use_backend("eager"),
+        pytest.raises(RuntimeError, match=r"gradients of a frozen network with .*wrong"),
+    ):
+        fastest_forms(timer, lambda run: 1.0)
 
 
 def test_tuning_stops_at_its_time_limit(
