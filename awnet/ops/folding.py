@@ -51,7 +51,8 @@ def fold_norms(
             folded[i] = True
             shifts[reader] = shifts[reader] + shifts[i]
             shifts[i] = torch.zeros_like(shifts[i])
-    new_weights, biases = list(weights), [None] * len(layers)
+    new_weights = list(weights)
+    biases: list[Tensor | None] = [None] * len(layers)
     for i, (weight, (scale, _)) in enumerate(zip(weights, coefficients, strict=True)):
         if folded[i]:
             product = weight.to(wide_dtype(weight.dtype)) * scale[:, None, None, None]
