@@ -165,12 +165,13 @@ class InferenceCopy(nn.Module):
     def refresh(self) -> None:
         """Copies the live model's current weights, by device operations that a CUDA graph can capture.
 
-        There is one call for each pair of dtypes: torch copies lists of one dtype in a few kernels, others
-        tensor by tensor.
+        There is one call for each pair of dtypes, and another for targets with other strides than their
+        sources: torch copies lists of one dtype and layout in a few kernels, others tensor by tensor.
         """
         groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
         for target, source in self.copies():
-            targets, sources = groups.setdefault((target.dtype, source.dtype), ([], []))
+            kind = target.dtype, source.dtype, target.stride() == source.stride()
+            targets, sources = groups.setdefault(kind, ([], []))
             targets.append(target)
             sources.append(source)
         for targets, sources in groups.values():

@@ -33,8 +33,10 @@ from awnet.nn.inference import (
 from awnet.nn.layers import AWConv2d, FilterScaledConv2d, MixBatchNorm2d, check_image
 from awnet.nn.network import AWNet, check_routing
 from awnet.nn.router import AdversarialRouter, FixedRouter, Routing, apply_heads
+from awnet.ops import launch_config
 
 Coefficients = list[tuple[Tensor, Tensor]]
+_ALIGNMENT = 8  # channels of 16 bits in the 16 bytes that cuDNN's fastest kernels read at once
 
 
 def _convolution(layer: AWConv2d) -> ops.AffineConvolution:
@@ -113,11 +115,15 @@ class InferenceBackbone(InferenceCopy):
         self.eps = layers[0].bn.eps
         self.sequence, self.layers = _connected(backbone, layers)
         self.weights = nn.ParameterList(empty_copy(layers[i].weight, dtype) for i in self.sequence)
+        self.in_channels = backbone.in_channels
+        self.padding = self._padded_channels() - self.in_channels
+        if self.padding:
+            stem = F.pad(self.weights[0], (0, 0, 0, 0, 0, self.padding))
+            self.weights[0] = nn.Parameter(stem.zero_(), requires_grad=False)
         # the dynamic layers come first in the table, so that their ω is one contiguous block
         self.order = sorted(range(len(layers)), key=lambda i: not layers[i].dynamic)
         self.columns = [self.order.index(i) for i in self.sequence]
         self.widths = tuple(layers[i].out_channels for i in self.order)
-        self.in_channels = backbone.in_channels
         self.has_branches = any(layer.bn.branches != "one" for layer in layers)
         table_dtype = torch.promote_types(dtype, torch.float32)
         tables = torch.empty(4, 2, sum(self.widths), dtype=table_dtype, device=layers[0].weight.device)
@@ -136,11 +142,22 @@ class InferenceBackbone(InferenceCopy):
         layers = [backbone.stem, *(layer for block in blocks for layer in block.convolutions())]
         return cast("list[AWConv2d]", layers)
 
+    def _padded_channels(self) -> int:
+        """The input channels of the stem's copy; the device's table says whether they are padded."""
+        form = launch_config.frozen_network(self.weights[0].device, self.image_dtype)["stem"]
+        return self.in_channels if form == "unpadded" else -(-self.in_channels // _ALIGNMENT) * _ALIGNMENT
+
+    def images(self, x: Tensor) -> Tensor:
+        """``x`` in the copy's dtype, with zeros for the channels that pad the stem's weight."""
+        x = x.to(self.image_dtype)
+        return F.pad(x, (0, 0, 0, 0, 0, self.padding)) if self.padding else x
+
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         layers = self._live_layers()
         pairs: list[tuple[Tensor, Tensor]] = [
             (copy, layers[i].weight) for copy, i in zip(self.weights, self.sequence, strict=True)
         ]
+        pairs[0] = (self.weights[0][:, : self.in_channels], layers[0].weight)  # the padding stays 0
         for columns, i in zip(self.tables.split(self.widths, 2), self.order, strict=True):
             norm = layers[i].bn
             for rows, table in zip(
@@ -204,7 +221,7 @@ class InferenceBackbone(InferenceCopy):
         """Images [B, C, H, W] in [0, 1], of any floating dtype → logits [B, K] in ``image_dtype``."""
         check_image(x, self.in_channels)
         with torch.autocast(x.device.type, enabled=False):
-            return self.logits(self.static_averages(x.to(self.image_dtype)))
+            return self.logits(self.static_averages(self.images(x)))
 
 
 class _InferenceRouter(InferenceCopy):
@@ -290,13 +307,13 @@ class InferenceAWNet(InferenceCopy):
     def _signals(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         if isinstance(self.router, _InferenceRouter):
             return self.router(x)
-        return None, self.router(x).p_clean, None
+        return None, x.new_full((len(x),), self.router.p_clean), None
 
     def route(self, x: Tensor) -> Routing:
         """The routing of images [B, C, H, W]."""
         check_image(x, self.dynamic.in_channels)
         with torch.autocast(x.device.type, enabled=False):
-            type_logits, p_clean, filter_scale = self._signals(x.to(self.image_dtype))
+            type_logits, p_clean, filter_scale = self._signals(self.dynamic.images(x))
         scales = [] if filter_scale is None else list(filter_scale.split(self.signal_widths, 1))
         return Routing(type_logits, p_clean, scales)
 
@@ -307,7 +324,7 @@ class InferenceAWNet(InferenceCopy):
         """
         check_image(x, self.dynamic.in_channels)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.image_dtype)
+            x = self.dynamic.images(x)
             if routing is None:
                 _, p_clean, filter_scale = self._signals(x)
             else:

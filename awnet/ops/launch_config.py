@@ -9,7 +9,8 @@ A device's table may also hold "convolutions": the cases in which a convolution 
 library's there (``python -m awnet.benchmarks.convolutions``). Without one the library convolves.
 
 "frozen_networks" holds for a dtype of the images which forms of a frozen network were the fastest on that
-device (``awnet bench tune``): {"bfloat16": {"norms": "folded"}}. See :data:`FROZEN_NETWORK`.
+device (``awnet bench tune``), such as {"bfloat16": {"norms": "folded", "stem": "padded"}}. See
+:data:`FROZEN_NETWORK`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ FROZEN_NETWORK = {
     # batch norms of a network with constant coefficients, such as a router: applied to the convolutions'
     # outputs, or folded into their weights (awnet.ops.folding)
     "norms": ("applied", "folded"),
+    # channels of the images and of the stems' weights: as they are, or zeros up to a multiple of 8
+    "stem": ("unpadded", "padded"),
 }
 
 Parameters = Mapping[str, int]

@@ -400,6 +400,11 @@ FAULTS = (
         FORMS + "test_refresh_updates_each_form",
     ),
     fault(
+        "images padded before their channels", "awnet/nn/inference_network.py",
+        "F.pad(x, (0, 0, 0, 0, 0, self.padding))", "F.pad(x, (0, 0, 0, 0, self.padding, 0))",
+        FORMS + "test_each_form_equals_the_reference",
+    ),
+    fault(
         "ω instead of ω² in a branch's variance", "kernels/train_coefficients.py",
         "m2 = scaled(m2, filter_scale_ptr, offsets, in_bounds) + hw * delta * delta", "m2 = m2 + hw * delta * delta",
         TRAIN,

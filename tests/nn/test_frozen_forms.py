@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from support.recorder import Recorder
 from torch import Tensor, nn
 
+from awnet import ops
 from awnet.attacks import GraphedPGD
 from awnet.models import create_model
 from awnet.nn import Backbone, InferenceBackbone, MixBatchNorm2d, inference_copy
@@ -24,7 +25,7 @@ from awnet.ops import folding, launch_config, network_autograd, use_backend
 from awnet.ops.launch_config import use_frozen_network
 
 few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-FORMS = [{"norms": "folded"}]
+FORMS = [{"norms": "folded"}, {"stem": "padded"}, {"norms": "folded", "stem": "padded"}]
 
 
 def shaken(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -138,6 +139,60 @@ def test_layers_with_a_residual_or_the_shape_of_their_input_are_folded(folds: li
         (64, 32, 2, None), (64, 64, 1, "relu"),
     ]  # fmt: skip
     assert all(args.weight.is_contiguous(memory_format=torch.channels_last) for args in folds)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("awnet_tiny", {}),
+        ("awnet_tiny", {"filter_scaling": False, "type_head": False, "test_bn": "mix"}),
+        ("resnet_tiny", {"in_channels": 1}),
+        ("resnet_tiny", {"in_channels": 9}),
+        ("resnet_tiny", {"in_channels": 16}),
+    ],
+    ids=["awnet", "no router", "1 channel", "9 channels", "16 channels"],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "last"])
+def test_stems_read_images_padded_to_a_multiple_of_eight_channels(
+    name: str, options: dict[str, Any], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channels = options.get("in_channels", 3)
+    model, x = network(name, **options), images(channels=channels).contiguous(memory_format=layout)
+    read: list[tuple[Tensor, Tensor]] = []  # images and weight of each stem
+    real = ops.affine_network
+
+    def watched(x: Tensor, weights: list[Tensor], *arguments: Any) -> list[Tensor]:
+        read.append((x, weights[0]))
+        return real(x, weights, *arguments)
+
+    monkeypatch.setattr(ops, "affine_network", watched)
+    with use_frozen_network(stem="padded"):
+        copy = inference_copy(model)
+        copy.refresh()
+        found = logits_and_gradient(copy, x)
+    assert len(read) == (2 if (name, options) == ("awnet_tiny", {}) else 1)
+    for source, weight in read:
+        assert source.shape[1] == weight.shape[1] == -(-channels // 8) * 8
+        # images of one channel are in both layouts
+        assert channels == 1 or source.is_contiguous(memory_format=layout)
+        assert not source[:, channels:].any()
+        assert not weight[:, channels:].any()
+    assert found[1].shape == x.shape
+    for got, expected in zip(found, reference(model, x), strict=True):
+        assert error(got, expected) < 1e-12
+
+
+def test_a_padded_stem_is_copied_apart_from_the_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("resnet_tiny", torch.float32)
+    with use_frozen_network(stem="padded"):
+        copy = inference_copy(model, torch.bfloat16)
+    lists: list[list[Tensor]] = []
+    real = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (lists.append(to), real(to, of)))
+    copy.refresh()
+    # torch copies a list in a few kernels only where the strides of each pair are equal
+    assert sorted(len(one) for one in lists)[0] == 1
+    assert len(lists) == 3
 
 
 def test_bfloat16_with_folded_norms_is_about_as_accurate_as_without(folds: list[Any]) -> None:
@@ -298,7 +353,7 @@ def test_each_form_on_a_gpu_is_about_as_accurate_as_the_default(name: str, forms
     model = network(name)
     x = images(batch=16)
     expected = reference(model, x)
-    on_gpu = network(name).cuda()
+    on_gpu = network(name).cuda().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with use_backend("triton"):
         default = logits_and_gradient(inference_copy(on_gpu, torch.bfloat16), x.cuda())
         with use_frozen_network(**forms):
@@ -322,11 +377,15 @@ def test_nan_in_unused_gpu_memory_does_not_reach_a_network_with_folded_norms() -
 
 
 @gpu
-def test_a_cuda_graph_of_an_attack_with_folded_norms_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("forms", FORMS, ids=str)
+def test_a_cuda_graph_of_an_attack_on_each_form_gives_the_same_bits(
+    forms: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     model, x = network("awnet_resnet18", torch.float32).cuda(), images(torch.float32, batch=8).cuda()
     y, index = torch.arange(8, device="cuda") % 5, torch.arange(8, device="cuda")
     settings = {"eps": 0.1, "step_size": 0.025, "steps": 3, "num_classes": 5, "dtype": torch.bfloat16}
-    with use_backend("triton"), use_frozen_network(norms="folded"):
+    with use_backend("triton"), use_frozen_network(**forms):
         captured = GraphedPGD(model, **settings)
         for _ in range(3):
             found = captured(x, y, index=index)
