@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awnet.ops import dispatch, launch_config, network_autograd
+from awnet.ops import dispatch, folding, launch_config, network_autograd
 from awnet.ops.args import CODES, Conv, LayerArgs, Needs
 from awnet.ops.backends import amx
 from awnet.ops.backends import triton as triton_backend
@@ -81,7 +81,8 @@ def folds_norms(x: Tensor, weight: Tensor, layer: NetworkLayer) -> bool:
     """Whether :func:`folded_network` is to run a network of constant coefficients on images ``x``.
 
     The device's table says so for ``x``'s dtype (:func:`awnet.ops.launch_config.frozen_network`), ``x`` is
-    channels_last and not empty, and the network is neither compiled nor transformed.
+    channels_last and not empty, the network is neither compiled nor transformed, and no deterministic results
+    are requested, which torch's operator for cuDNN does not provide.
 
     Args:
         x: images ``[B, C, H, W]``.
@@ -91,7 +92,11 @@ def folds_norms(x: Tensor, weight: Tensor, layer: NetworkLayer) -> bool:
         return False
     if launch_config.frozen_network(x.device, x.dtype)["norms"] != "folded":
         return False
-    if memory_format(x) != torch.channels_last or (x.is_cuda and not torch.backends.cudnn.enabled):
+    cudnn = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    if folding.runs_cudnn(x) and (deterministic or not cudnn.enabled):
+        return False
+    if memory_format(x) != torch.channels_last:
         return False
     return not transform((x, weight)) and _passes(x, weight, layer) is not None
 

@@ -343,13 +343,29 @@ def test_the_operator_gets_the_residual_or_the_input_times_zero(
     assert operator_on_cpu == [0.0, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("flag", ["deterministic", "enabled"])
+def test_norms_are_not_folded_without_cudnn_or_where_deterministic_results_are_requested(
+    flag: str, operator_on_cpu: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = network("resnet_tiny"), images()
+    with use_backend("eager"), use_frozen_network(norms="folded"):
+        copy = inference_copy(model)
+        copy(x)
+        number = len(operator_on_cpu)
+        monkeypatch.setattr(torch.backends.cudnn, flag, flag == "deterministic")
+        copy(x)
+    assert number == len(operator_on_cpu) == 4
+
+
 gpu = pytest.mark.gpu
 
 
 @gpu
 @pytest.mark.parametrize("forms", FORMS, ids=str)
 @pytest.mark.parametrize("name", ["awnet_tiny", "awnet_resnet18", "resnet18"])
-def test_each_form_on_a_gpu_is_about_as_accurate_as_the_default(name: str, forms: dict[str, str]) -> None:
+def test_each_form_on_a_gpu_is_about_as_accurate_as_the_default(
+    name: str, forms: dict[str, str], folds: list[Any]
+) -> None:
     model = network(name)
     x = images(batch=16)
     expected = reference(model, x)
@@ -358,12 +374,13 @@ def test_each_form_on_a_gpu_is_about_as_accurate_as_the_default(name: str, forms
         default = logits_and_gradient(inference_copy(on_gpu, torch.bfloat16), x.cuda())
         with use_frozen_network(**forms):
             found = logits_and_gradient(inference_copy(on_gpu, torch.bfloat16), x.cuda())
+    assert bool(folds) == (forms.get("norms") == "folded")
     for got, plain, wanted in zip(found, default, expected, strict=True):
         assert error(got.cpu(), wanted) < 2 * error(plain.cpu(), wanted)
 
 
 @gpu
-def test_nan_in_unused_gpu_memory_does_not_reach_a_network_with_folded_norms() -> None:
+def test_nan_in_unused_gpu_memory_does_not_reach_a_network_with_folded_norms(folds: list[Any]) -> None:
     model, x = network("resnet18").cuda(), images(batch=8).cuda()
     with use_backend("triton"), use_frozen_network(norms="folded"):
         copy = inference_copy(model, torch.bfloat16)
@@ -374,21 +391,23 @@ def test_nan_in_unused_gpu_memory_does_not_reach_a_network_with_folded_norms() -
             logits, gradient = logits_and_gradient(copy, x)
             assert bool(logits.isfinite().all())
             assert bool(gradient.isfinite().all())
+    assert all(args.input.is_cuda for args in folds)
+    assert folds
 
 
 @gpu
 @pytest.mark.parametrize("forms", FORMS, ids=str)
-def test_a_cuda_graph_of_an_attack_on_each_form_gives_the_same_bits(
-    forms: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_a_cuda_graph_of_an_attack_on_each_form_gives_the_images_of_single_steps(
+    forms: dict[str, str], folds: list[Any]
 ) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     model, x = network("awnet_resnet18", torch.float32).cuda(), images(torch.float32, batch=8).cuda()
     y, index = torch.arange(8, device="cuda") % 5, torch.arange(8, device="cuda")
     settings = {"eps": 0.1, "step_size": 0.025, "steps": 3, "num_classes": 5, "dtype": torch.bfloat16}
     with use_backend("triton"), use_frozen_network(**forms):
         captured = GraphedPGD(model, **settings)
-        for _ in range(3):
-            found = captured(x, y, index=index)
+        found = [captured(x, y, index=index) for _ in range(3)][-1]
         assert captured.graphs.refusal is None
-        plain = GraphedPGD(model, capture=False, **settings)
-        assert torch.equal(found, plain(x, y, index=index))
+        assert bool(folds) == (forms.get("norms") == "folded")
+        plain = GraphedPGD(model, capture=False, **settings)(x, y, index=index)
+    # cuDNN may choose other algorithms for the graph, and a sign turns where a gradient is a rounding from 0
+    assert float((found == plain).float().mean()) > 0.9
