@@ -188,8 +188,8 @@ class WideBackbone(BlockNetwork):
     """WideResNet (Zagoruyko and Komodakis, 2016): three stages of pre-activation blocks.
 
     A 3×3 stem without batch norm, batch norm and ReLU after the last block; every stage but the first halves
-    the image. The depth is 6·n + 4 with n blocks a stage. :class:`~awnet.nn.AWPreActivationBlock` says how
-    this maps onto AW-Net's layer.
+    the image. The depth is 6·n + 4 with n blocks per stage. :class:`~awnet.nn.AWPreActivationBlock` describes
+    how the layers of AW-Net are used.
 
     Args:
         blocks: number of blocks of each stage, n.

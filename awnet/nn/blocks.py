@@ -37,8 +37,8 @@ class Block(nn.Module):
         """C_out of each dynamic convolution, in order."""
         return [layer.out_channels for layer in self.convolutions() if is_dynamic(layer)]
 
-    def _spread(self, filter_scales: Sequence[Tensor]) -> list[Tensor | None]:
-        """One entry for each convolution: its ω, or None if it is static or without ω (ω ≡ 1)."""
+    def _scales_per_convolution(self, filter_scales: Sequence[Tensor]) -> list[Tensor | None]:
+        """One entry for each convolution: its ω, or None for ω ≡ 1 and for static convolutions."""
         layers = self.convolutions()
         if not filter_scales:
             return [None] * len(layers)
@@ -58,9 +58,13 @@ class Block(nn.Module):
         p_clean: Tensor | None = None,
         is_clean: Tensor | None = None,
     ) -> Tensor:
-        """``input`` [B, C_in, H, W] → [B, C_out, H/stride, W/stride]; one ω for each of ``signal_widths``."""
+        """``input`` [B, C_in, H, W] → [B, C_out, H/stride, W/stride].
+
+        ``filter_scales`` has one ω [B, width] for each of ``signal_widths``, or is empty (ω ≡ 1). ValueError
+        for another number of them.
+        """
         return self._apply_layers(
-            input, self._spread(filter_scales), {"p_clean": p_clean, "is_clean": is_clean}
+            input, self._scales_per_convolution(filter_scales), {"p_clean": p_clean, "is_clean": is_clean}
         )
 
     def _apply_layers(
@@ -109,7 +113,7 @@ class ResidualBlock(Block):
     def _add_convolutions(
         self, in_channels: int, width: int, stride: int, dynamic: bool, options: LayerOptions
     ) -> None:
-        """Sets the convolutions of the block without its shortcut."""
+        """Creates the convolutions of the block, except the shortcut."""
         raise NotImplementedError
 
     def run(self, apply: Callable[[int, X, X | None], X], input: X) -> X:
@@ -173,9 +177,9 @@ class AWBottleneck(ResidualBlock):
 class AWPreActivationBlock(Block):
     """WideResNet's block, BN → ReLU → conv twice and a shortcut, with dynamic 3×3 convolutions.
 
-    AW-Net's layer is conv → MixBN → ReLU, so here it spans two halves: the first convolution with the batch
-    norm and ReLU that follow it is one fused call. No batch norm follows the second convolution: its
-    output is added to the shortcut, and the MixBN of the next block normalizes the sum.
+    AW-Net's layer is conv → MixBN → ReLU. So the first convolution with the batch norm and ReLU that follow
+    it is one fused call. No batch norm follows the second convolution: its output is added to the shortcut,
+    and the MixBN of the next block normalizes the sum.
 
     Where the shape changes, a 1×1 convolution of the activated input is the shortcut.
     """
@@ -224,10 +228,10 @@ def _convolve(layer: nn.Conv2d, input: Tensor, filter_scale: Tensor | None) -> T
 
 
 class AWInvertedResidual(Block):
-    """MobileNet-v2's block: 1×1 that widens → depthwise 3×3 → 1×1 that narrows, without ReLU at the end.
+    """MobileNet-v2's block: 1×1 expansion → depthwise 3×3 → 1×1 projection, without ReLU at the end.
 
     The depthwise convolution is dynamic, the 1×1 ones are static, as in :class:`AWBottleneck`. The input is
-    added where the shape stays. ReLU6 is the fused layer's ReLU and a clamp.
+    added if the shape does not change. ReLU6 is the fused layer's ReLU and a clamp.
     """
 
     def __init__(

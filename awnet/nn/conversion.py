@@ -67,8 +67,8 @@ def convert(
 
     ``module`` is not changed; modes, device and ``requires_grad`` are copied. The result is compared with the
     original on random images before it is returned, also with random batch norms, since a zero-initialized
-    one hides its branch. The logger ``awnet`` logs both numbers of parameters (level INFO; WARNING if
-    the router is the larger part) and shown by ``print(network)``.
+    one hides its branch. The logger ``awnet`` logs the numbers of parameters of the network and of its router
+    (at level INFO, or WARNING if the router has more); ``print(network)`` shows them too.
 
     Args:
         module: takes one image tensor [B, C, H, W] and returns logits [B, K]. Other arguments of its forward
@@ -89,7 +89,7 @@ def convert(
         keep its ``state_dict()``, and convert the same architecture again before loading that.
 
     Raises:
-        TypeError: ``module`` is no nn.Module, or ``router`` no router.
+        TypeError: ``module`` is not an nn.Module, or ``router`` is not a router.
         ValueError: ``module`` cannot be converted; the message names the part, the file and line, and the
             reason. Or ``router`` does not fit it.
     """
@@ -166,7 +166,7 @@ def _fitting_widths(signal_widths: list[int], in_channels: int, budget: int) -> 
 def _check_router(
     router: AdversarialRouter | FixedRouter, widths: list[int], in_channels: int, like: Tensor
 ) -> None:
-    """Raises unless ``router`` fits a network of these dynamic convolutions, images, device and dtype."""
+    """Raises ValueError unless ``router`` fits the dynamic convolutions, images, device and dtype."""
     if list(router.signal_widths) != widths:
         raise ValueError(
             f"router.signal_widths must be C_out of the dynamic convolutions, {widths}, "
@@ -190,7 +190,7 @@ def _check_router(
 
 
 def _restore_modes(network: AWNet, modes: dict[str, bool]) -> None:
-    """Restores the mode of the network and of each part that was kept."""
+    """Gives the network and each part that was not replaced the mode of the original."""
     network.train(modes[""])
     for path, part in network.dynamic.named_modules():
         if path in modes and not isinstance(part, (*_OURS, fx.GraphModule)):
@@ -295,7 +295,7 @@ def _refuse_without_norms(root: nn.Module) -> None:
 
 
 def _is_leaf(module: nn.Module, *, filter_scaling: bool) -> bool:
-    """Whether nothing inside a module is replaced."""
+    """Whether a module contains nothing to replace, so that tracing does not enter it."""
     if isinstance(module, nn.Conv2d | _NormBase | MixBatchNorm2d):
         return True
     return not any(
@@ -336,7 +336,7 @@ def _refuse_unfit(root: nn.Module, graph: fx.Graph, unfit: dict[str, str]) -> No
 
 
 def _ours_already(module: nn.Module) -> str | None:
-    """Why a layer of this package cannot be converted, or None."""
+    """Returns why a layer of this package cannot be converted, or None."""
     if isinstance(module, AWConv2d):
         if module.dynamic or module.bn.branches != "one":
             return "it is dynamic or has two branches already"

@@ -30,15 +30,15 @@ def _tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple) and depth:
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors_in(one, depth - 1)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item, depth - 1)
 
 
 @torch.no_grad()
-def own_memory(model: nn.Module) -> None:
-    """Replaces parameters and buffers of ``model`` whose elements share memory by plain copies, in place.
+def unshare_memory(model: nn.Module) -> None:
+    """Replaces parameters and buffers of ``model`` whose elements share memory by dense copies, in place.
 
-    ``tensor.expand`` returns such tensors. They cannot be written to, so no checkpoint could be loaded.
+    ``tensor.expand`` returns such tensors. torch does not write to them, so ``load_state_dict`` would fail.
     """
     for module in model.modules():
         for name, buffer in module._buffers.items():

@@ -1,4 +1,4 @@
-"""Whether a converted network computes what the original does."""
+"""Checks that a converted network computes the same as the original."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from awnet.nn.router import Routing
 def check_equivalence(
     original: nn.Module, network: AWNet, x: Tensor, norms: dict[str, ConvertedNorm]
 ) -> None:
-    """Raises unless both give the same logits for ``x`` in eval mode at ω ≡ 1. It changes ``original``.
+    """Raises ValueError unless both give the same logits for ``x`` in eval mode at ω ≡ 1.
 
-    They are compared as they are, then with random batch norms: a zero-initialized one would hide its branch.
+    They are compared twice, the second time with random batch norms, since a zero-initialized one hides its
+    branch. ``original`` keeps the random values; ``network`` is restored.
     """
     _check_error(original, network, x)
     mixed = [norm.mixed for norm in norms.values()]
@@ -71,5 +72,5 @@ def _check_error(original: nn.Module, network: AWNet, x: Tensor) -> None:
 def _error(original: nn.Module, network: AWNet, x: Tensor) -> float:
     expected = original(x).nan_to_num()
     scales = [x.new_ones(len(x), width) for width in network.router.signal_widths]
-    got = network(x, routing=Routing(None, x.new_full((len(x),), 0.5), scales)).nan_to_num()
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    logits = network(x, routing=Routing(None, x.new_full((len(x),), 0.5), scales)).nan_to_num()
+    return float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-6))

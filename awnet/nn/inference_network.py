@@ -109,7 +109,7 @@ class InferenceBackbone(InferenceCopy):
         super().__init__(dtype)
         reason = check_backbone(backbone)
         if reason is not None:
-            raise TypeError(f"{type(backbone).__name__} has no frozen copy: {reason}")
+            raise TypeError(f"{type(backbone).__name__} has no inference copy: {reason}")
         self.live = (backbone,)
         layers = self._live_layers()
         self.eps = layers[0].bn.eps
@@ -384,7 +384,7 @@ def check_awnet(model: AWNet) -> str | None:
         reason = "it has no classifier"
     if reason is None and isinstance(router, AdversarialRouter):
         if type(router.backbone) is not Backbone or router.backbone.classifier is not None:
-            return "the router's backbone is not the one that it was made with"
+            return "the router's backbone is not the one it was created with"
         reason = (
             check_backbone(router.backbone)
             or _check_linear("router.type_head", router.type_head)

@@ -165,7 +165,7 @@ class MixBatchNorm2d(nn.Module):
             is_clean = None
         elif is_clean is None:
             raise ValueError(
-                "is_clean is missing: in train mode each sample goes through its own branch, "
+                "is_clean is missing: in train mode it chooses the branch of each sample, "
                 "so pass bool [B], or call .eval() for eval mode"
             )
         else:
@@ -247,7 +247,7 @@ class FilterScaledConv2d(nn.Conv2d):
         return output
 
     def _convolution(self, input: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The options of the op, and the input, padded here for a padding mode or word that the op lacks."""
+        """The input and the options of the op; a padding that the op lacks is applied to the input here."""
         padding: Any = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode

@@ -27,7 +27,7 @@ def trace(
     Args:
         x: images [B, C, H, W] to trace with, B at least 2.
         is_leaf: whether a module is called as it is.
-        keeps: whether a module must not be in one mode's graph alone.
+        keeps: whether a module must be in the graphs of both modes.
 
     Raises:
         ValueError: it cannot be traced; the message names the file and line.
@@ -41,15 +41,15 @@ def trace(
             part = copy.deepcopy(network).train() if training else network
             tracer = Tracer(lambda m, path: path in leaves or is_leaf(m), x, guards)
             try:
-                graphs.append((part, tracer.traced(part)))
-            except Exception as error:  # any error of a forward that is called with symbols
+                graphs.append((part, tracer.trace_network(part)))
+            except Exception as error:  # a forward that is called with symbols may raise anything
                 retry = next(
                     (path for path in tracer.failed_in or () if _can_be_leaf(network, path, keeps)), None
                 )
                 if retry is None or retry in leaves:
                     raise ValueError(
                         f"{name} cannot be traced by torch.fx: {raised_at(error)}: "
-                        f"{_said(error)}. Change that part, or build the network from the layers in awnet.nn"
+                        f"{_message(error)}. Change that part, or use the layers in awnet.nn"
                     ) from error
                 leaves.add(retry)
                 break
@@ -66,7 +66,7 @@ def trace(
     return graph
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, Untraceable) else f"{type(error).__name__}: {error}"
 
 
@@ -76,11 +76,11 @@ def _can_be_leaf(network: nn.Module, path: str, keeps: Callable[[nn.Module], boo
 
 
 class _Region:
-    """Nodes of one mode that the other mode lacks, between two nodes that both modes have."""
+    """Where the graphs of the modes differ: the nodes of each mode between two nodes that both have."""
 
     def __init__(self, training: list[fx.Node], evaluation: list[fx.Node], before: fx.Node) -> None:
         self.nodes = {True: training, False: evaluation}
-        self.before = before  # the node of the eval graph that follows
+        self.before = before  # the next node that both have, in the graph of eval mode
         self.outputs: list[tuple[fx.Node | None, fx.Node | None]] = []
         self.switch: fx.Node | None = None
 
@@ -135,7 +135,7 @@ class _Merger:
         self.graph.lint()
 
     def _key(self, node: fx.Node, network: nn.Module) -> str:
-        """A key that is equal for nodes that compute the same from their inputs."""
+        """A key that is equal for nodes that compute the same function of their inputs."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: None)
         constant = ""
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
@@ -157,7 +157,7 @@ class _Merger:
         return region
 
     def _pairs(self) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
-        """Every use, by a node of both graphs, of values that differ: training value, eval value, user."""
+        """(train value, eval value, user) for each operand of a common node that differs between modes."""
         for training, evaluation in self.eval_of.items():
             for training_value, eval_value in zip(_operands(training), _operands(evaluation), strict=True):
                 if self.eval_of.get(training_value) is not eval_value:
@@ -176,7 +176,7 @@ class _Merger:
             region = max(sources, key=position) if sources else self._add_region([], [], user)
             if (training_value, eval_value) not in region.outputs:
                 region.outputs.append((training_value, eval_value))
-        for region in list(self.regions):  # what later regions take from earlier ones
+        for region in list(self.regions):  # values that later regions read from earlier ones
             for training in (True, False):
                 for node in region.nodes[training]:
                     for source in node.all_input_nodes:
@@ -186,7 +186,7 @@ class _Merger:
                             origin.outputs.append(pair)
 
     def _outside(self, node: fx.Node, training: bool) -> fx.Node:
-        """The merged graph's node for a value that a region takes."""
+        """The merged graph's node for a value that a region reads."""
         if training and node in self.eval_of:
             return self.eval_of[node]
         if node not in self.region_of:
@@ -198,8 +198,7 @@ class _Merger:
         with self.graph.inserting_before(region.before):
             parts = [self._part(region, training, inputs) for training in (True, False)]
             for graph, placeholders in parts:
-                for _ in inputs[len(placeholders) :]:
-                    _add_placeholder(graph, placeholders)
+                _extend_placeholders(graph, placeholders, len(inputs))
             training_part, eval_part = (
                 fx.GraphModule(nn.Module(), graph, class_name="Part") for graph, _ in parts
             )
@@ -214,7 +213,7 @@ class _Merger:
                 self.switched[pair].meta.update((pair[1] or pair[0]).meta)  # type: ignore[union-attr]
 
     def _part(self, region: _Region, training: bool, inputs: list[fx.Node]) -> tuple[fx.Graph, list[fx.Node]]:
-        """One mode's graph of a region; ``inputs`` is extended by what it takes."""
+        """One mode's graph of a region, and its placeholders; appends the values it reads to ``inputs``."""
         graph = fx.Graph()
         placeholders: list[fx.Node] = []
         inner: dict[fx.Node, fx.Node] = {}
@@ -225,16 +224,14 @@ class _Merger:
             outside = self._outside(node, training)
             if outside not in inputs:
                 inputs.append(outside)
-            place = inputs.index(outside)
-            while len(placeholders) <= place:
-                _add_placeholder(graph, placeholders)
-            return placeholders[place]
+            index = inputs.index(outside)
+            _extend_placeholders(graph, placeholders, index + 1)
+            return placeholders[index]
 
         def read(target: str) -> fx.Node:
             """A tensor or module, read in the outer graph, so that its state keeps its name."""
             inputs.append(self.graph.get_attr(target))
-            while len(placeholders) < len(inputs):
-                _add_placeholder(graph, placeholders)
+            _extend_placeholders(graph, placeholders, len(inputs))
             return placeholders[-1]
 
         for node in region.nodes[training]:
@@ -258,32 +255,26 @@ class _Merger:
         return graph, placeholders
 
     def _redirect(self) -> None:
-        """Lets every user take the value of its mode."""
+        """Replaces operands that the modes compute differently by the outputs of the switches."""
         for node, evaluation in self.eval_of.items():
             sources = iter(list(_operands(node)))
 
-            def chosen(operand: fx.Node, sources: Iterator[fx.Node] = sources) -> fx.Node:
+            def switched_operand(operand: fx.Node, sources: Iterator[fx.Node] = sources) -> fx.Node:
                 return self.switched.get((next(sources), operand), operand)
 
-            evaluation.args = fx.node.map_arg(evaluation.args, chosen)
-            evaluation.kwargs = fx.node.map_arg(evaluation.kwargs, chosen)
+            evaluation.args = fx.node.map_arg(evaluation.args, switched_operand)
+            evaluation.kwargs = fx.node.map_arg(evaluation.kwargs, switched_operand)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
-    """Every input of a node, in order, a repeated one repeatedly."""
+    """The inputs of a node in order, with repetitions."""
     operands: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), operands.append)
     return operands
 
 
-def _add_placeholder(graph: fx.Graph, placeholders: list[fx.Node]) -> None:
-    last = placeholders[-1] if placeholders else None
-    first = next(iter(graph.nodes), None)
-    if last is not None:
-        with graph.inserting_after(last):
-            placeholders.append(graph.placeholder(f"value_{len(placeholders)}"))
-    elif first is not None:
-        with graph.inserting_before(first):
-            placeholders.append(graph.placeholder("value_0"))
-    else:
-        placeholders.append(graph.placeholder("value_0"))
+def _extend_placeholders(graph: fx.Graph, placeholders: list[fx.Node], count: int) -> None:
+    """Adds placeholders before all other nodes of ``graph`` until there are ``count``."""
+    for i in range(len(placeholders), count):
+        with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
+            placeholders.append(graph.placeholder(f"value_{i}"))

@@ -140,13 +140,13 @@ def apply_heads(
     *,
     training: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """The answer of ``router``'s heads, or of copies of them, for ψ_M; Eq. 18 and 19.
+    """The output of ``router``'s heads, or of copies of them, for ψ_M; Eq. 18 and 19.
 
     Args:
         router: its β, p_temperature, p_scale and fixed p are used.
         feature: ψ_M [B, d].
         type_head, signal_heads: the two linear layers, or None without them.
-        training: whether p is that of train mode, which ``p_scale`` leaves alone.
+        training: train mode; in eval mode p is multiplied by ``p_scale``.
 
     Returns:
         type_logits [B, 2] or None, p_clean [B], and ω [B, Σ C_out] of all dynamic convolutions or None.
@@ -167,7 +167,7 @@ def apply_heads(
 class FixedRouter(nn.Module):
     """A router without parameters: ω ≡ 1 and the same ``p_clean`` for all samples.
 
-    With it an AW-Net is a static network with two batch norms, the baseline that shows what the router adds.
+    An AW-Net with it is a static network with two batch norms, the baseline for the router.
     """
 
     signal_widths: tuple[int, ...] = ()
@@ -178,6 +178,7 @@ class FixedRouter(nn.Module):
         self.p_clean = _fixed_p_clean(test_bn)
 
     def forward(self, x: Tensor) -> Routing:
+        """Images [B, in_channels, H, W] → the fixed :class:`Routing`."""
         check_image(x, self.in_channels)
         return Routing(None, x.new_full((x.shape[0],), self.p_clean), [])
 

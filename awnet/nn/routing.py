@@ -69,7 +69,10 @@ class RoutedNetwork(WithRouter):
         return is_clean, routing
 
     def _check_is_clean(self, is_clean: Tensor | None, x: Tensor, *, needed: bool, decider: str) -> None:
-        """Raises ValueError or TypeError unless ``is_clean`` fits the mode; ``needed`` is of train mode."""
+        """Raises ValueError or TypeError unless ``is_clean`` fits the mode.
+
+        ``needed``: whether train mode needs it. ``decider``: names what decides in eval mode, for messages.
+        """
         if self.training and is_clean is None and needed:
             raise ValueError(
                 "is_clean is missing: in train mode pass bool [B], True for clean samples; "

@@ -184,7 +184,7 @@ def _truth(value: Any) -> bool:
 
 
 def apply_settings(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Sets the attributes that :func:`compare` found, after they were stored as JSON.
+    """Sets the attributes in :attr:`Comparison.settings`, after they were stored as JSON.
 
     Raises:
         ValueError: ``model`` lacks a module or attribute, or a value has another kind.
@@ -197,17 +197,17 @@ def apply_settings(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
         for name, value in values.items():
             if name in _INTERNAL or name not in vars(module):
                 raise ValueError(f"its settings name {path}.{name}, which the model lacks")
-            present = vars(module)[name]
-            if not _is_plain(present) or not _is_plain(value) or not _alike(value, present):
+            current = vars(module)[name]
+            if not _is_plain(current) or not _is_plain(value) or not _same_kind(value, current):
                 raise ValueError(f"its setting {path}.{name} cannot be {value!r}")
-            setattr(module, name, tuple(value) if isinstance(present, tuple) else value)
+            setattr(module, name, tuple(value) if isinstance(current, tuple) else value)
 
 
-def _alike(value: Any, present: Any) -> bool:
-    if value is None or present is None:
+def _same_kind(value: Any, current: Any) -> bool:
+    if value is None or current is None:
         return True
     for kinds in ((list, tuple), (dict,), (str,), (bool,), (int, float)):
-        if isinstance(present, kinds):
+        if isinstance(current, kinds):
             return isinstance(value, kinds) and (kinds == (bool,)) == isinstance(value, bool)
     return False
 

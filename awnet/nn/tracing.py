@@ -5,7 +5,7 @@ every symbol also has a value. Therefore:
 
 - Control flow on shapes, dtypes and devices is followed. Its outcome becomes part of the graph, and a
   :class:`Guard` in the graph raises if a later input would lead to another outcome. Control flow on the
-  *values* of tensors is refused, with the file and line.
+  *values* of tensors is an error, which names the file and line.
 - A module is traced through only if it contains something to replace. All others are called as they are,
   with their hooks and their dependence on the mode.
 """
@@ -62,7 +62,7 @@ class Untraceable(Exception):
 
 
 class OtherPath(ValueError):
-    """An input would take another path through the forward than the traced one."""
+    """An input would take a path through the forward that was not traced."""
 
 
 class Guard(nn.Module):
@@ -140,8 +140,8 @@ class _Symbol(fx.Proxy):
     def _value(self) -> Any:
         return self.tracer.value_of(self.node)
 
-    def _fixed(self, truth: bool = False) -> Any:
-        return self.tracer.fixed(self, truth)
+    def _guarded_value(self, truth: bool = False) -> Any:
+        return self.tracer.guarded_value(self, truth)
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._value, name)
@@ -150,7 +150,7 @@ class _Symbol(fx.Proxy):
         if callable(attribute) and not isinstance(attribute, nn.Module):
             return functools.partial(self._call, name)
         symbol = self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return symbol._fixed() if isinstance(attribute, str) else symbol
+        return symbol._guarded_value() if isinstance(attribute, str) else symbol
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if name in ("dim", "ndimension"):
@@ -158,33 +158,33 @@ class _Symbol(fx.Proxy):
         return self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
 
     def __bool__(self) -> bool:
-        return bool(self._fixed(truth=True))
+        return bool(self._guarded_value(truth=True))
 
     def __int__(self) -> int:
-        return int(self._fixed())
+        return int(self._guarded_value())
 
     def __index__(self) -> int:
         frame = sys._getframe(1)
         with self.tracer.tentatively((id(frame), frame.f_lasti)):
-            return operator.index(self._fixed())
+            return operator.index(self._guarded_value())
 
     def __float__(self) -> float:
-        return float(self._fixed())
+        return float(self._guarded_value())
 
     def __ceil__(self) -> int:
-        return int(self._fixed().__ceil__())
+        return int(self._guarded_value().__ceil__())
 
     def __floor__(self) -> int:
-        return int(self._fixed().__floor__())
+        return int(self._guarded_value().__floor__())
 
     def __trunc__(self) -> int:
-        return int(self._fixed().__trunc__())
+        return int(self._guarded_value().__trunc__())
 
     def __round__(self, digits: int | None = None) -> Any:
-        return round(self._fixed(), digits)
+        return round(self._guarded_value(), digits)
 
     def __contains__(self, item: object) -> bool:
-        return item in self._fixed()
+        return item in self._guarded_value()
 
     def __len__(self) -> int:
         return int(self.shape[0]) if isinstance(self._value, Tensor) else len(self._value)
@@ -248,8 +248,8 @@ class Tracer(fx.Tracer):
         self.guarded: dict[tuple[fx.Node, bool], fx.Node] = {}
         self.tentative: dict[tuple[int, int], list[tuple[fx.Node, bool]]] = {}
         self.values: dict[fx.Node, Any] = {}
-        self.from_data: set[fx.Node] = set()  # values that are no tensors, but made from a tensor's elements
-        self.running = False
+        self.from_data: set[fx.Node] = set()  # values computed from a tensor's elements that are not tensors
+        self.running = False  # whether calls run without being recorded
         self.inside: list[str] = []  # the modules that are being traced through
         self.failed_in: list[str] | None = None  # those at the time of an exception
         self.python_random = _python_random()
@@ -265,7 +265,7 @@ class Tracer(fx.Tracer):
         if node.op == "placeholder":
             return self.x
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.value_of)
-        with self._as_they_are():
+        with self._unrecorded():
             if node.op == "get_attr":
                 value: Any = self.root
                 for name in str(node.target).split("."):
@@ -290,8 +290,8 @@ class Tracer(fx.Tracer):
         return value
 
     @contextmanager
-    def _as_they_are(self) -> Iterator[None]:
-        """Modules, parameters and functions are not recorded."""
+    def _unrecorded(self) -> Iterator[None]:
+        """In this block calls of modules, parameters and functions are not recorded."""
         running, self.running = self.running, True
         try:
             with torch.no_grad():
@@ -299,8 +299,11 @@ class Tracer(fx.Tracer):
         finally:
             self.running = running
 
-    def fixed(self, symbol: _Symbol, truth: bool) -> Any:
-        """The value of the symbol (or its truth), which the graph assumes from here on and guards."""
+    def guarded_value(self, symbol: _Symbol, truth: bool) -> Any:
+        """The value of the symbol, or its truth; from here on the graph is valid for this value only.
+
+        A guard is added that checks it.
+        """
         value = symbol._value
         if isinstance(value, Tensor) or symbol.node in self.from_data:
             raise Untraceable("it depends on the values in a tensor, which differ from image to image")
@@ -310,7 +313,7 @@ class Tracer(fx.Tracer):
             where = location(sys._getframe(2))
             key = (where, repr(value), truth)
             if key not in self.guards:
-                with self._as_they_are():
+                with self._unrecorded():
                     self.guards[key] = Guard(f"_guard_{len(self.guards)}", value, truth, where)
             guard = self.create_proxy("call_module", PREFIX + self.guards[key].name, (symbol,), {})
             self.guarded[symbol.node, truth] = guard.node
@@ -379,7 +382,7 @@ class Tracer(fx.Tracer):
         finally:
             self.inside.pop()
 
-    def traced(self, network: nn.Module) -> fx.Graph:
+    def trace_network(self, network: nn.Module) -> fx.Graph:
         """The graph of ``network``'s forward; names in it are relative to ``network``."""
         set_attribute, enter_autocast = nn.Module.__setattr__, torch.autocast.__enter__
 

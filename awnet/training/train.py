@@ -30,7 +30,7 @@ from awnet.files import expanded
 from awnet.models.files import description_of, weights_fingerprint
 from awnet.models.sources import expanded_source
 from awnet.nn import unwrapped
-from awnet.nn.copies import copied, own_memory
+from awnet.nn.copies import copied, unshare_memory
 from awnet.nn.wrappers import with_wrapper_names
 from awnet.precision import check_environment
 from awnet.provenance import environment
@@ -219,7 +219,7 @@ def train(
     with gradients_enabled(), joined(resolve_device(device)) as ranks, ExitStack() as held:
         where = ranks.device
         model = build_model(model, splits.train, seed).to(where)
-        own_memory(model)
+        unshare_memory(model)
         if init_from is not None:
             initialize(model, init_from)
         description = description_of(model)  # raises for a model that no file could restore

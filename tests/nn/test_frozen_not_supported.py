@@ -1,4 +1,4 @@
-"""A frozen copy replaces only a model that is exactly what it assumes; any other model runs itself."""
+"""An inference copy replaces only a model that it reproduces exactly; any other model runs itself."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_global_hooks_and_patched_classes_are_seen(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("make", [lambda: _of_class(Normalized, "resnet_tiny"), CHANGED["pruning"][0]])
 def test_frozen_refuses_with_the_reason(make: Callable[[], nn.Module]) -> None:
     model = make()
-    with pytest.raises(TypeError, match=r"has no frozen copy: .*awnet\.attacks\.frozen"):
+    with pytest.raises(TypeError, match=r"has no inference copy: .*awnet\.attacks\.frozen"):
         model.inference_copy()
     with pytest.raises(TypeError, match="must be an AWNet on a Backbone"):
         InferenceAWNet(CHANGED["another norm"][0]())

@@ -14,7 +14,7 @@ import awnet
 from awnet import attacks
 from awnet.data import Splits, load_dataset
 from awnet.models.files import packed_extra_state, weights_fingerprint
-from awnet.nn.copies import copied, own_memory
+from awnet.nn.copies import copied, unshare_memory
 from awnet.training import recipe_for, train
 
 _DIGITS = load_dataset("digits")
@@ -170,7 +170,9 @@ def test_extra_state_that_no_checkpoint_holds_is_refused_before_anything_is_writ
         def get_extra_state(self):
             return {"lock": object()}
 
-    with pytest.raises(ValueError, match="_extra_state, from get_extra_state, is a dict that no checkpoint"):
+    with pytest.raises(
+        ValueError, match="_extra_state, from get_extra_state, is a dict, which a checkpoint cannot store"
+    ):
         trained(Opaque(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert packed_extra_state("a", {"x": [1, "b", None, torch.ones(1)]})
@@ -191,7 +193,7 @@ def test_copies_hold_the_values_of_non_leaf_tensors_and_share_none():
 def test_expanded_tensors_become_plain_ones_of_the_same_values():
     model = ExpandedBuffers()
     before = [buffer.clone() for buffer in model.buffers()]
-    own_memory(model)
+    unshare_memory(model)
     for buffer, value in zip(model.buffers(), before, strict=True):
         assert torch.equal(buffer, value)
         buffer.copy_(value)  # raises where elements share memory
