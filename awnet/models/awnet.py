@@ -64,11 +64,11 @@ class AWResNet(AWNet, WithInferenceCopy, OnHub):
         router_widths: widths of the router's stages; default those of ResNet-18 (of the network for
             ``awnet_tiny``), times ``width``.
         width: multiplies the channels of the dynamic sub-network.
-        activation: in the place of every ReLU of the dynamic sub-network, ``"silu"``, ``"gelu"`` or
+        activation: replaces every ReLU of the dynamic sub-network by ``"silu"``, ``"gelu"`` or
             ``"leaky_relu"`` (:class:`awnet.nn.AWConv2d`). The router has ReLUs, and MobileNet-v2 has ReLU6.
 
     Without ``filter_scaling`` and ``type_head`` there is no router: a static network with two batch norms.
-    The dynamic sub-network is drawn first: under one seed it starts with the weights of its static twin.
+    The dynamic sub-network is initialized first, so with the same seed it has the weights of its static twin.
     """
 
     def __init__(

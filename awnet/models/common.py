@@ -1,4 +1,4 @@
-"""What the families of networks share: a width factor, a configuration that rebuilds a model, FLOPs."""
+"""What all families of models use: the width factor, the config that rebuilds a model, FLOPs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def checked_router_widths(widths: Sequence[int] | None, default: Sequence[int], 
 
 
 def config(name: str, num_classes: int, in_channels: int, **options: Any) -> dict[str, Any]:
-    """What :func:`~awnet.models.create_model` needs to build the same network again."""
+    """The arguments of :func:`~awnet.models.create_model` that build the same network again."""
     options = {option: plain(value) for option, value in options.items()}
     if options.get("activation") == "relu":  # the default, which the configs of earlier versions do not name
         del options["activation"]
@@ -93,7 +93,7 @@ def _import_problem(name: str, package: str, error: Exception) -> str:
 def flops(network: nn.Module, run: Callable[[], object]) -> int:
     """Floating-point operations of the convolutions and linear layers in ``network`` that ``run()`` executes.
 
-    Two for a multiply-add; batch norms, activations and pools are left out, as is usual.
+    A multiply-add counts as two; batch norms, activations and pools are not counted, as is usual.
     """
     total = 0
 
@@ -119,7 +119,7 @@ class WithInferenceCopy(nn.Module):
     """Adds the method ``inference_copy``, which attacks and evaluation use."""
 
     def inference_copy(self, dtype: torch.dtype | None = None) -> InferenceCopy:
-        """Returns a frozen copy of this network in eval mode, differentiable with respect to images only.
+        """Returns an inference copy of this network in eval mode, differentiable with respect to images only.
 
         ``refresh()`` of the copy copies this network's current weights to it.
 
@@ -134,7 +134,7 @@ class WithInferenceCopy(nn.Module):
         copy = inference_copy(self, dtype)
         if copy is None:
             raise TypeError(
-                f"{type(self).__name__} has no frozen copy: {not_supported(self)}; freeze the model itself: "
-                "`with awnet.attacks.frozen(model)`"
+                f"{type(self).__name__} has no inference copy: {not_supported(self)}; freeze the model "
+                "itself: `with awnet.attacks.frozen(model)`"
             )
         return copy

@@ -23,7 +23,7 @@ from awnet._version import __version__
 from awnet.defaults import standard_defaults
 from awnet.devices import check_has_values
 from awnet.files import expanded, written_atomically
-from awnet.models.registry import class_of, config_of, create_model, is_ours, list_models, sketch_of
+from awnet.models.registry import class_of, config_of, create_model, is_ours, list_models, meta_model_of
 from awnet.models.sizes import check_lists, check_state, elements
 from awnet.nn import unwrapped
 from awnet.nn.structure import apply_settings, compare, describe
@@ -34,8 +34,8 @@ _STORAGE = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORAGE_MIN_VALUES = 4096
 _EXTRA_KEY = "awnet.extra_state"
 _FORMAT = 1
-# what building a model and loading weights may raise if a file does not fit
-_MISFITS = (
+# what building a model and loading weights may raise if a file does not fit the model
+_LOAD_ERRORS = (
     *(ValueError, TypeError, KeyError, RuntimeError, AttributeError),
     *(EOFError, pickle.UnpicklingError),
 )
@@ -103,25 +103,25 @@ def description_of(model: nn.Module) -> dict[str, Any]:
     shared = {"format": _FORMAT, "version": __version__}
     if config is None:
         return shared | {"config": None, "class": _class_name(type(model)), "structure": describe(model)}
-    about: dict[str, Any] = shared | {"config": config}
+    description: dict[str, Any] = shared | {"config": config}
     problems: list[str] = []
     try:
-        built = _built(about, sketch=True)
+        built = _built(description, on_meta=True)
         if type(model) is not type(built) and isinstance(model, type(built)):
-            about |= _of_subclass(model, config)
-            built = _built(about)
+            description |= _of_subclass(model, config)
+            built = _built(description)
         settings, problems = compare(model, built)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         problems = [str(error)]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
-            f"this {type(model).__qualname__} is not what its config, {config['name']!r}, builds, and no "
-            f"file could hold it: {'; '.join(problems[:5])}{more}. Undo that, or register a function that "
+            f"this {type(model).__qualname__} is not what its config, {config['name']!r}, builds, and a file "
+            f"cannot store it: {'; '.join(problems[:5])}{more}. Undo that, or register a function that "
             "builds the model as it is (awnet.models.register_model) and create it by that name; or set "
             "model.config = None: a run then stores its weights for awnet.load_model(RUN, model=...)"
         )
-    return about | ({"settings": settings} if settings else {})
+    return description | ({"settings": settings} if settings else {})
 
 
 _CLASSES: WeakValueDictionary[str, type[nn.Module]] = WeakValueDictionary()
@@ -138,37 +138,37 @@ def _of_subclass(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     _CLASSES[_class_name(kind)] = kind
     errors = []
     for call in ("config", "nothing"):
-        about = {"class": _class_name(kind), "call": call}
+        description = {"class": _class_name(kind), "call": call}
         try:
-            built = _built({"config": config} | about)
+            built = _built({"config": config} | description)
         except Exception as error:  # any error of a constructor
             errors.append(str(error))
             continue
         if config_of(built) == config or call == "config":
-            return about
+            return description
     raise ValueError(
-        f"its class {kind.__qualname__} cannot be made again by {kind.__name__}(name, num_classes, "
+        f"its class {kind.__qualname__} cannot be created again by {kind.__name__}(name, num_classes, "
         f"in_channels, **options) or {kind.__name__}() ({errors[0] if errors else 'its config changes'})"
     )
 
 
-def _built(about: Mapping[str, Any], *, sketch: bool = False) -> nn.Module:
+def _built(description: Mapping[str, Any], *, on_meta: bool = False) -> nn.Module:
     """A new model as ``about`` describes it; with ``sketch`` on the meta device if possible."""
-    config = about["config"]
+    config = description["config"]
     arguments = {"num_classes": config["num_classes"], "in_channels": config["in_channels"]}
     arguments |= config["options"]
-    if "class" not in about:
-        if sketch and is_ours(config["name"]):
+    if "class" not in description:
+        if on_meta and is_ours(config["name"]):
             with suppress(RuntimeError, NotImplementedError), torch.device("meta"):
                 return create_model(config["name"], **arguments)
         with torch.random.fork_rng([]):
             return create_model(config["name"], **arguments)
-    kind = _known_class(about["class"])
+    kind = _known_class(description["class"])
     base = class_of(config["name"])
     if base is None or not issubclass(kind, base):
         raise ValueError(f"its class {kind.__qualname__} is not a subclass of {config['name']!r}'s")
     with torch.random.fork_rng([]):
-        return kind() if about.get("call") == "nothing" else kind(config["name"], **arguments)
+        return kind() if description.get("call") == "nothing" else kind(config["name"], **arguments)
 
 
 def _known_class(name: str) -> type[nn.Module]:
@@ -260,8 +260,8 @@ def packed_extra_state(name: str, value: Any) -> str:
         torch.load(buffer, weights_only=True)
     except Exception as error:  # any error of pickling the value
         raise ValueError(
-            f"{name}, from get_extra_state, is a {type(value).__name__} that no checkpoint can hold: return "
-            "numbers, text, tensors, and lists and dicts of them"
+            f"{name}, from get_extra_state, is a {type(value).__name__}, which a checkpoint cannot store: "
+            "return numbers, text, tensors, and lists and dicts of them"
         ) from error
     return base64.b64encode(buffer.getvalue()).decode()
 
@@ -297,42 +297,42 @@ def load_model_file(
     path = expanded(path)
     file = path / "best.safetensors" if path.is_dir() else path
     if not file.is_file():
-        what = f"no best.safetensors in the folder {path}" if path.is_dir() else f"no file {path}"
+        problem = f"no best.safetensors in the folder {path}" if path.is_dir() else f"no file {path}"
         others = sorted(p.name for p in path.glob("*.safetensors")) if path.is_dir() else []
         hint = (
             f"it has {', '.join(others)}: pass one of them"
             if others
             else "pass a run folder or a .safetensors file"
         )
-        raise FileNotFoundError(f"{what}; {hint}")
+        raise FileNotFoundError(f"{problem}; {hint}")
     try:
         with safe_open(file, framework="pt", device=str(device)) as opened:
             metadata = opened.metadata() or {}
-            about = _about(file, metadata, model)
+            description = _read_description(file, metadata, model)
             names = list(opened.keys())
             if model is None:
                 shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
-                _check_fit(file, about, shapes)  # before anything is allocated
-            tensors = _stored_as_float32(about, {name: opened.get_tensor(name) for name in names})
+                _check_fit(file, description, shapes)  # before anything is allocated
+            tensors = _stored_as_float32(description, {name: opened.get_tensor(name) for name in names})
     except SafetensorError as error:
         raise ValueError(
-            f"{file} is damaged or no safetensors file ({error}); copy or download it again, or use another "
-            "checkpoint of the run, such as last.safetensors"
+            f"{file} is damaged or not a safetensors file ({error}); copy or download it again, or use "
+            "another checkpoint of the run, such as last.safetensors"
         ) from error
-    given = model is not None
+    model_was_passed = model is not None
     try:
         if model is None:
-            model = _built(about)
+            model = _built(description)
         else:
             check_has_values(model)
-            if about.get("structure") is not None:
-                _check_structure(model, about["structure"])
+            if description.get("structure") is not None:
+                _check_structure(model, description["structure"])
         _load(model, tensors | _unpacked_extra_state(metadata))
-        apply_settings(unwrapped(model), about.get("settings", {}))
-    except _MISFITS as error:
-        if given:
+        apply_settings(unwrapped(model), description.get("settings", {}))
+    except _LOAD_ERRORS as error:
+        if model_was_passed:
             raise ValueError(f"{file} does not fit the model that was passed: {error}") from error
-        raise _misfit(file, about, error) from error
+        raise _load_error(file, description, error) from error
     return model.to(device).eval()
 
 
@@ -346,9 +346,9 @@ def _rounded(model: nn.Module, weights: Mapping[str, Any], storage: torch.dtype)
     return {name: value.to(storage) if name in large else value for name, value in weights.items()}
 
 
-def _stored_as_float32(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stored_as_float32(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``tensors`` with those in the storage dtype of ``about``, the file's description, as float32."""
-    storage = _STORAGE.get(about.get("storage", ""))
+    storage = _STORAGE.get(description.get("storage", ""))
     return {name: value.float() if value.dtype == storage else value for name, value in tensors.items()}
 
 
@@ -360,32 +360,32 @@ def _load(model: nn.Module, tensors: Mapping[str, Any]) -> None:
         tensors = {key.removeprefix("module.").removeprefix("_orig_mod."): v for key, v in tensors.items()}
     tensors = with_wrapper_names(model, tensors)
     for table in (dict(model.named_parameters()), dict(model.named_buffers())):
-        for name, present in table.items():
-            if name in tensors and tensors[name].is_floating_point() and present.is_floating_point():
-                present.data = present.data.to(tensors[name].dtype)
+        for name, target in table.items():
+            if name in tensors and tensors[name].is_floating_point() and target.is_floating_point():
+                target.data = target.data.to(tensors[name].dtype)
     model.load_state_dict(tensors)
 
 
 def _check_structure(model: nn.Module, stored: Any) -> None:
     """Raises ValueError if ``model`` has other modules or hooks than the saved model."""
-    present = describe(model)
-    if not isinstance(stored, dict) or present == stored:
+    structure = describe(model)
+    if not isinstance(stored, dict) or structure == stored:
         return
     differences = [
-        f"{path or 'the model'} is {present.get(path, 'missing')}, and was {stored.get(path, 'missing')}"
-        for path in sorted({*present, *stored})
-        if present.get(path) != stored.get(path)
+        f"{path or 'the model'} is {structure.get(path, 'missing')}, and was {stored.get(path, 'missing')}"
+        for path in sorted({*structure, *stored})
+        if structure.get(path) != stored.get(path)
     ]
     more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
     raise ValueError(f"it is not built as the one that was saved: {'; '.join(differences[:3])}{more}")
 
 
-def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_fit(file: Path, description: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises ValueError unless ``shapes``, of the file's tensors, are those of the model that it describes.
 
     The file's size bounds its tensors, but not the sizes that its description states.
     """
-    config = about["config"]
+    config = description["config"]
     try:
         if isinstance(config.get("name"), str) and config["name"] not in list_models():
             raise ValueError(
@@ -394,11 +394,11 @@ def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, .
                 f"FILE.py); or build the model and pass it: awnet.load_model({str(file)!r}, model=my_model) "
                 "(command line: --model FILE.py:FUNCTION)"
             )
-        lacking = [key for key in ("name", "num_classes", "in_channels", "options") if key not in config]
-        if lacking or not isinstance(config["options"], dict):
-            raise ValueError(f"its description lacks {', '.join(lacking) or 'a dict of options'}")
+        missing = [key for key in ("name", "num_classes", "in_channels", "options") if key not in config]
+        if missing or not isinstance(config["options"], dict):
+            raise ValueError(f"its description lacks {', '.join(missing) or 'a dict of options'}")
         check_lists(config["options"], len(shapes))
-        expected = None if "class" in about else sketch_of(config)
+        expected = None if "class" in description else meta_model_of(config)
         if expected is None:  # a registered function or the user's class builds it
             most = elements(shapes)
             if max(config["num_classes"], config["in_channels"]) > most:
@@ -406,17 +406,17 @@ def _check_fit(file: Path, about: dict[str, Any], shapes: dict[str, tuple[int, .
             return
         check_state(expected, shapes)
     except (ValueError, TypeError, KeyError) as error:
-        raise _misfit(file, about, error) from error
+        raise _load_error(file, description, error) from error
 
 
-def _misfit(file: Path, about: dict[str, Any], error: Exception) -> ValueError:
-    version = str(about.get("version"))[:40]
+def _load_error(file: Path, description: dict[str, Any], error: Exception) -> ValueError:
+    version = str(description.get("version"))[:40]
     if version == __version__:
         return ValueError(f"{file} cannot be loaded: {error}")
     return ValueError(f"{file}, written by awnet {version}, does not fit awnet {__version__}: {error}")
 
 
-def _about(file: Path, metadata: dict[str, str], model: nn.Module | None) -> dict[str, Any]:
+def _read_description(file: Path, metadata: dict[str, str], model: nn.Module | None) -> dict[str, Any]:
     if _KEY not in metadata:
         if model is not None:
             return {}
@@ -426,24 +426,24 @@ def _about(file: Path, metadata: dict[str, str], model: nn.Module | None) -> dic
             "the command line --model FILE.py:FUNCTION"
         )
     try:
-        about = json.loads(metadata[_KEY])
+        description = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{file}: its metadata {_KEY!r} is no JSON ({error}); copy the file again"
+            f"{file}: its metadata {_KEY!r} is not JSON ({error}); copy the file again"
         ) from error
     if (
-        not isinstance(about, dict)
-        or about.get("format") != _FORMAT
-        or not isinstance(about.get("config", 0), dict | None)
+        not isinstance(description, dict)
+        or description.get("format") != _FORMAT
+        or not isinstance(description.get("config", 0), dict | None)
     ):
         raise ValueError(
             f"{file}: its metadata {_KEY!r} is not in the format {_FORMAT} that awnet {__version__} reads; "
             "load it with the version that wrote it"
         )
-    if about["config"] is None and model is None:
+    if description["config"] is None and model is None:
         raise ValueError(
-            f"{file} holds the weights of a {about.get('class')}, which awnet cannot build: build it in the "
-            f"same way and pass it: awnet.load_model({str(file)!r}, model=my_model), on the command line "
+            f"{file} has the weights of a {description.get('class')}, which awnet cannot build: build it in "
+            f"the same way and pass it: awnet.load_model({str(file)!r}, model=my_model), on the command line "
             "--model FILE.py:FUNCTION"
         )
-    return about
+    return description

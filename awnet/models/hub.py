@@ -13,7 +13,7 @@ from torch import nn
 
 from awnet.defaults import standard_defaults
 from awnet.devices import check_has_values
-from awnet.models.sizes import check_lists, check_memory, check_state, sketch
+from awnet.models.sizes import build_on_meta, check_lists, check_memory, check_state
 from awnet.nn.structure import compare
 
 
@@ -29,17 +29,17 @@ class OnHub(
 
     @standard_defaults()
     def save_pretrained(self, save_directory: str | Path, **arguments: Any) -> Any:
-        """Writes weights and config.json, as huggingface_hub does; ``push_to_hub`` does so too.
+        """Writes weights and config.json, as huggingface_hub does; ``push_to_hub`` calls this too.
 
-        Raises ValueError for a model that was changed since it was made (other settings, hooks, replaced
-        layers, another dtype), which ``from_pretrained`` would not give back: ``awnet.save_model`` stores
-        settings and dtype.
+        Raises ValueError if the model was changed after its creation (other settings, hooks, replaced layers,
+        another dtype), since ``from_pretrained`` would not restore it. ``awnet.save_model`` stores settings
+        and dtype.
         """
         network = cast("nn.Module", self)
         check_has_values(network)
-        made_with: dict[str, Any] = getattr(self, "_hub_mixin_config", None) or {}
+        arguments_at_creation: dict[str, Any] = getattr(self, "_hub_mixin_config", None) or {}
         with torch.random.fork_rng([]):
-            built = cast("nn.Module", type(self)(**made_with))
+            built = cast("nn.Module", type(self)(**arguments_at_creation))
         settings, problems = compare(network, built)
         for path, names in settings.items():
             problems += [f"{path or 'the model'} has another {name}" for name in names]
@@ -47,7 +47,7 @@ class OnHub(
         problems += [f"it has weights of dtype {dtype}" for dtype in sorted(dtypes)]
         if problems:
             raise ValueError(
-                f"from_pretrained would not give this {type(self).__name__} back: {'; '.join(problems[:5])}. "
+                f"from_pretrained would not restore this {type(self).__name__}: {'; '.join(problems[:5])}. "
                 "Undo that, or save it by awnet.save_model"
             )
         return super().save_pretrained(save_directory, **arguments)
@@ -85,18 +85,22 @@ class OnHub(
             return cls._load_as_safetensor(model, str(file), map_location, strict)
 
 
-def _check_fit(kind: type, arguments: dict[str, Any], file: Path, model_id: str, *, strict: bool) -> None:
-    """Raises ValueError where config.json states other sizes than ``file`` has; nothing is allocated."""
+def _check_fit(
+    model_class: type, arguments: dict[str, Any], file: Path, model_id: str, *, strict: bool
+) -> None:
+    """Raises ValueError if config.json states other sizes than ``file`` has; allocates nothing."""
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error}); download it again") from error
+        raise ValueError(
+            f"{file} is damaged or not a safetensors file ({error}); download it again"
+        ) from error
     try:
         check_lists(arguments, len(shapes))
-        model = sketch(lambda: kind(**arguments), kind.__name__)
+        model = build_on_meta(lambda: model_class(**arguments), model_class.__name__)
         check_state(model, shapes, strict=strict)
         if not strict:
-            check_memory(model, kind.__name__)
+            check_memory(model, model_class.__name__)
     except (ValueError, TypeError, MemoryError) as error:
         raise ValueError(f"config.json of {model_id} does not fit its weights: {error}") from error

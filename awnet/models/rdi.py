@@ -90,9 +90,9 @@ class RDIResNet(nn.Module, OnHub):
         return self._exit_of(torch.stack(self.exits(x)))
 
     def _exit_of(self, logits: Tensor) -> Tensor:
-        leaves = entropy(logits[:-1].detach()) < self.thresholds[:, None]  # [exits - 1, B]
-        final = torch.ones_like(leaves[:1])
-        return torch.cat([leaves, final]).int().argmax(0)  # the first
+        below_threshold = entropy(logits[:-1].detach()) < self.thresholds[:, None]  # [exits - 1, B]
+        final = torch.ones_like(below_threshold[:1])
+        return torch.cat([below_threshold, final]).int().argmax(0)  # the first
 
     def flops(self, image_size: tuple[int, int] = (32, 32)) -> list[int]:
         """Floating-point operations of an image that leaves at each exit: the layers before it, and all
@@ -120,29 +120,29 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def choose_thresholds(logits: Tensor, y: Tensor) -> Tensor:
-    """Thresholds [exits - 1] with which samples leave as early as possible without loss of accuracy.
+    """Thresholds [exits - 1] at which samples leave as early as possible without loss of accuracy.
 
-    The exits are handled in order. Of the samples that reach an exit, those with the lowest entropy leave:
-    the largest number of them that this exit classifies at least as accurately as the final exit.
+    The exits are handled in order. Of the samples that reach an exit, as many as possible leave, those with
+    the lowest entropy first, provided that this exit classifies them as accurately as the final one.
 
     Args:
         logits: of held-out images at every exit, [exits, N, K].
         y: labels, int64 [N].
     """
-    unsure = entropy(logits).cpu()  # [exits, N]
-    right = (logits.argmax(-1) == y).long().cpu()
+    entropies = entropy(logits).cpu()  # [exits, N]
+    correct = (logits.argmax(-1) == y).long().cpu()
     thresholds = torch.zeros(len(logits) - 1, dtype=logits.dtype)
-    here = torch.arange(len(y))
+    remaining = torch.arange(len(y))
     for e in range(len(thresholds)):
-        values, order = unsure[e, here].sort(stable=True)
-        gain = (right[e, here] - right[-1, here])[order].cumsum(0)
-        after = torch.cat([values[1:], values.new_full((1,), torch.inf)])
+        values, order = entropies[e, remaining].sort(stable=True)
+        gain = (correct[e, remaining] - correct[-1, remaining])[order].cumsum(0)
+        following = torch.cat([values[1:], values.new_full((1,), torch.inf)])
         # a threshold can only separate two samples of different entropy
-        possible = ((gain >= 0) & (values < after)).nonzero().flatten()
+        possible = ((gain >= 0) & (values < following)).nonzero().flatten()
         if len(possible):
             number = int(possible[-1]) + 1
-            thresholds[e] = (values[number - 1] + after[number - 1].clamp(max=1.1)) / 2
-        here = here[unsure[e, here] >= thresholds[e]]
+            thresholds[e] = (values[number - 1] + following[number - 1].clamp(max=1.1)) / 2
+        remaining = remaining[entropies[e, remaining] >= thresholds[e]]
     return thresholds
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from awnet import rng
 from awnet.models import advmoe, awnet, mobilenet, rdi, repvgg, resnet, separate, swin, vgg, wide_resnet
-from awnet.models.sizes import check_memory, numbers, sketch
+from awnet.models.sizes import build_on_meta, check_memory, numbers
 from awnet.nn import RoutedNetwork, unwrapped
 from awnet.scalars import check_integer, is_number, plain
 
@@ -23,9 +23,9 @@ _REGISTRY: dict[str, Build] = {}
 
 
 def register_model(name: str, build: Build) -> None:
-    """Makes ``create_model(name, …)`` call ``build(num_classes=…, in_channels=…, **options)``.
+    """Registers ``name``: ``create_model(name, …)`` calls ``build(num_classes=…, in_channels=…, **options)``.
 
-    ``build`` names its options in its signature. Raises ValueError when ``name`` is taken.
+    The parameters of ``build`` are the model's options. Raises ValueError if ``name`` is taken.
     """
     if name in _REGISTRY:
         raise ValueError(f"name {name!r} is taken by {_REGISTRY[name]}; choose another")
@@ -50,7 +50,7 @@ for _names, _class in _FAMILIES:
 
 
 _OURS = tuple(_REGISTRY.values())
-_USUAL_SIZE = 16  # larger options have the memory that they need checked first
+_USUAL_SIZE = 16  # for larger options the memory is checked before the model is created
 
 
 def class_of(name: str) -> type[nn.Module] | None:
@@ -86,7 +86,7 @@ def create_model(name: str, *, num_classes: int = 10, in_channels: int = 3, **op
     """
     build, config = _checked(name, num_classes, in_channels, options)
     if max([*numbers(config["options"]), num_classes / 1000, in_channels / 100]) > _USUAL_SIZE:
-        model = sketch_of(config)
+        model = meta_model_of(config)
         if model is not None and torch.get_default_device().type != "meta":
             check_memory(model, _described(config))
     model = build(num_classes=config["num_classes"], in_channels=config["in_channels"], **config["options"])
@@ -111,9 +111,8 @@ SOURCE = "_awnet_source"  # attribute of models that are neither registered nor 
 def config_of(model: nn.Module) -> dict[str, Any] | None:
     """The arguments of :func:`create_model` that rebuild ``model``; None for any other model.
 
-    Settings of a router that were changed since (``beta``, ``p_temperature``, ``p_scale``) and a
-    Separate-Net's ``threshold`` have their present values. A ``config`` of the user's own, of another form,
-    is not taken for it, nor one that was set to None.
+    Router settings (``beta``, ``p_temperature``, ``p_scale``) and a Separate-Net's ``threshold`` have their
+    current values. An attribute ``config`` that the user set, in another form or to None, is ignored.
     """
     model = unwrapped(model)
     config = getattr(model, "config", None)
@@ -125,9 +124,9 @@ def config_of(model: nn.Module) -> dict[str, Any] | None:
         return None
     options = dict(config["options"])
     if isinstance(model, RoutedNetwork):
-        for place in (model.router, model):
+        for module in (model.router, model):
             for option in ("beta", "p_temperature", "p_scale", "threshold"):
-                value = plain(vars(place).get(option))
+                value = plain(vars(module).get(option))
                 if option in options and is_number(value):
                     options[option] = value
     return config | {"options": options}
@@ -146,18 +145,18 @@ def is_ours(name: str) -> bool:
     return _REGISTRY.get(name) in _OURS
 
 
-def sketch_of(config: dict[str, Any]) -> nn.Module | None:
-    """``create_model``'s model on the meta device, without allocating its tensors.
+def meta_model_of(config: dict[str, Any]) -> nn.Module | None:
+    """The model that ``create_model`` would build, on the meta device.
 
     None for a model of :func:`register_model`, whose function may do anything. Raises what ``create_model``
-    raises, and ValueError where a size exceeds what torch can address.
+    raises, and ValueError if a size is larger than torch can address.
     """
     name, options = config["name"], config["options"]
     build, config = _checked(name, config["num_classes"], config["in_channels"], options)
     if build not in _OURS:
         return None
     sizes = {"num_classes": config["num_classes"], "in_channels": config["in_channels"]}
-    return sketch(partial(build, **sizes, **config["options"]), _described(config))
+    return build_on_meta(partial(build, **sizes, **config["options"]), _described(config))
 
 
 def _described(config: dict[str, Any]) -> str:
@@ -190,11 +189,9 @@ def model_options() -> set[str]:
 
 
 def _options(build: Build) -> set[str] | None:
-    """Names of the options that ``build`` takes, or None where it takes any."""
+    """Names of the options that ``build`` takes; None if it takes any name."""
     function: Any = build.func if isinstance(build, partial) else build
-    if isinstance(
-        function, type
-    ):  # a class on the Hub has a __new__(*args, **kwargs) that hides its signature
+    if isinstance(function, type):  # PyTorchModelHubMixin has a __new__(*args, **kwargs)
         function = vars(function).get("__init__", function)
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

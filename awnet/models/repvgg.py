@@ -23,7 +23,7 @@ _STRIDES = (1, 1, 2, 2, 2)  # of the stem and the stages; 2 everywhere in the or
 
 
 class RepVGGBlock(nn.Module):
-    """relu(BN(conv3×3(x)) + BN(conv1×1(x)) + BN(x)), the last only where the shape stays: two fused calls."""
+    """relu(BN(conv3×3(x)) + BN(conv1×1(x)) + BN(x)), without BN(x) if the shape changes; two fused calls."""
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class RepVGGBlock(nn.Module):
 
     @torch.no_grad()
     def fused(self) -> FusedBlock:
-        """The one convolution that computes the same in eval mode.
+        """The single convolution that computes the same in eval mode.
 
-        A batch norm with running statistics is an affine map of each channel, γ/σ·u + (β − μγ/σ), which its
-        convolution absorbs; a 1×1 kernel is a 3×3 one that is zero but in the middle, the identity is such a
-        kernel too, and the three add up.
+        A batch norm with running statistics is an affine map of each channel, γ/σ·u + (β − μγ/σ), and is
+        folded into its convolution. A 1×1 kernel and the identity are 3×3 kernels with zeros around the
+        center. The three kernels are added.
         """
         weight, bias = _folded(self.conv3.weight, self.conv3.bn)
         point, shift = _folded(self.conv1.weight, self.conv1.bn)
@@ -62,13 +62,13 @@ class RepVGGBlock(nn.Module):
 
 
 def _folded(weight: Tensor, norm: MixBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Kernel [C_out, C_in, k, k] and bias [C_out] of convolution and batch norm in one."""
+    """Kernel [C_out, C_in, k, k] and bias [C_out] of a convolution followed by ``norm`` in eval mode."""
     factor = norm.weight[0] * (norm.running_var[0] + norm.eps).rsqrt()
     return weight * factor[:, None, None, None], norm.bias[0] - norm.running_mean[0] * factor
 
 
 class FusedBlock(nn.Module):
-    """relu(conv3×3(x)), what a :class:`RepVGGBlock` is in eval mode."""
+    """relu(conv3×3(x)): a :class:`RepVGGBlock` in eval mode after re-parameterization."""
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -85,8 +85,8 @@ register_layers(RepVGGBlock, FusedBlock)
 class RepVGG(WithInferenceCopy, OnHub):
     """RepVGG-A2, with stem and first stage of stride 1.
 
-    ``width`` multiplies the channels of every layer. ``fused=True`` is the re-parameterised form, one 3×3
-    convolution a block and no batch norm; :meth:`fused` makes it from a trained network.
+    ``width`` multiplies the channels of every layer. ``fused=True`` is the re-parameterized form, with one
+    3×3 convolution per block and no batch norm; :meth:`fused` converts a trained network to it.
     """
 
     def __init__(
@@ -120,9 +120,9 @@ class RepVGG(WithInferenceCopy, OnHub):
         return self.classifier(self.blocks(x).mean((2, 3)))
 
     def fused(self) -> RepVGG:
-        """A new network with one convolution a block, in eval mode, and the logits that this one has in it.
+        """A new network with one convolution per block, in eval mode, with the same eval-mode logits.
 
-        Raises ValueError for a network that is fused already.
+        Raises ValueError if the network is fused already.
         """
         if self.config["options"]["fused"]:
             raise ValueError("the network is in its fused form already")

@@ -15,10 +15,10 @@ from awnet.scalars import is_number
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def sketch(build: Callable[[], nn.Module], described: str) -> nn.Module:
-    """The module that ``build`` returns, on the meta device: it has shapes and no values.
+def build_on_meta(build: Callable[[], nn.Module], described: str) -> nn.Module:
+    """Calls ``build()`` on the meta device, so that the module has shapes but no values.
 
-    Raises what ``build`` raises, and ValueError where a size exceeds what torch can address.
+    Raises what ``build`` raises, and ValueError if a size is larger than torch can address.
     """
     try:
         with torch.device("meta"):
@@ -50,24 +50,24 @@ def check_state(model: nn.Module, shapes: Shapes, *, strict: bool = True) -> Non
 
 
 def check_lists(options: Any, tensors: int) -> None:
-    """Raises ValueError where ``options``, of a file with so many tensors, state more numbers than that."""
+    """Raises ValueError if ``options``, of a file with this number of tensors, contain more numbers."""
     if sum(1 for _ in numbers(options)) > max(tensors, 100):
         raise ValueError(f"its description states more sizes than its {tensors} tensors can have")
 
 
 def check_memory(model: nn.Module, described: str) -> None:
-    """Raises MemoryError unless ``model``, of :func:`sketch`, fits into this machine's memory."""
+    """Raises MemoryError unless ``model``, from :func:`build_on_meta`, fits into this machine's memory."""
     counts = [*(p.numel() for p in model.parameters()), *(b.numel() for b in model.buffers())]
     needed = sum(counts) * torch.get_default_dtype().itemsize
-    if needed > (there := _memory()):
+    if needed > (available := _memory()):
         raise MemoryError(
             f"the weights of {described} would take {needed / 2**30:,.0f} GiB, this machine has "
-            f"{there / 2**30:,.0f} GiB: choose smaller sizes"
+            f"{available / 2**30:,.0f} GiB: choose smaller sizes"
         )
 
 
 def _memory() -> float:
-    """Bytes of this machine's memory; infinity where the system does not say."""
+    """Bytes of this machine's memory; infinity if unknown."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
@@ -75,12 +75,12 @@ def _memory() -> float:
 
 
 def elements(shapes: Shapes) -> int:
-    """How many numbers tensors of these shapes hold."""
+    """Number of elements of tensors of these shapes."""
     return sum(map(math.prod, shapes.values()))
 
 
 def numbers(value: Any) -> Iterator[float]:
-    """All numbers in a value of JSON."""
+    """All numbers in nested lists and dicts."""
     if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from numbers(item)

@@ -108,7 +108,7 @@ def load_model(
     if kind == "zoo":
         kind, source = "file", zoo_folder(name)
     if kind != "file" and model is not None:
-        raise ValueError(f"model= receives the weights of a file, and {source} is none: use weights=")
+        raise ValueError(f"model= is for the weights of a file, but {source} is not a file: use weights=")
     if weights is not None and kind not in ("timm", "code"):
         raise ValueError(f"weights is for timm models and functions: {source} has weights")
     if num_classes is not None and kind != "timm":
@@ -209,7 +209,9 @@ def _program(path: Path) -> nn.Module:
     try:
         return Program(torch.export.load(path))
     except Exception as error:  # torch raises many kinds of errors for damaged archives
-        raise ValueError(f"{path} is no exported program that this torch can load: {_line(error)}") from error
+        raise ValueError(
+            f"{path} is not an exported program that this torch can load: {_line(error)}"
+        ) from error
 
 
 def _timm(
@@ -228,8 +230,8 @@ def _timm(
     except Exception as error:  # unknown names, options and failed downloads
         advice = "; give weights from a file (--weights) if they cannot be downloaded" if pretrained else ""
         raise ValueError(f"timm cannot create {name!r}: {_line(error)}{advice}") from error
-    about: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    return model, (about.get("mean"), about.get("std"))
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    return model, (config.get("mean"), config.get("std"))
 
 
 def _from_hub(name: str) -> nn.Module:
@@ -245,7 +247,7 @@ def _from_hub(name: str) -> nn.Module:
         kind: Any = class_of(config.get("name", "")) if isinstance(config, dict) else None
         if kind is None:
             raise ValueError(
-                "its config.json names no model of awnet; timm loads its own as timm:hf-hub:USER/REPO"
+                "its config.json does not name a model of awnet; for timm's models use timm:hf-hub:USER/REPO"
             )
         loaded: nn.Module = kind.from_pretrained(repo, revision=revision or None)
     except (OSError, ValueError) as error:  # of huggingface_hub too, without a network for example
@@ -256,10 +258,10 @@ def _from_hub(name: str) -> nn.Module:
 def _robustbench(name: str) -> nn.Module:
     package = "git+https://github.com/RobustBench/robustbench"  # the release on PyPI does not import
     load = optional_module("robustbench.utils", package, f"robustbench:{name}").load_model
-    *about, model = name.split("/")
-    if len(about) > 2 or not model:
+    *prefix, model = name.split("/")
+    if len(prefix) > 2 or not model:
         raise ValueError(f"expected robustbench:[DATASET/[NORM/]]NAME, got 'robustbench:{name}'")
-    dataset, norm = [*about, *("cifar10", "Linf")[len(about) :]]
+    dataset, norm = [*prefix, *("cifar10", "Linf")[len(prefix) :]]
     try:
         loaded = load(model_name=model, dataset=dataset, threat_model=norm)
     except Exception as error:  # unknown names and failed downloads
@@ -291,14 +293,14 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             "model.state_dict() instead"
         ) from error
     except Exception as error:  # torch.load raises errors of many types for files of other kinds
-        raise ValueError(f"{path} is damaged or no file of weights: {_line(error)}") from error
+        raise ValueError(f"{path} is damaged or not a file of weights: {_line(error)}") from error
     while isinstance(state, Mapping) and not any(isinstance(value, Tensor) for value in state.values()):
         inner = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), None)
         if inner is None:
             break
         state = inner
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: save model.state_dict()")
+        raise ValueError(f"{path} does not contain a state dict: save model.state_dict()")
     expected = model.state_dict().keys()
     while prefix := next((p for p in _WRAPPERS if all(str(key).startswith(p) for key in state)), None):
         if any(key.startswith(prefix) for key in expected):

@@ -23,10 +23,10 @@ class Swin(nn.Module, OnHub):
     Args:
         name: ``swin_t`` or ``swin_s``.
         num_classes, in_channels: K and C.
-        width: multiplies the width of the attention heads (32), and with it of everything.
-        image_size: side of the images; unlike a CNN this network is made for one size.
+        width: multiplies the width of the attention heads (32), and so of all layers.
+        image_size: side of the images; the network takes this size only.
 
-    Raises ImportError where timm is not installed, or its torchvision was built for another torch.
+    Raises ImportError if timm is not installed, or its torchvision was built for another torch.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ _DROPOUT = 0.5
 class VGG(WithInferenceCopy, OnHub):
     """Thirteen 3×3 convolutions with bias, batch norm and ReLU, a global average pool, three linear layers.
 
-    The linear layers are 512-4096-4096-K with dropout ½ between them, as in the ImageNet network but for the
-    first, which sees a pooled image. The max-pools round odd sizes up, so any size from 1×1 up works.
+    The linear layers are 512-4096-4096-K with dropout ½ between them, as in the ImageNet network, except that
+    the first one takes a pooled image. The max-pools round odd sizes up, so any size from 1×1 works.
     ``width`` multiplies the channels of every layer.
     """
 

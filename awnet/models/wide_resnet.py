@@ -18,7 +18,7 @@ NAMES = tuple(_SIZES)
 
 
 def _architecture(name: str, width: float) -> tuple[int, int, list[int]]:
-    """Blocks a stage, width of the stem and of the stages."""
+    """Blocks per stage, width of the stem, widths of the stages."""
     depth, widening = _SIZES[name]
     return (depth - 4) // 6, scaled(16, width), [scaled(base * widening, width) for base in (16, 32, 64)]
 

@@ -113,8 +113,8 @@ def add_run(
 ) -> Path:
     """Copies a finished run with its report and its teachers to the package; returns the new folder.
 
-    Of the record of the sessions the last one is kept, without absolute paths. A teacher that another model
-    of the zoo has too is stored once.
+    Only the last session of the run's record is stored, without absolute paths. A teacher that several models
+    of the zoo have is stored once.
 
     Args:
         run: a run folder. Its report is ``report.json`` or else ``evaluations/default/report.json``.
@@ -159,10 +159,12 @@ def _without_paths(run: Path, session: dict[str, Any], target: Path, store: bool
         if not store:
             teachers[kind] = source | {"path": None, "from_run": f"teachers/{kind}"}
             continue
-        places = [run / source["from_run"], *([Path(source["path"])] if source["path"] else [])]
-        teacher = next((path for path in places if path.exists()), None)
+        candidates = [run / source["from_run"], *([Path(source["path"])] if source["path"] else [])]
+        teacher = next((path for path in candidates if path.exists()), None)
         if teacher is None:
-            raise FileNotFoundError(f"the {kind} teacher of {run} is not in {' or '.join(map(str, places))}")
+            raise FileNotFoundError(
+                f"the {kind} teacher of {run} is not in {' or '.join(map(str, candidates))}"
+            )
         weights = teacher / WEIGHTS if teacher.is_dir() else teacher
         others = target.parent.glob(f"*/teachers/*/{WEIGHTS}")
         stored = next((path for path in others if sha256(path) == sha256(weights)), None)

@@ -173,7 +173,7 @@ CASES: list[tuple[list[str], str]] = [
     (model("nowhere.pt2"), "nowhere.pt2 does not exist: give a file of torch.export.save"),
     (
         model("damaged.pt2"),
-        "damaged.pt2 is no exported program that this torch can load: BadZipFile: File is not a zip file",
+        "damaged.pt2 is not an exported program that this torch can load: BadZipFile: File is not a zip file",
     ),
     (model("zoo:nothing"), "the zoo has no model 'nothing': it has awnet_tiny_digits, "),
     (model("hub:sizes"), "hub:sizes cannot be loaded: FileNotFoundError: "),
@@ -181,8 +181,11 @@ CASES: list[tuple[list[str], str]] = [
         model("net", "--weights", "nowhere.pt"),
         "nowhere.pt does not exist: give a .safetensors file, or one of torch.save",
     ),
-    (model("net", "--weights", "file.txt"), "file.txt is damaged or no file of weights: "),
-    (model("net", "--weights", "numbers.pt"), "numbers.pt holds no state dict: save model.state_dict()"),
+    (model("net", "--weights", "file.txt"), "file.txt is damaged or not a file of weights: "),
+    (
+        model("net", "--weights", "numbers.pt"),
+        "numbers.pt does not contain a state dict: save model.state_dict()",
+    ),
     (
         model("net", "--weights", "other.pt"),
         "other.pt does not fit the Sequential: it lacks 1.bias, 1.weight; the model lacks bias, weight",

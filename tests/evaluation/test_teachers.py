@@ -141,7 +141,7 @@ def _emptied(place: Path) -> None:
     [
         (_removed, "robust teacher is missing: .*robust does not exist"),
         (_replaced, r"robust has other weights \(SHA-256 \w{12}…, recorded: \w{12}…\)"),
-        (_damaged, "is damaged or no safetensors file"),
+        (_damaged, "is damaged or not a safetensors file"),
         (_emptied, "no best.safetensors in the folder"),
     ],
 )

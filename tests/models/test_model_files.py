@@ -181,7 +181,7 @@ def test_changes_that_no_file_could_hold_are_refused_before_training(case: str, 
 def test_subclasses_that_cannot_be_rebuilt_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="its class Needy cannot be made again by Needy"):
+    with pytest.raises(ValueError, match="its class Needy cannot be created again by Needy"):
         save_model(Needy(0.5), tmp_path / "a.safetensors")
     Stranger = type("Stranger", (ResNet,), {"__module__": "elsewhere"})
     save_model(Stranger("resnet_tiny", 10, 1), tmp_path / "a.safetensors")

@@ -327,22 +327,22 @@ def test_a_truncated_file_is_named(keep, tmp_path):
     path = tmp_path / "a.safetensors"
     save_model(create_model("resnet_tiny"), path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or no safetensors file.*another"):
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or not a safetensors file.*another"):
         load_model(path)
 
 
 def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     torch.save({"weight": torch.ones(2)}, path)  # a pickle under another name: never unpickled
-    with pytest.raises(ValueError, match="damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         load_model(path)
     tensors = {"weight": torch.ones(2)}
     good = {"name": "resnet_tiny", "num_classes": 10, "in_channels": 3, "options": {}}
     cases = [
         (None, "was not written by awnet.save_model"),
-        ("{", "is no JSON"),
-        ("[" * 10**5, "is no JSON"),
-        ("1" * 5000, "is no JSON"),
+        ("{", "is not JSON"),
+        ("[" * 10**5, "is not JSON"),
+        ("1" * 5000, "is not JSON"),
         ("[1]", "not in the format"),
         (json.dumps({"format": 99, "config": good}), "not in the format"),
         (json.dumps({"format": 1, "config": {**good, "name": "resnet19"}}), "unknown model 'resnet19'"),

@@ -104,7 +104,9 @@ def test_a_model_of_the_hub_is_loaded_from_a_folder_in_its_form(tmp_path: Path) 
     x = torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(awnet.load_model(f"hub:{tmp_path / 'repo'}")(x), model(x))
     (tmp_path / "repo" / "config.json").write_text(json.dumps({"architectures": ["resnet"]}))
-    with pytest.raises(ValueError, match=r"names no model of awnet; timm loads its own as timm:hf-hub"):
+    with pytest.raises(
+        ValueError, match=r"does not name a model of awnet; for timm.s models use timm:hf-hub"
+    ):
         awnet.load_model(f"hub:{tmp_path / 'repo'}")
 
 
@@ -238,7 +240,7 @@ class Sneaky:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"a": 1}, "holds no state dict: save model.state_dict()"),
+        ({"a": 1}, "does not contain a state dict: save model.state_dict()"),
         (
             {"0.weight": torch.zeros(2)},
             r"does not fit the Sequential: it lacks 1\.bias, 1\.weight; the model lacks",
@@ -291,5 +293,5 @@ def test_a_run_of_the_package_takes_no_normalization(tmp_path: Path) -> None:
 
 def test_a_damaged_program_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "n.pt2").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="is no exported program"):
+    with pytest.raises(ValueError, match="is not an exported program"):
         awnet.load_model(tmp_path / "n.pt2")
