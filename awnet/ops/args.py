@@ -70,7 +70,7 @@ class LayerArgs:
         return CODES[self.activation]
 
     @property
-    def by_batch(self) -> bool:
+    def uses_batch_statistics(self) -> bool:
         """Whether the layer normalizes by the statistics of the batch."""
         return self.norm is not None and self.norm.training
 
@@ -89,7 +89,7 @@ class LayerArgs:
 
 
 class Needs(NamedTuple):
-    """For which arguments a gradient is required."""
+    """The arguments for which a gradient is required."""
 
     input: bool = False
     weight: bool = False

@@ -84,7 +84,7 @@ def keep_flags(args: LayerArgs) -> tuple[bool, bool]:
     if not any(needs):
         return False, False
     keep_mask = args.code > RELU or (args.code == RELU and not needs.weight)
-    return args.by_batch or needs.coefficients, keep_mask
+    return args.uses_batch_statistics or needs.coefficients, keep_mask
 
 
 def convolved(args: LayerArgs) -> Tensor:
@@ -119,7 +119,7 @@ def _forward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
     wide = wide_dtype(args.input.dtype)
     keep_u = keep_u and args.weight is not None
     with torch.autocast(args.input.device.type, enabled=False):
-        if args.by_batch:
+        if args.uses_batch_statistics:
             y, u, mask, statistics = _train(passes, args, wide, keep_u, keep_mask)
         else:
             y, u, mask = _eval(passes, args, wide, keep_u, keep_mask)
@@ -250,11 +250,10 @@ def _gradients(passes: Passes, args: BackwardArgs) -> tuple[Tensor | None, ...]:
     grad = args.grad.contiguous(memory_format=_layout(args.channels_last))
     wide = wide_dtype(grad.dtype)
     norm, mix = _norm(args.norm, wide), _mix(args, wide)
-    by_batch = args.norm is not None and args.norm.training
     d_shift = None
     grads = Gradients()
     d_input = d_weight = d_residual = None
-    if by_batch:
+    if args.norm is not None and args.norm.training:
         if needs.coefficients or needs.images:
             assert u is not None
             sums = Reduced(*passes.reduce(grad, u, args.mean, relu_mask, slope), args.mean)

@@ -13,7 +13,7 @@ from awnet.scalars import plain
 
 Size2 = int | tuple[int, int]
 
-_MOST = 2**62  # of a stride, padding or dilation, which are 64-bit integers in torch
+_LARGEST = 2**62  # stride, padding or dilation; torch stores them in 64 bits
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -53,6 +53,7 @@ def checked_convolution(
 
 
 def check_filter_scale(filter_scale: Tensor | None, output: tuple[int, ...], input: Tensor) -> None:
+    """Raises unless ``filter_scale`` is None or [B, C_out] of an ``output`` [B, C_out, H', W']."""
     if filter_scale is not None:
         check_table(filter_scale, "filter_scale", output[:2], "[B, C_out]", input)
 
@@ -138,6 +139,7 @@ def check_activation(activation: object) -> None:
 
 
 def check_image(x: object, name: str) -> Tensor:
+    """``x``; TypeError or ValueError unless it is a dense floating-point tensor of 4 dimensions."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() != 4:
@@ -150,6 +152,7 @@ def check_image(x: object, name: str) -> Tensor:
 
 
 def check_like(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    """Raises ValueError for another device, TypeError for another dtype than ``other``'s."""
     if x.device != other.device:
         raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}: put both on one device")
     if x.dtype != other.dtype:
@@ -159,6 +162,7 @@ def check_like(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
 def check_table(
     x: object, name: str, shape: tuple[int | None, ...], meaning: str, input: Tensor, boolean: bool = False
 ) -> None:
+    """Raises unless ``x`` has ``shape`` (None: 1 or 2), a dtype that fits, and the device of ``input``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {meaning}, got {type(x).__name__}")
     fits = x.dim() == len(shape) and all(
@@ -179,7 +183,7 @@ def _check_momentum(momentum: object, running_mean: Tensor) -> None:
     if isinstance(momentum, Tensor):
         if tuple(momentum.shape) != (running_mean.shape[0],):
             raise ValueError(
-                f"momentum must be a number or have one value a row [{running_mean.shape[0]}], "
+                f"momentum must be a number or have one value per row [{running_mean.shape[0]}], "
                 f"got shape {list(momentum.shape)}"
             )
     elif isinstance(momentum, bool) or not isinstance(momentum, float | int):
@@ -189,7 +193,7 @@ def _check_momentum(momentum: object, running_mean: Tensor) -> None:
 
 
 def _check_more_than_one_value(is_clean: Tensor | None, batch: int, input: Tensor) -> None:
-    # only with one pixel can a branch hold a single value per channel
+    # the caller has checked that an image has one pixel: only then can a branch have one value per channel
     if input.is_meta or (input.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     counts = [batch] if is_clean is None else [int((~is_clean).sum()), int(is_clean.sum())]
@@ -211,7 +215,7 @@ def _pair(value: object, name: str, least: int) -> tuple[int, int]:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if pair[0] < least or pair[1] < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    if max(pair) > _MOST:
+    if max(pair) > _LARGEST:
         raise ValueError(f"{name} must be at most 2**62, got {value!r}")
     return (pair[0], pair[1])
 
@@ -225,6 +229,7 @@ _AUTOCASTING = frozenset(
 
 
 def autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype of autocast, if that is enabled for its device; float64 is not changed."""
     device = x.device.type
     if device in _AUTOCASTING and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))

@@ -1,4 +1,4 @@
-"""The layer's mathematics on [B, C]: what is left when the images are summed over their pixels.
+"""The layer's coefficients on [B, C]: scale and shift, and gradients from sums over pixels.
 
 Every mode of the layer is ``y = act(u * scale + shift + residual)`` with ``u = conv(input, weight)``. This
 file computes ``scale`` and ``shift`` in the forward, and gradients from the sums of the reduce pass backward.
@@ -112,7 +112,7 @@ def _rows(table: Tensor, is_clean: Tensor | None, batch: int) -> Tensor:
 
 
 def _sum_by_row(x: Tensor, is_clean: Tensor | None, rows: int) -> Tensor:
-    """Sums each row's samples: [B, C] → [rows, C]. A sample never touches the other row, NaN or not."""
+    """Sums each row's samples: [B, C] → [rows, C]. A NaN does not spread to the other row."""
     if rows == 1:
         return x.sum(0, keepdim=True)
     assert is_clean is not None
@@ -284,7 +284,7 @@ def train_gradients(
     sample = _samples(norm, is_clean, batch)
     count = _rows(n[:, None].clamp(min=1), is_clean, batch)  # [B, 1]
     d = _scaled(stats.mean, filter_scale) - sample.mean
-    # what reaches each sample through its statistics
+    # gradients through the statistics of each sample's branch
     through_mean = _rows(totals.through[0], is_clean, batch) / count
     through_var = _rows(totals.through[1], is_clean, batch) * sample.inv_std / count
 

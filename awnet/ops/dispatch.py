@@ -1,8 +1,8 @@
-"""The choice of the backend that runs a call, and the reasons why the others do not.
+"""Selects the backend that runs a call, and gives the reasons why the others do not.
 
-With no backend named, the first of ``BACKENDS`` that supports a call runs it. A backend that the caller names
-(argument, ``use_backend``, ``AWNET_BACKEND``) runs the call or raises with the reason: there is no silent
-fallback.
+If no backend is requested, the first of ``BACKENDS`` that supports the call runs it. A requested backend
+(argument, ``use_backend``, ``AWNET_BACKEND``) runs the call or raises an error with the reason: there is no
+silent fallback.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from awnet.ops.transforms import transform
 BACKENDS: tuple[Backend, ...] = (Cuda(), Triton(), Cpp(), Eager(), Reference())
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
-_chosen: list[str | None] = [os.environ.get("AWNET_BACKEND") or None]
+_requested: list[str | None] = [os.environ.get("AWNET_BACKEND") or None]
 
 
 def _named(name: object, source: str) -> Backend:
@@ -49,20 +49,20 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         _named(name, "use_backend")
-    _chosen.append(name)
+    _requested.append(name)
     try:
         yield
     finally:
-        _chosen.pop()
+        _requested.pop()
 
 
 def chosen_backend() -> str | None:
     """The backend that ``use_backend`` or ``AWNET_BACKEND`` names, or None."""
-    return _chosen[-1]
+    return _requested[-1]
 
 
 def default_backend(device: str) -> str:
-    """The backend that runs float32 layers on ``device``: the named one, or the first that supports them.
+    """The backend that runs float32 layers on ``device``: the requested one, or the first that supports them.
 
     "cuda+triton" where cuda runs single layers and triton frozen networks.
     """
@@ -75,15 +75,15 @@ def _reason(backend: Backend, args: LayerArgs, transformed: str | None) -> str |
 
 
 def select(args: LayerArgs, backend: str | Backend | None) -> Backend:
-    """The backend that runs ``args``; a :class:`Backend` is returned itself.
+    """The backend that runs ``args``; a :class:`Backend` object is returned unchanged.
 
-    Raises ValueError if no backend supports the call, or the named one is unknown or does not support it.
+    Raises ValueError if no backend supports the call, or if the requested one is unknown or does not.
     """
     transformed = transform(args.tensors())
     source = "backend"
     if backend is None:
         backend = chosen_backend()
-        source = "AWNET_BACKEND" if len(_chosen) == 1 else "use_backend"
+        source = "AWNET_BACKEND" if len(_requested) == 1 else "use_backend"
     if backend is None:
         for candidate in BACKENDS:
             reason = _reason(candidate, args, transformed)
@@ -91,15 +91,17 @@ def select(args: LayerArgs, backend: str | Backend | None) -> Backend:
                 return candidate
             if reason.startswith(self_check.FAILED):
                 self_check.report(candidate.name, reason)
-        reasons = (f"{one.name}: {_reason(one, args, transformed)}" for one in BACKENDS)
+        reasons = (f"{candidate.name}: {_reason(candidate, args, transformed)}" for candidate in BACKENDS)
         raise ValueError(f"no backend can run this call; {'; '.join(reasons)}")
     if isinstance(backend, Backend):
         return backend
     chosen = _named(backend, source)
     reason = _reason(chosen, args, transformed)
     if reason is not None:
-        able = [one.name for one in BACKENDS if _reason(one, args, transformed) is None]
-        others = f"{able[0]!r} can run it" if able else "no other backend can run it"
+        supporting = [
+            candidate.name for candidate in BACKENDS if _reason(candidate, args, transformed) is None
+        ]
+        others = f"{supporting[0]!r} can run it" if supporting else "no other backend can run it"
         raise ValueError(f"{source} {chosen.name!r} cannot run this call: {reason}; {others}")
     return chosen
 
@@ -144,21 +146,21 @@ class Explanation:
 
 def explain_call(args: LayerArgs, backend: str | None) -> Explanation:
     """See :func:`awnet.ops.explain`."""
-    taken, transformed = select(args, backend), transform(args.tensors())
+    selected, transformed = select(args, backend), transform(args.tensors())
     others: dict[str, str] = {}
     for candidate in BACKENDS:
-        if candidate is not taken:
+        if candidate is not selected:
             reason = _reason(candidate, args, transformed)
             others[candidate.name] = reason or (
                 "another backend was requested"
-                if BACKENDS.index(candidate) < BACKENDS.index(taken)
-                else f"it could run it, but {taken.name} is preferred"
+                if BACKENDS.index(candidate) < BACKENDS.index(selected)
+                else f"it could run it, but {selected.name} is preferred"
             )
-    on_tiles = _on_tiles(args) if taken.name == "cpp" else None
-    return Explanation(taken.name, others, on_tiles, self_check.status(taken.name))
+    amx_support = _amx_support(args) if selected.name == "cpp" else None
+    return Explanation(selected.name, others, amx_support, self_check.status(selected.name))
 
 
-def _on_tiles(args: LayerArgs) -> str | None:
+def _amx_support(args: LayerArgs) -> str | None:
     if args.input.dtype != torch.bfloat16:
         return None
     obstacle = amx.obstacle() or amx.layer_obstacle(args.conv.groups, args.activation)
@@ -168,7 +170,7 @@ def _on_tiles(args: LayerArgs) -> str | None:
 
 
 def available_backends(device: str | None = None) -> dict[str, str | None]:
-    """For each backend's name None where it can run on this machine, or the reason why not.
+    """Maps each backend to None if it can run on this machine, else to the reason.
 
     Each is checked with a small float32 call on ``device``; by default on the CPU and, where there is one, on
     the CUDA device.
@@ -178,8 +180,8 @@ def available_backends(device: str | None = None) -> dict[str, str | None]:
     devices = [device] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     reasons: dict[str, str | None] = {}
     for backend in BACKENDS:
-        answers = [backend.not_supported(_probe(device)) for device in devices]
-        reasons[backend.name] = None if None in answers else answers[-1]
+        by_device = [backend.not_supported(_probe(device)) for device in devices]
+        reasons[backend.name] = None if None in by_device else by_device[-1]
     return reasons
 
 

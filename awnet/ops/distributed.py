@@ -19,8 +19,8 @@ def _group_size(name: str) -> int:
         return _resolve_process_group(GroupName(name)).size()
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"process_group {name!r} is the name of no process group here; give torch.distributed's "
-            "group.group_name after init_process_group"
+            f"process_group {name!r} is not the name of a process group of this process: pass "
+            "torch.distributed's group.group_name after init_process_group"
         ) from error
 
 
@@ -51,6 +51,6 @@ def joined_statistics(local: BatchStats, process_group: str) -> BatchStats:
     """The statistics of all ranks' values from those of each rank; exact for any counts, 0 included.
 
     The (n, mean, variance) of the ranks are gathered and merged in rank order: all ranks get the same bits.
-    Raises ValueError where ``process_group`` names no group.
+    Raises ValueError if ``process_group`` is not the name of a group.
     """
     return BatchStats(*_joined_statistics(local.mean, local.var, local.n, process_group))

@@ -1,7 +1,7 @@
 """The public functions of the layer, also importable as ``awnet.functional``.
 
-Each one checks its arguments by :mod:`awnet.ops.checks`, makes a :class:`~awnet.ops.args.LayerArgs` of them
-and runs it on the backend that :mod:`awnet.ops.dispatch` selects.
+Each one checks its arguments by :mod:`awnet.ops.checks`, builds a :class:`~awnet.ops.args.LayerArgs` from
+them and runs it on the backend that :mod:`awnet.ops.dispatch` selects.
 """
 
 from __future__ import annotations

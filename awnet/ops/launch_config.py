@@ -1,15 +1,15 @@
-"""Launch parameters of the kernels: looked up in awnet/ops/configs/, never searched for at run time.
+"""Launch parameters of the kernels: looked up in awnet/ops/configs/, never tuned at run time.
 
-``<device slug>.json`` (``nvidia-h200.json``, say) holds what `awnet bench tune` measured on that device,
-``default.json`` what is safe everywhere. A key is ``op/dtype/layout/bucket``; the last parts may be left out,
-and the most specific key wins, the device's table before the default. A bucket ``b256c64p1024`` stands for
-up to 256 samples, 64 channels and 1024 pixels, each rounded up to a power of two.
+``<device slug>.json`` (such as ``nvidia-h200.json``) holds what `awnet bench tune` measured on that device,
+``default.json`` parameters that work everywhere. A key is ``op/dtype/layout/bucket``; the last parts may be
+missing, and the most specific key wins, the device's table before the default. A bucket ``b256c64p1024``
+stands for up to 256 samples, 64 channels and 1024 pixels, each rounded up to a power of two.
 
-A device's table may also hold "convolutions": the cases in which a convolution of ``awnet.kernels`` beat the
-library's there (``python -m awnet.benchmarks.convolutions``). Without one the library convolves.
+A device's table may also have "convolutions": the cases in which a convolution of ``awnet.kernels`` was
+faster than the library's (``python -m awnet.benchmarks.convolutions``). Otherwise the library's runs.
 
-"frozen_networks" holds for a dtype of the images which forms of a frozen network were the fastest on that
-device (``awnet bench tune``), such as {"bfloat16": {"norms": "folded", "stem": "padded"}}. See
+"frozen_networks" gives, for a dtype of the images, which forms of a frozen network were fastest on that device
+(``awnet bench tune``), such as {"bfloat16": {"norms": "folded", "stem": "padded"}}. See
 :data:`FROZEN_NETWORK`.
 """
 
@@ -90,7 +90,7 @@ def _renamed(key: str) -> str:
 
 @functools.cache
 def convolutions(device: torch.device) -> Mapping[str, Parameters]:
-    """The cases in which our convolution beat the library's on ``device``, with their launch parameters.
+    """The cases in which our convolution was faster on ``device``, with their launch parameters.
 
     The keys are those of ``key`` in ``awnet.kernels.conv`` and ``awnet.kernels.grouped_conv``; an entry holds
     the fields of the kernel's ``Tile`` and ``least_batch``, the batch from which it wins.
@@ -103,7 +103,7 @@ def convolutions(device: torch.device) -> Mapping[str, Parameters]:
 
 
 def read_convolutions(path: Path) -> dict[str, dict[str, int]]:
-    """The "convolutions" of the table in ``path``; none is legal. ValueError where they are damaged."""
+    """The "convolutions" of the table in ``path``, which may be missing; ValueError if they are damaged."""
     read_table(path)
     entries = json.loads(path.read_text(encoding="utf-8")).get("convolutions", {})
     if not isinstance(entries, dict):
@@ -172,9 +172,9 @@ def _problem(entry: Any) -> str | None:
         return "must be an object of launch parameters"
     for name, value in entry.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            return f"must have whole numbers that are not negative, not so {name}"
+            return f"must have integers of at least 0, but {name} is not one"
         if name in _POWERS and (value < 1 or value & (value - 1)):
-            return f"must have a power of two as {name}"
+            return f"must have a power of two for {name}"
     if entry.get("warps", 1) > 32:
         return "must have at most 32 warps"
     return None
@@ -182,6 +182,7 @@ def _problem(entry: Any) -> str | None:
 
 @functools.cache
 def launches(slug: str) -> dict[str, dict[str, int]]:
+    """The launch parameters of a device's table by key; empty without a table, ValueError if damaged."""
     path = FOLDER / f"{slug}.json"
     if slug == "default":
         return read_table(path)
@@ -193,7 +194,7 @@ def launches(slug: str) -> dict[str, dict[str, int]]:
             (d for k, d in launches("default").items() if k.split("/")[0] == key.split("/")[0]), None
         )
         if default is None:
-            raise ValueError(f"{path}: launches[{key!r}] is for no op that has defaults; {_REWRITE}")
+            raise ValueError(f"{path}: launches[{key!r}] is for an op without defaults; {_REWRITE}")
         if entry.keys() != default.keys():
             got, expected = ", ".join(entry), ", ".join(default)
             raise ValueError(f"{path}: launches[{key!r}] has {got}; expected {expected}; {_REWRITE}")
@@ -221,12 +222,12 @@ def launch_parameters(
     """The launch parameters of ``op`` for [batch, channels, pixels] on ``device``.
 
     Args:
-        op: a kernel's name in the tables, "apply" say.
+        op: a kernel's name in the tables, such as "apply".
         dtype, layout: of the images, "nchw" or "channels_last"; None for the [B, C] algebra.
 
     Raises:
         ValueError: the device's table is damaged; the message names the file and the entry.
-        KeyError: no table knows ``op``.
+        KeyError: no table has an entry for ``op``.
     """
     shape = bucket(batch, channels, pixels)
     for slug in (device_slug(device), "default"):
@@ -238,7 +239,7 @@ def launch_parameters(
 
 
 def forget_tables() -> None:
-    """Reads the tables again at the next call: for who has just written one."""
+    """Clears the caches: the next call reads the tables again."""
     launches.cache_clear()
     launch_parameters.cache_clear()
     convolutions.cache_clear()

@@ -135,6 +135,7 @@ def layer_by_layer(
     coefficients: Sequence[tuple[Tensor, Tensor]],
     layers: Sequence[NetworkLayer],
 ) -> list[Tensor]:
+    """:func:`affine_network` with one call per layer, on any backend."""
     outputs: list[Tensor] = []
     for layer, weight, tables in zip(layers, weights, coefficients, strict=True):
         residual = None if layer.residual < 0 else outputs[layer.residual]
@@ -155,7 +156,7 @@ def network_coefficients(
     """scale and shift ``[B, C_l]`` of every layer of a network in eval mode (Eq. 11 and 14).
 
     scale = ω [(1 − p) γ_0/σ_0 + p γ_1/σ_1], shift = (1 − p)(β_0 − μ_0 γ_0/σ_0) + p (β_1 − μ_1 γ_1/σ_1). On
-    the Triton backend one launch makes them all, on ``cpp`` one operator.
+    the Triton backend one launch computes all of them, on ``cpp`` one operator.
 
     Args:
         tables: ``[4, 2, T]`` with T = Σ C_l, float32 or wider: γ, β, μ, σ² of the adversarial and the clean

@@ -100,11 +100,11 @@ def _forward(
         if scale is not None:
             scale, shift = scale.to(wide), shift.to(wide)
         args = layer.convolution.args(outputs[layer.input], weight, scale, shift, residual)
-        y, u, mask, computed = _layer(passes, args, keep_u=plan.tables[i], need_mask=plan.outputs[i])
+        y, u, mask, mask_from_u = _layer(passes, args, keep_u=plan.tables[i], need_mask=plan.outputs[i])
         outputs[i] = y
-        saved_shift, saved_u = shift if computed else None, u if plan.tables[i] else None
-        passed = (mask, None) if args.code == RELU else (None, mask)
-        tensors = _Saved(weight, scale, saved_shift, saved_u, *passed)
+        saved_shift, saved_u = shift if mask_from_u else None, u if plan.tables[i] else None
+        relu_mask, slope = (mask, None) if args.code == RELU else (None, mask)
+        tensors = _Saved(weight, scale, saved_shift, saved_u, relu_mask, slope)
         saved.append((tensors, y.shape, memory_format(y)))
         if layer.averaged:
             means.append(y.mean((2, 3)))
@@ -128,13 +128,13 @@ def _layer(
     if fused is not None:
         y, u, mask = fused
         return y, u, mask if need_mask else None, False
-    computed = need_mask and keep_u and args.residual is None and args.code == RELU
+    mask_from_u = need_mask and keep_u and args.residual is None and args.code == RELU
     u = convolved(args)
-    keep_mask = need_mask and not computed
+    keep_mask = need_mask and not mask_from_u
     y, mask = passes.apply(
         u, scale, shift, args.residual, args.code, keep_mask, in_place=not keep_u, frozen=True
     )
-    return y, u, mask if keep_mask else None, computed
+    return y, u, mask if keep_mask else None, mask_from_u
 
 
 class _Network(torch.autograd.Function):
@@ -171,10 +171,10 @@ class _Network(torch.autograd.Function):
         fields = len(_Saved._fields)
         grads: dict[int, list[Tensor]] = {i: [] for i in range(-1, len(layers))}
         d_tables: list[Tensor | None] = [None] * (2 * len(layers))
-        unread = list(d_means)
+        remaining_d_means = list(d_means)
         for i in reversed(range(len(layers))):
             layer = layers[i]
-            d_mean = unread.pop() if layer.averaged else None
+            d_mean = remaining_d_means.pop() if layer.averaged else None
             if not plan.outputs[i] or (not grads[i] and d_mean is None):
                 continue
             layer_saved = _Saved(*tensors[fields * i : fields * (i + 1)])
@@ -224,7 +224,7 @@ def _total(grads: Sequence[Tensor]) -> Tensor | None:
 def _incoming(
     grads: Sequence[Tensor], d_mean: Tensor | None, shape: Sequence[int], layout: torch.memory_format
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``grad``, ``other_grad`` and ``d_mean`` of ``eval_backward`` from all gradients of an output."""
+    """``grad``, ``other_grad`` and ``d_mean`` of ``eval_backward``, from all gradients of an output."""
     if not grads:
         assert d_mean is not None
         per_pixel = (d_mean / (shape[2] * shape[3]))[:, :, None, None]

@@ -1,9 +1,9 @@
 """Updates of running statistics and counters of batch norms, for all layers of a forward pass at once.
 
 A layer in train mode calls :func:`update` after its forward. Outside a :func:`joint_updates` block the
-running statistics change at once. Inside one, which every network's forward is, they change when the
-outermost block ends: a ResNet then takes some twenty kernels instead of twenty per layer. The values are the
-same, bit by bit, since each element goes through the same operations.
+running statistics change immediately. Inside one (the forward of every network is one), they change when the
+outermost block ends: a ResNet then launches about twenty kernels instead of twenty per layer. The values are
+equal bit by bit, since the operations per element are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class _Update(NamedTuple):
-    """The running statistics ``[S, C]`` of a layer, and the batch statistics ``[S, C]`` that they take in."""
+    """The running statistics of a layer and the statistics of the batch, each ``[S, C]``."""
 
     mean: Tensor
     var: Tensor
@@ -34,7 +34,7 @@ class _Update(NamedTuple):
 
 
 class _Joint:
-    """The updates of a block that are not made yet, by what has to be equal to make them together."""
+    """The pending updates of a block, grouped by the settings that must be equal to apply them together."""
 
     def __init__(self) -> None:
         self.updates: dict[Any, list[_Update]] = {}
@@ -53,12 +53,12 @@ class _Joint:
         self.counts.setdefault((key, counter.device), (batches, []))[1].append(counter)
 
     def _claim(self, tensor: Tensor) -> None:
-        """A layer that is called twice is updated once before its second update."""
+        """Applies the pending updates if one of them is of ``tensor``: its layer was called a second time."""
         if id(tensor) in self._changing:
-            self.make()
+            self.apply()
         self._changing.add(id(tensor))
 
-    def make(self) -> None:
+    def apply(self) -> None:
         updates, counts = self.updates, self.counts
         self.updates, self.counts, self._changing = {}, {}, set()
         for (momentum, *_), group in updates.items():
@@ -76,9 +76,9 @@ _state = _State()
 
 @contextmanager
 def joint_updates() -> Iterator[None]:
-    """In this block the updates of this thread are collected; the end of the outermost block makes them.
+    """Collects this thread's updates in the block and applies them when the outermost block ends.
 
-    If the block raises, they are dropped. Code that ``torch.compile`` traces does not collect them.
+    If the block raises, they are dropped. Code that ``torch.compile`` traces updates immediately.
     """
     if _state.joint is not None:
         yield
@@ -88,7 +88,7 @@ def joint_updates() -> Iterator[None]:
         yield
     finally:
         _state.joint = None
-    joint.make()
+    joint.apply()
 
 
 def with_joint_updates(forward: Callable[P, R]) -> Callable[P, R]:
@@ -109,25 +109,25 @@ def _current() -> _Joint | None:
 
 
 def update(norm: MixNorm, saved: Saved) -> None:
-    """running ← (1 − m) running + m batch, with the unbiased variance; a branch without values stays.
+    """running ← (1 − m) running + m batch, with the unbiased variance; not for a branch without values.
 
     Args:
         norm: its ``mean`` and ``var`` change in place; m is its ``momentum``, a number or ``[S]``.
         saved: the batch statistics of the layer's forward.
     """
-    one = _Update(norm.mean, norm.var, saved.batch_mean, saved.batch_var, saved.n)
+    layer = _Update(norm.mean, norm.var, saved.batch_mean, saved.batch_var, saved.n)
     joint = _current()
     if joint is None or isinstance(norm.momentum, Tensor):
-        _update(one, norm.momentum)
+        _update(layer, norm.momentum)
     else:
-        joint.add(norm.momentum, one)
+        joint.add(norm.momentum, layer)
 
 
 @torch.no_grad()
-def _update(one: _Update, momentum: float | Tensor) -> None:
-    n = one.n[:, None]
+def _update(layer: _Update, momentum: float | Tensor) -> None:
+    n = layer.n[:, None]
     rate = momentum[:, None].to(n) if isinstance(momentum, Tensor) else momentum
-    for running, batch in ((one.mean, one.batch_mean), (one.var, _unbiased(one.batch_var, n))):
+    for running, batch in ((layer.mean, layer.batch_mean), (layer.var, _unbiased(layer.batch_var, n))):
         running.copy_(_moved(running, batch, n, rate))
 
 
@@ -144,9 +144,9 @@ def _update_all(updates: list[_Update], momentum: float) -> None:
     """:func:`_update` of all layers, side by side as one vector."""
     if len(updates) == 1:
         return _update(updates[0], momentum)
-    n = torch.cat([count.expand(one.mean.shape[1]) for one in updates for count in one.n.unbind()])
+    n = torch.cat([count.expand(layer.mean.shape[1]) for layer in updates for count in layer.n.unbind()])
     means, variances, batch_means, batch_variances = (
-        [row for one in updates for row in one[i].unbind()] for i in range(4)
+        [row for layer in updates for row in layer[i].unbind()] for i in range(4)
     )
     unbiased = _unbiased(torch.cat(batch_variances), n)
     batch = torch.cat([*batch_means, unbiased]).view(2, -1)

@@ -1,16 +1,16 @@
 """The self-check: whether a backend's kernels compile, run and compute correctly on a device.
 
-It runs once per backend and kind of device, at the first call that could take the backend. One tiny kernel is
+It runs once per backend and kind of device, at the first call that could use the backend. One tiny kernel is
 compiled, launched and read back; then every pass and every coefficient function is compared with ``eager`` in
 float64 on the same device: both layouts, three dtypes, shapes that are vectorized, ragged and split, with
 masks, residuals, NaN and in place. Each case runs twice with equal bits, between guard bands. A backend that
 fails is not used, and the reason is given.
 
-The result is stored in the user's cache folder, under a hash of everything that it depends on. A
-kernel that cannot be compiled or launched at all is tried again by the next process. Calls that torch.compile
-traces or a CUDA graph captures never run a check: they take the stored result.
+The result is stored in the user's cache folder, under a hash of everything that it depends on. If no kernel
+can be compiled or launched, nothing is stored, and the next process checks again. Calls that torch.compile
+traces or a CUDA graph captures never run a check: they use the stored result.
 
-``AWNET_SELF_CHECK=0`` leaves the check out, ``AWNET_SELF_CHECK=always`` ignores stored results.
+``AWNET_SELF_CHECK=0`` skips the check, ``AWNET_SELF_CHECK=always`` ignores stored results.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ FAILED = "its self-check failed"
 
 @dataclass(frozen=True)
 class Kernels:
-    """What is checked of a backend."""
+    """The kernels of a backend, for its self-check."""
 
     backend: str
     passes: Passes
-    probe: Callable[[torch.device], str | None]  # one tiny kernel: raises, or returns what was wrong
-    sources: Callable[[], Iterable[Path]]  # the files that decide what is computed
-    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # what not every backend has
+    probe: Callable[[torch.device], str | None]  # runs one tiny kernel: raises, or returns what was wrong
+    sources: Callable[[], Iterable[Path]]  # the files that the kernels are compiled from
+    functions: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # that not every backend has
 
 
 @dataclass(frozen=True)
 class CheckResult:
     """The outcome of a check."""
 
-    reason: str | None  # why the backend must not be taken
+    reason: str | None  # why the backend must not be used; None if the check passed
     cases: int = 0
     seconds: float = 0.0
     day: str = ""
@@ -84,7 +84,7 @@ def mode() -> str:
 
 
 def obstacle(kernels: Kernels, device: torch.device) -> str | None:
-    """Why the self-check speaks against ``kernels`` on ``device``; None where it passed or cannot run now."""
+    """Why ``kernels`` must not be used on ``device``; None if the check passed or cannot run now."""
     key = (kernels.backend, device)
     if key not in _reasons:
         with _lock:
@@ -103,8 +103,8 @@ def _decide(kernels: Kernels, device: torch.device) -> str | None:
     result = None if mode() == "always" or _renewed else _read(path)
     if result is None and _postponed(device):
         _warn(
-            f"backend {kernels.backend!r} runs unchecked on {device}: nothing can be checked while a call is "
-            "traced or captured; `awnet info --self-check` checks it once for all"
+            f"backend {kernels.backend!r} runs unchecked on {device}: it cannot be checked while a call is "
+            "traced or captured; `awnet info --self-check` checks it and stores the result"
         )
         return None
     if result is None:
@@ -118,7 +118,7 @@ def _decide(kernels: Kernels, device: torch.device) -> str | None:
 
 @constant_in_graphs
 def report(backend: str, reason: str) -> None:
-    """Warns, once, that ``backend`` was passed over because its self-check failed."""
+    """Warns, once, that ``backend`` is not used because its self-check failed."""
     _warn(f"backend {backend!r} is not used: {reason}")
 
 
@@ -129,13 +129,13 @@ def _warn(message: str) -> None:
 
 
 def status(backend: str) -> str | None:
-    """The results for ``backend`` in this process, as text; None without one."""
+    """The results for ``backend`` in this process, as text; None if it was not checked."""
     texts = [f"{result} on {device}" for (name, device), result in _results.items() if name == backend]
     return "; ".join(texts) or None
 
 
 def forget(*, renewed: bool = False) -> None:
-    """Forgets this process's results and warnings. Stored results count, unless ``renewed``."""
+    """Forgets this process's results and warnings; with ``renewed`` stored results are ignored too."""
     global _renewed
     with _lock:
         _renewed = renewed
@@ -156,22 +156,20 @@ def _postponed(device: torch.device) -> bool:
 
 
 def check(kernels: Kernels, device: torch.device) -> tuple[CheckResult, bool]:
-    """Runs the check. Returns the result, and whether it will hold in later processes."""
+    """Runs the check. Returns the result, and whether to store it for later processes."""
     # a separate thread: the caller's autocast, inference mode and stream do not apply to it
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(_check, kernels, device).result()
 
 
 def _check(kernels: Kernels, device: torch.device) -> tuple[CheckResult, bool]:
-    start, checker = time.monotonic(), _Checker(kernels, device)
+    start, checker, stored = time.monotonic(), _Checker(kernels, device), False
     reason: str | None
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
             reason = kernels.probe(device)
-            stored = False
         except Exception as error:
             reason = _environment(error)
-            stored = False
         if reason is None:
             try:
                 self_check_cases.run(checker, kernels.functions.keys())
@@ -286,15 +284,15 @@ class _Checker:
         if got.shape != want.shape:
             raise _WrongError(f"{self.label}: a result has shape {list(got.shape)}, not {list(want.shape)}")
         # one rounding of the result and one of a sum before it; the rest is exact in float32
-        share = 2 * torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
-        share = max(share, limit or 1e-5) if got.dtype == torch.float32 else share
+        tolerance = 2 * torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
+        tolerance = max(tolerance, limit or 1e-5) if got.dtype == torch.float32 else tolerance
         got, want = got.double(), want.double()
         if not torch.equal(got.isnan(), want.isnan()):
-            raise _WrongError(f"{self.label}: NaN in other places than in eager")
+            raise _WrongError(f"{self.label}: NaN at other positions than in eager")
         got, want = got.nan_to_num(0), want.nan_to_num(0)
-        # means may be far smaller than the values that they are made of, which are about 1
+        # a mean may be far smaller than the values it averages, which are about 1
         error, size = float((got - want).abs().max()), max(1.0, float(want.abs().max()))
-        if not error <= share * size:
+        if not error <= tolerance * size:
             raise _WrongError(f"{self.label}: wrong by {error:.2g}, with values up to {size:.2g}")
 
     def _mapped(self, x: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -327,7 +325,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _path(kernels: Kernels, device: torch.device) -> Path | None:
-    """Where the result is stored; None where the user has no home."""
+    """The file of the stored result; None if the user has no home folder."""
     try:
         folder = cache_folder("self-check")
     except RuntimeError:
@@ -378,7 +376,7 @@ def _write(path: Path | None, result: CheckResult) -> None:
     if path is None:
         return
     try:
-        # renamed into place, so ranks that check at the same time write one after the other
+        # the write is atomic, so several ranks may check at the same time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(result))
     except OSError:  # a folder that cannot be written to: the next process checks again

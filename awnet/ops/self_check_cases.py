@@ -1,7 +1,7 @@
-"""The cases of the self-check, and what each must give.
+"""The cases of the self-check, and their expected results.
 
 Values of images are small multiples of 1/8 and scales are powers of two. Sums and products are then exact in
-float32, so no rounding decides where an activation passes, and tolerances can be narrow.
+float32, so that rounding does not change a ReLU mask, and tolerances can be narrow.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _EPS = 1e-5
 def run(check: Check, functions: Collection[str]) -> None:
     """Calls ``check(label, name, *arguments)`` for every case.
 
-    ``functions`` names what the backend has besides the passes that every backend has: a kernel for
-    ``eval_backward``, masks that only it reads, the coefficients of a network, the step of an attack.
+    ``functions``: names of the functions that only some backends have: ``eval_backward`` as one kernel,
+    ``forward_and_backward`` with a packed mask, the coefficients of a network, the step of an attack.
     """
     generator = torch.Generator().manual_seed(0)
     for number, (layout, dtype, shape) in enumerate(_IMAGES):
@@ -197,15 +197,15 @@ def _coefficients(check: Check, generator: torch.Generator) -> None:
         label, limit = f"{rows} row{'s' if rows == 2 else ''}", {"limit": _TABLE_LIMIT}
         weight, bias, running = normal(rows, channels), normal(rows, channels), normal(rows, channels)
         norm = Norm(weight, bias, running, normal(rows, channels).square() + 0.5, _EPS)
-        omega = filter_scale if rows == 2 else None
-        mix = Mix(omega, p_clean if rows == 2 else None)
+        scale = filter_scale if rows == 2 else None
+        mix = Mix(scale, p_clean if rows == 2 else None)
         sums = Reduced(g1, gc, mean)
         check(label, "eval_coefficients", norm, mix, batch, **limit)
         needs = Needs(filter_scale=rows == 2, p_clean=rows == 2, bn_weight=True, bn_bias=True)
         check(label, "eval_gradients", sums, norm, mix, needs, **limit)
         if rows == 1:
             continue
-        stats, mix = SampleStats(mean, m2, 9), Mix(omega, None, is_clean)
+        stats, mix = SampleStats(mean, m2, 9), Mix(scale, None, is_clean)
         batch_stats = check(label, "batch_statistics", stats, mix, rows, **limit)
         norm = norm._replace(mean=batch_stats.mean.float(), var=batch_stats.var.float())
         check(label, "train_coefficients", norm, mix, batch, **limit)

@@ -30,10 +30,10 @@ def has_tangent(tensors: Iterable[Any]) -> bool:
 
 
 def refuse_tangents(arguments: Iterable[Any]) -> None:
-    """Raises RuntimeError where an operator, for example in a compiled graph, would lose a tangent."""
+    """Raises RuntimeError if an operator, for example in a compiled graph, would lose a tangent."""
     try:
         lost = has_tangent(arguments)
-    except RuntimeError:  # a compiled graph cannot be asked; within a dual level it may have a tangent
+    except RuntimeError:  # unknown in a compiled graph; within a dual level there may be a tangent
         lost = True
     if lost:
         raise RuntimeError(

@@ -479,7 +479,7 @@ FAULTS = (
         EAGER_LAYER,
     ),
     fault(
-        "the center left out of ∂ω in test mode", "awnet/ops/coefficients.py",
+        "the center left out of ∂ω in eval mode", "awnet/ops/coefficients.py",
         "(gc if center is None else gc + center * g1) * _blend", "gc * _blend",
         EAGER_LAYER,
     ),
@@ -573,7 +573,7 @@ FAULTS = (
     ),
     fault(
         "the self-check passes a result that is wrong by one hundredth", "awnet/ops/self_check.py",
-        "if not error <= share * size:", "if not error <= 1e4 * share * size:",
+        "if not error <= tolerance * size:", "if not error <= 1e4 * tolerance * size:",
         SELF_CHECK,
     ),
     fault(

@@ -65,7 +65,7 @@ BAD = {
     "eps zero": ({"eps": 0.0}, ValueError, "eps must be a positive number, got 0.0"),
     "momentum out of range": ({"momentum": 1.5}, ValueError, r"momentum must be in \[0, 1\], got 1.5"),
     "momentum None": ({"momentum": None}, TypeError, "momentum must be a number or a tensor"),
-    "momentum of other rows": ({"momentum": torch.ones(3)}, ValueError, "momentum must be a number or have one value a row"),
+    "momentum of other rows": ({"momentum": torch.ones(3)}, ValueError, "momentum must be a number or have one value per row"),
     "residual of another shape": ({"residual": X}, ValueError, r"residual must have the output's shape \[2, 8, 6, 6\]"),
     "residual of another dtype": ({"residual": torch.ones(2, 8, 6, 6).double()}, TypeError, "residual has dtype torch.float64"),
     "activation unknown": ({"activation": "tanh"}, ValueError, 'must be "relu", "silu", "gelu", "leaky_relu" or None, got \'tanh\''),

@@ -76,10 +76,10 @@ def test_an_update_keeps_the_rest_of_the_devices_table(
 @pytest.mark.parametrize(
     ("entries", "reason"),
     [
-        ({"conv/a": ENTRY | {"block_m": 100}}, "power of two as block_m"),
+        ({"conv/a": ENTRY | {"block_m": 100}}, "power of two for block_m"),
         ({"conv/a": {"block_m": 128}}, "must have the fields block_k, block_m"),
         ({"apply/a": ENTRY}, "must begin with conv or grouped_conv"),
-        ({"conv/a": ENTRY | {"stages": -1}}, "not so stages"),
+        ({"conv/a": ENTRY | {"stages": -1}}, "but stages is not one"),
         ([ENTRY], "must be an object"),
     ],
 )

@@ -95,11 +95,11 @@ DAMAGED = {
     "{": "is not JSON",
     "[]": 'must hold an object with "launches"',
     '{"launches": {"apply/nchw": 4}}': "must be an object of launch parameters, got 4",
-    '{"launches": {"apply/nchw": {"tile": 100, "inner": 64, "warps": 4}}}': "a power of two as tile",
-    '{"launches": {"apply/nchw": {"tile": 64.0, "inner": 64, "warps": 4}}}': "whole numbers",
+    '{"launches": {"apply/nchw": {"tile": 100, "inner": 64, "warps": 4}}}': "a power of two for tile",
+    '{"launches": {"apply/nchw": {"tile": 64.0, "inner": 64, "warps": 4}}}': "integers of at least 0",
     '{"launches": {"apply/nchw": {"tile": 64, "inner": 64, "warps": 64}}}': "at most 32 warps",
     '{"launches": {"apply/nchw": {"tile": 64, "warps": 4}}}': "has tile, warps; expected tile, inner, warps",
-    '{"launches": {"fly/nchw": {"tile": 64, "warps": 4}}}': "is for no op that has defaults",
+    '{"launches": {"fly/nchw": {"tile": 64, "warps": 4}}}': "is for an op without defaults",
 }
 
 

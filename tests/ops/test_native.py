@@ -394,7 +394,7 @@ def test_a_broken_file_with_the_right_mark_gives_a_reason(tmp_path, monkeypatch)
 
 def test_another_build_is_loaded_from_its_file_or_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("AWNET_NATIVE", str(tmp_path / "missing.so"))
-    assert native.load() == f"AWNET_NATIVE names no file: {tmp_path / 'missing.so'}"
+    assert native.load() == f"AWNET_NATIVE is not a file: {tmp_path / 'missing.so'}"
     (tmp_path / "foreign.so").write_bytes(b"not built here")
     monkeypatch.setenv("AWNET_NATIVE", str(tmp_path / "foreign.so"))
     assert "foreign.so was not built by awnet" in str(native.load())

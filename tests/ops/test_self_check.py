@@ -110,7 +110,7 @@ def test_the_native_operators_pass_the_self_check() -> None:
         (Wrong(), "reduce, NCHW, float32, split: wrong by"),
         (Raising(), "propagate, NCHW, float32, split: RuntimeError: an illegal instruction"),
         (Outside(), "apply, NCHW, float32, split: it wrote outside its tensors"),
-        (Incomplete(), "apply, NCHW, float32, split: NaN in other places than in eager"),
+        (Incomplete(), "apply, NCHW, float32, split: NaN at other positions than in eager"),
         (Overwriting(), "statistics, NCHW, float32, split: it changed its inputs"),
         (Unsteady(), "statistics, NCHW, float32, split: two calls gave different bits"),
     ],

@@ -161,7 +161,7 @@ def test_an_unknown_process_group_is_an_error() -> None:
     for backend in ("eager", "cpp"):
         if backend == "cpp" and native.load() is not None:
             continue
-        with pytest.raises(ValueError, match="process_group 'nonsense' is the name of no process group"):
+        with pytest.raises(ValueError, match="process_group 'nonsense' is not the name of a process group"):
             ops.mix_batch_norm(x, *tables, training=True, process_group="nonsense", backend=backend)
     with pytest.raises(ValueError, match=r"reference.*does not implement process groups"):
         ops.mix_batch_norm(x, *tables, training=True, process_group="0", backend="reference")

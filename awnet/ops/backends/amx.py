@@ -26,7 +26,7 @@ _FEWEST_IMAGES = 8
 
 
 def mode() -> str:
-    """The value of ``AWNET_AMX``. Raises ValueError where it is none of ``auto``, ``0`` and ``emulate``."""
+    """The value of ``AWNET_AMX``. Raises ValueError unless it is ``auto``, ``0`` or ``emulate``."""
     chosen = os.environ.get("AWNET_AMX") or "auto"
     if chosen not in _MODES:
         raise ValueError(f"AWNET_AMX must be one of {', '.join(_MODES)}, got {chosen!r}")
@@ -61,7 +61,7 @@ def obstacle() -> str | None:
 
 
 def layer_obstacle(groups: int, activation: str | None) -> str | None:
-    """Why no frozen network with such a layer runs on AMX tiles; None where one may."""
+    """Why a frozen network with such a layer cannot run on AMX tiles; None if it may."""
     if groups != 1:
         return "which do not support grouped convolutions"
     if activation not in ("relu", None):
@@ -72,9 +72,9 @@ def layer_obstacle(groups: int, activation: str | None) -> str | None:
 def runs(
     x: Tensor, weights: Sequence[Tensor], groups: Sequence[int], activations: Sequence[str | None] = ()
 ) -> bool:
-    """Whether a frozen network on images ``x`` runs on tiles: enough of them, bfloat16, no groups.
+    """Whether a frozen network on images ``x`` runs on AMX tiles.
 
-    ``activations`` of its layers: none other than the ReLU.
+    ``groups`` and ``activations`` are those of its layers.
     """
     return (
         x.dtype == torch.bfloat16
@@ -102,6 +102,7 @@ class PackedWeights:
         self._packed = []
 
     def of(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The packed filters of ``weights``."""
         # an inference tensor has no version counter: its owner calls `clear`
         key = tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in weights)
         if not self._packed or key != self._key:

@@ -56,10 +56,10 @@ def _masked(grad: Tensor, relu_mask: Tensor | None, slope: Tensor | None) -> Ten
 
 
 class Passes:
-    """What an operator of :mod:`awnet.ops.autograd` is assembled from, in plain torch.
+    """The passes and coefficients that an operator of :mod:`awnet.ops.autograd` calls, in plain torch.
 
-    ``eager`` runs these functions on any device and dtype, other backends override them with kernels. Outputs
-    keep u's memory format.
+    ``eager`` uses these functions on any device and dtype, other backends override them with kernels. Outputs
+    have u's memory format.
 
     ``activation`` is a position in :data:`awnet.ops.args.ACTIVATIONS`. g is the gradient of the activation's
     input z = u · scale + shift + residual. For the ReLU it is ``grad`` where ``relu_mask`` says that the
@@ -87,8 +87,8 @@ class Passes:
     ) -> tuple[Tensor, Tensor]:
         """y = act(u · scale + shift + residual) and its mask, or its slope, empty without ``keep_mask``.
 
-        With ``in_place`` y overwrites u. With ``frozen`` the mask is for :meth:`eval_backward` only, and may
-        have a form that only the backend's own reads.
+        With ``in_place`` y overwrites u. With ``frozen`` the mask is for :meth:`eval_backward` only, so a
+        backend may store it in any form.
         """
         wide = u.to(wide_dtype(u.dtype))
         y = wide if in_place or wide is not u else torch.empty_like(wide)
@@ -146,7 +146,7 @@ class Passes:
     def eval_backward(self, args: EvalBackwardArgs) -> tuple[Tensor, Tensor | None, Reduced | None]:
         """∂u = g · scale, ∂residual = g or None, and the sums of ``reduce`` or None, in eval mode.
 
-        A backend may do in one kernel what is several here.
+        A backend may override it by one kernel.
         """
         grad, u, relu_mask = args.grad, args.u, args.relu_mask
         if args.other_grad is not None:
@@ -225,7 +225,7 @@ def constant_in_graphs(function: Function) -> Function:
 
 @functools.cache
 def device_obstacle(device: torch.device) -> str | None:
-    """Why no CUDA kernel of ours can run on ``device``; None where one can."""
+    """Why our CUDA kernels cannot run on ``device``; None if they can."""
     if not torch.cuda.is_available():
         return f"it needs a CUDA device, this machine has none and the input is on {device}"
     if device.type != "cuda":

@@ -58,7 +58,7 @@ def load(name: str = "awnet._C") -> str | None:
     """
     path = os.environ.get("AWNET_NATIVE") if name == "awnet._C" else None
     if path is not None and not Path(path).is_file():
-        return f"AWNET_NATIVE names no file: {path}"
+        return f"AWNET_NATIVE is not a file: {path}"
     spec = importlib.util.spec_from_file_location(name, path) if path else importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         return f"the native module {name} is not built; {REBUILD}"
@@ -102,7 +102,7 @@ def build_info() -> dict[str, Any]:
 
 @functools.cache
 def _layer() -> tuple[Layer, str | None]:
-    """The operator ``awnet::layer_native``, and why it cannot run."""
+    """The operator ``awnet::layer_native``, and why it cannot run, or None."""
     define("native")
     reason = load()
     return (_unavailable if reason else describe("native")), reason
@@ -129,7 +129,7 @@ class NativePasses(Passes):
         in_place: bool,
         frozen: bool = False,
     ) -> Any:
-        """The operator is never in place."""
+        """As in :class:`Passes`, but never in place."""
         return torch.ops.awnet.apply(u, scale, shift, residual, activation, keep_mask)
 
     def reduce(
