@@ -88,12 +88,12 @@ def _specialized(launched: Launched) -> tuple[dict[str, str], dict[str, Any], di
     attributes: dict[Any, Any] = {}
     for parameter in launched.kernel.params:
         name, value = parameter.name, launched.arguments[parameter.name]
-        place = (parameter.num,)
+        key = (parameter.num,)
         if parameter.is_constexpr or value is None:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
-            attributes[place] = [["tt.divisibility", 16]]
+            attributes[key] = [["tt.divisibility", 16]]
         elif isinstance(value, bool):
             signature[name] = "i1"
         elif isinstance(value, int):
@@ -102,7 +102,7 @@ def _specialized(launched: Launched) -> tuple[dict[str, str], dict[str, Any], di
                 continue
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[place] = [["tt.divisibility", 16]]
+                attributes[key] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
     return signature, constants, attributes
@@ -180,8 +180,8 @@ def check(
                 result = compile_launch(name, launched, target, case.instruction)
                 limit = (allowed or {}).get(f"{name} sm_{target}")
                 if result.problem is None and limit is not None and result.registers > limit:
-                    grown = f"takes {result.registers} registers, the committed figure is {limit}"
-                    result = replace(result, problem=grown)
+                    excess = f"takes {result.registers} registers, the committed figure is {limit}"
+                    result = replace(result, problem=excess)
                 yield result
 
 
@@ -237,8 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import triton
 
-    every = list(cases(shipped_launches()))
-    chosen = [c for c in every if options.only in c.name and (c.quick or not options.quick)]
+    all_cases = list(cases(shipped_launches()))
+    chosen = [c for c in all_cases if options.only in c.name and (c.quick or not options.quick)]
     if not chosen:
         parser.error(f"no case name contains {options.only!r}")
     stored = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}

@@ -192,10 +192,10 @@ def conv_kernel(
 
 
 def _spans(problem: Problem, tile: Tile) -> bool:
-    """Whether a sample may end within a tile and the next one begin.
+    """Whether a tile may contain the end of one sample and the start of the next.
 
-    True if neither whole samples fill a tile nor whole tiles a sample. Never in statistics, whose sums must
-    not mix samples: there the last rows of a tile stay empty.
+    True unless samples divide a tile or tiles divide a sample. Never for statistics, whose sums must not mix
+    samples: there the last rows of a tile are empty.
     """
     hw = problem.writes.pixels
     return problem.operation != "statistics" and hw % tile.block_m != 0 and tile.block_m % hw != 0
@@ -209,19 +209,19 @@ def rows(problem: Problem, tile: Tile) -> int:
 
 
 def keeps_mask(problem: Problem, tile: Tile) -> bool:
-    """Whether the epilogue can write a mask or slope: where samples end within a tile registers run out."""
+    """Whether the epilogue can write a mask or slope; with samples that end within a tile it would spill."""
     return not _spans(problem, tile)
 
 
 def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilogue, activation: int) -> None:
     """Convolves ``x`` and writes the outputs of ``epilogue``."""
     reads, writes, (taps, _) = problem.reads, problem.writes, problem.kernel
-    spans, own_rows = _spans(problem, tile), rows(problem, tile)
+    spans, tile_rows = _spans(problem, tile), rows(problem, tile)
     if spans:
         tiles = triton.cdiv(problem.batch * writes.pixels, tile.block_m)
     else:
-        samples = tile.block_m // own_rows
-        tiles = triton.cdiv(problem.batch, samples) * triton.cdiv(writes.pixels, own_rows)
+        samples = tile.block_m // tile_rows
+        tiles = triton.cdiv(problem.batch, samples) * triton.cdiv(writes.pixels, tile_rows)
     by_out, by_in, by_tap = weight.stride(0), weight.stride(1), weight.stride(3)
     if problem.dgrad:
         by_out, by_in = by_in, by_out
@@ -231,7 +231,7 @@ def run(problem: Problem, tile: Tile, x: Tensor, weight: Tensor, epilogue: Epilo
         C_IN=reads.channels, C_OUT=writes.channels, H=reads.height, W=reads.width,
         OH=writes.height, OW=writes.width, K=taps, STRIDE=problem.stride[0],
         PADDING=taps - 1 - problem.padding[0] if problem.dgrad else problem.padding[0],
-        FLIP=problem.dgrad, SPAN=spans, ROWS=own_rows, ACTIVATION=activation, PRECISION=problem.precision,
+        FLIP=problem.dgrad, SPAN=spans, ROWS=tile_rows, ACTIVATION=activation, PRECISION=problem.precision,
         SWAP_AB=tile.swap_ab, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
@@ -274,7 +274,8 @@ def dgrad_not_supported(problem: Problem) -> str | None:
     return None
 
 
-# what the default tiles must compile for: ResNet-18's stages, a strided convolution, a shortcut, a stem
+# the cases that kernels/ahead.py compiles with default tiles: ResNet-18's stages, a strided convolution, a
+# shortcut, a stem
 _SHIPPED = (
     *(
         f"conv/{operation}/{dtype}/{shape}/k3s1"

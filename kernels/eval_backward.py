@@ -138,7 +138,7 @@ def eval_backward_kernel(
                     part = (step * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
                     offsets = part[None, :] * num_planes + plane[:, None]
                     in_parts = in_planes[:, None] & (part < splits)[None, :]
-                    # past the first cache, which may hold what was there before
+                    # bypass the L1 cache, which may hold values from before the other programs' stores
                     sums_g1 += tl.load(part_g1_ptr + offsets, mask=in_parts, other=0.0, cache_modifier=".cg")
                     sums_gc += tl.load(part_gc_ptr + offsets, mask=in_parts, other=0.0, cache_modifier=".cg")
                 sum_g1 = tl.sum(sums_g1, 1)

@@ -35,7 +35,7 @@ def problem_of(
     groups: int,
     precision: str = "ieee",
 ) -> Problem:
-    """The problem of a layer with these arguments; ``x``: its input, or for a dgrad ∂u."""
+    """The problem of a layer with these arguments; ``x`` is its input, or ∂u for the operation "dgrad"."""
     batch, c_in, *size = input_shape
     c_out, _, *kernel = weight.shape
     precision = precision if x.dtype == torch.float32 else "ieee"
@@ -85,8 +85,9 @@ def fused_apply(
     force: bool = False,
     tile: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """y = act(conv(input, weight) · scale + shift + residual); u = conv(input, weight) if ``keep_u``; and, if
-    ``keep_mask``, the bool mask of where the ReLU passed, or the slope of another activation.
+    """y = act(u · scale + shift + residual) with u = conv(input, weight); returns y, u and the mask.
+
+    The mask is bool, True where the ReLU's gradient passes, or the slope of another activation.
 
     Args:
         input: [B, C_in, H, W], contiguous or channels_last; the results are laid out alike.
@@ -104,10 +105,10 @@ def fused_apply(
     Returns:
         None where the kernel does not support the call or ``table`` has no entry for it.
     """
-    kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
-    if kernel.not_supported(input, weight, *where[:3]) is not None:
+    kernel, geometry = kernel_of(groups), (stride, padding, dilation, groups)
+    if kernel.not_supported(input, weight, *geometry[:3]) is not None:
         return None
-    problem = problem_of("apply", input, weight, input.shape, *where, precision)
+    problem = problem_of("apply", input, weight, input.shape, *geometry, precision)
     layout = _layout(problem.channels_last)
     if residual is not None and not (
         residual.dtype == input.dtype and residual.is_contiguous(memory_format=layout)
@@ -147,10 +148,10 @@ def fused_statistics(
 
     Arguments as for :func:`fused_apply`.
     """
-    kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
-    if kernel.not_supported(input, weight, *where[:3]) is not None:
+    kernel, geometry = kernel_of(groups), (stride, padding, dilation, groups)
+    if kernel.not_supported(input, weight, *geometry[:3]) is not None:
         return None
-    problem = problem_of("statistics", input, weight, input.shape, *where, precision)
+    problem = problem_of("statistics", input, weight, input.shape, *geometry, precision)
     tile = tile or _tile(problem, table, force)
     if tile is None:
         return None
@@ -180,10 +181,10 @@ def fused_dgrad(
 
     Other arguments as for :func:`fused_apply`; without groups for stride 1 only.
     """
-    kernel, where = kernel_of(groups), (stride, padding, dilation, groups)
-    if kernel.not_supported(d_u, weight, *where[:3]) is not None:
+    kernel, geometry = kernel_of(groups), (stride, padding, dilation, groups)
+    if kernel.not_supported(d_u, weight, *geometry[:3]) is not None:
         return None
-    problem = problem_of("dgrad", d_u, weight, input_shape, *where, precision)
+    problem = problem_of("dgrad", d_u, weight, input_shape, *geometry, precision)
     if kernel.dgrad_not_supported(problem) is not None:
         return None
     tile = tile or _tile(problem, table, force)
@@ -211,18 +212,18 @@ def _sample_call(problem: Problem, tile: Any, activation: int = 1) -> None:
         device="meta",
         memory_format=torch.channels_last if problem.groups == 1 else torch.contiguous_format,
     )
-    where: Any = (problem.stride, problem.padding, problem.dilation, problem.groups)
+    geometry: Any = (problem.stride, problem.padding, problem.dilation, problem.groups)
     options: Any = {"precision": problem.precision, "tile": tile}
     x, other = image(problem.reads), image(problem.writes)
     if problem.operation == "apply":
         scale = torch.empty(problem.batch, problem.c_out, device="meta")
         keep_mask = kernel_of(problem.groups).keeps_mask(problem, tile)
-        arguments: Any = (x, weight, scale, scale, other, activation, *where, True, keep_mask)
+        arguments: Any = (x, weight, scale, scale, other, activation, *geometry, True, keep_mask)
         fused_apply(*arguments, **options)
     elif problem.operation == "statistics":
-        fused_statistics(x, weight, *where, **options)
+        fused_statistics(x, weight, *geometry, **options)
     else:
-        fused_dgrad(x, weight, other.shape, *where, **options)
+        fused_dgrad(x, weight, other.shape, *geometry, **options)
 
 
 def cases(table: Table) -> Iterator[Case]:

@@ -132,7 +132,7 @@ def grouped_conv_kernel(
             if TRANSPOSED:
                 in_y = y + PADDING_H - i * DILATION_H
                 in_x = x + PADDING_W - j * DILATION_W
-                # negative ones must not reach the division, which rounds towards zero
+                # checked here, since the division rounds negative values toward zero
                 inside = row_in_bounds & (in_y >= 0) & (in_x >= 0)
                 inside = inside & (in_y % STRIDE_H == 0) & (in_x % STRIDE_W == 0)
                 in_y = in_y // STRIDE_H

@@ -62,8 +62,8 @@ def launch(
 ) -> None:
     """Runs ``kernel`` in ``programs`` programs on the device of its first tensor. 0 programs do nothing.
 
-    Triton's own path from a call to the compiled kernel takes some 20 µs of Python. Its result is kept for
-    the next call with the same dtypes, alignments, sizes and constants, which takes about 5 µs.
+    Triton's launch path takes about 20 µs of Python. Its result is cached for calls with the same dtypes,
+    alignments, sizes and constants, which take about 5 µs.
 
     Args:
         kernel: a ``triton.jit`` function.
@@ -96,9 +96,9 @@ def launch(
         return
     driver = triton_driver.active
     index = driver.get_current_device()
-    # what Triton compiles a variant for: a pointer's dtype and whether it is a multiple of 16 bytes, an
-    # integer's type, and whether it is 1 or a multiple of 16, but no number's value; each plan keeps its
-    # kernel and so its id
+    # Triton compiles a variant per pointer dtype and alignment to 16 bytes, and per integer that is 1 or a
+    # multiple of 16; equal integers share a plan, and so do all floats. Each plan references its kernel, so
+    # that the id is not reused.
     key = (id(kernel), index, warps, stages, *constants.items(), *[
         x if (kind := type(x)) is int or x is None
         else (x.dtype, x.data_ptr() & 15) if kind is Tensor or isinstance(x, Tensor)
@@ -125,12 +125,12 @@ def _device(arguments: tuple[Any, ...]) -> torch.device:
     raise TypeError("a kernel needs a tensor, whose device it runs on")
 
 
-# what launches a compiled kernel again: launcher, function, packed metadata, constants in order, the kernel
+# the cached launch of a compiled kernel: launcher, function, packed metadata, constants in order, the kernel
 _Plan = tuple[Callable[..., None], Any, Any, tuple[Any, ...], Any]
 _plans: dict[tuple[Any, ...], _Plan] = {}
 
-# hooks (of profilers, say) and knobs of Triton that its own launch path heeds, while they are not empty; None
-# for a version of Triton whose launchers may take other arguments
+# Triton's hooks (for profilers) and knobs: while one of them is set, Triton's launch path is used. None for
+# versions of Triton whose launchers may take other arguments.
 _observers: tuple[Any, ...] | None = None
 if triton.__version__.startswith(("3.6.", "3.7.", "3.8.")):
     _runtime = triton.knobs.runtime

@@ -429,6 +429,7 @@ def propagate(
 
 # --- ahead-of-time compilation
 
+RELU = 1
 SMOOTH = {2: "silu", 3: "gelu"}  # the activations that take most registers
 
 # a stage of a ResNet-18, ImageNet's first map, one with no even size, the smallest
@@ -450,10 +451,10 @@ def cases(table: Table) -> Iterator[Case]:
         dtypes = [d for d in ("float32", "bfloat16", "float16") if d in rest] or ["float32", "bfloat16"]
         for dtype in dtypes:
             for name, size in SHAPES.items():
-                # a key for this dtype alone takes precedence
-                taken = dtype in rest or f"{op}/{dtype}/{rest[-1]}" not in table
+                # a key for this dtype takes precedence
+                is_used = dtype in rest or f"{op}/{dtype}/{rest[-1]}" not in table
                 for case in _cases_of(op, key, dtype, "channels_last" in rest, name, size, config):
-                    yield replace(case, quick=case.quick and taken)
+                    yield replace(case, quick=case.quick and is_used)
 
 
 def _cases_of(
@@ -466,14 +467,14 @@ def _cases_of(
     title = f"{key} {dtype} {name}"
     calls: dict[str, Callable[[], object]] = {}  # the first is compiled for every shape
     if op == "apply":
-        calls[" residual relu"] = lambda: apply(u, c, c, u, True, config)
-        calls[""] = lambda: apply(u, c, c, None, False, config)
-        calls[" relu mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=mask)
+        calls[" residual relu"] = lambda: apply(u, c, c, u, RELU, config)
+        calls[""] = lambda: apply(u, c, c, None, 0, config)
+        calls[" relu mask"] = lambda: apply(u, c, c, u, RELU, config, relu_mask=mask)
         bits = packed_mask(u) if u.element_size() == 2 else None  # frozen networks pack no others
         if bits is not None:
-            calls[" relu packed mask"] = lambda: apply(u, c, c, u, True, config, relu_mask=bits)
+            calls[" relu packed mask"] = lambda: apply(u, c, c, u, RELU, config, relu_mask=bits)
         shortcut = {"residual_scale": c, "residual_shift": c}
-        calls[" shortcut relu"] = lambda: apply(u, c, c, u, True, config, **shortcut)
+        calls[" shortcut relu"] = lambda: apply(u, c, c, u, RELU, config, **shortcut)
         for code, smooth in SMOOTH.items():
             calls[f" residual {smooth} slope"] = partial(apply, u, c, c, u, code, config, slope=u)
     elif op == "statistics":

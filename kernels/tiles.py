@@ -172,8 +172,8 @@ class Grid:
 def launch_grid(shape: Shape, config: Mapping[str, int], steps: bool = False) -> Grid:
     """Tiles of at most ``tile`` elements, at most ``inner`` along the contiguous axis.
 
-    With ``steps`` a program loops over up to ``config["steps"]`` tiles of pixels, fewer where too few
-    programs would be left to fill a GPU.
+    With ``steps`` a program loops over up to ``config["steps"]`` tiles of pixels, fewer if there would be too
+    few programs to fill a GPU.
     """
     if shape.channels_last:
         block_m = min(power_of_two(shape.channels), config["inner"], config["tile"])
@@ -209,8 +209,8 @@ def is_packed(mask: Tensor | None) -> bool:
 def packed_mask(u: Tensor) -> Tensor | None:
     """An uninitialized mask of one bit per element of ``u`` [B, C, H, W], uint8 [B·C·H·W / 8].
 
-    The bits are in the order of ``u``'s memory. None where the contiguous axis (channels in channels_last,
-    pixels in NCHW) has no multiple of 8 elements.
+    The bits are in the order of ``u``'s memory. None if the size of the contiguous axis (channels in
+    channels_last, pixels in NCHW) is not a multiple of 8.
     """
     shape = shape_of(u)
     if (shape.channels if shape.channels_last else shape.hw) % 8:
