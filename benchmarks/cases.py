@@ -20,7 +20,7 @@ from awnet.nn.layers import MixBatchNorm2d
 
 Mode = Literal["forward", "attack", "training"]
 MODES: tuple[Mode, ...] = ("forward", "attack", "training")
-# an activation whose argument is this near to zero may switch on rounding alone; its gradient is left out
+# an activation whose argument is this close to zero may switch on rounding alone; its gradient is left out
 _UNDECIDED = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 # a function with the arguments of awnet.ops.aw_conv2d
@@ -47,7 +47,7 @@ class Convolution:
         return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
 
     @property
-    def where(self) -> tuple[Any, Any, Any, int]:
+    def geometry(self) -> tuple[Any, Any, Any, int]:
         """Stride, padding, dilation and groups, as torch's convolution takes them."""
         return (self.stride,) * 2, (self.padding,) * 2, (1, 1), self.groups
 
@@ -74,7 +74,7 @@ class Convolution:
 def parse_shape(text: str) -> Convolution:
     """``C_IN,C_OUT,SIZE[,KERNEL[,STRIDE[,GROUPS]]]`` as a convolution, by default 3×3 without stride.
 
-    Raises ValueError where the text has another form or the numbers describe no convolution.
+    Raises ValueError if the text has another form or the numbers do not describe a convolution.
     """
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -101,7 +101,7 @@ def shape_case(text: str) -> LayerCase:
 
 @dataclass(frozen=True)
 class Problem:
-    """A case's random tensors for one batch. A static one has no signals, and one row a table."""
+    """A case's random tensors for one batch. A static one has no signals, and one row per table."""
 
     image: Tensor  # [B, C, H, W]
     filter_scales: tuple[Tensor, ...]  # [B, C_out] for each dynamic convolution
@@ -159,7 +159,7 @@ class Case:
     """One row of the registry."""
 
     name: str
-    image_is_data: bool = False  # whether training takes no gradient of it
+    image_is_data: bool = False  # whether training computes no gradient of the image
 
     def convolutions(self, static: bool = False) -> list[Convolution]:
         """All convolutions of one step; a static network has fewer."""
@@ -340,7 +340,7 @@ class ModuleCase(Case):
             filter_scales=()
             if static
             else tuple((torch.tanh(draw.normal(batch, c) * 0.3) + 1) ** 3 for c in widths),
-            # a network's own router says what the signals are
+            # a network's router computes the signals
             p_clean=None if static or isinstance(module, _Logits) else draw.uniform(batch),
             is_clean=None if static else torch.arange(batch, device=device) < batch // 2,
             **_parts(module.to(memory_format=layout)),  # type: ignore[call-overload]
@@ -439,8 +439,8 @@ def _network(dynamic: str, twin: str) -> Callable[[bool], nn.Module]:
     return lambda static: _Logits(create_model(twin if static else dynamic))
 
 
-# a ResNet-18 on 32×32 images: its four stages, stem, shortcut and way to the next stage, a depthwise twin of
-# stage 2, a block, and the whole AW-Net
+# a ResNet-18 on 32×32 images: its four stages, stem, shortcut and the first layer of stage 2, a depthwise
+# version of stage 2, a block, and the whole AW-Net
 CASES: tuple[Case, ...] = (
     LayerCase("stage1", Convolution(64, 64, 32)),
     LayerCase("stage2", Convolution(128, 128, 16)),
@@ -469,7 +469,7 @@ STAGES = ("stage1", "stage2", "stage3", "stage4")
 
 
 def make_upstream(case: Case, problem: Problem, mode: Mode, exact: Layer, seed: int) -> Tensor:
-    """A random ∂L/∂output in the image's dtype, for a layer zero where rounding could switch its ReLU."""
+    """A random ∂L/∂output in the image's dtype; for a layer it is 0 where rounding could switch the ReLU."""
     precise = problem.to(torch.float64)
     with torch.no_grad():
         if isinstance(case, LayerCase):

@@ -29,11 +29,12 @@ from torch import Tensor
 from awnet import files
 from awnet.devices import resolve_device
 from awnet.ops import launch_config
+from awnet.ops.args import RELU
 from awnet.ops.backends import triton as triton_backend
 
 from .cases import Convolution
 
-# ResNet-18 at 32×32 images: its four stages, the ways between them; and depthwise twins of the stages
+# ResNet-18 on 32×32 images: its stages, the strided layers between them; depthwise versions of the stages
 LAYERS = {
     "stage 1": Convolution(64, 64, 32),
     "stage 2": Convolution(128, 128, 16),
@@ -50,19 +51,19 @@ LAYERS = {
     "smoke": Convolution(5, 6, 4),
     "smoke depthwise": Convolution(6, 6, 4, groups=6),
 }
-_SPELT = re.compile(r"(\d+)-(\d+)@(\d+)(?:k(\d))?(?:s(\d))?(?:g(\d+))?")
+_LAYER_NAME = re.compile(r"(\d+)-(\d+)@(\d+)(?:k(\d))?(?:s(\d))?(?:g(\d+))?")
 
 
 def find_layer(name: str) -> Convolution:
-    """A layer of ``LAYERS``, or one spelt "64-128@32k3s2g1"; kernel, stride, groups may be left out."""
+    """A layer of ``LAYERS``, or one written as "64-128@32k3s2g1"; kernel, stride, groups may be missing."""
     if name in LAYERS:
         return LAYERS[name]
-    spelt = _SPELT.fullmatch(name)
-    if spelt is None:
+    match = _LAYER_NAME.fullmatch(name)
+    if match is None:
         raise argparse.ArgumentTypeError(
-            f"unknown layer {name!r}; available: {', '.join(LAYERS)}; spell others like 64-128@32k3s2g1"
+            f"unknown layer {name!r}; available: {', '.join(LAYERS)}; write others like 64-128@32k3s2g1"
         )
-    c_in, c_out, size, kernel, stride, groups = (int(n) if n else None for n in spelt.groups())
+    c_in, c_out, size, kernel, stride, groups = (int(n) if n else None for n in match.groups())
     assert c_in is not None
     assert c_out is not None
     assert size is not None
@@ -100,7 +101,7 @@ def _kernels() -> Any:
 
 
 def candidates(layer: Convolution, operation: str, dtype: torch.dtype, interpreted: bool) -> list[Any]:
-    """The tiles to try; in the interpreter small ones, since a step of a product takes milliseconds."""
+    """The tiles to try; small ones in the interpreter, where each step takes milliseconds."""
     make = _kernels().kernel_of(layer.groups).Tile
     if layer.groups > 1:
         if interpreted:
@@ -113,7 +114,7 @@ def candidates(layer: Convolution, operation: str, dtype: torch.dtype, interpret
         return [
             make(m, n, k, 8, s) for m in (32, 64, 128) for n in (32, 64) for k in (16, 32) for s in (2, 3)
         ]
-    widest = layer.c_in if operation == "dgrad" else layer.c_out
+    channels = layer.c_in if operation == "dgrad" else layer.c_out
     shapes = [(64, 64, 4), (128, 64, 4), (128, 64, 8), (256, 64, 4), (256, 64, 8), (64, 128, 4)]
     shapes += [(128, 128, 4), (128, 128, 8), (256, 128, 8), (64, 256, 8), (128, 256, 8)]
     return [
@@ -121,7 +122,7 @@ def candidates(layer: Convolution, operation: str, dtype: torch.dtype, interpret
         for m, n, warps in shapes
         for stages in (3, 4)
         for swap in (0, 1)
-        if n <= widest
+        if n <= channels
     ]
 
 
@@ -136,10 +137,10 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _racers(
+def _functions(
     layer: Convolution, operation: str, batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], Any], Callable[[], Any], Callable[[Any], Any], str]:
-    """The library's way, its convolution alone, ours by tile, and the table's key."""
+    """The library's convolution with the pass, without it, ours by tile, and the table's key."""
     kernels = _kernels()
     generator = torch.Generator().manual_seed(0)
 
@@ -152,56 +153,58 @@ def _racers(
     fan_in = layer.c_in // layer.groups
     weight = normal(layer.c_out, fan_in, layer.kernel, layer.kernel) / (fan_in * layer.kernel**2) ** 0.5
     weight = weight.to(dtype).to(memory_format=torch.channels_last)
-    stride, padding, _, groups = layer.where
+    stride, padding, _, groups = layer.geometry
     x = image(layer.c_in, layer.size)
     out = (layer.size + 2 * padding[0] - layer.kernel) // stride[0] + 1
     residual, d_u = image(layer.c_out, out), image(layer.c_out, out)
     scale, shift = normal(batch, layer.c_out), normal(batch, layer.c_out)
-    # as an attack keeps it; where the side is no power of two, a tile's rows may run on from sample to
-    # sample, and the kernel keeps none
+    # as in an attack; if the side is not a power of two, a tile may contain parts of two samples, and the
+    # kernel writes no mask
     keep_mask = groups > 1 or out & (out - 1) == 0
     passes = triton_backend.TritonPasses()
     read = d_u if operation == "dgrad" else x
-    name = kernels.kernel_of(groups).key(kernels.problem_of(operation, read, weight, x.shape, *layer.where))
+    name = kernels.kernel_of(groups).key(
+        kernels.problem_of(operation, read, weight, x.shape, *layer.geometry)
+    )
 
     def forward() -> Tensor:
-        return torch.ops.aten.convolution(x, weight, None, *layer.where[:3], False, [0, 0], groups)
+        return torch.ops.aten.convolution(x, weight, None, *layer.geometry[:3], False, [0, 0], groups)
 
     def backward() -> Tensor:
         mask = [True, False, False]
         return torch.ops.aten.convolution_backward(
-            d_u, x, weight, None, *layer.where[:3], False, [0, 0], groups, mask
+            d_u, x, weight, None, *layer.geometry[:3], False, [0, 0], groups, mask
         )[0]
 
     def apply() -> tuple[Tensor, ...]:
         u = forward()
-        y, _ = passes.apply(u, scale, shift, residual, True, keep_mask, False)
+        y, _ = passes.apply(u, scale, shift, residual, RELU, keep_mask, False)
         return y, u
 
     def statistics() -> tuple[Tensor, ...]:
         u = forward()
         return u, *passes.statistics(u)
 
-    def ours(tile: Any) -> Any:
+    def fused(tile: Any) -> Any:
         if operation == "apply":
             keep = (True, keep_mask)
             outputs = kernels.fused_apply(
-                x, weight, scale, shift, residual, True, *layer.where, *keep, tile=tile
+                x, weight, scale, shift, residual, RELU, *layer.geometry, *keep, tile=tile
             )
             return None if outputs is None else outputs[:2]  # a mask may differ where y is next to zero
         if operation == "statistics":
-            return kernels.fused_statistics(x, weight, *layer.where, tile=tile)
-        return kernels.fused_dgrad(d_u, weight, x.shape, *layer.where, tile=tile)
+            return kernels.fused_statistics(x, weight, *layer.geometry, tile=tile)
+        return kernels.fused_dgrad(d_u, weight, x.shape, *layer.geometry, tile=tile)
 
-    ways: dict[str, Callable[[], Any]] = {"apply": apply, "statistics": statistics, "dgrad": backward}
-    return ways[operation], backward if operation == "dgrad" else forward, ours, name
+    references: dict[str, Callable[[], Any]] = {"apply": apply, "statistics": statistics, "dgrad": backward}
+    return references[operation], backward if operation == "dgrad" else forward, fused, name
 
 
-def _agrees(got: Any, want: Any, dtype: torch.dtype) -> bool:
-    """Alike to the rounding of ``dtype`` in each tensor's norm; a mean may cancel and is held to u's size."""
-    got, want = ((x,) if isinstance(x, Tensor) else x for x in (got, want))
+def _close(actual: Any, expected: Any, dtype: torch.dtype) -> bool:
+    """Whether the relative error of each tensor is within the rounding of ``dtype``; a mean may be near 0."""
+    actual, expected = ((x,) if isinstance(x, Tensor) else x for x in (actual, expected))
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    for mine, other in zip(got, want, strict=True):
+    for mine, other in zip(actual, expected, strict=True):
         size = other.double().norm() if other.dim() == 4 else other.double().norm() + other.numel() ** 0.5
         if not bool((mine.double() - other.double()).norm() <= tolerance * size):
             return False
@@ -211,17 +214,17 @@ def _agrees(got: Any, want: Any, dtype: torch.dtype) -> bool:
 def _race(name: str, operation: str, batch: int, dtype: torch.dtype, device: torch.device) -> Result:
     from triton.runtime.errors import OutOfResources
 
-    library, convolution, ours, key = _racers(find_layer(name), operation, batch, dtype, device)
-    want = library()
+    library, convolution, fused, key = _functions(find_layer(name), operation, batch, dtype, device)
+    expected = library()
     times: dict[Any, float] = {}
     for tile in candidates(find_layer(name), operation, dtype, device.type != "cuda"):
         try:
-            got = ours(tile)
+            actual = fused(tile)
         except OutOfResources:
             continue
-        if not _agrees(got, want, dtype):
+        if not _close(actual, expected, dtype):
             raise RuntimeError(f"{key} with {tile} at batch {batch} does not equal the library's result")
-        times[tile] = _milliseconds(partial(ours, tile), device)
+        times[tile] = _milliseconds(partial(fused, tile), device)
     if not times:
         raise RuntimeError(f"no candidate tile of {key} fits this device")
     plain, alone = _milliseconds(library, device), _milliseconds(convolution, device)
@@ -236,7 +239,7 @@ def race(
     dtypes: Sequence[torch.dtype],
     device: torch.device,
 ) -> Iterator[Result]:
-    """Every row. A tile that does not fit the device is passed over; a wrong result raises RuntimeError."""
+    """All rows. A tile that does not fit the device is skipped; a wrong result raises RuntimeError."""
     for name, operation, dtype, batch in itertools.product(layers, operations, dtypes, batches):
         layer = find_layer(name)
         if operation != "dgrad" or layer.groups > 1 or layer.stride == 1:  # else it is the library's
@@ -248,11 +251,11 @@ def wins(results: Sequence[Result], margin: float = 1.02) -> dict[str, dict[str,
     table: dict[str, dict[str, int]] = {}
     for key in dict.fromkeys(result.key for result in results):
         rows = sorted((r for r in results if r.key == key), key=lambda r: r.batch, reverse=True)
-        # one tile for all batches: the one that loses least against the best of each
-        everywhere = [tile for tile in rows[0].tiles_ms if all(tile in row.tiles_ms for row in rows)]
-        if not everywhere:
+        # one tile for all batches: the one with the least slowdown against the best of each
+        common_tiles = [tile for tile in rows[0].tiles_ms if all(tile in row.tiles_ms for row in rows)]
+        if not common_tiles:
             continue
-        tile = min(everywhere, key=lambda t: sum(row.tiles_ms[t] / row.tiles_ms[row.best] for row in rows))
+        tile = min(common_tiles, key=lambda t: sum(row.tiles_ms[t] / row.tiles_ms[row.best] for row in rows))
         for row in rows:  # from the largest batch down, until ours loses
             if row.library_ms < margin * row.tiles_ms[tile]:
                 break
@@ -279,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usual = [name for name in LAYERS if not name.startswith("smoke")]
     parser.add_argument(
         "--layers", nargs="+", type=_layer_name, default=usual, metavar="NAME",
-        help=f"of {', '.join(LAYERS)}; or spelt like 64-128@32k3s2g1: channels, size, kernel, stride, groups",
+        help=f"{', '.join(LAYERS)}; or like 64-128@32k3s2g1: channels, size, kernel, stride, groups",
     )  # fmt: skip
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--batches", nargs="+", type=int, default=[128, 256, 512])
@@ -297,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--update needs a CUDA device: times in the interpreter mean nothing")
     dtypes = [getattr(torch, name) for name in options.dtypes]
     results = []
-    head = (
+    columns = (
         "layer",
         "operation",
         "batch",
@@ -309,20 +312,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tile",
     )
     lines: list[tuple[object, ...]] = []
-    print(*head, sep="  ")
+    print(*columns, sep="  ")
     torch.backends.cudnn.allow_tf32 = False
     for r in race(options.layers, options.operations, options.batches, dtypes, device):
         results.append(r)
-        ours = r.tiles_ms[r.best]
+        fused = r.tiles_ms[r.best]
         tile = " ".join(f"{field}={value}" for field, value in r.best._asdict().items())
-        times = [f"{ms:.4f}" for ms in (r.library_ms, r.convolution_ms, ours)]
-        lines.append((r.layer, r.operation, r.batch, r.dtype, *times, f"{r.library_ms / ours:.3f}", tile))
+        times = [f"{ms:.4f}" for ms in (r.library_ms, r.convolution_ms, fused)]
+        lines.append((r.layer, r.operation, r.batch, r.dtype, *times, f"{r.library_ms / fused:.3f}", tile))
         print(*lines[-1], sep="  ", flush=True)
     if options.out is not None:
         with files.written_atomically(options.out) as path, open(path, "w", newline="") as file:
             machine = (launch_config.device_slug(device), torch.__version__, version("triton"))
             writer = csv.writer(file)
-            writer.writerow([*head, "device", "torch", "triton"])
+            writer.writerow([*columns, "device", "torch", "triton"])
             writer.writerows([*line, *machine] for line in lines)
     if options.update:
         print(f"wrote {len(wins(results))} wins into {update_table(device, results)}")

@@ -90,12 +90,12 @@ class Rows:
         for row in rows:
             if row["verified"] != "true":
                 continue
-            place = (row["case"], row["mode"], row["provider"], row["batch"])
+            key = (row["case"], row["mode"], row["provider"], row["batch"])
             if row["device"].startswith(GPU):
                 if (row["dtype"], row["layout"], row["timing"]) == ("bfloat16", "channels_last", "graph"):
-                    self._gpu[place] = row
+                    self._gpu[key] = row
             elif not row["driver"] and (row["dtype"], row["layout"], threads(row)) == ("float32", "nchw", 2):
-                self._cpu[place] = row  # of several CPUs the one that comes last
+                self._cpu[key] = row  # of several CPUs the one that comes last
 
     def gpu(self, case: str, mode: str, provider: str, batch: int) -> Row | None:
         """A row on the GPU of the goals, bfloat16 and channels_last."""
@@ -277,7 +277,7 @@ def _amx_share(case: str, batch: str) -> Measure:
 
 
 def _pgd_step(rows: Rows) -> Measured | None:
-    """Microseconds an image: a tenth of a training step's attack, or else the network's attack step alone."""
+    """Microseconds per image: a training step's attack by its PGD steps, or the network's attack step."""
     trained = _trained(rows, batch="512")
     if trained is not None and trained["share_attack"]:
         seconds = float(trained["share_attack"]) / float(trained["images_per_second"])
@@ -447,7 +447,7 @@ GOALS: tuple[Goal, ...] = (
     ),
     *(
         Goal(
-            "PGD step of AW-Net-18, an image",
+            "PGD step of AW-Net-18, per image",
             "H200, bfloat16, B = 512",
             bound,
             False,

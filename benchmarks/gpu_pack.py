@@ -165,7 +165,7 @@ def native(options: argparse.Namespace) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["it was built without CUDA kernels"]
-        raise SystemExit(f"{reason or 'the packed module does not load'}, and awnet has no other: {last[0]}")
+        raise SystemExit(f"{reason or 'the packed module does not load'}; awnet/ has no other: {last[0]}")
     if reason is not None:
         print(f"native module: the one in awnet/ ({reason})")
 

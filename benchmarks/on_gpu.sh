@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in two calls of 8 and 4 minutes, without a network:
+# Runs everything that needs a GPU, in two calls of 8 and 4 minutes, without a network:
 #
 #   benchmarks/on_gpu.sh --out DIR [--call 1|2]... [--step NAME]... [--device cuda|cpu]
 #
@@ -13,21 +13,21 @@
 #   profile   30 s   the kernels of one PGD step
 #   compile   60 s   the same by torch.compile: stages 1 and 4, then the network's attack
 #   rest     480 s   bench train of plain torch, the other rows of the goals
-# Call 2 (240 s), its two steps side by side
+# Call 2 (240 s), its two steps in parallel
 #   cifar    225 s   train pgd_at_fast on CIFAR-10, 8 epochs, captured
 #   tests    225 s   the tests marked gpu in 8 processes, without the generated layers and the largest tensors
-# In no call
+# Only with --step
 #   sanitize, tune, race, ncu    compute-sanitizer, awnet bench tune, the convolutions' race, Nsight Compute
 #
-# Without --call and --step both calls run. Every step has its time limit, and at most what is left of its call
+# Without --call and --step both calls run. Every step has a time limit, and ends with its call at the latest
 # (LIMIT=seconds replaces the limits of steps and calls); a step that fails or is stopped does not stop the next.
-# DIR gets at most 8 files, written as the measurements are made: steps.csv (how each step ended), log.txt,
+# DIR gets at most 8 files, written during the measurements: steps.csv (how each step ended), log.txt,
 # results/DEVICE.csv and results/DEVICE-train.csv (copy their rows to benchmarks/results/), profile.json,
-# tests.txt, cifar.jsonl. A step that is repeated adds its rows again. --device cpu runs a small stand-in of each
-# step where there is no GPU.
+# tests.txt, cifar.jsonl. A repeated step adds its rows again. --device cpu runs a small version of each step on a
+# machine without a GPU.
 #
-# The running python3's torch is used (PYTHON=... names another). Where `make gpu-pack` has filled .gpu/, the
-# wheels, the native module, the commit and the images there are used. CIFAR-10 is else expected in DATA=folder
+# The script uses the torch of python3 (PYTHON=... names another interpreter). If `make gpu-pack` has filled .gpu/,
+# it uses the wheels, the native module, the commit and the images there. Otherwise CIFAR-10 must be in DATA=folder
 # (default: data), and the native module is compiled in the background if it is missing.
 set -uo pipefail
 
@@ -63,7 +63,7 @@ for entry in "${CALL_1[@]}" "${CALL_2[@]}" "${EXTRA[@]}"; do
   LIMITS[${entry%:*}]=${LIMIT:-${entry#*:}}
 done
 for step in ${STEPS[@]+"${STEPS[@]}"}; do
-  [ -n "${LIMITS[$step]:-}" ] || fail "there is no step $step; there are ${NAMES[*]}"
+  [ -n "${LIMITS[$step]:-}" ] || fail "unknown step $step; available: ${NAMES[*]}"
 done
 [ ${#CALLS[@]} -gt 0 ] || [ ${#STEPS[@]} -gt 0 ] || CALLS=(1 2)
 mkdir -p "$OUT" || fail "cannot write to $OUT"
@@ -93,7 +93,7 @@ DATA=${DATA:-data}
 export OUT WORK LOG DEVICE PYTHON DATA
 
 on_gpu() { [ "$DEVICE" = cuda ]; }
-# part SECONDS COMMAND...: a part of a step, whose python gets this limit; if it fails, the next part runs all the same
+# part SECONDS COMMAND...: a part of a step, whose python gets this time limit; if it fails, the step continues
 part() {
   local PART=$1 code
   shift
@@ -114,13 +114,13 @@ tiny_train() {
   train --device cpu --recipe pgd_at --model awnet_tiny --size 8 --batch 4 --attack-steps 1 --steps 1 "$@"
 }
 
-# The backends of ours that run here now, the CUDA one first.
+# Our backends that run here now, the CUDA one first.
 available() {
   "$PYTHON" -c '
 import sys
 from awnet.ops import available_backends
-found = available_backends(sys.argv[1])
-print(*[name for name in ("cuda", "triton", "cpp") if found[name] is None] or ["eager"])' "$DEVICE"
+reasons = available_backends(sys.argv[1])
+print(*[name for name in ("cuda", "triton", "cpp") if reasons[name] is None] or ["eager"])' "$DEVICE"
 }
 
 # The same once the native module is compiled.
@@ -137,7 +137,7 @@ step_check() {
   awnet info --self-check
 }
 
-# With everything that the machine has, while other steps run; `ours` waits for it.
+# Compiles on all cores while other steps run; `ours` waits for it.
 start_build() {
   echo "compiling the native module in the background, its output is in $OUT/log.txt at the end"
   touch "$WORK/building"
@@ -152,7 +152,7 @@ step_backends() {
     tiny_train --providers awnet --backend eager
     return
   fi
-  for round in available ours; do # Triton's runs while the CUDA kernels are compiled
+  for round in available ours; do # triton runs while the CUDA kernels are compiled
     for backend in $($round); do
       [[ " $done " != *" $backend "* ]] || continue
       part 40 mtard --batch 512 --capture true --providers awnet --backend "$backend" || status=1
@@ -213,7 +213,7 @@ step_compile() {
     tiny --cases stage4 --modes forward --providers static_compile
     return
   fi
-  # one provider a call: its rows are on disk before the next one compiles
+  # one provider per call: its rows are on disk before the next one compiles
   part 25 on_h200 --cases stage1 stage4 --modes attack --batch 512 --providers compile_frozen || status=1
   part 25 on_h200 --cases stage1 stage4 --modes training --batch 512 --providers compile || status=1
   part 60 on_h200 --cases network --modes attack --batch 512 --providers compile_frozen || status=1
@@ -259,7 +259,7 @@ step_tests() {
   fi
 }
 
-# --- the steps of no call
+# --- steps that only --step runs
 
 step_sanitize() {
   local tool backend status=0
@@ -267,7 +267,7 @@ step_sanitize() {
     TRITON_INTERPRET=1 "$PYTHON" -m awnet.benchmarks.sanitize --backend triton
     return
   fi
-  command -v compute-sanitizer >/dev/null || { echo "there is no compute-sanitizer on the PATH"; return 1; }
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on the PATH"; return 1; }
   # Triton compiles here, outside of the sanitizer, into its cache
   for backend in cuda triton; do "$PYTHON" -m awnet.benchmarks.sanitize --backend $backend || return; done
   for tool in memcheck racecheck initcheck; do
@@ -281,7 +281,7 @@ step_sanitize() {
   return $status
 }
 
-# The tables that the next two write are awnet's own and count at once; DIR gets a copy.
+# The next two steps write awnet's tables, which take effect immediately; DIR gets a copy.
 keep_tables() { mkdir -p "$OUT/configs" && cp awnet/ops/configs/*.json "$OUT/configs"; }
 
 step_tune() {
@@ -307,7 +307,7 @@ step_ncu() {
     "${step[@]}" --model awnet_tiny --batch 4 --steps-only
     return
   fi
-  command -v ncu >/dev/null || { echo "there is no ncu on the PATH"; return 1; }
+  command -v ncu >/dev/null || { echo "ncu is not on the PATH"; return 1; }
   "${step[@]}" --out "$WORK/profile" || return
   while read -r name; do
     number=$((number + 1))
@@ -341,7 +341,7 @@ trap 'exit 130' INT
 # start NAME SECONDS: starts a step in a new process group, so that its time limit ends all its processes
 start() {
   say "== $1, at most $2 s"
-  # SIGINT, which a background process ignores by default, lets pytest and `awnet train` print and store what they have
+  # on SIGINT, which a background process ignores by default, pytest and `awnet train` print and store their results
   timeout --signal=INT --kill-after=8 "$2" env --default-signal=INT bash -c "set -uo pipefail; step_$1" > >(tee -a "$LOG") 2>&1 &
   PID=$!
   RUNNING+=("$PID")
@@ -376,7 +376,7 @@ call_1() {
   for entry in "${CALL_1[@]}"; do
     name=${entry%:*} left=$((end - SECONDS))
     if [ $left -lt 1 ]; then
-      say "$name: not started, the time of the call is over"
+      say "$name: not started, the call's time is over"
       echo "$name,not started,0,0" >>"$OUT/steps.csv"
       STATUS=1
       continue

@@ -16,7 +16,7 @@ from . import results
 from .cases import MODES, Mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# largest value of each option that counts something: beyond it a call can only fail, late and obscurely
+# the largest value of each count: a larger one could only fail later, with an obscure error
 _MAX_THREADS, MAX_BATCH, MAX_SEED = 1024, 2**24, 2**63 - 2
 _MAX_SECONDS, _MAX_RETRIES = 86400.0, 100
 # in training, in a branch of fewer than four samples the gradients of filter_scale nearly cancel
@@ -42,7 +42,7 @@ class BenchOptions:
     """Cases by name: stage1 to stage4, stem, shortcut, transition, depthwise, block, network; by default
     all."""
     shape: tuple[str, ...] = ()
-    """Other layers in place of the registry's, each as C_IN,C_OUT,SIZE[,KERNEL[,STRIDE[,GROUPS]]]: 64,128,32
+    """Layers to measure instead of the registry's, as C_IN,C_OUT,SIZE[,KERNEL[,STRIDE[,GROUPS]]]: 64,128,32
     is a 3×3 layer from 64 to 128 channels on 32×32 images."""
     modes: tuple[Mode, ...] = MODES
     """forward: eval mode. attack: eval mode with the gradients of image, filter_scale and p_clean.

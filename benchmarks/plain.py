@@ -89,9 +89,9 @@ def plain_model(model: nn.Module, *, literal: bool = False) -> nn.Module:
 
 
 class SeparatePasses(nn.Module):
-    """A plain AW-Net for ``awnet.training.forward``: images that were routed in one call pass in one call.
+    """A plain AW-Net for ``awnet.training.forward``, with one forward pass for each call of :meth:`route`.
 
-    The first are clean, the others adversarial, as ``awnet.training.forward`` orders them.
+    The images of the first call are clean, those of the second adversarial.
     """
 
     def __init__(self, model: AWNet) -> None:
@@ -135,11 +135,9 @@ def plain_attack(
     """The recipe's PGD, from the same noise, with a backward pass that reaches the parameters too."""
     check_plain(recipe)
     kl = isinstance(recipe, Trades)
-    step_size = recipe.attack_step_size
-    if step_size is None:
-        trades = kl and recipe.name == "trades"
-        step_size = threat_model.trades_train_step_size if trades else threat_model.train_step_size
-    length = step_size
+    trades = kl and recipe.name == "trades"
+    default = threat_model.trades_train_step_size if trades else threat_model.train_step_size
+    step_size = default if recipe.attack_step_size is None else recipe.attack_step_size
     key = rng.key("attack start", seed)
 
     def attack(x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
@@ -159,7 +157,7 @@ def plain_attack(
                 loss = F.cross_entropy(logits, y, reduction="sum")
             loss.backward()
             assert x_adv.grad is not None
-            x_adv = (x_adv.detach() + length * x_adv.grad.sign()).clamp(low, high)
+            x_adv = (x_adv.detach() + step_size * x_adv.grad.sign()).clamp(low, high)
         model.train()
         return x_adv
 

@@ -23,7 +23,7 @@ class Provider:
     layer: Layer
     """A function with the arguments of awnet.ops.aw_conv2d."""
     backend: str | None = None
-    """Modules then stay awnet's own and run under this backend; else ``layer`` replaces theirs."""
+    """Modules run under this backend; if None, ``layer`` replaces their layers."""
     static: bool = False
     """Whether it computes the static form: no filter scale, one batch norm, no router."""
     compiled: bool = False

@@ -28,7 +28,7 @@ class TableOptions:
     """Which documents to update."""
 
     files: Positional[tuple[Path, ...]] = (Path("README.md"), Path("docs/benchmarks.md"))
-    """Documents with places such as <!-- bench:goals --> … <!-- /bench:goals -->."""
+    """Documents with markers such as <!-- bench:goals --> … <!-- /bench:goals -->."""
     results: Path = FOLDER
     """Folder of the CSV files."""
 
@@ -87,8 +87,8 @@ def _groups(rows: Sequence[Row], on_gpu: bool) -> dict[tuple[str, ...], list[Row
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if bool(row["driver"]) == on_gpu and row["mode"] != "ceiling":
-            place = (row["device"], row["dtype"], row["layout"], row["timing"])
-            groups.setdefault(place, []).append(row)
+            key = (row["device"], row["dtype"], row["layout"], row["timing"])
+            groups.setdefault(key, []).append(row)
     return groups
 
 
@@ -104,17 +104,17 @@ def _milliseconds(folder: Path, on_gpu: bool) -> str:
     """One table per device: the median time of each case, mode and batch by each provider."""
     parts = []
     rows = read_results(folder)
-    for (device, dtype, layout, timing), mine in sorted(_groups(rows, on_gpu).items()):
-        names = _provider_order({row["provider"] for row in mine})
+    for (device, dtype, layout, timing), group in sorted(_groups(rows, on_gpu).items()):
+        names = _provider_order({row["provider"] for row in group})
         lines: dict[tuple[str, ...], dict[str, str]] = {}
-        for row in mine:
-            place = (row["case"], row["mode"], row["batch"])
+        for row in group:
+            key = (row["case"], row["mode"], row["batch"])
             cell = f"{float(row['ms_median']):.3g}" if row["ms_median"] else "wrong"
             if row["ms_eager"]:
                 replay = cell if row["ms_median"] else "–"
                 cell = f"{replay} / {float(row['ms_eager']):.3g}"
-            lines.setdefault(place, {})[row["provider"]] = cell
-        table = [[*place, *(times.get(name, "–") for name in names)] for place, times in lines.items()]
+            lines.setdefault(key, {})[row["provider"]] = cell
+        table = [[*key, *(times.get(name, "–") for name in names)] for key, times in lines.items()]
         ceilings = {
             row["case"]: row
             for row in rows
@@ -126,9 +126,9 @@ def _milliseconds(folder: Path, on_gpu: bool) -> str:
             if {"copy", "matmul"} <= ceilings.keys()
             else ""
         )
-        commits = ", ".join(dict.fromkeys(row["commit"] for row in mine if row["commit"]))
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in group if row["commit"]))
         parts.append(
-            f"{device}, {dtype}, {layout}, torch {mine[-1]['torch']}, commit {commits}{roof}. "
+            f"{device}, {dtype}, {layout}, torch {group[-1]['torch']}, commit {commits}{roof}. "
             f"{_MILLISECONDS[timing if on_gpu else '']}:\n\n"
             + _markdown(("case", "mode", "batch", *names), table, 2)
         )
@@ -187,27 +187,27 @@ def plot(options: PlotOptions) -> list[Path]:
     rows = [row for row in read_results(options.results) if row["mode"] == "ceiling" or row["ms_median"]]
     written: list[Path] = []
     for on_gpu in (False, True):
-        for (device, dtype, layout, timing), mine in sorted(_groups(rows, on_gpu).items()):
+        for (device, dtype, layout, timing), group in sorted(_groups(rows, on_gpu).items()):
             single = " eager" if on_gpu and timing == "eager" else ""
             stem = re.sub(r"[^a-z0-9]+", "-", f"{device} {dtype} {layout}{single}".lower()).strip("-")
             title = f"{device}, {dtype}, {layout}{single}"
-            figures = {"bars": _bars(mine, title)}
+            figures = {"bars": _bars(group, title)}
             ceilings = {
                 row["case"]: row
                 for row in rows
                 if row["mode"] == "ceiling" and (row["device"], row["dtype"]) == (device, dtype)
             }
             if {"copy", "matmul"} <= ceilings.keys():
-                figures["roofline"] = _roofline(mine, ceilings, title)
-            if len({row["batch"] for row in mine if row["case"] != "network"}) > 1:
-                figures["batches"] = _batches(mine, title)
+                figures["roofline"] = _roofline(group, ceilings, title)
+            if len({row["batch"] for row in group if row["case"] != "network"}) > 1:
+                figures["batches"] = _batches(group, title)
             for name, figure in figures.items():
                 path = options.out / f"{stem}-{name}.png"
                 with written_atomically(path) as temporary:
                     figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
                 written.append(path)
     if not written:
-        raise ValueError(f"{options.results} has no row with a time: `awnet bench run` measures some")
+        raise ValueError(f"{options.results} has no row with a time: run `awnet bench run` first")
     console = safe_console()
     for path in written:
         console.print(str(path), soft_wrap=True)
@@ -242,12 +242,12 @@ def _legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
 
 
 def _color(name: str) -> str:
-    """The same for a provider in every figure."""
+    """The color of a provider, the same in every figure."""
     return f"C{_ORDER.index(name)}" if name in _ORDER else "black"
 
 
 def _shown_batch(rows: Sequence[Row], case: str) -> str:
-    """The largest batch up to 512, the goals' own."""
+    """The largest batch up to 512, which the goals use."""
     batches = {int(row["batch"]) for row in rows if row["case"] == case}
     return str(max((b for b in batches if b <= 512), default=min(batches)))
 
@@ -267,13 +267,13 @@ def _bars(rows: Sequence[Row], title: str) -> Any:
     width = 0.8 / len(names)
     for axis, mode in zip(axes, modes, strict=True):
         for i, name in enumerate(names):
-            places, heights = [], []
+            positions, heights = [], []
             for j, case in enumerate(cases):
-                mine, plain = times.get((case, mode, name)), times.get((case, mode, "unfused"))
-                if mine and plain:
-                    places.append(j + (i - (len(names) - 1) / 2) * width)
-                    heights.append(mine / plain)
-            axis.bar(places, heights, width, color=_color(name))
+                time, plain = times.get((case, mode, name)), times.get((case, mode, "unfused"))
+                if time and plain:
+                    positions.append(j + (i - (len(names) - 1) / 2) * width)
+                    heights.append(time / plain)
+            axis.bar(positions, heights, width, color=_color(name))
         axis.axhline(1, color="black", linewidth=0.6)
         axis.set_yscale("log")
         _plain_ticks(axis)
@@ -313,11 +313,11 @@ def _batches(rows: Sequence[Row], title: str) -> Any:
     cases = list(dict.fromkeys(row["case"] for row in rows if row["mode"] == mode))
     figure, axes = _axes(len(cases), (7, 2.6))
     for axis, case in zip(axes, cases, strict=True):
-        mine = [row for row in rows if (row["case"], row["mode"]) == (case, mode)]
-        for name in _provider_order({row["provider"] for row in mine}):
+        selected = [row for row in rows if (row["case"], row["mode"]) == (case, mode)]
+        for name in _provider_order({row["provider"] for row in selected}):
             points = sorted(
                 (int(row["batch"]), 1000 * float(row["ms_median"]) / int(row["batch"]))
-                for row in mine
+                for row in selected
                 if row["provider"] == name
             )
             axis.plot(
@@ -325,7 +325,7 @@ def _batches(rows: Sequence[Row], title: str) -> Any:
             )
         axis.set(xscale="log", yscale="log", ylabel=f"{case}, {mode}: µs per image")
         _plain_ticks(axis)
-        batches = sorted({int(row["batch"]) for row in mine})
+        batches = sorted({int(row["batch"]) for row in selected})
         axis.set_xticks(batches, [str(batch) for batch in batches], minor=False)
         axis.set_xticks([], minor=True)
     axes[0].set_title(title)

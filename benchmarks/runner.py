@@ -182,11 +182,11 @@ def make_jobs(options: BenchOptions, device: torch.device, extra: dict[str, Prov
     for case_name in _chosen(tuple(registry), options.cases, "cases"):
         for batch in _batches(options, registry[case_name], device):
             for mode in options.modes:
-                able = {name: available[name] for name in names if mode in available[name].modes}
+                supporting = {name: available[name] for name in names if mode in available[name].modes}
                 if (case_name, mode) == ("stage1", "forward") and not options.cases + options.providers:
-                    able |= sample
-                if able and (mode != "training" or batch >= MIN_TRAINING_BATCH):
-                    jobs.append(Job(registry[case_name], mode, batch, able))
+                    supporting |= sample
+                if supporting and (mode != "training" or batch >= MIN_TRAINING_BATCH):
+                    jobs.append(Job(registry[case_name], mode, batch, supporting))
     if not jobs:
         raise ValueError(
             f"nothing is left to measure of batch {options.batch}, modes {options.modes}, providers {names}: "
@@ -208,7 +208,7 @@ def _missing(jobs: list[Job], before: Iterable[results.Row], common: results.Row
         return (*results.key(line), line["commit"], line["torch"])
 
     done = {key(line) for line in before}
-    left = []
+    missing = []
     for job in jobs:
         rest = {
             name: provider
@@ -217,14 +217,14 @@ def _missing(jobs: list[Job], before: Iterable[results.Row], common: results.Row
             not in done
         }
         if rest:
-            left.append(replace(job, providers=rest))
-    return left
+            missing.append(replace(job, providers=rest))
+    return missing
 
 
 # --- measurements
 
 
-_REFUSED = (RuntimeError, ValueError, TypeError, NotImplementedError)
+_PROVIDER_ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -260,11 +260,11 @@ def _check_at(job: Job, batch: int, static: bool, options: BenchOptions, device:
 def _verified(job: Job, provider: Provider, checks: list[_Check]) -> tuple[Trial, str]:
     """A provider's step on the last problem, and why it must not be timed; "" if it agrees with all."""
     # a compiled provider is compiled for one shape only
-    for one in checks[-1:] if provider.compiled else checks:
-        image = one.problem.image
+    for problem_check in checks[-1:] if provider.compiled else checks:
+        image = problem_check.problem.image
         copies = min(max(_ROTATED_BYTES // (image.numel() * image.element_size()), 1), _MAX_COPIES)
-        trial = Trial(job.case, one.problem, provider, job.mode, one.upstream, copies)
-        refused = fault(trial, one.expected, one.limits)
+        trial = Trial(job.case, problem_check.problem, provider, job.mode, problem_check.upstream, copies)
+        refused = fault(trial, problem_check.expected, problem_check.limits)
         if refused:
             break
     return trial, refused
@@ -292,19 +292,21 @@ def _measure(job: Job, options: BenchOptions, device: torch.device) -> list[Row]
         for name, provider in chosen.items():
             try:
                 trial, refused = _verified(job, provider, checks)
-            except _REFUSED as error:
+            except _PROVIDER_ERRORS as error:
                 refused = f"it raised {type(error).__name__}: {error}"
             rows[name] = replace(rows[name], refused=refused)
             if not refused:
                 verified[name] = trial
         del checks
         if timing.on_graphs(device):
-            for name, found in timing.measure_replays(verified, _seconds(options), options.retries).items():
+            for name, measured in timing.measure_replays(
+                verified, _seconds(options), options.retries
+            ).items():
                 rows[name] = replace(
                     rows[name],
-                    times=found.replay,
-                    eager_ms=found.eager.median,
-                    not_captured=found.refusal,
+                    times=measured.replay,
+                    eager_ms=measured.eager.median,
+                    not_captured=measured.refusal,
                 )
         else:
             for name, times in timing.measure(verified, device, _seconds(options), options.retries).items():

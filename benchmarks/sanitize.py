@@ -55,31 +55,31 @@ class _Checker:
         self.calls = 0
 
     def __call__(self, name: str, *arguments: Any, limit: float = 1e-4) -> Any:
-        got = getattr(self.passes, name)(*(self._move(x) for x in arguments))
-        want = getattr(Passes(), name)(*(self._widen(x) for x in arguments))
-        pairs = zip(*(list(_tensors(side)) for side in self._aligned(got, want)), strict=True)
-        for ours, truth in pairs:
-            if truth.numel() == 0:
+        actual = getattr(self.passes, name)(*(self._move(x) for x in arguments))
+        expected = getattr(Passes(), name)(*(self._widen(x) for x in arguments))
+        pairs = zip(*(list(_tensors(side)) for side in self._aligned(actual, expected)), strict=True)
+        for ours, reference in pairs:
+            if reference.numel() == 0:
                 continue
-            truth = truth.double()  # a mask too
-            size = max(float(truth.norm()), 0.1 * truth.numel() ** 0.5)
-            difference = float((ours.cpu().double() - truth).norm()) / size
+            reference = reference.double()  # a mask too
+            magnitude = max(float(reference.norm()), 0.1 * reference.numel() ** 0.5)
+            difference = float((ours.cpu().double() - reference).norm()) / magnitude
             if not difference <= limit:
-                raise SystemExit(f"{name} is wrong by {difference:.1e}, at most {limit:.0e} is right")
+                raise SystemExit(f"{name} is off by {difference:.1e}, at most {limit:.0e} is allowed")
         self.calls += 1
-        return want
+        return expected
 
     @staticmethod
-    def _aligned(got: Any, want: Any) -> tuple[list[Any], list[Any]]:
-        """What plain torch leaves out, a kernel may fill with anything."""
-        if isinstance(want, Tensor):
-            return [got], [want]
+    def _aligned(actual: Any, expected: Any) -> tuple[list[Any], list[Any]]:
+        """Both as flat lists, without the entries that plain torch does not compute."""
+        if isinstance(expected, Tensor):
+            return [actual], [expected]
         # a native train_gradients is flat where plain torch groups
-        flat_want = [y for x in want for y in (x if isinstance(x, tuple) else (x,))]
-        flat_got = [y for x in got for y in (x if isinstance(x, tuple) else (x,))]
-        if len(flat_got) < len(flat_want):  # no gradient of p_clean in train mode
-            flat_want = [flat_want[0], *flat_want[2:]]
-        pairs = [(g, w) for g, w in zip(flat_got, flat_want, strict=True) if w is not None]
+        flat_expected = [y for x in expected for y in (x if isinstance(x, tuple) else (x,))]
+        flat_actual = [y for x in actual for y in (x if isinstance(x, tuple) else (x,))]
+        if len(flat_actual) < len(flat_expected):  # no gradient of p_clean in train mode
+            flat_expected = [flat_expected[0], *flat_expected[2:]]
+        pairs = [(g, w) for g, w in zip(flat_actual, flat_expected, strict=True) if w is not None]
         return [g for g, _ in pairs], [w for _, w in pairs]
 
     def _move(self, x: Any) -> Any:
@@ -111,17 +111,17 @@ def check_passes(check: _Checker, shapes: Sequence[tuple[int, ...]], dtypes: Seq
                 y, limit = other.relu(), _LIMITS[dtype]
                 check("statistics", u)
                 for residual in (None, other):
-                    for relu, keep_mask in ((False, False), (True, False), (True, True)):
-                        check("apply", u, scale, shift, residual, relu, keep_mask, False, limit=limit)
+                    for code, keep_mask in ((0, False), (RELU, False), (RELU, True)):
+                        check("apply", u, scale, shift, residual, code, keep_mask, False, limit=limit)
                     for code in range(RELU + 1, len(ACTIVATIONS)):
                         check("apply", u, scale, shift, residual, code, True, False, limit=limit)
                 for relu_mask, slope in ((None, None), (y, None), (y > 0, None), (None, y)):
                     check("reduce", grad, u, shift, relu_mask, slope)
                     for propagation in (Propagation(scale, None, None), Propagation(scale, by_input, shift)):
                         about = (None, None) if propagation.by_input is None else (u, shift)
-                        gate = (*about, relu_mask, propagation)
-                        check("propagate", grad, *gate, False, slope, limit=limit)
-                        check("propagate", grad, *gate, True, slope, limit=limit)
+                        rest = (*about, relu_mask, propagation)
+                        check("propagate", grad, *rest, False, slope, limit=limit)
+                        check("propagate", grad, *rest, True, slope, limit=limit)
 
 
 def check_algebra(check: _Checker) -> None:
@@ -131,26 +131,28 @@ def check_algebra(check: _Checker) -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    g1, gc, mean, omega = (normal(BATCH, CHANNELS) for _ in range(4))
+    g1, gc, mean, scale = (normal(BATCH, CHANNELS) for _ in range(4))
     m2, p = normal(BATCH, CHANNELS).square() * 9, torch.rand(BATCH, generator=generator)
     is_clean = torch.arange(BATCH) % 3 == 0
-    for rows, groups in ((2, 2), (1, 1), (2, 1)):
-        weight, bias = normal(rows, CHANNELS), normal(rows, CHANNELS)
-        running = normal(groups, CHANNELS), normal(groups, CHANNELS).square() + 0.5
-        for scaled in (omega, None):
-            probability, kind = (p, is_clean) if rows == 2 else (None, None)
+    for affine_rows, stat_rows in ((2, 2), (1, 1), (2, 1)):
+        weight, bias = normal(affine_rows, CHANNELS), normal(affine_rows, CHANNELS)
+        running = normal(stat_rows, CHANNELS), normal(stat_rows, CHANNELS).square() + 0.5
+        for scaled in (scale, None):
+            probability, kind = (p, is_clean) if affine_rows == 2 else (None, None)
             norm = Norm(weight, bias, *running, 1e-5)
             mix = Mix(scaled, probability)
             check("eval_coefficients", norm, mix, BATCH)
             sums = Reduced(g1, gc, mean)
             for needs in (
-                Needs(filter_scale=scaled is not None, p_clean=rows == 2, bn_weight=True, bn_bias=True),
-                Needs(p_clean=rows == 2),
+                Needs(
+                    filter_scale=scaled is not None, p_clean=affine_rows == 2, bn_weight=True, bn_bias=True
+                ),
+                Needs(p_clean=affine_rows == 2),
             ):
                 check("eval_gradients", sums, norm, mix, needs)
             stats, mix = SampleStats(mean, m2, 9), Mix(scaled, None, kind)
-            statistics_mix = mix if groups == 2 else mix._replace(is_clean=None)
-            batch = check("batch_statistics", stats, statistics_mix, groups)
+            statistics_mix = mix if stat_rows == 2 else mix._replace(is_clean=None)
+            batch = check("batch_statistics", stats, statistics_mix, stat_rows)
             norm = norm._replace(mean=batch.mean, var=batch.var)
             check("train_coefficients", norm, mix, BATCH)
             totals = check("train_sums", sums, norm, mix, limit=1e-3)
@@ -160,7 +162,10 @@ def check_algebra(check: _Checker) -> None:
 
 
 def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> int:
-    """What only Triton has: convolutions, the attack's step, a network's coefficients. Returns the calls."""
+    """Kernels that only Triton has: convolutions, the attack's step, a network's coefficients.
+
+    Returns the number of calls.
+    """
     from awnet.ops.launch_config import launch_parameters
 
     fused_conv, sign_step = (
@@ -174,7 +179,7 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
 
     calls = 0
     where: tuple[Any, ...] = ((1, 1), (1, 1), (1, 1))
-    # odd images, whose rows run on from sample to sample, and even ones, which alone keep a mask too
+    # 9×9 images, of which a tile contains parts of two, and 8×8 images, for which a mask is supported
     for dtype, (size, keep_mask) in product(dtypes, ((9, False), (8, True))):
         x = normal(2, 16, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
         scale, shift = normal(2, 16), normal(2, 16)
@@ -182,7 +187,7 @@ def check_triton_only(device: torch.device, dtypes: Sequence[torch.dtype]) -> in
             weight = normal(16, 16 // groups, 3, 3).to(dtype)
             weight = weight.contiguous(memory_format=torch.channels_last)
             applied = fused_conv.fused_apply(
-                x, weight, scale, shift, x, True, *where, groups, True, keep_mask, force=True
+                x, weight, scale, shift, x, RELU, *where, groups, True, keep_mask, force=True
             )
             counted = fused_conv.fused_statistics(x, weight, *where, groups, force=True)
             back = fused_conv.fused_dgrad(x, weight, x.shape, *where, groups, force=True)
@@ -218,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not torch.cuda.is_available():
             raise SystemExit(f"the {options.backend} kernels need a CUDA device, and there is none")
         device = torch.device("cuda")
-    # the interpreter is slow, and its bfloat16 arithmetic is not to be trusted
+    # the interpreter is slow, and its bfloat16 arithmetic is not that of a GPU
     shapes = SMALL_SHAPES if interpreted else SHAPES
     dtypes = (torch.float32, torch.float16) if interpreted else tuple(_LIMITS)
     check = _Checker(options.backend, device)
@@ -229,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         calls += check_triton_only(device, dtypes)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    print(f"{options.backend}: {calls} calls on {device}, all right")
+    print(f"{options.backend}: {calls} calls on {device}, all correct")
     return 0
 
 

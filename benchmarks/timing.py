@@ -163,7 +163,7 @@ def summary(milliseconds: list[float]) -> Times:
 
 
 def _on_cpu(steps: Steps, seconds: float, min_turns: int = _MIN_TURNS) -> dict[str, Times]:
-    """All steps take turns, so that other load on the machine slows them alike."""
+    """All steps take turns, so that other load on the machine slows them equally."""
     switches: dict[str, int | None] = {}
 
     def turn() -> dict[str, float]:

@@ -315,12 +315,12 @@ def _timed(attack: Any, timed: Timed) -> Any:
 
 
 def find_fault(setting: _Setting, kind: str, seed: int) -> str:
-    """Why ``kind`` must not be timed against ours; empty if both make the same images and the same update.
+    """Why ``kind`` must not be timed; empty if its adversarial images and its update are equal to ours.
 
-    Compared in float32 on a few images, with separate passes of the router in both. A pixel whose gradient is
-    nearly 0 may move either way, and so may the pixels that depend on it: after TRADES' ten steps, which
-    begin at the minimum of their divergence, 8 % of the pixels differ by rounding alone; another loss, start
-    or radius moves more than half. The updates sum in another order.
+    They are compared in float32 on a few images, with separate passes of the router in both. The sign of a
+    gradient near 0 depends on rounding: after the ten steps of TRADES, which start at the minimum of the
+    divergence, 8 % of the pixels differ by rounding alone; with another loss, start or radius more than half
+    do. The updates are summed in another order.
     """
     plain_recipe = replace(
         setting.recipe,
@@ -351,15 +351,15 @@ def find_fault(setting: _Setting, kind: str, seed: int) -> str:
     teachers = copy.deepcopy(setting.teachers)
     ours = TrainingStep(plain_recipe, copy.deepcopy(setting.model), setting.device, 1000, teachers)
     ours.start_epoch(0)
-    for group in ours.optimizer.param_groups[:1]:
-        rate = group["lr"]  # the schedule's first value
+    rate = ours.optimizer.param_groups[0]["lr"]  # the schedule's first value
     attack = fixed(plain_recipe.attack(ours.model, threat, data.num_classes, seed))
     want = update(ours.model, lambda: ours(batch, attack))
 
     plain = plain_model(setting.model, literal=kind == "literal").train()
-    begun = replace(plain_recipe, lr=rate, router_lr=rate * plain_recipe.router_lr / plain_recipe.lr)
+    router_lr = rate * plain_recipe.router_lr / plain_recipe.lr
     attack = fixed(plain_attack(plain_recipe, plain, threat, seed))
-    step = plain_step(begun, plain, attack, setting.teachers, _weights(small), small.autocast)
+    recipe = replace(plain_recipe, lr=rate, router_lr=router_lr)
+    step = plain_step(recipe, plain, attack, setting.teachers, _weights(small), small.autocast)
     got = update(plain, lambda: step(batch))
 
     if seen:
@@ -421,7 +421,7 @@ class _Step:
 def _in_turns(
     steps: Mapping[str, _Step], count: int, device: torch.device, tracker: CeilingTracker
 ) -> dict[str, Row]:
-    """Times ``count`` steps of each provider in turns, so that other load on the machine slows them alike."""
+    """Times ``count`` steps of each provider in turns, so that other load slows them equally."""
     cuda = device.type == "cuda"
     peaks = dict.fromkeys(steps, 0.0)
     switches: dict[str, int | None] = dict.fromkeys(steps, 0)

@@ -3,7 +3,7 @@
 First the forms of frozen networks are timed (:mod:`awnet.benchmarks.tune_frozen`). Then, starting at the
 defaults, one launch parameter at a time is doubled or halved while that is at least 2 % faster. A candidate
 is timed only after its results have been compared with those of the default. The passes with a ReLU mask are
-timed with both of its forms, y and a bool tensor, and the sum counts. The fastest forms and parameters are
+timed with both of its forms, y and a bool tensor; the total time counts. The fastest forms and parameters are
 written to the device's table in awnet/ops/configs/, which every later call reads
 (awnet/ops/launch_config.py).
 """
@@ -27,6 +27,7 @@ from torch import Tensor
 from awnet.devices import resolve_device
 from awnet.files import write_json
 from awnet.ops import launch_config
+from awnet.ops.args import RELU
 from awnet.ops.backends import triton as triton_backend
 from awnet.ops.coefficients import Mix, Norm, Reduced, SampleStats
 from awnet.terminal import safe_console
@@ -53,7 +54,7 @@ _MARGIN = 1.02
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What to tune, and for config long."""
+    """What to tune, and for how long."""
 
     device: str | None = None
     """cuda, cuda:1, …; by default the GPU."""
@@ -68,7 +69,7 @@ class TuneOptions:
     minutes: float = 8.0
     """No new entry is started after this time; another run resumes there."""
     again: bool = False
-    """Also tune the entries that the table already has."""
+    """Tune the entries that the table already has too."""
     out: Path = launch_config.FOLDER
     """Folder of the tables; awnet only reads its own."""
 
@@ -112,8 +113,8 @@ def _image_job(op: str, case: Convolution, batch: int, dtype: str, layout: str, 
     def run(config: Parameters) -> Any:
         if op == "apply":
             out_mask = torch.empty_like(mask)
-            plain = passes.apply(u, a, b, grad, True, config)
-            return plain, passes.apply(u, a, b, grad, True, config, relu_mask=out_mask), out_mask
+            plain = passes.apply(u, a, b, grad, RELU, config)
+            return plain, passes.apply(u, a, b, grad, RELU, config, relu_mask=out_mask), out_mask
         if op == "statistics":
             return passes.statistics(u, config)
         if op == "reduce":
@@ -240,7 +241,9 @@ def _frozen_network(options: TuneOptions, dtype: str, device: torch.device) -> F
 def _device(options: TuneOptions, timed_here: bool) -> torch.device:
     device = resolve_device(options.device)
     if device.type != "cuda" and timed_here:
-        raise ValueError(f"tuning times Triton kernels on a CUDA device, and device is {str(device)!r}")
+        raise ValueError(
+            f"device must be a CUDA device, since tuning times Triton kernels, got {str(device)!r}"
+        )
     reason = triton_backend.obstacle(torch.empty(1, 1, 1, 1, device=device))
     if reason is not None:
         raise ValueError(f"the Triton kernels cannot run here: {reason}")
@@ -255,7 +258,7 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
         do_bench: times a call, in milliseconds; by default Triton's, with the L2 cache flushed.
 
     Raises:
-        ValueError: there is no CUDA device (and no ``do_bench`` of the caller's), or Triton cannot run.
+        ValueError: there is no CUDA device and no ``do_bench``, or Triton cannot run.
         RuntimeError: a candidate's result is wrong.
     """
     _check(options)

@@ -25,15 +25,15 @@ class Trial:
     ) -> None:
         self.mode, self.upstream, self.provider = mode, upstream, provider
         self.problem = problem = problem.clone()
-        own_module = problem.module is not None and provider.backend is not None
+        uses_awnet_module = problem.module is not None and provider.backend is not None
         device = problem.image.device
         self.forward = case.forward(
             problem,
-            None if own_module else provider.layer,
+            None if uses_awnet_module else provider.layer,
             mode,
             compiler(device) if provider.compiled else None,
         )
-        self.backend = provider.backend if own_module else None
+        self.backend = provider.backend if uses_awnet_module else None
         for parameter in problem.parameters.values():
             parameter.requires_grad_(mode == "training" or (mode == "attack" and not provider.frozen))
         self.leaves = case.leaves(problem, mode)
@@ -57,8 +57,8 @@ def _use_backend(name: str | None) -> Any:
 
 
 def compiler(device: torch.device) -> Callable[[Any], Any]:
-    """What compiles a provider's layer or module on ``device``."""
-    # without its own CUDA graphs: all providers are captured alike (awnet.benchmarks.timing)
+    """The function that compiles a provider's layer or module on ``device``."""
+    # no CUDA graphs of torch.compile: awnet.benchmarks.timing captures all providers in the same way
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
     return lambda what: torch.compile(what, mode=mode, dynamic=False)
 
@@ -86,6 +86,7 @@ def _joined(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def relative_errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """|got − expected| / |expected| of each result, joined as in ``_joined``; inf for another shape."""
     if any(got[name].shape != expected[name].shape for name in expected):
         return {name: float("inf") for name in expected if got[name].shape != expected[name].shape}
     actual, exact = _joined(got), _joined(expected)

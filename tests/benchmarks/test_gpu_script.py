@@ -73,7 +73,7 @@ def steps_of(folder: Path) -> dict[str, str]:
     ("arguments", "message"),
     [
         ((), "--out DIR is missing"),
-        (("--out", "x", "--step", "everything"), "there is no step everything; there are check backends"),
+        (("--out", "x", "--step", "everything"), "unknown step everything; available: check backends"),
         (("--out", "x", "--call", "3"), "--call must be 1 or 2, got 3"),
         (("--out", "x", "--device", "tpu"), "--device must be cuda or cpu, got tpu"),
         (("--outt", "x"), "unknown option --outt"),
@@ -332,7 +332,7 @@ def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
 
     monkeypatch.setattr(sanitize._Checker, "__call__", watched)
     assert sanitize.main(["--backend", "cpp"]) == 0
-    assert "all right" in capsys.readouterr().out
+    assert "all correct" in capsys.readouterr().out
     assert called == {
         "statistics", "apply", "reduce", "propagate", "eval_coefficients", "eval_gradients",
         "batch_statistics", "train_coefficients", "train_sums", "train_gradients",

@@ -113,7 +113,7 @@ class Layer:
         self.d_u = image(normal(*self.u.shape))
 
     def _convolved(self, scale: Tensor | None) -> Tensor:
-        stride, padding, dilation, groups = self.shape.where
+        stride, padding, dilation, groups = self.shape.geometry
         return reference.filter_scaled_conv2d(
             self.x.double(), self.weight.double(), scale,
             stride=stride, padding=padding, dilation=dilation, groups=groups,
@@ -126,7 +126,7 @@ class Layer:
         return torch.relu(y) if relu else y
 
     def d_input(self) -> Tensor:
-        stride, padding, dilation, groups = self.shape.where
+        stride, padding, dilation, groups = self.shape.geometry
         return torch.nn.grad.conv2d_input(
             self.x.shape, self.weight.double(), self.d_u.double(), stride, padding, dilation, groups
         )
@@ -171,9 +171,9 @@ def test_fused_apply_equals_float64(
 ) -> None:
     layer = Layer(shape, dtype, guarded)
     other = layer.residual if residual else None
-    problem = fused_conv.problem_of("apply", layer.x, layer.weight, layer.x.shape, *shape.where)
+    problem = fused_conv.problem_of("apply", layer.x, layer.weight, layer.x.shape, *shape.geometry)
     keep_mask = not save and conv.keeps_mask(problem, tile)
-    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, other, relu, *shape.where, save)
+    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, other, relu, *shape.geometry, save)
     found = fused_conv.fused_apply(*arguments, keep_mask, tile=tile)
     assert found is not None
     assert keep_mask or fused_conv.fused_apply(*arguments, True, tile=tile) is None or save
@@ -193,7 +193,7 @@ def test_fused_apply_equals_float64(
 def test_apply_with_an_activation_whose_slope_is_stored(code: int, guarded: Guarded) -> None:
     shape = SHAPES["a sample is a tile"]
     layer = Layer(shape, torch.float32, guarded)
-    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, layer.residual, code, *shape.where)
+    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, layer.residual, code, *shape.geometry)
     found = fused_conv.fused_apply(*arguments, False, True, tile=TILE)
     assert found is not None
     z = layer.y(True, False)
@@ -207,7 +207,7 @@ def test_fused_statistics_equal_float64(
     shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded
 ) -> None:
     layer = Layer(shape, dtype, guarded)
-    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=tile)
+    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, tile=tile)
     check_statistics(found, layer, dtype)
 
 
@@ -216,7 +216,7 @@ def test_statistics_are_centered_before_they_are_squared(size: tuple[int, int], 
     # |mean| is about 3000 times the deviation: E[x²] − mean² would keep no digit of M2 in float32. The tiles'
     # means are rounded, to 3000 · 2^-24 of a deviation, and that much error M2 may have for each pixel.
     layer = Layer(Shape(2, 4, 5, size, (1, 1)), torch.float32, guarded, offset=3000.0)
-    found = fused_conv.fused_statistics(layer.x, layer.weight, *layer.shape.where, tile=TILE)
+    found = fused_conv.fused_statistics(layer.x, layer.weight, *layer.shape.geometry, tile=TILE)
     check_statistics(found, layer, torch.float32, m2_tolerance=3e-4)
 
 
@@ -234,7 +234,7 @@ def test_fused_dgrad_equals_float64(
     shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded
 ) -> None:
     layer = Layer(shape, dtype, guarded)
-    d_input = fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=tile)
+    d_input = fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.geometry, tile=tile)
     assert d_input is not None
     assert d_input.shape == layer.x.shape
     assert d_input.is_contiguous(memory_format=torch.channels_last)
@@ -246,8 +246,8 @@ def test_weight_in_channels_last_gives_the_same_bits(guarded: Guarded) -> None:
     weight = guarded.input(layer.weight.to(memory_format=torch.channels_last))
     assert weight.stride() != layer.weight.stride()
     for run in (
-        lambda w: fused_conv.fused_statistics(layer.x, w, *layer.shape.where, tile=TILE)[0],  # type: ignore[index]
-        lambda w: fused_conv.fused_dgrad(layer.d_u, w, layer.x.shape, *layer.shape.where, tile=TILE),
+        lambda w: fused_conv.fused_statistics(layer.x, w, *layer.shape.geometry, tile=TILE)[0],  # type: ignore[index]
+        lambda w: fused_conv.fused_dgrad(layer.d_u, w, layer.x.shape, *layer.shape.geometry, tile=TILE),
     ):
         assert torch.equal(run(weight), run(layer.weight))
 
@@ -261,9 +261,9 @@ def test_the_same_call_gives_the_same_bits_and_other_samples_never_matter(name: 
 
     def run(x: Tensor) -> list[Tensor]:
         applied = fused_conv.fused_apply(
-            x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, True, tile=TILE
+            x, layer.weight, layer.scale, layer.shift, None, True, *shape.geometry, True, tile=TILE
         )
-        counted = fused_conv.fused_statistics(x, layer.weight, *shape.where, tile=SWAPPED)
+        counted = fused_conv.fused_statistics(x, layer.weight, *shape.geometry, tile=SWAPPED)
         assert applied is not None
         assert counted is not None
         return [*applied[:2], *counted]
@@ -319,14 +319,14 @@ def test_grouped_convolution_equals_float64(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift)
     full = fused_conv.fused_apply(
-        *arguments, layer.residual, True, *shape.where, True, True, tile=GROUPED_TILE
+        *arguments, layer.residual, True, *shape.geometry, True, True, tile=GROUPED_TILE
     )
     assert full is not None
     assert error(full[0], layer.y(True, True)) < TOLERANCE[dtype]
     assert error(full[1], layer.u) < TOLERANCE[dtype]
     assert torch.equal(full[2], ~(full[0] <= 0))
     assert all(x.is_contiguous(memory_format=layout) for x in full)
-    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, tile=GROUPED_TILE)
+    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, tile=GROUPED_TILE)
     check_statistics(found, layer, dtype)
 
 
@@ -334,7 +334,15 @@ def test_grouped_convolution_without_residual_activation_and_u(guarded: Guarded)
     shape = GROUPED["groups of several"]
     layer = Layer(shape, torch.float32, guarded)
     found = fused_conv.fused_apply(
-        layer.x, layer.weight, layer.scale, layer.shift, None, False, *shape.where, False, tile=GROUPED_TILE
+        layer.x,
+        layer.weight,
+        layer.scale,
+        layer.shift,
+        None,
+        False,
+        *shape.geometry,
+        False,
+        tile=GROUPED_TILE,
     )
     assert found is not None
     assert error(found[0], layer.y(False, False)) < TOLERANCE[torch.float32]
@@ -346,7 +354,9 @@ def test_grouped_convolution_without_residual_activation_and_u(guarded: Guarded)
 def test_grouped_dgrad_equals_float64(shape: Shape, channels_last: bool, guarded: Guarded) -> None:
     layer = Layer(shape, torch.float32, guarded, channels_last)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    d_input = fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, tile=GROUPED_TILE)
+    d_input = fused_conv.fused_dgrad(
+        layer.d_u, layer.weight, layer.x.shape, *shape.geometry, tile=GROUPED_TILE
+    )
     assert d_input is not None
     assert d_input.shape == layer.x.shape
     assert d_input.is_contiguous(memory_format=layout)
@@ -366,9 +376,9 @@ def test_grouped_convolution_takes_weights_of_any_strides(
         "input and output channels swapped": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
     }[how](layer.weight)
     assert not weight.is_contiguous()
-    found = fused_conv.fused_statistics(layer.x, weight, *shape.where, tile=GROUPED_TILE)
+    found = fused_conv.fused_statistics(layer.x, weight, *shape.geometry, tile=GROUPED_TILE)
     check_statistics(found, layer, torch.float32)
-    d_input = fused_conv.fused_dgrad(layer.d_u, weight, layer.x.shape, *shape.where, tile=GROUPED_TILE)
+    d_input = fused_conv.fused_dgrad(layer.d_u, weight, layer.x.shape, *shape.geometry, tile=GROUPED_TILE)
     assert d_input is not None
     assert error(d_input, layer.d_input()) < TOLERANCE[torch.float32]
 
@@ -404,41 +414,42 @@ def test_fused_convolutions_refuse_unsupported_calls_by_name(
 ) -> None:
     shape, how = case
     layer = Layer(shape, how.get("dtype", torch.float32), Guarded(), how.get("channels_last", True))
-    assert reason in str(conv.not_supported(layer.x, layer.weight, *shape.where[:3]))
+    assert reason in str(conv.not_supported(layer.x, layer.weight, *shape.geometry[:3]))
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True)
-    assert fused_conv.fused_apply(*arguments, *shape.where, False, force=True) is None
-    assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
-    assert fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, force=True) is None
+    assert fused_conv.fused_apply(*arguments, *shape.geometry, False, force=True) is None
+    assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, force=True) is None
+    assert fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.geometry, force=True) is None
 
 
 def test_grouped_convolutions_refuse_unsupported_calls() -> None:
     for shape, reason in ((Shape(1, 4, 4, (9, 9), (8, 1), groups=2), "up to 7×7"),):
         layer = Layer(shape, torch.float32, Guarded())
-        assert reason in str(grouped_conv.not_supported(layer.x, layer.weight, *shape.where[:3]))
-        assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True) is None
+        assert reason in str(grouped_conv.not_supported(layer.x, layer.weight, *shape.geometry[:3]))
+        assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, force=True) is None
     layer = Layer(Shape(2, 4, 4, (4, 4), (3, 3), groups=4), torch.float32, Guarded())
     cropped = layer.x[:, :, 1:]
     assert "neither contiguous" in str(
-        grouped_conv.not_supported(cropped, layer.weight, *layer.shape.where[:3])
+        grouped_conv.not_supported(cropped, layer.weight, *layer.shape.geometry[:3])
     )
 
 
 def test_strided_dgrad_is_the_librarys() -> None:
     layer = Layer(Shape(1, 4, 4, (6, 6), (3, 3), (2, 2)), torch.float32, Guarded())
     assert (
-        fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *layer.shape.where, force=True) is None
+        fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *layer.shape.geometry, force=True)
+        is None
     )
 
 
 def test_the_library_convolves_unless_the_table_says_that_the_kernel_wins(guarded: Guarded) -> None:
     shape = Shape(3, 5, 7, (3, 4), (3, 3), padding=(1, 1))
     layer = Layer(shape, torch.float32, guarded)
-    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True, *shape.where, False)
+    arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, None, True, *shape.geometry, False)
     entry = TILE._asdict() | {"least_batch": 3}
     name = "conv/apply/float32/5x7/3x4/k3s1"
     assert fused_conv.fused_apply(*arguments) is None
     assert fused_conv.fused_apply(*arguments, table={name: entry | {"least_batch": 4}}) is None
-    assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, table={name: entry}) is None
+    assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, table={name: entry}) is None
     found = fused_conv.fused_apply(*arguments, table={name: entry})
     assert found is not None
     assert error(found[0], layer.y(False, True)) < TOLERANCE[torch.float32]
@@ -447,7 +458,9 @@ def test_the_library_convolves_unless_the_table_says_that_the_kernel_wins(guarde
         fused_conv.fused_apply(*arguments, table={name: entry}, force=True)
         fused_conv.fused_apply(*arguments, force=True)
         backwards = "conv/dgrad/float32/5x7/3x4/k3s1"
-        fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, table={backwards: entry})
+        fused_conv.fused_dgrad(
+            layer.d_u, layer.weight, layer.x.shape, *shape.geometry, table={backwards: entry}
+        )
     assert [x.arguments["BLOCK_M"] for x in launches] == [16, 64, 16]
 
 
@@ -456,10 +469,15 @@ def test_grouped_convolutions_follow_the_devices_table(guarded: Guarded) -> None
     layer = Layer(shape, torch.float32, guarded, channels_last=False)
     entry = GROUPED_TILE._asdict() | {"least_batch": 3}
     for operation, run in (
-        ("statistics", lambda t: fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, table=t)),
+        (
+            "statistics",
+            lambda t: fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, table=t),
+        ),
         (
             "dgrad",
-            lambda t: fused_conv.fused_dgrad(layer.d_u, layer.weight, layer.x.shape, *shape.where, table=t),
+            lambda t: fused_conv.fused_dgrad(
+                layer.d_u, layer.weight, layer.x.shape, *shape.geometry, table=t
+            ),
         ),
     ):
         name = f"grouped_conv/{operation}/nchw/float32/4x8g4/3x4/k3x3s2x1"
@@ -478,7 +496,7 @@ def test_the_backend_reads_the_devices_table(
     shape = Shape(2, 4, 6, (3, 4), (3, 3), padding=(1, 1), groups=groups)
     layer = Layer(shape, torch.float32, guarded)
     kept = (True, False)
-    args = LayerArgs(layer.x, layer.weight, Conv(*shape.where), activation="relu")
+    args = LayerArgs(layer.x, layer.weight, Conv(*shape.geometry), activation="relu")
     backend = TritonPasses()
     calls = {
         "apply": lambda: backend.fused_apply(args, layer.scale, layer.shift, *kept),
@@ -535,12 +553,12 @@ def test_the_race_runs_and_refuses_a_wrong_kernel(tmp_path: Path, monkeypatch: p
 def test_convolutions_with_default_tiles_equal_float64(guarded: Guarded) -> None:
     shape = Shape(2, 5, 7, (5, 4), (3, 3), padding=(1, 1))
     layer = Layer(shape, torch.float16, guarded)
-    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.where, force=True)
+    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, force=True)
     check_statistics(found, layer, torch.float16)
     depthwise = Shape(2, 70, 70, (5, 4), (3, 3), padding=(1, 1), groups=70)
     for channels_last in (True, False):
         layer = Layer(depthwise, torch.float32, guarded, channels_last)
-        found = fused_conv.fused_statistics(layer.x, layer.weight, *depthwise.where, force=True)
+        found = fused_conv.fused_statistics(layer.x, layer.weight, *depthwise.geometry, force=True)
         check_statistics(found, layer, torch.float32)
 
 

@@ -38,7 +38,7 @@ def test_a_layer_saves_the_documented_bytes(mode: memory.Mode, dtype: torch.dtyp
     for device in devices:
         for residual in (False, True):
             for activation in ACTIVATIONS:
-                kept = memory.kept_by_layer(
+                kept = memory.saved_by_layer(
                     layer, mode, B, C, SIZE, dtype, residual=residual, activation=activation, device=device
                 )
                 want = expected(mode, dtype.itemsize, activation)
@@ -52,7 +52,7 @@ def test_nothing_is_saved_without_a_required_gradient(backend: str) -> None:
         pytest.skip(str(native.load()))
     with torch.no_grad():
         layer = partial(aw_conv2d, backend=backend)
-        assert memory.kept_by_layer(layer, "attack", B, C, SIZE, torch.float32, device="cpu") == 0
+        assert memory.saved_by_layer(layer, "attack", B, C, SIZE, torch.float32, device="cpu") == 0
 
 
 def test_a_shared_storage_counts_once_and_arguments_do_not() -> None:
