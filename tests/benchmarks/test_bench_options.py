@@ -47,15 +47,15 @@ ZERO = {"batch", "batches", "threads", "seconds", "steps", "attack_steps", "size
 
 def options() -> list[tuple[str, str, str]]:
     """(command, option, kind) of every option that takes a value and is not a path."""
-    found = []
+    fields_by_command = []
     for command, (kind, _) in COMMANDS.items():
         assert is_dataclass(kind)
         for field in fields(kind):
             annotation = str(field.type)
             if "Path" not in annotation and annotation != "bool":
                 name = next(name for name in ("Literal", "Mode", "int", "float", "str") if name in annotation)
-                found.append((command, field.name, "Literal" if name == "Mode" else name))
-    return found
+                fields_by_command.append((command, field.name, "Literal" if name == "Mode" else name))
+    return fields_by_command
 
 
 def without(words: list[str], flag: str) -> list[str]:

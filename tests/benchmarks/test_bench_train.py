@@ -190,11 +190,11 @@ def test_the_counted_operations_equal_those_of_the_architecture() -> None:
     # GFLOP an image at 32×32: ResNet-18 forward 1.11, AW-Net forward 2.22; a PGD step is a forward pass and
     # an input gradient, training a forward pass and a whole backward one of two images
     options = replace(SMALL, model="awnet_resnet18", size=32, attack_steps=10)
-    found = flops_per_image(T.make_setting(options, torch.device("cpu"))) / 1e9
-    assert found == pytest.approx(10 * 4.44 + 2 * 3 * 2.22 + 2 * 1.11, rel=0.02)
+    measured = flops_per_image(T.make_setting(options, torch.device("cpu"))) / 1e9
+    assert measured == pytest.approx(10 * 4.44 + 2 * 3 * 2.22 + 2 * 1.11, rel=0.02)
     trades = replace(options, model="resnet18", recipe="trades", attack_steps=4)
-    found = flops_per_image(T.make_setting(trades, torch.device("cpu"))) / 1e9
-    assert found == pytest.approx(1.11 + 4 * 2.22 + 2 * 3 * 1.11, rel=0.02)
+    measured = flops_per_image(T.make_setting(trades, torch.device("cpu"))) / 1e9
+    assert measured == pytest.approx(1.11 + 4 * 2.22 + 2 * 3 * 1.11, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def test_the_clock_nests_and_starts_again() -> None:
     clock = PartClock(torch.device("cpu"))
     with clock("step"), clock("attack"):
         pass
-    found = clock.read()
-    assert found["step"][0] >= found["attack"][0] >= 0
+    measured = clock.read()
+    assert measured["step"][0] >= measured["attack"][0] >= 0
     clock.clear()
     assert clock.read() == {}
 

@@ -126,9 +126,9 @@ def amx_rows() -> Iterator[results.Row]:
         ("weight gradient 512-512@4k3s1", "32", (40, 10)),
     ):
         for provider, rate in zip(("tiles", "library"), rates, strict=True):
-            own = {"case": case, "batch": batch, "provider": provider, "rate_best": str(rate)}
-            yield usual | own
-            yield usual | own | {"threads": "1", "rate_best": "99"}
+            columns = {"case": case, "batch": batch, "provider": provider, "rate_best": str(rate)}
+            yield usual | columns
+            yield usual | columns | {"threads": "1", "rate_best": "99"}
 
 
 def outcomes(folder: Path) -> dict[str, tuple[str, str]]:
@@ -139,9 +139,9 @@ def outcomes(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_each_goal_is_evaluated_on_its_own_figure(measured: Path) -> None:
-    found = outcomes(measured)
-    assert len(found) == len(goals.GOALS)
-    assert found == {
+    actual = outcomes(measured)
+    assert len(actual) == len(goals.GOALS)
+    assert actual == {
         "layer against the literal form": ("21×", "met"),
         "layer against plain torch (unfused)": ("2.2×", "met"),
         "layer against torch.compile of it: worst shape": ("1.1×", "met"),
@@ -216,10 +216,10 @@ def test_a_goal_of_the_geometric_mean_differs_from_that_of_the_worst_shape(measu
         r for r in gpu_rows() if (r["case"], r["mode"], r["provider"]) == ("stage3", "attack", "triton")
     )
     results.add_rows(measured / "nvidia-h200.csv", [slow | {"ms_median": "2.0"}])
-    found = outcomes(measured)
-    assert found["layer against torch.compile of it: worst shape"] == ("0.55×", "not met")
+    actual = outcomes(measured)
+    assert actual["layer against torch.compile of it: worst shape"] == ("0.55×", "not met")
     mean = 1.1 * 0.5 ** (1 / 16)  # one of 4 stages, 2 batches, 2 modes is twice as slow
-    assert found["layer against torch.compile of it (stretch)"][0] == f"{mean:.3g}×"
+    assert actual["layer against torch.compile of it (stretch)"][0] == f"{mean:.3g}×"
 
 
 def test_goals_on_a_gpu_take_replays_and_no_single_calls(measured: Path) -> None:
@@ -232,18 +232,18 @@ def test_goals_on_a_gpu_take_replays_and_no_single_calls(measured: Path) -> None
         results.add_rows(path, changed)
         return outcomes(measured)
 
-    found = rewrite([row | {"timing": "eager"} for row in rows])
+    actual = rewrite([row | {"timing": "eager"} for row in rows])
     for goal in ("layer against the literal form", "layer against plain torch (unfused)"):
-        assert found[goal] == ("", "not measured")
+        assert actual[goal] == ("", "not measured")
     refused = {"ms_median": "", "ms_eager": "21.0", "reason": "not captured: it waits"}
     literal = [r | refused if (r["provider"], r["mode"]) == ("literal", "training") else r for r in rows]
     assert rewrite(literal)["layer against the literal form"] == ("21×", "met")
     plain = [r | refused if (r["provider"], r["mode"]) == ("unfused", "training") else r for r in rows]
     assert rewrite(plain)["layer against plain torch (unfused)"] == ("", "not measured")
     ours = [r | refused if r["provider"] == "triton" else r for r in rows]
-    found = rewrite(ours)
+    actual = rewrite(ours)
     for goal in ("layer against the literal form", "PGD step of AW-Net-18, per image"):
-        assert found[goal] == ("", "not measured")
+        assert actual[goal] == ("", "not measured")
 
 
 def test_a_file_without_the_column_of_the_timing_holds_single_calls(tmp_path: Path) -> None:
@@ -293,9 +293,9 @@ def test_a_row_of_another_kind_measures_no_goal(changes: dict[str, str], tmp_pat
 def test_one_missing_row_leaves_a_goal_unmeasured(tmp_path: Path) -> None:
     rows = [r for r in cpu_rows() if (r["case"], r["mode"], r["provider"]) != ("stage2", "attack", "literal")]
     results.add_rows(tmp_path / "abacus-9.csv", rows)
-    found = outcomes(tmp_path)
-    assert found["cpp against the literal form"] == ("", "not measured")
-    assert found["cpp against plain torch (unfused)"][1] == "met"
+    actual = outcomes(tmp_path)
+    assert actual["cpp against the literal form"] == ("", "not measured")
+    assert actual["cpp against plain torch (unfused)"][1] == "met"
 
 
 def test_verify_prints_every_goal_and_the_commands_for_the_rest(
@@ -396,10 +396,15 @@ def test_figures_are_drawn_of_each_device(measured: Path, tmp_path: Path) -> Non
         ],
     )
     assert main(["bench", "plot", "--results", str(measured), "--out", str(tmp_path / "figures")]) == 0
-    found = {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*")}
+    actual = {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*")}
     cpu, gpu = "abacus-9-float32-nchw", "nvidia-h200-bfloat16-channels-last"
-    assert found.keys() == {f"{cpu}-bars.png", f"{cpu}-roofline.png", f"{gpu}-bars.png", f"{gpu}-batches.png"}
-    assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in found.values())
+    assert actual.keys() == {
+        f"{cpu}-bars.png",
+        f"{cpu}-roofline.png",
+        f"{gpu}-bars.png",
+        f"{gpu}-batches.png",
+    }
+    assert all(content.startswith(b"\x89PNG") and len(content) > 5000 for content in actual.values())
 
 
 def test_without_rows_no_figure_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -308,13 +308,13 @@ def test_the_literal_forms_weight_gradient_where_a_folded_image_is_folded_again(
     weight = torch.randn(4, 8, 3, 3, generator=generator).to(dtype)
     scale = torch.rand(8, 4, generator=generator).to(dtype) + 0.5
     upstream = torch.randn(8, 4, 6, 6, generator=generator).to(dtype)
-    found = []
+    gradients = []
     for x in (odd, odd.contiguous()):
         w = weight.clone().requires_grad_()
         output = reference.filter_scaled_conv2d(x, w, scale, padding=1)
-        found.append(torch.autograd.grad(output, w, upstream)[0])
+        gradients.append(torch.autograd.grad(output, w, upstream)[0])
     assert odd.stride() != odd.contiguous().stride()
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
 def test_the_command_names_what_is_not_the_default_and_no_path() -> None:

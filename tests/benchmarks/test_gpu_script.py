@@ -278,8 +278,8 @@ def test_a_packed_module_of_other_sources_or_versions_is_refused(
         ({"sources": "0" * 64}, "of other sources: 0000"),
     ):
         (folder / "about.json").write_text(json.dumps(fits | changes))
-        found = pack._mismatch(folder)
-        assert (found is None) if reason is None else (reason in found)
+        mismatch = pack._mismatch(folder)
+        assert (mismatch is None) if reason is None else (reason in mismatch)
     copy = tmp_path / "copy"
     for name in ("setup.py", "csrc"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, _in(copy, name))

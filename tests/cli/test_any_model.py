@@ -102,9 +102,9 @@ def test_a_program_file_is_evaluated_like_the_network_that_was_exported(
     torch.export.save(torch.export.export(network, (x[:2],), dynamic_shapes=({0: batch},)), "net.pt2")
     words = ["net.pt2", "--data", "both.npz", "--eps", "0.05", "--batch-size", "16", "--device", "cpu"]
     assert main(["evaluate", *words, "--attacks", "fgsm", "pgd_sat"]) == 0
-    found = accuracies("runs/net.pt2")
-    assert found == expected(network, images, labels, ["fgsm", "pgd_sat"], eps=0.05)
-    assert found[0] > found[1] > 0
+    actual = accuracies("runs/net.pt2")
+    assert actual == expected(network, images, labels, ["fgsm", "pgd_sat"], eps=0.05)
+    assert actual[0] > actual[1] > 0
     torch.export.save(torch.export.export(network, (x[:4],)), "four.pt2")
     assert main(["evaluate", "four.pt2", "--data", "both.npz", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
@@ -130,9 +130,9 @@ def test_a_folder_of_class_folders_is_evaluated_with_the_files_class_numbers(
     torch.save(network.state_dict(), "w.pt")
     words = ["net_of_test.py:color", "--weights", "w.pt", "--data", "pictures", "--classes", "names.txt"]
     assert main(["evaluate", *words, "--attacks", "fgsm", "--eps", "0.1", "--device", "cpu"]) == 0
-    found = accuracies("runs/net_of_test.py-color")
-    assert found == expected(network, color, labels, ["fgsm"], eps=0.1)
-    assert found[0] > found[1] > 0
+    actual = accuracies("runs/net_of_test.py-color")
+    assert actual == expected(network, color, labels, ["fgsm"], eps=0.1)
+    assert actual[0] > actual[1] > 0
     Path("pictures").rename("test")
     Path("pictures").mkdir()
     Path("test").rename("pictures/test")

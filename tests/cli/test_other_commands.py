@@ -58,20 +58,20 @@ def test_data_info_prints_splits_threat_model_and_fingerprints(capsys):
 
 def test_info_prints_the_environment_as_json_and_as_text(capsys):
     assert main(["info", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["awnet"] == __version__
-    assert found["versions"]["torch"] == torch.__version__
-    assert found["models"] == list_models()
-    assert found["datasets"] == list_datasets()
-    assert found["attacks"] == list(list_attacks())
-    assert found["recipes"] == list_recipes()
-    assert "cpu" in found["devices"]
-    assert found["backends"]["eager"] is None
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["awnet"] == __version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["models"] == list_models()
+    assert facts["datasets"] == list_datasets()
+    assert facts["attacks"] == list(list_attacks())
+    assert facts["recipes"] == list_recipes()
+    assert "cpu" in facts["devices"]
+    assert facts["backends"]["eager"] is None
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    for name in ["awnet_resnet18", "tiny_imagenet", "pgd_trades", "mtard", __version__, *found["backends"]]:
+    for name in ["awnet_resnet18", "tiny_imagenet", "pgd_trades", "mtard", __version__, *facts["backends"]]:
         assert name in out
-    for reason in filter(None, found["backends"].values()):
+    for reason in filter(None, facts["backends"].values()):
         assert reason in out
 
 

@@ -111,11 +111,11 @@ def test_a_command_whose_text_is_its_result_fails_on_a_full_disk_only(monkeypatc
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "stdout", stream)
                 try:
-                    found = main(words)
+                    result = main(words)
                 except SystemExit as error:
-                    found = error.code
+                    result = error.code
             discard(stream)
-            assert (found or 0) == status, (kind, words)
+            assert (result or 0) == status, (kind, words)
             said = capsys.readouterr().err
             assert ("error: standard output could not be written" in said) == (status == 2)
             assert "the work continues" not in said
@@ -134,8 +134,8 @@ def test_the_exit_status_tells_of_the_work_and_not_of_the_output(tmp_path):
         """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "done")]
     with open("/dev/full", "w") as full:
-        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (found.returncode, (tmp_path / "done").read_text()) == (0, "done")
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, (tmp_path / "done").read_text()) == (0, "done")
     (tmp_path / "done").unlink()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

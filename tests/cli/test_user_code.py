@@ -123,8 +123,8 @@ def test_code_that_cannot_be_used_is_one_line(
 ) -> None:
     Path("json.py").write_text("")
     Path("wrong.py").write_text("def :")
-    found = error_of([*TRAIN, "--model", function, "--out", "run"], capsys)
-    assert message in found
+    message_shown = error_of([*TRAIN, "--model", function, "--out", "run"], capsys)
+    assert message in message_shown
     assert not Path("run").exists()
 
 

@@ -152,18 +152,18 @@ def test_train_coefficients_and_gradients_equal_float64(
         sums = coefficients.Reduced(x.put(x.g1), x.put(x.gc), stats.mean)
         exact_sums = coefficients.Reduced(x.g1.double(), x.gc.double(), exact_stats.mean)
         out = x.new(k, channels), x.new(k, channels), x.new(2, s, channels)
-        own = coefficients.TrainSums(*trained.train_sums(sums, batch_norm, mix, config, out=out))
+        local_sums = coefficients.TrainSums(*trained.train_sums(sums, batch_norm, mix, config, out=out))
         exact_own = coefficients.train_sums(exact_sums, exact_norm, exact_mix)
-        for a, b in zip(own, exact_own, strict=True):
+        for a, b in zip(local_sums, exact_own, strict=True):
             assert_agrees(a, b)
         # alone, and where another rank has added its sums, as large as ours
         for others in (False, True):
             buffers = (
                 x.new(batch, channels) if has_scale else None,
-                *(own[:2] if others else (x.new(k, channels), x.new(k, channels))),
+                *(local_sums[:2] if others else (x.new(k, channels), x.new(k, channels))),
                 *(x.new(batch, channels) for _ in range(3)),
             )
-            shared = own._replace(through=2 * own.through) if others else None
+            shared = local_sums._replace(through=2 * local_sums.through) if others else None
             exact_shared = exact_own._replace(through=2 * exact_own.through) if others else None
             grads = trained.train_gradients(
                 sums, stats, batch_norm, got.n, mix, has_scale, shared, config, out=buffers

@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     groups: int = 1
 
     @property
-    def where(self) -> tuple[Any, Any, Any, int]:
+    def geometry(self) -> tuple[Any, Any, Any, int]:
         return self.stride, self.padding, self.dilation, self.groups
 
 
@@ -137,10 +137,10 @@ def error(got: Tensor, expected: Tensor) -> float:
 
 
 def check_statistics(
-    found: tuple[Tensor, Tensor, Tensor] | None, layer: Layer, dtype: torch.dtype, m2_tolerance: float = 1e-5
+    actual: tuple[Tensor, Tensor, Tensor] | None, layer: Layer, dtype: torch.dtype, m2_tolerance: float = 1e-5
 ) -> None:
-    assert found is not None
-    u, mean, m2 = found
+    assert actual is not None
+    u, mean, m2 = actual
     assert error(u, layer.u) < TOLERANCE[dtype]
     stored = u.double()
     expected = stored.mean((2, 3))
@@ -174,10 +174,10 @@ def test_fused_apply_equals_float64(
     problem = fused_conv.problem_of("apply", layer.x, layer.weight, layer.x.shape, *shape.geometry)
     keep_mask = not save and conv.keeps_mask(problem, tile)
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, other, relu, *shape.geometry, save)
-    found = fused_conv.fused_apply(*arguments, keep_mask, tile=tile)
-    assert found is not None
+    actual = fused_conv.fused_apply(*arguments, keep_mask, tile=tile)
+    assert actual is not None
     assert keep_mask or fused_conv.fused_apply(*arguments, True, tile=tile) is None or save
-    y, u, mask = found
+    y, u, mask = actual
     assert torch.equal(mask, ~(y <= 0)) if keep_mask else mask.numel() == 0
     assert error(y, layer.y(residual, relu)) < TOLERANCE[dtype]
     assert y.dtype == dtype
@@ -194,11 +194,11 @@ def test_apply_with_an_activation_whose_slope_is_stored(code: int, guarded: Guar
     shape = SHAPES["a sample is a tile"]
     layer = Layer(shape, torch.float32, guarded)
     arguments: Any = (layer.x, layer.weight, layer.scale, layer.shift, layer.residual, code, *shape.geometry)
-    found = fused_conv.fused_apply(*arguments, False, True, tile=TILE)
-    assert found is not None
+    actual = fused_conv.fused_apply(*arguments, False, True, tile=TILE)
+    assert actual is not None
     z = layer.y(True, False)
-    assert error(found[0], reference.activated(z, ACTIVATIONS[code])) < TOLERANCE[torch.float32]
-    assert error(found[2], activations.slope(z, code)) < TOLERANCE[torch.float32]
+    assert error(actual[0], reference.activated(z, ACTIVATIONS[code])) < TOLERANCE[torch.float32]
+    assert error(actual[2], activations.slope(z, code)) < TOLERANCE[torch.float32]
 
 
 @shapes
@@ -207,8 +207,8 @@ def test_fused_statistics_equal_float64(
     shape: Shape, dtype: torch.dtype, tile: conv.Tile, guarded: Guarded
 ) -> None:
     layer = Layer(shape, dtype, guarded)
-    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, tile=tile)
-    check_statistics(found, layer, dtype)
+    actual = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, tile=tile)
+    check_statistics(actual, layer, dtype)
 
 
 @pytest.mark.parametrize("size", [(3, 3), (7, 5)], ids=["in one tile", "over tiles"])
@@ -216,8 +216,8 @@ def test_statistics_are_centered_before_they_are_squared(size: tuple[int, int], 
     # |mean| is about 3000 times the deviation: E[x²] − mean² would keep no digit of M2 in float32. The tiles'
     # means are rounded, to 3000 · 2^-24 of a deviation, and that much error M2 may have for each pixel.
     layer = Layer(Shape(2, 4, 5, size, (1, 1)), torch.float32, guarded, offset=3000.0)
-    found = fused_conv.fused_statistics(layer.x, layer.weight, *layer.shape.geometry, tile=TILE)
-    check_statistics(found, layer, torch.float32, m2_tolerance=3e-4)
+    actual = fused_conv.fused_statistics(layer.x, layer.weight, *layer.shape.geometry, tile=TILE)
+    check_statistics(actual, layer, torch.float32, m2_tolerance=3e-4)
 
 
 DGRADS = {
@@ -326,14 +326,14 @@ def test_grouped_convolution_equals_float64(
     assert error(full[1], layer.u) < TOLERANCE[dtype]
     assert torch.equal(full[2], ~(full[0] <= 0))
     assert all(x.is_contiguous(memory_format=layout) for x in full)
-    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, tile=GROUPED_TILE)
-    check_statistics(found, layer, dtype)
+    actual = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, tile=GROUPED_TILE)
+    check_statistics(actual, layer, dtype)
 
 
 def test_grouped_convolution_without_residual_activation_and_u(guarded: Guarded) -> None:
     shape = GROUPED["groups of several"]
     layer = Layer(shape, torch.float32, guarded)
-    found = fused_conv.fused_apply(
+    actual = fused_conv.fused_apply(
         layer.x,
         layer.weight,
         layer.scale,
@@ -344,9 +344,9 @@ def test_grouped_convolution_without_residual_activation_and_u(guarded: Guarded)
         False,
         tile=GROUPED_TILE,
     )
-    assert found is not None
-    assert error(found[0], layer.y(False, False)) < TOLERANCE[torch.float32]
-    assert found[1].numel() == 0
+    assert actual is not None
+    assert error(actual[0], layer.y(False, False)) < TOLERANCE[torch.float32]
+    assert actual[1].numel() == 0
 
 
 @grouped_shapes
@@ -376,8 +376,8 @@ def test_grouped_convolution_takes_weights_of_any_strides(
         "input and output channels swapped": lambda w: w.transpose(0, 1).contiguous().transpose(0, 1),
     }[how](layer.weight)
     assert not weight.is_contiguous()
-    found = fused_conv.fused_statistics(layer.x, weight, *shape.geometry, tile=GROUPED_TILE)
-    check_statistics(found, layer, torch.float32)
+    actual = fused_conv.fused_statistics(layer.x, weight, *shape.geometry, tile=GROUPED_TILE)
+    check_statistics(actual, layer, torch.float32)
     d_input = fused_conv.fused_dgrad(layer.d_u, weight, layer.x.shape, *shape.geometry, tile=GROUPED_TILE)
     assert d_input is not None
     assert error(d_input, layer.d_input()) < TOLERANCE[torch.float32]
@@ -450,9 +450,9 @@ def test_the_library_convolves_unless_the_table_says_that_the_kernel_wins(guarde
     assert fused_conv.fused_apply(*arguments) is None
     assert fused_conv.fused_apply(*arguments, table={name: entry | {"least_batch": 4}}) is None
     assert fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, table={name: entry}) is None
-    found = fused_conv.fused_apply(*arguments, table={name: entry})
-    assert found is not None
-    assert error(found[0], layer.y(False, True)) < TOLERANCE[torch.float32]
+    actual = fused_conv.fused_apply(*arguments, table={name: entry})
+    assert actual is not None
+    assert error(actual[0], layer.y(False, True)) < TOLERANCE[torch.float32]
 
     with recorded() as launches:
         fused_conv.fused_apply(*arguments, table={name: entry}, force=True)
@@ -553,13 +553,13 @@ def test_the_race_runs_and_refuses_a_wrong_kernel(tmp_path: Path, monkeypatch: p
 def test_convolutions_with_default_tiles_equal_float64(guarded: Guarded) -> None:
     shape = Shape(2, 5, 7, (5, 4), (3, 3), padding=(1, 1))
     layer = Layer(shape, torch.float16, guarded)
-    found = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, force=True)
-    check_statistics(found, layer, torch.float16)
+    actual = fused_conv.fused_statistics(layer.x, layer.weight, *shape.geometry, force=True)
+    check_statistics(actual, layer, torch.float16)
     depthwise = Shape(2, 70, 70, (5, 4), (3, 3), padding=(1, 1), groups=70)
     for channels_last in (True, False):
         layer = Layer(depthwise, torch.float32, guarded, channels_last)
-        found = fused_conv.fused_statistics(layer.x, layer.weight, *depthwise.geometry, force=True)
-        check_statistics(found, layer, torch.float32)
+        actual = fused_conv.fused_statistics(layer.x, layer.weight, *depthwise.geometry, force=True)
+        check_statistics(actual, layer, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -585,6 +585,6 @@ def test_ahead_of_time_cases_cover_every_entry_of_the_table(module: Any, name: s
         assert (given["y_ptr"] is not None) == (operation == "apply")
         assert (given["mean_ptr"] is not None) == (operation == "statistics")
         if case is cases[-1]:
-            wanted = entry._asdict()
-            assert given.get("BLOCK_M", given.get("BLOCK_P")) == next(iter(wanted.values()))
-            assert launches[0].warps == wanted["warps"]
+            parameters = entry._asdict()
+            assert given.get("BLOCK_M", given.get("BLOCK_P")) == next(iter(parameters.values()))
+            assert launches[0].warps == parameters["warps"]

@@ -96,8 +96,8 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = None
     if case.sums != "none":
         c = torch.empty(case.shape[:2], device=DEVICE)
-        own = [guarded.output(c) for _ in range(3)]
-        tables = kernel.Sums(own[0], own[1], own[2] if centered else None)
+        tensors = [guarded.output(c) for _ in range(3)]
+        tables = kernel.Sums(tensors[0], tensors[1], tensors[2] if centered else None)
     out = guarded.output(u), guarded.output(u) if case.residual else None, tables
     d_u, d_residual, sums = kernel.eval_backward(
         grad, other, d_mean if case.mean else None, u if from_u or tables else None, relu_mask,
@@ -107,14 +107,14 @@ def run(case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
     guarded.check()
     hw = case.shape[2] * case.shape[3]
     if from_u:
-        passed = passes.apply(u, scale, shift, None, True, case.config) > 0
+        gradient_passes = passes.apply(u, scale, shift, None, True, case.config) > 0
     else:
-        passed = y > 0 if case.mask in ("y", "bytes") else torch.ones_like(y, dtype=torch.bool)
+        gradient_passes = y > 0 if case.mask in ("y", "bytes") else torch.ones_like(y, dtype=torch.bool)
     terms = [grad.double()]
     terms += [other.double()] if other is not None else []
     terms += [image(d_mean) / hw + 0 * grad.double()] if case.mean else []
-    g = torch.where(passed, sum(terms), 0.0)
-    size = torch.where(passed, sum(term.abs() for term in terms), 0.0)
+    g = torch.where(gradient_passes, sum(terms), 0.0)
+    size = torch.where(gradient_passes, sum(term.abs() for term in terms), 0.0)
     if slope is not None:
         g, size = g * slope.double(), size * slope.double().abs()
 

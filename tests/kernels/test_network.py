@@ -28,19 +28,19 @@ def test_network_coefficients_and_gradients_equal_float64(dynamic: int) -> None:
     tables = rand(4, 2, 12, seed=0)
     tables[3].abs_().add_(0.1)
     p = rand(batch, seed=1).sigmoid().requires_grad_()
-    omega = rand(batch, dynamic, seed=2).requires_grad_() if dynamic else None
-    leaves = [p] if omega is None else [p, omega]
-    found: dict[str, tuple[list[Tensor], tuple[Tensor, ...]]] = {}
+    filter_scale = rand(batch, dynamic, seed=2).requires_grad_() if dynamic else None
+    leaves = [p] if filter_scale is None else [p, filter_scale]
+    by_backend: dict[str, tuple[list[Tensor], tuple[Tensor, ...]]] = {}
     for backend in ("triton", "eager"):
-        made = ops.network_coefficients(tables, widths, omega, p, eps=1e-5, backend=backend)
-        flat = [x for pair in made for x in pair]
+        pairs = ops.network_coefficients(tables, widths, filter_scale, p, eps=1e-5, backend=backend)
+        flat = [x for pair in pairs for x in pair]
         upstream = [rand(*x.shape, seed=i) for i, x in enumerate(flat)]
-        found[backend] = flat, torch.autograd.grad(flat, leaves, upstream)
+        by_backend[backend] = flat, torch.autograd.grad(flat, leaves, upstream)
     # float32 on both sides, whose reciprocal square roots differ in the last bits
-    for got, expected in zip(found["triton"][0], found["eager"][0], strict=True):
+    for got, expected in zip(by_backend["triton"][0], by_backend["eager"][0], strict=True):
         assert got.is_contiguous()
         assert error(got, expected) < 1e-6
-    for got, expected in zip(found["triton"][1], found["eager"][1], strict=True):
+    for got, expected in zip(by_backend["triton"][1], by_backend["eager"][1], strict=True):
         assert error(got, expected) < 1e-6
 
 
@@ -54,13 +54,13 @@ def test_affine_conv2d_equals_the_reference(residual: bool) -> None:
     }
     if residual:
         tensors["residual"] = rand(3, 6, 6, 5, seed=4)
-    found = {}
+    by_backend = {}
     for backend in ("triton", "eager"):
         leaves = {n: t.clone().requires_grad_(n != "weight") for n, t in tensors.items()}
         y = ops.affine_conv2d(**leaves, padding=1, backend=backend)
-        wanted = [t for t in leaves.values() if t.requires_grad]
-        found[backend] = (y, *torch.autograd.grad(y, wanted, rand(*y.shape, seed=5)))
-    for got, expected in zip(found["triton"], found["eager"], strict=True):
+        differentiable = [t for t in leaves.values() if t.requires_grad]
+        by_backend[backend] = (y, *torch.autograd.grad(y, differentiable, rand(*y.shape, seed=5)))
+    for got, expected in zip(by_backend["triton"], by_backend["eager"], strict=True):
         assert error(got, expected) < 1e-5  # sums of 108 and of 30 products
 
 
@@ -73,15 +73,15 @@ def test_an_attack_on_a_frozen_network_equals_eager() -> None:
     x = rand(2, 1, 4, 4, seed=0).sigmoid()
     y = torch.tensor([0, 2], device=DEVICE)
     size = {"eps": 0.1, "step_size": 0.03, "steps": 2}
-    found = {}
+    by_backend = {}
     for backend in ("triton", "eager"):
         with use_backend(backend):
-            found[backend] = {
+            by_backend[backend] = {
                 dtype: PGD(model.inference_copy(dtype), **size)(x, y)
                 for dtype in (torch.float32, torch.float16)
             }
     for dtype, least in ((torch.float32, 1.0), (torch.float16, 0.9)):  # a sign turns where a gradient is tiny
-        same = (found["triton"][dtype] - found["eager"][dtype]).abs() < 1e-6
+        same = (by_backend["triton"][dtype] - by_backend["eager"][dtype]).abs() < 1e-6
         assert same.float().mean() >= least
 
 
@@ -109,12 +109,12 @@ def test_a_frozen_network_saves_one_bit_of_mask_per_element_of_16_bit_images(
 @pytest.mark.slow  # opcheck imports seconds of test helpers
 def test_the_operators_have_correct_schemas_and_fake_kernels() -> None:
     tables = rand(4, 2, 12, seed=0).abs_().add_(0.1)
-    omega, p, grads = rand(6, 8, seed=1), rand(6, seed=2).sigmoid(), rand(6, 12, seed=3)
+    filter_scale, p, grads = rand(6, 8, seed=1), rand(6, seed=2).sigmoid(), rand(6, 12, seed=3)
     x = rand(2, 3, 4, 5, seed=4).contiguous(memory_format=torch.channels_last)
     gap = rand(2, 3, 4, 10, seed=5)[..., ::2]
     for name, arguments in (
-        ("network_coefficients_triton", (omega, p, tables, [5, 3, 4], 1e-5)),
-        ("network_gradients_triton", (grads, grads, omega, p, tables, 1e-5, [True, True])),
+        ("network_coefficients_triton", (filter_scale, p, tables, [5, 3, 4], 1e-5)),
+        ("network_gradients_triton", (grads, grads, filter_scale, p, tables, 1e-5, [True, True])),
         ("network_gradients_triton", (grads, grads, None, p, tables, 1e-5, [False, True])),
         ("sign_step_triton", (x, x, x, 0.1, 0.2, None)),
         ("sign_step_triton", (gap, x, gap, 0.1, 0.2, torch.empty_like(x, dtype=torch.float16))),

@@ -17,8 +17,8 @@ def images(shape: tuple[int, ...], last: bool = False) -> tuple[torch.Tensor, ..
     x_adv = (x + EPS * (2 * torch.rand(shape, generator=generator) - 1)).clamp(0, 1)
     grad = torch.randn(shape, generator=generator)
     grad[torch.rand(shape, generator=generator) < 0.2] = 0
-    found = [v.to(DEVICE) for v in (x_adv, grad, x)]
-    return tuple(v.contiguous(memory_format=torch.channels_last) if last else v for v in found)
+    actual = [v.to(DEVICE) for v in (x_adv, grad, x)]
+    return tuple(v.contiguous(memory_format=torch.channels_last) if last else v for v in actual)
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -190,14 +190,14 @@ def test_the_fused_convolutions_within_the_layer(
 def test_gradients_from_the_sums_of_several_ranks_equal_eager() -> None:
     # what a rank hands in where others share its statistics: here its sums twice
     generator = torch.Generator().manual_seed(0)
-    g1, gc, mean, m2, omega = torch.rand(5, 5, 6, generator=generator, dtype=torch.float64).unbind(1)
+    g1, gc, mean, m2, filter_scale = torch.rand(5, 5, 6, generator=generator, dtype=torch.float64).unbind(1)
     weight = torch.rand(2, 6, generator=generator, dtype=torch.float64)
     is_clean = torch.tensor([True, False, False, True, False])
     results = []
     for passes, device, dtype in (
         (Passes(), "cpu", torch.float64), (TritonPasses(), DEVICE, torch.float32),
     ):  # fmt: skip
-        x = [t.to(device, dtype) for t in (g1, gc, mean, m2, omega, weight)]
+        x = [t.to(device, dtype) for t in (g1, gc, mean, m2, filter_scale, weight)]
         kind = is_clean.to(device)
         stats, mix = SampleStats(x[2], x[3], 9), Mix(x[4], None, kind)
         batch_stats = passes.batch_statistics(stats, mix, 2)

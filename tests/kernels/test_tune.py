@@ -56,8 +56,8 @@ def test_the_tuner_stores_the_fastest_parameters_and_calls_use_them(
         (Path(launch_config.__file__).parent / "configs/default.json").read_text()
     )
     launch_config.forget_tables()
-    found = launch_config.launch_parameters("apply", DEVICE, 2, 3, 4, torch.float32, "nchw")
-    assert found == table["apply/float32/nchw/b2c4p4"]
+    actual = launch_config.launch_parameters("apply", DEVICE, 2, 3, 4, torch.float32, "nchw")
+    assert actual == table["apply/float32/nchw/b2c4p4"]
     other = launch_config.launch_parameters("apply", DEVICE, 2, 5, 4, torch.float32, "nchw")
     assert other["tile"] == 2048
     monkeypatch.undo()

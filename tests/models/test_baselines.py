@@ -173,7 +173,9 @@ def test_an_expert_convolution_is_the_chosen_experts() -> None:
     chosen = torch.tensor([2, 0, 1, 2, 2])
     gate = F.one_hot(chosen, 3).double().requires_grad_(True)
     filters = layer.convolution.weight.view(3, 4, 3, 3, 3)
-    by_expert = torch.stack([F.conv2d(x, own, stride=2, padding=1) for own in filters])  # [3, B, 4, H, W]
+    by_expert = torch.stack(
+        [F.conv2d(x, weights, stride=2, padding=1) for weights in filters]
+    )  # [3, B, 4, H, W]
     output = layer(x, gate)
     torch.testing.assert_close(output, by_expert[chosen, torch.arange(5)], rtol=1e-12, atol=1e-12)
     g = torch.randn_like(output)

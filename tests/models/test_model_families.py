@@ -140,11 +140,11 @@ def test_the_attack_of_training_is_a_cuda_graph(name: str, caplog: pytest.LogCap
     size: dict[str, Any] = {"eps": 0.1, "step_size": 0.025, "steps": 2, "random_start": "normal"}
     attack = GraphedPGD(model, num_classes=10, **size)
     with caplog.at_level(logging.INFO, "awnet"):
-        found = attack(x, y, index=index)
+        actual = attack(x, y, index=index)
     assert "could not be captured" not in caplog.text
     plain = GraphedPGD(model, num_classes=10, capture=False, **size)(x, y, index=index)
     # cuDNN may sum in another order: steps agree but for signs of tiny gradients
-    assert ((found - plain).abs() < 1e-6).float().mean() > 0.95
+    assert ((actual - plain).abs() < 1e-6).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("name", CNNS)
@@ -281,7 +281,7 @@ def test_repvgg_in_its_fused_form_has_the_same_logits(width: float, tmp_path: Pa
 # --- blocks of AW-Nets on other bases, against the paper's equations in float64
 
 
-def _randomised(block: nn.Module) -> nn.Module:
+def _randomized(block: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     block = block.double()
     for value in [*block.parameters(), *block.buffers()]:
@@ -296,7 +296,7 @@ def _norm(norm: MixBatchNorm2d, x: torch.Tensor, p: torch.Tensor) -> torch.Tenso
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_pre_activation_block_is_the_equations(stride: int) -> None:
-    block = _randomised(AWPreActivationBlock(4, 4 * stride, stride, dynamic_shortcut=True)).eval()
+    block = _randomized(AWPreActivationBlock(4, 4 * stride, stride, dynamic_shortcut=True)).eval()
     x, p = torch.randn(3, 4, 6, 6, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     scales = [torch.rand(3, width, dtype=torch.float64) for width in block.signal_widths]
     assert block.signal_widths == [4 * stride] * (2 if stride == 1 else 3)
@@ -313,18 +313,18 @@ def test_pre_activation_block_is_the_equations(stride: int) -> None:
 
 @pytest.mark.parametrize(("stride", "expansion"), [(1, 1), (1, 3), (2, 3)])
 def test_inverted_residual_is_the_equations(stride: int, expansion: int) -> None:
-    block = _randomised(AWInvertedResidual(4, 4, stride, expansion)).eval()
+    block = _randomized(AWInvertedResidual(4, 4, stride, expansion)).eval()
     x, p = 4 * torch.randn(3, 4, 6, 6, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     width = 4 * expansion
     assert block.signal_widths == [width]
-    omega = torch.rand(3, width, dtype=torch.float64)
+    filter_scale = torch.rand(3, width, dtype=torch.float64)
     conv = reference.filter_scaled_conv2d
     hidden = x
     if expansion != 1:
         hidden = F.relu6(_norm(block.expand.bn, conv(x, block.expand.weight, None), p))
-    hidden = conv(hidden, block.depthwise.weight, omega, stride=stride, padding=1, groups=width)
+    hidden = conv(hidden, block.depthwise.weight, filter_scale, stride=stride, padding=1, groups=width)
     hidden = F.relu6(_norm(block.depthwise.bn, hidden, p))
     assert (hidden == 6).any()
     expected = _norm(block.project.bn, conv(hidden, block.project.weight, None), p)
     expected = expected + x if stride == 1 else expected
-    torch.testing.assert_close(block(x, [omega], p_clean=p), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(block(x, [filter_scale], p_clean=p), expected, rtol=1e-12, atol=1e-12)

@@ -68,26 +68,26 @@ class Small(nn.Module):
 
 def model(name: str = "awnet_tiny", change: Callable[[nn.Module], object] | None = None) -> nn.Module:
     torch.manual_seed(0)
-    made = create_model(name, in_channels=1)
+    network = create_model(name, in_channels=1)
     if change is not None:
-        change(made)
-    return made
+        change(network)
+    return network
 
 
-def with_beta(made: nn.Module) -> None:
-    made.router.beta, made.router.p_temperature, made.router.p_scale = 1.5, 2.0, 0.5
-    nn.init.normal_(made.router.signal_heads.weight, std=0.1)
+def with_beta(network: nn.Module) -> None:
+    network.router.beta, network.router.p_temperature, network.router.p_scale = 1.5, 2.0, 0.5
+    nn.init.normal_(network.router.signal_heads.weight, std=0.1)
 
 
-def with_layer_settings(made: nn.Module) -> None:
-    made.stem.bn.eps = 1e-2
-    made.stages[0][0].conv1.activation = None
-    made.stages[0][0].conv1.dilation, made.stages[0][0].conv1.padding = (2, 2), (2, 2)
+def with_layer_settings(network: nn.Module) -> None:
+    network.stem.bn.eps = 1e-2
+    network.stages[0][0].conv1.activation = None
+    network.stages[0][0].conv1.dilation, network.stages[0][0].conv1.padding = (2, 2), (2, 2)
 
 
-def pruned_for_good(made: nn.Module) -> None:
-    prune.l1_unstructured(made.stem, "weight", 0.5)
-    prune.remove(made.stem, "weight")
+def pruned_for_good(network: nn.Module) -> None:
+    prune.l1_unstructured(network.stem, "weight", 0.5)
+    prune.remove(network.stem, "weight")
 
 
 FAITHFUL = {
@@ -111,10 +111,10 @@ FAITHFUL = {
     "case", [pytest.param(case, marks=SLOW if "compiled" in case else ()) for case in FAITHFUL]
 )
 def test_a_changed_model_is_restored_from_its_file(case: str, tmp_path: Path) -> None:
-    made = FAITHFUL[case]()
-    save_model(made, tmp_path / "a.safetensors")
+    network = FAITHFUL[case]()
+    save_model(network, tmp_path / "a.safetensors")
     again = load_model(tmp_path / "a.safetensors")
-    inner = awnet.nn.unwrapped(made).eval()
+    inner = awnet.nn.unwrapped(network).eval()
     assert type(again) is type(inner)
     expected = {key.replace("_orig_mod.", ""): value for key, value in inner.state_dict().items()}
     assert again.state_dict().keys() == expected.keys()
@@ -128,19 +128,19 @@ def test_a_changed_model_is_restored_from_its_file(case: str, tmp_path: Path) ->
 
 
 def test_settings_of_a_separate_net_are_restored(tmp_path: Path) -> None:
-    made = create_model("separate_net", in_channels=1, width=0.05)
-    made.threshold = 0.25
-    save_model(made.with_gate("soft"), tmp_path / "a.safetensors")
+    network = create_model("separate_net", in_channels=1, width=0.05)
+    network.threshold = 0.25
+    save_model(network.with_gate("soft"), tmp_path / "a.safetensors")
     again = load_model(tmp_path / "a.safetensors")
     assert (again.threshold, again.gate) == (0.25, "soft")
 
 
-def hooked(made: nn.Module) -> None:
-    made.stages[0][0].register_forward_pre_hook(lambda *_: None)
+def hooked(network: nn.Module) -> None:
+    network.stages[0][0].register_forward_pre_hook(lambda *_: None)
 
 
-def _replace(made: nn.Module) -> None:
-    made.stem.forward = lambda *a, **k: None
+def _replace(network: nn.Module) -> None:
+    network.stem.forward = lambda *a, **k: None
 
 
 REFUSED = {
@@ -168,13 +168,13 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_changes_that_no_file_could_hold_are_refused_before_training(case: str, tmp_path: Path) -> None:
     change, message = REFUSED[case]
-    made = model("resnet_tiny", change)
+    network = model("resnet_tiny", change)
     with pytest.raises(ValueError, match=message):
-        save_model(made, tmp_path / "a.safetensors")
+        save_model(network, tmp_path / "a.safetensors")
     splits = Splits(*(part.subset(4) for part in load_dataset("digits")))
     if case not in ("a replaced method", "a removed layer"):  # these do not run at all
         with pytest.raises(ValueError, match=message):
-            train(RECIPE, made, splits, tmp_path / "run", quiet=True)
+            train(RECIPE, network, splits, tmp_path / "run", quiet=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -206,9 +206,9 @@ def test_settings_of_a_foreign_file_reach_plain_attributes_alone(
     about: dict[str, object], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.safetensors"
-    made = create_model("resnet_tiny")
-    whole = {"format": 1, "version": "x", "config": config_of(made)} | about
-    save_file(made.state_dict(), path, {"awnet": json.dumps(whole)})
+    network = create_model("resnet_tiny")
+    whole = {"format": 1, "version": "x", "config": config_of(network)} | about
+    save_file(network.state_dict(), path, {"awnet": json.dumps(whole)})
     with pytest.raises(ValueError, match=message):
         load_model(path)
 
@@ -259,23 +259,23 @@ def test_a_registered_models_run_is_loaded_by_name(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("awnet.models.registry._REGISTRY", dict(_REGISTRY))
     register_model(name, Small)
     splits, folder = small_splits(), tmp_path / "run"
-    made = create_model(name, num_classes=10, in_channels=1, width=3)
-    made.power = 0.5
-    result = train(RECIPE, made, splits, folder, quiet=True, tensorboard=False)
+    network = create_model(name, num_classes=10, in_channels=1, width=3)
+    network.power = 0.5
+    result = train(RECIPE, network, splits, folder, quiet=True, tensorboard=False)
     again = load_model(folder)
     assert (again.power, again.config) == (0.5, {"width": 3})
     assert torch.equal(accuracy(again, splits.test), accuracy(result.model, splits.test))
-    made.shift = torch.tensor([0.5])
+    network.shift = torch.tensor([0.5])
     with pytest.raises(ValueError, match="the model has another shift"):
-        save_model(made, tmp_path / "a.safetensors")
+        save_model(network, tmp_path / "a.safetensors")
     monkeypatch.undo()  # as in another process
     with pytest.raises(ValueError, match=f"unknown model '{name}'. If your code registers it"):
         load_model(folder)
 
 
 def test_weights_alone_of_wrapped_models_load_into_a_model(tmp_path: Path) -> None:
-    made = model("resnet_tiny").bfloat16()
-    for number, wrapped in enumerate((nn.DataParallel(made), made)):
+    network = model("resnet_tiny").bfloat16()
+    for number, wrapped in enumerate((nn.DataParallel(network), network)):
         path = tmp_path / f"{number}.safetensors"
         save_file(wrapped.state_dict(), path)
         with pytest.raises(ValueError, match="metadata names no model"):
@@ -283,7 +283,9 @@ def test_weights_alone_of_wrapped_models_load_into_a_model(tmp_path: Path) -> No
         for target in (model("resnet_tiny"), nn.DataParallel(model("resnet_tiny"))):
             again = load_model(path, model=target)
             assert again is target
-            for value, expected in zip(again.state_dict().values(), made.state_dict().values(), strict=True):
+            for value, expected in zip(
+                again.state_dict().values(), network.state_dict().values(), strict=True
+            ):
                 assert value.dtype == expected.dtype
                 assert torch.equal(value, expected)
     with pytest.raises(ValueError, match="does not fit the model that was passed"):
@@ -318,15 +320,15 @@ def test_the_log_begins_with_what_attack_and_teachers_run_on(
 
 
 def test_exports_that_rebuild_by_name_refuse_what_was_changed(tmp_path: Path) -> None:
-    made = model("resnet_tiny")
-    made.save_pretrained(tmp_path / "hub")
+    network = model("resnet_tiny")
+    network.save_pretrained(tmp_path / "hub")
     again = ResNet.from_pretrained(tmp_path / "hub")
-    assert torch.equal(again.eval()(torch.ones(1, 1, 8, 8)), made.eval()(torch.ones(1, 1, 8, 8)))
+    assert torch.equal(again.eval()(torch.ones(1, 1, 8, 8)), network.eval()(torch.ones(1, 1, 8, 8)))
     cifar = replace(load_dataset("digits").test.subset(8), name="cifar10")
-    made.stem.bn.eps = 1e-2
+    network.stem.bn.eps = 1e-2
     for export in (
-        lambda: made.save_pretrained(tmp_path / "again"),
-        lambda: export_robustbench(made, cifar, None, tmp_path / "bench", Entry("A")),
+        lambda: network.save_pretrained(tmp_path / "again"),
+        lambda: export_robustbench(network, cifar, None, tmp_path / "bench", Entry("A")),
     ):
         with pytest.raises(ValueError, match="eps"):
             export()

@@ -416,8 +416,8 @@ def test_the_check_of_a_models_size_leaves_its_weights_as_they_were():
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("awnet.models.registry._USUAL_SIZE", 0)
-        found = create_model("awnet_tiny", router_widths=(4, 8)).state_dict()
-    assert all(torch.equal(found[key], value) for key, value in expected.items())
+        actual = create_model("awnet_tiny", router_widths=(4, 8)).state_dict()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
 
 
 # --- the Hub's form, in a folder

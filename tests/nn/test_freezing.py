@@ -76,8 +76,8 @@ def test_attacks_from_several_threads_leave_the_model_as_it_was() -> None:
 
     def attack() -> None:
         for _ in range(10):
-            found = PGD(model, eps=0.1, step_size=0.02, steps=3)(x, y)
-            assert torch.equal(found, expected)  # in eval mode throughout
+            actual = PGD(model, eps=0.1, step_size=0.02, steps=3)(x, y)
+            assert torch.equal(actual, expected)  # in eval mode throughout
 
     def fail() -> None:
         for _ in range(10):

@@ -84,14 +84,14 @@ def test_an_inference_copy_equals_the_model_in_eval_mode(case: str) -> None:
     model, x = build(case), images()
     with frozen(model):
         logits, gradient = logits_and_gradient(model, x)
-    found, slope = logits_and_gradient(model.inference_copy(), x)
+    actual, slope = logits_and_gradient(model.inference_copy(), x)
     # the same formulas in another order of a few roundings, in float64
-    assert error(found, logits) < 1e-12
+    assert error(actual, logits) < 1e-12
     assert error(slope, gradient) < 1e-12
     single = model.inference_copy(torch.float32)
-    found, slope = logits_and_gradient(single, x.float())
-    assert found.dtype == slope.dtype == torch.float32
-    assert error(found, logits) < 1e-5
+    actual, slope = logits_and_gradient(single, x.float())
+    assert actual.dtype == slope.dtype == torch.float32
+    assert error(actual, logits) < 1e-5
     assert error(slope, gradient) < 1e-4  # the bound of a layer's gradients, 1-layer's accuracy demanded
 
 
@@ -101,8 +101,8 @@ def test_an_inference_copy_equals_the_model_on_each_backend(backend: str) -> Non
     with frozen(model):
         logits, gradient = logits_and_gradient(model, x)
     with use_backend(backend):
-        found, slope = logits_and_gradient(model.inference_copy(torch.float32), x.float())
-    assert error(found, logits) < 1e-5
+        actual, slope = logits_and_gradient(model.inference_copy(torch.float32), x.float())
+    assert error(actual, logits) < 1e-5
     assert error(slope, gradient) < 1e-4
 
 
@@ -114,8 +114,8 @@ def test_inference_copies_of_deep_and_bottleneck_networks_equal_the_model() -> N
         model = shaken(AWNet(net, router), torch.float64)
         with frozen(model):
             logits, gradient = logits_and_gradient(model, images())
-        found, slope = logits_and_gradient(InferenceAWNet(model), images())
-        assert error(found, logits) < 1e-12
+        actual, slope = logits_and_gradient(InferenceAWNet(model), images())
+        assert error(actual, logits) < 1e-12
         assert error(slope, gradient) < 1e-12
 
 
@@ -125,10 +125,10 @@ def test_bfloat16_is_no_worse_than_twice_autocast() -> None:
         logits, gradient = logits_and_gradient(copy.deepcopy(model).double(), x.double())
         with torch.autocast("cpu", torch.bfloat16):
             low, low_gradient = logits_and_gradient(model, x)
-    found, slope = logits_and_gradient(model.inference_copy(torch.bfloat16), x)
-    assert found.dtype == torch.bfloat16
+    actual, slope = logits_and_gradient(model.inference_copy(torch.bfloat16), x)
+    assert actual.dtype == torch.bfloat16
     assert slope.dtype == torch.float32
-    assert error(found, logits) < 2 * error(low, logits)
+    assert error(actual, logits) < 2 * error(low, logits)
     assert error(slope, gradient) < 2 * error(low_gradient, gradient)
 
 
@@ -139,7 +139,7 @@ def test_an_inference_copy_routes_like_the_model() -> None:
         with frozen(model):
             expected = model.route(x)
             other = Routing(None, torch.rand(3).double(), [s * 0.5 + 0.1 for s in expected.filter_scales])
-            wanted = logits_and_gradient(model, x, routing=other)
+            expected = logits_and_gradient(model, x, routing=other)
         routing = still.route(x)
         assert (routing.type_logits is None) == (expected.type_logits is None)
         assert error(routing.p_clean + 1, expected.p_clean + 1) < 1e-12
@@ -147,7 +147,7 @@ def test_an_inference_copy_routes_like_the_model() -> None:
         for got, scale in zip(routing.filter_scales, expected.filter_scales, strict=True):
             assert error(got, scale) < 1e-12
         assert torch.equal(still(x, routing=routing), still(x))
-        for got, value in zip(logits_and_gradient(still, x, routing=other), wanted, strict=True):
+        for got, value in zip(logits_and_gradient(still, x, routing=other), expected, strict=True):
             assert error(got, value) < 1e-12
 
 
@@ -192,8 +192,8 @@ def test_attacks_take_an_inference_copy_as_a_model() -> None:
     y = torch.tensor([0, 1, 2])
     size = {"eps": 0.1, "step_size": 0.02, "steps": 5}
     expected = awnet.attacks.PGD(model, **size)(x, y)
-    found = awnet.attacks.PGD(model.inference_copy(), **size)(x, y)
-    assert (found == expected).float().mean() > 0.99  # a sign turns where a gradient is a rounding from 0
+    actual = awnet.attacks.PGD(model.inference_copy(), **size)(x, y)
+    assert (actual == expected).float().mean() > 0.99  # a sign turns where a gradient is a rounding from 0
     assert (
         awnet.attacks.CW(model.inference_copy(torch.bfloat16), steps=2, eps=0.1, step_size=0.02)(x, y).dtype
         == x.dtype
@@ -292,7 +292,7 @@ def test_affine_conv2d_and_its_gradients_equal_plain_torch(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_affine_conv2d_keeps_no_more_than_it_needs(backend: str) -> None:
-    def kept(*names: str) -> list[tuple[int, ...]]:
+    def saved_shapes(*names: str) -> list[tuple[int, ...]]:
         tensors = {n: t.requires_grad_(n in names) for n, t in affine_case(torch.float32).items()}
         shapes: list[tuple[int, ...]] = []
         with torch.autograd.graph.saved_tensors_hooks(
@@ -302,9 +302,9 @@ def test_affine_conv2d_keeps_no_more_than_it_needs(backend: str) -> None:
         return [shape for shape in shapes if len(shape) == 4 and shape[1] != 4]
 
     image = (3, 6, 4, 3)
-    assert kept("input") == [image]  # the mask alone
-    assert kept("input", "scale") == [image, image]  # u as well
-    assert kept() == []
+    assert saved_shapes("input") == [image]  # the mask alone
+    assert saved_shapes("input", "scale") == [image, image]  # u as well
+    assert saved_shapes() == []
 
 
 def test_affine_conv2d_refuses_bad_arguments() -> None:
@@ -331,28 +331,30 @@ def network_case(dynamic: int) -> tuple[Tensor, tuple[int, ...], Tensor | None, 
     widths = (3, 4, 2)
     tables = torch.randn(4, 2, 9, generator=generator, dtype=torch.float64)
     tables[3].abs_()
-    omega = torch.rand(5, dynamic, generator=generator, dtype=torch.float64) if dynamic else None
-    return tables, widths, omega, torch.rand(5, generator=generator, dtype=torch.float64)
+    filter_scale = torch.rand(5, dynamic, generator=generator, dtype=torch.float64) if dynamic else None
+    return tables, widths, filter_scale, torch.rand(5, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dynamic", [0, 3, 7, 9])
 def test_network_coefficients_equal_those_of_each_layer(dynamic: int) -> None:
-    tables, widths, omega, p = network_case(dynamic)
-    found = ops.network_coefficients(tables, widths, omega, p, eps=1e-5)
+    tables, widths, filter_scale, p = network_case(dynamic)
+    actual = ops.network_coefficients(tables, widths, filter_scale, p, eps=1e-5)
     begin = 0
-    for (scale, shift), width in zip(found, widths, strict=True):
-        own = None if omega is None or begin >= dynamic else omega[:, begin : begin + width]
+    for (scale, shift), width in zip(actual, widths, strict=True):
+        layer_scale = (
+            None if filter_scale is None or begin >= dynamic else filter_scale[:, begin : begin + width]
+        )
         norm = coefficients.Norm.stacked(tables[:, :, begin : begin + width], 1e-5)
-        expected = coefficients.eval_coefficients(norm, coefficients.Mix(own, p), 5)
+        expected = coefficients.eval_coefficients(norm, coefficients.Mix(layer_scale, p), 5)
         assert scale.is_contiguous()
         assert shift.is_contiguous()
         assert error(scale, expected[0]) < 1e-14
         assert error(shift, expected[1]) < 1e-14
         begin += width
-    leaves = [x.requires_grad_() for x in (omega, p) if x is not None]
+    leaves = [x.requires_grad_() for x in (filter_scale, p) if x is not None]
 
     def flat(*given: Tensor) -> tuple[Tensor, ...]:
-        o = given[0] if omega is not None else None
+        o = given[0] if filter_scale is not None else None
         pairs = ops.network_coefficients(tables, widths, o, given[-1], eps=1e-5)
         return tuple(x for pair in pairs for x in pair)
 
@@ -360,15 +362,15 @@ def test_network_coefficients_equal_those_of_each_layer(dynamic: int) -> None:
 
 
 @pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
-@pytest.mark.parametrize("asked", ["both", "scales", "shifts"])
+@pytest.mark.parametrize("requested", ["both", "scales", "shifts"])
 @pytest.mark.parametrize("dynamic", [0, 3, 7, 9])
-def test_network_coefficients_in_one_operator_equal_eager(dynamic: int, asked: str) -> None:
-    tables, widths, omega, p = network_case(dynamic)
-    chosen = {"both": slice(None), "scales": slice(0, None, 2), "shifts": slice(1, None, 2)}[asked]
+def test_network_coefficients_in_one_operator_equal_eager(dynamic: int, requested: str) -> None:
+    tables, widths, filter_scale, p = network_case(dynamic)
+    chosen = {"both": slice(None), "scales": slice(0, None, 2), "shifts": slice(1, None, 2)}[requested]
 
     def results(backend: str, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (omega, p) if x is not None]
-        given = None if omega is None else leaves[0]
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (filter_scale, p) if x is not None]
+        given = None if filter_scale is None else leaves[0]
         pairs = ops.network_coefficients(
             tables.to(dtype), widths, given, leaves[-1], eps=1e-5, backend=backend
         )
@@ -389,13 +391,13 @@ def test_network_coefficients_in_one_operator_equal_eager(dynamic: int, asked: s
 
 
 def test_network_coefficients_refuse_bad_arguments() -> None:
-    tables, widths, omega, p = network_case(7)
-    call = {"tables": tables, "widths": widths, "filter_scale": omega, "p_clean": p, "eps": 1e-5}
+    tables, widths, filter_scale, p = network_case(7)
+    call = {"tables": tables, "widths": widths, "filter_scale": filter_scale, "p_clean": p, "eps": 1e-5}
     for change, kind, message in (
         ({"widths": (3, 4)}, ValueError, r"tables must be \[4, 2, 7\]"),
         ({"tables": tables.half()}, TypeError, "tables must be float32 or float64"),
         ({"tables": tables.clone().requires_grad_()}, ValueError, "must not require a gradient"),
-        ({"filter_scale": omega[:, :5]}, ValueError, r"filter_scale must be \[5, D\]"),
+        ({"filter_scale": filter_scale[:, :5]}, ValueError, r"filter_scale must be \[5, D\]"),
         ({"p_clean": p[:, None]}, ValueError, r"p_clean must be floating point \[B\]"),
         ({"eps": 0}, ValueError, "eps must be a positive number"),
     ):
@@ -421,29 +423,29 @@ def test_sign_step_clips_and_casts() -> None:
 
 @pytest.mark.skipif(native.load() is not None, reason="the C++ backend is not built")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("asked", ["images", "tables", "both"])
-def test_a_network_in_one_operator_equals_its_layers(asked: str, layout: torch.memory_format) -> None:
+@pytest.mark.parametrize("requested", ["images", "tables", "both"])
+def test_a_network_in_one_operator_equals_its_layers(requested: str, layout: torch.memory_format) -> None:
     x, weights, tables, layers = small_network(torch.float32, layout)
-    wanted = [] if asked == "tables" else [x.requires_grad_()]
-    if asked != "images":
-        wanted += [table.requires_grad_() for pair in tables for table in pair]
+    leaves = [] if requested == "tables" else [x.requires_grad_()]
+    if requested != "images":
+        leaves += [table.requires_grad_() for pair in tables for table in pair]
     generator = torch.Generator().manual_seed(1)
 
-    def results(backend: str, wanted: list[Tensor], arguments: tuple) -> list[Tensor]:
+    def results(backend: str, leaves: list[Tensor], arguments: tuple) -> list[Tensor]:
         with use_backend(backend):
             outputs = ops.affine_network(*arguments, layers)
         generator.manual_seed(1)
         grads = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
-        return [*outputs, *torch.autograd.grad(outputs, wanted, grads)]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, grads)]
 
-    got = results("cpp", wanted, (x, weights, tables))
+    got = results("cpp", leaves, (x, weights, tables))
     assert all("Network" in y.grad_fn.name() for y in got[:3])  # not layer by layer
     wide_x = x.detach().double().requires_grad_()
     wide_tables = [tuple(t.detach().double().requires_grad_() for t in pair) for pair in tables]
-    wide = [] if asked == "tables" else [wide_x]
-    wide += [] if asked == "images" else [t for pair in wide_tables for t in pair]
+    wide = [] if requested == "tables" else [wide_x]
+    wide += [] if requested == "images" else [t for pair in wide_tables for t in pair]
     want = results("reference", wide, (wide_x, [w.double() for w in weights], wide_tables))
-    assert len(got) == len(want) == 3 + len(wanted)
+    assert len(got) == len(want) == 3 + len(leaves)
     for one, other in zip(got, want, strict=True):
         # six layers of sums of at most 144 products in float32
         torch.testing.assert_close(

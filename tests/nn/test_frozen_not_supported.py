@@ -190,9 +190,9 @@ def test_parameters_of_two_dtypes_have_no_copy() -> None:
 def test_an_unchanged_model_has_a_copy_also_inside_wrappers(name: str, digits: Dataset) -> None:
     model, x = trained(name), next(digits.batches(4)).x
     for wrapped in (model, nn.DataParallel(model)):
-        found = prepare(wrapped, "float32", x)
-        assert (found.runs_on, found.flag) == (COPY, None)
-        torch.testing.assert_close(found.module(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+        actual = prepare(wrapped, "float32", x)
+        assert (actual.runs_on, actual.flag) == (COPY, None)
+        torch.testing.assert_close(actual.module(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow  # torch.compile's import alone takes seconds

@@ -67,14 +67,14 @@ def test_filter_scaled_conv_equals_a_convolution_with_scaled_filters_and_an_unsc
     layer = shaken(
         FilterScaledConv2d(4, 6, kernel, stride, padding, dilation, groups, bias, padding_mode=padding_mode)
     )
-    x, omega = rand(batch, 4, 7, 6), rand(batch, 6, seed=1)
-    output = layer(x, omega)
+    x, filter_scale = rand(batch, 4, 7, 6), rand(batch, 6, seed=1)
+    output = layer(x, filter_scale)
     plain = nn.Conv2d(
         4, 6, kernel, stride, padding, dilation, groups, bias, padding_mode=padding_mode
     ).double()
     for b in range(batch):  # Eq. 11: each filter times its own factor
         plain.load_state_dict(layer.state_dict())
-        plain.weight.data.mul_(omega[b, :, None, None, None])
+        plain.weight.data.mul_(filter_scale[b, :, None, None, None])
         torch.testing.assert_close(output[b : b + 1], plain(x[b : b + 1]), **CLOSE)
 
 
@@ -121,9 +121,9 @@ def test_mix_batch_norm_trains_each_branch_on_the_samples_of_its_kind(momentum):
     for step, is_clean in enumerate(masks):
         x = 3 + rand(6, 3, 4, 5, seed=step)
         output = norm(x, is_clean=is_clean)
-        for k, own in enumerate((~is_clean, is_clean)):
-            if own.any():  # Eq. 13; a branch without a sample must stay as it is
-                torch.testing.assert_close(output[own], branches[k](x[own]), **CLOSE)
+        for k, selected in enumerate((~is_clean, is_clean)):
+            if selected.any():  # Eq. 13; a branch without a sample must stay as it is
+                torch.testing.assert_close(output[selected], branches[k](x[selected]), **CLOSE)
     for k, plain in enumerate(branches):
         torch.testing.assert_close(norm.running_mean[k], plain.running_mean, **CLOSE)
         torch.testing.assert_close(norm.running_var[k], plain.running_var, **CLOSE)
@@ -238,13 +238,17 @@ def apart(layer: AWConv2d) -> tuple[FilterScaledConv2d, MixBatchNorm2d]:
 def test_aw_conv_is_conv_norm_add_activation(training, activation, bn):
     layer = shaken(AWConv2d(4, 6, 3, 2, 1, activation=activation, bn=bn, momentum=None)).train(training)
     conv, norm = apart(layer)
-    x, omega, residual = rand(5, 4, 7, 7).requires_grad_(), 1 + rand(5, 6, seed=1), rand(5, 6, 4, 4, seed=2)
-    inputs = [x, omega.requires_grad_(), residual.requires_grad_(), *layer.parameters()]
+    x, filter_scale, residual = (
+        rand(5, 4, 7, 7).requires_grad_(),
+        1 + rand(5, 6, seed=1),
+        rand(5, 6, 4, 4, seed=2),
+    )
+    inputs = [x, filter_scale.requires_grad_(), residual.requires_grad_(), *layer.parameters()]
     branch = {"is_clean": kinds(5)} if training else {"p_clean": torch.rand(5, dtype=torch.float64)}
     if bn == "one":
         branch = {}
-    fused = layer(x, omega, residual=residual, **branch)
-    expected = norm(conv(x, omega), **branch) + residual
+    fused = layer(x, filter_scale, residual=residual, **branch)
+    expected = norm(conv(x, filter_scale), **branch) + residual
     expected = {"relu": F.relu, "silu": F.silu, None: lambda x: x}[activation](expected)
     torch.testing.assert_close(fused, expected, **CLOSE)
     torch.testing.assert_close(layer.bn.running_var, norm.running_var, **CLOSE)
@@ -291,16 +295,16 @@ def test_basic_block_is_equation_16(training, in_channels, stride, dynamic_short
 def test_bottleneck_scales_its_middle_convolution_only():
     block = shaken(AWBottleneck(4, 2, 2)).eval()
     assert block.signal_widths == [2]
-    x, p, omega = rand(3, 4, 6, 6), torch.rand(3, dtype=torch.float64), 1 + rand(3, 2, seed=4)
+    x, p, filter_scale = rand(3, 4, 6, 6), torch.rand(3, dtype=torch.float64), 1 + rand(3, 2, seed=4)
     (conv1, norm1), (conv2, norm2), (conv3, norm3), (conv, norm) = map(apart, block.convolutions())
     hidden = norm1(conv1(x), p_clean=p).relu()
-    hidden = norm2(conv2(hidden, omega), p_clean=p).relu()
+    hidden = norm2(conv2(hidden, filter_scale), p_clean=p).relu()
     expected = (norm3(conv3(hidden), p_clean=p) + norm(conv(x), p_clean=p)).relu()
-    output = block(x, [omega], p_clean=p)
+    output = block(x, [filter_scale], p_clean=p)
     assert output.shape == (3, 8, 3, 3)
     torch.testing.assert_close(output, expected, **CLOSE)
     with pytest.raises(ValueError, match=r"filter_scales must hold 1 tensors.*got 2"):
-        block(x, [omega, omega], p_clean=p)
+        block(x, [filter_scale, filter_scale], p_clean=p)
 
 
 def test_static_block_with_one_branch_is_the_ordinary_block():

@@ -34,10 +34,10 @@ class Normalized(AWResNet):
 class Plain(nn.Module):
     """With attributes of the user's that have names of ours."""
 
-    def __init__(self, **own: object) -> None:
+    def __init__(self, **attributes: object) -> None:
         super().__init__()
         self.f = nn.Linear(64, 10)
-        for name, value in own.items():
+        for name, value in attributes.items():
             setattr(self, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ def test_a_routed_network_inside_is_seen_and_steered(case: str) -> None:
     assert torch.equal(logits, plain(Norm()(x)))
     expected = plain.route(Norm()(x))
     (routing,) = steering.routings
-    for found in (routing, route(model, x)):
-        assert torch.equal(found.type_logits, expected.type_logits)
+    for actual in (routing, route(model, x)):
+        assert torch.equal(actual.type_logits, expected.type_logits)
     other = plain.route(torch.rand(5, 1, 8, 8))
     assert torch.equal(with_routing(model, x, other), plain(Norm()(x), routing=other))
     assert torch.equal(model(x), logits)  # nothing of it is left
@@ -173,7 +173,7 @@ def test_adaptive_attacks_see_a_wrapped_router(case: str, digits: Splits) -> Non
     assert "fgsm" in report.router_auc
 
 
-OWN = [
+ATTRIBUTES = [
     {},
     {"inference_copy": False},
     {"config": {"width": 4}},
@@ -187,15 +187,15 @@ OWN = [
 ]
 
 
-@pytest.mark.parametrize("own", OWN, ids=str)
+@pytest.mark.parametrize("attributes", ATTRIBUTES, ids=str)
 @pytest.mark.parametrize("kind", [Plain, Courier])
 def test_attributes_of_the_users_with_names_of_ours_change_nothing(
-    kind: type[Plain], own: dict[str, object], digits: Splits, tmp_path: object
+    kind: type[Plain], attributes: dict[str, object], digits: Splits, tmp_path: object
 ) -> None:
-    if kind is Courier and "route" in own:
+    if kind is Courier and "route" in attributes:
         pytest.skip("it has a method of that name")
     torch.manual_seed(0)
-    model = kind(**own)
+    model = kind(**attributes)
     assert not has_router(model)
     assert routers(model) == []
     assert not has_router(model)
@@ -207,7 +207,7 @@ def test_attributes_of_the_users_with_names_of_ours_change_nothing(
     assert (report.model, report.router_auc) == (kind.__name__, {})
     recipe = recipe_for("pgd_at", "digits", epochs=1, attack_steps=1)
     assert len(recipe.build_optimizer(model).param_groups) == 1
-    if kind is Courier or own.keys() & {"config", "route", "router"}:
+    if kind is Courier or attributes.keys() & {"config", "route", "router"}:
         assert train(recipe, model, digits, f"{tmp_path}/run", quiet=True, tensorboard=False).finished
 
 

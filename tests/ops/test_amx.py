@@ -105,19 +105,19 @@ Run = Callable[..., list[Tensor]]
 
 
 def values_and_gradients(
-    run: Run, own: Net, cotangents: Sequence[Tensor]
+    run: Run, network: Net, cotangents: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    means = run(*own)
-    leaves = [own.x, *(table for pair in own.coefficients for table in pair)]
+    means = run(*network)
+    leaves = [network.x, *(table for pair in network.coefficients for table in pair)]
     total = sum((mean * c.to(mean.dtype)).sum() for mean, c in zip(means, cotangents, strict=True))
     gradients = torch.autograd.grad(total, [leaf for leaf in leaves if leaf.requires_grad])  # type: ignore[arg-type]
     return [mean.detach() for mean in means], list(gradients)
 
 
-def cotangents_of(own: Net) -> list[Tensor]:
+def cotangents_of(network: Net) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    widths = [len(w) for w, layer in zip(own.weights, own.layers, strict=True) if layer.averaged]
-    return [torch.randn(len(own.x), width, generator=generator).bfloat16() for width in widths]
+    widths = [len(w) for w, layer in zip(network.weights, network.layers, strict=True) if layer.averaged]
+    return [torch.randn(len(network.x), width, generator=generator).bfloat16() for width in widths]
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -149,7 +149,7 @@ def test_one_layer_is_within_the_bound_of_its_roundings(shape: str, tiles: str) 
         ops.affine_network, given.on(torch.bfloat16), cotangents
     )
     exact = given.on(torch.float64)
-    (wanted,), (wanted_x, wanted_scale, wanted_shift) = values_and_gradients(
+    (expected,), (expected_x, expected_scale, expected_shift) = values_and_gradients(
         layer_by_layer, exact, cotangents
     )
 
@@ -161,17 +161,17 @@ def test_one_layer_is_within_the_bound_of_its_roundings(shape: str, tiles: str) 
     terms = images[1] * kernel**2 + 3
     sums = torch.conv2d(x.abs(), weight.abs(), **geometry) * scale + shift.abs()
     y = torch.relu(u * scale + shift)
-    of_mean = (ROUNDING * y + terms * SUM * sums).mean((2, 3)) + ROUNDING * wanted.abs()
+    of_mean = (ROUNDING * y + terms * SUM * sums).mean((2, 3)) + ROUNDING * expected.abs()
     pixels = y.shape[2] * y.shape[3]
-    assert ((mean.double() - wanted).abs() <= of_mean + pixels * SUM * y.mean((2, 3))).all()
+    assert ((mean.double() - expected).abs() <= of_mean + pixels * SUM * y.mean((2, 3))).all()
 
     g = (cotangents[0].double()[:, :, None, None] / pixels).expand_as(u) * (y > 0)
-    assert ((d_shift.double() - wanted_shift).abs() <= (pixels + 2) * SUM * g.abs().sum((2, 3))).all()
+    assert ((d_shift.double() - expected_shift).abs() <= (pixels + 2) * SUM * g.abs().sum((2, 3))).all()
     of_scale = (ROUNDING + (pixels + terms) * SUM) * (g * sums / scale).abs().sum((2, 3))
-    assert ((d_scale.double() - wanted_scale).abs() <= of_scale).all()
+    assert ((d_scale.double() - expected_scale).abs() <= of_scale).all()
     spread = torch.nn.grad.conv2d_input(list(x.shape), weight.abs(), (g * scale).abs(), **geometry)
-    of_x = (ROUNDING + (width * kernel**2 + 2) * SUM) * spread + ROUNDING * wanted_x.abs()
-    assert ((d_x.double() - wanted_x).abs() <= of_x + 1e-12).all()
+    of_x = (ROUNDING + (width * kernel**2 + 2) * SUM) * spread + ROUNDING * expected_x.abs()
+    assert ((d_x.double() - expected_x).abs() <= of_x + 1e-12).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -192,10 +192,10 @@ def test_residual_blocks_are_no_worse_than_twice_the_library(
             )
             monkeypatch.setenv("AWNET_AMX", tiles)
             exact, exact_gradients = values_and_gradients(layer_by_layer, given.on(torch.float64), cotangents)
-            for got, library, wanted in zip(
+            for got, library, expected in zip(
                 means + gradients, low + low_gradients, exact + exact_gradients, strict=True
             ):
-                assert error(got, wanted) < 2 * error(library, wanted)
+                assert error(got, expected) < 2 * error(library, expected)
     finally:
         torch.set_num_threads(before)
 
@@ -252,22 +252,22 @@ def test_an_image_does_not_depend_on_the_others_nor_on_the_batch(tiles: str) -> 
         ops.affine_network, spoiled.on(torch.bfloat16), cotangents
     )
     others = [i for i in range(21) if i not in (3, 17)]
-    for got, wanted in zip(broken + broken_gradients, means + gradients, strict=True):
-        assert torch.equal(got[others], wanted[others])
+    for got, expected in zip(broken + broken_gradients, means + gradients, strict=True):
+        assert torch.equal(got[others], expected[others])
     assert broken[-1][[3, 17]].isnan().all()
     part = Net(given.x[:7], given.weights, [(a[:7], b[:7]) for a, b in given.coefficients], given.layers)
     fewer, fewer_gradients = values_and_gradients(
         ops.affine_network, part.on(torch.bfloat16), [c[:7] for c in cotangents]
     )
-    for got, wanted in zip(fewer, means, strict=True):
-        assert torch.equal(got, wanted[:7])
+    for got, expected in zip(fewer, means, strict=True):
+        assert torch.equal(got, expected[:7])
     assert torch.equal(fewer_gradients[0], gradients[0][:7])
 
 
 def test_images_of_any_strides_and_used_memory_give_the_same_bits(tiles: str) -> None:
     given = block_net(6)
     cotangents = cotangents_of(given)
-    wanted = values_and_gradients(ops.affine_network, given.on(torch.bfloat16), cotangents)
+    expected = values_and_gradients(ops.affine_network, given.on(torch.bfloat16), cotangents)
     room = torch.full((8, 5, 11, 10), torch.nan).bfloat16()
     room[1:7, 1:4, 1:10, 1:9] = given.x
     views = [room[1:7, 1:4, 1:10, 1:9], given.x.contiguous(memory_format=torch.channels_last)]
@@ -275,9 +275,9 @@ def test_images_of_any_strides_and_used_memory_give_the_same_bits(tiles: str) ->
     other.x.fill_(torch.nan)
     for view in views:
         values_and_gradients(ops.affine_network, other.on(torch.bfloat16), cotangents_of(other))
-        own = given.on(torch.bfloat16)._replace(x=view.detach().requires_grad_())
-        got = values_and_gradients(ops.affine_network, own, cotangents)
-        for a, b in zip(got[0] + got[1], wanted[0] + wanted[1], strict=True):
+        network = given.on(torch.bfloat16)._replace(x=view.detach().requires_grad_())
+        got = values_and_gradients(ops.affine_network, network, cotangents)
+        for a, b in zip(got[0] + got[1], expected[0] + expected[1], strict=True):
             assert torch.equal(a, b)
     assert got[1][0].is_contiguous(memory_format=torch.channels_last)
 
@@ -310,9 +310,9 @@ def test_a_layer_s_convolution_is_within_the_bound_of_its_roundings(case: str, t
         d_x = torch.nn.grad.conv2d_input(list(x.shape), weight, grad, **geometry)
         return [y, d_x, torch.nn.grad.conv2d_weight(x, list(weight.shape), grad, **geometry)]
 
-    wanted = exact(x.double(), weight.double(), grad.double())
+    expected = exact(x.double(), weight.double(), grad.double())
     terms = exact(x.double().abs(), weight.double().abs(), grad.double().abs())
-    for got, value, sums in zip((y, d_x, d_weight), wanted, terms, strict=True):
+    for got, value, sums in zip((y, d_x, d_weight), expected, terms, strict=True):
         additions = max(images[1], width) * kernel**2 + len(x) * y.shape[2] * y.shape[3]
         assert ((got.double() - value).abs() <= ROUNDING * value.abs() + additions * SUM * sums).all()
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -336,10 +336,10 @@ def test_a_training_layer_takes_tiles_and_is_no_worse_than_twice_the_library(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(18, 32, 8, 8, generator=generator).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(64, 32, 3, 3, generator=generator) / 17
-    omega, clean = torch.rand(18, 64, generator=generator) + 0.5, torch.arange(18) % 2 == 0
+    filter_scale, clean = torch.rand(18, 64, generator=generator) + 0.5, torch.arange(18) % 2 == 0
 
     def run(dtype: torch.dtype, backend: str, stride: int = 1) -> list[Tensor]:
-        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, omega)]
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight, filter_scale)]
         wide = torch.promote_types(dtype, torch.float32)
         norm = [torch.full((2, 64), value, dtype=wide) for value in (1.0, 0.0, 0.0, 1.0)]
         call: dict[str, Any] = {"is_clean": clean, "training": True, "padding": 1, "stride": stride}
@@ -347,28 +347,28 @@ def test_a_training_layer_takes_tiles_and_is_no_worse_than_twice_the_library(
         cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
         return [y.detach(), *torch.autograd.grad((y * cotangent).sum(), leaves)]
 
-    own = run(torch.bfloat16, "cpp")
+    ours = run(torch.bfloat16, "cpp")
     beyond = run(torch.bfloat16, "cpp", 2**40)
     monkeypatch.setenv("AWNET_AMX", "0")
     library = run(torch.bfloat16, "cpp")
     # sizes too large for tiles are the library's
     assert all(torch.equal(a, b) for a, b in zip(beyond, run(torch.bfloat16, "cpp", 2**40), strict=True))
     # y may be the same to the bit, the sums of a weight's gradient have another order
-    assert not all(torch.equal(a, b) for a, b in zip(own, library, strict=True))
-    for got, low, wanted in zip(own, library, run(torch.float64, "eager"), strict=True):
-        assert error(got, wanted) < 2 * error(low, wanted)
+    assert not all(torch.equal(a, b) for a, b in zip(ours, library, strict=True))
+    for got, low, expected in zip(ours, library, run(torch.float64, "eager"), strict=True):
+        assert error(got, expected) < 2 * error(low, expected)
 
 
 def test_gradients_are_made_of_what_requires_them_only(tiles: str) -> None:
     given = block_net(5)
     cotangents = cotangents_of(given)
     whole = values_and_gradients(ops.affine_network, given.on(torch.bfloat16), cotangents)[1]
-    own = given.on(torch.bfloat16)
+    network = given.on(torch.bfloat16)
     (d_x,) = torch.autograd.grad(
-        sum((m * c).sum() for m, c in zip(ops.affine_network(*own), cotangents, strict=True)), own.x
+        sum((m * c).sum() for m, c in zip(ops.affine_network(*network), cotangents, strict=True)), network.x
     )
     assert torch.equal(d_x, whole[0])
-    fixed = own._replace(x=own.x.detach())
+    fixed = network._replace(x=network.x.detach())
     assert all(
         torch.equal(a, b)
         for a, b in zip(
@@ -376,8 +376,8 @@ def test_gradients_are_made_of_what_requires_them_only(tiles: str) -> None:
         )
     )
     # one of three averages, twice over one graph: what lies behind it gets no gradient
-    mean = ops.affine_network(*own)[0]
-    leaves = [own.x, own.coefficients[0][0], own.coefficients[5][0]]
+    mean = ops.affine_network(*network)[0]
+    leaves = [network.x, network.coefficients[0][0], network.coefficients[5][0]]
     first = torch.autograd.grad(mean.sum(), leaves, retain_graph=True, allow_unused=True)
     again = torch.autograd.grad(mean.sum(), leaves, allow_unused=True)
     assert first[0].abs().sum() > 0
@@ -385,7 +385,7 @@ def test_gradients_are_made_of_what_requires_them_only(tiles: str) -> None:
     assert torch.equal(first[1], again[1])
     assert first[2] is None or not first[2].any()
     with torch.no_grad():
-        assert not any(m.requires_grad for m in ops.affine_network(*own))
+        assert not any(m.requires_grad for m in ops.affine_network(*network))
 
 
 def test_packed_weights_follow_the_weights(tiles: str) -> None:
@@ -396,8 +396,8 @@ def test_packed_weights_follow_the_weights(tiles: str) -> None:
         assert packed.of(given.weights) is packed.of(given.weights)
         given.weights[0].mul_(2)
         after = ops.affine_network(*given, packed)
-        wanted = ops.affine_network(*given)
-    assert all(torch.equal(a, b) for a, b in zip(after, wanted, strict=True))
+        expected = ops.affine_network(*given)
+    assert all(torch.equal(a, b) for a, b in zip(after, expected, strict=True))
     assert not torch.equal(before[0], after[0])
 
 
@@ -422,8 +422,8 @@ def test_a_frozen_model_is_no_worse_than_twice_autocast_and_follows_its_model(ti
                 low = run(model, x)
             exact = run(model.double(), x.double())
         model.float()
-        for got, library, wanted in zip(run(still, x), low, exact, strict=True):
-            assert error(got, wanted) < 2 * error(library, wanted)
+        for got, library, expected in zip(run(still, x), low, exact, strict=True):
+            assert error(got, expected) < 2 * error(library, expected)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
@@ -499,12 +499,12 @@ def _numbers(layer: NetworkLayer) -> list[int]:
 def test_a_forked_process_gives_the_same_bits(tiles: str) -> None:
     given = block_net(6)
     with torch.no_grad():
-        wanted = ops.affine_network(*given)
+        expected = ops.affine_network(*given)
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
-            same = all(torch.equal(a, b) for a, b in zip(ops.affine_network(*given), wanted, strict=True))
+            same = all(torch.equal(a, b) for a, b in zip(ops.affine_network(*given), expected, strict=True))
             os.write(write, b"same" if same else b"else")
             os._exit(0)
     os.close(write)

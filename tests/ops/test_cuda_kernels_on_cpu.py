@@ -34,16 +34,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def images(shape: tuple[int, ...], dtype: torch.dtype, last: bool, offset: bool, count: int) -> list[Tensor]:
     """Random images that ``dtype`` holds exactly, all in one layout, starting off 16 bytes where ``offset``."""
     generator = torch.Generator().manual_seed(sum(shape))
-    made = []
+    tensors = []
     for _ in range(count):
         size = torch.Size(shape).numel()
         flat = torch.empty(size + 1, dtype=dtype)[1:] if offset else torch.empty(size, dtype=dtype)
         flat.copy_(torch.randn(size, generator=generator))
         batch, channels, height, width = shape
-        made.append(
+        tensors.append(
             flat.view(batch, height, width, channels).permute(0, 3, 1, 2) if last else flat.view(shape)
         )
-    return made
+    return tensors
 
 
 def tables(shape: tuple[int, ...], count: int) -> list[Tensor]:
@@ -98,11 +98,11 @@ def everything(passes: object, operands: list[Tensor], entries: list[Tensor]) ->
                 saved = None if sums == "none" else u, relu_mask, None
                 name = f"eval_backward {mask_name} {joined} {sums}"
                 args = EvalBackwardArgs(grad, *further, *saved, *flags, slope)
-                d_u, d_residual, found = passes.eval_backward(args)
+                d_u, d_residual, reduced = passes.eval_backward(args)
                 results |= {name: d_u} | ({f"{name} residual": d_residual} if joined else {})
-                results |= {f"{name} {i}": x for i, x in enumerate(found or ()) if x is not None}
-    d_u, _, found = passes.eval_backward(EvalBackwardArgs(grad, scale, u=u, shift=shift, sums=True))
-    results |= {"eval_backward from u": d_u, "from u g1": found.g1, "from u gc": found.gc}
+                results |= {f"{name} {i}": x for i, x in enumerate(reduced or ()) if x is not None}
+    d_u, _, reduced = passes.eval_backward(EvalBackwardArgs(grad, scale, u=u, shift=shift, sums=True))
+    results |= {"eval_backward from u": d_u, "from u g1": reduced.g1, "from u gc": reduced.gc}
     return results
 
 
@@ -266,7 +266,7 @@ def algebra_inputs(batch: int, channels: int, rows: int, groups: int, seed: int)
         return torch.randn(shape, generator=generator)
 
     return {
-        "omega": normal(batch, channels), "g1": normal(batch, channels), "gc": normal(batch, channels),
+        "filter_scale": normal(batch, channels), "g1": normal(batch, channels), "gc": normal(batch, channels),
         "mean": normal(batch, channels), "m2": normal(batch, channels).square() * 9,
         "weight": normal(rows, channels), "bias": normal(rows, channels),
         "running_mean": normal(groups, channels), "running_var": normal(groups, channels).square() + 0.5,
@@ -294,7 +294,7 @@ def test_the_coefficients_equal_plain_torch(
 
     def results(passes: object, cast: object) -> list[Tensor | None]:
         t = {n: cast(x) if x.is_floating_point() else x for n, x in values.items()}
-        filter_scale = t["omega"] if scaled else None
+        filter_scale = t["filter_scale"] if scaled else None
         clean, p = (t["is_clean"], t["p"]) if max(kind) == 2 else (None, None)
         norm, mix = (
             Norm(t["weight"], t["bias"], t["running_mean"], t["running_var"], 1e-5),
@@ -308,15 +308,15 @@ def test_the_coefficients_equal_plain_torch(
         ):
             outputs += passes.eval_gradients(sums, norm, mix, needs)
         stats, mix = SampleStats(t["mean"], t["m2"], 9), Mix(filter_scale, None, clean)
-        own = passes.batch_statistics(stats, mix if groups == 2 else Mix(filter_scale), groups)
-        outputs += own
-        norm = norm._replace(mean=own.mean, var=own.var)
+        batch_stats = passes.batch_statistics(stats, mix if groups == 2 else Mix(filter_scale), groups)
+        outputs += batch_stats
+        norm = norm._replace(mean=batch_stats.mean, var=batch_stats.var)
         outputs += passes.train_coefficients(norm, mix, batch)
         totals = passes.train_sums(sums, norm, mix)
         outputs += totals
         # the sums of another rank, as large as ours, have been added to one of them
         for shared in (None, totals._replace(through=2 * totals.through)):
-            for part in passes.train_gradients(sums, stats, norm, own.n, mix, scaled, shared):
+            for part in passes.train_gradients(sums, stats, norm, batch_stats.n, mix, scaled, shared):
                 outputs += part
         return outputs
 

@@ -101,9 +101,9 @@ def test_float32_keeps_the_required_digits(size: str, training: bool, layout, ba
         layer.tensors["input"] *= 30  # the zero padding around one pixel leaves little variance
     want = run(layer, backend="reference")
     got = result_on_cpu(run(on_device(layer.to(torch.float32), layout), backend=backend))
-    for name, found in errors(got, want).items():
+    for name, relative_error in errors(got, want).items():
         limit = 1e-5 if name in ("output", "running_mean", "running_var") else 1e-4
-        assert found <= limit, (name, found)
+        assert relative_error <= limit, (name, relative_error)
 
 
 @each_backend
@@ -140,10 +140,10 @@ def test_layers_of_any_shape_equal_the_reference(backend: str, layer: Layer, las
     want = run(layer, backend="reference")
     got = errors(result_on_cpu(run(low, backend=backend)), want)
     plain = errors(result_on_cpu(run(low, backend="eager")), want)
-    for name, found in got.items():
+    for name, relative_error in got.items():
         limit = 2e-5 if name in ("output", "running_mean", "running_var") else 2e-4
         # a gradient may nearly cancel (a filter of one weight under batch statistics)
-        assert found <= max(limit, 8 * plain[name]), (name, found, plain[name])
+        assert relative_error <= max(limit, 8 * plain[name]), (name, relative_error, plain[name])
 
 
 @each_backend
@@ -190,15 +190,15 @@ def test_the_same_call_gives_the_same_bits(training: bool, layout, backend: str)
 @each_backend
 def test_other_samples_filled_with_nan_change_no_bit(backend: str) -> None:
     layer = on_device(example(False, 16, 9).to(torch.float32))
-    own = 3
-    spoilt = dict(layer.tensors)
+    sample = 3
+    with_nan = dict(layer.tensors)
     for name in ("input", "filter_scale", "p_clean", "residual"):
-        spoilt[name] = spoilt[name].clone()
-        spoilt[name][torch.arange(10, device=DEVICE) != own] = float("nan")
-    clean, dirty = run(layer, backend=backend), run(Layer(spoilt, layer.options), backend=backend)
-    assert torch.equal(clean.output[own], dirty.output[own])
+        with_nan[name] = with_nan[name].clone()
+        with_nan[name][torch.arange(10, device=DEVICE) != sample] = float("nan")
+    clean, dirty = run(layer, backend=backend), run(Layer(with_nan, layer.options), backend=backend)
+    assert torch.equal(clean.output[sample], dirty.output[sample])
     for name in ("input", "filter_scale", "p_clean", "residual"):
-        assert torch.equal(clean.grads[name][own], dirty.grads[name][own]), name
+        assert torch.equal(clean.grads[name][sample], dirty.grads[name][sample]), name
 
 
 @each_backend
@@ -342,10 +342,10 @@ def test_tensors_of_more_than_two_to_the_31_elements(layout, backend: str) -> No
     p = torch.rand(len(x), device=DEVICE)
     y = ops.mix_batch_norm(x, *tables, p_clean=p, backend=backend)
     for place in (0, len(x) // 2, len(x) - 1):
-        own = ops.mix_batch_norm(
+        sample = ops.mix_batch_norm(
             x[place : place + 1].clone(memory_format=torch.preserve_format),
             *tables,
             p_clean=p[place : place + 1],
             backend=backend,
         )
-        assert torch.equal(y[place : place + 1], own)
+        assert torch.equal(y[place : place + 1], sample)

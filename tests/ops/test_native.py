@@ -41,10 +41,10 @@ def build() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def nvcc(build: ModuleType) -> str:
-    found = build.nvcc()
-    if found is None:
+    compiler = build.nvcc()
+    if compiler is None:
         pytest.skip("there is no nvcc")
-    return found
+    return compiler
 
 
 # --- the module
@@ -150,10 +150,10 @@ def test_the_direct_convolution_and_its_gradients_equal_the_librarys(geometry, t
     finally:
         torch.set_num_threads(before)
     assert torch.equal(mask, got_y > 0)
-    assert torch.equal(alone[0], d_x)  # what else is asked for changes no bit
-    found = (got_y, got_u, d_x, gc + center * g1, g1, d_residual)
+    assert torch.equal(alone[0], d_x)  # other requested results change no bit
+    actual = (got_y, got_u, d_x, gc + center * g1, g1, d_residual)
     names = ("y", "u", "input", "scale", "shift", "residual")
-    for name, one, other in zip(names, found, (y, u, *gradients), strict=True):
+    for name, one, other in zip(names, actual, (y, u, *gradients), strict=True):
         # sums of at most 1152 products in float32: below 1e-6 of their norm, below 2e-6 by Winograd's way
         error = (one - other.detach()).norm() / other.detach().norm().clamp(min=1e-6)
         assert error <= 1e-5, (name, float(error))
@@ -305,9 +305,9 @@ def test_sums_of_a_packed_plane_have_an_error_that_does_not_grow_with_it() -> No
     one, weight = torch.ones(1, 1), torch.ones(1, 1, 3, 3)
     place = ((1, 1), (1, 1), (1, 1))
     assert torch.ops.awnet.convolves(grad, weight, 1, *place)
-    found = torch.ops.awnet.convolve_back(grad, u, 0 * one, None, one, weight, u.shape, *place, False)
+    actual = torch.ops.awnet.convolve_back(grad, u, 0 * one, None, one, weight, u.shape, *place, False)
     expected = grad.double().sum(), (grad.double() * u.double()).sum()
-    for got, exact in zip(found[2:], expected, strict=True):
+    for got, exact in zip(actual[2:], expected, strict=True):
         assert float(abs(got.double().sum() - exact) / exact) <= BOUND
 
 
@@ -505,16 +505,18 @@ def test_the_object_cache_knows_flags_and_headers(
 def test_no_kernel_spills_or_takes_more_registers_than_committed(build: ModuleType, nvcc: str) -> None:
     version, _ = build.toolkit(nvcc)
     committed = json.loads(build.RESOURCES.read_text())
-    found = build.resources(nvcc)
-    assert set(found) == {"sm_80", "sm_90a"}
-    assert all(len(kernels) > 70 for kernels in found.values())
+    used_resources = build.resources(nvcc)
+    assert set(used_resources) == {"sm_80", "sm_90a"}
+    assert all(len(kernels) > 70 for kernels in used_resources.values())
     if version not in committed:
         # registers differ from compiler to compiler; spills are wrong with each
-        assert not [name for kernels in found.values() for name, used in kernels.items() if used["stack"]]
+        assert not [
+            name for kernels in used_resources.values() for name, used in kernels.items() if used["stack"]
+        ]
         pytest.skip(f"no figures of nvcc {version} are committed, only of {', '.join(committed)}")
-    assert build.faults(found, committed[version]) == []
+    assert build.faults(used_resources, committed[version]) == []
     page = build.PAGE.read_text()
-    assert all(f"| `{name}` |" in page for name in found["sm_90a"])
+    assert all(f"| `{name}` |" in page for name in used_resources["sm_90a"])
 
 
 def test_kernels_that_spill_or_exceed_their_registers_are_reported(build: ModuleType) -> None:

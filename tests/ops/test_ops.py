@@ -229,17 +229,17 @@ def test_low_precision_is_no_worse_than_twice_plain_torch(dtype, training: bool,
 def test_other_samples_filled_with_nan_change_no_bit(layer: Layer, which: int, backend: str) -> None:
     layer = layer.to(torch.float32)
     batch = len(layer.tensors["input"])
-    own = which % batch
-    spoilt = dict(layer.tensors)
+    sample = which % batch
+    with_nan = dict(layer.tensors)
     for name in ("input", "filter_scale", "p_clean", "residual"):
-        if name in spoilt:
-            spoilt[name] = spoilt[name].clone()
-            spoilt[name][torch.arange(batch) != own] = float("nan")
-    clean, dirty = run(layer, backend=backend), run(Layer(spoilt, layer.options), backend=backend)
-    assert torch.equal(clean.output[own], dirty.output[own])
+        if name in with_nan:
+            with_nan[name] = with_nan[name].clone()
+            with_nan[name][torch.arange(batch) != sample] = float("nan")
+    clean, dirty = run(layer, backend=backend), run(Layer(with_nan, layer.options), backend=backend)
+    assert torch.equal(clean.output[sample], dirty.output[sample])
     for name in ("input", "filter_scale", "p_clean", "residual"):
         if name in clean.grads:
-            assert torch.equal(clean.grads[name][own], dirty.grads[name][own]), name
+            assert torch.equal(clean.grads[name][sample], dirty.grads[name][sample]), name
 
 
 def test_a_branch_is_untouched_by_nan_in_the_other() -> None:
@@ -292,11 +292,13 @@ def test_mix_batch_norm_and_filter_scaled_conv2d_equal_the_reference(
         t = layer.tensors
         kind = {"is_clean": t["is_clean"]} if training else {"p_clean": t["p_clean"]}
         results = []
-        for name, own in both:
-            x = t["residual"].to(own, copy=True).requires_grad_()
-            tables = [t[n].to(own, copy=True).requires_grad_(n[0] == "b") for n in ("bn_weight", "bn_bias")]
-            running = [t[n].to(own, copy=True) for n in ("running_mean", "running_var")]
-            given = {n: v if v.dtype == torch.bool else v.to(own) for n, v in kind.items()}
+        for name, of_dtype in both:
+            x = t["residual"].to(of_dtype, copy=True).requires_grad_()
+            tables = [
+                t[n].to(of_dtype, copy=True).requires_grad_(n[0] == "b") for n in ("bn_weight", "bn_bias")
+            ]
+            running = [t[n].to(of_dtype, copy=True) for n in ("running_mean", "running_var")]
+            given = {n: v if v.dtype == torch.bool else v.to(of_dtype) for n, v in kind.items()}
             y = ops.mix_batch_norm(x, *tables, *running, **given, training=training, backend=name)
             grads = torch.autograd.grad(y.sin().sum(), [x, *tables])
             results.append([y, *grads, *running])
@@ -304,8 +306,8 @@ def test_mix_batch_norm_and_filter_scaled_conv2d_equal_the_reference(
             assert error(got, expected) < tolerance
 
     results = []
-    for name, own in both:
-        leaves = [t[n].to(own, copy=True).requires_grad_() for n in ("input", "weight", "filter_scale")]
+    for name, of_dtype in both:
+        leaves = [t[n].to(of_dtype, copy=True).requires_grad_() for n in ("input", "weight", "filter_scale")]
         y = ops.filter_scaled_conv2d(*leaves, padding=1, groups=2, backend=name)
         results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
     for expected, got in zip(*results, strict=True):
@@ -323,8 +325,8 @@ def test_one_branch_equals_torchs_batch_norm_module() -> None:
         norm = torch.nn.BatchNorm2d(6, dtype=torch.float64)
         norm.weight.data, norm.bias.data = t["bn_weight"][k].clone(), t["bn_bias"][k].clone()
         norm.running_mean, norm.running_var = fresh["running_mean"][k], fresh["running_var"][k]
-        own = t["is_clean"] == bool(k)
-        assert error(y[own], norm(u[own])) < 1e-12
+        branch = t["is_clean"] == bool(k)
+        assert error(y[branch], norm(u[branch])) < 1e-12
         assert error(t["running_mean"][k], norm.running_mean) < 1e-12
         assert error(t["running_var"][k], norm.running_var) < 1e-12
 
@@ -434,8 +436,8 @@ def test_a_mask_in_place_of_y_changes_nothing(dtype, layout: torch.memory_format
         y = ops.aw_conv2d(**leaves, **layer.options, backend=backend)
         assert torch.equal(y.nan_to_num(7.0), whole.output.nan_to_num(7.0))
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        found = torch.autograd.grad(y, [leaves[n] for n in names], upstream.to(y))
-        for name, got in zip(names, found, strict=True):
+        grads = torch.autograd.grad(y, [leaves[n] for n in names], upstream.to(y))
+        for name, got in zip(names, grads, strict=True):
             got, want = got.nan_to_num(7.0), whole.grads[name].nan_to_num(7.0)
             # the compiler contracts products and sums of the two loops in its own way, the library may convolve
             # in another order: rounding, where a wrong gate would show in whole pixels
@@ -461,24 +463,24 @@ def test_mix_batch_norm_never_writes_to_its_input() -> None:
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)
 def test_gradients_that_are_not_required_are_not_computed(backend: str, monkeypatch) -> None:
     # in the attack that is ∂γ, ∂β; a router's layer has neither ω nor p
-    asked = []
+    requested = []
     if backend == "eager":
         plain = Passes.eval_gradients
         monkeypatch.setattr(
-            Passes, "eval_gradients", staticmethod(lambda *a: asked.append(a[-1][2:6]) or plain(*a))
+            Passes, "eval_gradients", staticmethod(lambda *a: requested.append(a[-1][2:6]) or plain(*a))
         )
     layer = example(False, 0).to(torch.float32)
     leaves = {n: x.clone().requires_grad_(n in ("filter_scale", "p_clean")) for n, x in layer.tensors.items()}
     y = ops.aw_conv2d(**leaves, **layer.options, backend=backend)
     torch.autograd.grad(y.sum(), [leaves["filter_scale"], leaves["p_clean"]])
-    assert asked == ([(True, True, False, False)] if backend == "eager" else [])
+    assert requested == ([(True, True, False, False)] if backend == "eager" else [])
     if backend == "cpp":
         sums = [torch.randn(6, 6) for _ in range(3)]
         tables = [layer.tensors[n] for n in ("bn_weight", "bn_bias", "running_mean", "running_var")]
         arguments = (*sums, layer.tensors["filter_scale"], layer.tensors["p_clean"], *tables, 1e-5)
         for needs in ([True, True, False, False], [False, True, False, False], [False, False, True, True]):
-            found = torch.ops.awnet.eval_gradients(*arguments, needs)
-            assert [x.numel() > 0 for x in found] == needs
+            grads = torch.ops.awnet.eval_gradients(*arguments, needs)
+            assert [x.numel() > 0 for x in grads] == needs
 
 
 @pytest.mark.parametrize("backend", LAYER_BACKENDS)

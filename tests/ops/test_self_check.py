@@ -116,9 +116,9 @@ def test_the_native_operators_pass_the_self_check() -> None:
     ],
 )
 def test_a_wrong_kernel_fails_with_its_name_and_case(passes: Passes, reason: str) -> None:
-    found = str(self_check.check(kernels(passes), CPU)[0].reason)
-    assert found.startswith(reason)
-    assert "\n" not in found
+    actual = str(self_check.check(kernels(passes), CPU)[0].reason)
+    assert actual.startswith(reason)
+    assert "\n" not in actual
 
 
 def test_the_self_check_calls_every_method_that_all_backends_have() -> None:

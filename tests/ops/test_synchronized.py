@@ -54,16 +54,16 @@ def step(layer: Layer, samples: slice, backend: str, group: str | None) -> dict[
     upstream = torch.randn((8, *y.shape[1:]), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     names = [n for n in DIFFERENTIABLE if n in tensors]
     grads = torch.autograd.grad(y, [leaves[n] for n in names], upstream[samples].to(y))
-    found = {f"d_{n}": g for n, g in zip(names, grads, strict=True)}
+    gradients = {f"d_{n}": g for n, g in zip(names, grads, strict=True)}
     running = {n: leaves[n].detach() for n in ("running_mean", "running_var")}
-    return {"y": y.detach(), **found, **running}
+    return {"y": y.detach(), **gradients, **running}
 
 
 def norms(group: str | None, samples: slice) -> list[Tensor]:
     """Two modules, one with a cumulative mean; the second batch lacks a branch on rank 1."""
     torch.manual_seed(0)
     layers = [AWConv2d(3, 4, 3, momentum=None), AWConv2d(3, 4, 3, bn="one", dynamic=False)]
-    found: list[Tensor] = []
+    state_after: list[Tensor] = []
     for layer in layers:
         layer.double()
         synchronize(layer, group)
@@ -72,8 +72,8 @@ def norms(group: str | None, samples: slice) -> list[Tensor]:
             layer(x[samples], is_clean=torch.tensor(kinds).bool()[samples])
         state = layer.state_dict()
         assert not any("group" in name for name in state)
-        found += [x for name, x in state.items() if name.startswith("bn.")]
-    return found
+        state_after += [x for name, x in state.items() if name.startswith("bn.")]
+    return state_after
 
 
 def rank(number: int, folder: str) -> None:
@@ -129,7 +129,7 @@ def test_statistics_and_gradients_on_two_ranks_equal_those_of_one_process(
     for i, layer in enumerate(examples(dtype)):
         exact = step(layer.to(torch.float64), slice(None), "eager", None)
         for name, want in exact.items():
-            ours = [found[key][i][name] for found in ranks]
+            ours = [rank[key][i][name] for rank in ranks]
             if name.removeprefix("d_") in OF_SAMPLES or name == "y":
                 got = torch.cat(ours)
             elif name.startswith("d_"):
@@ -142,9 +142,9 @@ def test_statistics_and_gradients_on_two_ranks_equal_those_of_one_process(
 
 
 def test_modules_share_statistics_and_counts(ranks: list) -> None:
-    for want, *got in zip(norms(None, slice(None)), *(found["norms"] for found in ranks), strict=True):
-        for own in got:
-            assert error(own, want) <= 1e-12
+    for want, *got in zip(norms(None, slice(None)), *(rank["norms"] for rank in ranks), strict=True):
+        for actual in got:
+            assert error(actual, want) <= 1e-12
 
 
 def test_synchronize_batch_norms_sets_and_unsets_every_norm() -> None:
@@ -175,7 +175,7 @@ def test_the_collectives_are_one_forward_and_one_backward(monkeypatch: pytest.Mo
     layer_module = importlib.import_module("awnet.ops.autograd")
     calls: list[str] = []
     monkeypatch.setattr(
-        layer_module, "joined_statistics", lambda own, group: calls.append("joined_statistics") or own
+        layer_module, "joined_statistics", lambda actual, group: calls.append("joined_statistics") or actual
     )
     monkeypatch.setattr(layer_module, "summed", lambda x, group: calls.append("summed") or x)
     layer = examples(torch.float64)[0]

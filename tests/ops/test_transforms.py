@@ -26,20 +26,20 @@ NAMED = [
 
 def layer(training: bool = False) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """``aw_conv2d`` of everything that has a derivative, away from the ReLU's kink, and float64 arguments."""
-    made = build(
+    case = build(
         torch.Generator().manual_seed(0), training, batch=4, c_in=2, c_out=3, groups=1, kernel=(3, 2), stride=2,
         size=(5, 4),
     )  # fmt: skip
-    names = [name for name in DIFFERENTIABLE if name in made.tensors]
-    fixed = {name: x for name, x in made.tensors.items() if name not in names}
+    names = [name for name in DIFFERENTIABLE if name in case.tensors]
+    fixed = {name: x for name, x in case.tensors.items() if name not in names}
 
     def function(*arguments: Tensor, backend: str | None = None) -> Tensor:
         # the running statistics are this call's own
-        own = {name: x.clone() for name, x in fixed.items()}
+        copies = {name: x.clone() for name, x in fixed.items()}
         given = dict(zip(names, arguments, strict=True))
-        return ops.aw_conv2d(**given, **own, **made.options, backend=backend)
+        return ops.aw_conv2d(**given, **copies, **case.options, backend=backend)
 
-    return function, tuple(made.tensors[name] for name in names)
+    return function, tuple(case.tensors[name] for name in names)
 
 
 def norm() -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
@@ -139,15 +139,15 @@ def test_torch_func_on_a_named_backend_names_the_reference(transform: str, backe
 
 def test_explain_reports_why_a_transformed_call_runs_on_the_reference() -> None:
     weight, x = torch.randn(3, 2, 3, 3), torch.randn(2, 2, 4, 4)
-    found = []
+    explanations = []
 
     def function(x: Tensor) -> Tensor:
-        found.append(ops.explain(ops.filter_scaled_conv2d, x, weight, None))
+        explanations.append(ops.explain(ops.filter_scaled_conv2d, x, weight, None))
         return x.sum()
 
     torch.func.grad(function)(x)
-    assert found[0].backend == "reference"
-    assert "torch.func" in found[0].others["eager"]
+    assert explanations[0].backend == "reference"
+    assert "torch.func" in explanations[0].others["eager"]
 
 
 # --- models
@@ -172,14 +172,14 @@ def test_torch_func_of_a_model_agrees_with_autograd(name: str, frozen: bool) -> 
         return network(x).square().sum()
 
     func = torch.func
-    found = {
+    results = {
         "grad": (func.grad(loss)(x), grad),
         "jvp": (func.jvp(network, (x,), (v,))[1], (jacobian * v).sum((2, 3, 4)).T),
         "vmap": (func.vmap(lambda image: network(image[None])[0])(x), logits.detach()),
         "gradients of each image": (func.vmap(func.grad(lambda image: loss(image[None])))(x), grad),
         "jacrev": (func.jacrev(network)(x[:1])[0, :, 0], jacobian[:, 0]),
     }
-    for transform, (got, expected) in found.items():
+    for transform, (got, expected) in results.items():
         # float32 on two backends, whose sums run in other orders
         error = (got - expected).norm() / expected.norm()
         assert error < 1e-4, (transform, float(error))
@@ -207,13 +207,13 @@ def test_a_second_derivative_of_a_frozen_network_names_the_reference_and_works_t
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 def test_network_coefficients_have_every_derivative_or_name_the_backend_that_does(backend: str) -> None:
     tables = torch.rand(4, 2, 5, dtype=torch.float64) + 0.1
-    omega, p = torch.rand(3, 2, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    filter_scale, p = torch.rand(3, 2, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
 
-    def function(omega: Tensor, p: Tensor) -> Tensor:
-        pairs = ops.network_coefficients(tables, [2, 3], omega, p, eps=1e-5, backend=backend)
+    def function(filter_scale: Tensor, p: Tensor) -> Tensor:
+        pairs = ops.network_coefficients(tables, [2, 3], filter_scale, p, eps=1e-5, backend=backend)
         return torch.cat([torch.cat(pair, 1) for pair in pairs], 1)
 
-    leaves = [omega.requires_grad_(), p.requires_grad_()]
+    leaves = [filter_scale.requires_grad_(), p.requires_grad_()]
     if backend == "reference":
         assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
         assert torch.autograd.gradgradcheck(function, leaves)
@@ -222,7 +222,7 @@ def test_network_coefficients_have_every_derivative_or_name_the_backend_that_doe
     with pytest.raises(RuntimeError, match="reference"):
         torch.autograd.grad(function(*leaves).sum(), leaves, create_graph=True)
     with pytest.raises(ValueError, match="'reference' can"):
-        torch.func.jvp(lambda p: function(omega, p), (p,), (p,))
+        torch.func.jvp(lambda p: function(filter_scale, p), (p,), (p,))
 
 
 def test_the_global_average_has_every_derivative() -> None:

@@ -90,7 +90,7 @@ def cycles(graph: Graph) -> list[list[str]]:
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
-    found = []
+    result = []
 
     def visit(module: str) -> None:
         index[module] = low[module] = len(index)
@@ -105,12 +105,12 @@ def cycles(graph: Graph) -> list[list[str]]:
             component = stack[stack.index(module) :]
             del stack[stack.index(module) :]
             if len(component) > 1:
-                found.append(sorted(component))
+                result.append(sorted(component))
 
     for module in sorted(graph):
         if module not in index:
             visit(module)
-    return found
+    return result
 
 
 FILES = module_files()

@@ -73,16 +73,20 @@ def test_only_a_failed_assertion_counts_as_caught(case: str, tmp_path: Path) -> 
     (copy / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")  # or pytest looks for one above
     (copy / "value.py").write_text("value = 1\n")
     (copy / "tests" / "test_value.py").write_text(f"from value import value\n{body}\n")
-    found = runner.outcome(Fault("", "value.py", "1", "0", ("tests/test_value.py",)), copy)
-    assert (found.caught_by == "tests/test_value.py::test_it") is caught
-    assert bool(found.why) is not caught
-    assert (found.why == "survived 1 tests") is (case == "survives")
+    result = runner.outcome(Fault("", "value.py", "1", "0", ("tests/test_value.py",)), copy)
+    assert (result.caught_by == "tests/test_value.py::test_it") is caught
+    assert bool(result.why) is not caught
+    assert (result.why == "survived 1 tests") is (case == "survives")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to rebuild the kernels")
 @pytest.mark.parametrize("lane", runner.LANES)
 def test_every_fault_is_caught(lane: str) -> None:
-    found = list(runner.outcomes(lane))
-    assert [one.fault for one in found] == runner.faults_of(lane)
-    assert [(one.fault.file, one.fault.name, one.why) for one in found if one.caught_by is None] == []
+    results = list(runner.outcomes(lane))
+    assert [outcome.fault for outcome in results] == runner.faults_of(lane)
+    assert [
+        (outcome.fault.file, outcome.fault.name, outcome.why)
+        for outcome in results
+        if outcome.caught_by is None
+    ] == []

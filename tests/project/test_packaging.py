@@ -103,7 +103,7 @@ def test_the_sdist_and_the_wheel_install_elsewhere(clone: Path, python: Path, tm
     assert wheel.name == f"awnet-{awnet.__version__}-py3-none-any.whl"
     with tarfile.open(sdist) as archive:
         names = {re.sub(r"^[^/]+/", "", name) for name in archive.getnames()}
-    for wanted in (
+    for name in (
         "setup.py",
         "csrc/layer.cpp",
         "csrc/ops.h",
@@ -111,7 +111,7 @@ def test_the_sdist_and_the_wheel_install_elsewhere(clone: Path, python: Path, tm
         "tests/project/test_packaging.py",
         "LICENSE",
     ):
-        assert wanted in names
+        assert name in names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
     for number, archive_file in enumerate((wheel, sdist)):
         install(python, tmp_path, "--force-reinstall", archive_file)

@@ -220,8 +220,8 @@ def test_files_that_a_document_names_exist(document: Path) -> None:
     named = re.findall(
         r"`((?:awnet|benchmarks|csrc|docs|examples|kernels|tests)/[\w/.-]+)`", document.read_text()
     )
-    made = {"benchmarks/results/figures"}  # by a command
-    assert [name for name in named if not (ROOT / name).exists() and name not in made] == []
+    generated = {"benchmarks/results/figures"}  # by a command
+    assert [name for name in named if not (ROOT / name).exists() and name not in generated] == []
 
 
 def test_the_derivation_names_functions_that_exist() -> None:
@@ -250,9 +250,9 @@ def test_every_fault_on_the_page_names_tests_that_exist() -> None:
         for names, file in groups:
             source = (ROOT / file).read_text()
             for slow, name in re.findall(r"(\*?)`(test_\w+)`", names):
-                found = re.search(rf"((?:^@.*\n(?:^[ )].*\n)*)*)^def {name}\(", source, re.MULTILINE)
-                assert found, f"{file} has no {name}"
-                assert bool(re.search(r"^@pytest\.mark\.slow", found[1], re.MULTILINE)) == bool(slow), name
+                match = re.search(rf"((?:^@.*\n(?:^[ )].*\n)*)*)^def {name}\(", source, re.MULTILINE)
+                assert match, f"{file} has no {name}"
+                assert bool(re.search(r"^@pytest\.mark\.slow", match[1], re.MULTILINE)) == bool(slow), name
 
 
 def test_every_page_is_in_the_sites_navigation() -> None:
@@ -277,30 +277,30 @@ def test_the_readme_is_short_and_claims_what_was_measured() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 130
     assert max(map(len, lines)) <= 200
-    found = json.loads((ROOT / "docs" / "results" / "digits-seeds.json").read_text())["accuracies"]
+    recorded = json.loads((ROOT / "docs" / "results" / "digits-seeds.json").read_text())["accuracies"]
     rows = {line.split("`")[1]: line for line in lines if re.match(r"\| `(awnet|resnet)_tiny", line)}
     assert rows.keys() == {"awnet_tiny", "resnet_tiny", "resnet_tiny_wide"}
     for name, row in rows.items():
-        means = [100 * found[name][kind]["mean"] for kind in ("clean", "fgsm", "pgd_sat", "cw")]
+        means = [100 * recorded[name][kind]["mean"] for kind in ("clean", "fgsm", "pgd_sat", "cw")]
         assert [float(cell) for cell in row.split("|")[2:6]] == [round(mean, 1) for mean in means], name
     (caught,) = re.findall(r"^(\d+) of \1 are caught", (ROOT / "docs" / "mutations.md").read_text(), re.M)
     assert f" {caught} [seeded faults]" in "\n".join(lines)
 
 
 def test_the_ablations_tables_are_its_data() -> None:
-    found = json.loads((ROOT / "docs" / "results" / "digits-ablation.json").read_text())["systems"]
+    recorded = json.loads((ROOT / "docs" / "results" / "digits-ablation.json").read_text())["systems"]
     text = (ROOT / "docs" / "why-not-digits.md").read_text()
     rows = [
         line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| (AW|with|static)", line)
     ]
     attacks = ("fgsm", "pgd_sat", "cw")
-    for row, (name, one) in zip(rows, found.items(), strict=False):
+    for row, (name, one) in zip(rows, recorded.items(), strict=False):
         means = [one["clean"][0], *(one[attack]["w_robust"][0] for attack in attacks)]
         assert row[1:] == [f"{one['parameters']:,}", *(f"{100 * mean:.1f}" for mean in means)], name
-    others = [one["minus_awnet"] for one in found.values() if "minus_awnet" in one]
-    others.append(found["AW-Net, half width"]["minus_static_twin_half_width"])
-    assert len(rows) == len(found) + len(others)
-    for row, differences in zip(rows[len(found) :], others, strict=True):
+    others = [one["minus_awnet"] for one in recorded.values() if "minus_awnet" in one]
+    others.append(recorded["AW-Net, half width"]["minus_static_twin_half_width"])
+    assert len(rows) == len(recorded) + len(others)
+    for row, differences in zip(rows[len(recorded) :], others, strict=True):
         for cell, kind in zip(row[1:], ("clean", *attacks), strict=True):
             shown = [float(n) for n in re.findall(r"[+-]?\d+\.\d", cell.replace("−", "-"))]
             assert shown == pytest.approx([100 * value for value in differences[kind][:3]], abs=0.0501)
