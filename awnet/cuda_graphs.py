@@ -100,7 +100,7 @@ def sync_debug_mode(mode: str) -> Iterator[None]:
 def fastest_convolutions() -> Iterator[None]:
     """In this block cuDNN times its algorithms for each new shape and keeps the fastest one.
 
-    It does not where deterministic results are requested, since the choice may differ from run to run.
+    It does not if deterministic results are requested, since the choice may differ from run to run.
     """
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark

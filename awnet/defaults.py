@@ -1,4 +1,4 @@
-"""torch's initial default dtype and device, whatever a program has set."""
+"""Runs code with torch's initial default dtype and device."""
 
 from __future__ import annotations
 

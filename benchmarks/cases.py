@@ -180,7 +180,7 @@ class Case:
     def forward(self, problem: Problem, layer: Layer | None, mode: Mode, compiler: Any = None) -> Layer:
         """The case as a function of the image, its layers computed by ``layer`` (None: by awnet's).
 
-        ``compiler`` compiles the layer, or the module where there is one.
+        ``compiler`` compiles the layer, or the module if there is one.
         """
         raise NotImplementedError
 

@@ -93,7 +93,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, seconds: float, t
 def amx_tflop_s(seconds: float) -> float | None:
     """The rate of AMX tile products on all threads with operands in the first-level cache, in TFLOP/s.
 
-    The best of many windows of 5 ms, which other processes disturb less than one long window. None where this
+    The best of many windows of 5 ms, which other processes disturb less than one long window. None if this
     process cannot use AMX.
     """
     if amx.mode() == "emulate" or amx.obstacle() is not None:

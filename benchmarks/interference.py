@@ -28,12 +28,12 @@ MAX_STEAL = 0.02
 
 
 def involuntary_switches() -> int | None:
-    """Involuntary context switches of this process so far, all threads; None where they are not counted."""
+    """Involuntary context switches of this process so far, all threads; None if they are not counted."""
     return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def cpu_ticks() -> tuple[int, int] | None:
-    """Clock ticks of all CPUs so far: stolen, and in all. None where the system does not count them."""
+    """Clock ticks of all CPUs so far: stolen, and in all. None if the system does not count them."""
     try:
         with open(_PROC_STAT) as file:
             ticks = [int(word) for word in file.readline().split()[1 : _STEAL + 2]]
@@ -44,7 +44,7 @@ def cpu_ticks() -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Interference:
-    """Counts over a measurement; None where the system does not count."""
+    """Counts over a measurement; None if the system does not count."""
 
     seconds: float
     switches: int | None = None

@@ -54,7 +54,7 @@ class BenchOptions:
     """Also measure the three torch.compile providers (max-autotune-no-cudagraphs on a GPU, captured like the
     others); each compiles for up to a minute."""
     verify_batch: int | None = None
-    """Compare results with the literal form in float64 at this batch, where it is smaller than the measured
+    """Compare results with the literal form in float64 at this batch if it is smaller than the measured
     one, and at the measured batch with plain torch in float32: saves most of the time of a large batch.
     By default the literal form in float64 at the measured batch."""
     missing: bool = False

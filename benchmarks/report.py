@@ -180,7 +180,7 @@ def tables(options: TableOptions) -> None:
 
 
 def plot(options: PlotOptions) -> list[Path]:
-    """Draws each device's bars, its roofline, and batches where there are several; returns the paths."""
+    """Draws each device's bars, its roofline, and its batches if there are several; returns the paths."""
     import matplotlib
 
     matplotlib.use("Agg")

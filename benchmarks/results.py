@@ -47,7 +47,7 @@ ADDED = (
     *("ms_best", "images_per_second_best", "amx_tflop_s", "switches", "steal", "disturbed"),
     *("timing", "ms_eager", "reason", "backend", "captured"),
 )
-# what a column that a file lacks stands for; all others are empty
+# values of missing columns; all others are empty
 _BEFORE = {"timing": "eager"}
 
 Row = dict[str, str]

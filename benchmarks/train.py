@@ -50,7 +50,7 @@ class TrainBenchOptions:
     model: str = "awnet_resnet18"
     """Model by name."""
     width: float = 1.0
-    """Factor on the channels of the model, and of the teachers where they are AW-Nets."""
+    """Factor on the channels of the model, and of the teachers if they are AW-Nets."""
     data: str = "synthetic"
     """synthetic (random images), or a data set by name."""
     data_dir: Path | None = None

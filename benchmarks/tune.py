@@ -59,7 +59,7 @@ class TuneOptions:
     device: str | None = None
     """cuda, cuda:1, …; by default the GPU."""
     smoke: bool = False
-    """Tune tiny layers and a tiny network in place of the four stages of a ResNet-18 and an AW-Net-18."""
+    """Tune tiny layers and a tiny network instead of the four stages of a ResNet-18 and an AW-Net-18."""
     batches: tuple[int, ...] = (256,)
     """Batch sizes of each layer."""
     dtypes: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("bfloat16", "float32")

@@ -1,8 +1,8 @@
 """Compiles every kernel for sm_80 and sm_90 without a GPU: ``python -m awnet.kernels.ahead``.
 
 Each kernel module has ``cases(table)``, which gives the calls to compile at the launch parameters that
-awnet/ops/configs/ ships. A case fails where a kernel spills (stack > 0), where one with ``tl.dot`` lacks its
-tensor-core instruction, or where one takes more registers than kernels/resources.json allows for this Triton.
+awnet/ops/configs/ ships. A case fails if a kernel spills (stack > 0), if one with ``tl.dot`` lacks its
+tensor-core instruction, or if one takes more registers than kernels/resources.json allows for this Triton.
 ``--update`` writes that file and docs/kernel-resources.md from what was compiled; with ``--only`` it replaces
 these entries and keeps the others. An entry whose case no longer exists stays until all are updated.
 """
@@ -126,7 +126,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_launch(name: str, launched: Launched, target: int, instruction: str) -> Resources:
-    """Compiles one recorded launch and measures it; ``problem`` is set where a rule is broken."""
+    """Compiles one recorded launch and measures it; ``problem`` is set if a rule is broken."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -223,7 +223,7 @@ def _write(version: str, results: Sequence[Resources], keep: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns 1 where a rule is broken."""
+    """The command; returns 1 if a rule is broken."""
     parser = argparse.ArgumentParser(prog="python -m awnet.kernels.ahead", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only the part that `make test` compiles")
     parser.add_argument("--only", default="", help="only cases whose name contains this text")

@@ -110,7 +110,7 @@ def finish(
     PIXEL_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,  # rows of one sample in a tile: BLOCK_M, or less where several samples share a tile
+    ROWS: tl.constexpr,  # rows of one sample in a tile: BLOCK_M, or less if several samples share a tile
     SPAN: tl.constexpr,  # a sample may end within a tile and the next one begin (then no statistics)
     ACTIVATION: tl.constexpr,
 ):

@@ -48,7 +48,7 @@ def eval_backward_kernel(
     d_u_ptr,
     d_residual_ptr,  # or None
     g1_ptr,  # [B, C]; None: no sums
-    gc_ptr,  # Σ g (u − center) where center_ptr is given, else Σ g u
+    gc_ptr,  # Σ g (u − center) if center_ptr is given, else Σ g u
     center_ptr,  # [B, C] or None
     part_g1_ptr,  # [splits, B, C]; None for one split
     part_gc_ptr,
@@ -56,7 +56,7 @@ def eval_backward_kernel(
     grad_ptr,  # of y
     other_grad_ptr,  # or None
     d_mean_ptr,  # [B, C], the gradient of y's mean over pixels, or None
-    u_ptr,  # None where neither sums nor a mask from u are requested
+    u_ptr,  # None if neither sums nor a mask from u are requested
     relu_mask_ptr,  # y, bytes or packed bits; or None
     slope_ptr,  # of another activation; or None
     scale_ptr,  # [B, C]; None: 1
@@ -184,7 +184,7 @@ def eval_backward(
     Args:
         grad, other_grad: gradients of y [B, C, H, W], of one dtype and layout; the second may be None.
         d_mean: contiguous float32 [B, C], the gradient of y's mean over pixels, or None.
-        u: like the gradients; None where neither ``sums`` nor ``shift`` is given.
+        u: like the gradients; None if neither ``sums`` nor ``shift`` is given.
         relu_mask: y, or the mask that ``apply`` writes, bool or packed, of the same layout; None without an
             activation or with ``shift``.
         scale: contiguous float32 [B, C]; None for 1.

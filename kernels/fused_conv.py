@@ -103,7 +103,7 @@ def fused_apply(
         tile: use our kernel with this ``Tile`` of its module.
 
     Returns:
-        None where the kernel does not support the call or ``table`` has no entry for it.
+        None if the kernel does not support the call or ``table`` has no entry for it.
     """
     kernel, geometry = kernel_of(groups), (stride, padding, dilation, groups)
     if kernel.not_supported(input, weight, *geometry[:3]) is not None:

@@ -24,7 +24,7 @@ class Case:
     ``run`` calls launch functions with tensors on the ``meta`` device; every kernel that it launches is
     compiled with that call's types, constants and divisibility. ``instruction`` is the tensor-core
     instruction that kernels with a ``tl.dot`` must have: "wgmma" (on sm_90; "mma" on sm_80), "mma", or ""
-    where none can be (float32 in full precision).
+    for no instruction (float32 in full precision).
     """
 
     name: str

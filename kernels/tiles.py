@@ -147,7 +147,7 @@ class Shape:
 
 
 def shape_of(u: Tensor) -> Shape:
-    """The shape of ``u`` [B, C, H, W]; ValueError where it is dense in neither layout."""
+    """The shape of ``u`` [B, C, H, W]; ValueError if it is dense in neither layout."""
     batch, channels, height, width = u.shape
     if not u.is_contiguous() and not u.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"u must be contiguous or channels_last, got strides {u.stride()}")

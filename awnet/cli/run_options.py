@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def threat_models(norms: Sequence[str], eps: Sequence[float], default: ThreatModel) -> list[ThreatModel]:
-    """The threat models of ``--norm`` and ``--eps``, one for each norm; ``default`` where they are left out.
+    """The threat models of ``--norm`` and ``--eps``, one for each norm; ``default`` if they are left out.
 
     Raises:
         ValueError: a norm is unknown or given twice, or norms and eps do not fit together.

@@ -277,7 +277,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a state dict of any training script into ``model``, in place; every name and shape must fit.
 
     A dict with the weights under ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is unpacked, and
-    the prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``) are removed where the model lacks them.
+    the prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``) are removed if the model lacks them.
     """
     path = expanded(path)
     if not path.is_file():

@@ -126,7 +126,7 @@ class Backbone(BlockNetwork):
         dynamic: whether the blocks' 3×3 convolutions take filter scales.
         dynamic_shortcut: whether 1×1 shortcut convolutions take them too.
         bn: the branches of every batch norm, see :class:`~awnet.nn.MixBatchNorm2d`.
-        activation: in the place of every ReLU, see :class:`~awnet.nn.AWConv2d`.
+        activation: replaces every ReLU, see :class:`~awnet.nn.AWConv2d`.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class Block(nn.Module):
 class ResidualBlock(Block):
     """Base class of :class:`AWBasicBlock` and :class:`AWBottleneck`: convolutions and a shortcut.
 
-    The shortcut is the identity, or a 1×1 convolution with MixBN where the shape changes, static unless
+    The shortcut is the identity, or a 1×1 convolution with MixBN if the shape changes, static unless
     ``dynamic_shortcut``. ``activation`` takes the place of the ReLU, see :class:`AWConv2d`.
     """
 

@@ -136,7 +136,7 @@ def convert(
         check_equivalence(original, network.eval(), x, rewriter.norms)
     except OtherPath as error:  # of x[:2] and x, so only the number of images differs
         raise ValueError(
-            f"{name} cannot be converted for batches of every size; use x.shape[0] where forward asks for a "
+            f"{name} cannot be converted for batches of every size; use x.shape[0] where forward needs a "
             f"Python integer, as len(x) does. {error}"
         ) from error
     _restore_modes(network, modes)

@@ -32,7 +32,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     An attack on a frozen model computes no weight gradients. When the block ends, also by an exception,
     every submodule gets its training flag back, and every parameter its ``requires_grad`` and ``grad``.
 
-    Blocks may be nested and may overlap in several threads, also where the models share only some modules:
+    Blocks may be nested and may overlap in several threads, also if the models share only some modules:
     each module and parameter is restored when the last block that holds it ends, to its state before the
     first one.
     """

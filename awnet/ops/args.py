@@ -49,7 +49,7 @@ class LayerArgs:
     """One layer call; :mod:`awnet.ops.checks` has checked it.
 
     Without a ``weight`` there is no convolution (``mix_batch_norm``). Without a ``norm`` the scale is
-    ``filter_scale`` and the shift is ``shift``, each 1 and 0 where None (``filter_scaled_conv2d``,
+    ``filter_scale`` and the shift is ``shift``, 1 and 0 if None (``filter_scaled_conv2d``,
     ``affine_conv2d``).
     """
 
@@ -129,7 +129,7 @@ class BackwardArgs:
     """The arguments of the backward operator."""
 
     grad: Tensor  # ∂L/∂y
-    input: Tensor | None = None  # its values, only where the weight's gradient is required
+    input: Tensor | None = None  # its values, only if the weight's gradient is required
     input_shape: Sequence[int]
     weight: Tensor | None = None
     conv: Conv = field(default_factory=Conv)
@@ -138,7 +138,7 @@ class BackwardArgs:
     p_clean: Tensor | None = None
     is_clean: Tensor | None = None
     shift: Tensor | None = None  # only its dtype is read
-    u: Tensor | None = None  # conv(input, weight), or the input where there is no weight
+    u: Tensor | None = None  # conv(input, weight), or the input without a weight
     relu_mask: Tensor | None = None  # y, or a bool mask; None without a ReLU
     slope: Tensor | None = None  # act'(z), of grad's dtype, for the other activations
     mean: Tensor  # [B, C_out] of u; this and the rest are empty outside train mode

@@ -69,9 +69,9 @@ def checked_norm(
     eps: float,
     process_group: str | None,
 ) -> tuple[MixNorm, Tensor | None, Tensor | None]:
-    """The batch norm of images of shape ``output``; p_clean and is_clean where it has two branches.
+    """The batch norm of images of shape ``output``; p_clean and is_clean if it has two branches.
 
-    ``tables``: weight, bias, running mean and running variance by the names that the caller knows.
+    ``tables``: weight, bias, running mean and running variance, by the names of the function's arguments.
     """
     eps, momentum, training = plain(eps), plain(momentum), plain(training)
     batch, channels, height, width = output

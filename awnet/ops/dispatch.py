@@ -64,7 +64,7 @@ def chosen_backend() -> str | None:
 def default_backend(device: str) -> str:
     """The backend that runs float32 layers on ``device``: the requested one, or the first that supports them.
 
-    "cuda+triton" where cuda runs single layers and triton frozen networks.
+    "cuda+triton" if cuda runs single layers and triton frozen networks.
     """
     names = [choose(_probe(device), None).name for choose in (select, select_network)]
     return chosen_backend() or "+".join(dict.fromkeys(names))
@@ -172,7 +172,7 @@ def _amx_support(args: LayerArgs) -> str | None:
 def available_backends(device: str | None = None) -> dict[str, str | None]:
     """Maps each backend to None if it can run on this machine, else to the reason.
 
-    Each is checked with a small float32 call on ``device``; by default on the CPU and, where there is one, on
+    Each is checked with a small float32 call on ``device``; by default on the CPU and, if there is one, on
     the CUDA device.
     """
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():

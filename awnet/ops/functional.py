@@ -99,7 +99,7 @@ def mix_batch_norm(
         ``[B, C, H, W]`` in ``input``'s dtype and memory format.
 
     Raises:
-        TypeError, ValueError: as in :func:`filter_scaled_conv2d`; ValueError also where a branch has a
+        TypeError, ValueError: as in :func:`filter_scaled_conv2d`; ValueError also if a branch has a
             single value per channel in train mode. Over a process group the count is that of all ranks and is
             checked after the forward, on every rank; inside torch.compile or a CUDA graph it is not checked.
     """

@@ -55,7 +55,7 @@ Parameters = Mapping[str, int]
 
 
 def device_slug(device: torch.device) -> str:
-    """The name of a device's table: "NVIDIA H200" → "nvidia-h200"; "cpu" where there is no such device."""
+    """The name of a device's table: "NVIDIA H200" → "nvidia-h200"; "cpu" for other devices."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
@@ -68,7 +68,7 @@ def bucket(batch: int, channels: int, pixels: int) -> str:
 
 
 def read_table(path: Path) -> dict[str, dict[str, int]]:
-    """The launch parameters in ``path`` by key. ValueError, naming the entry, where it is damaged."""
+    """The launch parameters in ``path`` by key. ValueError, naming the entry, if it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

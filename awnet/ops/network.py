@@ -163,7 +163,7 @@ def network_coefficients(
             branch, the layers side by side.
         widths: C_l of each layer.
         filter_scale: ω ``[B, D]`` of the dynamic layers side by side; these are the first of ``widths``, and
-            their widths sum to D. None where no layer is dynamic.
+            their widths sum to D. None if no layer is dynamic.
         p_clean: p ``[B]``.
         eps: added to the variances.
         backend: a backend's name, or None for the best that can run the call.

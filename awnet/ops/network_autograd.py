@@ -33,8 +33,8 @@ class _Saved(NamedTuple):
 
     weight: Tensor
     scale: Tensor | None  # None: folded into the weight
-    shift: Tensor | None  # where the mask is computed from u
-    u: Tensor | None  # where the gradient of scale or shift is required
+    shift: Tensor | None  # if the mask is computed from u
+    u: Tensor | None  # if the gradient of scale or shift is required
     mask: Tensor | None  # of a ReLU
     slope: Tensor | None  # of another activation
 

@@ -92,7 +92,7 @@ def joint_updates() -> Iterator[None]:
 
 
 def with_joint_updates(forward: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: ``forward`` runs in a :func:`joint_updates` block, except where torch.compile traces it."""
+    """Decorator: ``forward`` runs in a :func:`joint_updates` block, except if torch.compile traces it."""
 
     @functools.wraps(forward)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

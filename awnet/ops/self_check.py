@@ -244,7 +244,7 @@ class _Checker:
     def __call__(
         self, label: str, name: str, *arguments: Any, limit: float | None = None, writes: Iterable[int] = ()
     ) -> Any:
-        """Raises _WrongError where the results differ.
+        """Raises _WrongError if the results differ.
 
         Args:
             label: names the case in messages.

@@ -15,7 +15,7 @@ def sign_step(
 ) -> Tensor:
     """x_adv + step_size · sign(grad), clipped to [x − eps, x + eps] and to [0, 1].
 
-    One kernel where Triton runs and no derivative is required. Where ``grad`` is NaN the pixel may stay or
+    One kernel if Triton runs and no derivative is required. If ``grad`` is NaN the pixel may stay or
     become NaN: the caller must check gradients for NaN separately.
 
     Args:

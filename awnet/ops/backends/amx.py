@@ -1,6 +1,6 @@
 """Frozen bfloat16 networks on CPUs with AMX: whether they can run there, and their packed filters.
 
-The environment variable ``AWNET_AMX`` chooses: ``auto`` (the default) uses AMX where the processor has it,
+The environment variable ``AWNET_AMX`` chooses: ``auto`` (the default) uses AMX if the processor has it,
 ``0`` never does, and ``emulate`` runs the same code on plain loops, which is slow and for tests only.
 """
 
@@ -40,7 +40,7 @@ def _native_obstacle() -> str | None:
 
 @cache
 def hardware_obstacle() -> str | None:
-    """Why this process cannot use AMX; None where it can. Call it only where the native module is loaded."""
+    """Why this process cannot use AMX; None if it can. Call it only if the native module is loaded."""
     module = importlib.import_module("awnet._C")
     if not hasattr(module, "amx_obstacle"):
         return f"{module.__file__} was built from older sources; {native.REBUILD}"
@@ -51,7 +51,7 @@ def hardware_obstacle() -> str | None:
 
 
 def obstacle() -> str | None:
-    """Why frozen bfloat16 networks do not run on AMX tiles in this process; None where they do."""
+    """Why frozen bfloat16 networks do not run on AMX tiles in this process; None if they do."""
     chosen = mode()
     if chosen == "0":
         return "AWNET_AMX=0"

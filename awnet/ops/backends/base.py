@@ -31,7 +31,7 @@ class Backend:
     every_transform = False  # whether it is made of torch operations alone, which all transforms support
 
     def not_supported(self, args: LayerArgs) -> str | None:
-        """The reason why this backend cannot run ``args``; None where it can."""
+        """The reason why this backend cannot run ``args``; None if it can."""
         raise NotImplementedError
 
     def run(self, args: LayerArgs) -> Tensor:
@@ -204,7 +204,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last where ``x`` has that layout and is not NCHW-contiguous too (one channel or pixel)."""
+    """channels_last if ``x`` has that layout and is not NCHW-contiguous too (one channel or pixel)."""
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

@@ -84,7 +84,7 @@ def load(name: str = "awnet._C") -> str | None:
 
 @functools.cache
 def cuda_obstacle() -> str | None:
-    """Why the module that :func:`load` has loaded cannot serve CUDA devices; None where it can."""
+    """Why the module that :func:`load` has loaded cannot serve CUDA devices; None if it can."""
     if build_info()["cuda"]:
         return None
     return (
@@ -94,7 +94,7 @@ def cuda_obstacle() -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """How the native module was built; call it only where :func:`load` returned None."""
+    """How the native module was built; call it only if :func:`load` returned None."""
     module = importlib.import_module("awnet._C")
     info: dict[str, Any] = module.build_info()
     return info
