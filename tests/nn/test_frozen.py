@@ -139,7 +139,7 @@ def test_an_inference_copy_routes_like_the_model() -> None:
         with frozen(model):
             expected = model.route(x)
             other = Routing(None, torch.rand(3).double(), [s * 0.5 + 0.1 for s in expected.filter_scales])
-            expected = logits_and_gradient(model, x, routing=other)
+            values = logits_and_gradient(model, x, routing=other)
         routing = still.route(x)
         assert (routing.type_logits is None) == (expected.type_logits is None)
         assert error(routing.p_clean + 1, expected.p_clean + 1) < 1e-12
@@ -147,7 +147,7 @@ def test_an_inference_copy_routes_like_the_model() -> None:
         for got, scale in zip(routing.filter_scales, expected.filter_scales, strict=True):
             assert error(got, scale) < 1e-12
         assert torch.equal(still(x, routing=routing), still(x))
-        for got, value in zip(logits_and_gradient(still, x, routing=other), expected, strict=True):
+        for got, value in zip(logits_and_gradient(still, x, routing=other), values, strict=True):
             assert error(got, value) < 1e-12
 
 
