@@ -153,7 +153,7 @@ def _of_subclass(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _built(description: Mapping[str, Any], *, on_meta: bool = False) -> nn.Module:
-    """A new model as ``about`` describes it; with ``sketch`` on the meta device if possible."""
+    """A new model as ``about`` describes it; with ``on_meta`` on the meta device if possible."""
     config = description["config"]
     arguments = {"num_classes": config["num_classes"], "in_channels": config["in_channels"]}
     arguments |= config["options"]

@@ -8,7 +8,7 @@ stands for up to 256 samples, 64 channels and 1024 pixels, each rounded up to a 
 A device's table may also have "convolutions": the cases in which a convolution of ``awnet.kernels`` was
 faster than the library's (``python -m awnet.benchmarks.convolutions``). Otherwise the library's runs.
 
-"frozen_networks" gives, for a dtype of the images, which forms of a frozen network were fastest on that device
+"frozen_networks" gives, by dtype of the images, which forms of a frozen network were fastest on that device
 (``awnet bench tune``), such as {"bfloat16": {"norms": "folded", "stem": "padded"}}. See
 :data:`FROZEN_NETWORK`.
 """

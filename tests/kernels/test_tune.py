@@ -188,5 +188,7 @@ def test_parameters_that_exceed_the_devices_resources_are_skipped() -> None:
 
 
 def test_tuning_without_a_gpu_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="device must be a CUDA device, since tuning times Triton kernels, got 'cpu'"):
+    with pytest.raises(
+        ValueError, match="device must be a CUDA device, since tuning times Triton kernels, got 'cpu'"
+    ):
         tuner.tune(tuner.TuneOptions(device="cpu", out=tmp_path))
