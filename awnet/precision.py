@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 # Backends and operations of torch's ``fp32_precision``, parents before children: "none" inherits the value of
 # the backend's "all", and that of ("generic", "all").
-_FP32 = (
+FP32_SETTINGS = (
     *(("generic", "all"), ("cuda", "all"), ("mkldnn", "all")),
     *((backend, op) for backend in ("cuda", "mkldnn") for op in ("matmul", "conv", "rnn")),
 )
@@ -84,10 +84,13 @@ def _set_full_precision() -> Callable[[], None]:
     get: Any = torch._C._get_fp32_precision_getter
     put: Any = torch._C._set_fp32_precision_setter
     previous = {}
-    for backend, op in _FP32:  # with its parents at "none" the getter does not return an inherited value
+    for (
+        backend,
+        op,
+    ) in FP32_SETTINGS:  # with its parents at "none" the getter does not return an inherited value
         previous[backend, op] = get(backend, op)
         put(backend, op, "none")
-    for backend, op in _FP32:
+    for backend, op in FP32_SETTINGS:
         put(backend, op, "ieee")
     # Both the older settings and ``fp32_precision`` are set, because torch raises if they contradict.
     # With "ieee" everywhere, reading an older setting raises if and only if it is True.
@@ -109,14 +112,14 @@ def _set_full_precision() -> Callable[[], None]:
         torch._C._set_cublas_allow_fp16_accumulation(accumulation)
 
     def restore() -> None:
-        for backend, op in _FP32:
+        for backend, op in FP32_SETTINGS:
             put(backend, op, "ieee")
         set_older(matmul, cudnn, onednn, half, bfloat, accumulation)
         for (backend, op), value in previous.items():
             put(backend, op, value)
 
     set_older("highest", False, False, (False, True), (False, True), False)
-    for backend, op in _FP32:  # the older setters change these
+    for backend, op in FP32_SETTINGS:  # the older setters change these
         put(backend, op, "ieee")
     return restore
 

@@ -45,7 +45,7 @@ def main(steps: int = 200, limit: int | None = 200) -> awnet.evaluation.Report:
     report = awnet.evaluate(model, test, attacks=["fgsm", "pgd_sat", "union"], budget="smoke", limit=limit)
     print(report)
     for flag in report.flags:
-        print("doubt:", flag)
+        print("warning:", flag)
     for line in report.sanity:
         print(f"{line['result']}: {line['check']} ({line['evidence']})")
     return report

@@ -129,7 +129,7 @@ def _official(name: Name) -> _Make:
 def _aa_rand(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
     if not isinstance(model, Stochastic):
         model = Stochastic(model, eot=suite.sizes.eot, seed=seed)
-    return _ATTACKS["aa"](model, threat, seed, suite)
+    return ATTACKS["aa"](model, threat, seed, suite)
 
 
 def _forced(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> Attack:
@@ -182,10 +182,10 @@ def _union(model: nn.Module, threat: ThreatModel, seed: int, suite: Suite) -> At
     if suite.classes - 1 > TARGETS:  # else AutoAttack and apgd_joint_t target the same classes
         names.append("malt")
     names.append("deepsloth")
-    members = {name: _ATTACKS[name](model, threat, seed, suite) for name in names}
+    members = {name: ATTACKS[name](model, threat, seed, suite) for name in names}
     for surrogate, other in suite.surrogates.items():
         for attack in TRANSFERRED:
-            source = _ATTACKS[attack](other, threat, seed, suite)
+            source = ATTACKS[attack](other, threat, seed, suite)
             members[f"transfer_{surrogate}_{attack}"] = TransferAttack(model, source)
     return Cascade(model, members, eps=threat.eps, norm=threat.norm, seed=seed)
 
@@ -201,7 +201,7 @@ _TARGETED: dict[str, tuple[Callable[..., Attack], _Options]] = {
     "apgd_t": (TargetedAPGD, _sizes("steps", loss="dlr")),
 }
 TARGETED = tuple(_TARGETED)
-_ATTACKS: dict[str, _Make] = {
+ATTACKS: dict[str, _Make] = {
     **{name: _make(*_TARGETED[name]) for name in ("fgsm", "pgd_sat", "pgd_trades", "cw")},
     "aa": _make(AutoAttack, lambda t, suite: {"classes": suite.classes, **_official_sizes(t, suite)}),
     "aa_rand": _aa_rand,
@@ -249,11 +249,11 @@ def _maker(name: object) -> _Make:
             _maker(name.removeprefix(TRANSFER))
             return _transferred(name.removeprefix(TRANSFER))
         base, _, mode = name.partition("-")
-        make = _ATTACKS.get(name) or _targeted(base, mode)
+        make = ATTACKS.get(name) or _targeted(base, mode)
         if make is not None:
             return make
     raise ValueError(
-        f"unknown attack {name!r}: choose from {', '.join(_ATTACKS)}; or a targeted form, such as "
+        f"unknown attack {name!r}: choose from {', '.join(ATTACKS)}; or a targeted form, such as "
         f"pgd_sat-least_likely, of {', '.join(TARGETED)} with {', '.join(TARGET_MODES)} or a class's number; "
         f"or {TRANSFER}ATTACK, which replays an attack's images from --surrogates"
     )
@@ -266,7 +266,7 @@ def check_attack_name(name: object) -> None:
 
 def list_attacks() -> tuple[str, ...]:
     """The names that :func:`named_attack` knows, without targeted forms and ``transfer-``."""
-    return tuple(_ATTACKS)
+    return tuple(ATTACKS)
 
 
 def named_attack(

@@ -31,7 +31,15 @@ EXAMPLES = 8  # broken images in a report
 
 
 class Plan:
-    """The kinds of images that a model is evaluated on."""
+    """The kinds of images that a model is evaluated on.
+
+    Attributes:
+        chosen: the requested attacks but the union; union: the union, or None.
+        rest: the union's members that are not in ``chosen``; None without them.
+        order: names of attacks in the order of their numbers in the worst case's ``broken_by``.
+        attacked: names of the kinds of adversarial images; controls: of noise, for a model with a type head.
+        kinds: all kinds of images.
+    """
 
     def __init__(self, model: nn.Module, dataset: Dataset, attacks: Mapping[str, Attack], seed: int) -> None:
         self.model, self.dataset, self.seed = model, dataset, seed
@@ -39,7 +47,6 @@ class Plan:
         self.union = attacks.get(UNION)
         self.rest = None if self.union is None else remaining(self.union, self.chosen)
         self.order = [*self.chosen, *([] if self.rest is None else self.rest.members)]
-        """Attacks in the order of their numbers in the worst case's ``broken_by``."""
         self.has_type_head = _has_type_head(model, dataset)
         self.attacks = self.chosen | ({} if self.union is None else {UNION: self.union})
         self.attacked = list(self.attacks)
@@ -77,8 +84,8 @@ class Collected:
         model, levels = plan.model, plan.dataset.max_value
         x, y, index = batch
 
-        def observed(kind: str, images: Tensor) -> dict[str, Tensor]:
-            """Adds the model's outputs for ``images``; returns those of each image."""
+        def observe_images(kind: str, images: Tensor) -> dict[str, Tensor]:
+            """Adds the model's outputs for ``images``, and returns them, ``[B]`` each."""
             # copied into x's strides, which choose a convolution's algorithm and so its rounding
             images = torch.empty_like(x).copy_(images)
             with seeded(model, kind, index):
@@ -92,11 +99,11 @@ class Collected:
             advance(kind, 1)
             return values
 
-        values = observed(CLEAN, x)
+        values = observe_images(CLEAN, x)
         worst, before = WorstCase(x, values["correct"], plan.order), values["prediction"]
         for kind, attack in plan.chosen.items():
             images, extra = self._attacked(attack, kind, number, batch, saved, advance)
-            values = observed(kind, images)
+            values = observe_images(kind, images)
             worst.add(kind, images, values["correct"])
             if attack.target is not None:
                 values["target"] = attack.goals(x, y, index=index)
@@ -106,10 +113,10 @@ class Collected:
                 values["broken_by"] = outcome.broken_by
         if plan.union is not None:
             if plan.rest is not None:
-                _follow(plan.rest, saved, advance)
+                _set_up(plan.rest, saved, advance)
             worst.attack(plan.rest, x, y, index)
             images = worst.x_adv
-            values = observed(UNION, images)
+            values = observe_images(UNION, images)
             values["broken_by"] = worst.confirmed(values["correct"])
         if plan.attacks:
             after = values["prediction"]
@@ -118,18 +125,18 @@ class Collected:
             shown = {"clean": x, "adversarial": images, "label": y, "before": before, "after": after}
             self.examples.append({name: value[rows].cpu() for name, value in shown.items()})
         for kind in plan.controls:
-            observed(kind, with_noise(x, index, plan.dataset.threat_model, plan.seed, kind))
+            observe_images(kind, with_noise(x, index, plan.dataset.threat_model, plan.seed, kind))
 
     def _attacked(
         self, attack: Attack, kind: str, number: int, batch: Batch, saved: Saved | None, advance: Advance
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch's adversarial images, computed now or by the evaluation that was interrupted.
+        """The batch's adversarial images, computed now or loaded from the interrupted evaluation.
 
-        Also further values of each image ``[B]``: ``distance``, for a minimum-norm attack.
+        Also values for each image ``[B]``: for a minimum-norm attack, ``distance``.
         """
         x, y, index = batch
         if isinstance(attack, Cascade):
-            _follow(attack, saved, advance)
+            _set_up(attack, saved, advance)
             x_adv = attack(x, y, index=index)
             if attack.outcome is not None:
                 self.notes[kind].update(attack.outcome.notes)
@@ -238,7 +245,7 @@ def with_noise(x: Tensor, index: Tensor, threat_model: ThreatModel, seed: int, k
     return (x + norm.signs(signs, threat_model.eps)).clamp_(0, 1)
 
 
-def _follow(attack: Attack, saved: Saved | None, advance: Advance) -> None:
+def _set_up(attack: Attack, saved: Saved | None, advance: Advance) -> None:
     """Makes a cascade save its state, and report which member runs."""
     if isinstance(attack, Cascade):
         attack.keep_in(saved)
@@ -280,8 +287,9 @@ class WorstCase:
 
     def confirmed(self, correct: Tensor) -> Tensor:
         """``broken_by``, corrected by the model's outcomes on the whole batch."""
-        again = correct & (self.broken_by >= 0)  # broken only in a smaller batch, which rounds differently
-        return torch.where(again, ROBUST, self.broken_by)
+        # an image may be broken only in a smaller batch, which rounds differently
+        not_broken = correct & (self.broken_by >= 0)
+        return torch.where(not_broken, ROBUST, self.broken_by)
 
 
 def remaining(union: Attack, done: Mapping[str, Attack]) -> Cascade | None:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from awnet.data.dataset import Dataset
-from awnet.evaluation.results import AttackDifference, Comparison, Results
-from awnet.evaluation.statistics import bootstrap_interval, mcnemar
+from awnet.evaluation.results import Array, AttackDifference, Comparison, Results
+from awnet.evaluation.statistics import Interval, mcnemar, paired_difference, sign_flip_test
 
 # settings of an attack that follow from the attacked model
-_OF_THE_MODEL = {"filter_scales", "lambdas", "teacher", "surrogate"}
+_MODEL_SETTINGS = {"filter_scales", "lambdas", "teacher", "surrogate"}
 # members that the union has only for networks with a router, or with teachers or other surrogates
-_OF_SOME_MODELS = ("two_phase", "forced", "softened", "adaptive_paper", "transfer_")
+_OPTIONAL_MEMBERS = ("two_phase", "forced", "softened", "adaptive_paper", "transfer_")
 
 
 def compare(this: Results, other: Results, seed: int = 0) -> Comparison:
@@ -31,29 +31,48 @@ def compare(this: Results, other: Results, seed: int = 0) -> Comparison:
     reasons = differences_of(this, other, seeds=True)
     if reasons:
         raise ValueError(f"{this.model} and {other.model} cannot be compared: {'; '.join(reasons)}")
+
+    def difference(quantity: str) -> tuple[float, Interval]:
+        return paired_difference(outcomes(this, quantity), outcomes(other, quantity), seed=seed)
+
     attacks = {}
     results, other_results = this.results(), other.results()
     for name in (name for name in results if name in other_results):
-        theirs = other_results[name]
-        differences = this.w_values(name) - other.w_values(name)
+        w_difference, w_interval = difference(f"{name} A_w")
         attacks[name] = AttackDifference(
-            robust_accuracy=theirs.robust_accuracy,
-            w_robust_accuracy=theirs.w_robust_accuracy,
-            w_interval_95=theirs.w_interval_95,
-            difference=float(differences.mean()),
-            interval_95=bootstrap_interval(differences, seed=seed),
-            mcnemar_p=mcnemar(this.per_sample[f"{name}_correct"], other.per_sample[f"{name}_correct"]),
+            robust_accuracy=other_results[name].robust_accuracy,
+            w_robust_accuracy=other_results[name].w_robust_accuracy,
+            w_interval_95=other_results[name].w_interval_95,
+            difference=w_difference,
+            interval_95=w_interval,
+            mcnemar_p=p_value(this, other, name),
         )
-    correct, other_correct = this.per_sample["clean_correct"], other.per_sample["clean_correct"]
-    differences = correct.astype(np.float64) - other_correct.astype(np.float64)
+    clean_difference, clean_interval = difference("clean")
     return Comparison(
         model=other.model,
         clean_accuracy=other.clean_accuracy,
-        clean_difference=float(differences.mean()),
-        clean_interval_95=bootstrap_interval(differences, seed=seed),
-        clean_mcnemar_p=mcnemar(correct, other_correct),
+        clean_difference=clean_difference,
+        clean_interval_95=clean_interval,
+        clean_mcnemar_p=p_value(this, other, "clean"),
         attacks=attacks,
     )
+
+
+def outcomes(report: Results, quantity: str) -> Array:
+    """The outcome of each image, float64 ``[n]``, whose mean is the quantity.
+
+    ``quantity``: ``clean``, or ``NAME`` (A_adv) or ``NAME A_w`` for an attack.
+    """
+    name, is_w, _ = quantity.partition(" A_w")
+    return report.w_values(name) if is_w else report.per_sample[f"{name}_correct"].astype(np.float64)
+
+
+def p_value(this: Results, other: Results, quantity: str) -> float:
+    """p of no difference in ``quantity``: McNemar's exact test, for A_w the exact sign-flip test."""
+    first, second = outcomes(this, quantity), outcomes(other, quantity)
+    if quantity.endswith(" A_w"):
+        return sign_flip_test(first - second)
+    return mcnemar(first > 0.5, second > 0.5)
 
 
 def check_same_images(dataset: Dataset, report: Results, name: str) -> None:
@@ -61,19 +80,17 @@ def check_same_images(dataset: Dataset, report: Results, name: str) -> None:
 
     This is known before the evaluation, the rest of :func:`differences_of` only after it.
     """
-    threat_model = dataset.threat_model
-    reasons = [
-        f"{what} {one} and {two}"
-        for what, one, two in (
-            ("data set", dataset.name, report.dataset),
-            ("split", dataset.split, report.split),
-            ("number of images", len(dataset), report.n),
-            ("eps", f"{threat_model.eps:.6g}", f"{report.eps:.6g}"),
-            ("norm", threat_model.norm, report.norm),
-            ("norms", "one", report.norms or "one"),
-        )
-        if one != two
-    ]
+    reasons = _unequal(
+        {
+            "data set": dataset.name,
+            "split": dataset.split,
+            "number of images": len(dataset),
+            "eps": f"{dataset.threat_model.eps:.6g}",
+            "norm": dataset.threat_model.norm,
+            "norms": "one",
+        },
+        _images(report),
+    )
     if reasons:
         raise ValueError(f"the evaluation cannot be compared with {name}: {'; '.join(reasons)}")
 
@@ -83,31 +100,38 @@ def differences_of(this: Results, other: Results, *, seeds: bool = False) -> lis
 
     With ``seeds`` the seeds of the attacks must be equal too.
     """
-    ignored = _OF_THE_MODEL if seeds else _OF_THE_MODEL | {"seed"}
-    reasons = []
-    for what, one, two in (
-        ("data set", this.dataset, other.dataset),
-        ("split", this.split, other.split),
-        ("number of images", this.n, other.n),
-        ("eps", f"{this.eps:.6g}", f"{other.eps:.6g}"),
-        ("norm", this.norm, other.norm),
-        ("norms", this.norms or "one", other.norms or "one"),
-        ("precision", _precision(this), _precision(other)),
-    ):
-        if one != two:
-            reasons.append(f"{what} {one} and {two}")
+    ignored = _MODEL_SETTINGS if seeds else _MODEL_SETTINGS | {"seed"}
+    reasons = _unequal(
+        _images(this) | {"precision": _precision(this)}, _images(other) | {"precision": _precision(other)}
+    )
     if not reasons and this.per_sample and other.per_sample:
-        prints = [report.settings.get("fingerprint") for report in (this, other)]
+        fingerprints = [report.settings.get("fingerprint") for report in (this, other)]
         same = all(np.array_equal(this.per_sample[n], other.per_sample[n]) for n in ("index", "label"))
-        if not same or (None not in prints and prints[0] != prints[1]):
+        if not same or (None not in fingerprints and fingerprints[0] != fingerprints[1]):
             reasons.append("different images")
     if reasons:  # attacks with another eps differ too
         return reasons
-    theirs = other.results()
+    other_results = other.results()
     for name, result in this.results().items():
-        if name in theirs:
-            reasons += _setting_differences(name, result.settings, theirs[name].settings, ignored)
+        if name in other_results:
+            reasons += _setting_differences(name, result.settings, other_results[name].settings, ignored)
     return reasons
+
+
+def _images(report: Results) -> dict[str, Any]:
+    """What a report was measured on; reports can only be compared if these are equal."""
+    return {
+        "data set": report.dataset,
+        "split": report.split,
+        "number of images": report.n,
+        "eps": f"{report.eps:.6g}",
+        "norm": report.norm,
+        "norms": report.norms or "one",
+    }
+
+
+def _unequal(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {one[name]} and {other[name]}" for name in one if one[name] != other[name]]
 
 
 def _precision(report: Results) -> str:
@@ -132,10 +156,10 @@ def _setting_differences(name: str, this: Any, other: Any, ignored: set[str]) ->
 def _union_differences(this: Mapping[str, Any], other: Mapping[str, Any], ignored: set[str]) -> list[str]:
     """Members that both unions have must have equal settings; others must depend on the model."""
     names = [{*settings.get("members", {}), *settings.get("after", ())} for settings in (this, other)]
-    apart = sorted(name for name in names[0] ^ names[1] if not name.startswith(_OF_SOME_MODELS))
-    reasons = [f"only one union includes {', '.join(apart)}"] if apart else []
-    members, theirs = this.get("members", {}), other.get("members", {})
+    in_one = sorted(name for name in names[0] ^ names[1] if not name.startswith(_OPTIONAL_MEMBERS))
+    reasons = [f"only one union includes {', '.join(in_one)}"] if in_one else []
+    members, other_members = this.get("members", {}), other.get("members", {})
     for name in members:
-        if name in theirs:
-            reasons += _setting_differences(f"union: {name}", members[name], theirs[name], ignored)
+        if name in other_members:
+            reasons += _setting_differences(f"union: {name}", members[name], other_members[name], ignored)
     return reasons

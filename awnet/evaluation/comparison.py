@@ -16,7 +16,7 @@ from rich.text import Text
 
 from awnet import analysis
 from awnet.evaluation import html
-from awnet.evaluation.compare import differences_of
+from awnet.evaluation.compare import differences_of, outcomes, p_value
 from awnet.evaluation.report import Report
 from awnet.evaluation.results import Array
 from awnet.evaluation.statistics import (
@@ -24,13 +24,12 @@ from awnet.evaluation.statistics import (
     Interval,
     bootstrap_interval,
     holm,
-    mcnemar,
-    sign_flip_test,
+    paired_difference,
     t_interval,
     welch_interval,
     wilson_interval,
 )
-from awnet.evaluation.tables import attack_label, p_text
+from awnet.evaluation.tables import attack_label, interval_text, p_text
 from awnet.files import expanded, make_folder, write_json, write_text
 from awnet.run_config import is_run, read_config
 from awnet.text import visible
@@ -81,7 +80,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ReportComparison:
-    """What :func:`compare_reports` returns.
+    """The result of :func:`compare_reports`.
 
     notes: what could not be compared, and why. adjust: the correction for several comparisons, ``"none"`` or
     ``"holm"``.
@@ -113,11 +112,11 @@ class ReportComparison:
 
     def cells(self) -> list[list[str]]:
         """The rows of the table as text."""
-        rows, before = [], ""
+        rows, previous = [], ""
         for row in self.rows:
             low, high = row.interval_95
             cells = [
-                "" if row.quantity == before else quantity_label(row.quantity),
+                "" if row.quantity == previous else quantity_label(row.quantity),
                 row.group,
                 f"{100 * row.accuracy:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
                 "" if row.difference is None else f"{100 * row.difference:+.1f}",
@@ -126,7 +125,7 @@ class ReportComparison:
                 p_text(row.p),
             ]
             rows.append(cells)
-            before = row.quantity
+            previous = row.quantity
         return rows
 
     def caption(self) -> str:
@@ -235,12 +234,12 @@ def compare_reports(groups: Sequence[Group], seed: int = 0, adjust: Adjust = "no
         reasons += [f"{name} against {first_name}: {reason}" for reason in differences_of(report, first)]
     if reasons:
         raise ValueError(f"not comparable: {'; '.join(dict.fromkeys(reasons))}")
-    every = dict.fromkeys(attack for report in named.values() for attack in report.results())
-    shared = [attack for attack in every if all(attack in report.results() for report in named.values())]
+    attacks = dict.fromkeys(attack for report in named.values() for attack in report.results())
+    shared = [attack for attack in attacks if all(attack in report.results() for report in named.values())]
     notes = [
         f"{attack_label(attack)} is not compared: {', '.join(lacking)} "
         f"{'was' if len(lacking) == 1 else 'were'} evaluated without it"
-        for attack in every
+        for attack in attacks
         if (lacking := [name for name, report in named.items() if attack not in report.results()])
     ]
     notes += [
@@ -251,7 +250,12 @@ def compare_reports(groups: Sequence[Group], seed: int = 0, adjust: Adjust = "no
     quantities = ["clean", *(name for attack in shared for name in (attack, f"{attack} A_w"))]
     rows: list[Measured] = []
     for quantity in quantities:
-        values: Sequence[float | None] = [_p_value(group, groups[0], quantity) for group in groups[1:]]
+        values: Sequence[float | None] = [
+            p_value(group.reports[0], groups[0].reports[0], quantity)
+            if len(group.reports) == len(groups[0].reports) == 1
+            else None
+            for group in groups[1:]
+        ]
         levels = [LEVEL] * len(values)
         if adjust == "holm":
             values, levels = holm([p for p in values if p is not None])
@@ -261,16 +265,8 @@ def compare_reports(groups: Sequence[Group], seed: int = 0, adjust: Adjust = "no
     return ReportComparison(tuple(groups), tuple(rows), tuple(notes), adjust)
 
 
-def _values(report: Report, quantity: str) -> Array:
-    """The outcome of each image, float64 [n]: their mean is the quantity."""
-    name, is_w, _ = quantity.partition(" A_w")
-    if is_w:
-        return report.w_values(name)
-    return report.per_sample[f"{name}_correct"].astype(np.float64)
-
-
 def _measured(group: Group, baseline: Group, quantity: str, seed: int, level: float = LEVEL) -> Measured:
-    values = np.stack([_values(report, quantity) for report in group.reports])  # [reports, n]
+    values = np.stack([outcomes(report, quantity) for report in group.reports])  # [reports, n]
     accuracies = values.mean(1)
     n = values.shape[1]
     if len(values) > 1:
@@ -282,25 +278,15 @@ def _measured(group: Group, baseline: Group, quantity: str, seed: int, level: fl
     measured = Measured(group.label, quantity, float(accuracies.mean()), interval)
     if group is baseline:
         return measured
-    other = np.stack([_values(report, quantity) for report in baseline.reports])
-    differences = values.mean(0) - other.mean(0)
+    other = np.stack([outcomes(report, quantity) for report in baseline.reports])
+    difference, interval = paired_difference(values.mean(0), other.mean(0), level=level, seed=seed)
     return replace(
         measured,
-        difference=float(differences.mean()),
-        over_images=bootstrap_interval(differences, level=level, seed=seed),
+        difference=difference,
+        over_images=interval,
         over_seeds=_over_seeds(group, accuracies, baseline, other.mean(1)),
         level=level,
     )
-
-
-def _p_value(group: Group, baseline: Group, quantity: str) -> float | None:
-    """p of no difference between two single reports; None for several trainings."""
-    if len(group.reports) > 1 or len(baseline.reports) > 1:
-        return None
-    values, other = (_values(one.reports[0], quantity) for one in (group, baseline))
-    if quantity.endswith(" A_w"):
-        return sign_flip_test(values - other)
-    return mcnemar(values > 0.5, other > 0.5)
 
 
 def _over_seeds(group: Group, accuracies: Array, baseline: Group, other: Array) -> Interval | None:
@@ -310,11 +296,6 @@ def _over_seeds(group: Group, accuracies: Array, baseline: Group, other: Array) 
         order = [baseline.seeds.index(one) for one in group.seeds]
         return t_interval(accuracies - other[order])
     return welch_interval(accuracies, other)
-
-
-def interval_text(interval: Interval | None) -> str:
-    """The interval of a difference in points, empty if there is none."""
-    return "" if interval is None else f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
 
 
 def load_groups(sources: Sequence[str | Path], name: str = "default") -> list[Group]:
@@ -333,14 +314,14 @@ def load_groups(sources: Sequence[str | Path], name: str = "default") -> list[Gr
     reports = [Report.load(folder) for folder in folders]
     labels = source_labels([Path(source) for source in sources])
     configs = [_configuration(folder) for folder in folders]
-    together: dict[str, list[int]] = {}
+    by_config: dict[str, list[int]] = {}
     for number, config in enumerate(configs):
         key = f"single {number}" if config is None else config[0]
-        together.setdefault(key, []).append(number)
-    if len(together) == 1:  # trainings of one configuration are compared with each other
+        by_config.setdefault(key, []).append(number)
+    if len(by_config) == 1:  # trainings of one configuration are compared with each other
         return [Group(label, (one,)) for label, one in zip(labels, reports, strict=True)]
     groups: list[Group] = []
-    for numbers in together.values():
+    for numbers in by_config.values():
         seeds = [config[1] for number in numbers if (config := configs[number]) is not None]
         if len(numbers) == 1 or len(set(seeds)) < len(numbers):  # one seed twice: no sample of trainings
             groups += [Group(labels[number], (reports[number],)) for number in numbers]
@@ -364,7 +345,9 @@ def report_folder(source: str | Path, name: str = "default") -> Path:
         folder = path / "evaluations" / name
         if not (folder / "report.json").is_file():
             option = "" if name == "default" else f" --name {name}"
-            raise FileNotFoundError(f"{source} has no evaluation {name!r}: awnet evaluate {source}{option}")
+            raise FileNotFoundError(
+                f"{source} has no evaluation {name!r}: run awnet evaluate {source}{option}"
+            )
         return folder
     return path
 
@@ -391,7 +374,7 @@ def _configuration(folder: Path) -> tuple[str, int] | None:
 
 
 def source_labels(paths: Sequence[Path]) -> list[str]:
-    """A different name for each path: that of its run, or the path if two are called the same."""
+    """A unique name for each path: that of its run, or the path if two runs have the same name."""
     names = []
     for path in paths:
         folder = path.parent if path.name == "report.json" else path
@@ -406,6 +389,7 @@ def source_labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _common(labels: Sequence[str], numbers: Sequence[int]) -> str:
+    """The common prefix of the labels ``numbers``, or the first label if that is too short."""
     names = [labels[number] for number in numbers]
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     shared = "".join(letters[0] for letters in same).rstrip("-_. ")

@@ -31,7 +31,7 @@ from awnet.evaluation.detection import CONTROLS
 from awnet.evaluation.parts import gated_parts
 from awnet.evaluation.precision import COPY, DESCRIPTIONS, PrecisionName, in_bfloat16, prepare
 from awnet.evaluation.progress import progress_bar
-from awnet.evaluation.randomness import Examined, examine, unaware
+from awnet.evaluation.randomness import Examined, examine, ignoring_randomness
 from awnet.evaluation.report import Report, check_name
 from awnet.evaluation.resume import (
     check_same_key,
@@ -53,7 +53,7 @@ from awnet.nn import has_router, routed_networks
 from awnet.precision import computed_in, full_precision
 from awnet.scalars import check_integer
 
-REFERENCE = 256  # number of images over which the attack on a frozen router averages ω
+REFERENCE = 256  # number of images over which the ``forced`` attack averages ω
 
 
 @full_precision()
@@ -95,12 +95,12 @@ def evaluate(
     model with a router (``model.route``) the report also has the AUC of the type logits, clean images against
     each attack and, as a control, against noise of the same size.
 
-    Everything runs in float32 with frozen parameters: the caller's autocast and all of torch's settings that
-    allow less, such as TF32, are disabled meanwhile. If the model's own code uses another dtype, the report
-    says so. A model that is exactly as awnet made it is replaced by an inference copy, which is first
-    compared with the model on one batch; any other model runs itself. The report's ``settings["runs_on"]``
-    says which of the two ran, and why. For a network with side exits (``rdi_resnet38``) the report has the
-    exit that each image takes.
+    Everything runs in float32 with frozen parameters: the caller's autocast and torch settings that allow
+    lower precision, such as TF32, are disabled. If the model's code uses another dtype, the report says so.
+    An unmodified model of this package is replaced by an inference copy, which is first compared with the
+    model on one batch; any other model is run directly. The report's ``settings["runs_on"]`` says which of
+    the two ran, and why. For a network with side exits (``rdi_resnet38``) the report has the exit of each
+    image.
 
     Args:
         model: images [0, 1] → logits ``[B, K]``, in train or eval mode; it is not changed.
@@ -284,10 +284,10 @@ def evaluate(
             if prepared.flag is not None:
                 report.flags.append(prepared.flag)
             report.flags += examined.flags
-            if examined.settings and unaware(chosen):
+            if examined.settings and ignoring_randomness(chosen):
                 report.flags.append(
-                    f"{', '.join(unaware(chosen))} neither averages gradients over the model's random passes "
-                    "nor seeds them: build the attack on awnet.attacks.Stochastic(model)"
+                    f"{', '.join(ignoring_randomness(chosen))} neither averages gradients over the model's "
+                    "random passes nor seeds them: build the attack on awnet.attacks.Stochastic(model)"
                 )
             no_teachers = teacher is None and not run_teachers.models and not surrogates
             no_record = no_teachers and not run_teachers.recorded
@@ -370,7 +370,7 @@ def _check_fit(
     """Checks that model, data set and device fit; returns the data set on the model's device, and K."""
     check_values(model)
     if not isinstance(dataset, Dataset):
-        raise TypeError(f"dataset must be a Dataset, of load_dataset say, got {type(dataset).__name__}")
+        raise TypeError(f"dataset must be a Dataset (see load_dataset), got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"dataset is empty: {dataset.name} has no {dataset.split} images")
     target = device_of(model)
@@ -415,18 +415,18 @@ def _choose_attacks(
         for name, attack in attacks.items():
             check_name(name)
             if name in (CLEAN, *CONTROLS) or name.endswith("_rounded"):
-                raise ValueError(f"attacks must not be called {name!r}: the report uses that name itself")
+                raise ValueError(f"attacks must not be called {name!r}: reports use that name")
             if not isinstance(attack, Attack):
                 raise TypeError(f"attacks[{name!r}] must be an Attack, got {type(attack).__name__}")
             if attack.norm != dataset.threat_model.norm:
                 raise ValueError(
                     f"attacks[{name!r}] is an attack in {attack.norm}, but the data set's threat model is "
-                    f"{dataset.threat_model}: use one norm, or evaluate each norm on its own"
+                    f"{dataset.threat_model}: use one norm, or evaluate each norm separately"
                 )
         return dict(attacks)
     names = list(attacks)
     if len(set(names)) < len(names):
-        raise ValueError(f"attacks must be named once each, got {names}")
+        raise ValueError(f"attacks must be different names, got {names}")
     for name in names:
         check_attack_name(name)
     return {name: named_attack(name, model, dataset.threat_model, seed, suite) for name in names}
@@ -471,7 +471,7 @@ def _missing_attacks(
     for kind, uses in needed.items():
         if kind in teachers.missing:
             missing |= dict.fromkeys(uses, f"the {kind} teacher is missing: {teachers.missing[kind]}")
-    advice = "Say where the teachers are now (--teachers, teachers=), or leave" if missing else "Leave"
+    advice = "Give the teachers' current paths (--teachers, teachers=), or leave" if missing else "Leave"
     count = len(routed_networks(model))
     if count > 1 and any(use.startswith("transfer") for uses in needed.values() for use in uses):
         reason = f"the model holds {count} networks with a router, and attacks on the router need exactly one"

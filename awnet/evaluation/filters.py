@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,18 +63,16 @@ def _scale_of_each_layer(model: nn.Module, body: nn.Module, x: Tensor) -> dict[s
     with ExitStack() as hooks, frozen(model), torch.no_grad():
         routing = route(model, x)
 
-        def watch(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                used = kwargs.get("filter_scale", args[1] if len(args) > 1 else None)
-                for number, scale in enumerate(routing.filter_scales):
-                    if scale is used:
-                        numbers[name] = number
-
-            return hook
+        def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            used = kwargs.get("filter_scale", args[1] if len(args) > 1 else None)
+            for number, scale in enumerate(routing.filter_scales):
+                if scale is used:
+                    numbers[name] = number
 
         for name, module in body.named_modules():
             if isinstance(module, FilterScaledConv2d):
-                hooks.enter_context(module.register_forward_pre_hook(watch(name), with_kwargs=True))
+                hook = module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
+                hooks.enter_context(hook)
         with_routing(model, x, routing)
     return numbers
 

@@ -15,7 +15,7 @@ import numpy as np
 from awnet.data.threat_model import eps_text, norm_text
 from awnet.evaluation.paper import PaperRow, paper_rows
 from awnet.evaluation.results import AttackResult, Results
-from awnet.evaluation.tables import attack_label, parts_caption
+from awnet.evaluation.tables import attack_label, interval_text, p_text, parts_caption
 from awnet.files import read_json
 
 # awnet's names of the networks of Tables I, II and XI
@@ -82,8 +82,8 @@ _INTERVAL = re.compile(r"\[[-+−–.\d]+, [-+−–.\d]+\]")
 def page(report: Results, folder: Path, place: Path | None = None) -> str:
     """The page for ``report``; the PNG files in ``folder`` are embedded as figures.
 
-    ``place`` is the folder where the page will be stored, if it is not ``folder``: ``RUN/evaluations/NAME``
-    names the run.
+    ``place`` is the folder where the page will be stored, if it is not ``folder``. If it is
+    ``RUN/evaluations/NAME``, the page names the run.
     """
     place = place or folder
     run, started = _run(place)
@@ -158,7 +158,7 @@ def summary(report: Results) -> str:
     rows += [_attack_cells(name, result) for name, result in report.results().items()]
     where = f"{report.model}, {_images(report)}; percent [95 %]"
     table = _table(("attack", "accuracy", "A_w = ½ clean + ½ robust"), rows, where)
-    return table + (f"<p>Doubts:</p>{_list(report.flags)}" if report.flags else "")
+    return table + (f"<p>Warnings:</p>{_list(report.flags)}" if report.flags else "")
 
 
 def _images(report: Results) -> str:
@@ -380,8 +380,7 @@ def _compared(report: Results) -> str:
         return ""
 
     def cells(difference: float, interval: Sequence[float], p: float) -> list[str]:
-        middle, low, high = (f"{100 * value:+.1f}" for value in (difference, *interval))
-        return [middle, f"[{low}, {high}]", "&lt; 0.001" if p < 0.001 else f"{p:.3f}"]
+        return [f"{100 * difference:+.1f}", interval_text(interval), escape(p_text(p))]
 
     rows = []
     for other, c in report.compared_with.items():

@@ -57,7 +57,7 @@ def evaluate_norms(
     if len(norms) < 2 or len(set(norms)) < len(norms):
         raise ValueError(f"threat_models must be at least two, of different norms, got {norms}")
     if isinstance(attacks, Mapping):
-        raise TypeError("attacks must be names: an attack of your own has one norm")
+        raise TypeError("attacks must be names: an Attack has one norm")
     for other, value in (compared_with or {}).items():
         if value.threat_models != list(threat_models):
             raise ValueError(f"{other} was evaluated in {value.threat_text}: evaluate it in the same norms")

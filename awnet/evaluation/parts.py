@@ -64,8 +64,10 @@ class Row:
 class _Variant:
     """A variant of the network: its logits, and the losses whose worst case per image counts."""
 
-    def __init__(self, module: nn.Module, logits: Logits, losses: tuple[Loss, ...] = ()) -> None:
-        self.module, self.logits = module, logits
+    def __init__(
+        self, module: nn.Module, logits: Logits | None = None, losses: tuple[Loss, ...] = ()
+    ) -> None:
+        self.module, self.logits = module, logits or (lambda x_adv, x: module(x_adv))
         self.losses = losses or (self.cross_entropy,)
 
     def cross_entropy(self, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ def _variants(
         with torch.enable_grad():
             routing = route(module, point)
         scales = mean_scales(module, x)
-    yield WHOLE, _Variant(module, partial(_classified, module))
+    yield WHOLE, _Variant(module)
     for part, p in ((P_0, 0.0), (P_1, 1.0)):
         yield part, _Variant(module, partial(_rerouted, module, p=p))
     if scales:
@@ -168,16 +170,7 @@ def _variants(
         yield DYNAMIC, "its p and ω do not depend on the image: this is the whole network"
     for part, names in ((AFFINE, ("weight", "bias")), (STATISTICS, ("running_mean", "running_var"))):
         swapped = _swapped(model, names)
-        if isinstance(swapped, str):
-            yield part, swapped
-        else:
-            other = prepare(swapped)
-            yield part, _Variant(other, partial(_classified, other))
-
-
-def _classified(module: nn.Module, x_adv: Tensor, x: Tensor) -> Tensor:
-    logits: Tensor = module(x_adv)
-    return logits
+        yield part, swapped if isinstance(swapped, str) else _Variant(prepare(swapped))
 
 
 def _rerouted(
@@ -218,7 +211,7 @@ def _router_alone(module: nn.Module, *, has_type: bool) -> _Variant:
     def loss(x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
         routing = route(module, x_adv)
         value = F.cross_entropy(at_least_float32(with_routing(module, x, routing)), y, reduction="none")
-        # a gate that thresholds p has no gradient; PGD then stays at its start
+        # 0·p and 0·ω give the loss a gradient, of 0, even if a gate thresholds p; PGD then stays at its start
         zeros = [0 * part.flatten(1).sum(1) for part in (routing.p_clean[:, None], *routing.filter_scales)]
         return torch.stack([value, *(zero.to(value.dtype) for zero in zeros)]).sum(0)
 
@@ -269,20 +262,20 @@ class _Run:
             for x, y, index in self.data.batches(self.batch_size):
                 predictions = variant.logits(x, x).argmax(1)
                 predicted.append(predictions)
-                clean.append(predictions == y)
-                left = predictions == y
+                correct = predictions == y
+                clean.append(correct)
                 for attack in attacks:
-                    left = left & (variant.logits(attack(x, y, index=index), x).argmax(1) == y)
-                robust.append(left)
+                    correct = correct & (variant.logits(attack(x, y, index=index), x).argmax(1) == y)
+                robust.append(correct)
         whole = torch.cat(predicted)
         if self.whole is None:
             self.whole = whole
-        n, right = len(self.data), int(torch.cat(robust).sum())
+        n, count = len(self.data), int(torch.cat(robust).sum())
         return Row(
             part,
             clean_accuracy=int(torch.cat(clean).sum()) / n,
-            robust_accuracy=right / n,
-            interval_95=[*wilson_interval(right, n)],
+            robust_accuracy=count / n,
+            interval_95=[*wilson_interval(count, n)],
             changed=int((whole != self.whole).sum()) / n,
         )
 

@@ -42,32 +42,33 @@ def examine(module: nn.Module, x: Tensor, *, eot: int | None, budget: BudgetName
             f"the model runs {' and '.join(functions)} in train mode although it was set to eval mode"
             f"{coupled if 'batch_norm' in functions else ''}"
         )
-    given = module if isinstance(module, Stochastic) else None
-    if not difference and given is None and (eot is None or eot == 1):
+    stochastic = module if isinstance(module, Stochastic) else None
+    if not difference and stochastic is None and (eot is None or eot == 1):
         return Examined(module, {}, flags)
-    if given is None or eot is not None:
-        inner = module if given is None else given.model
-        given = Stochastic(inner, eot=BUDGETS[budget].eot if eot is None else eot, seed=seed)
-    settings = {"eot": given.eot, "passes": given.passes, "difference": difference}
+    if stochastic is None or eot is not None:
+        inner = module if stochastic is None else stochastic.model
+        stochastic = Stochastic(inner, eot=BUDGETS[budget].eot if eot is None else eot, seed=seed)
+    settings = {"eot": stochastic.eot, "passes": stochastic.passes, "difference": difference}
     differ = (
         f"two forward passes of the same images differ by {difference:.1e} of the largest logit"
         if difference
         else "two forward passes of the same images did not differ"
     )
     rand = (
-        f"attacks average their gradients over {given.eot} passes (--eot) and AutoAttack is its rand version"
-        if given.eot > 1
+        f"attacks average their gradients over {stochastic.eot} passes (--eot), and AutoAttack is "
+        "its rand version"
+        if stochastic.eot > 1
         else "attacks do not average their gradients (--eot 1), so the robust accuracy may be too high; "
         "AutoAttack is its rand version"
     )
     flags.append(
         f"the model is evaluated as a stochastic one, {differ}: {rand}; the predicted class is that of the "
-        f"largest mean probability over {given.passes} passes"
+        f"largest mean probability over {stochastic.passes} passes"
     )
-    return Examined(given, settings, flags)
+    return Examined(stochastic, settings, flags)
 
 
-def unaware(attacks: Mapping[str, Attack]) -> list[str]:
+def ignoring_randomness(attacks: Mapping[str, Attack]) -> list[str]:
     """The attacks on a stochastic model that neither average gradients over passes nor seed its noise."""
 
     def aware(attack: Attack) -> bool:

@@ -198,7 +198,7 @@ def _evaluation_folder(folder: Path) -> Path:
 
 
 def _where_reports_are(folder: Path) -> str:
-    """What to do about a folder without report.json."""
+    """Advice for a folder without report.json."""
     if not folder.exists():
         parent = folder.parent
         if parent.name == "evaluations" and parent.is_dir():
@@ -218,6 +218,7 @@ def _where_reports_are(folder: Path) -> str:
 
 
 def check_name(name: str) -> None:
+    """Raises ValueError unless ``name`` can be the name of a folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(
             f"name must be letters, digits, '.', '_' and '-', as it names a folder, got {name!r}"

@@ -42,9 +42,9 @@ class AttackDifference:
     """Another model under one attack, and this model minus that one, on the same images."""
 
     robust_accuracy: float
+    """Of the other model, as the next two."""
     w_robust_accuracy: float
     w_interval_95: Interval
-    """These three are the other model's."""
     difference: float
     """Difference of A_w: positive if this model is better."""
     interval_95: Interval
@@ -120,10 +120,11 @@ class Results:
     def __repr__(self) -> str:
         """The accuracies in percent, on one line."""
         results = ", ".join(f"{name} {100 * r.robust_accuracy:.1f}" for name, r in self.results().items())
-        doubts = f"; {len(self.flags)} doubt{'s' * (len(self.flags) != 1)}, see .flags" if self.flags else ""
+        count = len(self.flags)
+        warnings = f"; {count} warning{'s' * (count != 1)}, see .flags" if count else ""
         return (
             f"Report({self.model} on {self.n} {self.split} images of {self.dataset}, {self.threat_text}: "
-            f"clean {100 * self.clean_accuracy:.1f} %{', robust ' * bool(results)}{results}{doubts})"
+            f"clean {100 * self.clean_accuracy:.1f} %{', robust ' * bool(results)}{results}{warnings})"
         )
 
     @property

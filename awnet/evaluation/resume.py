@@ -23,14 +23,13 @@ from awnet.files import sweep
 from awnet.run_folder import RunFolder
 
 
-def state_key(model: nn.Module, plan: Plan, batch_size: int, suite: Suite, computes: str) -> str:
+def state_key(model: nn.Module, plan: Plan, batch_size: int, suite: Suite, runs_on: str) -> str:
     """A digest of everything that determines the adversarial images; the same on every rank.
 
-    ``computes`` says in which precision the evaluation runs, and whether on the model or on an inference
-    copy.
+    ``runs_on``: the precision, and whether the model or its inference copy runs.
     """
     dataset = plan.dataset
-    parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget, computes]
+    parts: list[Any] = [model_fingerprint(model), dataset.fingerprint(), batch_size, suite.budget, runs_on]
     parts += [suite.queries, {name: model_fingerprint(other) for name, other in suite.surrogates.items()}]
     for name, attack in plan.attacks.items():
         parts += [name, attack.settings, model_fingerprint(attack.model)]
@@ -78,7 +77,7 @@ def state_folder(name: str) -> Path:
 
 
 def parts_folder(name: str) -> Path:
-    """The folder of the marks of completed parts, relative to the run folder, for an evaluation of parts."""
+    """The folder, relative to the run folder, of the marks of the completed parts of an evaluation."""
     return state_folder(name) / "parts"
 
 
@@ -96,7 +95,7 @@ def load_part(run_folder: RunFolder, name: str, mark: Path) -> Report | None:
 
 
 def computed_once(saved: Saved | None, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """``compute()``, which JSON can write, or what an interrupted evaluation saved of it as ``name``."""
+    """The JSON-ready result of ``compute``; saved as ``name``, or loaded if that was saved before."""
     state = None if saved is None else saved.load(name)
     if state is not None:
         values: dict[str, Any] = state[1]

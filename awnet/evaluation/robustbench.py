@@ -52,7 +52,9 @@ def violations(model: nn.Module, x: Tensor, num_classes: int) -> list[str]:
         if not bool(logits.isfinite().all()):
             return ["its logits are NaN or infinite"]
         if not torch.equal(logits, model(x)):
-            broken.append("the same images give other logits the second time: it must be deterministic")
+            broken.append(
+                "two forward passes of the same images give different logits: it must be deterministic"
+            )
         alone = torch.cat([model(image[None]) for image in x[:4]])
         # a convolution of another batch size may round differently
         if not torch.allclose(alone, logits[:4], rtol=1e-3, atol=1e-4 * float(logits.abs().max())):

@@ -128,11 +128,11 @@ class _Table:
             "loss_against_steps": {
                 "steps": list(steps),
                 "loss": [loss for _, loss in steps.values()],
-                "accuracy": [_share(right) for right, _ in steps.values()],
+                "accuracy": [_share(correct) for correct, _ in steps.values()],
             },
             "accuracy_against_eps": {
                 "eps": [0.0, *against_eps],
-                "accuracy": [_share(clean), *(_share(right) for right in against_eps.values())],
+                "accuracy": [_share(clean), *(_share(correct) for correct in against_eps.values())],
             },
         }
         p_clean = self._p_clean()
@@ -155,14 +155,14 @@ class _Table:
 
         ``attack(x, y, index=index)`` gives the changed images.
         """
-        right, losses = [], []
+        correct, losses = [], []
         for x, y, index in self.data.batches(self.batch_size):
             images = x if attack is None else attack(x, y, index=index)
             with torch.no_grad():
                 logits = decision(self.model, images).float()
-            right.append(logits.argmax(1) == y)
+            correct.append(logits.argmax(1) == y)
             losses.append(F.cross_entropy(logits, y, reduction="none"))
-        return torch.cat(right).cpu(), float(torch.cat(losses).double().mean())
+        return torch.cat(correct).cpu(), float(torch.cat(losses).double().mean())
 
     def _noise(self) -> Tensor:
         key, norm = rng.key("sanity noise", self.seed), geometry(self.data.threat_model.norm)
@@ -198,9 +198,9 @@ class _Table:
         )
 
     def _grows(self, clean: Tensor, outcomes: Mapping[float, Tensor]) -> Check:
-        shares = [_share(clean), *(_share(right) for right in outcomes.values())]
+        shares = [_share(clean), *(_share(correct) for correct in outcomes.values())]
         rises = any(b > a + max(0.02, self.tolerance) for a, b in pairwise(shares))
-        by_eps = ", ".join(f"{eps:.3g}: {_percent(_share(right))}" for eps, right in outcomes.items())
+        by_eps = ", ".join(f"{eps:.3g}: {_percent(_share(correct))}" for eps, correct in outcomes.items())
         return Check(
             "accuracy falls to 0 as eps grows",
             "suspicious" if rises or shares[-1] > max(0.02, self.tolerance) else "pass",
@@ -233,7 +233,7 @@ class _Table:
         )
 
     def _black_box(self, white: Tensor, black: Mapping[str, Tensor]) -> Check:
-        missed = {name: _share(white & ~right) for name, right in black.items()}
+        missed = {name: _share(white & ~correct) for name, correct in black.items()}
         by_attack = ", ".join(f"{name} {_percent(share)}" for name, share in missed.items())
         return Check(
             "white-box attacks are no weaker than black-box ones",
@@ -268,5 +268,5 @@ class _Table:
         )
 
 
-def _share(right: Tensor) -> float:
-    return float(right.double().mean())
+def _share(correct: Tensor) -> float:
+    return float(correct.double().mean())

@@ -53,6 +53,14 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, *, level: float = LEVEL, seed: int = 0
+) -> tuple[float, Interval]:
+    """The mean of ``a`` minus ``b``, ``[n]`` over the same samples, and its bootstrap interval."""
+    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    return float(differences.mean()), bootstrap_interval(differences, level=level, seed=seed)
+
+
 def t_interval(values: ArrayLike, level: float = LEVEL) -> Interval:
     """Student's interval of the mean of ``values`` ``[n]``, n ≥ 2, for example one value per training."""
     from scipy.special import stdtrit

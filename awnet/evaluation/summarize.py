@@ -37,7 +37,7 @@ def build_report(
     selected_on: str | None,
     missing: dict[str, str],
 ) -> Report:
-    """The report on ``model``, the user's own, whose copy ``plan.model`` may be."""
+    """The report on ``model``, which is the user's; ``plan.model`` may be its inference copy."""
     dataset, seed = plan.dataset, plan.seed
     per_sample: dict[str, Array] = {
         "index": dataset.index.cpu().numpy(),
@@ -106,7 +106,7 @@ def build_report(
             {
                 kind: [scale / len(dataset) for scale in collected.scales[kind]]
                 for kind in [CLEAN, *plan.attacked]
-                if plan.has_type_head
+                if collected.scales[kind]
             },
         ),
     )
@@ -137,7 +137,7 @@ def check_finite(finite: Array | None, kind: str) -> None:
     if finite is not None and not finite.all():
         raise FloatingPointError(
             f"the model's logits are NaN or infinite for {int((~finite).sum())} of {len(finite)} {kind} "
-            "images: an accuracy would mean nothing; look at its weights"
+            "images, so there is no accuracy to report: look for NaN in its weights"
         )
 
 
@@ -157,7 +157,7 @@ def _exit_use(model: nn.Module, exit_of: Array, image_size: tuple[int, int]) -> 
 
 
 def flags(report: Results) -> list[str]:
-    """Reasons in the results to doubt them, one sentence each."""
+    """Warnings about the results, one sentence each."""
     reasons = []
     if report.approximate:
         reasons.append(

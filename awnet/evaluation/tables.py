@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -51,7 +51,7 @@ def w_robust_table(reports: Mapping[str, Results], title: str | None = None) -> 
     With more attacks than fit into columns the attacks are the rows.
     """
     if not reports:
-        raise ValueError("reports is empty: nothing to tabulate")
+        raise ValueError("reports is empty: there is nothing to show")
     first = next(iter(reports.values()))
     names = list(dict.fromkeys(name for report in reports.values() for name in report.results()))
     table = _table(title or _title(first), "percent; ± half the width of a 95 % interval")
@@ -177,8 +177,12 @@ def _attack_cells(report: Results, name: str) -> tuple[str, str]:
 
 
 def _difference(value: float, interval: Interval, p: float) -> str:
-    low, high = (f"{100 * end:+.1f}" for end in interval)
-    return f"{100 * value:+.1f} \\[{low}, {high}]  p {p_text(p)}"
+    return f"{100 * value:+.1f} \\{interval_text(interval)}  p {p_text(p)}"
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """The interval of a difference in points, empty if there is none."""
+    return "" if interval is None else f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]"
 
 
 def p_text(p: float | None) -> str:

@@ -83,9 +83,9 @@ def find_teachers(
 def _first(
     places: Sequence[Source], weights: str | None, device: torch.device | str, source: str | None = None
 ) -> nn.Module:
-    """The first model among ``places`` with these weights; else a ValueError that lists what is there.
+    """The first model among ``places`` with the SHA-256 ``weights``; else a ValueError that lists the others.
 
-    ``source`` is the recorded source if it was no path. It may name code, so it is only loaded if given.
+    ``source`` is the recorded source if it was no path. It may be code, so it is loaded only if it is given.
     """
     others = []
     for place in places:
@@ -105,7 +105,7 @@ def _first(
         raise ValueError(f"it was {source}, which may be code, so it must be given again")
     if not places:
         raise ValueError("it was passed to train as a module, so it has no file")
-    more = f" (nor do the {len(places) - 1} other places that were tried)" if len(places) > 1 else ""
+    more = f" (nor do the {len(places) - 1} other paths that were tried)" if len(places) > 1 else ""
     raise ValueError("; ".join(others) or f"{places[0]} does not exist{more}")
 
 
@@ -120,11 +120,11 @@ class _Record:
         if run is not None and self.exists:
             config = read_config(run, whole=True)
             self._described = config["teachers"] or {}
-            sessions = reversed(config["sessions"])
-            found: Any = next((one["teachers"] for one in sessions if one.get("teachers")), {})
-            if isinstance(found, list):  # an earlier version: paths in order
-                found = {kind: {"path": path} for kind, path in zip(self._described, found, strict=False)}
-            self._sources = found
+            recorded = (one["teachers"] for one in reversed(config["sessions"]) if one.get("teachers"))
+            sources: Any = next(recorded, {})
+            if isinstance(sources, list):  # an earlier version: paths in order
+                sources = {kind: {"path": path} for kind, path in zip(self._described, sources, strict=False)}
+            self._sources = sources
         self.kinds = tuple(self._described)
 
     def inside(self, kind: str) -> Path:

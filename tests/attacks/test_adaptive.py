@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.broken_defences import EPS, Gated, HardGated, Honest, Masked, Valley, images
+from support.broken_defenses import EPS, Gated, HardGated, Honest, Masked, Valley, images
 from torch import Tensor, nn
 
 from awnet.attacks import Attack, adaptive, named_attack

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.broken_defences import EPS, Gated, Honest, Masked, images
+from support.broken_defenses import EPS, Gated, Honest, Masked, images
 
 from awnet.attacks import CW, PGD, named_attack
 from awnet.attacks.craft import craft

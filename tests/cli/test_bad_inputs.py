@@ -294,7 +294,7 @@ CASES: list[tuple[list[str], str]] = [
         "eps must be in (0, 1], got 8: images are in [0, 1], so write 8/255 if you count in 8-bit levels",
     ),
     (model("net", "--attacks", "pgd"), "unknown attack 'pgd': choose from fgsm, pgd_sat, "),
-    (model("net", "--attacks", "fgsm", "fgsm"), "attacks must be named once each, got ['fgsm', 'fgsm']"),
+    (model("net", "--attacks", "fgsm", "fgsm"), "attacks must be different names, got ['fgsm', 'fgsm']"),
     (model("net", "--attacks", "cw-10"), "cw-10: the model has 10 classes, numbered from 0"),
     (
         model("net", "--attacks", "square-random"),
@@ -348,7 +348,7 @@ CASES: list[tuple[list[str], str]] = [
     (["compare", "first", "second"], "not comparable: second against first: number of images 10 and 12"),
     (
         ["compare", "first", "second", "--name", "full"],
-        "first has no evaluation 'full': awnet evaluate first --name full",
+        "first has no evaluation 'full': run awnet evaluate first --name full",
     ),
     (
         data("ok.npz", "--compare-with", "second", "--attacks", "fgsm"),

@@ -237,7 +237,7 @@ def test_compare_sets_two_runs_side_by_side(run, tmp_path, capsys):
     words = ["compare", str(run), str(other), "--name", "both"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert "has no evaluation 'both': awnet evaluate" in out
+    assert "has no evaluation 'both': run awnet evaluate" in out
     assert re.search(r"seed\s+3\s+4", out)
     assert "over images" not in out
     assert Path("comparison/training.png").stat().st_size > 10_000

@@ -229,7 +229,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
         ([first, second], "not comparable: b against a: eps 0.2 and 0.1"),
         ([first], "two or more reports"),
         ([first, tmp_path / "nowhere"], "does not exist: give a run folder"),
-        ([first, tmp_path / "a", "--name", "full"], "has no evaluation 'full': awnet evaluate"),
+        ([first, tmp_path / "a", "--name", "full"], "has no evaluation 'full': run awnet evaluate"),
     ):
         assert main(["compare", *map(str, words), "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err

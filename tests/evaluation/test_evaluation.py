@@ -33,7 +33,7 @@ from awnet.nn import Routing, convert
 
 
 def images(n: int = 30, classes: int = 3, seed: int = 0, **options: object) -> Dataset:
-    """Images that a linear model can mostly tell apart: each class is brighter in its own rows."""
+    """Images that a linear model can mostly tell apart: each class is brighter in different rows."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, classes, n)
     labels[:classes] = np.arange(classes)
@@ -59,7 +59,7 @@ class Linear(nn.Module):
 
 
 class Routed(Linear):
-    """Says of an image that it is clean if its pixels lie on the 8-bit grid; a router that knows no attack."""
+    """Classifies an image as clean if its pixels are on the 8-bit grid; a router that detects no attack."""
 
     def route(self, x: Tensor) -> Routing:
         off = (x * 255 - (x * 255).round()).abs().mean((1, 2, 3))
@@ -160,7 +160,7 @@ def test_aw_net_is_evaluated_and_left_as_it_was() -> None:
     assert np.allclose(report.per_sample["clean_p_clean"], model.route(x).p_clean.detach(), atol=1e-6)
     assert np.array_equal(report.per_sample["clean_prediction"], model(x).argmax(1).numpy())
 
-    # the effective filters: each layer's mean weight times its own mean ω
+    # the effective filters: each layer's mean weight times its mean ω
     layers = [name.split("/")[1] for name in report.filter_means if name.startswith("clean/")]
     assert layers == [f"stages.{stage}.0.conv{k}" for stage in range(3) for k in (1, 2)]
     for name, scale in zip(layers, model.route(x).filter_scales, strict=True):
@@ -173,7 +173,7 @@ def test_aw_net_is_evaluated_and_left_as_it_was() -> None:
 
 
 class Reversed(nn.Module):
-    """Calls its layers in another order than it holds them."""
+    """Calls its layers in another order than that of ``named_modules``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,6 +210,10 @@ def test_aw_net_without_type_head_has_no_auc(tmp_path: Path) -> None:
     folder = tmp_path / "evaluations" / "default"
     assert not (folder / "p_clean.png").exists()
     assert (folder / "filter_means.png").exists()
+    x = next(images(6).batches(6)).x
+    (scale, *_) = model.eval().route(x).filter_scales
+    effective = report.filter_means["weights/stages.0.0.conv1"] * scale.mean(0).detach().numpy()
+    assert np.allclose(report.filter_means["clean/stages.0.0.conv1"], effective, atol=1e-6)
 
 
 def test_an_evaluation_repeats_bit_for_bit_with_the_same_seed(tmp_path: Path) -> None:
@@ -376,16 +380,16 @@ def test_flags_warn_of_suspicious_results() -> None:
     assert flags(report) == ["cw breaks fewer images than a single step: gradients may be masked"]
     report.attacks["cw"].robust_accuracy = 0.0
 
-    def judged(fgsm: float, cw: float, noise: float, rounded: float = 0.97) -> list[str]:
+    def flags_of(fgsm: float, cw: float, noise: float, rounded: float = 0.97) -> list[str]:
         attacks = {"fgsm": fgsm, "cw": cw}
         report.detection = {k: {"auc": v, "rounded": {"auc": rounded}} for k, v in attacks.items()}
         report.detection |= {"uniform_noise": {"auc": noise}, "sign_noise": {"auc": 0.5}}
         return flags(report)
 
-    assert judged(0.99, 0.98, 0.6) == []
-    assert len(judged(0.99, 0.98, 0.985)) == 1
-    assert judged(0.5, 0.5, 0.52, 0.5) == []  # it detects nothing at all
-    (flag,) = judged(0.99, 0.98, 0.5, rounded=0.6)
+    assert flags_of(0.99, 0.98, 0.6) == []
+    assert len(flags_of(0.99, 0.98, 0.985)) == 1
+    assert flags_of(0.5, 0.5, 0.52, 0.5) == []  # it detects nothing at all
+    (flag,) = flags_of(0.99, 0.98, 0.5, rounded=0.6)
     assert "fgsm 0.990 to 0.600, cw 0.980 to 0.600" in flag
 
 
@@ -443,7 +447,7 @@ BAD = [
     ((MODEL, images(6).take(torch.arange(0))), {}, ValueError, "dataset is empty"),
     ((MODEL, images(6), "fgsm"), {}, TypeError, r"write \['fgsm'\]"),
     ((MODEL, images(6), ["fgsm", "pgd"]), {}, ValueError, "unknown attack .pgd.: choose from fgsm, pgd_sat"),
-    ((MODEL, images(6), ["fgsm", "fgsm"]), {}, ValueError, "once each"),
+    ((MODEL, images(6), ["fgsm", "fgsm"]), {}, ValueError, "different names"),
     ((MODEL, images(6), {"mine": MODEL}), {}, TypeError, "must be an Attack"),
     ((MODEL, images(6), {"clean": FGSM(MODEL, eps=0.1)}), {}, ValueError, "must not be called 'clean'"),
     ((MODEL, images(6)), {"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1"),

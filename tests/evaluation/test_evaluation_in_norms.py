@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.broken_defences import Honest, images
+from support.broken_defenses import Honest, images
 from support.two_ranks import on_two_ranks
 
 from awnet.attacks import PGD, Suite
@@ -186,7 +186,7 @@ def test_several_norms_are_compared_only_with_the_same(several):
     assert set(difference.attacks) == {"Linf", "L2", "L1", "union"}
 
 
-def test_several_norms_refuse_what_makes_no_sense():
+def test_several_norms_refuse_bad_arguments():
     for threats in (NORMS[:1], [NORMS[0], ThreatModel(0.2)]):
         with pytest.raises(ValueError, match="at least two, of different norms"):
             evaluate_norms(Honest(), images(4), threats, ["fgsm"])

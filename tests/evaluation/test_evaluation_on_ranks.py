@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.broken_defences import Gated, Honest, images
+from support.broken_defenses import Gated, Honest, images
 from support.killed_evaluation import assert_same_evaluation
 from support.two_ranks import free_port, on_two_ranks, torchrun
 from torch import Tensor
@@ -46,7 +46,7 @@ def plain(report: Report) -> dict[str, Any]:
 
 
 def everything(ranks: Ranks, folder: Path) -> Any:
-    """A batch each, and the sanity table for rank 0."""
+    """One batch for each rank, and the sanity table for rank 0."""
     report = evaluate(
         Gated(),
         images(8),
@@ -61,7 +61,7 @@ def everything(ranks: Ranks, folder: Path) -> Any:
 
 
 def filters(ranks: Ranks, folder: Path) -> Any:
-    """With filter scales, without a folder; three batches for rank 0 and two for rank 1."""
+    """An AW-Net without a run folder; three batches for rank 0 and two for rank 1."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = create_model("awnet_tiny", num_classes=4, in_channels=1)
@@ -69,13 +69,13 @@ def filters(ranks: Ranks, folder: Path) -> Any:
 
 
 def one_batch(ranks: Ranks, folder: Path) -> Any:
-    """Rank 1 has the sanity table alone."""
+    """Rank 1 computes the sanity table only."""
     options: dict[str, Any] = {"budget": "smoke", "queries": 20, "batch_size": 4, "sanity": True}
     return plain(evaluate(Gated(), images(3), ["fgsm"], ranks=ranks, **options))
 
 
 class Mortal(FGSM):
-    """Fails in the ``last``-th call and after."""
+    """An attack that fails in its ``last``-th call and later."""
 
     def __init__(self, last: int) -> None:
         super().__init__(Honest(), eps=0.5)  # breaks all
@@ -89,14 +89,14 @@ class Mortal(FGSM):
 
 
 def evaluate_in_batches(out: Path, ranks: Ranks, last: int = 100) -> dict[str, Any]:
-    """Five batches; also how many of them this rank attacked."""
+    """Evaluates five batches; also returns how many of them this rank attacked."""
     attack = Mortal(last)
     report = evaluate(Honest(), images(10), {"mortal": attack}, batch_size=2, out=out, ranks=ranks)
     return {**plain(report), "calls": attack.calls}
 
 
 def started(ranks: Ranks, folder: Path) -> Any:
-    """Three of the five batches are done; on two ranks 0 and 2 by rank 0, and 1 by rank 1."""
+    """Leaves a state with three of five batches; on two ranks 0 and 2 by rank 0, and 1 by rank 1."""
     with pytest.raises(InterruptedError):
         evaluate_in_batches(
             folder / f"started on {ranks.size}", ranks, last=[[4], [3, 2]][ranks.size - 1][ranks.rank]
@@ -109,7 +109,7 @@ def resumed(ranks: Ranks, folder: Path) -> Any:
 
 
 class Undefined(Honest):
-    """NaN for the sixth image."""
+    """A model whose logits for the sixth image are NaN."""
 
     def score(self, x: Tensor) -> Tensor:
         sixth = images(8).images[5] / torch.tensor(255.0)
@@ -117,7 +117,7 @@ class Undefined(Honest):
 
 
 def refusals(ranks: Ranks, folder: Path) -> Any:
-    """What each rank says, where one alone has the fault."""
+    """The error of each rank if only one has the fault."""
     said = []
     with pytest.raises(ValueError, match="all ranks must evaluate the same") as error:
         evaluate(Honest(), images(4), ["fgsm"], seed=ranks.rank, batch_size=2, ranks=ranks)
@@ -193,7 +193,7 @@ def test_ranks_with_different_models_or_images_are_refused(both: dict[str, Any])
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """Writes a network that classifies digits so well that attacks have something to do."""
+    """Writes a network that classifies most digits, so that attacks run on most images."""
     torch.manual_seed(0)
     model = create_model("awnet_tiny", in_channels=1)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -273,7 +273,7 @@ def test_a_killed_rank_restarts_both(weights: Callable[[Path], Path], alone: Pat
 def test_a_lost_rank_does_not_block_the_others(
     weights: Callable[[Path], Path], alone: Path, tmp_path: Path
 ) -> None:
-    """Not even where no torchrun looks after them; what is there is resumed by one process."""
+    """Also without torchrun; one process resumes the evaluation."""
     model = str(weights(tmp_path / "run"))
     (tmp_path / "job.py").write_text(textwrap.dedent(KILLED))
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

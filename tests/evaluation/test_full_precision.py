@@ -1,4 +1,4 @@
-"""Figures are made in float32: torch's settings, the caller's autocast, and what the report says."""
+"""Accuracies are computed in float32: torch's settings, the caller's autocast, and the report's precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from awnet.data import Dataset
 from awnet.detectors import LNG
 from awnet.evaluation import accuracy, evaluate, robust_correct, sanity_table
 from awnet.evaluation.robustbench import violations
-from awnet.precision import _FP32, computed_in, full_precision
+from awnet.precision import FP32_SETTINGS, computed_in, full_precision
 
 _OLDER = (
     *("cudnn_allow_tf32", "cublas_allow_tf32", "float32_matmul_precision", "cublas_allow_fp16_accumulation"),
@@ -27,8 +27,8 @@ _OLDER = (
 
 
 def settings() -> dict[Any, Any]:
-    """All of torch's settings, as a reader sees them; "raises" where an older one contradicts a newer one."""
-    actual: dict[Any, Any] = {key: torch._C._get_fp32_precision_getter(*key) for key in _FP32}
+    """The values of all of torch's settings; "raises" where an older setting contradicts a newer one."""
+    actual: dict[Any, Any] = {key: torch._C._get_fp32_precision_getter(*key) for key in FP32_SETTINGS}
     for name in _OLDER:
         try:
             actual[name] = getattr(torch._C, f"_get_{name}")()
@@ -38,9 +38,9 @@ def settings() -> dict[Any, Any]:
 
 
 def put(choose: random.Random) -> None:
-    """One of torch's settings, by one of its interfaces."""
+    """Changes one of torch's settings, by one of its interfaces."""
     yes, matmul = choose.random() < 0.5, torch.backends.cuda.matmul
-    backend, op = choose.choice(_FP32)
+    backend, op = choose.choice(FP32_SETTINGS)
     values = ["none", "ieee", "tf32", *(["bf16"] if backend != "cuda" else [])]
     choose.choice(
         (
@@ -64,7 +64,7 @@ def restored() -> Iterator[None]:
     for half in ("fp16", "bf16"):
         setattr(torch.backends.cuda.matmul, f"allow_{half}_reduced_precision_reduction", True)
     torch.backends.cuda.matmul.allow_fp16_accumulation = False
-    for key in _FP32:
+    for key in FP32_SETTINGS:
         torch._C._set_fp32_precision_setter(*key, before[key])
     assert settings() == before
 
@@ -76,7 +76,7 @@ def test_every_setting_is_float32_inside_and_as_before_afterwards() -> None:
         before = settings()
         with full_precision():
             inside = settings()
-            assert {inside[key] for key in _FP32} == {"ieee"}
+            assert {inside[key] for key in FP32_SETTINGS} == {"ieee"}
             assert inside["float32_matmul_precision"] == "highest"
             assert not inside["cudnn_allow_tf32"]
             assert not inside["cublas_allow_tf32"]
@@ -158,7 +158,7 @@ def digits(n: int) -> Dataset:
 
 
 def _figures(model: nn.Module) -> dict[str, Any]:
-    """Everything that makes figures of a model, by name."""
+    """All functions that measure a model, by name."""
     data = digits(12)
     x, y, _ = next(data.batches(12))
     suite = awnet.attacks.Suite(budget="smoke", queries=5)
@@ -175,7 +175,7 @@ def _figures(model: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("what", _figures(Watching()))
-def test_all_figures_are_made_in_float32(what: str) -> None:
+def test_all_measurements_run_in_float32(what: str) -> None:
     model = Watching()
     torch.backends.mkldnn.conv.fp32_precision = "bf16"
     torch.backends.cuda.matmul.fp32_precision = "tf32"  # reading the older settings raises from here on

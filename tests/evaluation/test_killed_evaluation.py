@@ -1,4 +1,4 @@
-"""An evaluation that is killed by the system, at any moment, and started again gives the same report."""
+"""An evaluation that is killed at any moment and restarted gives the same report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_python(words: list[str]) -> subprocess.Popen[bytes]:
-    """This Python with ``words``, which finds the tests' own modules."""
+    """The command line of this Python with ``words``, with the tests' modules on its path."""
     path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
     quiet = subprocess.DEVNULL
     return subprocess.Popen([sys.executable, *words], env=os.environ | {"PYTHONPATH": path}, stdout=quiet)

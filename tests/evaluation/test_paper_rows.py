@@ -1,4 +1,4 @@
-"""The typed figures of the paper agree with its own arithmetic."""
+"""The values typed from the paper are consistent with each other."""
 
 from __future__ import annotations
 

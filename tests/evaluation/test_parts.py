@@ -43,7 +43,7 @@ def digits() -> Dataset:
 
 @pytest.fixture(scope="module")
 def model() -> AWNet:
-    """A tiny AW-Net whose router, scales and branches all matter."""
+    """A tiny AW-Net whose router, scales and branches all change the logits."""
     torch.manual_seed(0)
     network = create_model("awnet_tiny", in_channels=1, width=0.25).eval()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_clean_accuracies_equal_direct_computation(model: AWNet, digits: Dataset
 
 
 class Gate(nn.Module):
-    """Classifies by its router alone, or with ``dynamic`` by its dynamic network alone."""
+    """Classifies by its router only, or with ``dynamic`` by its dynamic network only."""
 
     def __init__(self, *, dynamic: bool) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ def test_swapped_branches_of_a_converted_network_change_nothing_before_training(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(4, 10),
     )  # fmt: skip
-    cnn(torch.rand(8, 1, 8, 8))  # running statistics of its own
+    cnn(torch.rand(8, 1, 8, 8))  # updates the running statistics
     parts = gated_parts(convert(cnn), digits, SMOKE)
     whole = row(parts, WHOLE)
     for part in (AFFINE, STATISTICS, P_0, P_1):

@@ -1,4 +1,4 @@
-"""Evaluation on frozen copies, with the decisions of the model itself, and in bfloat16, never as a headline."""
+"""Evaluation on inference copies, with the model's predictions, and in bfloat16, without a headline."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def network(name: str = "awnet_tiny", seed: int = 0, **options: object) -> nn.Mo
 
 
 @pytest.mark.parametrize("name", ["awnet_tiny", "resnet_tiny"])
-def test_the_frozen_copy_decides_as_the_model_does(name: str) -> None:
+def test_the_inference_copy_predicts_as_the_model_does(name: str) -> None:
     model, data = network(name), digits(24)
     copied = evaluate(model, data, ["fgsm", "pgd_sat"], batch_size=16)
     model.register_forward_hook(lambda *_: None)  # so that no copy can replace it
@@ -91,7 +91,7 @@ def foreign() -> nn.Module:
     ],
 )
 def test_an_evaluation_runs_frozen_layers_alone(make: Callable[[], nn.Module], copied: bool) -> None:
-    """In test mode and with frozen weights, so that no gradient is computed for them."""
+    """In eval mode and with frozen weights, so that no gradient is computed for them."""
     torch.manual_seed(0)
     model = make().train()
     assert (prepare(model, "float32", digits(4).images[:2] / 255).module is not model) == copied
@@ -147,7 +147,7 @@ def test_adaptive_attacks_break_the_copy_as_they_break_the_model(name: str) -> N
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
-    """All attacks there are, in bfloat16."""
+    """All attacks, in bfloat16."""
     out = tmp_path_factory.mktemp("run")
     report = evaluate(
         network(),
@@ -177,7 +177,7 @@ def test_the_whole_union_runs_in_bfloat16(quick: tuple[Report, Path]) -> None:
     np.testing.assert_allclose(clean, exact, atol=0.05 * float(np.abs(exact).max()) + 0.02)
 
 
-def test_figures_in_bfloat16_are_never_the_headline(quick: tuple[Report, Path], tmp_path: Path) -> None:
+def test_accuracies_in_bfloat16_are_never_the_headline(quick: tuple[Report, Path], tmp_path: Path) -> None:
     report, out = quick
     assert report.approximate
     with pytest.raises(ValueError, match="bfloat16 are no headline: evaluate in float32"):
@@ -201,7 +201,7 @@ def test_figures_in_bfloat16_are_never_the_headline(quick: tuple[Report, Path], 
         compare(exact, report)
 
 
-def test_robustbench_export_refuses_figures_in_bfloat16(tmp_path: Path) -> None:
+def test_robustbench_export_refuses_accuracies_in_bfloat16(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = create_model("awnet_tiny")
     pixels = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8)
@@ -214,7 +214,7 @@ def test_robustbench_export_refuses_figures_in_bfloat16(tmp_path: Path) -> None:
 
 
 class Routed(nn.Module):
-    """A foreign network with a router, which offers no frozen copy."""
+    """A foreign network with a router, which has no inference copy."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The report's page: self-contained, escaped, with the worst case at its head and the paper's row beside ours."""
+"""The report's page: self-contained, escaped, with the worst case first and the paper's row next to ours."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
-    """A network that has learnt nothing, judged by all that a report can hold."""
+    """The report of an untrained network with every section that a report can have."""
     torch.manual_seed(0)
     model = create_model("awnet_tiny", in_channels=1)
     out = tmp_path_factory.mktemp("run")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.broken_defences import EPS, Gated, HardGated, Honest, Masked, Valley, images
+from support.broken_defenses import EPS, Gated, HardGated, Honest, Masked, Valley, images
 from torch import Tensor, nn
 
 from awnet.attacks import PGD, Attack, Suite, named_attack
@@ -45,7 +45,7 @@ def smoke(model: nn.Module, attacks: object = ATTACKS, **options: object) -> Rep
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_broken_defences_are_suspicious(model: nn.Module, lines: set[str]) -> None:
+def test_broken_defenses_are_suspicious(model: nn.Module, lines: set[str]) -> None:
     actual, curves = sanity_table(model, images(), SUITE)
     assert lines <= {check.check for check in actual if check.result == "suspicious"}
     assert len(actual) == (8 if hasattr(model, "route") else 7)
@@ -63,7 +63,7 @@ def test_an_honest_network_passes() -> None:
 
 
 class Coupled(Honest):
-    """Its logits depend on the batch, and on chance."""
+    """A model whose logits depend on the batch, or are random."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def test_the_headline_of_a_report_is_the_union(model: nn.Module) -> None:
         assert set(report.union.broken_first_by) & {"joint", "two_phase"}
 
 
-def test_an_honest_report_raises_no_doubt() -> None:
+def test_the_report_of_an_honest_network_has_no_warning() -> None:
     report = smoke(Honest())
     assert report.union.robust_accuracy == report.attacks["aa"].robust_accuracy == 1
     assert report.union.broken_first_by == {}
@@ -230,7 +230,7 @@ def test_interrupted_evaluation_gives_the_same_report(
     assert not (folder / "state").exists()
 
 
-def test_state_of_another_model_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_of_another_model_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = smoke(Honest(), ["pgd_sat", "aa"])
 
     def stop(*args: object, **options: object) -> None:

@@ -32,7 +32,7 @@ class Noisy(nn.Module):
 
 
 def images(n: int = 18) -> Dataset:
-    """Images of three classes, each brighter in its own rows."""
+    """Images of three classes, each brighter in different rows."""
     generator = np.random.default_rng(0)
     labels = np.arange(n) % 3
     pixels = generator.integers(0, 170, (n, 1, 6, 6))

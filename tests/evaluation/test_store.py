@@ -38,7 +38,7 @@ def linear(seed: int) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def reports() -> tuple[Report, Report]:
-    """Of two models, with different figures."""
+    """Reports of two models, with different accuracies."""
     first, second = evaluate(linear(0), data(), ["fgsm", "cw"]), evaluate(linear(1), data(), ["fgsm"])
     assert first.clean_accuracy != second.clean_accuracy
     return first, second
@@ -46,7 +46,7 @@ def reports() -> tuple[Report, Report]:
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take most of the time; a file for each kind of figure stands for them."""
+    """Replaces the figures, which take most of the time, by small files."""
 
     def draw(report: Report, folder: Path, log: Path | None = None) -> None:
         names = ["w_robust.png", *(["sanity.png"] if "cw" in report.attacks else [])]
@@ -222,7 +222,7 @@ def test_a_second_evaluation_of_the_same_name_is_refused(tmp_path: Path) -> None
 
 
 class Stopped(Attack):
-    """Fails at its second batch: the first one stays on the disk."""
+    """An attack that fails at its second batch, after the first was saved."""
 
     def perturb(self, x: Tensor, y: Tensor, index: Tensor, largest_label: int) -> Tensor:
         if int(index.max()) >= 6:

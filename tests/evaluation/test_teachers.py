@@ -1,4 +1,4 @@
-"""The attacks that use a run's teachers are never left out of a verdict without a word."""
+"""Attacks that use a run's teachers: found, given or missing; a report never omits one silently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from awnet.attacks import FGSM, Attack, Cascade, Suite, named_attack
-from awnet.attacks.registry import _ATTACKS, TRANSFERRED
+from awnet.attacks.registry import ATTACKS, TRANSFERRED
 from awnet.cli import main
 from awnet.data import Dataset, Splits, load_dataset
 from awnet.evaluation import Report, evaluate
@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy, looked at from elsewhere; the trained folders themselves are out of reach."""
+    """A copy of the runs, in another working directory; the original folders are not accessible."""
     monkeypatch.chdir(tmp_path)
     copy = tmp_path / "copy" / "p"
     shutil.copytree(trained, copy)
@@ -70,7 +70,7 @@ def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def union(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The union's members take minutes; FGSM stands for each that a teacher makes, and for the others."""
+    """Replaces the union, which takes minutes, by FGSM for each member that a teacher makes, and one more."""
 
     def make(model: nn.Module, threat: Any, seed: int, suite: Suite) -> Attack:
         members: dict[str, Attack] = {"aa": FGSM(model, eps=threat.eps)}
@@ -80,11 +80,11 @@ def union(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen = {name: FGSM(model, eps=threat.eps) for name in with_teachers}
         return Cascade(model, members | chosen, eps=threat.eps, seed=seed)
 
-    original = _ATTACKS["union"]
-    monkeypatch.setitem(_ATTACKS, "union", make)
+    original = ATTACKS["union"]
+    monkeypatch.setitem(ATTACKS, "union", make)
 
 
-def judged(run: Path, data: Dataset | None = None, **options: Any) -> Report:
+def evaluated(run: Path, data: Dataset | None = None, **options: Any) -> Report:
     data = DIGITS.test.subset(2) if data is None else data
     return evaluate(
         load_model(run), data, ["union"], run=run, budget="smoke", queries=2, sanity=False, **options
@@ -105,16 +105,16 @@ WHOLE = {"adaptive_paper"} | transfers("clean", "robust")
 
 @pytest.mark.usefixtures("union")
 def test_teachers_given_by_a_relative_path_are_found_from_anywhere(place: Path) -> None:
-    report = judged(place / "mtard")
+    report = evaluated(place / "mtard")
     assert members(report) == WHOLE
     assert not report.missing
     shutil.move(place, place.parent / "moved")  # the run and its teachers together
-    assert members(judged(place.parent / "moved" / "mtard")) == WHOLE
+    assert members(evaluated(place.parent / "moved" / "mtard")) == WHOLE
 
 
 @pytest.mark.usefixtures("union")
 def test_a_recipe_with_a_clean_teacher_alone_has_its_union(place: Path) -> None:
-    report = judged(place / "hat")
+    report = evaluated(place / "hat")
     assert members(report) == transfers("clean")
     assert not report.missing
 
@@ -150,7 +150,7 @@ def test_a_teacher_that_is_not_there_is_an_error(
 ) -> None:
     harm(place)
     with pytest.raises(ValueError, match=reason) as caught:
-        judged(place / "mtard")
+        evaluated(place / "mtard")
     for name in ("adaptive_paper", *transfers("robust")):
         assert name in str(caught.value)
     assert "transfer_clean_teacher" not in str(caught.value)
@@ -162,7 +162,7 @@ def test_a_teacher_that_is_not_there_is_an_error(
 @pytest.mark.usefixtures("union", "undrawn")
 def test_missing_teachers_flag_the_headline(place: Path, tmp_path: Path) -> None:
     _removed(place)
-    report = judged(place / "mtard", allow_missing=True, out=tmp_path / "out")
+    report = evaluated(place / "mtard", allow_missing=True, out=tmp_path / "out")
     assert members(report) == transfers("clean")
     assert set(report.missing) == {"adaptive_paper"} | transfers("robust")
     (flag,) = (flag for flag in report.flags if flag.startswith("incomplete"))
@@ -174,7 +174,7 @@ def test_missing_teachers_flag_the_headline(place: Path, tmp_path: Path) -> None
     assert "robust does not exist" in text
     again = Report.load(tmp_path / "out" / "evaluations" / "default")
     assert again.missing == report.missing
-    whole = judged(place / "hat", compared_with={"mtard": again})
+    whole = evaluated(place / "hat", compared_with={"mtard": again})
     assert any("the union of mtard, which this is compared with, is incomplete" in f for f in whole.flags)
 
 
@@ -182,30 +182,30 @@ def test_missing_teachers_flag_the_headline(place: Path, tmp_path: Path) -> None
 def test_moved_teachers_are_given_and_compared_with_the_record(place: Path, tmp_path: Path) -> None:
     shutil.move(place / "t", tmp_path / "new")
     clean, robust = tmp_path / "new" / "clean", tmp_path / "new" / "robust"
-    assert members(judged(place / "mtard", teachers={"clean": clean}, teacher=network(1))) == WHOLE
+    assert members(evaluated(place / "mtard", teachers={"clean": clean}, teacher=network(1))) == WHOLE
     assert set(find_teachers(place / "mtard", given=(clean, robust)).models) == {"clean", "robust"}
     assert set(find_teachers(place / "m", given=(clean, network(1))).models) == {"clean", "robust"}
     with pytest.raises(ValueError, match=r"clean teacher is missing: .*robust has other weights"):
-        judged(place / "mtard", teachers=(robust, clean))
+        evaluated(place / "mtard", teachers=(robust, clean))
     with pytest.raises(ValueError, match="the given ResNet has other weights"):
-        judged(place / "mtard", teachers={"clean": clean}, teacher=network(5))
+        evaluated(place / "mtard", teachers={"clean": clean}, teacher=network(5))
     with pytest.raises(ValueError, match="teachers must be 2, in this order: clean, robust"):
-        judged(place / "mtard", teachers=(clean,))
+        evaluated(place / "mtard", teachers=(clean,))
     with pytest.raises(ValueError, match="trained without a robust teacher: it has clean ones"):
-        judged(place / "hat", teachers={"robust": robust})
+        evaluated(place / "hat", teachers={"robust": robust})
     with pytest.raises(ValueError, match="surrogates must not be called clean_teacher"):
-        judged(place / "m", teachers=(clean, robust), surrogates={"clean teacher": network(3)})
+        evaluated(place / "m", teachers=(clean, robust), surrogates={"clean teacher": network(3)})
 
 
 @pytest.mark.usefixtures("union")
 def test_surrogates_come_beside_the_teachers_not_in_their_place(place: Path) -> None:
-    report = judged(place / "mtard", surrogates={"mine": network(3)})
+    report = evaluated(place / "mtard", surrogates={"mine": network(3)})
     assert members(report) == WHOLE | {f"transfer_mine_{attack}" for attack in TRANSFERRED}
 
 
 def test_teachers_given_as_modules_must_be_given_again(place: Path) -> None:
     with pytest.raises(ValueError, match="clean teacher is missing: it was passed to train as a module"):
-        judged(place / "m")
+        evaluated(place / "m")
 
 
 def _as_an_earlier_version(config: Path, paths: list[str]) -> None:

@@ -67,7 +67,7 @@ def test_the_evaluation_example_measures_the_union(capsys: pytest.CaptureFixture
     report = main_of("evaluate_your_model")(**SMALL["evaluate_your_model"])
     assert report.union is not None
     assert report.union.robust_accuracy <= report.attacks["pgd_sat"].robust_accuracy
-    assert "doubt: the attacks ran at the smoke budget" in capsys.readouterr().out
+    assert "warning: the attacks ran at the smoke budget" in capsys.readouterr().out
 
 
 @pytest.mark.slow

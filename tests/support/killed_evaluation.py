@@ -9,7 +9,7 @@ import numpy as np
 
 from awnet.evaluation import Report, evaluate
 
-from .broken_defences import Gated, images
+from .broken_defenses import Gated, images
 
 OPTIONS = {
     "attacks": ["fgsm", "square", "union"],

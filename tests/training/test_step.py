@@ -1,4 +1,4 @@
-"""The training step against plain torch, and what a step that is not finite leaves alone."""
+"""The training step against plain torch; a step that is not finite changes nothing."""
 
 from __future__ import annotations
 
@@ -401,7 +401,7 @@ def test_a_run_validates_and_saves_the_average(tmp_path: Path) -> None:
 def test_a_run_drops_its_graphs_before_the_process_group_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """NCCL waits forever where a group is destroyed whose collectives are in a graph that still exists."""
+    """NCCL hangs if a process group is destroyed while a graph with its collectives exists."""
     order: list[str] = []
 
     @contextmanager
