@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from awnet.analysis import accuracy_against_eps, compared_curves, w_robust_bars, waterfall
 from awnet.analysis import filter_means as draw_filter_means
-from awnet.analysis import w_robust_bars, waterfall
 from awnet.cli.options import print_text
 from awnet.evaluation import Report, compare, comparison_table, w_robust_table
 from awnet.evaluation.results import AttackResult
@@ -137,7 +137,12 @@ def test_figures_accept_every_name(name: str, tmp_path: Path) -> None:
     waterfall(10, 1, {name: 2}, tmp_path / "waterfall.png", title=name)
     values = np.linspace(-1, 1, 8)
     draw_filter_means({name: {name: values, "b": values}}, tmp_path / "means.png", title=name)
-    assert len(list(tmp_path.glob("*.png"))) == 3
+    epoch = {"epoch": 1, "total": 1.0, "clean_accuracy": 0.5}
+    compared_curves({name: [epoch]}, tmp_path / "runs.png", title=name)
+    curve = {"eps": [0, 0.1], "accuracy": [1, 0], "low": [1, 0], "high": [1, 0], "norm": "L2"}
+    path, attacks = tmp_path / "eps.png", {name: measured}
+    accuracy_against_eps({name: curve}, path, own_eps=0.1, attacks=attacks, title=name)
+    assert len(list(tmp_path.glob("*.png"))) == 5
     assert not figure_text(name).startswith("_")
 
 

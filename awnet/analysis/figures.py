@@ -201,15 +201,18 @@ def accuracy_against_eps(
         for color, (name, curve) in zip(cycle((ADVERSARIAL, "#333333")), curves.items(), strict=False):
             sizes = np.asarray(curve["eps"], dtype=np.float64)
             accuracy, lower, upper = (100 * np.asarray(curve[key]) for key in ("accuracy", "low", "high"))
-            axes.step(sizes, accuracy, where="post", color=color, label=name)
+            axes.step(sizes, accuracy, where="post", color=color, label=figure_text(name))
             axes.fill_between(sizes, lower, upper, step="post", color=color, alpha=0.18, lw=0)
         for number, (name, (value, (low, high))) in enumerate((attacks or {}).items()):
             bars = [[100 * max(value - low, 0)], [100 * max(high - value, 0)]]
             marker = "osv^Dx+*"[number % 8]
-            axes.errorbar([own_eps], [100 * value], bars, fmt=marker, color=CLEAN, ms=5, lw=0.8, label=name)
+            style = {"fmt": marker, "color": CLEAN, "ms": 5, "lw": 0.8, "label": figure_text(name)}
+            axes.errorbar([own_eps], [100 * value], bars, **style)
         axes.axvline(own_eps, color=CLEAN, lw=1.0, ls=(0, (4, 1.5)))
         norm = next(iter(curves.values()))["norm"]
-        axes.set(title=title, xlabel=f"ε ({norm})", ylabel="robust accuracy, percent", ylim=(-2, 102))
+        axes.set(
+            title=figure_text(title), xlabel=f"ε ({norm})", ylabel="robust accuracy, percent", ylim=(-2, 102)
+        )
         axes.set_xlim(left=0)
         axes.legend(fontsize="small", ncols=1 + len(attacks or {}) // 8)
 

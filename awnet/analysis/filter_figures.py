@@ -83,13 +83,14 @@ def weight_gap_curves(gaps: Sequence[Any], path: str | Path, *, title: str) -> N
     """The gap against ε for each α: measurements as points, Eq. 8 as lines; and their cosine.
 
     Args:
-        gaps: the result of :func:`awnet.analysis.weight_gaps`.
+        gaps: the result of :func:`awnet.analysis.weight_gaps`; α = 0, which has no gap, is not drawn.
     """
-    if not gaps:
-        raise ValueError("gaps is empty: nothing to draw")
+    alphas = sorted({gap.adv_weight for gap in gaps} - {0.0})
+    if not alphas:
+        raise ValueError("gaps has no α above 0: nothing to draw")
     with figure_file(path, 8.4, 3.4) as figure:
         left, right = figure.subplots(1, 2)
-        for number, alpha in enumerate(sorted({gap.adv_weight for gap in gaps} - {0.0})):
+        for number, alpha in enumerate(alphas):
             curve = sorted((gap for gap in gaps if gap.adv_weight == alpha), key=lambda gap: gap.eps)
             eps = [gap.eps for gap in curve]
             color = CYCLE[number % len(CYCLE)]

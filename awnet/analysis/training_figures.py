@@ -92,16 +92,16 @@ def compared_curves(
         left, right = figure.subplots(1, 2)
         styles = {"clean_accuracy": (":", "clean"), "w_robust_accuracy": ("-", "$A_w$")}
         for number, (name, records) in enumerate(runs.items()):
-            color = CYCLE[number % len(CYCLE)]
+            color, run = CYCLE[number % len(CYCLE)], figure_text(name)
             for axes, key, style, label in (
-                (left, "total", "-", name),
-                *((right, key, style, f"{name}, {text}") for key, (style, text) in styles.items()),
+                (left, "total", "-", run),
+                *((right, key, style, f"{run}, {text}") for key, (style, text) in styles.items()),
             ):
                 if any(key in record for record in records):
                     epochs, values = _column(records, key)
                     factor = 1 if key == "total" else 100
                     axes.plot(epochs, factor * values, ls=style, color=color, label=label, marker="o", ms=3)
-        _by_epoch(left, f"{title}: loss")
+        _by_epoch(left, f"{figure_text(title)}: loss")
         _by_epoch(right, "Validation accuracy", "percent", (0, 101))
         for axes in (left, right):
             axes.legend(loc="best")

@@ -1,4 +1,4 @@
-"""Eq. 8 holds to first order on smooth networks, and its corners are exact."""
+"""Eq. 8 holds to first order on smooth networks, and exactly for ε = 0 and α = 0."""
 
 from __future__ import annotations
 
