@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -33,7 +33,8 @@ from awnet.training.training_attacks import TrainingAttack
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def _expected(model: nn.Module, kind: type[Network], recipe: str) -> Network:
+def _require(model: nn.Module, kind: type[Network], recipe: str) -> Network:
+    """``model``; TypeError unless it is a ``kind``, which ``recipe`` trains."""
     if not isinstance(model, kind):
         raise TypeError(f"recipe {recipe!r} trains a {kind.__name__}, got a {type(model).__name__}")
     return model
@@ -46,7 +47,7 @@ def all_exits(
     model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
 ) -> Tensor:
     """Logits [exits, 2B, K] of all exits for [clean; adversarial] images."""
-    network = _expected(model, RDIResNet, "rdi")
+    network = _require(model, RDIResNet, "rdi")
     assert x_adv is not None
     return torch.stack(network.exits(torch.cat([batch.x, x_adv]))).float()
 
@@ -71,7 +72,7 @@ class RDI(PGDAT):
 
     The attack computes a PGD image against each exit and takes, for every image, the one with the largest sum
     of all exits' losses. It costs as much as four and a half attacks on the network. Before each validation
-    the thresholds for leaving early are chosen on held-out training images, clean and attacked.
+    the exits' thresholds are chosen on held-out training images, clean and attacked.
 
     ``awnet train --recipe rdi --data cifar10 --model rdi_resnet38``.
     Expected time and accuracy: not measured.
@@ -92,7 +93,7 @@ class RDI(PGDAT):
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
     ) -> TrainingAttack:
-        network = _expected(model, RDIResNet, self.name)
+        network = _require(model, RDIResNet, self.name)
         return MaxAverageAttack(
             network,
             num_classes,
@@ -106,7 +107,7 @@ class RDI(PGDAT):
         )
 
     def calibrate(self, model: nn.Module, data: Dataset) -> None:
-        network = _expected(model, RDIResNet, self.name)
+        network = _require(model, RDIResNet, self.name)
         if not len(data):
             raise ValueError("splits.validation is empty: rdi needs held-out images to choose its thresholds")
         attack = self.attack(network, data.threat_model, data.num_classes, seed=0)
@@ -119,16 +120,10 @@ class RDI(PGDAT):
         network.thresholds.copy_(choose_thresholds(torch.cat(logits, dim=1), torch.cat(labels)))
 
 
-class MaxAverageAttack:
-    """PGD against each exit of ``network``; for every image, the result with the largest average loss.
+class SeveralAttacks:
+    """Attacks that share one seed."""
 
-    ``settings`` are those of :class:`~awnet.attacks.PGD`; ``seed`` may be changed. Values are not checked.
-    """
-
-    def __init__(self, network: RDIResNet, num_classes: int, **settings: Any) -> None:
-        self.network, self.num_classes = network, num_classes
-        exits = range(len(network.side_exits) + 1)
-        self.attacks = [PGD(network, loss=_loss_at(exit), **settings) for exit in exits]
+    attacks: Sequence[TrainingAttack]
 
     @property
     def seed(self) -> int:
@@ -138,6 +133,18 @@ class MaxAverageAttack:
     def seed(self, seed: int) -> None:
         for attack in self.attacks:
             attack.seed = seed
+
+
+class MaxAverageAttack(SeveralAttacks):
+    """PGD against each exit of ``network``; for every image, the result with the largest average loss.
+
+    ``settings`` are those of :class:`~awnet.attacks.PGD`; ``seed`` may be changed. Values are not checked.
+    """
+
+    def __init__(self, network: RDIResNet, num_classes: int, **settings: Any) -> None:
+        self.network, self.num_classes = network, num_classes
+        exits = range(len(network.side_exits) + 1)
+        self.attacks: list[PGD] = [PGD(network, loss=_exit_loss(exit), **settings) for exit in exits]
 
     def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
         """Adversarial images for ``x`` [B, C, H, W], labels int64 [B] and indices int64 [B]."""
@@ -149,7 +156,9 @@ class MaxAverageAttack:
         return torch.stack(candidates)[loss.argmax(0), torch.arange(len(y), device=y.device)]
 
 
-def _loss_at(exit: int) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+def _exit_loss(exit: int) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+    """The cross-entropy [B] of exit number ``exit``, as a loss of PGD."""
+
     def loss(model: nn.Module, x_adv: Tensor, x: Tensor, y: Tensor) -> Tensor:
         assert isinstance(model, RDIResNet)
         return F.cross_entropy(model.exits(x_adv, last=exit)[-1], y, reduction="none")
@@ -161,7 +170,7 @@ def _loss_at(exit: int) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def _only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def _training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Only these parameters of ``model`` require gradients, for a block of code."""
     chosen = {id(parameter) for parameter in parameters}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
@@ -179,7 +188,7 @@ def _pass_training(
 ) -> Outputs:
     """A pass over [clean; adversarial] images with gradients for some of the parameters only."""
     assert x_adv is not None
-    with _only(model, parameters):
+    with _training_only(model, parameters):
         clean, adversarial = model(torch.cat([batch.x, x_adv])).float().split(len(batch.y))
     is_clean = torch.arange(2 * len(batch.y), device=batch.y.device) < len(batch.y)
     return Outputs(clean, adversarial, is_clean)
@@ -212,7 +221,7 @@ class AlternatingTrades(Trades):
             raise ValueError(f"router_weight must be a number of at least 0, got {self.router_weight!r}")
         if self.capture is True:
             raise ValueError(
-                "capture must not be True: the router's step attacks what the experts' step made"
+                "capture must not be True: the router's attack needs the weights after the experts' update"
             )
 
     def phases(self) -> tuple[Phase, ...]:
@@ -230,7 +239,7 @@ class AlternatingTrades(Trades):
 def _expert_pass(
     model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
 ) -> Outputs:
-    network = _expected(model, ADVMOE, "advmoe")
+    network = _require(model, ADVMOE, "advmoe")
     routers = {id(parameter) for parameter in network.router.parameters()}
     experts = [parameter for parameter in network.parameters() if id(parameter) not in routers]
     return _pass_training(network, experts, batch, x_adv)
@@ -246,7 +255,7 @@ def _expert_loss(outputs: Outputs, y: Tensor, options: LossOptions) -> LossResul
 def _router_pass(
     model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
 ) -> Outputs:
-    network = _expected(model, ADVMOE, "advmoe")
+    network = _require(model, ADVMOE, "advmoe")
     return _pass_training(network, network.router.parameters(), batch, x_adv)
 
 
@@ -254,7 +263,7 @@ def _router_pass(
 
 
 class SeparateOutputs(NamedTuple):
-    """What Separate-Net's parts return, logits in float32.
+    """The logits of Separate-Net's parts, float32.
 
     standard: [B, K], the standard member's for clean images.
     clean, adversarial: [B, K], the robust member's.
@@ -270,8 +279,8 @@ class SeparateOutputs(NamedTuple):
 def separate_pass(
     model: nn.Module, batch: Batch, x_adv: Tensor | None, options: LossOptions, teachers: Teachers | None
 ) -> SeparateOutputs:
-    """Each part on its images; ``x_adv`` [2B, C, H, W] is made against the robust and the standard member."""
-    network = _expected(model, SeparateNet, "separate")
+    """Runs each part on its images; ``x_adv`` [2B, C, H, W] attacks the robust, then the standard member."""
+    network = _require(model, SeparateNet, "separate")
     assert x_adv is not None
     x = batch.x
     x_robust, x_standard = x_adv.split(len(x))
@@ -299,13 +308,13 @@ def separate(outputs: SeparateOutputs, y: Tensor, options: LossOptions) -> LossR
         outputs.type_logits, kind, reduction="none", label_smoothing=options.type_label_smoothing
     )
     type_loss = 0.5 * each[:n].mean() + 0.5 * each[n:].mean()
-    right = (outputs.type_logits.detach().argmax(1) == kind).float()
+    correct = (outputs.type_logits.detach().argmax(1) == kind).float()
     terms = {
         "standard": standard,
         "nat": nat,
         "adv": adv,
         "type": type_loss,
-        "type_accuracy": 0.5 * right[:n].mean() + 0.5 * right[n:].mean(),
+        "type_accuracy": 0.5 * correct[:n].mean() + 0.5 * correct[n:].mean(),
     }
     return loss_result(standard + nat + factor * adv + options.type_weight * type_loss, terms)
 
@@ -331,29 +340,21 @@ class Separate(Trades):
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int
     ) -> TrainingAttack:
         """Returns [2B, C, H, W]: images against the robust member (its KL), then against the standard one."""
-        network = _expected(model, SeparateNet, self.name)
+        network = _require(model, SeparateNet, self.name)
         return BothAttacks(
             super().attack(network.robust, threat_model, num_classes, seed),
             Recipe.attack(self, network.standard, threat_model, num_classes, seed),
         )
 
 
-class BothAttacks:
+class BothAttacks(SeveralAttacks):
     """The images of two attacks on the same batch, concatenated [2B, C, H, W], with one seed."""
 
     def __init__(self, first: TrainingAttack, second: TrainingAttack) -> None:
-        self.first, self.second = first, second
-
-    @property
-    def seed(self) -> int:
-        return self.first.seed
-
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self.first.seed = self.second.seed = seed
+        self.attacks = (first, second)
 
     def __call__(self, x: Tensor, y: Tensor, *, index: Tensor) -> Tensor:
-        return torch.cat([attack(x, y, index=index) for attack in (self.first, self.second)])
+        return torch.cat([attack(x, y, index=index) for attack in self.attacks])
 
 
 for _kind in (RDI, AlternatingTrades, Separate):

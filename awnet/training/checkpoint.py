@@ -34,14 +34,14 @@ from awnet.run_config import MARK, is_run, read_config
 from awnet.training.presets import with_defaults
 
 FORMAT = 2
-KEEP = 2  # states, by default
+KEEP = 2  # number of states that are kept by default
 _MARK = "awnet training state"
 _LOCK = ".lock"
 _ENTRIES = (
     *("config.json", "log.jsonl", "tensorboard", "last.safetensors", "best.safetensors", "state"),
     *("teachers", "compared", "evaluations", "report.json"),
 )
-# The parts of config.json in which a resumed run must equal the earlier one.
+# the parts of config.json that must not change when a run is resumed
 _COMPARED = ("recipe", "model", "dataset", "seed", "selected_on", "teachers", "init_from")
 
 
@@ -230,9 +230,9 @@ def check(folder: str | Path, *, resume: bool = False, overwrite: bool = False) 
         raise ValueError("resume and overwrite exclude each other: resume the run, or start it again")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out must be a folder, but {folder} is a file")
-    if not folder.is_dir() or not _inside(folder):
+    if not folder.is_dir() or not _entries(folder):
         return
-    if not is_run(folder) and not _begun(folder):
+    if not is_run(folder) and not _has_begun(folder):
         raise FileExistsError(
             f"{folder} exists and holds no training run; nothing there is touched: choose another folder"
         )
@@ -265,16 +265,18 @@ def _clear(folder: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _inside(folder: Path) -> list[Path]:
+def _entries(folder: Path) -> list[Path]:
+    """The files and folders in ``folder``, without the lock and temporary files."""
     return [entry for entry in folder.iterdir() if entry.name != _LOCK and not is_temporary(entry)]
 
 
-def _begun(folder: Path) -> bool:
-    inner = _inside(folder)
-    if not all(entry.name in ("teachers", "compared") and entry.is_dir() for entry in inner):
+def _has_begun(folder: Path) -> bool:
+    """Whether ``folder`` holds nothing but runs in ``teachers`` and ``compared``."""
+    entries = _entries(folder)
+    if not all(entry.name in ("teachers", "compared") and entry.is_dir() for entry in entries):
         return False
-    # in this order, since another process may be writing its config.json now
-    return all(not _inside(run) or is_run(run) for entry in inner for run in entry.iterdir())
+    # is_run comes second: another process may write its config.json between the two
+    return all(not _entries(run) or is_run(run) for entry in entries for run in entry.iterdir())
 
 
 @contextmanager
@@ -325,8 +327,8 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
         write_config(folder, config)
         return False
     old = read_config(folder)
-    then, now = comparable(old), comparable(config)
-    changed = [line for part in _COMPARED for line in differences(then.get(part), now.get(part), part)]
+    before, now = comparable(old), comparable(config)
+    changed = [line for part in _COMPARED for line in differences(before.get(part), now.get(part), part)]
     if changed:
         raise ValueError(
             f"{folder} cannot be resumed with another configuration: {'; '.join(changed)}. Resume with the "
@@ -338,7 +340,7 @@ def open_folder(folder: str | Path, config: dict[str, Any], *, resume: bool, ove
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what may change: where images are stored, how kernels are launched.
+    """The configuration without the values that a resumed run may change: the images' path, ``capture``.
 
     Settings of the recipe that an earlier version did not have get their defaults.
     """
@@ -354,8 +356,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
         config["recipe"] = with_defaults(without(config["recipe"], "capture"))
     teachers = config.get("teachers")
     if isinstance(teachers, dict):
-        config["teachers"] = {kind: comparable(one) if isinstance(one, dict) else one
-                              for kind, one in teachers.items()}  # fmt: skip
+        config["teachers"] = {k: comparable(v) if isinstance(v, dict) else v for k, v in teachers.items()}
     return config
 
 

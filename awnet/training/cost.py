@@ -65,12 +65,12 @@ def multiply_adds(
         step = TrainingStep(recipe, model, cpu, 10, Teachers(*plain) if plain else None)
         attack = recipe.attack(model, dataset.threat_model, dataset.num_classes, seed=0)
         step.start_epoch(recipe.epochs - 1)  # after all warm-ups
-        with _Counter() as counter:
+        with MultiplyAddCounter() as counter:
             step(batch, attack)
     return round(counter.total / len(batch.y))
 
 
-class _Counter(TorchDispatchMode):
+class MultiplyAddCounter(TorchDispatchMode):
     """Counts the multiply-adds of operations inside it, including backward passes.
 
     torch's ``FlopCounterMode`` counts the backward of a grouped convolution as if it had one group. The

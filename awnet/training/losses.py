@@ -38,8 +38,8 @@ class LossOptions:
     label_smoothing: share of the label that is spread over all classes, in [0, 1), in every cross-entropy
         with labels, of clean and of adversarial images.
     divergence: the term of TRADES: ``kl``, or ``dkl``, see :func:`decoupled_kl`.
-    dkl_alpha, dkl_beta: factors of its weighted squared error and of its cross-entropy.
-    dkl_symmetric: its squared error has a gradient for the adversarial logits too.
+    dkl_alpha, dkl_beta: factors of the weighted squared error and of the cross-entropy of ``dkl``.
+    dkl_symmetric: whether its squared error has a gradient for the adversarial logits too.
     helper_weight: γ, the factor of the helper term in ``hat``.
     router_passes: ``joint`` routes clean and adversarial images in one batch; ``separate`` in two. Then the
         plain batch norms of the router see one kind of image at a time in training and may leak it.
@@ -68,7 +68,7 @@ class LossResult(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a model, and its teachers, return for the clean and the adversarial images of a batch.
+    """The outputs of a model, and of its teachers, for the clean and the adversarial images of a batch.
 
     clean, adversarial: logits [B, K], float32 or wider.
     is_clean: bool, which of the images in ``type_logits`` are clean.

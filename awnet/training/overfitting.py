@@ -26,7 +26,7 @@ _STATE = ("best", "step", "rescue_until", "in_a_row")
 
 
 class OverfittingGuard:
-    """Decides at each check whether the network has collapsed, and keeps what to go back to.
+    """Decides at each check whether the network has collapsed, and stores the state of the last good check.
 
     Args:
         recipe: with ``overfitting_checks`` above 0.
@@ -48,14 +48,14 @@ class OverfittingGuard:
         self.checks, self.steps_per_epoch = recipe.overfitting_checks, steps_per_epoch
         self.best, self.step, self.rescue_until, self.in_a_row = 0.0, 0, 0, 0
         self._good: dict[str, Any] = {}
-        gentle = replace(
+        rescue_recipe = replace(
             recipe,
             attack_kind="pgd",
             attack_radius=None,
             attack_steps=max(recipe.attack_steps, recipe.rescue_steps),
             attack_step_size=None if recipe.attack_kind == "pgd" else data.threat_model.eps / 2,
         )
-        self.rescue: TrainingAttack = gentle.attack(model, data.threat_model, data.num_classes, seed)
+        self.rescue: TrainingAttack = rescue_recipe.attack(model, data.threat_model, data.num_classes, seed)
 
     def due(self, batch: int) -> bool:
         """Whether a check follows ``batch`` of an epoch, counted from 1; the last one always has one."""

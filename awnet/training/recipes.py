@@ -211,7 +211,9 @@ class Recipe:
         if self.attack_kind != "pgd" and self.attack_steps != 1:
             raise ValueError(f"attack_steps must be 1 with attack_kind={self.attack_kind}, which is one step")
         if self.attack_kind == "pgd" and self.attack_radius is not None:
-            raise ValueError("attack_radius is of the attacks of one step: set attack_kind, or leave it out")
+            raise ValueError(
+                "attack_radius needs an attack of one step: set attack_kind too, or leave it out"
+            )
         if (self.awp or self.overfitting_checks) and len(self.phases()) != 1:
             name = "awp" if self.awp else "overfitting_checks"
             raise ValueError(f"{name} must be 0: {self.name} makes {len(self.phases())} updates per batch")
@@ -228,10 +230,9 @@ class Recipe:
     # The interface that training uses
 
     def loss_options(self) -> LossOptions:
-        ours = {field.name for field in fields(self)}
-        return LossOptions(
-            **{field.name: getattr(self, field.name) for field in fields(LossOptions) if field.name in ours}
-        )
+        """The settings of the recipe that its loss uses."""
+        names = {field.name for field in fields(self)} & {field.name for field in fields(LossOptions)}
+        return LossOptions(**{name: getattr(self, name) for name in names})
 
     def attack(
         self, model: nn.Module, threat_model: ThreatModel, num_classes: int, seed: int

@@ -284,7 +284,7 @@ class Run:
             ) from self.writer.failed
 
     def _agree(self, signals: StopSignals, deadline: float, *, save: bool) -> tuple[Stop, bool]:
-        """Whether to stop, and whether to write a checkpoint; all ranks do what any rank wants."""
+        """Whether to stop, and whether to write a checkpoint: all ranks do, if any rank has to."""
         number, late, due = self.agreement(signals.received or 0, time.monotonic() > deadline, save)
         return Stop(number, bool(late)), bool(due)
 
@@ -293,12 +293,8 @@ class Run:
     @full_precision()
     def _validate(self) -> dict[str, float]:
         """The scores on the held-out images; each rank evaluates its share after all have calibrated."""
-        model, share = self.training_step.evaluated_model, self._share(self.held_out)
+        model = self.training_step.evaluated_model
         self.recipe.calibrate(model, self.calibration)
-
-        def fraction(correct: Callable[[], Tensor]) -> float:
-            return self._fraction(correct, share, len(self.held_out))
-
         settings: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "device": self.device}
         attack: Any = named_attack("pgd_trades", model, self.held_out.threat_model, seed=self.seed)
         try:
@@ -306,9 +302,12 @@ class Run:
                 self.validation_attack = GraphedPGD.of(attack, num_classes=self.held_out.num_classes)
                 attack = self._in_layout(self.validation_attack)
                 model = prepare(model, "float32", next(self.held_out.batches(1)).x).module
-            scores = {"clean_accuracy": fraction(lambda: accuracy(model, share, **settings))}
+            clean = self._fraction(self.held_out, lambda data: accuracy(model, data, **settings))
+            scores = {"clean_accuracy": clean}
             if self.recipe.needs_attack:
-                scores["robust_accuracy"] = fraction(lambda: robust_correct(model, share, attack, **settings))
+                scores["robust_accuracy"] = self._fraction(
+                    self.held_out, lambda data: robust_correct(model, data, attack, **settings)
+                )
                 scores["w_robust_accuracy"] = w_robust_accuracy(
                     scores["clean_accuracy"], scores["robust_accuracy"]
                 )
@@ -316,25 +315,22 @@ class Run:
             self._close_validation()  # its graphs hold the memory of whole batches
         return scores
 
-    def _share(self, data: Dataset) -> Dataset:
-        """This rank's images of ``data``."""
-        if self.ranks.size == 1:
-            return data
-        return data.take(torch.arange(self.ranks.rank, len(data), self.ranks.size))
-
-    def _fraction(self, correct: Callable[[], Tensor], share: Dataset, images: int) -> float:
-        """The fraction of correct images of all ranks, from the outcomes of this rank's ``share``."""
-        count = int(correct().sum()) if len(share) else 0
-        return int(self.ranks.total(torch.tensor(count))) / images
+    def _fraction(self, data: Dataset, correct: Callable[[Dataset], Tensor]) -> float:
+        """The fraction of correct images in ``data``; ``correct`` evaluates this rank's share of it."""
+        share = data
+        if self.ranks.size > 1:
+            share = data.take(torch.arange(self.ranks.rank, len(data), self.ranks.size))
+        count = int(correct(share).sum()) if len(share) else 0
+        return int(self.ranks.total(torch.tensor(count))) / len(data)
 
     @full_precision()
     def _check_overfitting(self, guard: OverfittingGuard) -> None:
         """Measures PGD accuracy on held-out images, and goes back to the last good check after a collapse."""
-        share, step = self._share(self.guarded), self.training_step
-        attack = named_attack("pgd_sat", self.model, share.threat_model, seed=self.seed)
+        step = self.training_step
+        attack = named_attack("pgd_sat", self.model, self.guarded.threat_model, seed=self.seed)
         settings: dict[str, Any] = {"batch_size": EVALUATION_BATCH, "device": self.device}
         accuracy = self._fraction(
-            lambda: robust_correct(self.model, share, attack, **settings), share, len(self.guarded)
+            self.guarded, lambda data: robust_correct(self.model, data, attack, **settings)
         )
 
         def snapshot() -> dict[str, Any]:

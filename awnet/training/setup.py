@@ -1,4 +1,4 @@
-"""What ``train`` checks, builds and describes before the first step."""
+"""The checks and setup of ``train`` before the first step, and the descriptions in config.json."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def initialize(model: nn.Module, source: str | Path) -> None:
         name, count = different[0], len(different) - 1
         raise ValueError(
             f"init_from: {source} is a {describe_model(other)['name']} whose weights do not fit this "
-            f"{describe_model(model)['name']}: {name} is {expected.get(name, 'not')} here and "
-            f"{shapes.get(name, 'not')} there{f', and {count} more differ' if count else ''}"
+            f"{describe_model(model)['name']}: {name} is {expected.get(name, 'missing')} in the model and "
+            f"{shapes.get(name, 'missing')} in the file{f', and {count} more differ' if count else ''}"
         )
     model.load_state_dict(with_wrapper_names(model, weights))
 
@@ -116,7 +116,7 @@ def check_same_on_all_ranks(config: dict[str, Any], ranks: Ranks) -> None:
         differences = list(checkpoint.differences(config, other, "configuration"))
         if differences:
             raise ValueError(
-                f"all ranks must train the same, but rank {ranks.rank} and rank {rank} differ: "
+                f"all ranks must have the same configuration, but rank {ranks.rank} and rank {rank} differ: "
                 f"{'; '.join(differences)}"
             )
 
@@ -161,18 +161,18 @@ def open_run(
     config: dict[str, Any],
     session: dict[str, Any],
     reporter: Reporter,
-    held: ExitStack,
+    stack: ExitStack,
     *,
     resume: bool,
     overwrite: bool,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Opens the run folder and locks it until ``held`` is closed.
+    """Opens the run folder and locks it until ``stack`` is closed.
 
     Returns:
         The state to resume from, None for a new run, and the records of the epochs that are done.
     """
     checkpoint.check(folder, resume=resume, overwrite=overwrite)
-    held.enter_context(checkpoint.locked(folder, reporter.say))
+    stack.enter_context(checkpoint.locked(folder, reporter.say))
     sessions = {"sessions": [session]}
     if not checkpoint.open_folder(folder, config | sessions, resume=resume, overwrite=overwrite):
         return None, []
@@ -185,7 +185,7 @@ def open_run(
 
 
 def _add_session(folder: Path, session: dict[str, Any], state: dict[str, Any], reporter: Reporter) -> None:
-    """Adds this session to config.json, with a note if it may round differently from what made ``state``."""
+    """Adds this session to config.json; prints a note if it may round differently from ``state``'s."""
     names = ("awnet", "commit", "modified", "torch", "device", "threads", "ranks", *Numerics._fields)
     before, now = ({name: one.get("environment", {}).get(name) for name in names} for one in (state, session))
     changed = list(checkpoint.differences(before, now, "environment"))
@@ -197,15 +197,8 @@ def _add_session(folder: Path, session: dict[str, Any], state: dict[str, Any], r
 
 
 @contextmanager
-def gradients_enabled() -> Iterator[None]:
-    """Enables gradients for a block of code, even if the caller has disabled them."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
 def synchronized(model: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """``model`` computes batch statistics over all ranks' samples, for a block of code."""
+    """Makes ``model`` compute batch statistics over all ranks' samples, for a block of code."""
     synchronize(model, ranks.group_name)
     try:
         yield

@@ -8,6 +8,7 @@ the learning rate, the position in the data and torch's generators still advance
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ class TrainingStep:
         self._rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         self._weight = torch.ones((), dtype=torch.float64, device=device)
         self._names: list[str] = []
-        self.weights = _adapted(recipe, device, average)
+        self.weights = _adaptive_weights(recipe, device, average)
         self.average = Average(model, recipe.ema_decay) if recipe.ema_decay else None
         self._perturbed = perturbed_weights(model) if recipe.awp else []
         self._gamma = 0.0  # size of the weight perturbation in this epoch
@@ -152,13 +153,11 @@ class TrainingStep:
                 teacher.close()
 
     def _teacher(self, teacher: nn.Module) -> TeacherModel:
-        low = self.numerics.precision == "bfloat16"
-        return TeacherModel(teacher, self._autocast, low, self.memory_format)
+        precision = self.numerics.precision
+        autocast = partial(self._autocast, precision)
+        return TeacherModel(teacher, autocast, precision == "bfloat16", self.memory_format)
 
-    def _autocast(self) -> torch.autocast:
-        return self._autocast_to(self.numerics.precision)
-
-    def _autocast_to(self, precision: Precision) -> torch.autocast:
+    def _autocast(self, precision: Precision) -> torch.autocast:
         low = precision == "bfloat16"
         # without the cache of cast weights: it would keep the casts of the attack, which have no gradient
         return torch.autocast(self.device.type, torch.bfloat16, enabled=low, cache_enabled=False)
@@ -184,7 +183,7 @@ class TrainingStep:
                 self._update_by(phase, self._micro_batches(batch, attack), len(batch.y))
                 for phase in self.recipe.phases()
             ]
-            terms = _of_all_phases(phases)
+            terms = _merged_terms(phases)
         else:
             terms = self._replayed(batch, attack)
         self.scheduler.step()
@@ -194,7 +193,7 @@ class TrainingStep:
         """The adversarial images of ``batch``; None for a recipe without attack."""
         if not self.recipe.needs_attack:
             return None
-        with self._autocast_to(self.numerics.attack_precision):
+        with self._autocast(self.numerics.attack_precision):
             y = batch.y if batch.y.dim() == 1 else batch.y.argmax(1)  # of mixed labels the largest
             return attack(batch.x, y, index=batch.index)
 
@@ -207,7 +206,7 @@ class TrainingStep:
     def _update_by(self, phase: Phase, micro_batches: Iterable[MicroBatch], images: int) -> dict[str, Tensor]:
         """Forward, loss and backward of each micro-batch, then the update; returns the terms."""
         self.optimizer.zero_grad(set_to_none=True)
-        saved = _Saved(self._guarded())
+        saved = _Saved(self._mutable_tensors())
         if not self._gamma:
             terms = self._backward(phase, micro_batches, images)
             return {**terms, **self._optimize(terms["total"], saved)}
@@ -224,7 +223,7 @@ class TrainingStep:
         """For each micro-batch the loss to differentiate, its share of the batch, and the terms."""
         for batch, x_adv in micro_batches:
             share = len(batch.y) / images
-            with self._autocast(), joint_updates():
+            with self._autocast(self.numerics.precision), joint_updates():
                 result = phase.result(self.model, batch, x_adv, self.options, self.teachers, self.weights)
             total = result.total if share == 1 else result.total * share
             if self._over_ranks is not None:
@@ -254,7 +253,7 @@ class TrainingStep:
             self._over_ranks(gradients, 1)
         return gradients, ~torch.nn.utils.get_total_norm(gradients).isfinite()
 
-    def _guarded(self) -> list[Tensor]:
+    def _mutable_tensors(self) -> list[Tensor]:
         """The tensors that the forward pass changes in place."""
         weights = [] if self.weights is None else list(self.weights.state_dict().values())
         return [*self.model.buffers(), *weights]
@@ -263,9 +262,8 @@ class TrainingStep:
         """Runs the optimizer, unless loss or gradient are not finite or ``failed`` (bool, 0-d) is set."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.stride() != parameter.stride():
-                parameter.grad = _like(
-                    parameter, parameter.grad
-                )  # the fused optimizer needs the strides of the parameter
+                # the fused optimizer needs the strides of the parameter
+                parameter.grad = _like(parameter, parameter.grad)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         total = total.clone()
         if self._over_ranks is not None:
@@ -381,8 +379,8 @@ class Average:
         self.count.copy_(state["count"])
 
 
-def _adapted(recipe: Recipe, device: torch.device, average: Averaging | None) -> MTARDWeights | None:
-    """What ``recipe`` adapts at each step: MTARD's weights, the temperatures of its teachers."""
+def _adaptive_weights(recipe: Recipe, device: torch.device, average: Averaging | None) -> MTARDWeights | None:
+    """MTARD's weights and its teachers' temperatures, if ``recipe`` adapts them at each step."""
     if not isinstance(recipe, MTARD) or (recipe.adv_weight is not None and not recipe.temperature_lr):
         return None
     temperatures = None
@@ -422,7 +420,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _of_all_phases(phases: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _merged_terms(phases: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The terms of all phases of a step; for equal names the first phase's; ``skipped`` is 1 if any is."""
     terms = phases[0]
     for later in phases[1:]:

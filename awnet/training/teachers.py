@@ -123,7 +123,7 @@ def describe_teachers(
 def describe_sources(sources: Mapping[str, TeacherSource], given: Teachers, folder: Path) -> dict[str, Any]:
     """For each kind of teacher its absolute path, its path relative to ``folder``, and its SHA-256.
 
-    Both paths are None for a module, and for a source that is no path, which ``source`` then names.
+    Both paths are None for a module, and for a source that is no path; the latter has an entry ``source``.
     """
     described: dict[str, Any] = {}
     for kind, source in sources.items():

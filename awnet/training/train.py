@@ -50,7 +50,6 @@ from awnet.training.setup import (
     describe_model,
     describe_session,
     describe_splits,
-    gradients_enabled,
     initialize,
     memory_advice,
     open_run,
@@ -70,7 +69,7 @@ from awnet.training.teachers import (
 
 @dataclass(frozen=True, repr=False)
 class RunResult:
-    """What ``train`` returns.
+    """The result of :func:`train`.
 
     model: in eval mode, with the weights of the best validation, or the newest ones before any validation.
     folder: the run folder.
@@ -151,9 +150,9 @@ def train(
         recipe: how to train, see :func:`recipe_for`.
         model: a module that maps images [B, C, H, W] in [0, 1] to logits [B, K], which is trained in place,
             or a registered name, whose weights are drawn from ``seed``. Data-parallel wrappers are removed, a
-            wrapper of ``torch.compile`` stays. A model of ``create_model`` that was changed in ways that the
-            run's files cannot store is refused (see ``save_model``). For any other module the files store its
-            weights, for ``awnet.load_model(out, model=...)``.
+            wrapper of ``torch.compile`` is kept. A model of ``create_model`` with changes that the files of
+            the run cannot store is an error (see ``save_model``). For any other module the files store the
+            weights only, for ``awnet.load_model(out, model=...)``.
         splits: training, validation and test images.
         out: the run folder.
         seed: keys all random numbers.
@@ -168,7 +167,7 @@ def train(
         checkpoint_minutes: minutes between checkpoints within an epoch; there is one after each epoch as
             well. A checkpoint is copied at its step and written while training continues.
         keep_checkpoints: number of newest states that are kept; a damaged one is skipped for the one before.
-        select_on: the split whose W-Robust accuracy (PGD-20) selects the best checkpoint: held-out training
+        select_on: the split whose W-Robust accuracy (PGD-20) selects the best checkpoint: stack-out training
             images, or the test images, which is the paper's protocol and flatters the result. It is recorded.
         data_memory: where training images are stored: ``device``; ``host``, from where each batch is copied
             one batch ahead; or ``auto``, the device if it has room.
@@ -216,7 +215,12 @@ def train(
         teachers = [expanded_source(one) if isinstance(one, str | Path) else one for one in teachers]
     if restarts():
         resume, overwrite = True, False
-    with gradients_enabled(), joined(resolve_device(device)) as ranks, ExitStack() as held:
+    with (
+        torch.inference_mode(False),  # the caller may have disabled gradients
+        torch.enable_grad(),
+        joined(resolve_device(device)) as ranks,
+        ExitStack() as stack,
+    ):
         where = ranks.device
         model = build_model(model, splits.train, seed).to(where)
         unshare_memory(model)
@@ -249,7 +253,7 @@ def train(
         check_same_on_all_ranks(config, ranks)
         reporter = Reporter(_title(model, folder), quiet=quiet or ranks.rank > 0)
         state, history = ranks.first(
-            lambda: open_run(folder, config, session, reporter, held, resume=resume, overwrite=overwrite)
+            lambda: open_run(folder, config, session, reporter, stack, resume=resume, overwrite=overwrite)
         )
         if description["config"] is None and not (state is not None and state["finished"]):
             reporter.say(
@@ -260,7 +264,7 @@ def train(
         if state is not None and state["finished"]:
             reporter.say(f"{folder} is finished: nothing to train")
             return _result(model, folder, state["best"], state["best_model"], history, finished=True)
-        place = held.enter_context(RunFolder(folder, reporter.say)) if ranks.rank == 0 else None
+        place = stack.enter_context(RunFolder(folder, reporter.say)) if ranks.rank == 0 else None
 
         images = f"{len(splits.train):,} training images of {splits.train.name}"
         if (extra := splits.train.extra) is not None:

@@ -380,8 +380,8 @@ def test_members_of_separate_net_are_attacked_on_their_fast_copies() -> None:
     model, batch = narrow("separate_net"), next(DIGITS.train.batches(8))
     attack = recipe_for("separate", "digits", attack_steps=1).attack(model, THREAT, 10, seed=1)
     attack(batch.x, batch.y, index=batch.index)
-    assert isinstance(attack.first.pgd.model, InferenceBackbone)
-    assert isinstance(attack.second.pgd.model, PlainInferenceCopy)
+    assert isinstance(attack.attacks[0].pgd.model, InferenceBackbone)
+    assert isinstance(attack.attacks[1].pgd.model, PlainInferenceCopy)
 
 
 @pytest.mark.parametrize("name", [name for _, name in OWN_RECIPES])

@@ -80,7 +80,7 @@ def test_a_captured_step_averages_over_ranks_and_weighs_each_batch() -> None:
         def average(tensors: Sequence[Tensor], count: int, number: int = number) -> None:
             calls[number] += 1
             for tensor in tensors:
-                tensor.mul_(0.5)  # as if another rank had nothing to learn
+                tensor.mul_(0.5)  # as if another rank had a gradient of zero
 
         options = {"teachers": Teachers(linear(), linear()), "average": average, "record": recorder}
         steps.append(made(replace(recipe, capture=number == 1), model, **options))
@@ -174,7 +174,7 @@ def test_on_a_gpu_a_captured_step_equals_the_step(name: str) -> None:
 def test_on_a_gpu_a_captured_step_holds_its_collectives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL's, in a group of this process alone: averages and statistics of all ranks are those of one."""
+    """NCCL in a process group of one rank: averages and statistics over all ranks are those of this rank."""
     device = torch.device("cuda", 0)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     steps: list[TrainingStep] = []

@@ -1,4 +1,4 @@
-"""Run folders and resumption: a run that was stopped anywhere ends with the bits of one that was not."""
+"""Run folders and resumption: a run that was stopped anywhere ends bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_run_stopped_at_a_step_resumes_with_the_same_bits(
 
 
 def test_a_run_stopped_repeatedly_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
-    """One step at a time, as a job on a machine that is lent for seconds."""
+    """The run is stopped after every step."""
     run, sessions = tmp_path / "run", 0
     while True:
         stop_at(1, interrupt)
@@ -151,7 +151,7 @@ def test_a_run_saves_within_a_long_epoch(
 def test_training_continues_while_a_checkpoint_is_written(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer is held until step 3 begins: steps 1 and 2 find it busy, and pass."""
+    """The writer is blocked until step 3 begins: steps 1 and 2 continue without a checkpoint."""
     reached, writing = threading.Event(), threading.Lock()
     save, saved = C.save_state, []
 

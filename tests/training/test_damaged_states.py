@@ -65,7 +65,7 @@ def change_state(run: Path, **changes: Any) -> None:
 
 
 def test_a_state_of_another_environment_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the state, not by the last session: that may have ended before it had saved anything."""
+    """The environment is compared with the state's: the last session may have ended before it saved a state."""
     stop_at(None)
     go(tmp_path / "run", max_minutes=1e-9)
     environment = C.load_state(tmp_path / "run")["environment"]
@@ -103,7 +103,7 @@ def test_a_run_resumes_with_another_number_of_threads(
 
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 def test_an_outdated_state_is_an_error_that_names_its_version(tmp_path: Path, part: str) -> None:
-    """The recipe, the model's name and the data are the same, but not what the code makes of them."""
+    """Recipe, model name and data are the same, but this version's network has other weights."""
     stop_at(None)
     go(tmp_path / "run", max_minutes=1e-9)
     state = C.load_state(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Runs on two processes: together they train as one does, and what one is told, both do."""
+"""Runs on two processes: they train as one process does, and a signal to one stops both."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain_net(seed: int = 0) -> nn.Module:
-    """Without a batch norm."""
+    """A network without a batch norm."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, K))
@@ -57,7 +57,7 @@ def splits(train: int = 23) -> Splits:
 def steps_in_float64(
     ranks: Ranks, make: Callable[[], nn.Module], recipe: Recipe, images: int, steps: int
 ) -> dict[str, Tensor]:
-    """Some steps on digits, attack and all; weights, statistics and momentum after."""
+    """Trains some steps on digits, with the attack; returns weights, statistics and momentum."""
     data = load_dataset("digits").train.subset(images)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -192,14 +192,14 @@ def stopped_by_one_rank(ranks: Ranks, folder: Path) -> Any:
 
 
 def started(ranks: Ranks, folder: Path) -> Any:
-    """A run like ``whole_run``, left after its first steps, in the middle of an epoch."""
+    """A run like ``whole_run``, stopped after its first steps, in the middle of an epoch."""
     out = folder / f"started on {ranks.size}"
     assert not train(RECIPE, plain_net(), splits(), out, quiet=True, max_minutes=1e-9).finished
     return C.load_state(out)["batch"]
 
 
 def resumed(ranks: Ranks, folder: Path) -> Any:
-    """The run that another number of ranks has started."""
+    """Resumes the run that another number of ranks has started."""
     out = folder / f"started on {3 - ranks.size}"
     result = train(RECIPE, plain_net(seed=9), splits(), out, quiet=True, resume=True)
     assert result.finished
@@ -208,7 +208,8 @@ def resumed(ranks: Ranks, folder: Path) -> Any:
 
 def refusals(ranks: Ranks, folder: Path) -> Any:
     with pytest.raises(
-        ValueError, match=r"all ranks must train the same.*recipe\.lr was 0\.1, is now 0\.2|0\.2, is now 0\.1"
+        ValueError,
+        match=r"all ranks must have the same configuration.*recipe\.lr was 0\.1, is now 0\.2|0\.2, is now 0\.1",
     ):
         train(Standard(epochs=1, lr=0.1 * (1 + ranks.rank)), plain_net(), splits(), folder / "a", quiet=True)
     with pytest.raises(
@@ -308,7 +309,7 @@ def test_the_collectives_average_gather_and_broadcast(both: dict[str, Any]) -> N
 
 
 def test_a_whole_run_on_two_ranks_is_that_of_one(both: dict[str, Any], tmp_path: Path) -> None:
-    """Also where rank 1 brought other weights: rank 0's count. float32, six steps: 1e-4."""
+    """Also if rank 1 has other weights: those of rank 0 are used. float32, six steps: 1e-4."""
     one = whole_run(Ranks(CPU), tmp_path)
     first, second = both["whole_run"]
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
@@ -324,7 +325,7 @@ def test_a_whole_run_on_two_ranks_is_that_of_one(both: dict[str, Any], tmp_path:
 
 
 def test_a_run_resumes_with_another_number_of_ranks(both: dict[str, Any]) -> None:
-    """Order, augmentation and noise are the images', so it is the same run up to rounding: float32, 1e-4."""
+    """Order, augmentation and noise are keyed by the image, so runs differ by rounding only: float32, 1e-4."""
     whole = both["whole_run"][0]
     assert both["started"] == [2, 2]
     more, fewer = both["resumed"][0], resumed(Ranks(CPU), both["folder"])

@@ -49,7 +49,7 @@ def loss_of(
     teachers: Teachers | None = None,
     weights: MTARDWeights | None = None,
 ) -> LossResult:
-    """The loss of a recipe's only phase, on what ``attack`` makes of the batch."""
+    """The loss of a recipe with one phase, on the batch and its adversarial images by ``attack``."""
     (phase,) = kind().phases()
     x_adv = attack(data.x, data.y, index=data.index)
     return phase.result(net, data, x_adv, options, teachers, weights)
@@ -253,7 +253,7 @@ def test_the_type_loss_follows_its_flags() -> None:
     assert without.total.item() == pytest.approx(0.5 * (without.terms["nat"] + without.terms["adv"]).item())
     assert plain.total.item() == pytest.approx((without.total + plain.terms["type"]).item(), rel=1e-6)
     without.total.backward()
-    assert net.router.type_head.weight.grad is None  # nothing reaches the head
+    assert net.router.type_head.weight.grad is None  # the head gets no gradient
     smooth = loss_of(PGDAT, copy.deepcopy(net), data, shifted, LossOptions(type_label_smoothing=0.2))
     type_logits = outputs_of(net, data)[2]
     kinds = torch.tensor([1] * 10 + [0] * 10)

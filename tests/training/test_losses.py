@@ -179,7 +179,7 @@ def test_mixed_labels_are_shares_of_classes() -> None:
 
 
 def test_b_mtards_temperatures_follow_their_recurrence() -> None:
-    """The loop of Zhao et al., with numbers; the teachers trade places as to which is sharper."""
+    """The loop of Zhao et al. in Python numbers; the sharper teacher changes during the steps."""
     temperatures = TeacherTemperatures(learning_rate=0.3)
     weights = MTARDWeights(learning_rate=0.1, temperatures=temperatures)
     tau_nat, tau_adv, w_nat, first = 1.0, 1.0, 0.5, None

@@ -1,4 +1,4 @@
-"""Optimizers and schedules against torch's and their formulas; what they leave alone in a skipped step."""
+"""Optimizers and schedules against torch's and their formulas; a skipped step changes nothing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_resumed_step_computes_the_same_bits(recipe: Recipe) -> None:
     assert one.optimizer.param_groups[0]["lr"] == two.optimizer.param_groups[0]["lr"]
 
 
-def test_a_captured_step_of_adamw_is_the_step() -> None:
+def test_a_captured_step_of_adamw_equals_the_step() -> None:
     recorder = Recorder()
     plain = made(ADAMW, net())
     captured = made(replace(ADAMW, capture=True), net(), record=recorder)
@@ -147,6 +147,6 @@ def test_schedules_are_their_formulas() -> None:
         ({"epochs": 5, "warmup_epochs": 6}, "warmup_epochs must be at most epochs, 5, got 6"),
     ],
 )
-def test_bad_settings_are_named(wrong: dict[str, Any], message: str) -> None:
+def test_bad_settings_of_optimizers_and_schedules_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe_for("pgd_at", "cifar10", **wrong)

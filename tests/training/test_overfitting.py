@@ -1,4 +1,4 @@
-"""The guard against catastrophic overfitting, on a network that one batch ruins."""
+"""The guard against catastrophic overfitting, on a network that collapses in one batch."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_collapsed_network_goes_back_to_the_last_good_check(whole: Path, tmp_p
 def test_weights_momentum_and_average_go_back_and_the_schedule_does_not(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped before and after the collapse; and then it ends as the run that was not."""
+    """The run is stopped before and after the collapse, and ends as the uninterrupted one."""
     folder, ruined = tmp_path / "run", 4 * RUINED[0] + RUINED[1] + 1
     STOPS.append(signal.SIGTERM)
     with pytest.raises(SystemExit):
@@ -165,7 +165,7 @@ def test_a_run_that_is_stopped_at_every_step_ends_the_same(whole: Path, tmp_path
     result, starts = go(folder, max_minutes=1e-9), 1
     while not result.finished:
         result, starts = go(folder, max_minutes=1e-9, resume=True), starts + 1
-    assert starts >= 4 * EPOCHS - EPOCHS  # epochs end with a step of their own
+    assert starts >= 4 * EPOCHS - EPOCHS  # the last step of an epoch is separate
     assert_same_end(whole, folder)
 
 
@@ -212,7 +212,9 @@ def test_the_attack_after_a_collapse_has_several_steps() -> None:
         ("advmoe", {"overfitting_checks": 1}, "overfitting_checks must be 0: advmoe makes 2 updates"),
     ],
 )
-def test_bad_settings_are_named(name: str, wrong: dict[str, Any], message: str) -> None:
+def test_bad_settings_of_the_overfitting_guard_are_named(
+    name: str, wrong: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         recipe_for(name, "cifar10", **wrong)
 

@@ -1,4 +1,4 @@
-"""What a run does with a folder that is moved, deleted, taken, in use or full."""
+"""Run folders that are moved, deleted, locked by another process, not empty or on a full disk."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_run_folder_that_is_renamed_during_training_is_followed(
 def test_a_run_folder_that_is_renamed_while_a_checkpoint_is_written(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of a file, so that its temporary name is no longer there."""
+    """The folder is renamed while a file is written, so its temporary file is no longer there."""
     stop_at(None)
     old, new, save, count = tmp_path / "run", tmp_path / "new", torch.save, 0
 
@@ -174,7 +174,7 @@ def test_a_foreign_folder_is_not_touched(tmp_path: Path, options: dict[str, bool
 
 
 def test_a_run_that_is_being_created_counts_as_a_new_run(tmp_path: Path) -> None:
-    """As two processes that begin together see it, or one that was killed while it wrote its config.json."""
+    """Two processes start at the same time, or one was killed while it wrote its config.json."""
     other = tmp_path / "compared" / "other"
     other.mkdir(parents=True)
     with C.locked(other), written_atomically(other / "config.json") as temporary:
@@ -341,7 +341,7 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(
 def test_a_run_survives_a_disk_that_is_full_for_a_while(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The checkpoint of the second epoch cannot be written: a warning, and all is well at the end."""
+    """The checkpoint of the second epoch cannot be written: a warning is printed, and the next one succeeds."""
     stop_at(None)
     save, count = torch.save, 0
 
@@ -390,7 +390,7 @@ t.train_without_room(t.Path({run!r}), limit=False)
 
 @pytest.mark.parametrize("how", ["a limit of the system", "a full file system"])
 def test_a_run_without_room_to_save_trains_to_its_end(uninterrupted: Path, tmp_path: Path, how: str) -> None:
-    """The system refuses in earnest: the run trains to its end, says so, and its old checkpoint is whole."""
+    """No checkpoint can be written: the run trains to its end and fails; its old checkpoint is intact."""
     run, text = tmp_path / "disk" / "run", tmp_path / "printed.txt"
     run.parent.mkdir()
     if how == "a limit of the system":

@@ -307,7 +307,7 @@ def test_weights_and_training_are_functions_of_the_seed(tmp_path: Path) -> None:
     recipe = recipe_for("pgd_at", "digits", epochs=1, batch_size=12, attack_steps=1)
     runs = []
     for i, seed in enumerate((1, 1, 2)):
-        torch.manual_seed(100 + i)  # the caller's own state of mind must not matter
+        torch.manual_seed(100 + i)  # the caller's random state must not matter
         before = torch.get_rng_state()
         result = train(
             recipe, "resnet_tiny", splits, tmp_path / str(i), seed=seed, quiet=True, tensorboard=False

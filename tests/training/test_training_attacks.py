@@ -79,7 +79,7 @@ def test_an_attack_of_one_step_is_its_algorithm(net: nn.Module, kind: Any) -> No
 
 
 @pytest.mark.parametrize("kind", ["fgsm_rs", "n_fgsm", "bernoulli"])
-def test_its_noise_is_the_images_in_any_batch(net: nn.Module, kind: Any) -> None:
+def test_the_noise_of_an_attack_of_one_step_is_keyed_by_the_image(net: nn.Module, kind: Any) -> None:
     x, y, index = images()
     attack = recipe_for("pgd_at", "cifar10", attack_kind=kind, attack_step_size=1e-9).attack(
         net, THREAT, K, 3
@@ -91,7 +91,7 @@ def test_its_noise_is_the_images_in_any_batch(net: nn.Module, kind: Any) -> None
     assert not torch.equal(attack(x, y, index=index), whole)
 
 
-def test_it_is_an_attack_in_l_infinity(net: nn.Module) -> None:
+def test_an_attack_of_one_step_refuses_other_norms(net: nn.Module) -> None:
     with pytest.raises(ValueError, match="attack_kind=n_fgsm attacks in Linf, not in L2: use pgd"):
         PGDAT(attack_kind="n_fgsm", attack_steps=1).attack(net, ThreatModel(0.5, "L2"), K, SEED)
     x, y, index = images()
@@ -101,7 +101,7 @@ def test_it_is_an_attack_in_l_infinity(net: nn.Module) -> None:
     assert (actual - x).abs().max() > 0.05
 
 
-def test_its_radius_and_step_can_be_given(net: nn.Module) -> None:
+def test_radius_and_step_of_an_attack_of_one_step_are_settings(net: nn.Module) -> None:
     x, y, index = images()
     recipe = PGDAT(attack_kind="n_fgsm", attack_steps=1, attack_radius=0.5, attack_step_size=0.01)
     moved = recipe.attack(net, THREAT, K, SEED)(x, y, index=index) - x
@@ -130,7 +130,7 @@ def test_gats_attack_maximizes_its_loss(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", [PGDAT, Trades, GAT])
-def test_a_static_network_is_attacked_too(kind: type[Recipe]) -> None:
+def test_an_attack_of_one_step_attacks_a_static_network(kind: type[Recipe]) -> None:
     static = nn.Sequential(nn.Flatten(), nn.Linear(64, K))
     x, y, index = images()
     settings: dict[str, Any] = {} if kind is GAT else {"attack_kind": "fgsm_rs", "attack_steps": 1}
@@ -143,7 +143,7 @@ def test_a_static_network_is_attacked_too(kind: type[Recipe]) -> None:
     [
         ("pgd_at", {"attack_kind": "fgsm"}, "attack_kind must be one of"),
         ("pgd_at", {"attack_kind": "n_fgsm", "attack_steps": 2}, "attack_steps must be 1"),
-        ("pgd_at", {"attack_radius": 1.0}, "attack_radius is of the attacks of one step"),
+        ("pgd_at", {"attack_radius": 1.0}, "attack_radius needs an attack of one step"),
         (
             "pgd_at",
             {"attack_kind": "n_fgsm", "attack_radius": -1},
@@ -153,7 +153,7 @@ def test_a_static_network_is_attacked_too(kind: type[Recipe]) -> None:
         ("rdi", {"attack_kind": "n_fgsm"}, "attack_kind must be pgd: rdi defines its attack"),
     ],
 )
-def test_bad_settings_are_named(name: str, wrong: dict[str, Any], message: str) -> None:
+def test_bad_settings_of_training_attacks_are_named(name: str, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         recipe_for(name, "cifar10", **wrong)
 

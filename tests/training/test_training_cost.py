@@ -18,7 +18,7 @@ from awnet.ops import use_backend
 from awnet.reproduce import BUDGETS, EXPERIMENTS
 from awnet.reproduce.runs import Runs
 from awnet.training import TrainingStep, recipe_for
-from awnet.training.cost import _Counter, cost_settings, multiply_adds
+from awnet.training.cost import MultiplyAddCounter, cost_settings, multiply_adds
 
 DIGITS = load_dataset("digits").train
 
@@ -46,14 +46,14 @@ def test_a_grouped_convolution_costs_its_groups_share_in_both_directions(groups:
     x = torch.rand(3, 8, 6, 5, requires_grad=True)
     weight = torch.rand(12, 8 // groups, 3, 3, requires_grad=True)
     once = 3 * 12 * 6 * 5 * (8 // groups) * 9
-    with _Counter() as forward:
+    with MultiplyAddCounter() as forward:
         y = F.conv2d(x, weight, padding=1, groups=groups)
     assert forward.total == once
-    with _Counter() as both:
+    with MultiplyAddCounter() as both:
         y.sum().backward()
     assert both.total == 2 * once
     y = F.conv2d(x.detach(), weight, padding=1, groups=groups)
-    with _Counter() as one:
+    with MultiplyAddCounter() as one:
         y.sum().backward()
     assert one.total == once  # the input's gradient is not wanted
 
@@ -63,7 +63,7 @@ def test_a_step_of_the_attack_costs_a_forward_pass_and_a_gradient_for_the_image(
     model = create_model(name, in_channels=1)
     costs = [multiply_adds(recipe_for("pgd_at", "digits", attack_steps=n), model, DIGITS) for n in (1, 2, 5)]
     batch = next(DIGITS.batches(8))
-    with use_backend("reference"), _Counter() as counter, torch.no_grad():
+    with use_backend("reference"), MultiplyAddCounter() as counter, torch.no_grad():
         model.eval()(batch.x)
     forward = counter.total / 8
     step = costs[1] - costs[0]
@@ -71,7 +71,7 @@ def test_a_step_of_the_attack_costs_a_forward_pass_and_a_gradient_for_the_image(
     # every product has a gradient for its input, as large as itself; none is wanted for a weight
     if name == "resnet_tiny":
         assert step == pytest.approx(2 * forward, abs=2)
-    else:  # but for the filters of each sample's own, of which ω's gradient is made
+    else:  # except for the filters of each sample, from which ω's gradient is computed
         assert 2 * forward < step < 3 * forward
 
 
@@ -80,7 +80,7 @@ def test_the_teachers_forward_passes_are_counted() -> None:
     recipe = recipe_for("mtard", "digits")
     forward = {}
     for name, model in (("student", student), ("wide", wide)):
-        with use_backend("reference"), _Counter() as counter, torch.no_grad():
+        with use_backend("reference"), MultiplyAddCounter() as counter, torch.no_grad():
             model.eval()(next(DIGITS.batches(8)).x)
         forward[name] = counter.total / 8
     costs = [multiply_adds(recipe, student, DIGITS, pair) for pair in ((student, student), (wide, student))]

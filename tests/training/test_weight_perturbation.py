@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation against a literal implementation, and with what else a step does."""
+"""Adversarial weight perturbation against a literal implementation, and with the other parts of a step."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_weights_are_bitwise_restored_also_after_an_error() -> None:
     assert same([w.detach() for w in weights], before)
 
 
-def test_it_begins_after_its_warm_up() -> None:
+def test_weight_perturbation_begins_after_its_warm_up() -> None:
     model = linear().double()
     plain, warming, on = (
         made(PGDAT(awp=gamma, awp_warmup=2), copy.deepcopy(model), epoch)
@@ -200,7 +200,7 @@ def test_the_statistics_move_once_per_step() -> None:
     assert model[1].num_batches_tracked.item() == 3
 
 
-def test_a_captured_step_is_the_step() -> None:
+def test_a_captured_step_with_weight_perturbation_equals_the_step() -> None:
     recorder = Recorder()
     recipe = Trades(epochs=3, milestones=(), awp=0.05, awp_warmup=1, ema_decay=0.9)
     model = linear()
@@ -227,6 +227,8 @@ def test_a_captured_step_is_the_step() -> None:
         ("advmoe", {"awp": 0.01}, "awp must be 0: advmoe makes 2 updates per batch"),
     ],
 )
-def test_bad_settings_are_named(name: str, wrong: dict[str, Any], message: str) -> None:
+def test_bad_settings_of_weight_perturbation_are_named(
+    name: str, wrong: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         recipe_for(name, "cifar10", **wrong)
