@@ -69,13 +69,13 @@ class AnalyzeFilters(_Runs):
     """Attack that makes the adversarial images, see `awnet info`."""
 
     def run(self, console: Console) -> None:
-        from awnet.reproduce.analyses import alike, compare_filters, effective_filters
+        from awnet.reproduce.analyses import by_architecture, compare_filters, effective_filters
         from awnet.scalars import check_integer
 
         check_integer("layers", self.layers, 1)
         check_integer("images", self.images, 1)
         loaded = self.load(console)
-        groups = alike({label: model for label, (model, _) in loaded.items()})
+        groups = by_architecture({label: model for label, (model, _) in loaded.items()})
         written = compare_filters(groups, self.out, layers=self.layers)
         subsets = {label: (model, images.subset(self.images)) for label, (model, images) in loaded.items()}
         written += effective_filters(subsets, self.out, attack=self.attack, layers=self.layers)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from awnet.analysis import paired_differences
 from awnet.evaluation import Report
-from awnet.evaluation.comparison import Group, Measured, compare_reports, interval_text, quantity_label
+from awnet.evaluation.comparison import Group, Measured, compare_reports, quantity_label
+from awnet.evaluation.tables import interval_text
 from awnet.files import write_json, write_text
 from awnet.reproduce.experiments import Experiment
 from awnet.reproduce.markdown import (
@@ -47,7 +48,7 @@ def run_ablation(name: str, experiment: Experiment, *by_seed: Runs) -> None:
     )
     quantities = ["clean", *experiment.attacks]
     text = opening(name, experiment, lines)
-    text += section("Accuracy, per cent, mean over the trainings", _accuracies(rows, experiment, quantities))
+    text += section("Accuracy, percent, mean over the trainings", _accuracies(rows, experiment, quantities))
     text += section(
         "Difference to the baseline in points, with 95 % intervals over images, paired by image",
         _differences(rows, experiment, quantities, "over_images"),

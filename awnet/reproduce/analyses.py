@@ -61,7 +61,7 @@ def compare_filters(
     return _write(panels, rows, out, "filter_means", title)
 
 
-def alike(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+def by_architecture(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     """Groups of models for :func:`compare_filters`, under the names of the architectures.
 
     The models of a group have convolutions with the same names and widths.
@@ -73,7 +73,7 @@ def alike(models: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     named: dict[str, dict[str, nn.Module]] = {}
     for group in groups.values():
         name = " and ".join(dict.fromkeys(name_of(model) for model in group.values()))
-        number = sum(known.split(", kind")[0] == name for known in named)  # with other widths
+        number = sum(known.split(", kind")[0] == name for known in named)  # groups of other widths
         named[f"{name}, kind {number + 1}" if number else name] = group
     return named
 
@@ -89,8 +89,8 @@ def effective_filters(
 ) -> list[Path]:
     """Fig. 3 for AW-Nets: means of the effective filters ω·𝒦 and of the weights.
 
-    ω is averaged over clean images, and over their adversarial ones; ``effective_filters.{png,csv}`` in
-    ``out``.
+    ω is averaged over clean images, and over their adversarial images. Writes
+    ``effective_filters.{png,csv}`` in ``out``.
 
     Args:
         models: label → model and one batch of images. Models without filter scales are skipped.

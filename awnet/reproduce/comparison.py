@@ -25,15 +25,15 @@ from awnet.run_config import is_run, read_config
 from awnet.training.checkpoint import differences
 from awnet.training.logging import read_log
 
-_APART = ("kind", "sessions", "format")  # parts of config.json that are not settings
+_NOT_SETTINGS = ("kind", "sessions", "format")  # parts of config.json that are not settings
 
 
 @dataclass(frozen=True)
 class RunComparison:
-    """What :func:`compare_runs` returns.
+    """The result of :func:`compare_runs`.
 
-    settings: those of ``config.json`` that differ, by name, one value for each run; best: the best validation
-    of each run; curves: the figure, or None; notes: what was not compared.
+    settings: the settings in ``config.json`` that differ, by name, one value for each run; best: the record
+    of the best validation of each run; curves: the figure, or None; notes: what was not compared, and why.
     """
 
     labels: tuple[str, ...]
@@ -62,15 +62,10 @@ def compare_runs(
     """
     paths = [expanded(folder) for folder in folders]
     labels = source_labels(paths)
-    configs = [{k: v for k, v in read_config(path).items() if k not in _APART} for path in paths]
+    configs = [{k: v for k, v in read_config(path).items() if k not in _NOT_SETTINGS} for path in paths]
     logs = [_epochs(path) for path in paths]
     best = [max((r for r in log if _score(r) is not None), key=_score, default={}) for log in logs]
-    notes = []
-    for path in paths:
-        try:
-            report_folder(path, name)
-        except FileNotFoundError as error:
-            notes.append(str(error))
+    notes = [note for path in paths if (note := _missing_report(path, name))]
     curves = None
     if out is not None and all(logs):
         curves = make_folder(expanded(out)) / "training.png"
@@ -93,18 +88,19 @@ def compare_sources(
     if len(sources) < 2:
         raise ValueError(f"a comparison needs two or more reports, got {len(sources)}")
     if all(map(is_run, sources)):
-        sources = [source for source in sources if _has_report(source, name)]
+        sources = [source for source in sources if _missing_report(source, name) is None]
         if len(sources) < 2:
             return None
     return compare_reports(load_groups(sources, name), adjust=adjust)
 
 
-def _has_report(run: str | Path, name: str) -> bool:
+def _missing_report(run: str | Path, name: str) -> str | None:
+    """A message if ``run`` has no evaluation ``name``, else None."""
     try:
         report_folder(run, name)
-    except FileNotFoundError:
-        return False
-    return True
+    except FileNotFoundError as error:
+        return str(error)
+    return None
 
 
 def _epochs(folder: Path) -> list[dict[str, Any]]:

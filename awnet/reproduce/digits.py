@@ -91,19 +91,19 @@ def run_digits(
         assert isinstance(default, MTARD)
         recipe = default
     claim(out, resume=resume, overwrite=overwrite)
-    with followed(out, partial(say, console)) as place:
+    with experiment_folder(out, partial(say, console)) as place:
         reports = _trained_and_evaluated(
             place, recipe, splits, seed, where, attacks=attacks, processes=processes, console=console
         )
         report = reports[AWNET]
         report.compared_with = {name: compare(report, reports[name], seed) for name in TWINS}
         place.during(lambda: _save(report, place.path))
-        _tell(console, reports, place.path, time.monotonic() - begun)
+        _print_results(console, reports, place.path, time.monotonic() - begun)
         return DigitsResult(place.path, reports)
 
 
-def followed(folder: Path, warn: Callable[[str], None]) -> RunFolder:
-    """Creates the folder of an experiment, and follows it if it is renamed."""
+def experiment_folder(folder: Path, warn: Callable[[str], None]) -> RunFolder:
+    """Creates the folder of an experiment; the result follows it if it is renamed."""
     return RunFolder(make_folder(folder), warn, "the experiment")
 
 
@@ -126,7 +126,8 @@ def _trained_and_evaluated(
         f"images, L-infinity eps {splits.train.threat_model.eps:.4g}; seed {seed}",
     )
 
-    def job(recipe: Recipe, model: str, folder: str, *, aside: bool) -> _Training:
+    def job(recipe: Recipe, model: str, folder: str, *, second: bool = False) -> _Training:
+        """``second``: whether the job is for the second process, if there are two, which prints nothing."""
         student = isinstance(recipe, MTARD)
         return partial(
             train_network,
@@ -138,28 +139,28 @@ def _trained_and_evaluated(
             device=device,
             teachers=("teachers/clean", "teachers/robust") if student else (),
             attacks=attacks if student else (),
-            quiet=console.quiet or (aside and processes == 2),
+            quiet=console.quiet or (second and processes == 2),
         )
 
-    def run_jobs(here: list[_Training], aside: list[_Training]) -> list[_Trained]:
-        """The results of the jobs ``here`` and then of those ``aside``."""
-        queues = [here, aside] if processes == 2 else [here + aside]
+    def run_jobs(first: list[_Training], second: list[_Training]) -> list[_Trained]:
+        """The results of the jobs of the first and then of the second process."""
+        queues = [first, second] if processes == 2 else [first + second]
         jobs = [[partial(train_all, place.path, queue)] for queue in queues]
         results = run_in_parallel(jobs, max(1, torch.get_num_threads() // processes))
         return [one for queue in results for trained in queue for one in trained]
 
-    elsewhere = ", in a second process" if processes == 2 else ""
+    where = ", in a second process" if processes == 2 else ""
     clean, robust = recipe.teacher_recipe("clean"), recipe.teacher_recipe("robust")
-    say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{elsewhere}")
+    say(console, f"teachers: {TEACHER} by {robust.name}, and by {clean.name}{where}")
     trained = run_jobs(
-        [job(robust, TEACHER, "teachers/robust", aside=False)],
-        [job(clean, TEACHER, "teachers/clean", aside=True)],
+        [job(robust, TEACHER, "teachers/robust")],
+        [job(clean, TEACHER, "teachers/clean", second=True)],
     )
     say(console, f"clean teacher: validation accuracy {100 * trained[1].validation['clean_accuracy']:.1f} %")
-    say(console, f"students by {recipe.title}: {AWNET}; {' and '.join(TWINS)}{elsewhere}")
+    say(console, f"students by {recipe.title}: {AWNET}; {' and '.join(TWINS)}{where}")
     trained = run_jobs(
-        [job(recipe, AWNET, "", aside=False)],
-        [job(recipe, name, f"compared/{name}", aside=True) for name in TWINS],
+        [job(recipe, AWNET, "")],
+        [job(recipe, name, f"compared/{name}", second=True) for name in TWINS],
     )
     return {
         name: one.report for name, one in zip((AWNET, *TWINS), trained, strict=True) if one.report is not None
@@ -176,13 +177,10 @@ _Training = Callable[[RunFolder], _Trained]
 
 
 def train_all(out: Path, trainings: Sequence[_Training]) -> list[_Trained]:
-    """Runs ``trainings`` in order in ``out``, which is followed if it is renamed."""
-    with RunFolder(out, _ignore, "the experiment") as place:
+    """Runs ``trainings`` in order in ``out``, which is experiment_folder if it is renamed."""
+    # without warnings: the process that started the experiment prints them
+    with RunFolder(out, lambda text: None, "the experiment") as place:
         return [training(place) for training in trainings]
-
-
-def _ignore(text: str) -> None:
-    """The process that started the experiment already warns."""
 
 
 def train_network(
@@ -218,12 +216,8 @@ def train_network(
         run = place.path / folder
         report = evaluate(result.model, splits.test, attacks, seed=seed, selected_on="validation", run=run)
         if model != AWNET:  # its report is saved with the comparison
-            place.during(partial(_save_in, report, place, folder))
+            place.during(lambda: _save(report, place.path / folder))
     return _Trained(result.validation, report)
-
-
-def _save_in(report: Report, place: RunFolder, folder: str) -> None:
-    _save(report, place.path / folder)
 
 
 def _save(report: Report, folder: Path) -> None:
@@ -231,7 +225,7 @@ def _save(report: Report, folder: Path) -> None:
         report.publish(folder)
 
 
-def _tell(console: Console, reports: dict[str, Report], out: Path, seconds: float) -> None:
+def _print_results(console: Console, reports: dict[str, Report], out: Path, seconds: float) -> None:
     report = reports[AWNET]
     console.print(w_robust_table(reports))
     console.print(comparison_table(report))

@@ -478,7 +478,7 @@ class Budget:
 
 BUDGETS: dict[str, Budget] = {
     "smoke": Budget(
-        "shows that the command works, in a minute on a CPU; its figures mean nothing",
+        "shows that the command works, in a minute on a CPU; its results have no meaning",
         width=0.125,
         epochs=1,
         settings={"batch_size": 32, "attack_steps": 1},

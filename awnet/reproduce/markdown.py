@@ -1,4 +1,4 @@
-"""What the pages and JSON records of experiments have in common."""
+"""The common parts of the pages and JSON records of experiments."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def record(name: str, experiment: Experiment, runs: Runs, lines: list[str]) -> d
 
 
 def statement(experiment: Experiment, runs: Runs, seeds: Sequence[int] = ()) -> list[str]:
-    """What our figures were measured on, as text; ``seeds``: of several trainings of each network."""
+    """What our values were measured on, as text; ``seeds``: those of several trainings of each network."""
     lines = []
     for dataset in experiment.datasets:
         splits = runs.splits(dataset)

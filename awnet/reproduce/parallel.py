@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,23 +34,16 @@ def run_in_parallel(queues: Sequence[Sequence[Job]], threads: int) -> list[list[
     Raises:
         RuntimeError: another process failed; it has printed its error.
     """
-    with _threads(threads):
-        children = [_Child(queue, threads) for queue in queues[1:]]
-        try:
-            results = [[job() for job in queues[0]]]
-            return results + [child.results() for child in children]
-        finally:
-            for child in children:
-                child.stop()
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    children: list[_Child] = []
     try:
-        yield
+        torch.set_num_threads(threads)
+        children += [_Child(queue, threads) for queue in queues[1:]]
+        results = [[job() for job in queues[0]]]
+        return results + [child.results() for child in children]
     finally:
+        for child in children:
+            child.stop()
         torch.set_num_threads(before)
 
 

@@ -94,9 +94,8 @@ class Runs:
         """Flags of the reports."""
         self._costs: dict[str, int] = {}  # label → multiply-adds of training, where they were counted
         self._splits: dict[str, Splits] = {}
-        self._whole: dict[
-            str, Dataset
-        ] = {}  # training images before the limit, until they have pseudo-labels
+        # training images before the limit, until they have pseudo-labels
+        self._whole: dict[str, Dataset] = {}
 
     def splits(self, name: str) -> Splits:
         """The data set, limited by the budget.
@@ -110,7 +109,7 @@ class Runs:
             whole = self._read(name)
             self._whole[name] = whole.train
             parts = (_cut(part, n) for part, n in zip(whole, limits, strict=True))
-            self._splits[name] = Splits(*(shrunk_options(part, budget.shrink) for part in parts))
+            self._splits[name] = Splits(*(averaged_down(part, budget.shrink) for part in parts))
         return self._splits[name]
 
     def _read(self, name: str) -> Splits:
@@ -122,7 +121,7 @@ class Runs:
                 raise FileNotFoundError(
                     f"{error} (only --budget smoke runs without the images, on generated ones)"
                 ) from error
-            self.say(f"{name} is missing: generated images are used instead, so the figures mean nothing")
+            self.say(f"{name} is missing: generated images are used instead, so the results have no meaning")
             return synthetic_splits(name)  # the same images for every seed, as of a real data set
 
     def run_folder(self, system: System, dataset: str) -> Path:
@@ -196,13 +195,13 @@ class Runs:
         whole = self._whole.pop(dataset, None) or self._read(dataset).train
         model = self.trained(self._teachers_of(dataset)["clean"], dataset).eval()
         rest = whole.take((~torch.isin(whole.index, train.index)).nonzero()[:, 0])
-        rest = shrunk_options(rest, self.budget.shrink)
+        rest = averaged_down(rest, self.budget.shrink)
         device = resolve_device(self.device)
         with torch.inference_mode():
             labels = [model(batch.x).argmax(1).cpu() for batch in rest.batches(256, device=device)]
         images = rest.images.cpu().permute(0, 2, 3, 1).contiguous().numpy()
-        right = (torch.cat(labels) == rest.labels.cpu()).float().mean()
-        self.say(f"{len(rest):,} pseudo-labels of {dataset}, {100 * right:.1f} % of them right, in {path}")
+        correct = (torch.cat(labels) == rest.labels.cpu()).float().mean()
+        self.say(f"{len(rest):,} pseudo-labels of {dataset}, {100 * correct:.1f} % correct, in {path}")
         with written_atomically(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, image=images, label=torch.cat(labels).numpy())
         return path
@@ -237,22 +236,31 @@ class Runs:
             tensorboard=False,
             quiet=self.console.quiet,
         )
+        self._add_training(
+            system,
+            dataset,
+            result.model,
+            network=_described(system.model, self._options(system)),
+            recipe=recipe.title,
+            epochs=recipe.epochs,
+            seconds=result.history[-1]["seconds"],
+        )
+        return result.model
+
+    def _add_training(self, system: System, dataset: str, model: nn.Module, **fields: Any) -> None:
+        """Adds a row to ``trainings``, unless it has the same one."""
         training = Training(
             label=system.label,
             dataset=dataset,
-            network=_described(system.model, self._options(system)),
-            parameters=sum(parameter.numel() for parameter in result.model.parameters()),
-            recipe=recipe.title,
-            epochs=recipe.epochs,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
             multiply_adds=self._costs.get(system.label),
-            seconds=result.history[-1]["seconds"],
+            **fields,
         )
         if training not in self.trainings:
             self.trainings.append(training)
-        return result.model
 
     def _given(self, system: System, dataset: str) -> nn.Module:
-        """The network in a run folder that was given."""
+        """The network in one of the run folders ``networks``."""
         folder = self.run_folder(system, dataset)
         config = read_config(folder, whole=True)
         model = load_model(folder, resolve_device(self.device))
@@ -261,18 +269,9 @@ class Runs:
             seconds = read_log(folder, "epoch")[-1]["seconds"]
         except (FileNotFoundError, IndexError):
             seconds = None
-        training = Training(
-            label=system.label,
-            dataset=dataset,
-            network=_described(config["model"]["name"], config["model"].get("options") or {}),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            recipe=recipe["name"],
-            epochs=recipe["epochs"],
-            multiply_adds=None,
-            seconds=seconds,
-        )
-        if training not in self.trainings:
-            self.trainings.append(training)
+        network = _described(config["model"]["name"], config["model"].get("options") or {})
+        fields = {"recipe": recipe["name"], "epochs": recipe["epochs"], "seconds": seconds}
+        self._add_training(system, dataset, model, network=network, **fields)
         return model
 
     def evaluated(
@@ -283,8 +282,7 @@ class Runs:
         folder = self.run_folder(system, dataset)
         with suppress(FileNotFoundError):
             report = Report.load(folder / "evaluations" / name)
-            there = {*report.attacks, *(["union"] if report.union is not None else [])}
-            if there >= set(attacks) and report.n == len(self.splits(dataset).test):
+            if report.results().keys() >= set(attacks) and report.n == len(self.splits(dataset).test):
                 return report
         self.say(f"{system.label}: {', '.join(attacks)} on {len(self.splits(dataset).test)} test images")
         return evaluate(
@@ -324,7 +322,8 @@ class Runs:
         return options
 
 
-def shrunk_options(part: Dataset, factor: int) -> Dataset:
+def averaged_down(part: Dataset, factor: int) -> Dataset:
+    """``part`` with images that are averaged over squares of side ``factor``."""
     if factor == 1:
         return part
     images = F.avg_pool2d(part.images.float(), factor).round_().to(torch.uint8)

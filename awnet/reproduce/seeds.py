@@ -7,25 +7,25 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from awnet import analysis
 from awnet.evaluation import Report, t_interval
 from awnet.evaluation.statistics import Interval
 from awnet.evaluation.tables import attack_label
 from awnet.files import expanded, write_json
-from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, followed, in_words, run_digits, say
+from awnet.reproduce.digits import AWNET, TWINS, DigitsResult, experiment_folder, in_words, run_digits, say
 from awnet.terminal import safe_console
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 CLEAN = "clean"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One figure over several trainings, as fractions.
+    """One quantity over several trainings, as fractions.
 
     values: in the order of the seeds. sd: standard deviation between trainings, with n − 1. interval_95:
     Student's, of the mean.
@@ -83,7 +83,7 @@ def run_digits_seeds(
         raise ValueError(f"seeds must be two or more different numbers, got {seeds}")
     out, console = expanded(out), safe_console(quiet=quiet)
     runs = {}
-    with followed(out, partial(say, console)) as place:
+    with experiment_folder(out, partial(say, console)) as place:
         for number, seed in enumerate(seeds, 1):
             console.rule(f"seed {seed}, {number} of {len(seeds)}")
             folder = place.path / f"seed-{seed}"
@@ -144,12 +144,9 @@ def _points(difference: float) -> str:
 
 def _table(result: SeedsResult) -> Table:
     """A row for each model, mean ± standard deviation; under each twin the mean difference's interval."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     table = Table(
         title=f"digits, {len(result.seeds)} trainings of each network",
-        caption="per cent; ± the standard deviation between trainings. Below: awnet_tiny minus the twin in "
+        caption="percent; ± the standard deviation between trainings. Below: awnet_tiny minus the twin in "
         "points, with Student's 95 % interval of the mean",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

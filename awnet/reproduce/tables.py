@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from awnet.analysis import w_robust_bars
@@ -24,7 +26,7 @@ from awnet.files import expanded, write_json, write_text
 from awnet.precision import full_precision
 from awnet.reproduce.ablation import run_ablation
 from awnet.reproduce.analyses import compare_filters, measure_weight_gap
-from awnet.reproduce.digits import conclusion, followed, say
+from awnet.reproduce.digits import conclusion, experiment_folder, say
 from awnet.reproduce.experiments import AWNET, BUDGETS, EXPERIMENTS, Experiment, System
 from awnet.reproduce.markdown import (
     attack_settings,
@@ -45,7 +47,7 @@ from awnet.text import csv_text, visible
 
 @dataclass(frozen=True)
 class Line:
-    """One figure, ours and the paper's, as fractions; None if there is none."""
+    """One quantity, our value and the paper's, as fractions; None if there is no value."""
 
     dataset: str
     system: str
@@ -116,12 +118,12 @@ def reproduce(
         raise ValueError(f"seeds must be different numbers, got {list(seeds)}")
     given = {label: expanded(folder) for label, folder in (networks or {}).items()}
     if given:
-        experiment = _only(name, experiment, given)
+        experiment = _restricted(name, experiment, given)
     console = safe_console(quiet=quiet)
     allowed = replace(BUDGETS[budget], **experiment.changes.get(budget, {}))
     if test_limit is not None:
         allowed = replace(allowed, test_limit=check_integer("test_limit", test_limit, 1))
-    with followed(expanded(out), partial(say, console)) as place:
+    with experiment_folder(expanded(out), partial(say, console)) as place:
         by_seed = [
             Runs(
                 place,
@@ -150,7 +152,7 @@ def reproduce(
         return Outcome(folder, tuple(lines))
 
 
-def _only(name: str, experiment: Experiment, networks: Mapping[str, Path]) -> Experiment:
+def _restricted(name: str, experiment: Experiment, networks: Mapping[str, Path]) -> Experiment:
     """The experiment with the systems in ``networks`` only, all finished runs on one of its data sets."""
     if experiment.kind in ("ablation", "weight_gap") or experiment.equal_cost:
         raise ValueError(f"networks is not an option of {name}, which trains its networks itself")
@@ -163,9 +165,9 @@ def _only(name: str, experiment: Experiment, networks: Mapping[str, Path]) -> Ex
         dataset = read_config(folder, whole=True)["dataset"]["name"]
         datasets.add(dataset)
         if dataset not in experiment.datasets or len(datasets) > 1:
-            wanted = " or ".join(experiment.datasets)
             raise ValueError(
-                f"{folder} was trained on {dataset}, but {name} needs runs on {wanted}, all on one"
+                f"{folder} was trained on {dataset}, but {name} needs runs on "
+                f"{' or '.join(experiment.datasets)}, all on the same data set"
             )
         if not (folder / "best.safetensors").is_file():
             raise ValueError(f"{folder} has no best.safetensors: finish it first by awnet train --resume")
@@ -186,9 +188,7 @@ def _accuracy(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
             except ImportError as error:  # of an optional package
                 runs.say(f"{system.label} is skipped: {error}")
                 runs.skipped[system.label] = str(error)
-        lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in experiment.attacks})
-        _remark(reports, runs, dataset)
-        _draw_bars(experiment, reports, runs.results(name) / f"{dataset}.png", runs.splits(dataset).test.name)
+        lines += _summarize(name, experiment, runs, dataset, reports, experiment.attacks)
     return lines
 
 
@@ -200,17 +200,29 @@ def _transfer(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
         crafted = {}
         for attack in experiment.attacks:
             runs.say(f"{attack} on {SURROGATE.label}, {len(test)} test images")
-            place = runs.run_folder(SURROGATE, dataset) / "crafted"
-            crafted[f"transfer_{attack}"] = craft(surrogate, test, attack, folder=place, seed=runs.seed)
+            folder = runs.run_folder(SURROGATE, dataset) / "crafted"
+            crafted[f"transfer_{attack}"] = craft(surrogate, test, attack, folder=folder, seed=runs.seed)
         reports = {}
         for system in experiment.systems:
             model = runs.trained(system, dataset)
             replayed = {attack: replay(model, images) for attack, images in crafted.items()}
             reports[system.label] = runs.evaluated(system, dataset, replayed, name)
-        lines += _lines_of(experiment, dataset, reports, {attack: attack for attack in crafted})
-        _remark(reports, runs, dataset)
-        _draw_bars(experiment, reports, runs.results(name) / f"{dataset}.png", runs.splits(dataset).test.name)
+        lines += _summarize(name, experiment, runs, dataset, reports, [*crafted])
     return lines
+
+
+def _summarize(
+    name: str,
+    experiment: Experiment,
+    runs: Runs,
+    dataset: str,
+    reports: dict[str, Report],
+    attacks: Sequence[str],
+) -> list[Line]:
+    """The lines of one data set; adds notes to ``runs`` and draws the figure."""
+    _add_notes(reports, runs, dataset)
+    _draw_bars(experiment, reports, runs.results(name) / f"{dataset}.png", runs.splits(dataset).test.name)
+    return _lines_of(experiment, dataset, reports, attacks)
 
 
 @full_precision()
@@ -221,9 +233,9 @@ def _detection(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
     model = runs.trained(system, dataset)
     train = next(splits.train.batches(len(splits.train)))
     held_out, test = (next(part.batches(len(part))) for part in (splits.validation, splits.test))
-    few = max(2, min(len(train.y) // 4, 50))
+    neighbors = max(2, min(len(train.y) // 4, 50))
     makers: dict[str, Callable[[nn.Module], Detector]] = {
-        "NNIF": lambda m: NNIF(m, neighbours=few),
+        "NNIF": lambda m: NNIF(m, neighbours=neighbors),
         "LNG": lambda m: LNG(m, neighbours=min(10, len(held_out.y) - 1)),
         system.label: RouterDetector,
     }
@@ -318,10 +330,11 @@ def _paper(experiment: Experiment, dataset: str, system: str, attack: str) -> Pa
 
 
 def _lines_of(
-    experiment: Experiment, dataset: str, reports: dict[str, Report], attacks: dict[str, str]
+    experiment: Experiment, dataset: str, reports: dict[str, Report], attacks: Sequence[str]
 ) -> list[Line]:
+    """The lines of all systems; without figures of ours for a system that has no report."""
     lines = []
-    for system in (one.label for one in experiment.systems):
+    for system in (system.label for system in experiment.systems):
         report = reports.get(system)
         rows = {attack: _paper(experiment, dataset, system, attack) for attack in attacks}
         clean = next((row.clean for row in rows.values() if row is not None and row.clean is not None), None)
@@ -349,8 +362,8 @@ def _lines_of(
     return lines
 
 
-def _remark(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
-    """Records attack settings, paired differences and flags for the text of the table."""
+def _add_notes(reports: dict[str, Report], runs: Runs, dataset: str) -> None:
+    """Adds attack settings, paired differences and flags to ``runs``, for the text of the table."""
     attacks = {name: result for report in reports.values() for name, result in report.results().items()}
     for name, result in attacks.items():
         text = attack_settings(name, result)
@@ -396,11 +409,11 @@ def _claims(lines: Sequence[Line]) -> list[str]:
     rows = []
     adversarial = [line for line in lines if line.quantity == "adversarial" and line.ours is not None]
     for union in (line for line in adversarial if line.attack == "union"):
-        same = (union.dataset, union.system)
-        single = [one for one in adversarial if (one.dataset, one.system) == same and one is not union]
-        if not single:
+        key = (union.dataset, union.system)
+        others = [line for line in adversarial if (line.dataset, line.system) == key and line is not union]
+        if not others:
             continue
-        claimed = min(single, key=lambda line: line.ours or 0.0)
+        claimed = min(others, key=lambda line: line.ours or 0.0)
         gap = f"{100 * ((union.ours or 0.0) - (claimed.ours or 0.0)):+.2f}"
         cells = [_cells(line, printed=False)[3] for line in (claimed, union)]
         rows.append([union.system, table_label(claimed.attack), *cells, gap])
@@ -409,19 +422,19 @@ def _claims(lines: Sequence[Line]) -> list[str]:
 
 
 def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> None:
-    said = statement(experiment, runs)
-    text = opening(name, experiment, said)
+    description = statement(experiment, runs)
+    text = opening(name, experiment, description)
     printed = any(line.paper is not None for line in lines)
     for dataset in experiment.datasets:
         rows_of_dataset = [_cells(line, printed) for line in lines if line.dataset == dataset]
         text += section(
-            f"{runs.splits(dataset).test.name}, per cent",
+            f"{runs.splits(dataset).test.name}, percent",
             markdown_table(_headings(printed), rows_of_dataset, 3),
         )
-    text += section("Claimed by the papers' attacks, left by the union", _claims(lines))
-    text += section("Paired by image, 95 % intervals", [f"- {said}" for said in runs.differences])
-    text += section("Attacks", [f"- {said}" for said in runs.attack_settings])
-    text += section("Flags of the reports", [f"- {said}" for said in runs.flags])
+    text += section("Accuracy under the papers' attacks and under the union", _claims(lines))
+    text += section("Paired by image, 95 % intervals", [f"- {line}" for line in runs.differences])
+    text += section("Attacks", [f"- {line}" for line in runs.attack_settings])
+    text += section("Flags of the reports", [f"- {line}" for line in runs.flags])
     text += training_section(runs.trainings)
     folder = runs.results(name)
     write_text(folder / "table.md", "\n".join(map(visible, text)))
@@ -430,7 +443,7 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
     write_text(folder / "table.csv", csv_text([names, *rows]))
     write_json(
         folder / "table.json",
-        record(name, experiment, runs, said)
+        record(name, experiment, runs, description)
         | {
             "seed": runs.seed,
             "attacks": runs.attack_settings,
@@ -451,24 +464,18 @@ def _write(name: str, experiment: Experiment, lines: list[Line], runs: Runs) -> 
 
 
 def _rich(experiment: Experiment, lines: list[Line], runs: Runs) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.text import Text
-
     caption = Text(visible(statement(experiment, runs)[0]))
-    table = Table(title=f"{experiment.title}, per cent", box=SIMPLE_HEAD, caption=caption)
+    table = Table(title=f"{experiment.title}, percent", box=SIMPLE_HEAD, caption=caption)
     printed = any(line.paper is not None for line in lines)
     for number, heading in enumerate(_headings(printed)):
         table.add_column(heading, justify="right" if number > 2 else "left")
-    before = None
+    previous = None
     for line in lines:
-        cells = [visible(cell) for cell in _cells(line, printed)]
+        system, *cells = [visible(cell) for cell in _cells(line, printed)]
         if len(experiment.datasets) > 1:
-            cells[0] += f", {line.dataset}"
-        if cells[0] == before:
-            cells[0] = ""
-        else:
-            before = cells[0]
-        table.add_row(*map(Text, cells))
+            system += f", {line.dataset}"
+        table.add_row(*map(Text, ("" if system == previous else system, *cells)))
+        previous = system
     return table
 
 
@@ -483,5 +490,5 @@ def _draw_bars(experiment: Experiment, reports: dict[str, Report], path: Path, d
         },
         path,
         clean={system: report.clean_accuracy for system, report in reports.items()},
-        title=f"{experiment.title}: $A_w$ with 95 % intervals, {data}",
+        title=f"{experiment.title}: A_w with 95 % intervals, {data}",
     )

@@ -17,7 +17,7 @@ from rich.console import Console
 from awnet.cli import main
 from awnet.evaluation import Report
 from awnet.reproduce import BUDGETS, EXPERIMENTS
-from awnet.reproduce.runs import Runs, shrunk_options
+from awnet.reproduce.runs import Runs, averaged_down
 from awnet.reproduce.synthetic import synthetic_splits
 from awnet.run_folder import RunFolder
 
@@ -121,7 +121,7 @@ def test_pseudo_labels_are_the_clean_teachers_predictions_on_images_left_out(
     with np.load(path) as file:
         images, labels = torch.from_numpy(file["image"]).permute(0, 3, 1, 2), torch.from_numpy(file["label"])
     used = set(runs.splits("cifar10").train.index.tolist())
-    whole = shrunk_options(synthetic_splits("cifar10").train, 2)
+    whole = averaged_down(synthetic_splits("cifar10").train, 2)
     rest = whole.take(
         torch.tensor([row for row, index in enumerate(whole.index.tolist()) if index not in used])
     )

@@ -1,4 +1,4 @@
-"""Tables and figures: what they compare, what they write, and one of them end to end."""
+"""Tables and figures: their contents and files, and one of them end to end."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from awnet.evaluation import Report
 from awnet.models import create_model, list_models
 from awnet.models.zoo import zoo_folder
 from awnet.reproduce import BUDGETS, EXPERIMENTS, paper_rows, reproduce
-from awnet.reproduce.analyses import alike, compare_filters, effective_filters
-from awnet.reproduce.runs import Runs, shrunk_options
+from awnet.reproduce.analyses import by_architecture, compare_filters, effective_filters
+from awnet.reproduce.runs import Runs, averaged_down
 from awnet.reproduce.synthetic import synthetic_splits
 from awnet.training import list_recipes, train
 
@@ -215,13 +215,13 @@ def test_small_systems_are_compared_at_equal_cost(tmp_path: Path, monkeypatch: p
 
 def test_shrunk_images_are_averages_over_squares() -> None:
     part = synthetic_splits("cifar10", seed=0, train=12).train
-    shrunk = shrunk_options(part, 2)
+    shrunk = averaged_down(part, 2)
     assert shrunk.images.shape == (12, 3, 16, 16)
     square = part.images[3, 1, 4:6, 8:10].float().mean()
     assert abs(float(shrunk.images[3, 1, 2, 4]) - float(square)) <= 0.5
     assert shrunk.augmentation.shift == part.augmentation.shift // 2
     assert "16×16" in shrunk.name
-    assert shrunk_options(part, 1) is part
+    assert averaged_down(part, 1) is part
 
 
 def test_without_the_images_only_a_smoke_run_starts(
@@ -263,7 +263,7 @@ def test_filters_of_networks_of_two_kinds_are_not_compared(tmp_path: Path) -> No
         compare_filters(networks, tmp_path)
 
 
-def test_checkpoints_are_analysed_from_the_command_line(
+def test_checkpoints_are_analyzed_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from awnet.training import recipe_for
@@ -332,7 +332,7 @@ def test_effective_filters_are_weights_times_scales(tmp_path: Path) -> None:
     model = models["awnet_tiny"]
     with torch.no_grad():
         model.router.signal_heads.weight.normal_(std=0.5)
-    groups = alike({**models, "wide": wide})
+    groups = by_architecture({**models, "wide": wide})
     assert {name: list(group) for name, group in groups.items()} == {
         "awnet_tiny and resnet_tiny": ["awnet_tiny", "resnet_tiny"],
         "resnet_tiny_wide": ["wide"],
@@ -368,7 +368,9 @@ def test_every_experiment_runs_at_the_smoke_budget(
     assert any(outcome.folder.iterdir())
     if name == "gated":
         text = (outcome.folder / "table.md").read_text()
-        section = text.partition("## Claimed by the papers' attacks, left by the union")[2].partition("##")[0]
+        section = text.partition("## Accuracy under the papers' attacks and under the union")[2].partition(
+            "##"
+        )[0]
         for system in EXPERIMENTS[name].systems:
             lines = {
                 x.attack: x for x in outcome.lines if (x.system, x.quantity) == (system.label, "adversarial")
