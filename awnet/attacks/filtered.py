@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awnet.attacks.base import Attack
 from awnet.attacks.cascade import Cascade
+from awnet.attacks.norms import per_image
 from awnet.attacks.transfer import TransferAttack
 
 
@@ -41,7 +42,7 @@ class FilteredAttack(Attack):
         """As for :class:`Attack`, but synchronizes with the host to see which images survive."""
         x_adv = self.first.perturb(x, y, index, largest_label).detach()
         finite = x_adv.isfinite().flatten(1).all(1)  # a gradient may overflow in low precision alone
-        x_adv = torch.where(finite[:, None, None, None], x_adv, x)
+        x_adv = torch.where(per_image(finite), x_adv, x)
         x_adv = self.project(x_adv, x)
         rows = (~finite | self.correct(x_adv, y, largest_label)).nonzero()[:, 0]
         self.notes = Counter()

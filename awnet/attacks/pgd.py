@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from awnet import rng
 from awnet.attacks.base import Attack, Target, check_count, check_size
+from awnet.attacks.norms import per_image
 from awnet.data.threat_model import Norm
 from awnet.nn import InferenceCopy
 
@@ -103,7 +104,7 @@ class PGD(Attack):
             return ascend(self.start(x, index), x, y, largest_label)
         goal = self.goal(x, y, index, largest_label)
         x_adv = ascend(self.start(x, index), x, goal, largest_label)
-        return torch.where((goal == y)[:, None, None, None], x, x_adv)
+        return torch.where(per_image(goal == y), x, x_adv)
 
     def start_key(self) -> int:
         """The key of the noise of :meth:`start`, from the seed."""

@@ -82,15 +82,10 @@ LAYOUTS = {
 
 
 def load_cifar(name: str, data_dir: str | Path, seed: int = 0) -> Splits:
-    """Loads CIFAR-10 or CIFAR-100; 2 % of the training images are held out for validation.
+    """Loads ``"cifar10"`` or ``"cifar100"``; 2 % of the training images, chosen by the seed, are held out.
 
-    Args:
-        name: ``"cifar10"`` or ``"cifar100"``.
-        data_dir: the published folder or its parent. Its files may contain fewer images than published.
-        seed: chooses the held-out images.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged.
+    ``data_dir`` is the published folder or its parent. Its files may contain fewer images than published.
+    Raises FileNotFoundError or ValueError if a file is missing or damaged.
     """
     layouts = {layout.names: layout for layout in LAYOUTS[name]}
     folder, marker = find_folder(name, data_dir, {layout.folder: layout.names for layout in layouts.values()})

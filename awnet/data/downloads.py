@@ -52,13 +52,8 @@ ARCHIVES = {
 def find_folder(name: str, data_dir: str | Path, markers: dict[str, str]) -> tuple[Path, str]:
     """Finds the published folder of data set ``name``; returns it and its marker file.
 
-    Args:
-        name: the data set, for the error message.
-        data_dir: the folder itself, under any name, or its parent.
-        markers: folder name → a file that only this version has; the first existing one is taken.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
+    ``data_dir`` is the folder itself, under any name, or its parent. ``markers``: folder name → a file that
+    only this version has; the first existing one is taken. Raises FileNotFoundError if there is none.
     """
     data_dir = expanded(data_dir)
     for folder, marker in markers.items():

@@ -26,9 +26,8 @@ def load_tiny_imagenet(data_dir: str | Path, seed: int = 0) -> Splits:
     The published validation images are the test set, since the labels of the published test images are
     secret; 2 % of the training images, chosen by the seed, are held out for validation.
 
-    Raises:
-        FileNotFoundError, ValueError: class folders, images or annotations are missing or damaged; each class
-            must have the same number of images.
+    Raises FileNotFoundError or ValueError, with counts, if class folders, images or annotations are missing:
+    each class must have the same number of images.
     """
     folder, marker = find_folder("tiny_imagenet", data_dir, {"tiny-imagenet-200": "wnids.txt"})
     listed = (folder / marker).read_text(encoding="utf-8", errors="replace").split()

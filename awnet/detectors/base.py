@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Self
 
 import torch
@@ -150,12 +151,12 @@ class Embedding:
         pooled: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         features: list[Tensor] = []
 
-        def pool(name: str) -> object:
-            return lambda module, args, output: pooled[name].append(output.mean((2, 3)).double())
+        def pool(name: str, module: nn.Module, args: object, output: Tensor) -> None:
+            pooled[name].append(output.mean((2, 3)).double())
 
         with ExitStack() as hooks, torch.no_grad():
             for name in self.layers:
-                hooks.enter_context(modules[name].register_forward_hook(pool(name)))
+                hooks.enter_context(modules[name].register_forward_hook(partial(pool, name)))
             hooks.enter_context(
                 self.linear.register_forward_pre_hook(lambda module, args: features.append(args[0].double()))
             )
