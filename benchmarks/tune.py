@@ -282,7 +282,7 @@ def tune(options: TuneOptions, do_bench: DoBench | None = None) -> Path:
             left += 1
             continue
         timer = _frozen_network(options, dtype, device)
-        frozen[dtype], took, before = fastest_forms(timer, do_bench, console.print)
+        frozen[dtype], took, before = fastest_forms(timer, do_bench, partial(console.print, markup=False))
         forms = " ".join(f"{part}={form}" for part, form in frozen[dtype].items())
         console.print(f"frozen network, {dtype}: {before:.4f} → {took:.4f} ms a step, {forms}")
         content["frozen_networks"] = frozen

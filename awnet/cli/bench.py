@@ -33,7 +33,7 @@ _SUBCOMMANDS = {
         "tune",
         "TuneOptions",
         "tune",
-        "Search launch parameters of the Triton kernels on this GPU, and store them in its table.",
+        "Search launch parameters and forms of frozen networks on this GPU, and store them in its table.",
     ),
     "train": (
         "train",
