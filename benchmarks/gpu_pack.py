@@ -127,16 +127,8 @@ def _native(python: str) -> None:
     """Compiles the native module with the CUDA kernels for another interpreter, in build/gpu."""
     about, key = _about(python), sources_key()
     folder, build = FOLDER / "native", ROOT / "build" / "gpu"
-    command = [
-        python,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        str(build),
-        "--build-temp",
-        f"{build}/objects",
-    ]
+    command = [python, "setup.py", "-q", "build_ext", "--build-lib", str(build)]
+    command += ["--build-temp", f"{build}/objects"]
     print(f"compiling the native module for torch {about['torch']}, {about['suffix']}", flush=True)
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"AWNET_BUILD": "cuda"}, capture_output=True, text=True

@@ -27,19 +27,8 @@ TRAIN_COLUMNS = [
     *("command", "backend", "captured"),
 ]
 AMX_COLUMNS = [
-    *(
-        "date",
-        "commit",
-        "device",
-        "driver",
-        "torch",
-        "triton",
-        "case",
-        "provider",
-        "batch",
-        "threads",
-        "unit",
-    ),
+    *("date", "commit", "device", "driver", "torch", "triton"),
+    *("case", "provider", "batch", "threads", "unit"),
     *("rate_best", "rate_median", "amx_tflop_s", "share_of_peak", "switches", "steal", "disturbed"),
 ]
 # columns that files of earlier versions lack

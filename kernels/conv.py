@@ -163,32 +163,10 @@ def conv_kernel(
     if SWAP_AB:
         acc = tl.trans(acc)
     finish(
-        acc,
-        sample_in_tile,
-        pixel,
-        row_in_bounds,
-        channel,
-        first_sample,
-        part,
-        batch,
-        u_ptr,
-        y_ptr,
-        mask_ptr,
-        residual_ptr,
-        scale_ptr,
-        shift_ptr,
-        mean_ptr,
-        m2_ptr,
-        HW,
-        C_OUT,
-        1,
-        C_OUT,
-        BLOCK_M,
-        BLOCK_N,
-        ROWS,
-        SPAN,
-        ACTIVATION,
-    )
+        acc, sample_in_tile, pixel, row_in_bounds, channel, first_sample, part, batch,
+        u_ptr, y_ptr, mask_ptr, residual_ptr, scale_ptr, shift_ptr, mean_ptr, m2_ptr,
+        HW, C_OUT, 1, C_OUT, BLOCK_M, BLOCK_N, ROWS, SPAN, ACTIVATION,
+    )  # fmt: skip
 
 
 def _spans(problem: Problem, tile: Tile) -> bool:

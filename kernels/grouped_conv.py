@@ -150,32 +150,10 @@ def grouped_conv_kernel(
                 factor = tl.load(tap + i_in * weight_in, mask=channel_in_bounds, other=0.0)
                 acc += value.to(tl.float32) * factor.to(tl.float32)[None, :]
     finish(
-        acc,
-        tl.zeros([BLOCK_P], tl.int32),
-        pixel,
-        row_in_bounds,
-        channel,
-        sample,
-        part,
-        batch,
-        u_ptr,
-        y_ptr,
-        mask_ptr,
-        residual_ptr,
-        scale_ptr,
-        shift_ptr,
-        mean_ptr,
-        m2_ptr,
-        HW,
-        C_OUT,
-        CHANNEL_STRIDE,
-        PIXEL_STRIDE,
-        BLOCK_P,
-        BLOCK_C,
-        BLOCK_P,
-        False,
-        ACTIVATION,
-    )
+        acc, tl.zeros([BLOCK_P], tl.int32), pixel, row_in_bounds, channel, sample, part, batch,
+        u_ptr, y_ptr, mask_ptr, residual_ptr, scale_ptr, shift_ptr, mean_ptr, m2_ptr,
+        HW, C_OUT, CHANNEL_STRIDE, PIXEL_STRIDE, BLOCK_P, BLOCK_C, BLOCK_P, False, ACTIVATION,
+    )  # fmt: skip
 
 
 def rows(problem: Problem, tile: Tile) -> int:

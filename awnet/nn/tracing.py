@@ -41,17 +41,8 @@ _SHAPE_QUERIES = {"size", "stride", "numel", "nelement", "element_size", "storag
 _FACTORIES = ("zeros", "ones", "empty", "rand", "randn")
 _ATTRIBUTES = {"shape", "dtype", "device", "layout", "requires_grad", "names", "itemsize", "nbytes"}
 _RANDOM = {
-    *(
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "rand_like",
-        "randn_like",
-        "randint_like",
-        "normal",
-        "bernoulli",
-    ),
+    *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like"),
+    *("normal", "bernoulli"),
     *("multinomial", "poisson", "uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_"),
     *("cauchy_", "log_normal_", "dropout", "alpha_dropout", "feature_dropout", "rrelu"),
 }
