@@ -60,10 +60,10 @@ class FrozenNetworkTimer:
     def errors(self, forms: Forms) -> tuple[float, float]:
         """Relative errors of logits and image gradients, against the default forms in float32."""
         expected = self._logits_and_gradient(_defaults(), torch.float32)
-        found = self._logits_and_gradient(forms, self.dtype)
+        actual = self._logits_and_gradient(forms, self.dtype)
         logits, gradient = (
             float((a.double() - b.double()).norm() / b.double().norm())
-            for a, b in zip(found, expected, strict=True)
+            for a, b in zip(actual, expected, strict=True)
         )
         return logits, gradient
 
