@@ -90,7 +90,7 @@ def launch(
         or _observers is None
         or any(_observers)
         or kernel.pre_run_hooks
-        or torch.compiler.is_compiling()
+        or torch.compiler.is_dynamo_compiling()
     ):
         kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages, **constants)
         return

@@ -146,7 +146,7 @@ def launch_channels(
 
 def constants_of(norm: Any) -> dict[str, int]:
     """The kernels' constants K and S: the rows of the affine parameters and of the statistics."""
-    return {"K": len(norm.weight), "S": len(norm.mean)}
+    return {"K": norm.weight.shape[0], "S": norm.mean.shape[0]}
 
 
 def tables_of(norm: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

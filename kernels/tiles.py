@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -132,8 +134,7 @@ def unpacked(mask, CHANNELS_LAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: 
 # --- launches
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """The shape and layout of a dense image tensor."""
 
     batch: int
@@ -175,13 +176,18 @@ def launch_grid(shape: Shape, config: Mapping[str, int], steps: bool = False) ->
     With ``steps`` a program loops over up to ``config["steps"]`` tiles of pixels, fewer if there would be too
     few programs to fill a GPU.
     """
+    return _grid(shape, config["tile"], config["inner"], config["steps"] if steps else 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _grid(shape: Shape, tile: int, inner: int, steps: int) -> Grid:
     if shape.channels_last:
-        block_m = min(power_of_two(shape.channels), config["inner"], config["tile"])
-        block_p = min(power_of_two(shape.hw), config["tile"] // block_m)
+        block_m = min(power_of_two(shape.channels), inner, tile)
+        block_p = min(power_of_two(shape.hw), tile // block_m)
         rows = shape.batch * -(-shape.channels // block_m)
     else:
-        block_p = min(power_of_two(shape.hw), config["inner"], config["tile"])
-        block_m = min(power_of_two(shape.planes), config["tile"] // block_p)
+        block_p = min(power_of_two(shape.hw), inner, tile)
+        block_m = min(power_of_two(shape.planes), tile // block_p)
         rows = -(-shape.planes // block_m)
     tiles = -(-shape.hw // block_p)
     constants: dict[str, int | bool] = {
@@ -190,7 +196,7 @@ def launch_grid(shape: Shape, config: Mapping[str, int], steps: bool = False) ->
         "BLOCK_P": block_p,
     }
     if steps:
-        per_program = min(config["steps"], power_of_two(tiles))
+        per_program = min(steps, power_of_two(tiles))
         while per_program > 1 and rows * -(-tiles // per_program) < _ENOUGH_PROGRAMS:
             per_program //= 2
         constants["STEPS"] = per_program

@@ -146,6 +146,7 @@ class BackwardArgs:
     n: Tensor  # [S]
     channels_last: bool
     needs: Needs
+    scale: Tensor | None = None  # [B, C_out] of the forward in eval mode; None to compute it again
 
 
 class EvalBackwardArgs(NamedTuple):
@@ -177,18 +178,20 @@ _BACKWARD = f"""(Tensor grad, Tensor? input, SymInt[] input_shape, {_LAYER.forma
 FORWARD_SCHEMA, BACKWARD_SCHEMA = " ".join(_FORWARD.split()), " ".join(_BACKWARD.split())
 
 
-OPTIONS = slice(11, 18)  # of the flat arguments of the forward: training to groups
+def layer_options(args: LayerArgs) -> tuple[Any, ...]:
+    """The flat arguments from training to groups, which forward and backward have in common."""
+    norm = args.norm
+    if norm is None:
+        return False, 1e-5, "", *args.conv
+    return norm.training, norm.eps, norm.process_group, *args.conv
 
 
 def flatten(args: LayerArgs, keep_u: bool, keep_mask: bool) -> tuple[Any, ...]:
     """``args`` and what to keep for the backward, in the order of ``FORWARD_SCHEMA``."""
     norm = args.norm
-    statistics: tuple[Tensor | None, Tensor | None] = (None, None)
-    options = (False, 1e-5, "")
-    if norm is not None:
-        statistics, options = (norm.mean, norm.var), (norm.training, norm.eps, norm.process_group)
-    differentiable = args.differentiable()
-    return *differentiable, *statistics, args.is_clean, *options, *args.conv, args.code, keep_u, keep_mask
+    statistics = (None, None) if norm is None else (norm.mean, norm.var)
+    tensors = *args.differentiable(), *statistics, args.is_clean
+    return *tensors, *layer_options(args), args.code, keep_u, keep_mask
 
 
 def unflatten(flat: Sequence[Any]) -> tuple[LayerArgs, bool, bool]:
@@ -230,15 +233,15 @@ def backward_arguments(
 
     Args:
         tensors: those from the input to n, in that order.
-        options: the flat arguments ``OPTIONS`` of the forward.
+        options: of :func:`layer_options`.
         grad, input_shape, channels_last, needs: as in :class:`BackwardArgs`.
     """
     input, *layer = tensors
     return grad, input, input_shape, *layer[:9], *options, *layer[9:], channels_last, needs
 
 
-def unflatten_backward(flat: Sequence[Any]) -> BackwardArgs:
-    """The record of :func:`backward_arguments`; the momentum is the default."""
+def unflatten_backward(flat: Sequence[Any], scale: Tensor | None = None) -> BackwardArgs:
+    """The record of :func:`backward_arguments` and of ``scale``; the momentum is the default."""
     (grad, input, input_shape, weight, filter_scale, p_clean, bn_weight, bn_bias, shift, mean, var, is_clean,
      training, eps, process_group, stride, padding, dilation, groups, u, relu_mask, slope, u_mean, m2,
      n, channels_last, needs) = flat  # fmt: skip
@@ -261,4 +264,5 @@ def unflatten_backward(flat: Sequence[Any]) -> BackwardArgs:
         n=n,
         channels_last=channels_last,
         needs=Needs(*needs),
+        scale=scale,
     )

@@ -4,15 +4,15 @@
 ``layer_<name>_backward``, with fake kernels and autograd. ``csrc/layer.cpp`` is the same in C++,
 ``layer_native``, for the backends whose passes are native.
 
-The gradient is bound to the operator twice, from the same functions: by ``torch.library.register_autograd``
-for graphs (torch.compile, torch.export) and direct calls of the operator, and by a
-``torch.autograd.Function`` around it for calls in eager mode, where register_autograd took 115 to 133 µs
-per call.
+The operators are for graphs (torch.compile, torch.export), tensor subclasses and dispatch modes. In eager
+mode :class:`PassesBackend` calls the same functions through a ``torch.autograd.Function``, without an
+operator, which takes the host less time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,6 @@ from awnet.ops import running_statistics
 from awnet.ops.args import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
-    OPTIONS,
     RELU,
     BackwardArgs,
     Conv,
@@ -34,6 +33,7 @@ from awnet.ops.args import (
     Saved,
     backward_arguments,
     flatten,
+    layer_options,
     unflatten,
     unflatten_backward,
 )
@@ -53,12 +53,58 @@ class OperatorBackend(Backend):
 
     def run(self, args: LayerArgs) -> Tensor:
         saved = Saved(*self._layer(*flatten(args, *keep_flags(args))))
-        norm = args.norm
-        if norm is not None and norm.training:
-            if norm.process_group and saved.y.shape[2] * saved.y.shape[3] == 1:
-                _check_more_than_one_value(saved.n)
-            running_statistics.update(norm, saved)
+        if args.uses_batch_statistics:
+            _update_statistics(args, saved)
         return saved.y
+
+
+class PassesBackend(OperatorBackend):
+    """A backend whose layer is made of Python functions.
+
+    Args:
+        name: of the operators that are registered.
+        passes: the functions.
+    """
+
+    def __init__(self, name: str, passes: Passes) -> None:
+        super().__init__(register(name, passes))
+        self._passes = passes
+        self._backward: Layer = getattr(torch.ops.awnet, f"layer_{name}_backward").default
+
+    def run(self, args: LayerArgs) -> Tensor:
+        if _needs_operator(args):
+            return super().run(args)
+        outcome: list[Saved] = []
+        call = (self._passes, self._backward, args, *keep_flags(args), outcome)
+        if torch.is_grad_enabled():
+            y: Tensor = _Layer.apply(call, *args.differentiable())
+        else:
+            y = _Layer.forward(None, call)
+        if args.uses_batch_statistics:
+            _update_statistics(args, outcome[0])
+        return y
+
+
+def _needs_operator(args: LayerArgs) -> bool:
+    """Whether something other than autograd has to see the call: a graph, a mode, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or args.input.is_meta
+        or any(type(x) not in _PLAIN for x in (*args.tensors(), args.is_clean))
+    )
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _update_statistics(args: LayerArgs, saved: Saved) -> None:
+    norm = args.norm
+    assert norm is not None
+    if norm.process_group and saved.y.shape[2] * saved.y.shape[3] == 1:
+        _check_more_than_one_value(saved.n)
+    running_statistics.update(norm, saved)
 
 
 def _check_more_than_one_value(n: Tensor) -> None:
@@ -93,38 +139,57 @@ def convolved(args: LayerArgs) -> Tensor:
     if args.weight is None:
         return args.input.contiguous(memory_format=layout)
     conv = args.conv
-    u = torch.ops.aten.convolution(
+    u = torch.convolution(
         args.input, args.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
     )
     return u.contiguous(memory_format=layout)
 
 
-def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
+def _to(x: Any, dtype: torch.dtype) -> Any:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
 
 
 def _norm(norm: MixNorm | None, dtype: torch.dtype) -> Norm | None:
     if norm is None:
         return None
-    return Norm(norm.weight.to(dtype), norm.bias.to(dtype), norm.mean.to(dtype), norm.var.to(dtype), norm.eps)
+    weight, bias = _to(norm.weight, dtype), _to(norm.bias, dtype)
+    return Norm(weight, bias, _to(norm.mean, dtype), _to(norm.var, dtype), norm.eps)
 
 
 def _mix(args: LayerArgs | BackwardArgs, dtype: torch.dtype) -> Mix:
     return Mix(_to(args.filter_scale, dtype), _to(args.p_clean, dtype), args.is_clean)
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
+def _outputs(
+    passes: Passes, args: LayerArgs, keep_u: bool, keep_mask: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...], Tensor | None]:
+    """y, u, mask; in train mode the statistics of :class:`Saved`, in eval mode the scale [B, C].
+
+    Without ``keep_u`` the memory of u may be that of y.
+    """
+    wide = wide_dtype(args.input.dtype)
+    keep_u = keep_u and args.weight is not None
+    with _without_autocast(args.input):
+        if args.uses_batch_statistics:
+            return *_train(passes, args, wide, keep_u, keep_mask), None
+        y, u, mask, scale = _eval(passes, args, wide, keep_u, keep_mask)
+        return y, u, mask, (), scale
+
+
 def _forward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
     refuse_tangents(flat)
     args, keep_u, keep_mask = unflatten(flat)
-    wide = wide_dtype(args.input.dtype)
-    keep_u = keep_u and args.weight is not None
-    with torch.autocast(args.input.device.type, enabled=False):
-        if args.uses_batch_statistics:
-            y, u, mask, statistics = _train(passes, args, wide, keep_u, keep_mask)
-        else:
-            y, u, mask = _eval(passes, args, wide, keep_u, keep_mask)
-            statistics = tuple(y.new_empty(0, dtype=wide) for _ in range(5))
-    return y, u if keep_u else y.new_empty(0), mask, *statistics
+    y, u, mask, statistics, _ = _outputs(passes, args, keep_u, keep_mask)
+    if not statistics:
+        statistics = tuple(y.new_empty(0, dtype=wide_dtype(y.dtype)) for _ in range(5))
+    return y, u if keep_u and args.weight is not None else y.new_empty(0), mask, *statistics
 
 
 def _train(
@@ -140,11 +205,11 @@ def _train(
     else:
         u, mean, m2 = fused
     stats = SampleStats(mean, m2, u.shape[2] * u.shape[3])
-    batch = passes.batch_statistics(stats, mix, len(norm.mean))
+    batch = passes.batch_statistics(stats, mix, norm.mean.shape[0])
     if args.norm.process_group:
         batch = joined_statistics(batch, args.norm.process_group)
     norm = norm._replace(mean=batch.mean, var=batch.var)
-    scale, shift = passes.train_coefficients(norm, mix, len(u))
+    scale, shift = passes.train_coefficients(norm, mix, u.shape[0])
     in_place = args.weight is not None and not keep_u
     y, mask = passes.apply(u, scale, shift, args.residual, args.code, keep_mask, in_place)
     return y, u, mask, (mean, m2, *batch)
@@ -152,20 +217,20 @@ def _train(
 
 def _eval(
     passes: Passes, args: LayerArgs, wide: torch.dtype, keep_u: bool, keep_mask: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     norm, mix = _norm(args.norm, wide), _mix(args, wide)
     if norm is not None:
-        scale, shift = passes.eval_coefficients(norm, mix, len(args.input))
+        scale, shift = passes.eval_coefficients(norm, mix, args.input.shape[0])
     else:
         scale = _ones(args, wide) if mix.filter_scale is None else mix.filter_scale
         shift = torch.zeros_like(scale) if args.shift is None else args.shift.to(wide)
     fused = None if args.weight is None else passes.fused_apply(args, scale, shift, keep_u, keep_mask)
     if fused is not None:
-        return fused
+        return *fused, scale
     u = convolved(args)
     in_place = args.weight is not None and not keep_u
     y, mask = passes.apply(u, scale, shift, args.residual, args.code, keep_mask, in_place)
-    return y, u, mask
+    return y, u, mask, scale
 
 
 def _ones(args: LayerArgs, wide: torch.dtype) -> Tensor:
@@ -204,7 +269,7 @@ def _convolution_gradients(
         source = torch.empty(
             input_shape, dtype=d_u.dtype, device=d_u.device, memory_format=memory_format(d_u)
         )
-    grads = torch.ops.aten.convolution_backward(
+    grads = torch.ops.aten.convolution_backward.default(
         d_u, source, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
         [need_input, need_weight, False],
     )  # fmt: skip
@@ -232,16 +297,22 @@ def _layout(channels_last: bool) -> torch.memory_format:
 def _backward(passes: Passes, *flat: Any) -> tuple[Tensor, ...]:
     refuse_tangents(flat)
     args = unflatten_backward(flat)
-    with torch.autocast(args.grad.device.type, enabled=False):
+    grads = _converted_gradients(passes, args)
+    return tuple(args.grad.new_empty(0) if value is None else value for value in grads)
+
+
+def _converted_gradients(passes: Passes, args: BackwardArgs) -> list[Tensor | None]:
+    """The gradients in the order of :class:`Needs`, in the dtypes of their arguments; None if not needed."""
+    with _without_autocast(args.grad):
         grads = _gradients(passes, args)
     norm = args.norm
     bn_weight, bn_bias = (None, None) if norm is None else (norm.weight, norm.bias)
     grad = args.grad
     like = (grad, grad, args.filter_scale, args.p_clean, bn_weight, bn_bias, args.shift, grad)
-    return tuple(
-        value.to(of.dtype) if need and value is not None and of is not None else grad.new_empty(0)
+    return [
+        _to(value, of.dtype) if need and of is not None else None
         for need, value, of in zip(args.needs, grads, like, strict=True)
-    )
+    ]
 
 
 def _gradients(passes: Passes, args: BackwardArgs) -> tuple[Tensor | None, ...]:
@@ -300,8 +371,10 @@ def _eval_passes(
         center = u[:, :, 0, 0].to(wide).contiguous()  # once, for both kernels that read it
         g1, gc = passes.reduce(grad, u, center, relu_mask, slope)
         return None, None, Reduced(g1, gc, center) if centered else Reduced(g1, gc.addcmul(center, g1), None)
-    if norm is not None:
-        scale = passes.eval_coefficients(norm, mix, len(grad))[0]
+    if args.scale is not None:
+        scale = args.scale
+    elif norm is not None:
+        scale = passes.eval_coefficients(norm, mix, grad.shape[0])[0]
     elif mix.filter_scale is not None:
         scale = mix.filter_scale
     else:
@@ -356,9 +429,22 @@ _DIFFERENTIABLE = len(Needs._fields)  # the first arguments of the forward opera
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     args, keep_u, keep_mask = unflatten(inputs)
-    saved = Saved(*output)
+    need_weight = ctx.needs_input_grad[1]
+    _save(ctx, args, keep_u, keep_mask, Saved(*output), need_weight)
+
+
+def _save(
+    ctx: Any,
+    args: LayerArgs,
+    keep_u: bool,
+    keep_mask: bool,
+    saved: Saved,
+    need_weight: bool,
+    scale: Tensor | None = None,
+) -> None:
+    """Saves in ``ctx`` what :func:`backward_arguments` takes, and ``scale`` where it is given."""
     norm = args.norm
-    ctx.input_shape, ctx.options = args.input.shape, inputs[OPTIONS]
+    ctx.input_shape, ctx.options = args.input.shape, layer_options(args)
     ctx.channels_last = memory_format(saved.y) == torch.channels_last
     ctx.set_materialize_grads(False)
     relu_mask = slope = None
@@ -373,10 +459,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     u = None
     if keep_u:
         u = args.input if args.weight is None else saved.u
-    input = args.input if args.weight is not None and ctx.needs_input_grad[1] else None
+    input = args.input if args.weight is not None and need_weight else None
     weight_to_shift = args.differentiable()[1:7]
     statistics = (saved.mean, saved.m2, saved.n)
-    ctx.save_for_backward(input, *weight_to_shift, mean, var, args.is_clean, u, relu_mask, slope, *statistics)
+    layer = (input, *weight_to_shift, mean, var, args.is_clean, u, relu_mask, slope, *statistics)
+    ctx.save_for_backward(*layer, scale)
 
 
 def _autograd(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -385,7 +472,7 @@ def _autograd(operator: Any, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]
         return tuple(gradients)
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     shape, layout = list(ctx.input_shape), ctx.channels_last
-    flat = backward_arguments(grads[0], shape, ctx.saved_tensors, ctx.options, layout, needs)
+    flat = backward_arguments(grads[0], shape, ctx.saved_tensors[:-1], ctx.options, layout, needs)
     for i, value in enumerate(operator(*flat)):
         if needs[i]:
             gradients[i] = value
@@ -421,10 +508,7 @@ def describe(name: str) -> Layer:
 
 
 def register(name: str, passes: Passes) -> Layer:
-    """Registers a pair whose passes are Python functions.
-
-    Returns a function with the flat arguments of the forward operator.
-    """
+    """Registers a pair whose passes are Python functions; returns the forward operator."""
     define(name)
     forward, backward = f"awnet::layer_{name}", f"awnet::layer_{name}_backward"
     torch.library.impl(forward, "CompositeExplicitAutograd", partial(_forward, passes))
@@ -434,7 +518,7 @@ def register(name: str, passes: Passes) -> Layer:
     torch.library.register_autograd(
         forward, partial(_autograd, backward_operator), setup_context=_setup_context
     )
-    return _bind(operator, backward_operator)
+    return operator
 
 
 def register_operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -450,38 +534,48 @@ def register_operator(name: str, schema: str, function: Callable[..., Any], fake
     torch.library.register_fake(f"awnet::{name}", fake)
 
 
-def _bind(operator: Layer, backward_operator: Layer) -> Layer:
-    """``operator`` with its gradient as a torch.autograd.Function, for calls in eager mode."""
+class _Layer(torch.autograd.Function):
+    """The layer in eager mode: the functions of the operators, called directly.
 
-    class Bound(torch.autograd.Function):
-        # without setup_context, for which torch inspects the signature of forward at each call
-        @staticmethod
-        def forward(ctx: Any, *flat: Any) -> tuple[Tensor, ...]:
-            output = without_gradient(*flat)
-            _setup_context(ctx, flat, output)
-            ctx.mark_non_differentiable(*output[1:])
-            return output
+    ``call``: the passes, the backward operator, the arguments, ``keep_u``, ``keep_mask``, and a list to which
+    the forward appends its outputs.
+    """
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return _autograd(gradients, ctx, *grads)
-
-    def without_gradient(*flat: Any) -> tuple[Tensor, ...]:
+    # without setup_context, for which torch inspects the signature of forward at each call
+    @staticmethod
+    def forward(ctx: Any, call: Any, *differentiable: Tensor | None) -> Tensor:
+        passes, backward, args, keep_u, keep_mask, outcome = call
+        refuse_tangents(args.tensors())
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*flat)
+            y, u, mask, statistics, scale = _outputs(passes, args, keep_u, keep_mask)
+        saved = Saved(y, u, mask, *(statistics or _NO_STATISTICS))
+        outcome.append(saved)
+        if ctx is not None:
+            ctx.functions = passes, backward
+            need_weight = ctx.needs_input_grad[2]
+            _save(ctx, args, keep_u, keep_mask, saved, need_weight, None if args.norm is None else scale)
+        return y
 
-    def gradients(*flat: Any) -> tuple[Tensor, ...]:
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return tuple(None for _ in ctx.needs_input_grad)
+        passes, operator = ctx.functions
+        needs = ctx.needs_input_grad[1:]
+        *tensors, scale = ctx.saved_tensors
+        flat = backward_arguments(grad, ctx.input_shape, tensors, ctx.options, ctx.channels_last, needs)
         if torch.is_grad_enabled():  # create_graph=True: the operator's autograd reports second derivatives
-            return backward_operator(*flat)
+            return None, *_through_operator(operator, flat)
         with torch._C._AutoDispatchBelowAutograd():
-            return backward_operator(*flat)
+            return None, *_converted_gradients(passes, unflatten_backward(flat, scale))
 
-    def layer(*flat: Any) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():
-            return operator(*flat)
-        if torch.is_grad_enabled():
-            outputs: tuple[Tensor, ...] = Bound.apply(*flat)
-            return outputs
-        return without_gradient(*flat)
 
-    return layer
+_NO_STATISTICS: Any = [None] * len(Saved._fields[3:])
+
+
+def _through_operator(operator: Layer, flat: tuple[Any, ...]) -> list[Tensor | None]:
+    *others, mean, m2, n, channels_last, needs = flat
+    statistics = (flat[0].new_empty(0) if x is None else x for x in (mean, m2, n))
+    others[2] = list(others[2])
+    grads = operator(*others, *statistics, channels_last, list(needs))
+    return [value if need else None for need, value in zip(needs, grads, strict=True)]

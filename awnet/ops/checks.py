@@ -165,10 +165,8 @@ def check_table(
     """Raises unless ``x`` has ``shape`` (None: 1 or 2), a dtype that fits, and the device of ``input``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {meaning}, got {type(x).__name__}")
-    fits = x.dim() == len(shape) and all(
-        size is None or size == given for size, given in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
+    known = 1 if shape[0] is None else 0  # the first of the sizes that are known
+    if x.dim() != len(shape) or tuple(x.shape[known:]) != shape[known:]:
         sizes = ", ".join("1 or 2" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape {meaning} = [{sizes}], got {list(x.shape)}")
     if boolean and x.dtype != torch.bool:
@@ -207,17 +205,17 @@ def _check_more_than_one_value(is_clean: Tensor | None, batch: int, input: Tenso
 def _pair(value: object, name: str, least: int) -> tuple[int, int]:
     value = plain(value)
     pair = (value, value) if isinstance(value, int) else value
-    if (
-        not isinstance(pair, tuple | list)
-        or len(pair) != 2
-        or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair)
-    ):
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not (_is_int(pair[0]) and _is_int(pair[1])):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if pair[0] < least or pair[1] < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    if max(pair) > _LARGEST:
+    if pair[0] > _LARGEST or pair[1] > _LARGEST:
         raise ValueError(f"{name} must be at most 2**62, got {value!r}")
     return (pair[0], pair[1])
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # is_autocast_enabled raises for other devices; torch.compile of torch 2.11 cannot trace is_autocast_available

@@ -1,11 +1,16 @@
-"""The two bindings of the layer's gradient to its operator: for eager mode and for graphs."""
+"""The layer's gradient in eager mode, without an operator, and that of the operator, for graphs and modes."""
 
 from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 from support.random_layers import build
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awnet.ops.args import LayerArgs, Saved, flatten
 from awnet.ops.autograd import keep_flags
@@ -31,7 +36,7 @@ def through_the_operator(args: LayerArgs) -> Tensor:
     "names", [("input", "filter_scale", "bn_weight", "bn_bias"), ("input",), ("weight",)]
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_both_bindings_give_the_same_bits(training: bool, names: tuple[str, ...]) -> None:
+def test_eager_mode_and_the_operator_give_the_same_bits(training: bool, names: tuple[str, ...]) -> None:
     results = []
     for run in (EAGER.run, through_the_operator):
         args, leaves = arguments(training, names)
@@ -40,10 +45,59 @@ def test_both_bindings_give_the_same_bits(training: bool, names: tuple[str, ...]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_eager_calls_use_the_function_and_not_the_operators_autograd() -> None:
+class Operators(TorchDispatchMode):
+    """The layer's operators that are called in the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "awnet":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    pass
+
+
+def test_eager_calls_have_no_operator_in_their_graph() -> None:
     args, _ = arguments(False, ("input",))
-    assert EAGER.run(args).grad_fn.name() == "BoundBackward"
-    assert through_the_operator(args).grad_fn.name() != "BoundBackward"
+    assert EAGER.run(args).grad_fn.name() == "_LayerBackward"
+    assert through_the_operator(args).grad_fn.name() != "_LayerBackward"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_subclasses_and_traces_see_the_operator(training: bool) -> None:
+    args, (x,) = arguments(training, ("input",))
+    with Operators() as seen:
+        EAGER.run(args).sum().backward()
+    assert seen.names == ["layer_eager.default", "layer_eager_backward.default"]
+    y = EAGER.run(replace(args, input=x.detach().as_subclass(Subclass).requires_grad_()))
+    assert "_LayerBackward" not in y.grad_fn.name()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        shape = EAGER.run(replace(args, input=fake.from_tensor(x))).shape
+    assert shape == y.shape
+    assert EAGER.run(moved(args, "meta")).shape == y.shape
+
+
+def moved(args: LayerArgs, device: str) -> LayerArgs:
+    changes = {
+        f.name: value.to(device) for f in fields(args) if isinstance(value := getattr(args, f.name), Tensor)
+    }
+    assert args.norm is not None
+    tables = {name: getattr(args.norm, name).to(device) for name in ("weight", "bias", "mean", "var")}
+    return replace(args, **changes, norm=replace(args.norm, **tables))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_traced_layers_are_traced_as_operators() -> None:
+    args, (x,) = arguments(False, ("input",))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda image: EAGER.run(replace(args, input=image)), x)
+        assert "awnet::layer_eager" in str(traced.graph)
+        assert torch.equal(traced(x + 1), EAGER.run(replace(args, input=x + 1)))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -227,7 +227,7 @@ def test_nan_passes_as_torchs_relu_lets_it() -> None:
 
 # --- the whole layer around them
 
-BACKEND = autograd.OperatorBackend(autograd.register("cuda_on_cpu", PASSES))
+BACKEND = autograd.PassesBackend("cuda_on_cpu", PASSES)
 
 
 def on_kernels(**arguments: object) -> Tensor:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from awnet.ops.args import LayerArgs, Saved, unflatten
-from awnet.ops.autograd import OperatorBackend, register
+from awnet.ops.autograd import PassesBackend
 from awnet.ops.backends.base import Passes
 from awnet.ops.backends.reference import equations
 
 
-class Eager(OperatorBackend):
+class Eager(PassesBackend):
     name = "eager"
     summary = "one convolution and one affine map in plain torch, gradients by the centered formulas"
 
     def __init__(self) -> None:
-        super().__init__(register("eager", Passes()))
+        super().__init__("eager", Passes())
 
     def not_supported(self, args: LayerArgs) -> str | None:
         return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from awnet.ops import self_check
 from awnet.ops.args import RELU, Conv, EvalBackwardArgs, LayerArgs, Needs
-from awnet.ops.autograd import OperatorBackend, register, register_operator
+from awnet.ops.autograd import PassesBackend, register_operator
 from awnet.ops.backends.base import NO_FLOAT64, Passes, constant_in_graphs, device_obstacle
 from awnet.ops.coefficients import (
     BatchStats,
@@ -395,12 +395,12 @@ def _network_layout(widths: tuple[int, ...], device: torch.device) -> Tensor:
     return layout
 
 
-class Triton(OperatorBackend):
+class Triton(PassesBackend):
     name = "triton"
     summary = "Triton kernels (CUDA devices)"
 
     def __init__(self) -> None:
-        super().__init__(register("triton", PASSES))
+        super().__init__("triton", PASSES)
 
     def not_supported(self, args: LayerArgs) -> str | None:
         return obstacle(args.input)
