@@ -196,9 +196,6 @@ def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
             yield
         finally:
             for buffer, values in zip(model.buffers(), before, strict=True):
-                if not _is_expanded(buffer):  # an expanded buffer cannot be written to
+                expanded = any(s == 0 and n > 1 for s, n in zip(buffer.stride(), buffer.shape, strict=True))
+                if not expanded:  # an expanded buffer cannot be written to
                     buffer.copy_(values)
-
-
-def _is_expanded(x: Tensor) -> bool:
-    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))

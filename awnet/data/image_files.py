@@ -287,8 +287,7 @@ def decode_into(images: Any, files: Sequence[Path], read: Callable[[Path], np.nd
         images[number] = read(files[number])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the decoders release the GIL
-        for _ in pool.map(decode, range(len(files))):
-            pass
+        list(pool.map(decode, range(len(files))))  # raises the first error
 
 
 def _read(file: Path, size: int | None, height: int, width: int) -> np.ndarray:

@@ -34,7 +34,7 @@ def filter_means(
     """
     body = _body(model)
     means = {
-        name: _mean(module.weight)
+        name: np.asarray(module.weight.detach().double().flatten(1).mean(1).cpu().numpy())
         for name, module in body.named_modules()
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
     }
@@ -75,7 +75,3 @@ def _scale_of_each_layer(model: nn.Module, body: nn.Module, x: Tensor) -> dict[s
                 hooks.enter_context(hook)
         with_routing(model, x, routing)
     return numbers
-
-
-def _mean(weight: Tensor) -> Array:
-    return np.asarray(weight.detach().double().flatten(1).mean(1).cpu().numpy())

@@ -142,8 +142,6 @@ class _Table:
             curves["p_clean"] = {"edges": edges.tolist(), "counts": counts.tolist()}
         return checks, curves
 
-    # ── measurements ────────────────────────────────────────────────────────────────────────────────────────
-
     def _pgd(self, eps: float, steps: int) -> PGD:
         """PGD with the step size of Madry et al.: any number of steps can cross the ball."""
         step_size = min(self.largest, 2.5 * eps / steps)
@@ -182,8 +180,6 @@ class _Table:
                     return None
                 values.append(routing.p_clean.double())
         return np.asarray(torch.cat(values).cpu().numpy())
-
-    # ── checks ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _steps(self, outcomes: Mapping[int, tuple[Tensor, float]]) -> Check:
         losses = [loss for _, loss in outcomes.values()]

@@ -51,7 +51,8 @@ def compare_filters(
     for network, models in networks.items():
         shapes: dict[str, int] = {}
         for label, model in models.items():
-            for layer, values in _weight_means(model, layers).items():
+            for key, values in list(filter_means(model).items())[:layers]:
+                layer = key.removeprefix("weights/")
                 if shapes.setdefault(layer, len(values)) != len(values):
                     raise ValueError(
                         f"the models of {network} differ in {layer}: compare networks of one kind"
@@ -128,11 +129,6 @@ def effective_filters(
                     f"adversarial images ({attack}), ω·weights": kinds["adversarial"],
                 }
     return _write(panels, rows, out, "effective_filters", title) if panels else []
-
-
-def _weight_means(model: nn.Module, layers: int) -> dict[str, NDArray[np.float64]]:
-    means = list(filter_means(model).items())[:layers]
-    return {key.removeprefix("weights/"): values for key, values in means}
 
 
 def _write(

@@ -143,7 +143,7 @@ def reproduce(
         if experiment.equal_cost:
             (dataset,) = experiment.datasets
             experiment = replace(experiment, systems=runs.at_equal_cost(experiment.systems, dataset))
-        lines = _KINDS[experiment.kind](name, experiment, *by_seed)
+        lines = _KINDS[experiment.kind](name, experiment, *by_seed) or []
         if lines:
             _write(name, experiment, lines, runs)
             console.print(_rich(experiment, lines, runs))
@@ -173,9 +173,6 @@ def _restricted(name: str, experiment: Experiment, networks: Mapping[str, Path])
             raise ValueError(f"{folder} has no best.safetensors: finish it first by awnet train --resume")
     systems = tuple(system for system in experiment.systems if system.label in networks)
     return replace(experiment, systems=systems, datasets=tuple(datasets))
-
-
-# --- the kinds of experiment
 
 
 def _accuracy(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
@@ -255,7 +252,7 @@ def _detection(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
     return lines
 
 
-def _filters(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
+def _filters(name: str, experiment: Experiment, runs: Runs) -> None:
     """Fig. 1 and 3: the first two convolutions of each network after plain and after robust training."""
     (dataset,) = experiment.datasets
     networks: dict[str, dict[str, nn.Module]] = {}
@@ -263,10 +260,9 @@ def _filters(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
         network, _, recipe = system.label.partition(" by ")
         networks.setdefault(network, {})[recipe] = runs.trained(system, dataset)
     compare_filters(networks, runs.results(name), title=experiment.title)
-    return []
 
 
-def _weight_gap(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
+def _weight_gap(name: str, experiment: Experiment, runs: Runs) -> None:
     """One step from the same weights against Eq. 8; and whole trainings that differ only in ε and α."""
     from scipy.stats import wasserstein_distance
 
@@ -288,7 +284,6 @@ def _weight_gap(name: str, experiment: Experiment, runs: Runs) -> list[Line]:
             shift, ratio = values.mean() - base[layer].mean(), values.std() / base[layer].std()
             rows.append((eps * scale, alpha, layer, *map(float, (distance, shift, ratio))))
     write_text(runs.results(name) / "trained.csv", csv_text(rows))
-    return []
 
 
 def _varied(system: System, eps_scale: float, adv_weight: float) -> System:
@@ -300,13 +295,8 @@ def _varied(system: System, eps_scale: float, adv_weight: float) -> System:
     )
 
 
-def _ablation(name: str, experiment: Experiment, *by_seed: Runs) -> list[Line]:
-    run_ablation(name, experiment, *by_seed)
-    return []
-
-
-_KINDS: dict[str, Callable[..., list[Line]]] = {
-    "ablation": _ablation,
+_KINDS: dict[str, Callable[..., list[Line] | None]] = {
+    "ablation": run_ablation,
     "accuracy": _accuracy,
     "transfer": _transfer,
     "detection": _detection,
@@ -314,8 +304,6 @@ _KINDS: dict[str, Callable[..., list[Line]]] = {
     "weight_gap": _weight_gap,
 }
 
-
-# --- tables
 
 Figures = tuple[float | None, float | None, float | None]  # ours, and its interval
 NOTHING: Figures = (None, None, None)

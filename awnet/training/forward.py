@@ -143,8 +143,9 @@ def _routed_pass(
 
     def route_in_two(network: Any, images: Tensor) -> Routing:
         one, two = network.route(images[:split]), network.route(images[split:])
+        has_type = one.type_logits is not None
         return Routing(
-            type_logits=_cat(one.type_logits, two.type_logits),
+            type_logits=torch.cat([one.type_logits, two.type_logits]) if has_type else None,
             p_clean=torch.cat([one.p_clean, two.p_clean]),
             filter_scales=[
                 torch.cat(pair) for pair in zip(one.filter_scales, two.filter_scales, strict=True)
@@ -159,7 +160,3 @@ def _routed_pass(
             "batch; training needs exactly one call, on the whole batch"
         )
     return logits, steering.routings[0]
-
-
-def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else torch.cat([a, b])
