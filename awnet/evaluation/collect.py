@@ -47,18 +47,14 @@ class Plan:
         self.union = attacks.get(UNION)
         self.rest = None if self.union is None else remaining(self.union, self.chosen)
         self.order = [*self.chosen, *([] if self.rest is None else self.rest.members)]
-        self.has_type_head = _has_type_head(model, dataset)
+        self.has_type_head = False
+        if has_router(model):
+            with frozen(model), torch.no_grad():
+                self.has_type_head = route(model, next(dataset.batches(1)).x).type_logits is not None
         self.attacks = self.chosen | ({} if self.union is None else {UNION: self.union})
         self.attacked = list(self.attacks)
         self.controls = CONTROLS if self.has_type_head else ()
         self.kinds = [CLEAN, *self.attacked, *self.controls]
-
-
-def _has_type_head(model: nn.Module, dataset: Dataset) -> bool:
-    if not has_router(model):
-        return False
-    with frozen(model), torch.no_grad():
-        return route(model, next(dataset.batches(1)).x).type_logits is not None
 
 
 class Collected:

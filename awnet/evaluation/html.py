@@ -189,11 +189,6 @@ def _with_interval(value: float, interval: Sequence[float]) -> str:
     return f"{_percent(value)} [{_percent(interval[0])}, {_percent(interval[1])}]"
 
 
-def _unbroken(text: str) -> str:
-    """``text``, HTML, without line breaks inside its intervals ``[low, high]``."""
-    return _INTERVAL.sub(r'<span class="whole">\g<0></span>', text)
-
-
 def _table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", text: Sequence[int] = ()
 ) -> str:
@@ -204,7 +199,8 @@ def _table(
         return "<tr>" + "".join(f"{m}{c}</{tag}>" for m, c in zip(marked, cells, strict=True)) + "</tr>"
 
     title = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
-    body = _unbroken("\n".join(line(row, "td") for row in rows))
+    # no line breaks inside intervals
+    body = _INTERVAL.sub(r'<span class="whole">\g<0></span>', "\n".join(line(row, "td") for row in rows))
     return (
         f'<div class="wide"><table>{title}<thead>{line([escape(h) for h in headings], "th")}</thead>'
         f"<tbody>{body}</tbody></table></div>"

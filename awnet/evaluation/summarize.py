@@ -55,7 +55,9 @@ def build_report(
     def result(kind: str, settings: dict[str, Any], members: Sequence[str]) -> AttackResult:
         outcome = attack_result(clean, per_sample[f"{kind}_correct"], settings, seed)
         if f"{kind}_broken_by" in per_sample:
-            outcome.broken_first_by = _broken_first_by(per_sample[f"{kind}_broken_by"], members)
+            broken_by = per_sample[f"{kind}_broken_by"]
+            counts = {name: int((broken_by == number).sum()) for number, name in enumerate(members)}
+            outcome.broken_first_by = {name: count for name, count in counts.items() if count}
         if f"{kind}_target" in per_sample:
             target, prediction = per_sample[f"{kind}_target"], per_sample[f"{kind}_prediction"]
             outcome.target_success = target_success(target, prediction, per_sample["label"])
@@ -139,11 +141,6 @@ def check_finite(finite: Array | None, kind: str) -> None:
             f"the model's logits are NaN or infinite for {int((~finite).sum())} of {len(finite)} {kind} "
             "images, so there is no accuracy to report: look for NaN in its weights"
         )
-
-
-def _broken_first_by(broken_by: Array, names: Sequence[str]) -> dict[str, int]:
-    counts = {name: int((broken_by == number).sum()) for number, name in enumerate(names)}
-    return {name: count for name, count in counts.items() if count}
 
 
 def _exit_use(model: nn.Module, exit_of: Array, image_size: tuple[int, int]) -> dict[str, Any]:
