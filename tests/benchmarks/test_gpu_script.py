@@ -339,7 +339,7 @@ def test_sanitize_calls_every_operator_and_finds_a_wrong_one(
     }  # fmt: skip
     reduce = native.NativePasses.reduce
     monkeypatch.setattr(native.NativePasses, "reduce", lambda *a: [-x for x in reduce(*a)])
-    with pytest.raises(SystemExit, match="reduce is wrong by"):
+    with pytest.raises(SystemExit, match="reduce is off by"):
         sanitize.main(["--backend", "cpp"])
 
 
