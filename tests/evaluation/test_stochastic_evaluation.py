@@ -69,7 +69,7 @@ def test_a_stochastic_model_is_detected_and_evaluated_by_averages() -> None:
     assert report.attacks["aa"].settings["version"] == "reduced rand"
     assert set(report.attacks["aa"].settings["members"]) == {"apgd_ce", "apgd_dlr"}
     (flag,) = [flag for flag in report.flags if "stochastic" in flag]
-    assert "over 2 passes (--eot) and AutoAttack is its rand version" in flag
+    assert "over 2 passes (--eot), and AutoAttack is its rand version" in flag
     share = report.per_sample["fgsm_pass_share"]
     assert about["single_pass_accuracy"]["fgsm"] == pytest.approx(share.mean(), abs=1e-6)
     assert ((share > 0) & (share < 1)).any()

@@ -49,7 +49,8 @@ class Fault:
         """What must be compiled for it: "native", "emulator", or "" for Python."""
         if self.file.startswith("csrc/cuda/"):
             return "emulator"
-        return "native" if self.file.startswith("csrc/") else ""
+        native = self.file.startswith("csrc/") or any(name.startswith(AMX) for name in self.tests)
+        return "native" if native else ""
 
 
 def fault(name: str, file: str, old: str, new: str, *tests: str) -> Fault:

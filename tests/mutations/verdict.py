@@ -15,7 +15,8 @@ from hypothesis import Phase, settings
 
 RESULT = "AWNET_VERDICT"  # the file to write to
 
-_result: dict[str, object] = {"passed": 0, "failed": None, "asserted": False, "why": ""}
+_passed: list[str] = []
+_result: dict[str, object] = {"passed": _passed, "failed": None, "asserted": False, "why": ""}
 
 
 def pytest_sessionstart() -> None:
@@ -27,7 +28,7 @@ def pytest_sessionstart() -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" and report.passed:
-        _result["passed"] = int(str(_result["passed"])) + 1
+        _passed.append(report.nodeid)
 
 
 def pytest_exception_interact(

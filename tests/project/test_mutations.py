@@ -79,6 +79,27 @@ def test_only_a_failed_assertion_counts_as_caught(case: str, tmp_path: Path) -> 
     assert (result.why == "survived 1 tests") is (case == "survives")
 
 
+def test_a_named_test_that_is_skipped_is_reported(tmp_path: Path) -> None:
+    file = "tests/test_value.py"
+    copy = tmp_path / "awnet"
+    (copy / "tests").mkdir(parents=True)
+    (copy / "tests" / "mutations").symlink_to(ROOT / "tests" / "mutations")
+    (copy / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (copy / file).write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', [0, 1])\ndef test_cases(x): pass\n"
+        "@pytest.mark.skip\ndef test_skipped(): pass\n"
+    )
+    names = [f"{file}::test_cases", f"{file}::test_cases[1]", f"{file}::test_skipped"]
+    passed = runner.test(copy, [file])["passed"]
+    assert runner.without_a_pass(names, passed) == [f"{file}::test_skipped"]
+
+
+def test_faults_without_a_build_have_tests_without_the_native_module() -> None:
+    names = [name for fault in runner.faults_of("other") for name in fault.tests]
+    assert not [name for name in names if name.startswith(("tests/ops/test_amx", "tests/ops/test_native"))]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler to rebuild the kernels")
 @pytest.mark.parametrize("lane", runner.LANES)
