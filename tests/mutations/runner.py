@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "mutations.md"
 COPIED = ("awnet", "benchmarks", "csrc", "docs", "kernels", "tests")
 LANES = ("native", "other")  # each a process and a copy of its own; the first one builds awnet._C
-PATIENCE = 300  # seconds for one build or one run of tests; a fault may make an endless loop
+TEST_TIMEOUT = 300  # seconds; a fault may make an endless loop
+LONG_TIMEOUT = 1200  # seconds for awnet._C by one job, or for all tests of a lane, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,12 @@ def environment(copy: Path, **more: str) -> dict[str, str]:
     return inherited | own | more
 
 
-def run(copy: Path, *command: str, **more: str) -> subprocess.CompletedProcess[str]:
+def run(
+    copy: Path, *command: str, timeout: int = TEST_TIMEOUT, **more: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command], cwd=copy, env=environment(copy, **more), capture_output=True, text=True,
-        timeout=PATIENCE, check=False,
+        timeout=timeout, check=False,
     )  # fmt: skip
 
 
@@ -88,18 +91,20 @@ def build(copy: Path, what: str) -> None:
         "emulator": ("-c", "from support import cuda_on_cpu; cuda_on_cpu.library()"),
     }
     if what:
-        done = run(copy, *commands[what])
+        done = run(copy, *commands[what], timeout=LONG_TIMEOUT)
         if done.returncode != 0:
             raise RuntimeError(f"the {what} build failed: {(done.stdout + done.stderr)[-2000:]}")
 
 
-def test(copy: Path, tests: Sequence[str]) -> dict[str, Any]:
+def test(copy: Path, tests: Sequence[str], timeout: int) -> dict[str, Any]:
     """What tests/mutations/verdict.py says of ``tests``; files of tests/kernels/ run in Triton's interpreter."""
     result = copy.parent / "verdict.json"
     result.unlink(missing_ok=True)
     options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "mutations.verdict"]
     interpreter = {"TRITON_INTERPRET": "1"} if tests[0].startswith("tests/kernels/") else {}
-    done = run(copy, "-m", "pytest", *options, *tests, **{RESULT: str(result)}, **interpreter)
+    done = run(
+        copy, "-m", "pytest", *options, *tests, timeout=timeout, **{RESULT: str(result)}, **interpreter
+    )
     if not result.exists():
         return {"passed": [], "failed": None, "asserted": False, "why": (done.stdout + done.stderr)[-2000:]}
     verdict = json.loads(result.read_text())
@@ -112,7 +117,7 @@ def outcome(fault: Fault, copy: Path) -> Outcome:
     with applied(fault, copy):
         try:
             build(copy, fault.build)
-            verdict = test(copy, fault.tests)
+            verdict = test(copy, fault.tests, TEST_TIMEOUT)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             return Outcome(fault, None, str(error))
     if verdict["asserted"]:
@@ -132,7 +137,7 @@ def check_the_original(faults: Sequence[Fault], copy: Path) -> None:
         tests = [name for name in named if name.startswith("tests/kernels/") == interpreted]
         if not tests:
             continue
-        verdict = test(copy, tests)
+        verdict = test(copy, tests, LONG_TIMEOUT)
         if verdict["failed"] or verdict["why"]:
             raise RuntimeError(f"without any fault: {verdict}")
         if skipped := without_a_pass(tests, verdict["passed"]):

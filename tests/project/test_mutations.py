@@ -91,7 +91,7 @@ def test_a_named_test_that_is_skipped_is_reported(tmp_path: Path) -> None:
         "@pytest.mark.skip\ndef test_skipped(): pass\n"
     )
     names = [f"{file}::test_cases", f"{file}::test_cases[1]", f"{file}::test_skipped"]
-    passed = runner.test(copy, [file])["passed"]
+    passed = runner.test(copy, [file], runner.TEST_TIMEOUT)["passed"]
     assert runner.without_a_pass(names, passed) == [f"{file}::test_skipped"]
 
 
