@@ -59,7 +59,7 @@ class FrozenNetworkTimer:
 
     def errors(self, forms: Forms) -> tuple[float, float]:
         """Relative errors of logits and image gradients, against the default forms in float32."""
-        expected = self._logits_and_gradient(_defaults(), torch.float32)
+        expected = self._logits_and_gradient(launch_config.default_forms(), torch.float32)
         actual = self._logits_and_gradient(forms, self.dtype)
         logits, gradient = (
             float((a.double() - b.double()).norm() / b.double().norm())
@@ -93,10 +93,6 @@ def _with_statistics(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return model
 
 
-def _defaults() -> dict[str, str]:
-    return {part: forms[0] for part, forms in launch_config.FROZEN_NETWORK.items()}
-
-
 def fastest_forms(
     timer: FrozenNetworkTimer,
     do_bench: Callable[[Callable[[], object]], float],
@@ -107,7 +103,7 @@ def fastest_forms(
     A form that raises RuntimeError (cuDNN may have no algorithm for it), or with which logits or gradients
     have more than twice the error of the default forms, is never chosen; ``report`` gets the reason.
     """
-    best = _defaults()
+    best = launch_config.default_forms()
     allowed = timer.errors(best)
 
     def measure(forms: dict[str, str]) -> float:

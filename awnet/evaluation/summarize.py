@@ -37,7 +37,7 @@ def build_report(
     selected_on: str | None,
     missing: dict[str, str],
 ) -> Report:
-    """The report on ``model``, which is the user's; ``plan.model`` may be its inference copy."""
+    """The report on ``model``, as the caller passed it; ``plan.model`` may be its inference copy."""
     dataset, seed = plan.dataset, plan.seed
     per_sample: dict[str, Array] = {
         "index": dataset.index.cpu().numpy(),

@@ -142,12 +142,16 @@ def frozen_network(device: torch.device, dtype: torch.dtype) -> Mapping[str, str
     return {**_tuned_forms(device, dtype), **_requested[-1]}
 
 
+def default_forms() -> dict[str, str]:
+    """The form of each part in :data:`FROZEN_NETWORK` on a device without a table."""
+    return {part: forms[0] for part, forms in FROZEN_NETWORK.items()}
+
+
 @functools.cache
 def _tuned_forms(device: torch.device, dtype: torch.dtype) -> Mapping[str, str]:
     path = FOLDER / f"{device_slug(device)}.json"
     entries = read_frozen_networks(path) if path.exists() else {}
-    defaults = {part: forms[0] for part, forms in FROZEN_NETWORK.items()}
-    return defaults | entries.get(str(dtype).removeprefix("torch."), {})
+    return default_forms() | entries.get(str(dtype).removeprefix("torch."), {})
 
 
 def read_frozen_networks(path: Path) -> dict[str, dict[str, str]]:
